@@ -1,0 +1,279 @@
+"""Reading a checkpoint folder: JSON files and weights, one tensor at a time.
+
+Weights come as safetensors (read without torch) or as PyTorch pickles (read by torch, weights
+only, so that no code in them runs). A damaged or incomplete folder gives one line that names the
+file or key.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.errors import CheckpointError, require
+
+Float32 = NDArray[np.float32]
+
+SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
+MAX_JSON_BYTES = 64 * 2**20
+
+
+def read_json(path: Path, required_for: str = "") -> dict[str, Any]:
+    """A JSON object from a checkpoint folder.
+
+    Raises:
+        CheckpointError: the file is missing, too large, or not a JSON object.
+    """
+    if not path.is_file():
+        purpose = f" ({required_for})" if required_for else ""
+        raise CheckpointError(f"{path}: the file is missing{purpose}")
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, not a config file")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    return data
+
+
+class _Shard(Protocol):
+    """One open weight file."""
+
+    def names(self) -> list[str]: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def read(self, name: str) -> Float32: ...
+
+
+class _SafetensorsShard:
+    def __init__(self, path: Path) -> None:
+        try:
+            import ml_dtypes  # noqa: F401  (teaches numpy the type bfloat16)
+            from safetensors import SafetensorError, safe_open
+        except ImportError:
+            raise require("safetensors", "export", f"reading {path}") from None
+        try:
+            self._file = safe_open(path, framework="numpy")
+        except (SafetensorError, OSError) as error:
+            raise _damaged(path, error) from None
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> str:
+        return str(self._file.get_slice(name).get_dtype()).lower()
+
+    def read(self, name: str) -> Float32:
+        array: Float32 = self._file.get_tensor(name).astype(np.float32)
+        return array
+
+
+class _PickleShard:
+    _DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import torch
+        except ImportError:
+            raise require("torch", "reference", f"reading {path}") from None
+        try:
+            try:
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            except RuntimeError as error:
+                if "mmap can only be used" not in str(error):
+                    raise
+                tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch raises its own kinds for each sort of damage
+            raise _damaged(path, error) from None
+        if not isinstance(tensors, dict):
+            raise CheckpointError(
+                f"{path}: expected a dictionary of tensors, found {type(tensors).__name__}"
+            )
+        self._tensors = {
+            str(name): value for name, value in tensors.items() if isinstance(value, torch.Tensor)
+        }
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def dtype(self, name: str) -> str:
+        kind = str(self._tensors[name].dtype).removeprefix("torch.")
+        return self._DTYPES.get(kind, kind)
+
+    def read(self, name: str) -> Float32:
+        array: Float32 = self._tensors[name].detach().float().numpy()
+        return array
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return CheckpointError(
+        f"{path}: damaged or truncated weight file ({reason:.120}): download it again"
+    )
+
+
+class TensorFiles:
+    """The weights of one folder, opened lazily and read one tensor at a time.
+
+    Raises:
+        CheckpointError: no weight file, a shard is missing or damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.files = _weight_files(folder)
+        self._index: dict[str, _Shard] = {}
+        for path in self.files:
+            shard: _Shard = (
+                _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path)
+            )
+            for name in shard.names():
+                self._index[name] = shard
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._index
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shard(name).shape(name)
+
+    def dtype(self, name: str) -> str:
+        """``f32``, ``f16``, ``bf16`` …"""
+        return self._shard(name).dtype(name)
+
+    def read(self, name: str) -> Float32:
+        """The tensor as float32, in its stored shape."""
+        return self._shard(name).read(name)
+
+    @cached_property
+    def sha256(self) -> str:
+        """Digest of the contents of all weight files."""
+        total = hashlib.sha256()
+        for path in self.files:
+            total.update(file_sha256(path).encode())
+        return total.hexdigest()
+
+    def _shard(self, name: str) -> _Shard:
+        if name not in self._index:
+            raise CheckpointError(
+                f"{self.folder}: tensor {name!r} is missing from "
+                f"{', '.join(path.name for path in self.files)}"
+            )
+        return self._index[name]
+
+
+def file_sha256(path: Path) -> str:
+    """Digest of a file's bytes, read in pieces."""
+    digest, buffer = hashlib.sha256(), bytearray(4 * 2**20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: not a folder")
+    for single in (SAFETENSORS, PICKLE):
+        index = folder / f"{single}.index.json"
+        if index.is_file():
+            return _indexed_shards(index)
+        if (folder / single).is_file():
+            return [folder / single]
+    if (folder / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{folder}: a LoRA adapter, not a whole model: merge it into its base model first"
+        )
+    raise CheckpointError(
+        f"{folder}: no weights: expected {SAFETENSORS} or {PICKLE}, or shards with {SAFETENSORS}"
+        f".index.json or {PICKLE}.index.json"
+    )
+
+
+def _indexed_shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: key 'weight_map' is missing or empty")
+    paths = []
+    for name in sorted({str(value) for value in weight_map.values()}):
+        if Path(name).name != name:
+            raise CheckpointError(f"{index}: shard name {name!r} leaves the folder")
+        path = index.parent / name
+        if not path.is_file():
+            raise CheckpointError(f"{path}: the shard is missing, {index.name} names it")
+        paths.append(path)
+    return paths
+
+
+@dataclass(frozen=True)
+class TensorRef:
+    """Where a canonical tensor is stored."""
+
+    files: TensorFiles
+    name: str
+
+
+class Weights:
+    """The tensors of a model under canonical names (the same for every family).
+
+    ``vision.*``, ``projector.*`` and ``decoder.*``; a family builds the map from the names in its
+    checkpoint. A tensor is read when it is asked for and not kept.
+    """
+
+    def __init__(self, refs: dict[str, TensorRef]) -> None:
+        self._refs = refs
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._refs)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Float32:
+        """The tensor ``name`` as float32 of the given shape.
+
+        Raises:
+            CheckpointError: it is missing, of another shape, or holds values that are not finite.
+        """
+        ref = self._refs[name]
+        found = ref.files.shape(ref.name)
+        if found != shape:
+            raise CheckpointError(
+                f"{ref.files.folder}: tensor {ref.name!r} has shape {list(found)}, "
+                f"expected {list(shape)} from config.json"
+            )
+        array = ref.files.read(ref.name)
+        if not np.isfinite(np.sum(array, dtype=np.float64)):
+            raise CheckpointError(
+                f"{ref.files.folder}: tensor {ref.name!r} holds values that are not finite"
+            )
+        return array
+
+    def dtype(self, name: str) -> str:
+        """The stored type: ``f32``, ``f16``, ``bf16`` …"""
+        ref = self._refs[name]
+        return ref.files.dtype(ref.name)
+
+    def sha256(self, prefix: str) -> str:
+        """Digest of everything the tensors under ``prefix`` depend on (whole files)."""
+        digest = hashlib.sha256()
+        for name in sorted(self._refs):
+            if name.startswith(prefix):
+                ref = self._refs[name]
+                digest.update(f"{name} {ref.name} {ref.files.sha256}\n".encode())
+        return digest.hexdigest()

@@ -1,0 +1,117 @@
+"""Chat messages to prompt text to input ids, as the reference code of the LLaVA lineage does it.
+
+Templates are Jinja chat templates, stored in the bundle and rendered in a sandbox. ``<image>`` in
+the rendered text becomes the id -200; the text between images is tokenized piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, TypedDict
+
+from jinja2 import Template, TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer
+
+from mobilevlm.errors import PromptError
+from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec
+
+
+class Message(TypedDict):
+    """One turn. ``content`` is text (``<image>`` marks pictures where they stand) or a list of
+    parts ``{"type": "image"}`` and ``{"type": "text", "text": …}``."""
+
+    role: str
+    content: str | list[dict[str, Any]]
+
+
+def two_separator_template(system: str, image_mark: str = IMAGE_PLACEHOLDER) -> str:
+    """The template of LLaVA's ``SeparatorStyle.TWO``: Vicuna's USER and ASSISTANT turns.
+
+    A picture given as a part stands first in its turn, followed by a line break. ``image_mark`` is
+    what the checkpoint was trained to see in its place (``<im_start><image><im_end>`` for some).
+    """
+    return _TWO_SEPARATORS.replace("SYSTEM", system.replace("'", "\\'")).replace("MARK", image_mark)
+
+
+_TWO_SEPARATORS = """\
+{%- macro marked(text) -%}{{ text | replace('<image>', 'MARK') }}{%- endmacro -%}
+{%- if messages and messages[0]['role'] == 'system' -%}
+  {{- messages[0]['content'] ~ ' ' -}}{%- set messages = messages[1:] -%}
+{%- else -%}
+  {{- 'SYSTEM ' -}}
+{%- endif -%}
+{%- for message in messages -%}
+  {{- 'USER: ' if message['role'] == 'user' else 'ASSISTANT: ' -}}
+  {%- if message['content'] is string -%}
+    {{- marked(message['content']) -}}
+  {%- else -%}
+    {%- for part in message['content'] if part['type'] == 'image' -%}{{- 'MARK\\n' -}}{%- endfor -%}
+    {%- for part in message['content'] if part['type'] == 'text' -%}
+      {{- marked(part['text']) -}}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- ' ' if message['role'] == 'user' else '</s>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
+"""
+
+_ASSISTANT = (
+    "an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
+    "answers to the"
+)
+SYSTEM_PROMPTS = {
+    "v1": f"A chat between a curious user and {_ASSISTANT} user's questions.",
+    "llava_v1": f"A chat between a curious human and {_ASSISTANT} human's questions.",
+}
+"""System prompts by the reference code's name of the conversation."""
+
+
+def user_message(prompt: str, num_images: int) -> Message:
+    """A user's turn: pictures where ``<image>`` stands in the prompt, else before the text.
+
+    Raises:
+        PromptError: the prompt is empty, or its number of ``<image>`` is not the number of images.
+    """
+    marks = prompt.count(IMAGE_PLACEHOLDER)
+    if marks and marks != num_images:
+        raise PromptError(
+            f"the prompt holds {marks} {IMAGE_PLACEHOLDER} but {num_images} images were given: "
+            f"give one image for each mark"
+        )
+    if not prompt.strip():
+        raise PromptError("the prompt is empty: ask a question")
+    if marks:
+        return {"role": "user", "content": prompt}
+    parts: list[dict[str, Any]] = [{"type": "image"}] * num_images
+    return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
+
+
+def render(conversation: ConversationSpec, messages: Sequence[Message]) -> str:
+    """The prompt text up to where the assistant begins to speak."""
+    try:
+        return _template(conversation.chat_template).render(
+            messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
+        )
+    except TemplateError as error:
+        raise PromptError(f"the bundle's chat template failed: {error}") from None
+
+
+@lru_cache(maxsize=8)
+def _template(source: str) -> Template:
+    return ImmutableSandboxedEnvironment().from_string(source)
+
+
+def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Prompt text to input ids, -200 where ``<image>`` stands.
+
+    Each piece of text between images is tokenized alone, so it begins with the tokenizer's
+    leading space piece; the beginning-of-text id is kept in front of the first only
+    (``tokenizer_image_token`` of the reference code).
+    """
+    ids: list[int] = []
+    for index, chunk in enumerate(text.split(IMAGE_PLACEHOLDER)):
+        piece = tokenizer.encode(chunk, add_special_tokens=index == 0).ids
+        ids += piece if index == 0 else [IMAGE_TOKEN_ID, *piece]
+    return ids

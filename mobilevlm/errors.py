@@ -1,0 +1,40 @@
+"""Errors that a person can cause and mend.
+
+Each message is one line: what is wrong, where, and what to do. The command line prints it without
+a traceback and exits with 2. Anything else that escapes is a bug of ours and stays loud.
+"""
+
+
+class MobileVLMError(Exception):
+    """Base of every error caused by input, files or environment."""
+
+
+class CheckpointError(MobileVLMError):
+    """A checkpoint folder that cannot be read: a missing file or key, a wrong shape or value."""
+
+
+class BundleError(MobileVLMError):
+    """A bundle that cannot be used: damaged, incomplete, or written by a newer version."""
+
+
+class ImageError(MobileVLMError):
+    """A picture that cannot be opened or is not a picture."""
+
+
+class PromptError(MobileVLMError):
+    """A prompt that does not fit: empty, too long, or with the wrong number of ``<image>``."""
+
+
+class MissingExtraError(MobileVLMError):
+    """A feature needs a package that is not installed; the message names the extra."""
+
+
+class QualityError(MobileVLMError):
+    """A lossy artifact is further from the float32 reference than its recipe allows (exit code 1)."""
+
+
+def require(module: str, extra: str, purpose: str) -> MissingExtraError:
+    """The error for a missing optional package, worded the same everywhere."""
+    return MissingExtraError(
+        f"{purpose} needs the package {module!r}: pip install 'mobilevlm-edge[{extra}]'"
+    )

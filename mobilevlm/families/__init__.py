@@ -1,0 +1,114 @@
+"""Families: what turns a checkpoint folder into a ModelSpec and canonically named weights.
+
+One file per family. A family registers itself under the names that its official checkpoints carry
+in config.json (``model_type`` and ``mm_projector_type``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from mobilevlm.checkpoint import Weights, read_json
+from mobilevlm.errors import CheckpointError
+from mobilevlm.spec import ModelSpec
+from mobilevlm.tokenizer import read_tokenizer
+
+
+@dataclass(frozen=True)
+class OpenOptions:
+    """What a person may say beside the checkpoint folder."""
+
+    vision_tower: Path | None = None
+    """Folder of the vision tower, where config.json only has its name on a hub."""
+    conversation: str | None = None
+    """Name of the conversation, where the family's default is not what the model was trained on."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """An opened checkpoint: nothing of its weights is read yet."""
+
+    folder: Path
+    spec: ModelSpec
+    weights: Weights
+    tokenizer: Tokenizer
+
+
+@dataclass(frozen=True)
+class Family:
+    """How to recognise a family's checkpoints and how to read one."""
+
+    name: str
+    model_types: frozenset[str]
+    projector_types: re.Pattern[str]
+    read: Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]]
+
+    def claims(self, config: dict[str, Any]) -> bool:
+        projector = config.get("mm_projector_type") or "linear"
+        return config.get("model_type") in self.model_types and bool(
+            self.projector_types.fullmatch(projector)
+        )
+
+
+FAMILIES: dict[str, Family] = {}
+
+
+def register(
+    name: str, model_types: set[str], projector_types: str
+) -> Callable[
+    [Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]]],
+    Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]],
+]:
+    """Registers the decorated reader as a family. ``projector_types`` is a regular expression."""
+
+    def add(
+        read: Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]],
+    ) -> Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]]:
+        FAMILIES[name] = Family(name, frozenset(model_types), re.compile(projector_types), read)
+        return read
+
+    return add
+
+
+def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
+    """Reads a checkpoint's configuration, tokenizer and tensor names.
+
+    Raises:
+        CheckpointError: the checkpoint is of no known family, or incomplete or inconsistent.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such checkpoint folder")
+    config = read_json(folder / "config.json", required_for="every checkpoint has one")
+    family = _find_family(folder, config)
+    spec, weights = family.read(folder, config, options or OpenOptions())
+    return Model(folder, spec, weights, read_tokenizer(folder))
+
+
+def _find_family(folder: Path, config: dict[str, Any]) -> Family:
+    path, model_type = folder / "config.json", config.get("model_type")
+    if "text_config" in config and "vision_config" in config:
+        raise CheckpointError(
+            f"{path}: the transformers re-packaging of a model ('text_config'): give the original "
+            f"checkpoint (for example liuhaotian/llava-v1.5-7b, not llava-hf/…)"
+        )
+    for family in FAMILIES.values():
+        if family.claims(config):
+            return family
+    known = sorted(kind for family in FAMILIES.values() for kind in family.model_types)
+    if model_type not in known:
+        raise CheckpointError(
+            f"{path}: model_type is {model_type!r}, expected one of {', '.join(sorted(set(known)))}"
+        )
+    raise CheckpointError(
+        f"{path}: mm_projector_type {config.get('mm_projector_type')!r} is not known for "
+        f"model_type {model_type!r}: expected linear, mlp2x_gelu (any depth), ldpnet or ldpnetv2"
+    )
+
+
+from mobilevlm.families import llava, mobilevlm  # noqa: E402, F401  (they register themselves)

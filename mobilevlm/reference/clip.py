@@ -1,0 +1,85 @@
+"""CLIP vision transformer (Radford et al. 2021), patch features of a chosen layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobilevlm.spec import VisionSpec
+
+
+class ClipAttention(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = spec.num_attention_heads, spec.head_dim
+        self.q_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.k_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.v_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.out_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        batch, length, width = hidden.shape
+        query, key, value = (
+            proj(hidden).view(batch, length, self.num_heads, self.head_dim).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.out_proj(mixed.transpose(1, 2).reshape(batch, length, width))
+        return out
+
+
+class ClipMLP(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.quick = spec.hidden_act == "quick_gelu"
+        self.fc1 = nn.Linear(spec.hidden_size, spec.intermediate_size)
+        self.fc2 = nn.Linear(spec.intermediate_size, spec.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = self.fc1(hidden)
+        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
+        out: Tensor = self.fc2(hidden)
+        return out
+
+
+class ClipLayer(nn.Module):
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+        self.attn = ClipAttention(spec)
+        self.norm2 = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+        self.mlp = ClipMLP(spec)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        hidden = hidden + self.attn(self.norm1(hidden))
+        return hidden + self.mlp(self.norm2(hidden))  # type: ignore[no-any-return]
+
+
+class ClipTower(nn.Module):
+    """Normalised pixels ``(batch, 3, size, size)`` to patch features
+    ``(batch, num_patches, hidden_size)``; the class token is dropped at the end."""
+
+    def __init__(self, spec: VisionSpec) -> None:
+        super().__init__()
+        self.class_embedding = nn.Parameter(torch.zeros(spec.hidden_size))
+        self.patch_embedding = nn.Conv2d(
+            3, spec.hidden_size, spec.patch_size, stride=spec.patch_size, bias=False
+        )
+        self.position_embedding = nn.Embedding(spec.num_patches + 1, spec.hidden_size)
+        self.pre_norm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+        self.layers = nn.ModuleList(ClipLayer(spec) for _ in range(spec.num_hidden_layers))
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        token = self.class_embedding.expand(len(pixels), 1, -1)
+        hidden = torch.cat([token, patches], dim=1)
+        hidden = hidden + self.position_embedding(torch.arange(hidden.shape[1]).to(hidden.device))
+        out: Tensor = self.pre_norm(hidden)
+        return out
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        hidden = self.embed(pixels)
+        for layer in self.layers:
+            hidden = layer(hidden)
+        return hidden[:, 1:]

@@ -1,0 +1,121 @@
+"""The whole model in float32 torch: tower, projector and decoder under their canonical names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from mobilevlm.checkpoint import Weights
+from mobilevlm.families import Model
+from mobilevlm.image import normalize
+from mobilevlm.reference.clip import ClipLayer, ClipTower
+from mobilevlm.reference.llama import LlamaDecoder, LlamaLayer
+from mobilevlm.reference.projectors import build_projector
+from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
+
+
+class ReferenceModel(nn.Module):
+    """Parameters carry the canonical names (``vision.…``, ``projector.…``, ``decoder.…``)."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.vision = ClipTower(spec.vision)
+        self.projector = build_projector(spec.projector)
+        self.decoder = LlamaDecoder(spec.decoder)
+
+    def features(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """uint8 ``(size, size, 3)`` to tower features ``(num_patches, vision hidden_size)``."""
+        values = torch.from_numpy(normalize(pixels, self.spec.image))
+        out: Tensor = self.vision(values[None])[0]
+        return out
+
+    def visual_tokens(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """uint8 ``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``."""
+        out: Tensor = self.projector(self.features(pixels)[None])[0]
+        return out
+
+    def embed(self, ids: Sequence[int], images: Sequence[Tensor]) -> Tensor:
+        """Ids with -200 where an image goes to embeddings ``(length, hidden_size)``."""
+        pieces, start, remaining = [], 0, iter(images)
+        for index, token in enumerate([*ids, IMAGE_TOKEN_ID]):
+            if token == IMAGE_TOKEN_ID:
+                pieces.append(self.decoder.embed_tokens(torch.tensor(ids[start:index]).long()))
+                if index < len(ids):
+                    pieces.append(next(remaining))
+                start = index + 1
+        return torch.cat(pieces)
+
+    def logits(self, embeds: Tensor) -> Tensor:
+        """Embeddings ``(length, hidden_size)`` to logits ``(length, vocab_size)``."""
+        out: Tensor = self.decoder(embeds[None])[0]
+        return out
+
+    def greedy(self, embeds: Tensor, steps: int) -> list[int]:
+        """The next ``steps`` tokens, each from a full pass: slow, and with no cache to be wrong."""
+        tokens: list[int] = []
+        for _ in range(steps):
+            token = int(self.logits(embeds)[-1].argmax())
+            tokens.append(token)
+            embeds = torch.cat([embeds, self.decoder.embed_tokens(torch.tensor([token]))])
+        return tokens
+
+
+def load_reference(model: Model, streamed: bool = False) -> ReferenceModel:
+    """The reference with a checkpoint's weights.
+
+    ``streamed``: each layer's weights are read when it runs and dropped after, so that a model
+    larger than memory can be measured; one pass then reads the whole checkpoint.
+    """
+    with torch.device("meta"):
+        reference = ReferenceModel(model.spec)
+    reference.vision.class_embedding = nn.Parameter(
+        _read(model.weights, "vision.class_embedding", reference.vision.class_embedding),
+        requires_grad=False,
+    )
+    for name, block in _blocks(reference):
+        if streamed:
+            _stream(block, model.weights, name)
+        else:
+            _fill(block, model.weights, name)
+    return reference.eval()
+
+
+def _blocks(reference: ReferenceModel) -> Iterator[tuple[str, nn.Module]]:
+    """The units that are filled at once: whole layers, the projector, and single modules."""
+    whole: list[str] = []
+    for name, module in reference.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in whole):
+            continue
+        if isinstance(module, (ClipLayer, LlamaLayer)) or name == "projector":
+            whole.append(name)
+            yield name, module
+        elif not list(module.children()):
+            yield name, module
+
+
+def _fill(block: nn.Module, weights: Weights, prefix: str) -> None:
+    for name, parameter in list(block.named_parameters()):
+        owner, _, leaf = name.rpartition(".")
+        value = _read(weights, f"{prefix}.{name}", parameter)
+        setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _stream(block: nn.Module, weights: Weights, prefix: str) -> None:
+    def load(module: nn.Module, _: Any) -> None:
+        _fill(module, weights, prefix)
+
+    def drop(module: nn.Module, *_: Any) -> None:
+        module.to("meta")
+
+    block.register_forward_pre_hook(load)
+    block.register_forward_hook(drop)
+
+
+def _read(weights: Weights, name: str, like: Tensor) -> Tensor:
+    return torch.from_numpy(np.array(weights.read(name, tuple(like.shape))))

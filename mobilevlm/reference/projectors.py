@@ -1,0 +1,100 @@
+"""Projectors: patch features ``(batch, num_patches, in_size)`` to visual tokens
+``(batch, num_tokens, out_size)``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobilevlm.spec import ProjectorSpec
+
+
+class MLP(nn.ModuleList):
+    """Linears with exact GELU between; one Linear is LLaVA's first projector."""
+
+    def __init__(self, spec: ProjectorSpec) -> None:
+        sizes = [spec.in_size] + [spec.out_size] * spec.depth
+        super().__init__(nn.Linear(sizes[i], sizes[i + 1]) for i in range(spec.depth))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for index, linear in enumerate(self):
+            hidden = linear(hidden if index == 0 else F.gelu(hidden))
+        return hidden
+
+
+class MLPProjector(nn.Module):
+    """``linear`` and ``mlpNx_gelu`` (LLaVA, Liu et al. 2023)."""
+
+    def __init__(self, spec: ProjectorSpec) -> None:
+        super().__init__()
+        self.mlp = MLP(spec)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.mlp(features)
+        return out
+
+
+class LDPv2Projector(nn.Module):
+    """MLP, average pooling to 12 × 12, depthwise 3 × 3 with residual (MobileVLM V2, fig. 3)."""
+
+    def __init__(self, spec: ProjectorSpec) -> None:
+        super().__init__()
+        self.grid, self.out_grid = spec.grid, spec.out_grid
+        self.mlp = MLP(spec)
+        self.peg = nn.Conv2d(spec.out_size, spec.out_size, 3, padding=1, groups=spec.out_size)
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.mlp(features).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        hidden = F.adaptive_avg_pool2d(hidden, self.out_grid)
+        hidden = self.peg(hidden) + hidden
+        return hidden.flatten(2).transpose(1, 2)
+
+
+class InvertedResidual(nn.Module):
+    """Depthwise 3 × 3, squeeze-and-excitation, pointwise; the norms are over channels."""
+
+    def __init__(self, spec: ProjectorSpec, stride: int) -> None:
+        super().__init__()
+        self.residual = stride == 1
+        channels, squeezed = spec.out_size, spec.squeeze_size
+        self.depthwise = nn.Conv2d(
+            channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False
+        )
+        self.norm1 = nn.LayerNorm(channels, eps=1e-5)
+        self.squeeze = nn.Conv2d(channels, squeezed, 1)
+        self.excite = nn.Conv2d(squeezed, channels, 1)
+        self.pointwise = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm2 = nn.LayerNorm(channels, eps=1e-5)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out = F.hardswish(_channel_norm(self.norm1, self.depthwise(hidden)))
+        gate = F.relu(self.squeeze(out.mean(dim=(2, 3), keepdim=True)))
+        out = out * F.hardsigmoid(self.excite(gate))
+        out = _channel_norm(self.norm2, self.pointwise(out))
+        return out + hidden if self.residual else out
+
+
+class LDPProjector(nn.Module):
+    """MLP and two inverted-residual blocks, the second of stride 2 (MobileVLM, fig. 3)."""
+
+    def __init__(self, spec: ProjectorSpec) -> None:
+        super().__init__()
+        self.grid = spec.grid
+        self.mlp = MLP(spec)
+        self.blocks = nn.ModuleList(InvertedResidual(spec, stride) for stride in (1, 2))
+
+    def forward(self, features: Tensor) -> Tensor:
+        hidden = self.mlp(features).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden.flatten(2).transpose(1, 2)
+
+
+def _channel_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
+    out: Tensor = norm(hidden.movedim(1, -1)).movedim(-1, 1)
+    return out
+
+
+def build_projector(spec: ProjectorSpec) -> nn.Module:
+    """The projector that the spec names."""
+    return {"mlp": MLPProjector, "ldp": LDPProjector, "ldpv2": LDPv2Projector}[spec.kind](spec)

@@ -1,0 +1,202 @@
+"""ModelSpec: everything known about a model, as one tree of frozen dataclasses.
+
+A family fills it from a checkpoint; the torch reference, the graph authors and the runtime read
+only this. It is stored in a bundle's manifest, so a field added here must have a default.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+from mobilevlm.errors import MobileVLMError
+
+IMAGE_TOKEN_ID = -200
+"""Marks an image in a list of input ids, as the reference code of LLaVA and MobileVLM does."""
+
+IMAGE_PLACEHOLDER = "<image>"
+"""Marks an image in prompt text."""
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """How a picture becomes the square input of the vision tower."""
+
+    size: int
+    """Edge of the square that the tower takes, in pixels."""
+    shortest_edge: int
+    """The shorter edge is resized to this before the centre crop."""
+    aspect: Literal["pad", "crop"]
+    """``pad``: first pad to a square with the mean colour; ``crop``: centre crop cuts the rest."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def pad_color(self) -> tuple[int, int, int]:
+        """The mean colour as the reference code rounds it: ``int(mean * 255)``."""
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
+
+
+@dataclass(frozen=True)
+class VisionSpec:
+    """A CLIP vision transformer, cut after the layer whose features are used."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    """Layers that are kept: those after the selected layer are dropped."""
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: Literal["quick_gelu", "gelu"]
+    layer_norm_eps: float
+
+    @property
+    def grid(self) -> int:
+        """Patches per edge."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class ProjectorSpec:
+    """Patch features ``(num_patches, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
+
+    kind: Literal["mlp", "ldp", "ldpv2"]
+    """``mlp`` with depth 1 is LLaVA's linear projector."""
+    in_size: int
+    out_size: int
+    depth: int
+    """Linear layers of the MLP (LDP and LDPv2 begin with one of depth 2)."""
+    grid: int
+    """Patches per edge that come in."""
+    out_grid: int
+    """Visual tokens per edge that go out."""
+
+    @property
+    def num_tokens(self) -> int:
+        return self.out_grid * self.out_grid
+
+    @property
+    def squeeze_size(self) -> int:
+        """Channels inside LDP's squeeze-and-excitation: a quarter, rounded to a multiple of 8
+        without losing more than a tenth (``_make_divisible`` of MobileNetV3)."""
+        quarter = self.out_size / 4
+        rounded = max(8, int(quarter + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * quarter else rounded
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """A Llama decoder."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    rope_scaling: float
+    """Linear position interpolation: positions are divided by this factor (1.0: none)."""
+    context_length: int
+    tie_word_embeddings: bool
+
+
+@dataclass(frozen=True)
+class ConversationSpec:
+    """What turns chat messages into input ids and ends an answer."""
+
+    chat_template: str
+    """Jinja template over ``messages``, as in tokenizer_config.json of the Hugging Face hub."""
+    eos_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """One vision-language model: encoder, projector, decoder, and what surrounds them."""
+
+    family: str
+    name: str
+    image: ImageSpec
+    vision: VisionSpec
+    projector: ProjectorSpec
+    decoder: DecoderSpec
+    conversation: ConversationSpec
+
+
+T = TypeVar("T")
+
+
+def to_dict(value: Any) -> Any:
+    """A spec as plain JSON types."""
+    return dataclasses.asdict(value)
+
+
+def from_dict(cls: type[T], data: Any, where: str) -> T:
+    """Rebuilds a dataclass tree from JSON types; ``where`` names the place in error messages.
+
+    Raises:
+        MobileVLMError: a key is missing or a value has the wrong type.
+    """
+    value = _convert(cls, data, where)
+    return typing.cast(T, value)
+
+
+def _convert(expected: Any, data: Any, where: str) -> Any:
+    origin, args = typing.get_origin(expected), typing.get_args(expected)
+    if dataclasses.is_dataclass(expected):
+        if not isinstance(data, dict):
+            raise MobileVLMError(f"{where}: expected an object, found {data!r:.60}")
+        hints = typing.get_type_hints(expected)
+        values = {}
+        for field in dataclasses.fields(expected):
+            if field.name in data:
+                values[field.name] = _convert(
+                    hints[field.name], data[field.name], f"{where}.{field.name}"
+                )
+            elif field.default is dataclasses.MISSING:
+                raise MobileVLMError(f"{where}: key {field.name!r} is missing")
+        return expected(**values)  # type: ignore[operator]
+    if origin is tuple:
+        if not isinstance(data, (list, tuple)) or (
+            args[-1] is not ... and len(data) != len(args)
+        ):
+            raise MobileVLMError(f"{where}: expected a list, found {data!r:.60}")
+        kinds = args[:1] * len(data) if args[-1] is ... else args
+        return tuple(
+            _convert(kind, item, f"{where}[{index}]")
+            for index, (kind, item) in enumerate(zip(kinds, data, strict=True))
+        )
+    if origin is dict:
+        if not isinstance(data, dict):
+            raise MobileVLMError(f"{where}: expected an object, found {data!r:.60}")
+        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in data.items()}
+    if origin is Literal:
+        if data not in args:
+            known = ", ".join(map(repr, args))
+            raise MobileVLMError(f"{where}: expected one of {known}, found {data!r:.60}")
+        return data
+    if origin in (typing.Union, types.UnionType):
+        if data is None:
+            return None
+        return _convert(next(arg for arg in args if arg is not type(None)), data, where)
+    if expected is float and type(data) is int:
+        return float(data)
+    if expected is not Any and type(data) is not expected:
+        raise MobileVLMError(f"{where}: expected {expected.__name__}, found {data!r:.60}")
+    return data

@@ -1,0 +1,174 @@
+"""sentencepiece ``tokenizer.model`` to ``tokenizer.json``, with the same ids.
+
+The runtime then needs only the tokenizers library. Source of the rules: sentencepiece's BPE
+(merge the pair whose piece has the highest score) and transformers' LlamaTokenizer (added tokens,
+beginning-of-text id, the ``legacy`` switch).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from mobilevlm.checkpoint import read_json
+from mobilevlm.errors import CheckpointError, require
+
+SPACE = "\u2581"
+"""The character that stands for a space inside pieces."""
+
+_BPE = 2
+_UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint folder: ``tokenizer.model``, else ``tokenizer.json``.
+
+    Raises:
+        CheckpointError: no tokenizer, a damaged one, or one that is not a sentencepiece BPE model.
+    """
+    if (folder / "tokenizer.model").is_file():
+        return _from_sentencepiece(folder)
+    ready = folder / "tokenizer.json"
+    if not ready.is_file():
+        raise CheckpointError(f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(ready))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise CheckpointError(f"{ready}: damaged tokenizer: {error}") from None
+
+
+def _from_sentencepiece(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.model"
+    model = _parse_model(path)
+    if model.trainer_spec.model_type != _BPE:
+        raise CheckpointError(f"{path}: expected a sentencepiece BPE model (LLaMA's kind)")
+    pieces = [piece.piece for piece in model.pieces]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    unknown = [piece.piece for piece in model.pieces if piece.type == _UNKNOWN]
+    tokenizer = Tokenizer(
+        BPE(
+            vocab=vocab,
+            merges=_merges(model, vocab),
+            unk_token=unknown[0] if unknown else None,
+            fuse_unk=True,
+            byte_fallback=bool(model.trainer_spec.byte_fallback),
+        )
+    )
+    settings = _settings(folder)
+    _set_spaces(tokenizer, model.normalizer_spec, legacy=bool(settings.get("legacy", True)))
+    _add_special_tokens(tokenizer, model, folder, vocab)
+    bos = _token_text(settings.get("bos_token")) or "<s>"
+    if settings.get("add_bos_token", True) and tokenizer.token_to_id(bos) is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            pair=f"{bos} $A {bos}:1 $B:1",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
+        )
+    return tokenizer
+
+
+def _parse_model(path: Path) -> Any:
+    try:
+        from google.protobuf.message import DecodeError
+        from sentencepiece import sentencepiece_model_pb2
+    except ImportError:
+        raise require("sentencepiece", "export", f"reading {path}") from None
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(path.read_bytes())
+    except DecodeError:
+        raise CheckpointError(f"{path}: damaged sentencepiece model: download it again") from None
+    if not model.pieces:
+        raise CheckpointError(f"{path}: the sentencepiece model holds no pieces")
+    return model
+
+
+def _merges(model: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
+    """All ways to build a piece from two others, best score first.
+
+    Pairs of one piece are ordered by their parts' ids: a piece that can be split in several ways
+    is reached the same way as in sentencepiece, where the pair found is the one that is there.
+    """
+    ranked = []
+    for index, piece in enumerate(model.pieces):
+        if piece.type in (_CONTROL, _UNKNOWN, _UNUSED):
+            continue
+        text = piece.piece
+        pairs = [
+            (vocab[text[:cut]], vocab[text[cut:]], text[:cut], text[cut:])
+            for cut in range(1, len(text))
+            if text[:cut] in vocab and text[cut:] in vocab
+        ]
+        ranked += [(-piece.score, index, *pair) for pair in sorted(pairs)]
+    ranked.sort(key=lambda row: row[:4])
+    return [(left, right) for *_, left, right in ranked]
+
+
+def _set_spaces(tokenizer: Tokenizer, rules: Any, legacy: bool) -> None:
+    """Normalisation, leading space piece, and the way back from pieces to text.
+
+    With ``legacy``, text after an added token gets a leading space piece too.
+    """
+    steps: list[Any] = []
+    if rules.precompiled_charsmap:
+        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
+    if rules.remove_extra_whitespaces:
+        steps += [normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")]
+    if legacy and rules.add_dummy_prefix:
+        steps.append(normalizers.Prepend(SPACE))
+    steps.append(normalizers.Replace(" ", SPACE))
+    tokenizer.normalizer = normalizers.Sequence(steps)
+    if rules.add_dummy_prefix and not legacy:
+        # The first step puts a space in front of the whole text only (Metaspace would leave it
+        # out where the text begins with its own replacement character), the second renames it.
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Metaspace(replacement=" ", prepend_scheme="first", split=False),
+                pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=False),
+            ]
+        )
+    tokenizer.decoder = decoders.Sequence(
+        [
+            decoders.Replace(SPACE, " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            *([decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []),
+        ]
+    )
+
+
+def _add_special_tokens(
+    tokenizer: Tokenizer, model: Any, folder: Path, vocab: dict[str, int]
+) -> None:
+    special = [p.piece for p in model.pieces if p.type in (_CONTROL, _UNKNOWN)]
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in special]
+    )
+    defined = [p.piece for p in model.pieces if p.type == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in defined])
+    path = folder / "added_tokens.json"
+    if not path.is_file():
+        return
+    added = sorted(read_json(path).items(), key=lambda item: item[1])
+    for expected, (text, index) in enumerate(added, start=len(vocab)):
+        if text not in vocab and index != expected:
+            raise CheckpointError(
+                f"{path}: token {text!r} has id {index}, expected {expected} (ids go on from the "
+                f"{len(vocab)} pieces of tokenizer.model)"
+            )
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, _ in added])
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    path = folder / "tokenizer_config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _token_text(entry: Any) -> str | None:
+    """A token in tokenizer_config.json is text or an object with its ``content``."""
+    if isinstance(entry, dict):
+        entry = entry.get("content")
+    return entry if isinstance(entry, str) else None

@@ -1,0 +1,1 @@
+"""Graph authors: ModelSpec and weights to ONNX graphs, written as modules (onnxscript.nn)."""

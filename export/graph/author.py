@@ -1,0 +1,110 @@
+"""Authors whole ONNX files: graph inputs and outputs around the stages' modules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import GraphBuilder
+
+from mobilevlm.checkpoint import Weights
+from mobilevlm.export.graph.decoder import DecoderStage
+from mobilevlm.export.graph.layers import CONTRIB, FLOAT
+from mobilevlm.export.graph.vision import VisionStage
+from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.export.recipes import Recipe
+from mobilevlm.spec import ModelSpec
+
+OPSET = 20
+IR_VERSION = 10
+
+Shape = list[int | str]
+
+
+def author_vision(weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path) -> dict[str, float]:
+    """Writes the vision stage. Returns each quantized tensor's relative error."""
+
+    def build(builder: GraphBuilder, file: WeightFile) -> None:
+        stage = VisionStage(file, spec, recipe.vision)
+        size, patches = spec.image.size, spec.vision.num_patches
+        pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
+        tokens, features = stage(builder.op, pixels)
+        _output(builder, tokens, "visual_tokens", [1, spec.projector.num_tokens, spec.projector.out_size])
+        _output(builder, features, "features", [1, patches, spec.vision.hidden_size])
+
+    return _author("vision_encoder", weights, path, build)
+
+
+def author_decoder(weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path) -> dict[str, float]:
+    """Writes the decoder stage. Returns each quantized tensor's relative error."""
+    decoder = spec.decoder
+    buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.head_dim]
+
+    def build(builder: GraphBuilder, file: WeightFile) -> None:
+        stage = DecoderStage(file, decoder, recipe)
+        embeds = _input(builder, "inputs_embeds", FLOAT, [1, "length", decoder.hidden_size])
+        total = _input(builder, "total_length", ir.DataType.INT32, [1])
+        positions = _input(builder, "logits_positions", ir.DataType.INT64, ["positions"])
+        past = [
+            (
+                _input(builder, f"past_key_values.{index}.key", FLOAT, buffer),
+                _input(builder, f"past_key_values.{index}.value", FLOAT, buffer),
+            )
+            for index in range(decoder.num_hidden_layers)
+        ]
+        logits, presents = stage(builder.op, embeds, total, positions, past)
+        _output(builder, logits, "logits", [1, "positions", decoder.vocab_size])
+        for index, (key, value) in enumerate(presents):
+            _output(builder, key, f"present.{index}.key", buffer)
+            _output(builder, value, f"present.{index}.value", buffer)
+
+    return _author("decoder_model_merged", weights, path, build)
+
+
+def author_embeddings(
+    weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path
+) -> dict[str, float]:
+    """Writes the embedding table as a graph of one Gather. The runtime maps the data file itself
+    instead, so that only the rows in use become resident."""
+    decoder = spec.decoder
+
+    def build(builder: GraphBuilder, file: WeightFile) -> None:
+        table = file.read("decoder.embed_tokens.weight", decoder.vocab_size, decoder.hidden_size)
+        half = recipe.embeddings == "fp16"
+        weight = file.parameter(table.astype(np.float16) if half else table, "embed_tokens.weight")
+        builder.graph.initializers["embed_tokens.weight"] = weight
+        ids = _input(builder, "input_ids", ir.DataType.INT64, [1, "length"])
+        rows = builder.op.Gather(weight, ids)
+        embeds = builder.op.Cast(rows, to=FLOAT) if half else rows
+        _output(builder, embeds, "inputs_embeds", [1, "length", decoder.hidden_size])
+
+    return _author("embed_tokens", weights, path, build)
+
+
+def _author(
+    name: str, weights: Weights, path: Path, build: Callable[[GraphBuilder, WeightFile], None]
+) -> dict[str, float]:
+    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name=name)
+    file = WeightFile(weights, path.with_name(f"{path.name}_data"))
+    try:
+        build(GraphBuilder(graph), file)
+    finally:
+        file.close()
+    for node in graph:
+        node.metadata_props.clear()  # where in the modules it was made: bytes a device never needs
+    ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="mobilevlm"), path)
+    return file.errors
+
+
+def _input(builder: GraphBuilder, name: str, dtype: ir.DataType, shape: Shape) -> Any:
+    value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+    builder.graph.inputs.append(value)
+    return value
+
+
+def _output(builder: GraphBuilder, value: Any, name: str, shape: Shape) -> None:
+    value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(FLOAT)
+    builder.graph.outputs.append(value)

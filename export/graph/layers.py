@@ -1,0 +1,119 @@
+"""Layers that several graphs use: linear layers in every precision, and norms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from onnxscript import nn
+
+from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.export.quantize import rtn
+from mobilevlm.export.recipes import Precision
+
+CONTRIB = "com.microsoft"
+FLOAT = ir.DataType.FLOAT
+
+
+class Linear(nn.Module):  # type: ignore[misc]
+    """``x (…, in_size)`` to ``x · Wᵀ + b (…, out_size)``.
+
+    ``names``: canonical tensors without ``.weight``; several are stacked along the output and
+    multiplied at once (fused q, k and v).
+    """
+
+    def __init__(
+        self,
+        weights: WeightFile,
+        names: str | Sequence[str],
+        in_size: int,
+        out_sizes: int | Sequence[int],
+        precision: Precision,
+        *,
+        bias: bool = True,
+        block_size: int = 32,
+    ) -> None:
+        super().__init__()
+        names = [names] if isinstance(names, str) else list(names)
+        sizes = [out_sizes] if isinstance(out_sizes, int) else list(out_sizes)
+        parts = list(zip(names, sizes, strict=True))
+        weight = _stacked([weights.read(f"{name}.weight", size, in_size) for name, size in parts])
+        self.in_size, self.out_size = in_size, sum(sizes)
+        self.precision, self.block_size = precision, block_size
+        label = ",".join(names)
+        if precision == "int8":
+            columns = rtn.quantize_columns(weight)
+            weights.errors[label] = columns.relative_error
+            self.weight = weights.parameter(columns.values)
+            self.scale = weights.parameter(columns.scales)
+        elif precision in ("q8", "q4"):
+            blocks = rtn.quantize_blocks(weight, 4 if precision == "q4" else 8, block_size)
+            weights.errors[label] = blocks.relative_error
+            self.weight = weights.parameter(blocks.packed)
+            self.scale = weights.parameter(blocks.scales)
+        elif precision == "fp16":
+            half = _to_half(weight, label)
+            weights.errors[label] = _relative_error(half, weight)
+            self.weight = weights.parameter(half.T)
+        else:
+            self.weight = weights.parameter(weight.T)
+        self.bias = None
+        if bias:
+            vectors = [weights.read(f"{name}.bias", size) for name, size in parts]
+            self.bias = weights.parameter(_stacked(vectors))
+
+    def forward(self, op: Any, x: Any) -> Any:
+        if self.precision == "int8":
+            return op.DynamicQuantizeMatMul(
+                x, self.weight, self.scale, None, self.bias, _domain=CONTRIB
+            )
+        if self.precision in ("q8", "q4"):
+            return op.MatMulNBits(
+                x,
+                self.weight,
+                self.scale,
+                None,
+                None,
+                self.bias,
+                K=self.in_size,
+                N=self.out_size,
+                bits=4 if self.precision == "q4" else 8,
+                block_size=self.block_size,
+                accuracy_level=4,
+                _domain=CONTRIB,
+            )
+        weight = self.weight
+        if self.precision == "fp16":
+            weight = op.Cast(weight, to=FLOAT)
+        product = op.MatMul(x, weight)
+        return product if self.bias is None else op.Add(product, self.bias)
+
+
+class LayerNorm(nn.Module):  # type: ignore[misc]
+    """Layer normalisation over the last axis."""
+
+    def __init__(self, weights: WeightFile, name: str, size: int, epsilon: float) -> None:
+        super().__init__()
+        self.epsilon = epsilon
+        self.weight = weights.parameter(weights.read(f"{name}.weight", size))
+        self.bias = weights.parameter(weights.read(f"{name}.bias", size))
+
+    def forward(self, op: Any, x: Any) -> Any:
+        return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.epsilon)
+
+
+def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _to_half(weight: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
+    """float16, saturated: a bfloat16 weight beyond 65504 would become infinite."""
+    limit = np.finfo(np.float16).max
+    return weight.clip(-limit, limit).astype(np.float16)
+
+
+def _relative_error(stored: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> float:
+    norm = float(np.linalg.norm(exact))
+    return float(np.linalg.norm(stored.astype(np.float32) - exact)) / norm if norm else 0.0

@@ -1,0 +1,173 @@
+"""Projectors: features ``(1, num_patches, in_size)`` to visual tokens ``(1, num_tokens, out_size)``.
+
+Exact rewrite: LDPv2's average pooling commutes with the second Linear of its MLP, so it comes
+first and that Linear does a quarter of the work.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnxscript import nn
+
+from mobilevlm.export.graph.layers import LayerNorm, Linear
+from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.export.recipes import Precision
+from mobilevlm.spec import ProjectorSpec
+
+
+class MLPProjector(nn.Module):  # type: ignore[misc]
+    """Linears with exact GELU between."""
+
+    def __init__(self, weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> None:
+        super().__init__()
+        self.mlp = _linears(weights, spec, precision)
+
+    def forward(self, op: Any, features: Any) -> Any:
+        hidden = features
+        for index, linear in enumerate(self.mlp):
+            hidden = linear(op, hidden if index == 0 else op.Gelu(hidden))
+        return hidden
+
+
+class LDPv2Projector(nn.Module):  # type: ignore[misc]
+    """MLP, average pooling to ``out_grid``, depthwise 3 × 3 with residual."""
+
+    def __init__(self, weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> None:
+        super().__init__()
+        self.spec = spec
+        self.mlp = _linears(weights, spec, precision)
+        if spec.grid % spec.out_grid:
+            self.pooling = weights.parameter(_pooling_matrix(spec.grid, spec.out_grid))
+        self.kernel = weights.parameter(weights.read("projector.peg.weight", spec.out_size, 1, 3, 3))
+        self.bias = weights.parameter(weights.read("projector.peg.bias", spec.out_size))
+
+    def forward(self, op: Any, features: Any) -> Any:
+        spec = self.spec
+        hidden = self._pool(op, op.Gelu(self.mlp[0](op, features)))
+        hidden = _to_grid(op, self.mlp[1](op, hidden), spec.out_size, spec.out_grid)
+        mixed = op.Conv(hidden, self.kernel, self.bias, group=spec.out_size, pads=[1, 1, 1, 1])
+        return _to_tokens(op, op.Add(mixed, hidden), spec.out_size, spec.num_tokens)
+
+    def _pool(self, op: Any, hidden: Any) -> Any:
+        """Adaptive average pooling over the grid; a matrix product where its bins overlap."""
+        spec = self.spec
+        if spec.grid % spec.out_grid:
+            return op.MatMul(self.pooling, hidden)
+        step = spec.grid // spec.out_grid
+        rows = op.Reshape(hidden, [1, spec.out_grid, step, spec.out_grid, step, spec.out_size])
+        return op.Reshape(
+            op.ReduceMean(rows, [2, 4], keepdims=0), [1, spec.num_tokens, spec.out_size]
+        )
+
+
+class LDPProjector(nn.Module):  # type: ignore[misc]
+    """MLP and two inverted-residual blocks, the second of stride 2."""
+
+    def __init__(self, weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> None:
+        super().__init__()
+        self.spec = spec
+        self.mlp = _linears(weights, spec, precision)
+        self.blocks = nn.ModuleList(
+            [
+                InvertedResidual(weights, f"projector.blocks.{index}", spec, stride)
+                for index, stride in enumerate((1, 2))
+            ]
+        )
+
+    def forward(self, op: Any, features: Any) -> Any:
+        spec = self.spec
+        hidden = self.mlp[1](op, op.Gelu(self.mlp[0](op, features)))
+        hidden = _to_grid(op, hidden, spec.out_size, spec.grid)
+        for block in self.blocks:
+            hidden = block(op, hidden)
+        return _to_tokens(op, hidden, spec.out_size, spec.num_tokens)
+
+
+class InvertedResidual(nn.Module):  # type: ignore[misc]
+    """Depthwise 3 × 3, squeeze-and-excitation, pointwise, on ``(1, channels, grid, grid)``."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: ProjectorSpec, stride: int) -> None:
+        super().__init__()
+        channels, squeezed = spec.out_size, spec.squeeze_size
+        self.channels, self.stride = channels, stride
+        self.depthwise = weights.parameter(weights.read(f"{name}.depthwise.weight", channels, 1, 3, 3))
+        self.norm1 = ChannelNorm(weights, f"{name}.norm1", channels)
+        self.squeeze = Conv1x1(weights, f"{name}.squeeze", channels, squeezed)
+        self.excite = Conv1x1(weights, f"{name}.excite", squeezed, channels)
+        self.pointwise = Conv1x1(weights, f"{name}.pointwise", channels, channels, bias=False)
+        self.norm2 = ChannelNorm(weights, f"{name}.norm2", channels)
+
+    def forward(self, op: Any, hidden: Any) -> Any:
+        out = op.Conv(
+            hidden,
+            self.depthwise,
+            group=self.channels,
+            pads=[1, 1, 1, 1],
+            strides=[self.stride, self.stride],
+        )
+        out = op.HardSwish(self.norm1(op, out))
+        gate = op.Relu(self.squeeze(op, op.GlobalAveragePool(out)))
+        gate = op.HardSigmoid(self.excite(op, gate), alpha=1 / 6, beta=0.5)
+        out = self.norm2(op, self.pointwise(op, op.Mul(out, gate)))
+        return op.Add(out, hidden) if self.stride == 1 else out
+
+
+class Conv1x1(nn.Module):  # type: ignore[misc]
+    def __init__(
+        self, weights: WeightFile, name: str, in_size: int, out_size: int, bias: bool = True
+    ) -> None:
+        super().__init__()
+        self.weight = weights.parameter(weights.read(f"{name}.weight", out_size, in_size, 1, 1))
+        self.bias = weights.parameter(weights.read(f"{name}.bias", out_size)) if bias else None
+
+    def forward(self, op: Any, hidden: Any) -> Any:
+        return op.Conv(hidden, self.weight, self.bias)
+
+
+class ChannelNorm(nn.Module):  # type: ignore[misc]
+    """Layer normalisation over channels of ``(1, channels, height, width)``."""
+
+    def __init__(self, weights: WeightFile, name: str, channels: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm(weights, name, channels, 1e-5)
+
+    def forward(self, op: Any, hidden: Any) -> Any:
+        hidden = self.norm(op, op.Transpose(hidden, perm=[0, 2, 3, 1]))
+        return op.Transpose(hidden, perm=[0, 3, 1, 2])
+
+
+def build_projector(weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> nn.Module:
+    """The projector that the spec names."""
+    kinds = {"mlp": MLPProjector, "ldp": LDPProjector, "ldpv2": LDPv2Projector}
+    return kinds[spec.kind](weights, spec, precision)
+
+
+def _linears(weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> nn.ModuleList:
+    sizes = [spec.in_size] + [spec.out_size] * spec.depth
+    return nn.ModuleList(
+        [
+            Linear(weights, f"projector.mlp.{index}", sizes[index], sizes[index + 1], precision)
+            for index in range(spec.depth)
+        ]
+    )
+
+
+def _to_grid(op: Any, tokens: Any, channels: int, grid: int) -> Any:
+    """``(1, grid², channels)`` to ``(1, channels, grid, grid)``."""
+    return op.Reshape(op.Transpose(tokens, perm=[0, 2, 1]), [1, channels, grid, grid])
+
+
+def _to_tokens(op: Any, hidden: Any, channels: int, tokens: int) -> Any:
+    """``(1, channels, grid, grid)`` to ``(1, grid², channels)``."""
+    return op.Transpose(op.Reshape(hidden, [1, channels, tokens]), perm=[0, 2, 1])
+
+
+def _pooling_matrix(grid: int, out: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """``(out², grid²)``: bin i covers ``floor(i · grid / out)`` to ``ceil((i + 1) · grid / out)``."""
+    bins = np.zeros((out, grid), np.float64)
+    for index in range(out):
+        start, stop = index * grid // out, -(-(index + 1) * grid // out)
+        bins[index, start:stop] = 1 / (stop - start)
+    return np.kron(bins, bins).astype(np.float32)

@@ -1,0 +1,109 @@
+"""The vision stage: uint8 pixels to visual tokens, tower and projector in one graph.
+
+Exact rewrites: mean and standard deviation are folded into the patch embedding, which becomes a
+matrix product; q, k and v are one product; layers after the selected one are absent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from onnxscript import nn
+
+from mobilevlm.export.graph.layers import CONTRIB, FLOAT, LayerNorm, Linear
+from mobilevlm.export.graph.projectors import build_projector
+from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.export.recipes import Precision
+from mobilevlm.spec import ImageSpec, ModelSpec, VisionSpec
+
+
+class VisionStage(nn.Module):  # type: ignore[misc]
+    """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and the tower's
+    features ``(1, num_patches, vision hidden_size)``."""
+
+    def __init__(self, weights: WeightFile, spec: ModelSpec, precision: Precision) -> None:
+        super().__init__("vision")
+        self.tower = ClipTower(weights, spec.vision, spec.image, precision)
+        self.projector = build_projector(weights, spec.projector, precision)
+
+    def forward(self, op: Any, pixels: Any) -> tuple[Any, Any]:
+        features = self.tower(op, pixels)
+        return self.projector(op, features), features
+
+
+class ClipTower(nn.Module):  # type: ignore[misc]
+    def __init__(
+        self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, precision: Precision
+    ) -> None:
+        super().__init__()
+        self.embedding = PatchEmbedding(weights, spec, image)
+        self.pre_norm = LayerNorm(weights, "vision.pre_norm", spec.hidden_size, spec.layer_norm_eps)
+        self.layers = nn.ModuleList(
+            [
+                ClipLayer(weights, f"vision.layers.{index}", spec, precision)
+                for index in range(spec.num_hidden_layers)
+            ]
+        )
+
+    def forward(self, op: Any, pixels: Any) -> Any:
+        hidden = self.pre_norm(op, self.embedding(op, pixels))
+        for layer in self.layers:
+            hidden = layer(op, hidden)
+        return op.Slice(hidden, [1], [2**31], [1])  # the class token is dropped
+
+
+class PatchEmbedding(nn.Module):  # type: ignore[misc]
+    """Cuts patches, multiplies them by the convolution's weights, adds class token and positions."""
+
+    def __init__(self, weights: WeightFile, spec: VisionSpec, image: ImageSpec) -> None:
+        super().__init__()
+        self.grid, self.patch = spec.grid, spec.patch_size
+        hidden, patch = spec.hidden_size, spec.patch_size
+        kernel = weights.read("vision.patch_embedding.weight", hidden, 3, patch, patch)
+        kernel = kernel.astype(np.float64).transpose(2, 3, 1, 0)  # (patch, patch, 3, hidden)
+        mean, std = np.float64(image.mean), np.float64(image.std)
+        bias = -(kernel / std[:, None] * mean[:, None]).sum(axis=(0, 1, 2))
+        kernel = (kernel / (255.0 * std)[:, None]).reshape(-1, hidden)
+        positions = weights.read(
+            "vision.position_embedding.weight", spec.num_patches + 1, hidden
+        ).astype(np.float64)
+        token = weights.read("vision.class_embedding", hidden).astype(np.float64)
+        self.weight = weights.parameter(kernel.astype(np.float32))
+        self.positions = weights.parameter((positions[1:] + bias).astype(np.float32)[None])
+        self.class_token = weights.parameter((positions[0] + token).astype(np.float32)[None, None])
+
+    def forward(self, op: Any, pixels: Any) -> Any:
+        grid, patch = self.grid, self.patch
+        edge = grid * patch
+        pixels = op.Slice(pixels, [0, 0], [edge, edge], [1, 2])  # a border narrower than a patch
+        patches = op.Reshape(pixels, [1, grid, patch, grid, patch, 3])
+        patches = op.Transpose(patches, perm=[0, 1, 3, 2, 4, 5])
+        patches = op.Reshape(patches, [1, grid * grid, patch * patch * 3])
+        hidden = op.MatMul(op.Cast(patches, to=FLOAT), self.weight)
+        return op.Concat(self.class_token, op.Add(hidden, self.positions), axis=1)
+
+
+class ClipLayer(nn.Module):  # type: ignore[misc]
+    def __init__(
+        self, weights: WeightFile, name: str, spec: VisionSpec, precision: Precision
+    ) -> None:
+        super().__init__()
+        size, wide = spec.hidden_size, spec.intermediate_size
+        self.num_heads, self.quick = spec.num_attention_heads, spec.hidden_act == "quick_gelu"
+        self.norm1 = LayerNorm(weights, f"{name}.norm1", size, spec.layer_norm_eps)
+        parts = [f"{name}.attn.{part}_proj" for part in "qkv"]
+        self.qkv = Linear(weights, parts, size, [size] * 3, precision)
+        self.out_proj = Linear(weights, f"{name}.attn.out_proj", size, size, precision)
+        self.norm2 = LayerNorm(weights, f"{name}.norm2", size, spec.layer_norm_eps)
+        self.fc1 = Linear(weights, f"{name}.mlp.fc1", size, wide, precision)
+        self.fc2 = Linear(weights, f"{name}.mlp.fc2", wide, size, precision)
+
+    def forward(self, op: Any, hidden: Any) -> Any:
+        qkv = self.qkv(op, self.norm1(op, hidden))
+        query, key, value = op.Split(qkv, axis=-1, num_outputs=3, _outputs=3)
+        mixed = op.MultiHeadAttention(query, key, value, num_heads=self.num_heads, _domain=CONTRIB)
+        hidden = op.Add(hidden, self.out_proj(op, mixed))
+        wide = self.fc1(op, self.norm2(op, hidden))
+        wide = op.QuickGelu(wide, alpha=1.702, _domain=CONTRIB) if self.quick else op.Gelu(wide)
+        return op.Add(hidden, self.fc2(op, wide))

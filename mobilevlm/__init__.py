@@ -1,0 +1,32 @@
+"""Small vision-language models on devices: export a checkpoint, run it without torch.
+
+>>> import mobilevlm
+>>> mobilevlm.export("checkpoint/", "bundle/", recipe="int4")
+>>> vlm = mobilevlm.load("bundle/")
+>>> for piece in vlm.stream("What is in the picture?", images=["cat.png"]):
+...     print(piece, end="")
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mobilevlm._version import __version__
+from mobilevlm.errors import MobileVLMError
+
+if TYPE_CHECKING:
+    from mobilevlm.export import export as export
+    from mobilevlm.runtime import load as load
+
+__all__ = ["MobileVLMError", "__version__", "export", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports the two verbs when they are first used: neither needs the other's packages."""
+    import importlib
+
+    if name == "load":
+        return importlib.import_module("mobilevlm.runtime").load
+    if name == "export":  # the package is callable: mobilevlm.export(…) and mobilevlm.export.recipes
+        return importlib.import_module("mobilevlm.export")
+    raise AttributeError(f"module 'mobilevlm' has no attribute {name!r}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -264,10 +265,10 @@ class Weights:
             )
         return array
 
-    def dtype(self, name: str) -> str:
-        """The stored type: ``f32``, ``f16``, ``bf16`` …"""
+    def size(self, name: str) -> int:
+        """How many numbers the tensor holds."""
         ref = self._refs[name]
-        return ref.files.dtype(ref.name)
+        return math.prod(ref.files.shape(ref.name))
 
     def sha256(self, prefix: str) -> str:
         """Digest of everything the tensors under ``prefix`` depend on (whole files)."""

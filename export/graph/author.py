@@ -16,6 +16,7 @@ from mobilevlm.export.graph.layers import CONTRIB, FLOAT
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.recipes import Recipe
+from mobilevlm.progress import Advance, ignore
 from mobilevlm.spec import ModelSpec
 
 OPSET = 20
@@ -24,7 +25,9 @@ IR_VERSION = 10
 Shape = list[int | str]
 
 
-def author_vision(weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path) -> dict[str, float]:
+def author_vision(
+    weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path, advance: Advance = ignore
+) -> dict[str, float]:
     """Writes the vision stage. Returns each quantized tensor's relative error."""
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
@@ -35,10 +38,12 @@ def author_vision(weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path)
         _output(builder, tokens, "visual_tokens", [1, spec.projector.num_tokens, spec.projector.out_size])
         _output(builder, features, "features", [1, patches, spec.vision.hidden_size])
 
-    return _author("vision_encoder", weights, path, build)
+    return _author("vision_encoder", weights, path, advance, build)
 
 
-def author_decoder(weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path) -> dict[str, float]:
+def author_decoder(
+    weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path, advance: Advance = ignore
+) -> dict[str, float]:
     """Writes the decoder stage. Returns each quantized tensor's relative error."""
     decoder = spec.decoder
     buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.head_dim]
@@ -61,11 +66,11 @@ def author_decoder(weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path
             _output(builder, key, f"present.{index}.key", buffer)
             _output(builder, value, f"present.{index}.value", buffer)
 
-    return _author("decoder_model_merged", weights, path, build)
+    return _author("decoder_model_merged", weights, path, advance, build)
 
 
 def author_embeddings(
-    weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path
+    weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path, advance: Advance = ignore
 ) -> dict[str, float]:
     """Writes the embedding table as a graph of one Gather. The runtime maps the data file itself
     instead, so that only the rows in use become resident."""
@@ -81,14 +86,18 @@ def author_embeddings(
         embeds = builder.op.Cast(rows, to=FLOAT) if half else rows
         _output(builder, embeds, "inputs_embeds", [1, "length", decoder.hidden_size])
 
-    return _author("embed_tokens", weights, path, build)
+    return _author("embed_tokens", weights, path, advance, build)
 
 
 def _author(
-    name: str, weights: Weights, path: Path, build: Callable[[GraphBuilder, WeightFile], None]
+    name: str,
+    weights: Weights,
+    path: Path,
+    advance: Advance,
+    build: Callable[[GraphBuilder, WeightFile], None],
 ) -> dict[str, float]:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name=name)
-    file = WeightFile(weights, path.with_name(f"{path.name}_data"))
+    file = WeightFile(weights, path.with_name(f"{path.name}_data"), advance)
     try:
         build(GraphBuilder(graph), file)
     finally:

@@ -6,6 +6,7 @@ memory holds one tensor at a time. The file order is the order of use.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.progress import Advance, ignore
 
 _ALIGNMENT = 4096
 """Large tensors begin on a page, so that they can be mapped alone."""
@@ -28,8 +30,9 @@ class WeightFile:
     made in each.
     """
 
-    def __init__(self, source: Weights, path: Path) -> None:
+    def __init__(self, source: Weights, path: Path, advance: Advance = ignore) -> None:
         self.source = source
+        self._advance = advance
         self.path = path
         self.errors: dict[str, float] = {}
         self._file: BinaryIO = path.open("wb")
@@ -57,6 +60,7 @@ class WeightFile:
 
     def read(self, name: str, *shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The canonical tensor ``name`` as float32."""
+        self._advance(math.prod(shape))
         return self.source.read(name, shape)
 
     def close(self) -> None:

@@ -1,0 +1,240 @@
+"""A bundle: the folder a device needs, described by ``manifest.json``.
+
+The manifest holds the spec, the stages with their artifacts, size and digest of every file, the
+recipe and the measured quality. docs/bundle.md specifies the format.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from mobilevlm.checkpoint import file_sha256
+from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.spec import ModelSpec, from_dict, to_dict
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """What a file must be."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """One way to run a stage."""
+
+    format: Literal["onnx"]
+    precision: str
+    path: str
+    """The file that an engine opens, relative to the bundle, with ``/``."""
+    data: tuple[str, ...]
+    """Further files that it needs."""
+
+
+@dataclass(frozen=True)
+class WeightError:
+    """The tensor that quantization changed most."""
+
+    tensor: str
+    relative_error: float
+    """``‖stored − exact‖ / ‖exact‖``"""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """``vision``, ``decoder`` or ``embeddings``."""
+
+    key: str
+    """Digest of everything its artifacts were made of."""
+    artifacts: tuple[Artifact, ...]
+    largest_weight_error: WeightError | None = None
+
+
+@dataclass(frozen=True)
+class EmbeddingTable:
+    """Where the embedding rows lie, for mapping them into memory."""
+
+    path: str
+    offset: int
+    dtype: Literal["float16", "float32"]
+    rows: int
+    columns: int
+
+
+@dataclass(frozen=True)
+class StageQuality:
+    """Distance of an artifact from the float32 reference on the calibration pictures."""
+
+    figures: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What the export measured, or why it did not."""
+
+    measured: bool
+    note: str = ""
+    stages: dict[str, StageQuality] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of ``manifest.json``."""
+
+    schema_version: int
+    spec: ModelSpec
+    recipe: dict[str, Any]
+    stages: dict[str, Stage]
+    embeddings: EmbeddingTable
+    quality: Quality
+    files: dict[str, FileEntry]
+    tools: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle on disk whose manifest was read and checked."""
+
+    folder: Path
+    manifest: Manifest
+    digest: str
+    """Digest of the manifest, hence of the whole content."""
+
+    def path(self, name: str) -> Path:
+        return self.folder / name
+
+
+def is_bundle(folder: Path) -> bool:
+    """Whether a folder looks like a bundle."""
+    return (folder / MANIFEST).is_file()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Writes ``manifest.json``, deterministic, with a digest over itself."""
+    data = to_dict(manifest)
+    data["sha256"] = _digest(data)
+    text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest and its digest, checked.
+
+    Raises:
+        BundleError: no manifest, damaged, or of a newer schema.
+    """
+    path = folder / MANIFEST
+    if not path.is_file():
+        found = "no such folder" if not folder.exists() else f"{MANIFEST} is missing"
+        raise BundleError(f"{folder}: not a bundle ({found}): make one with 'mobilevlm export'")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        version, stated = data["schema_version"], data["sha256"]
+    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        raise BundleError(f"{path}: damaged manifest: export the bundle again") from None
+    if not isinstance(version, int) or version > SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: written by a newer version (schema {version}, this program reads up to "
+            f"{SCHEMA_VERSION}): upgrade mobilevlm-edge"
+        )
+    if _digest(data) != stated:
+        raise BundleError(f"{path}: sha256 mismatch: the manifest was changed: export it again")
+    try:
+        manifest = from_dict(Manifest, data, str(path))
+    except MobileVLMError as error:
+        raise BundleError(f"{error}: export the bundle again") from None
+    return manifest, stated
+
+
+def open_bundle(folder: Path) -> Bundle:
+    """Opens a bundle and checks every file against the manifest.
+
+    Hashing is skipped for files that an earlier check on this machine found right and that have not
+    been touched since (same size, time and inode).
+
+    Raises:
+        BundleError: a file is missing, of another size, or of another content.
+    """
+    manifest, digest = read_manifest(folder)
+    bundle = Bundle(folder, manifest, digest)
+    known = _read_stamps(folder, digest)
+    stamps: dict[str, list[int]] = {}
+    for name, entry in manifest.files.items():
+        if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+            raise BundleError(f"{folder}: the manifest names {name!r}, which leaves the bundle")
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path}: the file is missing from the bundle: export it again")
+        status = path.stat()
+        if status.st_size != entry.size:
+            raise BundleError(
+                f"{path}: {status.st_size} bytes, the manifest says {entry.size}: copy or export "
+                f"the bundle again"
+            )
+        stamps[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
+        if stamps[name] != known.get(name) and file_sha256(path) != entry.sha256:
+            raise BundleError(
+                f"{path}: sha256 mismatch: the file was changed: copy or export the bundle again"
+            )
+    if stamps != known:
+        _write_stamps(folder, digest, stamps)
+    return bundle
+
+
+def describe_files(folder: Path) -> dict[str, FileEntry]:
+    """Size and digest of every file below ``folder``, in order of their names."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {
+        path.relative_to(folder).as_posix(): FileEntry(path.stat().st_size, file_sha256(path))
+        for path in files
+        if path.name != MANIFEST
+    }
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what it can make again: ``$XDG_CACHE_HOME/mobilevlm``."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "mobilevlm"
+
+
+def _digest(data: dict[str, Any]) -> str:
+    content = {key: value for key, value in data.items() if key != "sha256"}
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _stamp_path(folder: Path, digest: str) -> Path:
+    place = hashlib.sha256(f"{folder.resolve()} {digest}".encode()).hexdigest()[:32]
+    return cache_folder() / "verified" / f"{place}.json"
+
+
+def _read_stamps(folder: Path, digest: str) -> dict[str, list[int]]:
+    try:
+        data = json.loads(_stamp_path(folder, digest).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _write_stamps(folder: Path, digest: str, stamps: dict[str, list[int]]) -> None:
+    """Best effort: on a read-only device every load hashes again."""
+    path = _stamp_path(folder, digest)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(stamps, file)
+        Path(file.name).replace(path)
+    except OSError:
+        return

@@ -1,0 +1,51 @@
+"""Progress of long work on stderr. Silent unless the command line turns it on."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+Advance: TypeAlias = Callable[[int], None]
+"""Called with the amount of work that was just done."""
+
+
+
+def ignore(amount: int) -> None:
+    """Shows nothing."""
+
+
+_enabled = False
+
+
+def enable(on: bool = True) -> None:
+    """Shows progress from now on (or hides it)."""
+    global _enabled
+    _enabled = on
+
+
+def say(message: str) -> None:
+    """One line about what was done, when progress is shown."""
+    if _enabled:
+        print(message, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def track(label: str, total: int) -> Iterator[Advance]:
+    """A bar while the block runs, on a terminal only; elsewhere nothing."""
+    if not (_enabled and sys.stderr.isatty()):
+        yield ignore
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns: list[Any] = [
+        TextColumn("{task.description:<12}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeRemainingColumn(),
+    ]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(label, total=max(total, 1))
+        yield lambda amount: bar.advance(task, amount)

@@ -1,0 +1,353 @@
+"""Random-weight checkpoints in the official on-disk format, for latency without a download.
+
+The shapes are the published ones; the answers mean nothing. Weights are written value by value as
+they are drawn, so memory stays small whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.synth_tokenizer import tokenizer_model
+
+Progress = Callable[[int, int], None]
+"""Called with ``(done_bytes, total_bytes)``."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+SHARD_BYTES = 512 * 10**6
+_CHUNK = 2**21
+"""Values drawn at once."""
+_HALF = 2
+"""Bytes of a float16."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Shape of a CLIP vision transformer."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    image_size: int = 336
+    patch_size: int = 14
+
+
+@dataclass(frozen=True)
+class Configuration:
+    """Shape of a vision-language model, in the words of its config.json."""
+
+    model_type: str
+    architecture: str
+    mm_projector_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tower: Tower
+
+
+_CLIP_LARGE = Tower(1024, 4096, 24, 16)
+_MOBILEVLM = ("mobilevlm", "MobileLlamaForCausalLM", "ldpnetv2")
+_LLAVA = ("llava_llama", "LlavaLlamaForCausalLM", "mlp2x_gelu")
+
+CONFIGURATIONS = {
+    "mobilevlm_v2_1.7b": Configuration(
+        *_MOBILEVLM, 32000, 2048, 5632, 24, 16, 2048, 1e-6, _CLIP_LARGE
+    ),
+    "mobilevlm_v2_3b": Configuration(
+        *_MOBILEVLM, 32000, 2560, 6912, 32, 32, 2048, 1e-6, _CLIP_LARGE
+    ),
+    "llava_v1.5_7b": Configuration(*_LLAVA, 32000, 4096, 11008, 32, 32, 4096, 1e-5, _CLIP_LARGE),
+    "tiny": Configuration(*_MOBILEVLM, 512, 64, 160, 3, 4, 2048, 1e-6, Tower(64, 128, 3, 4)),
+}
+
+
+def write_checkpoint(
+    name: str, folder: Path, seed: int = 0, progress: Progress | None = None
+) -> None:
+    """Writes the checkpoint ``name`` of :data:`CONFIGURATIONS` to ``folder``, its vision tower in
+    ``folder/vision_tower``. The same name and seed give the same bytes.
+
+    The folder appears when it is complete (it is written beside as ``<folder>.partial``).
+
+    Raises:
+        MobileVLMError: unknown name, the folder is not empty, or the disk is too small.
+        MissingExtraError: sentencepiece is not installed.
+    """
+    if name not in CONFIGURATIONS:
+        raise MobileVLMError(
+            f"configuration {name!r} is not known: expected {', '.join(CONFIGURATIONS)}"
+        )
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise MobileVLMError(f"{folder}: exists and is not an empty folder: name another one")
+    configuration = CONFIGURATIONS[name]
+    decoder, tower = decoder_shapes(configuration), tower_shapes(configuration.tower)
+    total = sum(_size(shape) for shape in (*decoder.values(), *tower.values()))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if free < total:
+        raise MobileVLMError(
+            f"{folder}: {name} takes {total / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there: "
+            f"name a folder on a larger disk"
+        )
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        (partial / "vision_tower").mkdir(parents=True)
+        _write_settings(partial, name, configuration)
+        count = _Counter(total, progress)
+        depth = configuration.num_hidden_layers, configuration.tower.num_hidden_layers
+        _write_weights(partial, decoder, f"{name} {seed}", depth[0], count)
+        _write_weights(partial / "vision_tower", tower, f"{name} {seed} tower", depth[1], count)
+        partial.rename(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def decoder_shapes(configuration: Configuration) -> Shapes:
+    """Tensors of the checkpoint itself: decoder and projector."""
+    hidden, wide = configuration.hidden_size, configuration.intermediate_size
+    shapes: Shapes = {"model.embed_tokens.weight": (configuration.vocab_size, hidden)}
+    for index in range(configuration.num_hidden_layers):
+        layer = f"model.layers.{index}"
+        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            shapes[f"{layer}.self_attn.{part}.weight"] = (hidden, hidden)
+        shapes[f"{layer}.mlp.gate_proj.weight"] = (wide, hidden)
+        shapes[f"{layer}.mlp.up_proj.weight"] = (wide, hidden)
+        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, wide)
+        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
+        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
+    shapes["model.norm.weight"] = (hidden,)
+    shapes["lm_head.weight"] = (configuration.vocab_size, hidden)
+    projector = "model.mm_projector"
+    pooled = configuration.mm_projector_type == "ldpnetv2"
+    mlp = f"{projector}.mlp.mlp" if pooled else projector
+    shapes |= _linear(f"{mlp}.0", configuration.tower.hidden_size, hidden)
+    shapes |= _linear(f"{mlp}.2", hidden, hidden)
+    if pooled:
+        shapes[f"{projector}.peg.peg.0.weight"] = (hidden, 1, 3, 3)
+        shapes[f"{projector}.peg.peg.0.bias"] = (hidden,)
+    return shapes
+
+
+def tower_shapes(tower: Tower) -> Shapes:
+    """Tensors of a CLIPVisionModel."""
+    hidden, patch = tower.hidden_size, tower.patch_size
+    embeddings = "vision_model.embeddings"
+    shapes: Shapes = {
+        f"{embeddings}.class_embedding": (hidden,),
+        f"{embeddings}.patch_embedding.weight": (hidden, 3, patch, patch),
+        f"{embeddings}.position_embedding.weight": ((tower.image_size // patch) ** 2 + 1, hidden),
+        **_norm("vision_model.pre_layrnorm", hidden),
+    }
+    for index in range(tower.num_hidden_layers):
+        layer = f"vision_model.encoder.layers.{index}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= _linear(f"{layer}.self_attn.{part}", hidden, hidden)
+        shapes |= _norm(f"{layer}.layer_norm1", hidden)
+        shapes |= _linear(f"{layer}.mlp.fc1", hidden, tower.intermediate_size)
+        shapes |= _linear(f"{layer}.mlp.fc2", tower.intermediate_size, hidden)
+        shapes |= _norm(f"{layer}.layer_norm2", hidden)
+    return shapes | _norm("vision_model.post_layernorm", hidden)
+
+
+def _linear(name: str, in_size: int, out_size: int) -> Shapes:
+    return {f"{name}.weight": (out_size, in_size), f"{name}.bias": (out_size,)}
+
+
+def _norm(name: str, size: int) -> Shapes:
+    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def _size(shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor in float16."""
+    return math.prod(shape) * _HALF
+
+
+class _Counter:
+    """Sums up the bytes written and reports them."""
+
+    def __init__(self, total: int, progress: Progress | None) -> None:
+        self.done, self.total, self.progress = 0, total, progress
+
+    def add(self, count: int) -> None:
+        self.done += count
+        if self.progress is not None:
+            self.progress(self.done, self.total)
+
+
+def _write_weights(folder: Path, shapes: Shapes, seed: str, depth: int, count: _Counter) -> None:
+    """Safetensors shards of at most :data:`SHARD_BYTES`, with an index when there are several."""
+    shards: list[Shapes] = [{}]
+    size = 0
+    for name, shape in shapes.items():
+        if size and size + _size(shape) > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = shape
+        size += _size(shape)
+    if len(shards) == 1:
+        _write_shard(folder / "model.safetensors", shards[0], seed, depth, count)
+        return
+    weight_map = {}
+    for index, shard in enumerate(shards, 1):
+        file = f"model-{index:05}-of-{len(shards):05}.safetensors"
+        _write_shard(folder / file, shard, seed, depth, count)
+        weight_map |= dict.fromkeys(shard, file)
+    total = sum(_size(shape) for shape in shapes.values())
+    data = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    _write_json(folder / "model.safetensors.index.json", data)
+
+
+def _write_shard(path: Path, shapes: Shapes, seed: str, depth: int, count: _Counter) -> None:
+    """One safetensors file, written here since the library only takes whole tensors.
+
+    The format: the header's length as u64, a JSON header padded with spaces, then the tensors
+    (github.com/huggingface/safetensors, "Format").
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, shape in shapes.items():
+        end = offset + _size(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, shape in shapes.items():
+            _write_values(file, name, shape, seed, depth)
+            count.add(_size(shape))
+
+
+def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: str, depth: int) -> None:
+    """Draws a tensor and writes it as float16."""
+    mean, deviation = _distribution(name, shape, depth)
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    random = np.random.default_rng(np.frombuffer(digest, np.uint32))
+    left = math.prod(shape)
+    while left:
+        values = random.standard_normal(min(left, _CHUNK), np.float32)
+        values *= np.float32(deviation)
+        values += np.float32(mean)
+        file.write(memoryview(values.astype("<f2")).cast("B"))
+        left -= len(values)
+
+
+def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float, float]:
+    """Mean and standard deviation that keep activations near unit variance at every depth.
+
+    A product with ``n`` inputs gets 1 / sqrt(n); what is added to the residual stream is smaller by
+    sqrt(2 · layers), as in GPT-2, so that the stream does not grow; embeddings have the variance
+    of the visual tokens beside them.
+    """
+    if "norm" in name or "layrnorm" in name:
+        return (1.0, 0.0) if name.endswith("weight") else (0.0, 0.0)
+    if name.endswith(("embed_tokens.weight", "class_embedding", "position_embedding.weight")):
+        return 0.0, 1.0
+    if name.endswith("bias"):
+        return 0.0, 0.02
+    deviation = 1 / math.sqrt(math.prod(shape[1:]))
+    if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+        deviation /= math.sqrt(2 * depth)
+    return 0.0, deviation
+
+
+def _write_settings(folder: Path, name: str, configuration: Configuration) -> None:
+    """Everything but the weights."""
+    tower = configuration.tower
+    config = {
+        "_name_or_path": f"synth/{name}",
+        "architectures": [configuration.architecture],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": configuration.hidden_size,
+        "image_aspect_ratio": "pad",
+        "intermediate_size": configuration.intermediate_size,
+        "max_position_embeddings": configuration.max_position_embeddings,
+        "mm_hidden_size": tower.hidden_size,
+        "mm_projector_type": configuration.mm_projector_type,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "model_type": configuration.model_type,
+        "num_attention_heads": configuration.num_attention_heads,
+        "num_hidden_layers": configuration.num_hidden_layers,
+        "num_key_value_heads": configuration.num_attention_heads,
+        "pad_token_id": 0,
+        "rms_norm_eps": configuration.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "use_mm_proj": True,
+        "vocab_size": configuration.vocab_size,
+    }
+    _write_json(folder / "config.json", config)
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    _write_json(folder / "generation_config.json", ids)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    _write_json(folder / "special_tokens_map.json", {**special, "pad_token": "<unk>"})
+    tokenizer = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "model_max_length": configuration.max_position_embeddings,
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    _write_json(folder / "tokenizer_config.json", {**special, **tokenizer})
+    (folder / "tokenizer.model").write_bytes(tokenizer_model(configuration.vocab_size))
+    _write_json(
+        folder / "vision_tower" / "config.json",
+        {
+            "architectures": ["CLIPVisionModel"],
+            "hidden_act": "quick_gelu",
+            "hidden_size": tower.hidden_size,
+            "image_size": tower.image_size,
+            "intermediate_size": tower.intermediate_size,
+            "layer_norm_eps": 1e-5,
+            "model_type": "clip_vision_model",
+            "num_attention_heads": tower.num_attention_heads,
+            "num_channels": 3,
+            "num_hidden_layers": tower.num_hidden_layers,
+            "patch_size": tower.patch_size,
+            "torch_dtype": "float16",
+        },
+    )
+    _write_json(
+        folder / "vision_tower" / "preprocessor_config.json",
+        {
+            "crop_size": tower.image_size,
+            "do_center_crop": True,
+            "do_normalize": True,
+            "do_resize": True,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "image_mean": [0.48145466, 0.4578275, 0.40821073],
+            "image_std": [0.26862954, 0.26130258, 0.27577711],
+            "resample": 3,
+            "size": tower.image_size,
+        },
+    )
+
+
+def _write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

@@ -1,0 +1,171 @@
+"""ONNX Runtime for both stages, on the CPU."""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.errors import BundleError
+from mobilevlm.runtime.engines import DecoderState, Float32
+from mobilevlm.spec import DecoderSpec
+
+PREFILL_CHUNK = 512
+"""Positions per run: bounds the attention scores, which grow with length × total length."""
+
+
+def open_session(path: Path, threads: int) -> ort.InferenceSession:
+    """A session on an ONNX file.
+
+    Raises:
+        BundleError: onnxruntime cannot load it.
+    """
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises many kinds, none of them public
+        reason = str(error).strip().splitlines()[-1]
+        raise BundleError(f"{path}: onnxruntime cannot load it: {reason:.200}") from None
+
+
+class OnnxVision:
+    """The vision stage: tower and projector in one graph."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        self._session = open_session(path, threads)
+
+    def encode(self, pixels: NDArray[np.uint8]) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+        return self._run("visual_tokens", pixels)
+
+    def features(self, pixels: NDArray[np.uint8]) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+        return self._run("features", pixels)
+
+    def _run(self, output: str, pixels: NDArray[np.uint8]) -> Float32:
+        result: Float32 = self._session.run([output], {"pixels": pixels[None]})[0][0]
+        return result
+
+    def close(self) -> None:
+        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+        del self._session
+
+
+class OnnxState:
+    """KV buffers ``(num_key_value_heads, context_length, head_dim)`` per layer, allocated once.
+
+    Their pages become resident as positions are written, so a short sequence in a long context
+    costs little.
+    """
+
+    def __init__(self, spec: DecoderSpec, session: ort.InferenceSession) -> None:
+        self.length = 0
+        shape = (1, spec.num_key_value_heads, spec.context_length, spec.head_dim)
+        self._buffers = {
+            f"{index}.{kind}": _lazy_zeros(shape)
+            for index in range(spec.num_hidden_layers)
+            for kind in ("key", "value")
+        }
+        self.total_length = np.zeros(1, np.int32)
+        self.step_embeds = np.zeros((1, 1, spec.hidden_size), np.float32)
+        self.step_positions = np.zeros(1, np.int64)
+        self.step_logits = np.zeros((1, 1, spec.vocab_size), np.float32)
+        self.step_binding = self.bind(
+            session, self.step_embeds, self.step_positions, self.step_logits
+        )
+
+    def bind(
+        self,
+        session: ort.InferenceSession,
+        embeds: Float32,
+        positions: NDArray[np.int64],
+        logits: Float32,
+    ) -> Any:
+        """A binding of these arrays and of the KV buffers as both past and present. It holds
+        addresses only: the caller keeps the arrays alive."""
+        binding = session.io_binding()
+        _bind_input(binding, "inputs_embeds", embeds)
+        _bind_input(binding, "total_length", self.total_length)
+        _bind_input(binding, "logits_positions", positions)
+        _bind_output(binding, "logits", logits)
+        for name, buffer in self._buffers.items():
+            _bind_input(binding, f"past_key_values.{name}", buffer)
+            _bind_output(binding, f"present.{name}", buffer)
+        return binding
+
+
+class OnnxDecoder:
+    """The decoder stage; embedding rows are read from a mapped file."""
+
+    def __init__(
+        self, path: Path, table: Path, embeddings: EmbeddingTable, spec: DecoderSpec, threads: int
+    ) -> None:
+        self._spec = spec
+        self._session = open_session(path, threads)
+        self._table: NDArray[Any] = np.memmap(
+            table,
+            dtype=embeddings.dtype,
+            mode="r",
+            offset=embeddings.offset,
+            shape=(embeddings.rows, embeddings.columns),
+        )
+
+    def new_state(self) -> OnnxState:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return OnnxState(self._spec, self._session)
+
+    def embed(self, ids: Sequence[int]) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self._table[np.asarray(ids, np.int64)].astype(np.float32)
+
+    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, OnnxState)
+        pieces = []
+        for start in range(0, len(embeds), PREFILL_CHUNK):
+            chunk = np.ascontiguousarray(embeds[None, start : start + PREFILL_CHUNK])
+            count = chunk.shape[1]
+            positions = np.arange(0 if all_logits else count - 1, count, dtype=np.int64)
+            logits = np.empty((1, len(positions), self._spec.vocab_size), np.float32)
+            binding = state.bind(self._session, chunk, positions, logits)
+            state.total_length[0] = state.length + count
+            self._session.run_with_iobinding(binding)
+            state.length += count
+            pieces.append(logits[0])
+        return np.concatenate(pieces) if all_logits else pieces[-1]
+
+    def step(self, state: DecoderState, token: int) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, OnnxState)
+        state.step_embeds[0, 0] = self._table[token]
+        state.total_length[0] = state.length + 1
+        self._session.run_with_iobinding(state.step_binding)
+        state.length += 1
+        result: Float32 = state.step_logits[0, 0]
+        return result
+
+    def close(self) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        del self._session, self._table
+
+
+def _lazy_zeros(shape: tuple[int, ...]) -> Float32:
+    """Zeros in fresh pages of 4 KiB (numpy would ask for huge pages, resident at first touch)."""
+    count = int(np.prod(shape))
+    return np.frombuffer(mmap.mmap(-1, count * 4), np.float32, count).reshape(shape)
+
+
+def _bind_input(binding: Any, name: str, array: NDArray[Any]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

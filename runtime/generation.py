@@ -1,0 +1,150 @@
+"""The answer: its text as it comes, and what was measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.runtime.sampling import Sampler, SamplingOptions
+from mobilevlm.runtime.session import Clock, Prompt, Session
+from mobilevlm.runtime.text import Detokenizer, StopStrings
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, except for ``tokens_per_second``."""
+
+    load: float
+    """Opening the bundle, once per process."""
+    preprocess: float
+    """Pictures to pixels, prompt to ids."""
+    vision: float
+    prefill: float
+    ttft: float
+    """Time to first token: preprocess, vision, prefill and the first choice."""
+    decode: float
+    """All tokens after the first; time that the caller takes between pieces is not counted."""
+    tokens_per_second: float
+    """Of the tokens after the first; 0 when there is none."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer."""
+
+    text: str
+    token_ids: list[int]
+    """Without the end-of-text token."""
+    finish_reason: Literal["stop", "length"]
+    """``stop``: end-of-text token or stop string; ``length``: max_new_tokens or context full."""
+    prompt_tokens: int
+    """Positions of the prompt, pictures expanded."""
+    visual_tokens: int
+    timings: Timings
+
+
+class TextStream(Iterator[str]):
+    """Pieces of an answer as they are made. After the last one, :attr:`generation` tells the rest."""
+
+    def __init__(self, pieces: Generator[str, None, Generation]) -> None:
+        self._pieces = pieces
+        self._generation: Generation | None = None
+
+    def __next__(self) -> str:
+        try:
+            return next(self._pieces)
+        except StopIteration as stop:
+            if stop.value is not None:
+                self._generation = stop.value
+            raise StopIteration from None
+
+    @property
+    def generation(self) -> Generation:
+        """The finished answer.
+
+        Raises:
+            MobileVLMError: the stream was not read to its end.
+        """
+        if self._generation is None:
+            raise MobileVLMError("the answer is not finished: read the stream to its end first")
+        return self._generation
+
+    def finish(self) -> Generation:
+        """Reads the remaining pieces and returns the finished answer."""
+        for _ in self:
+            pass
+        return self.generation
+
+    def close(self) -> None:
+        """Stops the work."""
+        self._pieces.close()
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When an answer ends."""
+
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    strings: Sequence[str]
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1:
+            raise MobileVLMError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
+
+
+def generate_text(
+    session: Session,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    sampling: SamplingOptions,
+    rules: StopRules,
+    load_seconds: float,
+) -> Generator[str, None, Generation]:
+    """Yields pieces of text; its return value is the finished answer."""
+    vision, prefill, decode = Clock(), Clock(), Clock()
+    sampler, detokenizer, stops = Sampler(sampling), Detokenizer(tokenizer), StopStrings(rules.strings)
+    tokens: list[int] = []
+    shown: list[str] = []
+    finish: Literal["stop", "length"] = "length"
+    logits = session.fill(prompt, vision, prefill)
+    prompt_tokens, stopped = session.length, False
+    with prefill:
+        token = sampler(logits, tokens)
+    while True:
+        if token in rules.eos_token_ids:
+            finish = "stop"
+            break
+        tokens.append(token)
+        piece, stopped = stops.add(detokenizer.add(token))
+        if piece:
+            shown.append(piece)
+            yield piece
+        if stopped:
+            finish = "stop"
+            break
+        if len(tokens) == rules.max_new_tokens or session.full:
+            break
+        with decode:
+            token = sampler(session.step(token), tokens)
+    if not stopped:
+        piece, stopped = stops.add(detokenizer.finish())
+        piece += "" if stopped else stops.finish()
+        if piece:
+            shown.append(piece)
+            yield piece
+    timings = Timings(
+        load=load_seconds,
+        preprocess=prompt.seconds,
+        vision=vision.seconds,
+        prefill=prefill.seconds,
+        ttft=prompt.seconds + vision.seconds + prefill.seconds,
+        decode=decode.seconds,
+        tokens_per_second=decode.count / decode.seconds if decode.seconds else 0.0,
+    )
+    visual = len(prompt.pixels) * session.tokens_per_image
+    return Generation("".join(shown), tokens, finish, prompt_tokens, visual, timings)

@@ -1,0 +1,276 @@
+"""A loaded bundle that answers questions about pictures."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
+from mobilevlm.conversation import Message, render, tokenize, user_message
+from mobilevlm.errors import BundleError, MobileVLMError, PromptError
+from mobilevlm.image import ImageInput, open_image, preprocess
+from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
+from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
+from mobilevlm.runtime.sampling import SamplingOptions
+from mobilevlm.runtime.session import Prompt, Session
+from mobilevlm.spec import IMAGE_TOKEN_ID
+
+ENGINES = ("auto", "onnx")
+DEFAULT_MAX_NEW_TOKENS = 256
+
+Images = Sequence[ImageInput]
+
+
+def load(bundle: str | PathLike[str], engine: str = "auto", threads: int | None = None) -> VLM:
+    """Opens a bundle for running.
+
+    ``threads``: for both stages, by default as many as this process may use.
+
+    Raises:
+        BundleError: no bundle there, damaged, or nothing in it that the engine can run.
+    """
+    if engine not in ENGINES:
+        raise MobileVLMError(f"engine {engine!r} is not known: expected {', '.join(ENGINES)}")
+    start = time.perf_counter()
+    folder = Path(bundle)
+    if (folder / "config.json").is_file() and not (folder / "manifest.json").is_file():
+        raise BundleError(
+            f"{folder}: a checkpoint, not a bundle: run 'mobilevlm export {folder} -o BUNDLE' first"
+        )
+    return open_model(open_bundle(folder), threads, start)
+
+
+def open_model(bundle: Bundle, threads: int | None = None, start: float | None = None) -> VLM:
+    """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``)."""
+    start = time.perf_counter() if start is None else start
+    tokenizer = _read_tokenizer(bundle)
+    vision, decoder = _open_engines(bundle, threads or default_threads())
+    return VLM(bundle, tokenizer, vision, decoder, time.perf_counter() - start)
+
+
+class VLM:
+    """A vision-language model, ready to run.
+
+    Weights are shared by all threads and each thread has a sequence of its own, so one object may
+    be used from several threads. ``close`` (or leaving a ``with`` block) frees the memory.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        tokenizer: Tokenizer,
+        vision: VisionEngine,
+        decoder: DecoderEngine,
+        load_seconds: float,
+    ) -> None:
+        self.bundle = bundle
+        self.spec = bundle.manifest.spec
+        self.tokenizer = tokenizer
+        self.load_seconds = load_seconds
+        self._vision: VisionEngine | None = vision
+        self._decoder: DecoderEngine | None = decoder
+        self._local = threading.local()
+
+    def stream(
+        self,
+        prompt: str | Sequence[Message],
+        images: Images = (),
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        raw: bool = False,
+        session: Session | None = None,
+    ) -> TextStream:
+        """Answers piece by piece.
+
+        ``prompt``: the user's text, or the messages of a chat; ``raw``: the text is the whole
+        prompt, no template around it. ``images`` go where ``<image>`` stands, else before the text.
+        ``stop``: further strings that end the answer. ``ignore_eos``: always make
+        ``max_new_tokens`` tokens (for measuring). One stream at a time per thread and session.
+
+        Raises:
+            PromptError, ImageError, MobileVLMError: before the first piece, if the input is wrong;
+                a prompt too long for the context with the first piece.
+        """
+        sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        conversation = self.spec.conversation
+        rules = StopRules(
+            max_new_tokens,
+            frozenset() if ignore_eos else frozenset(conversation.eos_token_ids),
+            () if ignore_eos else (*conversation.stop_strings, *stop),
+        )
+        ready = self._prepare(prompt, images, raw)
+        pieces = generate_text(
+            session or self._thread_session(),
+            self.tokenizer,
+            ready,
+            sampling,
+            rules,
+            self.load_seconds,
+        )
+        return TextStream(pieces)
+
+    def generate(
+        self,
+        prompt: str | Sequence[Message],
+        images: Images = (),
+        *,
+        max_new_tokens: int = DEFAULT_MAX_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: Sequence[str] = (),
+        ignore_eos: bool = False,
+        raw: bool = False,
+        session: Session | None = None,
+    ) -> Generation:
+        """The whole answer; arguments as in :meth:`stream`."""
+        return self.stream(
+            prompt,
+            images,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+            ignore_eos=ignore_eos,
+            raw=raw,
+            session=session,
+        ).finish()
+
+    def new_session(self, reuse_prefix: bool = True) -> Session:
+        """A sequence of its own, which keeps what turns of a chat have in common."""
+        return Session(self.spec, *self._engines(), reuse_prefix)
+
+    def encode_image(self, image: ImageInput) -> Float32:
+        """Visual tokens ``(num_tokens, hidden_size)``: the projector's output."""
+        vision, _ = self._engines()
+        return vision.encode(preprocess(open_image(image), self.spec.image))
+
+    def image_features(self, image: ImageInput) -> Float32:
+        """The tower's features ``(num_patches, vision hidden_size)``; for verification."""
+        vision, _ = self._engines()
+        return vision.features(preprocess(open_image(image), self.spec.image))
+
+    def prompt_ids(
+        self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False
+    ) -> list[int]:
+        """Input ids, -200 where an image goes."""
+        if raw:
+            text = str(prompt)
+        else:
+            messages = [user_message(prompt, images)] if isinstance(prompt, str) else prompt
+            text = render(self.spec.conversation, messages)
+        ids = tokenize(self.tokenizer, text)
+        marks = ids.count(IMAGE_TOKEN_ID)
+        if marks != images:
+            raise PromptError(
+                f"the prompt holds {marks} <image> but {images} images were given: "
+                f"give one image for each mark"
+            )
+        return ids
+
+    def prompt_logits(
+        self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False
+    ) -> Float32:
+        """Logits after every position, pictures expanded ``(length, vocab_size)``; for
+        verification."""
+        return self.new_session(reuse_prefix=False).all_logits(self._prepare(prompt, images, raw))
+
+    def embeds_logits(self, embeds: Float32) -> Float32:
+        """Logits after every position of ``(length, hidden_size)``; for verification of the decoder
+        alone."""
+        _, decoder = self._engines()
+        return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
+
+    def close(self) -> None:
+        """Frees weights and buffers. The object cannot be used after."""
+        for engine in (self._vision, self._decoder):
+            if engine is not None:
+                engine.close()
+        self._vision = self._decoder = None
+        self._local = threading.local()
+
+    def __enter__(self) -> VLM:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _engines(self) -> tuple[VisionEngine, DecoderEngine]:
+        if self._vision is None or self._decoder is None:
+            raise MobileVLMError("this model was closed: load it again")
+        return self._vision, self._decoder
+
+    def _thread_session(self) -> Session:
+        self._engines()
+        session: Session | None = getattr(self._local, "session", None)
+        if session is None:
+            session = self._local.session = self.new_session(reuse_prefix=False)
+        return session
+
+    def _prepare(self, prompt: str | Sequence[Message], images: Images, raw: bool) -> Prompt:
+        start = time.perf_counter()
+        if isinstance(images, (str, bytes, PathLike, np.ndarray)):
+            raise MobileVLMError("images: expected a list of pictures, found a single one")
+        ids = self.prompt_ids(prompt, len(images), raw)
+        pixels = [preprocess(open_image(image), self.spec.image) for image in images]
+        return Prompt(ids, pixels, time.perf_counter() - start)
+
+
+def default_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _read_tokenizer(bundle: Bundle) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(bundle.path(TOKENIZER)))
+    except Exception as error:  # the tokenizers library raises plain Exception
+        raise BundleError(f"{bundle.path(TOKENIZER)}: damaged tokenizer: {error}") from None
+
+
+def _open_engines(bundle: Bundle, threads: int) -> tuple[VisionEngine, DecoderEngine]:
+    from mobilevlm.runtime.engines.onnx import OnnxDecoder, OnnxVision
+
+    manifest = bundle.manifest
+    paths = {}
+    for stage in ("vision", "decoder"):
+        artifacts = manifest.stages[stage].artifacts if stage in manifest.stages else ()
+        found = [artifact.path for artifact in artifacts if artifact.format == "onnx"]
+        if not found:
+            raise BundleError(f"{bundle.folder}: no ONNX artifact of the {stage} stage: export it")
+        paths[stage] = bundle.path(found[0])
+    table = manifest.embeddings
+    decoder = OnnxDecoder(
+        paths["decoder"], bundle.path(table.path), table, manifest.spec.decoder, threads
+    )
+    return OnnxVision(paths["vision"], threads), decoder

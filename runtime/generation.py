@@ -45,6 +45,8 @@ class Generation:
     """Positions of the prompt, pictures expanded."""
     visual_tokens: int
     timings: Timings
+    token_seconds: list[float]
+    """Of each token after the first."""
 
 
 class TextStream(Iterator[str]):
@@ -144,7 +146,9 @@ def generate_text(
         prefill=prefill.seconds,
         ttft=prompt.seconds + vision.seconds + prefill.seconds,
         decode=decode.seconds,
-        tokens_per_second=decode.count / decode.seconds if decode.seconds else 0.0,
+        tokens_per_second=len(decode.samples) / decode.seconds if decode.samples else 0.0,
     )
     visual = len(prompt.pixels) * session.tokens_per_image
-    return Generation("".join(shown), tokens, finish, prompt_tokens, visual, timings)
+    return Generation(
+        "".join(shown), tokens, finish, prompt_tokens, visual, timings, decode.samples
+    )

@@ -22,10 +22,15 @@ PositionKey: TypeAlias = "int | tuple[bytes, int]"
 
 
 class Clock:
-    """Adds up the seconds spent inside ``with clock:``."""
+    """Collects the seconds of each ``with clock:``."""
 
     def __init__(self) -> None:
-        self.seconds, self.count = 0.0, 0
+        self.samples: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        """The sum."""
+        return sum(self.samples)
 
     def __enter__(self) -> Clock:
         self._start = time.perf_counter()
@@ -37,8 +42,7 @@ class Clock:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.seconds += time.perf_counter() - self._start
-        self.count += 1
+        self.samples.append(time.perf_counter() - self._start)
 
 
 @dataclass(frozen=True)

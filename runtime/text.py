@@ -2,31 +2,49 @@
 
 from __future__ import annotations
 
+import codecs
+import re
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+SPACE = "\u2581"
+"""The character that stands for a space inside sentencepiece pieces."""
+
+_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 class Detokenizer:
-    """Text of a growing list of tokens. Bytes of an unfinished character are held back."""
+    """Text of a growing list of tokens. Bytes of an unfinished character are held back.
+
+    Bytes that form no character come out as U+FFFD, as sentencepiece has it. (The tokenizers
+    library decodes a run of byte tokens all or nothing, so its text can change after the fact, and
+    its DecodeStream raises an error then.)
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._ids: list[int] = []
-        self._length = 0
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {index for index, token in added.items() if token.special}
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._begun = False
 
     def add(self, token: int) -> str:
         """The text that this token completes (often a word, sometimes nothing)."""
-        self._ids.append(token)
-        piece = self._stream.step(self._tokenizer, token) or ""
-        self._length += len(piece)
-        return piece
+        piece = self._tokenizer.id_to_token(token)
+        if piece is None or token in self._special:
+            return ""
+        first, self._begun = not self._begun, True
+        if match := _BYTE.fullmatch(piece):
+            return self._bytes.decode(bytes([int(match[1], 16)]))
+        text = self._tokenizer.decode([token]) if first else piece.replace(SPACE, " ")
+        return self.finish() + text
 
     def finish(self) -> str:
         """What was held back: an unfinished character comes out as U+FFFD."""
-        return self._tokenizer.decode(self._ids, skip_special_tokens=True)[self._length :]
+        held = self._bytes.decode(b"", final=True)
+        self._bytes.reset()
+        return held
 
 
 class StopStrings:

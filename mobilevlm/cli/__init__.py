@@ -1,0 +1,93 @@
+"""The command line: one module per verb, imported when the verb is used."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import traceback
+from typing import Any
+
+import click
+
+from mobilevlm._version import __version__
+from mobilevlm.errors import MobileVLMError, QualityError
+
+VERBS = {
+    "export": "Turn a checkpoint into a bundle.",
+    "run": "Ask one question about pictures.",
+    "chat": "Talk about pictures.",
+    "inspect": "Show what is in a bundle or a checkpoint.",
+    "bench": "Measure latency on this machine.",
+    "doctor": "Show what this machine can run.",
+    "synth": "Write a checkpoint with random weights.",
+}
+
+
+class _Verbs(click.Group):
+    """Finds the command of a verb in the module of its name, so that ``--help`` imports nothing."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(f"mobilevlm.cli.{cmd_name}").command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(VERBS.items()))
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mobilevlm")
+@click.option("--debug", is_flag=True, help="Show a traceback with errors.")
+def program(debug: bool) -> None:
+    """Small vision-language models on devices: export a checkpoint, run it without torch.
+
+    \b
+    mobilevlm export checkpoint/ -o bundle/
+    mobilevlm run bundle/ --image photo.jpg --prompt "What is in the picture?"
+    """
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the program and exits: 0 success, 1 a check or limit failed, 2 wrong input."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments[:1]
+    try:
+        program.main(args=arguments, prog_name="mobilevlm", standalone_mode=False)
+        sys.stdout.flush()
+    except click.exceptions.Exit as stop:
+        sys.exit(stop.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (KeyboardInterrupt, click.Abort):
+        print(file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output went away
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except (MobileVLMError, OSError, MemoryError) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"mobilevlm: error: {_describe(error)}", file=sys.stderr)
+        sys.exit(1 if isinstance(error, QualityError) else 2)
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, MemoryError):
+        return "not enough memory: close other programs, or use a smaller model or recipe"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def show_json(data: Any) -> None:
+    """Prints one JSON object on stdout."""
+    import json
+
+    print(json.dumps(data, indent=2, ensure_ascii=False))

@@ -1,0 +1,5 @@
+"""``python -m mobilevlm``."""
+
+from mobilevlm.cli import main
+
+main()

@@ -1,0 +1,71 @@
+"""``mobilevlm bench``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import click
+
+from mobilevlm import progress
+from mobilevlm.cli import show_json
+from mobilevlm.cli.options import model_options
+
+
+@click.command("bench", epilog="\b\nExample:\n  mobilevlm bench bundle/ --image photo.jpg --runs 5")
+@model_options
+@click.option("--image", metavar="FILE", help="Default: a grey picture (the work is the same).")
+@click.option("--no-image", is_flag=True, help="Text only.")
+@click.option("--text-tokens", type=click.IntRange(1), default=56, show_default=True,
+              help="Length of the prompt without the picture.")
+@click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
+@click.option("-o", "--format", "form", type=click.Choice(["table", "md", "json"]), default="table",
+              show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
+def command(
+    bundle: Path,
+    engine: str,
+    threads: int | None,
+    image: str | None,
+    no_image: bool,
+    text_tokens: int,
+    new_tokens: int,
+    runs: int,
+    form: str,
+    as_json: bool,
+) -> None:
+    """Measure latency per stage of BUNDLE on this machine."""
+    progress.enable()
+    import numpy as np
+
+    from mobilevlm.runtime import load
+    from mobilevlm.runtime.bench import as_markdown, run_bench
+
+    with load(bundle, engine, threads) as vlm:
+        grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
+        picture = None if no_image else (image or grey)
+        with progress.track("runs", runs + 1) as advance:
+            result = run_bench(
+                vlm,
+                picture,
+                text_tokens=text_tokens,
+                new_tokens=new_tokens,
+                runs=runs,
+                advance=advance,
+            )
+    if as_json or form == "json":
+        show_json(dataclasses.asdict(result))
+    elif form == "md":
+        print(as_markdown(result))
+    else:
+        from rich.console import Console
+        from rich.table import Table
+
+        head, _ = as_markdown(result).split("\n\n", 1)
+        table = Table(title=head, title_justify="left")
+        for column in ("stage", "unit", "p50", "p90", "p99"):
+            table.add_column(column, justify="left" if column in ("stage", "unit") else "right")
+        for row in result.rows:
+            table.add_row(row.name, row.unit, *(f"{v:.1f}" for v in (row.p50, row.p90, row.p99)))
+        Console().print(table)

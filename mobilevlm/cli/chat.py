@@ -1,0 +1,89 @@
+"""``mobilevlm chat``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mobilevlm.cli.options import model_options, sampling_options, show_timings
+from mobilevlm.errors import MobileVLMError
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.chat import Chat
+
+HELP = """\
+/image FILE   talk about another picture (a new conversation begins)
+/reset        begin a new conversation about the same picture
+/timings      show or hide timings after each answer
+/help         show this
+/quit         leave (also Ctrl-D)"""
+
+
+@click.command("chat", epilog=f"\b\nIn the conversation:\n{HELP}")
+@model_options
+@click.option("--image", "images", multiple=True, metavar="FILE", help="A picture; repeatable.")
+@sampling_options
+def command(
+    bundle: Path, engine: str, threads: int | None, images: tuple[str, ...], **sampling: Any
+) -> None:
+    """Talk about pictures with the model in BUNDLE. Ctrl-C stops an answer."""
+    from mobilevlm.runtime import load
+    from mobilevlm.runtime.chat import Chat
+
+    with load(bundle, engine, threads) as vlm:
+        chat = Chat(vlm, list(images))
+        print(f"{vlm.spec.name}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
+              file=sys.stderr)  # fmt: skip
+        timings = False
+        while True:
+            line = _read_line()
+            if line is None or line == "/quit":
+                return
+            if line == "/timings":
+                timings = not timings
+            elif line.startswith("/"):
+                _obey(chat, line)
+            elif line:
+                _answer(chat, line, sampling, timings)
+
+
+def _read_line() -> str | None:
+    """The next line; none at the end of input."""
+    if sys.stdin.isatty():
+        import readline  # noqa: F401  (gives input() history and editing)
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return None
+
+
+def _obey(chat: Chat, line: str) -> None:
+    verb, _, argument = line.partition(" ")
+    try:
+        if verb == "/image" and argument:
+            chat.begin([argument.strip()])
+        elif verb == "/reset":
+            chat.begin(chat.images)
+        elif verb == "/help":
+            print(HELP, file=sys.stderr)
+        else:
+            print(f"{line}: not a command. {HELP}", file=sys.stderr)
+    except MobileVLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+
+
+def _answer(chat: Chat, question: str, sampling: dict[str, Any], timings: bool) -> None:
+    try:
+        stream = chat.ask(question, **sampling)
+        for piece in stream:
+            print(piece, end="", flush=True)
+        print()
+        if timings:
+            show_timings(stream.generation)
+    except KeyboardInterrupt:
+        print(" [stopped]")
+    except MobileVLMError as error:
+        print(f"error: {error} (/reset begins anew)", file=sys.stderr)

@@ -1,0 +1,32 @@
+"""``mobilevlm doctor``."""
+
+from __future__ import annotations
+
+import click
+
+from mobilevlm.cli import show_json
+
+
+@click.command("doctor")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(as_json: bool) -> None:
+    """Show what this machine can run: processor features, memory, providers, installed extras."""
+    from mobilevlm.runtime.machine import describe_machine, installed_extras
+
+    machine, extras = describe_machine(), installed_extras()
+    if as_json:
+        show_json({"machine": machine, "extras": extras})
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in machine.items():
+        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+        table.add_row(key.replace("_", " "), shown or "none")
+    for extra, missing in extras.items():
+        remedy = f"missing {', '.join(missing)}: pip install 'mobilevlm-edge[{extra}]'"
+        table.add_row(f"extra {extra}", remedy if missing else "installed")
+    Console().print(table)

@@ -1,0 +1,70 @@
+"""``mobilevlm export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mobilevlm import progress
+from mobilevlm.cli import show_json
+
+EXAMPLES = """\b
+Examples:
+  mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-int4
+  mobilevlm export llava-v1.5-7b -o llava-int8 --recipe int8 --vision-tower clip-vit-large-patch14-336
+"""
+
+
+@click.command("export", epilog=EXAMPLES)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option("-o", "--output", "bundle", required=True, type=click.Path(path_type=Path),
+              help="Bundle folder to write; an older bundle there is replaced at the end.")
+@click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE.toml",
+              help="Precision: fp32, fp16-weights, int8, int4, or a recipe file.")
+@click.option("--format", "form", type=click.Choice(["onnx", "all"]), default="all",
+              show_default=True, help="Artifacts to make.")
+@click.option("--vision-tower", type=click.Path(path_type=Path),
+              help="Folder of the CLIP tower, if it is not beside the checkpoint.")
+@click.option("--conversation", metavar="NAME",
+              help="Conversation v1 or llava_v1, if the family's default is not right.")
+@click.option("--no-measure", is_flag=True,
+              help="Do not compare the result with the float32 reference.")
+@click.option("--json", "as_json", is_flag=True, help="Print the quality and sizes as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    checkpoint: Path,
+    bundle: Path,
+    recipe: str,
+    form: str,
+    vision_tower: Path | None,
+    conversation: str | None,
+    no_measure: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Turn a CHECKPOINT folder (MobileVLM, LLaVA) into a bundle that runs without torch."""
+    progress.enable(not quiet)
+    from mobilevlm.export.pipeline import FORMATS, export
+    from mobilevlm.spec import to_dict
+
+    manifest = export(
+        checkpoint,
+        bundle,
+        recipe=recipe,
+        formats=FORMATS if form == "all" else (form,),
+        vision_tower=vision_tower,
+        conversation=conversation,
+        measure=not no_measure,
+    )
+    if as_json:
+        show_json(
+            {
+                "bundle": str(bundle),
+                "bytes": sum(entry.size for entry in manifest.files.values()),
+                "recipe": manifest.recipe["name"],
+                "quality": to_dict(manifest.quality),
+            }
+        )
+    else:
+        progress.say(f'next      mobilevlm run {bundle} --image PHOTO --prompt "What is this?"')

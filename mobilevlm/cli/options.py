@@ -1,0 +1,62 @@
+"""Options and output that verbs share."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime import Generation
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def model_options(function: F) -> F:
+    """BUNDLE, ``--engine`` and ``--threads``."""
+    for decorate in (
+        click.option("--threads", type=click.IntRange(1), help="Default: all of this process."),
+        click.option("--engine", type=click.Choice(["auto", "onnx"]), default="auto",
+                     show_default=True, help="What runs the stages."),
+        click.argument("bundle", type=click.Path(path_type=Path)),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
+
+
+def sampling_options(function: F) -> F:
+    """How tokens are chosen and when the answer ends."""
+    for decorate in (
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
+        click.option("--seed", type=int, help="Makes drawing repeatable."),
+        click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
+        click.option("--min-p", type=float, default=0.0, show_default=True,
+                     help="Least probability, as a share of the likeliest token's."),
+        click.option("--top-p", type=float, default=1.0, show_default=True,
+                     help="Draw among the likeliest tokens that reach this probability."),
+        click.option("--top-k", type=int, default=0, show_default=True,
+                     help="Draw among the k likeliest tokens (0: all)."),
+        click.option("--temperature", type=float, default=0.0, show_default=True,
+                     help="0: always the likeliest token."),
+        click.option("--max-new-tokens", type=int, default=256, show_default=True),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
+
+
+def show_timings(answer: Generation) -> None:
+    """One line on stderr."""
+    times = answer.timings
+    parts = [
+        f"load {times.load:.2f} s",
+        f"vision {times.vision:.2f} s",
+        f"prefill {times.prefill:.2f} s ({answer.prompt_tokens} tokens)",
+        f"first token after {times.ttft:.2f} s",
+        f"{len(answer.token_ids)} tokens",
+    ]
+    if times.tokens_per_second:
+        parts.append(f"{times.tokens_per_second:.1f} tokens/s")
+    print(click.style("; ".join(parts), dim=sys.stderr.isatty()), file=sys.stderr)

@@ -1,0 +1,55 @@
+"""``mobilevlm run``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mobilevlm.cli import show_json
+from mobilevlm.cli.options import model_options, sampling_options, show_timings
+
+EXAMPLES = """\b
+Examples:
+  mobilevlm run bundle/ --image photo.jpg --prompt "What is in the picture?"
+  mobilevlm run bundle/ --image a.jpg --image b.jpg --prompt "<image> or <image>: which is older?"
+  cat photo.jpg | mobilevlm run bundle/ --image - --prompt "Describe the picture." --json
+"""
+
+
+@click.command("run", epilog=EXAMPLES)
+@model_options
+@click.option("--image", "images", multiple=True, metavar="FILE",
+              help="A picture; repeat for more; - reads it from standard input.")
+@click.option("--prompt", required=True, help="The question. <image> in it places a picture.")
+@click.option("--raw", is_flag=True, help="The prompt is complete: no conversation around it.")
+@sampling_options
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the stream.")
+def command(
+    bundle: Path,
+    engine: str,
+    threads: int | None,
+    images: tuple[str, ...],
+    prompt: str,
+    raw: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Ask one question about pictures and stream the answer of the model in BUNDLE."""
+    from mobilevlm.runtime import load
+
+    pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    with load(bundle, engine, threads) as vlm:
+        stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
+        if not as_json:
+            for piece in stream:
+                print(piece, end="", flush=True)
+            print()
+        answer = stream.finish()
+        if as_json:
+            show_json(dataclasses.asdict(answer))
+        else:
+            show_timings(answer)

@@ -1,0 +1,34 @@
+"""``mobilevlm synth``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mobilevlm import progress
+
+
+@click.command("synth", epilog="\b\nExample:\n  mobilevlm synth mobilevlm_v2_1.7b -o checkpoint/")
+@click.argument("name")
+@click.option("-o", "--output", "folder", required=True, type=click.Path(path_type=Path),
+              help="Checkpoint folder to write.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(name: str, folder: Path, seed: int, quiet: bool) -> None:
+    """Write a checkpoint with random weights in the official format, to measure latency without
+    downloads. NAME: mobilevlm_v2_1.7b, mobilevlm_v2_3b, llava_v1.5_7b or tiny."""
+    progress.enable(not quiet)
+    from mobilevlm.synth import write_checkpoint
+
+    with progress.track("weights", 100) as advance:
+        shown = 0
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            percent = 100 * done // max(total, 1)
+            advance(percent - shown)
+            shown = percent
+
+        write_checkpoint(name, folder, seed, show)
+    progress.say(f"checkpoint {folder} (random weights: its answers mean nothing)")

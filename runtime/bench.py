@@ -1,0 +1,135 @@
+"""Latency of each stage on this machine, over several runs of the same question.
+
+Definitions as MLPerf Client has them: time to first token counts from the question; tokens per
+second from the mean interval after the first token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.image import ImageInput
+from mobilevlm.progress import Advance, ignore
+from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
+from mobilevlm.runtime.vlm import VLM
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measured quantity."""
+
+    name: str
+    unit: str
+    p50: float
+    p90: float
+    p99: float
+    samples: list[float]
+
+
+@dataclass(frozen=True)
+class BenchResult:
+    """What ``mobilevlm bench`` prints."""
+
+    model: str
+    recipe: str
+    runs: int
+    text_tokens: int
+    visual_tokens: int
+    new_tokens: int
+    load_seconds: float
+    peak_memory_mb: float
+    artifact_mb: float
+    rows: list[Row]
+    machine: dict[str, Any]
+
+
+def run_bench(
+    vlm: VLM,
+    image: ImageInput | None,
+    *,
+    text_tokens: int = 56,
+    new_tokens: int = 64,
+    runs: int = 5,
+    advance: Advance = ignore,
+) -> BenchResult:
+    """Asks the same question ``runs`` times, after one run that does not count."""
+    images = [] if image is None else [image]
+    prompt = prompt_of_length(vlm, text_tokens, len(images))
+    samples: dict[str, list[float]] = {}
+    for run in range(runs + 1):
+        answer = vlm.generate(prompt, images, max_new_tokens=new_tokens, ignore_eos=True)
+        advance(1)
+        if run == 0:
+            continue
+        times = answer.timings
+        for name, value in (
+            ("preprocess", times.preprocess),
+            ("vision", times.vision),
+            ("prefill", times.prefill),
+            ("first token", times.ttft),
+        ):
+            samples.setdefault(f"{name}/ms", []).append(1e3 * value)
+        samples.setdefault("next token/ms", []).extend(1e3 * s for s in answer.token_seconds)
+        samples.setdefault("prefill/tokens/s", []).append(answer.prompt_tokens / times.prefill)
+        samples.setdefault("decode/tokens/s", []).append(times.tokens_per_second)
+    manifest = vlm.bundle.manifest
+    return BenchResult(
+        model=vlm.spec.name,
+        recipe=str(manifest.recipe["name"]),
+        runs=runs,
+        text_tokens=answer.prompt_tokens - answer.visual_tokens,
+        visual_tokens=answer.visual_tokens,
+        new_tokens=len(answer.token_ids),
+        load_seconds=vlm.load_seconds,
+        peak_memory_mb=peak_memory_mb(),
+        artifact_mb=sum(entry.size for entry in manifest.files.values()) / 1e6,
+        rows=[_row(*name.split("/", 1), values) for name, values in samples.items() if values],
+        machine=describe_machine(),
+    )
+
+
+def prompt_of_length(vlm: VLM, text_tokens: int, images: int) -> str:
+    """A question whose templated text takes at least ``text_tokens`` tokens, as close as it goes."""
+    prompt = "Describe the picture."
+    shortest = _text_length(vlm, prompt, images)
+    if text_tokens < shortest:
+        raise MobileVLMError(
+            f"a prompt of {text_tokens} text tokens is too short: the conversation alone takes "
+            f"{shortest}"
+        )
+    while _text_length(vlm, prompt, images) < text_tokens:
+        prompt += " a"
+    return prompt
+
+
+def as_markdown(result: BenchResult) -> str:
+    """The result as a table for a document."""
+    lines = [
+        f"{result.model}, recipe {result.recipe}, {result.artifact_mb:.0f} MB: "
+        f"{result.visual_tokens} visual + {result.text_tokens} text tokens, "
+        f"{result.new_tokens} new tokens, {result.runs} runs, "
+        f"{result.machine['threads']} threads; load {result.load_seconds:.2f} s, "
+        f"peak memory {result.peak_memory_mb:.0f} MB",
+        "",
+        "| stage | unit | p50 | p90 | p99 |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result.rows:
+        lines.append(f"| {row.name} | {row.unit} | {row.p50:.1f} | {row.p90:.1f} | {row.p99:.1f} |")
+    return "\n".join(lines)
+
+
+def _text_length(vlm: VLM, prompt: str, images: int) -> int:
+    return len(vlm.prompt_ids(prompt, images)) - images
+
+
+def _row(name: str, unit: str, samples: Sequence[float]) -> Row:
+    """``p90`` and ``p99`` are on the slow side: high times, low rates."""
+    slow = (10, 1) if unit.endswith("/s") else (90, 99)
+    p50, p90, p99 = (float(np.percentile(samples, q)) for q in (50, *slow))
+    return Row(name, unit, p50, p90, p99, [round(sample, 4) for sample in samples])

@@ -1,0 +1,86 @@
+"""What the machine is: processor, memory, onnxruntime's providers, installed extras."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+FEATURES = (
+    "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8",
+    "asimd", "asimddp", "i8mm", "sve",
+)  # fmt: skip
+"""Processor features that the kernels care about, as Linux names them."""
+
+EXTRAS = {
+    "export": ("onnxscript", "onnx_ir", "safetensors", "sentencepiece", "google.protobuf"),
+    "reference": ("torch",),
+}
+
+
+def describe_machine() -> dict[str, Any]:
+    """Facts that belong beside any measurement."""
+    import onnxruntime
+
+    from mobilevlm._version import __version__
+
+    cpu = _cpu_info()
+    present = set(cpu.get("flags", cpu.get("Features", "")).split())
+    return {
+        "mobilevlm": __version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "processor": cpu.get("model name", platform.processor() or "unknown"),
+        "threads": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "features": [feature for feature in FEATURES if feature in present],
+        "memory_gb": _memory_gb(),
+        "onnxruntime": onnxruntime.__version__,
+        "providers": onnxruntime.get_available_providers(),
+    }
+
+
+def installed_extras() -> dict[str, list[str]]:
+    """For each extra the packages that are missing."""
+    return {
+        extra: [module for module in modules if not _is_installed(module)]
+        for extra, modules in EXTRAS.items()
+    }
+
+
+def peak_memory_mb() -> float:
+    """The most memory that this process had resident so far (0 where the system does not tell)."""
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _cpu_info() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo."""
+    path = Path("/proc/cpuinfo")
+    if not path.is_file():
+        return {}
+    first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _memory_gb() -> float:
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1)
+    except (AttributeError, ValueError, OSError):
+        return 0.0

@@ -16,7 +16,7 @@ from mobilevlm.bundle import Bundle, Quality, StageQuality
 from mobilevlm.errors import QualityError
 from mobilevlm.export.recipes import Recipe
 from mobilevlm.families import Model
-from mobilevlm.image import preprocess, open_image
+from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime.vlm import open_model
 

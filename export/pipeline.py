@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import shutil
@@ -24,6 +23,7 @@ from typing import Any, TypeAlias
 from mobilevlm import progress
 from mobilevlm._version import __version__
 from mobilevlm.bundle import (
+    MANIFEST,
     SCHEMA_VERSION,
     TOKENIZER,
     Artifact,
@@ -102,6 +102,8 @@ def export(
             raise MobileVLMError(f"format {name!r} is not known: expected {', '.join(FORMATS)}")
     chosen = find_recipe(recipe)
     target = Path(bundle)
+    if target.is_symlink() or not target.name:  # what is renamed must be the folder itself
+        target = target.resolve()
     _check_target(target)
     start = time.perf_counter()
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
@@ -117,7 +119,7 @@ def export(
     _replace(target, work)
     size = sum(entry.size for entry in manifest.files.values())
     progress.say(
-        f"bundle    {target}  {size / 1e6:.1f} MB, recipe {chosen.name}, "
+        f"bundle      {target}  {size / 1e6:.1f} MB, recipe {chosen.name}, "
         f"{time.perf_counter() - start:.1f} s"
     )
     return manifest
@@ -175,7 +177,9 @@ def _job(
         json.dumps([name, __version__, settings, inputs], sort_keys=True).encode()
     ).hexdigest()
     path = f"onnx/{stem}.onnx"
-    size = sum(model.weights.size(tensor) for tensor in model.weights if tensor.startswith(prefixes))
+    size = sum(
+        model.weights.size(tensor) for tensor in model.weights if tensor.startswith(prefixes)
+    )
     return StageJob(name, key, Artifact("onnx", precision, path, (f"{path}_data",)), size, author)
 
 
@@ -183,11 +187,13 @@ def _finish_stage(job: StageJob, work: Path, target: Path) -> Stage:
     """Takes a finished stage over, or authors it."""
     ready = _from_record(job, work) or _from_bundle(job, work, target)
     if ready is not None:
-        progress.say(f"{job.name:<10}unchanged, taken over")
+        progress.say(f"{job.name:<12}unchanged, taken over")
         return ready
     start = time.perf_counter()
     path = work / job.artifact.path
     path.parent.mkdir(parents=True, exist_ok=True)
+    for name in (job.artifact.path, *job.artifact.data):
+        (work / name).unlink(missing_ok=True)  # it may be a link into the bundle
     with progress.track(job.name, job.size) as advance:
         errors = job.author(path, advance)
     worst = max(errors, key=errors.__getitem__) if errors else None
@@ -195,10 +201,12 @@ def _finish_stage(job: StageJob, work: Path, target: Path) -> Stage:
         job.key, (job.artifact,), WeightError(worst, round(errors[worst], 6)) if worst else None
     )
     sizes = {name: (work / name).stat().st_size for name in _stage_files(stage)}
+    for name in sizes:
+        _flush(work / name)  # after a power cut, what the record promises is there
     record = json.dumps(to_dict(StageRecord(stage, sizes)))
     _write_atomically(work / RECORDS / f"{job.name}.json", record)
     progress.say(
-        f"{job.name:<10}{job.artifact.path}  {sum(sizes.values()) / 1e6:.1f} MB, "
+        f"{job.name:<12}{job.artifact.path}  {sum(sizes.values()) / 1e6:.1f} MB, "
         f"{time.perf_counter() - start:.1f} s"
     )
     return stage
@@ -251,19 +259,20 @@ def _measure(
     """Figures against the float32 reference, or the reason why there are none."""
     if not wanted:
         return Quality(False, "not asked for")
-    if importlib.util.find_spec("torch") is None:
+    try:
+        from mobilevlm.export.measure import check_limits, measure_quality
+    except ImportError:
         note = "torch is not installed: pip install 'mobilevlm-edge[reference]'"
-        progress.say(f"quality   not measured ({note})")
+        progress.say(f"quality     not measured ({note})")
         return Quality(False, note)
-    from mobilevlm.export.measure import check_limits, measure_quality
 
     draft = _manifest(model, recipe, work, stages, Quality(False), files={})
     start = time.perf_counter()
     quality = measure_quality(model, Bundle(work, draft, digest=""))
     for name, stage in quality.stages.items():
         figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
-        progress.say(f"quality   {name}: {figures}")
-    progress.say(f"quality   measured in {time.perf_counter() - start:.1f} s")
+        progress.say(f"quality     {name}: {figures}")
+    progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
     check_limits(quality, recipe)
     return quality
 
@@ -310,8 +319,13 @@ def _check_target(target: Path) -> None:
         aside.rename(target)
     if target.exists() and not target.is_dir():
         raise BundleError(f"{target}: a file is in the way: choose another name for the bundle")
-    if target.is_dir() and not is_bundle(target) and any(target.iterdir()):
+    if target.is_dir() and not _is_replaceable(target) and any(target.iterdir()):
         raise BundleError(f"{target}: the folder is not empty and not a bundle: choose another one")
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether it is a bundle, whole or damaged. Other programs have a manifest.json too."""
+    return is_bundle(folder) and b'"schema_version"' in (folder / MANIFEST).read_bytes()
 
 
 def _keep_only(work: Path, names: list[str]) -> None:
@@ -329,14 +343,18 @@ def _replace(target: Path, work: Path) -> None:
     """Puts the finished work folder in the bundle's place."""
     for path in work.rglob("*"):
         if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+            _flush(path)
     aside = _aside(target)
     shutil.rmtree(aside, ignore_errors=True)
     if target.exists():
         target.rename(aside)
     work.rename(target)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _aside(target: Path) -> Path:

@@ -25,8 +25,6 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4"]
 ``q8``, ``q4``: 8- or 4-bit weights in blocks, float activations (MatMulNBits).
 """
 
-LOSSLESS: frozenset[str] = frozenset({"fp32"})
-
 
 @dataclass(frozen=True)
 class Limits:
@@ -83,7 +81,9 @@ def find_recipe(name: str) -> Recipe:
         raise MobileVLMError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
-    recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path))
+    recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
     if recipe.block_size not in (16, 32, 64, 128, 256):
-        raise MobileVLMError(f"{path}.block_size: {recipe.block_size}, expected 16, 32, 64, 128 or 256")
+        raise MobileVLMError(
+            f"{path}.block_size: {recipe.block_size}, expected 16, 32, 64, 128 or 256"
+        )
     return recipe

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobilevlm._version import __version__
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["MobileVLMError", "__version__", "export", "load"]
 
+_HERE = Path(__file__).parent
+if not (_HERE / "runtime").is_dir():
+    # Imported from a checkout (a Python started there finds this folder before the installed
+    # package): there, export/ and runtime/ lie beside this folder.
+    __path__.append(str(_HERE.parent))
+
 
 def __getattr__(name: str) -> Any:
     """Imports the two verbs when they are first used: neither needs the other's packages."""
@@ -27,6 +34,8 @@ def __getattr__(name: str) -> Any:
 
     if name == "load":
         return importlib.import_module("mobilevlm.runtime").load
-    if name == "export":  # the package is callable: mobilevlm.export(…) and mobilevlm.export.recipes
+    if (
+        name == "export"
+    ):  # the package is callable: mobilevlm.export(…) and mobilevlm.export.recipes
         return importlib.import_module("mobilevlm.export")
     raise AttributeError(f"module 'mobilevlm' has no attribute {name!r}")

@@ -137,19 +137,19 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """
     path = folder / MANIFEST
     if not path.is_file():
-        found = "no such folder" if not folder.exists() else f"{MANIFEST} is missing"
-        raise BundleError(f"{folder}: not a bundle ({found}): make one with 'mobilevlm export'")
+        reason = "no such folder" if not folder.exists() else f"{MANIFEST} is missing"
+        raise BundleError(f"{folder}: not a bundle ({reason}): make one with 'mobilevlm export'")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        version, stated = data["schema_version"], data["sha256"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError):
+        version, stated, found = data["schema_version"], data["sha256"], _digest(data)
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{path}: damaged manifest: export the bundle again") from None
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise BundleError(
             f"{path}: written by a newer version (schema {version}, this program reads up to "
             f"{SCHEMA_VERSION}): upgrade mobilevlm-edge"
         )
-    if _digest(data) != stated:
+    if found != stated:
         raise BundleError(f"{path}: sha256 mismatch: the manifest was changed: export it again")
     try:
         manifest = from_dict(Manifest, data, str(path))
@@ -162,13 +162,20 @@ def open_bundle(folder: Path) -> Bundle:
     """Opens a bundle and checks every file against the manifest.
 
     Hashing is skipped for files that an earlier check on this machine found right and that have not
-    been touched since (same size, time and inode).
+    been touched since (same size, times and inode; the time of the last change of the inode cannot
+    be set back).
 
     Raises:
         BundleError: a file is missing, of another size, or of another content.
     """
     manifest, digest = read_manifest(folder)
     bundle = Bundle(folder, manifest, digest)
+    for name in (TOKENIZER, manifest.embeddings.path, *_artifact_files(manifest)):
+        if name not in manifest.files:
+            raise BundleError(
+                f"{folder}: the manifest has no size and digest for {name!r}: export the bundle "
+                f"again"
+            )
     known = _read_stamps(folder, digest)
     stamps: dict[str, list[int]] = {}
     for name, entry in manifest.files.items():
@@ -183,7 +190,7 @@ def open_bundle(folder: Path) -> Bundle:
                 f"{path}: {status.st_size} bytes, the manifest says {entry.size}: copy or export "
                 f"the bundle again"
             )
-        stamps[name] = [status.st_size, status.st_mtime_ns, status.st_ino]
+        stamps[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
         if stamps[name] != known.get(name) and file_sha256(path) != entry.sha256:
             raise BundleError(
                 f"{path}: sha256 mismatch: the file was changed: copy or export the bundle again"
@@ -191,6 +198,11 @@ def open_bundle(folder: Path) -> Bundle:
     if stamps != known:
         _write_stamps(folder, digest, stamps)
     return bundle
+
+
+def _artifact_files(manifest: Manifest) -> list[str]:
+    artifacts = [a for stage in manifest.stages.values() for a in stage.artifacts]
+    return [name for artifact in artifacts for name in (artifact.path, *artifact.data)]
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
@@ -223,18 +235,18 @@ def _stamp_path(folder: Path, digest: str) -> Path:
 def _read_stamps(folder: Path, digest: str) -> dict[str, list[int]]:
     try:
         data = json.loads(_stamp_path(folder, digest).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RuntimeError):  # RuntimeError: this user has no home folder
         return {}
     return data if isinstance(data, dict) else {}
 
 
 def _write_stamps(folder: Path, digest: str, stamps: dict[str, list[int]]) -> None:
     """Best effort: on a read-only device every load hashes again."""
-    path = _stamp_path(folder, digest)
     try:
+        path = _stamp_path(folder, digest)
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
             json.dump(stamps, file)
         Path(file.name).replace(path)
-    except OSError:
+    except (OSError, RuntimeError):
         return

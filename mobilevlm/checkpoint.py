@@ -25,6 +25,9 @@ Float32 = NDArray[np.float32]
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MAX_JSON_BYTES = 64 * 2**20
+FLOATS = frozenset({"f64", "f32", "f16", "bf16"})
+_TORCH_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+REMAP_BYTES = 2**29
 
 
 def read_json(path: Path, required_for: str = "") -> dict[str, Any]:
@@ -40,7 +43,7 @@ def read_json(path: Path, required_for: str = "") -> dict[str, Any]:
         raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, not a config file")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
@@ -64,7 +67,7 @@ class _SafetensorsShard:
         except ImportError:
             raise require("safetensors", "export", f"reading {path}") from None
         try:
-            self._file = safe_open(path, framework="numpy")
+            self._file: Any = safe_open(path, framework="numpy")
         except (SafetensorError, OSError) as error:
             raise _damaged(path, error) from None
 
@@ -83,8 +86,6 @@ class _SafetensorsShard:
 
 
 class _PickleShard:
-    _DTYPES = {"float16": "f16", "bfloat16": "bf16", "float32": "f32"}
-
     def __init__(self, path: Path) -> None:
         try:
             import torch
@@ -115,11 +116,15 @@ class _PickleShard:
 
     def dtype(self, name: str) -> str:
         kind = str(self._tensors[name].dtype).removeprefix("torch.")
-        return self._DTYPES.get(kind, kind)
+        return _TORCH_DTYPES.get(kind, kind)
 
     def read(self, name: str) -> Float32:
         array: Float32 = self._tensors[name].detach().float().numpy()
         return array
+
+
+def _open_shard(path: Path) -> _Shard:
+    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path)
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
@@ -132,6 +137,9 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 class TensorFiles:
     """The weights of one folder, opened lazily and read one tensor at a time.
 
+    Shards are mapped into memory; one is mapped anew after ``REMAP_BYTES`` were read from it, so
+    that what was read does not stay resident.
+
     Raises:
         CheckpointError: no weight file, a shard is missing or damaged.
     """
@@ -139,13 +147,9 @@ class TensorFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files = _weight_files(folder)
-        self._index: dict[str, _Shard] = {}
-        for path in self.files:
-            shard: _Shard = (
-                _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path)
-            )
-            for name in shard.names():
-                self._index[name] = shard
+        self._shards = {path: _open_shard(path) for path in self.files}
+        self._bytes_read = dict.fromkeys(self.files, 0)
+        self._index = {name: path for path, shard in self._shards.items() for name in shard.names()}
 
     def __contains__(self, name: object) -> bool:
         return name in self._index
@@ -162,7 +166,12 @@ class TensorFiles:
 
     def read(self, name: str) -> Float32:
         """The tensor as float32, in its stored shape."""
-        return self._shard(name).read(name)
+        array = self._shard(name).read(name)
+        path = self._index[name]
+        self._bytes_read[path] += array.nbytes
+        if self._bytes_read[path] > REMAP_BYTES:
+            self._shards[path], self._bytes_read[path] = _open_shard(path), 0
+        return array
 
     @cached_property
     def sha256(self) -> str:
@@ -178,7 +187,7 @@ class TensorFiles:
                 f"{self.folder}: tensor {name!r} is missing from "
                 f"{', '.join(path.name for path in self.files)}"
             )
-        return self._index[name]
+        return self._shards[self._index[name]]
 
 
 def file_sha256(path: Path) -> str:
@@ -249,7 +258,7 @@ class Weights:
         """The tensor ``name`` as float32 of the given shape.
 
         Raises:
-            CheckpointError: it is missing, of another shape, or holds values that are not finite.
+            CheckpointError: it is missing, of another shape, not of floats, or not finite.
         """
         ref = self._refs[name]
         found = ref.files.shape(ref.name)
@@ -258,8 +267,15 @@ class Weights:
                 f"{ref.files.folder}: tensor {ref.name!r} has shape {list(found)}, "
                 f"expected {list(shape)} from config.json"
             )
+        if (kind := ref.files.dtype(ref.name)) not in FLOATS:
+            raise CheckpointError(
+                f"{ref.files.folder}: tensor {ref.name!r} is stored as {kind}, expected floats: "
+                f"give the checkpoint as it was before quantization"
+            )
         array = ref.files.read(ref.name)
-        if not np.isfinite(np.sum(array, dtype=np.float64)):
+        with np.errstate(invalid="ignore"):  # infinities of both signs
+            total = np.sum(array, dtype=np.float64)
+        if not np.isfinite(total):
             raise CheckpointError(
                 f"{ref.files.folder}: tensor {ref.name!r} holds values that are not finite"
             )

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, TypedDict
 
-from jinja2 import Template, TemplateError
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -94,7 +94,7 @@ def render(conversation: ConversationSpec, messages: Sequence[Message]) -> str:
         return _template(conversation.chat_template).render(
             messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
         )
-    except TemplateError as error:
+    except Exception as error:  # a template is data: whatever it does wrong is the bundle's fault
         raise PromptError(f"the bundle's chat template failed: {error}") from None
 
 
@@ -109,7 +109,17 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
     Each piece of text between images is tokenized alone, so it begins with the tokenizer's
     leading space piece; the beginning-of-text id is kept in front of the first only
     (``tokenizer_image_token`` of the reference code).
+
+    Raises:
+        PromptError: the text holds what is no character (from a command line that is not UTF-8).
     """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise PromptError(
+            f"the prompt holds {text[error.start]!r} at character {error.start}, which is not "
+            f"text: give it in UTF-8"
+        ) from None
     ids: list[int] = []
     for index, chunk in enumerate(text.split(IMAGE_PLACEHOLDER)):
         piece = tokenizer.encode(chunk, add_special_tokens=index == 0).ids

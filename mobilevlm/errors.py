@@ -30,7 +30,7 @@ class MissingExtraError(MobileVLMError):
 
 
 class QualityError(MobileVLMError):
-    """A lossy artifact is further from the float32 reference than its recipe allows (exit code 1)."""
+    """An artifact is further from the reference than its recipe allows (exit code 1)."""
 
 
 def require(module: str, extra: str, purpose: str) -> MissingExtraError:

@@ -11,7 +11,6 @@ Advance: TypeAlias = Callable[[int], None]
 """Called with the amount of work that was just done."""
 
 
-
 def ignore(amount: int) -> None:
     """Shows nothing."""
 

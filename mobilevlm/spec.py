@@ -147,45 +147,53 @@ def to_dict(value: Any) -> Any:
     return dataclasses.asdict(value)
 
 
-def from_dict(cls: type[T], data: Any, where: str) -> T:
+def from_dict(cls: type[T], data: Any, where: str, strict: bool = False) -> T:
     """Rebuilds a dataclass tree from JSON types; ``where`` names the place in error messages.
 
+    ``strict``: keys that no field has are an error (what a person wrote, with a typing mistake);
+    else they are ignored (what a later version wrote).
+
     Raises:
-        MobileVLMError: a key is missing or a value has the wrong type.
+        MobileVLMError: a key is missing or unknown, or a value has the wrong type.
     """
-    value = _convert(cls, data, where)
+    value = _convert(cls, data, where, strict)
     return typing.cast(T, value)
 
 
-def _convert(expected: Any, data: Any, where: str) -> Any:
+def _convert(expected: Any, data: Any, where: str, strict: bool) -> Any:
     origin, args = typing.get_origin(expected), typing.get_args(expected)
     if dataclasses.is_dataclass(expected):
         if not isinstance(data, dict):
             raise MobileVLMError(f"{where}: expected an object, found {data!r:.60}")
         hints = typing.get_type_hints(expected)
+        unknown = [key for key in data if key not in hints]
+        if strict and unknown:
+            raise MobileVLMError(
+                f"{where}: key {unknown[0]!r} is not known: expected {', '.join(hints)}"
+            )
         values = {}
         for field in dataclasses.fields(expected):
             if field.name in data:
                 values[field.name] = _convert(
-                    hints[field.name], data[field.name], f"{where}.{field.name}"
+                    hints[field.name], data[field.name], f"{where}.{field.name}", strict
                 )
             elif field.default is dataclasses.MISSING:
                 raise MobileVLMError(f"{where}: key {field.name!r} is missing")
         return expected(**values)  # type: ignore[operator]
     if origin is tuple:
-        if not isinstance(data, (list, tuple)) or (
-            args[-1] is not ... and len(data) != len(args)
-        ):
+        if not isinstance(data, (list, tuple)) or (args[-1] is not ... and len(data) != len(args)):
             raise MobileVLMError(f"{where}: expected a list, found {data!r:.60}")
         kinds = args[:1] * len(data) if args[-1] is ... else args
         return tuple(
-            _convert(kind, item, f"{where}[{index}]")
+            _convert(kind, item, f"{where}[{index}]", strict)
             for index, (kind, item) in enumerate(zip(kinds, data, strict=True))
         )
     if origin is dict:
         if not isinstance(data, dict):
             raise MobileVLMError(f"{where}: expected an object, found {data!r:.60}")
-        return {key: _convert(args[1], item, f"{where}.{key}") for key, item in data.items()}
+        return {
+            key: _convert(args[1], item, f"{where}.{key}", strict) for key, item in data.items()
+        }
     if origin is Literal:
         if data not in args:
             known = ", ".join(map(repr, args))
@@ -194,7 +202,7 @@ def _convert(expected: Any, data: Any, where: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if data is None:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), data, where)
+        return _convert(next(arg for arg in args if arg is not type(None)), data, where, strict)
     if expected is float and type(data) is int:
         return float(data)
     if expected is not Any and type(data) is not expected:

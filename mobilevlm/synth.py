@@ -205,7 +205,7 @@ def _write_weights(folder: Path, shapes: Shapes, seed: str, depth: int, count: _
     if len(shards) == 1:
         _write_shard(folder / "model.safetensors", shards[0], seed, depth, count)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, 1):
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"
         _write_shard(folder / file, shard, seed, depth, count)
@@ -246,7 +246,7 @@ def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: str, 
         values = random.standard_normal(min(left, _CHUNK), np.float32)
         values *= np.float32(deviation)
         values += np.float32(mean)
-        file.write(memoryview(values.astype("<f2")).cast("B"))
+        file.write(values.astype("<f2").data)
         left -= len(values)
 
 

@@ -10,7 +10,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from tokenizers.models import BPE
 
 from mobilevlm.checkpoint import read_json
@@ -152,7 +160,11 @@ def _add_special_tokens(
     path = folder / "added_tokens.json"
     if not path.is_file():
         return
-    added = sorted(read_json(path).items(), key=lambda item: item[1])
+    ids = read_json(path)
+    for text, index in ids.items():
+        if not text or type(index) is not int:
+            raise CheckpointError(f"{path}: token {text!r} has id {index!r}, expected a number")
+    added = sorted(ids.items(), key=lambda item: item[1])
     for expected, (text, index) in enumerate(added, start=len(vocab)):
         if text not in vocab and index != expected:
             raise CheckpointError(

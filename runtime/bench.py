@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 
-from mobilevlm.errors import MobileVLMError
 from mobilevlm.image import ImageInput
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
 from mobilevlm.runtime.vlm import VLM
+from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class BenchResult:
     text_tokens: int
     visual_tokens: int
     new_tokens: int
+    threads: int
     load_seconds: float
     peak_memory_mb: float
     artifact_mb: float
@@ -57,12 +58,13 @@ def run_bench(
     runs: int = 5,
     advance: Advance = ignore,
 ) -> BenchResult:
-    """Asks the same question ``runs`` times, after one run that does not count."""
+    """Runs the same prompt ``runs`` times, after one run that does not count. The conversation is
+    left out, so that ``text_tokens`` is what the decoder sees."""
     images = [] if image is None else [image]
     prompt = prompt_of_length(vlm, text_tokens, len(images))
     samples: dict[str, list[float]] = {}
     for run in range(runs + 1):
-        answer = vlm.generate(prompt, images, max_new_tokens=new_tokens, ignore_eos=True)
+        answer = vlm.generate(prompt, images, max_new_tokens=new_tokens, ignore_eos=True, raw=True)
         advance(1)
         if run == 0:
             continue
@@ -85,36 +87,38 @@ def run_bench(
         text_tokens=answer.prompt_tokens - answer.visual_tokens,
         visual_tokens=answer.visual_tokens,
         new_tokens=len(answer.token_ids),
+        threads=vlm.threads,
         load_seconds=vlm.load_seconds,
         peak_memory_mb=peak_memory_mb(),
         artifact_mb=sum(entry.size for entry in manifest.files.values()) / 1e6,
-        rows=[_row(*name.split("/", 1), values) for name, values in samples.items() if values],
+        rows=[_row(name, values) for name, values in samples.items() if values],
         machine=describe_machine(),
     )
 
 
 def prompt_of_length(vlm: VLM, text_tokens: int, images: int) -> str:
-    """A question whose templated text takes at least ``text_tokens`` tokens, as close as it goes."""
-    prompt = "Describe the picture."
-    shortest = _text_length(vlm, prompt, images)
-    if text_tokens < shortest:
-        raise MobileVLMError(
-            f"a prompt of {text_tokens} text tokens is too short: the conversation alone takes "
-            f"{shortest}"
-        )
-    while _text_length(vlm, prompt, images) < text_tokens:
+    """A raw prompt of exactly this many text tokens (pictures not counted), if its pieces allow."""
+    prompt = IMAGE_PLACEHOLDER * images
+    while len(vlm.prompt_ids(prompt, images, raw=True)) - images < text_tokens:
         prompt += " a"
     return prompt
+
+
+def summary(result: BenchResult) -> str:
+    """What was measured, in one line."""
+    return (
+        f"{result.model}, recipe {result.recipe}, {result.artifact_mb:.0f} MB: "
+        f"{result.visual_tokens} visual + {result.text_tokens} text tokens, "
+        f"{result.new_tokens} new tokens, {result.runs} runs, "
+        f"{result.threads} threads; load {result.load_seconds:.2f} s, "
+        f"peak memory {result.peak_memory_mb:.0f} MB"
+    )
 
 
 def as_markdown(result: BenchResult) -> str:
     """The result as a table for a document."""
     lines = [
-        f"{result.model}, recipe {result.recipe}, {result.artifact_mb:.0f} MB: "
-        f"{result.visual_tokens} visual + {result.text_tokens} text tokens, "
-        f"{result.new_tokens} new tokens, {result.runs} runs, "
-        f"{result.machine['threads']} threads; load {result.load_seconds:.2f} s, "
-        f"peak memory {result.peak_memory_mb:.0f} MB",
+        summary(result),
         "",
         "| stage | unit | p50 | p90 | p99 |",
         "|---|---|---|---|---|",
@@ -124,12 +128,10 @@ def as_markdown(result: BenchResult) -> str:
     return "\n".join(lines)
 
 
-def _text_length(vlm: VLM, prompt: str, images: int) -> int:
-    return len(vlm.prompt_ids(prompt, images)) - images
-
-
-def _row(name: str, unit: str, samples: Sequence[float]) -> Row:
-    """``p90`` and ``p99`` are on the slow side: high times, low rates."""
+def _row(label: str, samples: Sequence[float]) -> Row:
+    """``label``: name and unit, as in ``vision/ms``. ``p90`` and ``p99`` are on the slow side: high
+    times, low rates."""
+    name, unit = label.split("/", 1)
     slow = (10, 1) if unit.endswith("/s") else (90, 99)
     p50, p90, p99 = (float(np.percentile(samples, q)) for q in (50, *slow))
     return Row(name, unit, p50, p90, p99, [round(sample, 4) for sample in samples])

@@ -9,6 +9,7 @@ from mobilevlm.conversation import Message, user_message
 from mobilevlm.image import ImageInput, open_image
 from mobilevlm.runtime.generation import Generation, TextStream
 from mobilevlm.runtime.vlm import VLM
+from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 
 class Chat:
@@ -51,5 +52,7 @@ class Chat:
         finally:
             stream.close()
             if begun:
-                answer: Message = {"role": "assistant", "content": "".join(said)}
+                # An answer that happens to say <image> must not ask for a picture.
+                text = "".join(said).replace(IMAGE_PLACEHOLDER, "")
+                answer: Message = {"role": "assistant", "content": text}
                 self.messages += [message, answer]

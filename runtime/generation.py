@@ -50,7 +50,7 @@ class Generation:
 
 
 class TextStream(Iterator[str]):
-    """Pieces of an answer as they are made. After the last one, :attr:`generation` tells the rest."""
+    """Pieces of an answer as they are made. After the last, :attr:`generation` tells the rest."""
 
     def __init__(self, pieces: Generator[str, None, Generation]) -> None:
         self._pieces = pieces
@@ -109,7 +109,11 @@ def generate_text(
 ) -> Generator[str, None, Generation]:
     """Yields pieces of text; its return value is the finished answer."""
     vision, prefill, decode = Clock(), Clock(), Clock()
-    sampler, detokenizer, stops = Sampler(sampling), Detokenizer(tokenizer), StopStrings(rules.strings)
+    sampler, detokenizer, stops = (
+        Sampler(sampling),
+        Detokenizer(tokenizer),
+        StopStrings(rules.strings),
+    )
     tokens: list[int] = []
     shown: list[str] = []
     finish: Literal["stop", "length"] = "length"

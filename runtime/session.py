@@ -91,7 +91,8 @@ class Session:
         Raises:
             PromptError: it does not fit into the context.
         """
-        return self._extend(prompt, vision, prefill, all_logits=False)[-1]
+        logits: Float32 = self._extend(prompt, vision, prefill, all_logits=False)[-1]
+        return logits
 
     def all_logits(self, prompt: Prompt) -> Float32:
         """Logits after every position of the prompt ``(length, vocab_size)``."""
@@ -105,7 +106,9 @@ class Session:
         return logits
 
     def _extend(self, prompt: Prompt, vision: Clock, prefill: Clock, all_logits: bool) -> Float32:
-        digests = [hashlib.blake2b(pixels, digest_size=16).digest() for pixels in prompt.pixels]
+        digests = [
+            hashlib.blake2b(pixels.tobytes(), digest_size=16).digest() for pixels in prompt.pixels
+        ]
         keys = self._position_keys(prompt.ids, digests)
         if len(keys) >= self._context:
             pictures = f", {self.tokens_per_image} for each picture" if digests else ""
@@ -117,7 +120,9 @@ class Session:
         self._state.length = kept
         self._keys = keys[:kept]
         with vision:
-            images = self._visual_tokens(keys[kept:], dict(zip(digests, prompt.pixels, strict=True)))
+            images = self._visual_tokens(
+                keys[kept:], dict(zip(digests, prompt.pixels, strict=True))
+            )
         with prefill:
             embeds = self._embed(keys[kept:], images)
             logits = self._decoder.prefill(self._state, embeds, all_logits)

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+from PIL import Image
 from tokenizers import Tokenizer
 
 from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
@@ -51,9 +52,10 @@ def load(bundle: str | PathLike[str], engine: str = "auto", threads: int | None 
 def open_model(bundle: Bundle, threads: int | None = None, start: float | None = None) -> VLM:
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``)."""
     start = time.perf_counter() if start is None else start
+    threads = threads or default_threads()
     tokenizer = _read_tokenizer(bundle)
-    vision, decoder = _open_engines(bundle, threads or default_threads())
-    return VLM(bundle, tokenizer, vision, decoder, time.perf_counter() - start)
+    vision, decoder = _open_engines(bundle, threads)
+    return VLM(bundle, tokenizer, vision, decoder, threads, time.perf_counter() - start)
 
 
 class VLM:
@@ -69,9 +71,11 @@ class VLM:
         tokenizer: Tokenizer,
         vision: VisionEngine,
         decoder: DecoderEngine,
+        threads: int,
         load_seconds: float,
     ) -> None:
         self.bundle = bundle
+        self.threads = threads
         self.spec = bundle.manifest.spec
         self.tokenizer = tokenizer
         self.load_seconds = load_seconds
@@ -237,7 +241,7 @@ class VLM:
 
     def _prepare(self, prompt: str | Sequence[Message], images: Images, raw: bool) -> Prompt:
         start = time.perf_counter()
-        if isinstance(images, (str, bytes, PathLike, np.ndarray)):
+        if isinstance(images, (str, bytes, PathLike, np.ndarray, Image.Image)):
             raise MobileVLMError("images: expected a list of pictures, found a single one")
         ids = self.prompt_ids(prompt, len(images), raw)
         pixels = [preprocess(open_image(image), self.spec.image) for image in images]

@@ -35,7 +35,12 @@ def author_vision(
         size, patches = spec.image.size, spec.vision.num_patches
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
         tokens, features = stage(builder.op, pixels)
-        _output(builder, tokens, "visual_tokens", [1, spec.projector.num_tokens, spec.projector.out_size])
+        _output(
+            builder,
+            tokens,
+            "visual_tokens",
+            [1, spec.projector.num_tokens, spec.projector.out_size],
+        )
         _output(builder, features, "features", [1, patches, spec.vision.hidden_size])
 
     return _author("vision_encoder", weights, path, advance, build)

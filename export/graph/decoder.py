@@ -28,10 +28,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
         self.input_norm = RMSNorm(weights, "decoder.layers.0.input_norm", spec)
         self.layers = nn.ModuleList(
-            [
-                DecoderLayer(weights, index, spec, recipe)
-                for index in range(spec.num_hidden_layers)
-            ]
+            [DecoderLayer(weights, index, spec, recipe) for index in range(spec.num_hidden_layers)]
         )
         self.lm_head = Linear(
             weights,
@@ -84,7 +81,9 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         self.post_attention_norm = SkipRMSNorm(weights, f"{name}.post_attention_norm", spec)
         gate_up = [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"]
         self.gate_up = Linear(weights, gate_up, hidden, [wide, wide], precision, **options)
-        self.down_proj = Linear(weights, f"{name}.mlp.down_proj", wide, hidden, precision, **options)
+        self.down_proj = Linear(
+            weights, f"{name}.mlp.down_proj", wide, hidden, precision, **options
+        )
         self.next_norm = SkipRMSNorm(weights, next_norm, spec)
 
     def forward(
@@ -113,7 +112,10 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             _outputs=3,
         )
         if positions is not None:
-            mixed, residual = op.Gather(mixed, positions, axis=1), op.Gather(residual, positions, axis=1)
+            mixed, residual = (
+                op.Gather(mixed, positions, axis=1),
+                op.Gather(residual, positions, axis=1),
+            )
         residual, normed = self.post_attention_norm(op, self.o_proj(op, mixed), residual)
         gate, up = op.Split(self.gate_up(op, normed), axis=-1, num_outputs=2, _outputs=2)
         activated = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
@@ -131,8 +133,13 @@ class RMSNorm(nn.Module):  # type: ignore[misc]
         return op.SimplifiedLayerNormalization(x, self.weight, axis=-1, epsilon=self.epsilon)
 
 
-class SkipRMSNorm(RMSNorm):
+class SkipRMSNorm(nn.Module):  # type: ignore[misc]
     """Adds to the residual stream; gives the sum and its norm."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.epsilon = spec.rms_norm_eps
+        self.weight = weights.parameter(weights.read(f"{name}.weight", spec.hidden_size))
 
     def forward(self, op: Any, x: Any, residual: Any) -> tuple[Any, Any]:
         normed, _, _, total = op.SkipSimplifiedLayerNormalization(
@@ -144,7 +151,7 @@ class SkipRMSNorm(RMSNorm):
 def rotary_tables(
     spec: DecoderSpec,
 ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]:
-    """Cosine and sine ``(context_length, head_dim / 2)``, float32 as the reference computes them."""
+    """Cosine and sine ``(context_length, head_dim / 2)``, in float32 as in the reference code."""
     exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
     frequency = (np.float32(1) / np.float32(spec.rope_theta) ** exponent).astype(np.float32)
     positions = np.arange(spec.context_length, dtype=np.float32) / np.float32(spec.rope_scaling)

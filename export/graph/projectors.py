@@ -1,4 +1,4 @@
-"""Projectors: features ``(1, num_patches, in_size)`` to visual tokens ``(1, num_tokens, out_size)``.
+"""Projectors: features ``(1, num_patches, in_size)`` to tokens ``(1, num_tokens, out_size)``.
 
 Exact rewrite: LDPv2's average pooling commutes with the second Linear of its MLP, so it comes
 first and that Linear does a quarter of the work.
@@ -40,7 +40,9 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
         self.mlp = _linears(weights, spec, precision)
         if spec.grid % spec.out_grid:
             self.pooling = weights.parameter(_pooling_matrix(spec.grid, spec.out_grid))
-        self.kernel = weights.parameter(weights.read("projector.peg.weight", spec.out_size, 1, 3, 3))
+        self.kernel = weights.parameter(
+            weights.read("projector.peg.weight", spec.out_size, 1, 3, 3)
+        )
         self.bias = weights.parameter(weights.read("projector.peg.bias", spec.out_size))
 
     def forward(self, op: Any, features: Any) -> Any:
@@ -92,7 +94,9 @@ class InvertedResidual(nn.Module):  # type: ignore[misc]
         super().__init__()
         channels, squeezed = spec.out_size, spec.squeeze_size
         self.channels, self.stride = channels, stride
-        self.depthwise = weights.parameter(weights.read(f"{name}.depthwise.weight", channels, 1, 3, 3))
+        self.depthwise = weights.parameter(
+            weights.read(f"{name}.depthwise.weight", channels, 1, 3, 3)
+        )
         self.norm1 = ChannelNorm(weights, f"{name}.norm1", channels)
         self.squeeze = Conv1x1(weights, f"{name}.squeeze", channels, squeezed)
         self.excite = Conv1x1(weights, f"{name}.excite", squeezed, channels)
@@ -165,7 +169,7 @@ def _to_tokens(op: Any, hidden: Any, channels: int, tokens: int) -> Any:
 
 
 def _pooling_matrix(grid: int, out: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """``(out², grid²)``: bin i covers ``floor(i · grid / out)`` to ``ceil((i + 1) · grid / out)``."""
+    """``(out², grid²)``: bin i is ``floor(i · grid / out)`` to ``ceil((i + 1) · grid / out)``."""
     bins = np.zeros((out, grid), np.float64)
     for index in range(out):
         start, stop = index * grid // out, -(-(index + 1) * grid // out)

@@ -19,7 +19,7 @@ from mobilevlm.spec import ImageSpec, ModelSpec, VisionSpec
 
 
 class VisionStage(nn.Module):  # type: ignore[misc]
-    """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and the tower's
+    """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and tower
     features ``(1, num_patches, vision hidden_size)``."""
 
     def __init__(self, weights: WeightFile, spec: ModelSpec, precision: Precision) -> None:
@@ -54,15 +54,15 @@ class ClipTower(nn.Module):  # type: ignore[misc]
 
 
 class PatchEmbedding(nn.Module):  # type: ignore[misc]
-    """Cuts patches, multiplies them by the convolution's weights, adds class token and positions."""
+    """Patches times the convolution's weights, with class token and positions."""
 
     def __init__(self, weights: WeightFile, spec: VisionSpec, image: ImageSpec) -> None:
         super().__init__()
         self.grid, self.patch = spec.grid, spec.patch_size
         hidden, patch = spec.hidden_size, spec.patch_size
-        kernel = weights.read("vision.patch_embedding.weight", hidden, 3, patch, patch)
-        kernel = kernel.astype(np.float64).transpose(2, 3, 1, 0)  # (patch, patch, 3, hidden)
-        mean, std = np.float64(image.mean), np.float64(image.std)
+        stored = weights.read("vision.patch_embedding.weight", hidden, 3, patch, patch)
+        kernel = stored.astype(np.float64).transpose(2, 3, 1, 0)  # (patch, patch, 3, hidden)
+        mean, std = np.asarray(image.mean), np.asarray(image.std)
         bias = -(kernel / std[:, None] * mean[:, None]).sum(axis=(0, 1, 2))
         kernel = (kernel / (255.0 * std)[:, None]).reshape(-1, hidden)
         positions = weights.read(

@@ -46,7 +46,7 @@ class WeightFile:
         padding = -self._file.tell() % _ALIGNMENT
         self._file.write(b"\0" * padding)
         offset = self._file.tell()
-        self._file.write(memoryview(array).cast("B"))
+        self._file.write(array.data.cast("B"))
         tensor = ir.ExternalTensor(
             self.path.name,
             offset,

@@ -13,6 +13,10 @@ INT8_LIMIT = 64
 """Largest 8-bit weight. Half the range: AVX2 without VNNI adds pairs of u8 × s8 products in 16
 bits, and 2 · 255 · 64 is the most that fits."""
 
+_LARGEST_SCALE = np.float32(np.finfo(np.float16).max)
+_SMALLEST_SCALE = np.finfo(np.float32).tiny
+"""Smaller scales have no finite inverse; rounded to float16 they are zero anyway."""
+
 _CHUNK = 2**24
 """Weights quantized at once, which bounds the memory of intermediate results."""
 
@@ -30,7 +34,7 @@ class ColumnQuantized:
 
 @dataclass(frozen=True)
 class BlockQuantized:
-    """Weights in blocks of ``block_size`` along the input, zero point in the middle of the range."""
+    """Weights in blocks of ``block_size`` along the input, the zero point in mid-range."""
 
     packed: NDArray[np.uint8]
     """``(out_size, blocks, block_size * bits / 8)``; with 4 bits the even index is the low half."""
@@ -86,10 +90,10 @@ def _round_blocks(part: Float32, bits: int) -> tuple[NDArray[np.uint8], Float32]
     """Codes ``(rows, blocks, block_size)`` and scales ``(rows, blocks)``."""
     middle = 2 ** (bits - 1)
     largest = np.take_along_axis(part, np.abs(part).argmax(axis=2)[..., None], axis=2)[..., 0]
-    exact = largest / np.float32(-middle)
-    inverse = np.divide(1, exact, out=np.zeros_like(exact), where=exact != 0)
-    codes = (part * inverse[..., None] + np.float32(middle + 0.5)).astype(np.int32)
-    return codes.clip(0, 2 * middle - 1).astype(np.uint8), exact.astype(np.float16).astype(np.float32)
+    exact = (largest / np.float32(-middle)).clip(-_LARGEST_SCALE, _LARGEST_SCALE)
+    inverse = np.divide(1, exact, out=np.zeros_like(exact), where=np.abs(exact) > _SMALLEST_SCALE)
+    codes = (part * inverse[..., None] + np.float32(middle + 0.5)).clip(0, 2 * middle - 1)
+    return codes.astype(np.uint8), exact.astype(np.float16).astype(np.float32)
 
 
 def _row_chunks(rows: int, columns: int) -> list[slice]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -57,13 +59,18 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the program and exits: 0 success, 1 a check or limit failed, 2 wrong input."""
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments[:1]
+    for stream in (sys.stdout, sys.stderr):  # an answer may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
-        program.main(args=arguments, prog_name="mobilevlm", standalone_mode=False)
+        # Not program.main: that one turns a closed pipe into exit code 1.
+        with program.make_context("mobilevlm", list(arguments)) as context:
+            program.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:
-        error.show()
+        _show_usage_error(error)
         sys.exit(2)
     except (KeyboardInterrupt, click.Abort):
         print(file=sys.stderr)
@@ -78,9 +85,22 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1 if isinstance(error, QualityError) else 2)
 
 
+def _show_usage_error(error: click.ClickException) -> None:
+    context = getattr(error, "ctx", None)
+    if type(error).__name__ == "NoArgsIsHelpError":  # no arguments at all: the whole help
+        error.show()
+        return
+    place = context.command_path if context else "mobilevlm"
+    message = " ".join(error.format_message().split()).rstrip(".")
+    print(f"mobilevlm: error: {message} ('{place} --help' tells more)", file=sys.stderr)
+
+
 def _describe(error: Exception) -> str:
     if isinstance(error, MemoryError):
         return "not enough memory: close other programs, or use a smaller model or recipe"
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        place = f"{error.filename}: " if error.filename else ""
+        return f"{place}no space left on the disk: free some and run the same command again"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())

@@ -16,12 +16,23 @@ from mobilevlm.cli.options import model_options
 @model_options
 @click.option("--image", metavar="FILE", help="Default: a grey picture (the work is the same).")
 @click.option("--no-image", is_flag=True, help="Text only.")
-@click.option("--text-tokens", type=click.IntRange(1), default=56, show_default=True,
-              help="Length of the prompt without the picture.")
+@click.option(
+    "--text-tokens",
+    type=click.IntRange(1),
+    default=56,
+    show_default=True,
+    help="Length of the prompt without the picture.",
+)
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
-@click.option("-o", "--format", "form", type=click.Choice(["table", "md", "json"]), default="table",
-              show_default=True)
+@click.option(
+    "-o",
+    "--format",
+    "form",
+    type=click.Choice(["table", "md", "json"]),
+    default="table",
+    show_default=True,
+)
 @click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
 def command(
     bundle: Path,
@@ -40,7 +51,7 @@ def command(
     import numpy as np
 
     from mobilevlm.runtime import load
-    from mobilevlm.runtime.bench import as_markdown, run_bench
+    from mobilevlm.runtime.bench import as_markdown, run_bench, summary
 
     with load(bundle, engine, threads) as vlm:
         grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
@@ -59,11 +70,12 @@ def command(
     elif form == "md":
         print(as_markdown(result))
     else:
+        from rich import box
         from rich.console import Console
         from rich.table import Table
 
-        head, _ = as_markdown(result).split("\n\n", 1)
-        table = Table(title=head, title_justify="left")
+        print(summary(result))
+        table = Table(box=box.SIMPLE_HEAD)
         for column in ("stage", "unit", "p50", "p90", "p99"):
             table.add_column(column, justify="left" if column in ("stage", "unit") else "right")
         for row in result.rows:

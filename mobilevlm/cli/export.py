@@ -12,24 +12,48 @@ from mobilevlm.cli import show_json
 EXAMPLES = """\b
 Examples:
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-int4
-  mobilevlm export llava-v1.5-7b -o llava-int8 --recipe int8 --vision-tower clip-vit-large-patch14-336
+  mobilevlm export llava-v1.5-7b -o llava-int8 --recipe int8 --vision-tower clip-vit-l-336
 """
 
 
 @click.command("export", epilog=EXAMPLES)
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", "bundle", required=True, type=click.Path(path_type=Path),
-              help="Bundle folder to write; an older bundle there is replaced at the end.")
-@click.option("--recipe", default="int4", show_default=True, metavar="NAME|FILE.toml",
-              help="Precision: fp32, fp16-weights, int8, int4, or a recipe file.")
-@click.option("--format", "form", type=click.Choice(["onnx", "all"]), default="all",
-              show_default=True, help="Artifacts to make.")
-@click.option("--vision-tower", type=click.Path(path_type=Path),
-              help="Folder of the CLIP tower, if it is not beside the checkpoint.")
-@click.option("--conversation", metavar="NAME",
-              help="Conversation v1 or llava_v1, if the family's default is not right.")
-@click.option("--no-measure", is_flag=True,
-              help="Do not compare the result with the float32 reference.")
+@click.option(
+    "-o",
+    "--output",
+    "bundle",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Bundle folder to write; an older bundle there is replaced at the end.",
+)
+@click.option(
+    "--recipe",
+    default="int4",
+    show_default=True,
+    metavar="NAME|FILE.toml",
+    help="Precision: fp32, fp16-weights, int8, int4, or a recipe file.",
+)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["onnx", "all"]),
+    default="all",
+    show_default=True,
+    help="Artifacts to make.",
+)
+@click.option(
+    "--vision-tower",
+    type=click.Path(path_type=Path),
+    help="Folder of the CLIP tower, if it is not beside the checkpoint.",
+)
+@click.option(
+    "--conversation",
+    metavar="NAME",
+    help="Conversation v1 or llava_v1, if the family's default is not right.",
+)
+@click.option(
+    "--no-measure", is_flag=True, help="Do not compare the result with the float32 reference."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the quality and sizes as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(
@@ -67,4 +91,4 @@ def command(
             }
         )
     else:
-        progress.say(f'next      mobilevlm run {bundle} --image PHOTO --prompt "What is this?"')
+        progress.say(f'next        mobilevlm run {bundle} --image PHOTO --prompt "What is this?"')

@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
-@click.option("--vision-tower", type=click.Path(path_type=Path),
-              help="Folder of the CLIP tower of a checkpoint.")
+@click.option(
+    "--vision-tower",
+    type=click.Path(path_type=Path),
+    help="Folder of the CLIP tower of a checkpoint.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, vision_tower: Path | None, as_json: bool) -> None:
     """Show what is in PATH, a bundle (every file is checked) or a checkpoint."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -30,7 +29,7 @@ def model_options(function: F) -> F:
 def sampling_options(function: F) -> F:
     """How tokens are chosen and when the answer ends."""
     for decorate in (
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here; repeatable."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here."),
         click.option("--seed", type=int, help="Makes drawing repeatable."),
         click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
         click.option("--min-p", type=float, default=0.0, show_default=True,
@@ -59,4 +58,4 @@ def show_timings(answer: Generation) -> None:
     ]
     if times.tokens_per_second:
         parts.append(f"{times.tokens_per_second:.1f} tokens/s")
-    print(click.style("; ".join(parts), dim=sys.stderr.isatty()), file=sys.stderr)
+    click.secho("; ".join(parts), err=True, dim=True)  # no colour codes but on a terminal

@@ -22,12 +22,19 @@ Examples:
 
 @click.command("run", epilog=EXAMPLES)
 @model_options
-@click.option("--image", "images", multiple=True, metavar="FILE",
-              help="A picture; repeat for more; - reads it from standard input.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    metavar="FILE",
+    help="A picture; repeat for more; - reads it from standard input.",
+)
 @click.option("--prompt", required=True, help="The question. <image> in it places a picture.")
 @click.option("--raw", is_flag=True, help="The prompt is complete: no conversation around it.")
 @sampling_options
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of the stream.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object instead of the stream."
+)
 def command(
     bundle: Path,
     engine: str,

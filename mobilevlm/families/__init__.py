@@ -50,9 +50,13 @@ class Family:
     read: Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]]
 
     def claims(self, config: dict[str, Any]) -> bool:
+        model_type = config.get("model_type")
         projector = config.get("mm_projector_type") or "linear"
-        return config.get("model_type") in self.model_types and bool(
-            self.projector_types.fullmatch(projector)
+        return (
+            isinstance(model_type, str)
+            and isinstance(projector, str)
+            and model_type in self.model_types
+            and self.projector_types.fullmatch(projector) is not None
         )
 
 
@@ -87,7 +91,14 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
     config = read_json(folder / "config.json", required_for="every checkpoint has one")
     family = _find_family(folder, config)
     spec, weights = family.read(folder, config, options or OpenOptions())
-    return Model(folder, spec, weights, read_tokenizer(folder))
+    tokenizer = read_tokenizer(folder)
+    pieces = tokenizer.get_vocab_size(with_added_tokens=False)
+    if pieces > spec.decoder.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer has {pieces} pieces, but 'vocab_size' in config.json is "
+            f"{spec.decoder.vocab_size}: these files are of different models"
+        )
+    return Model(folder, spec, weights, tokenizer)
 
 
 def _find_family(folder: Path, config: dict[str, Any]) -> Family:

@@ -14,7 +14,7 @@ from mobilevlm.families.llava_layout import mlp_projector, read_layout
 from mobilevlm.spec import ModelSpec
 
 
-@register("llava", {"llava", "llava_llama"}, r"linear|mlp\d+x_gelu")
+@register("llava", {"llava", "llava_llama"}, r"linear|mlp[1-9]\d*x_gelu")
 def read_llava(
     folder: Path, config: dict[str, Any], options: OpenOptions
 ) -> tuple[ModelSpec, Weights]:

@@ -29,6 +29,8 @@ from mobilevlm.spec import (
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3
+DEFAULT_EOS = 2
+"""``</s>`` of Llama's tokenizer."""
 EMBEDDED_TOWER = "model.vision_tower.vision_tower."
 
 _CLIP_LARGE = {
@@ -82,6 +84,7 @@ def read_layout(
     embedded = f"{EMBEDDED_TOWER}vision_model.embeddings.class_embedding" in files
     tower = _find_tower(path, config, options.vision_tower, embedded)
     vision = _vision_spec(path, config, tower)
+    decoder = _decoder_spec(path, config)
     layout = projector(config, vision)
     spec = ModelSpec(
         family=family,
@@ -89,11 +92,13 @@ def read_layout(
         image=_image_spec(path, config, tower, vision),
         vision=vision,
         projector=layout.spec,
-        decoder=_decoder_spec(path, config),
+        decoder=decoder,
         conversation=_conversation_spec(folder, config, options.conversation or conversation),
     )
     names = _decoder_names(spec.decoder)
-    names |= {f"projector.{ours}": f"model.mm_projector.{name}" for ours, name in layout.names.items()}
+    names |= {
+        f"projector.{ours}": f"model.mm_projector.{name}" for ours, name in layout.names.items()
+    }
     refs = {ours: TensorRef(files, name) for ours, name in names.items()}
     from_checkpoint = embedded and (prefer_checkpoint_tower or tower.folder is None)
     prefix, tower_files = EMBEDDED_TOWER, files
@@ -125,7 +130,9 @@ def mlp_projector(config: dict[str, Any], vision: VisionSpec) -> ProjectorLayout
 T = TypeVar("T")
 
 
-def _value(path: Path, config: dict[str, Any], key: str, kind: type[T], default: T | None = None) -> T:
+def _value(
+    path: Path, config: dict[str, Any], key: str, kind: type[T], default: T | None = None
+) -> T:
     """A checked configuration value; ``null`` counts as absent."""
     value = config.get(key)
     if value is None:
@@ -152,7 +159,7 @@ def _find_tower(path: Path, config: dict[str, Any], given: Path | None, embedded
     for folder in candidates:
         if folder.is_dir() and (folder / "config.json").is_file():
             tower = read_json(folder / "config.json")
-            tower = tower.get("vision_config", tower)
+            tower = _value(folder / "config.json", tower, "vision_config", dict, tower)
             preprocessor = folder / "preprocessor_config.json"
             return _Tower(
                 str(folder / "config.json"),
@@ -186,7 +193,9 @@ def _vision_spec(path: Path, config: dict[str, Any], tower: _Tower) -> VisionSpe
         )
     activation = _value(where, tower.config, "hidden_act", str, "quick_gelu")
     if activation not in ("quick_gelu", "gelu"):
-        raise CheckpointError(f"{where}: 'hidden_act' is {activation!r}, expected quick_gelu or gelu")
+        raise CheckpointError(
+            f"{where}: 'hidden_act' is {activation!r}, expected quick_gelu or gelu"
+        )
     vision = VisionSpec(
         hidden_size=_value(where, tower.config, "hidden_size", int),
         intermediate_size=_value(where, tower.config, "intermediate_size", int),
@@ -204,6 +213,11 @@ def _vision_spec(path: Path, config: dict[str, Any], tower: _Tower) -> VisionSpe
             f"checkpoint was trained with {expected} (mm_hidden_size in {path}): pass the folder "
             f"of {config.get('mm_vision_tower')!r} with --vision-tower"
         )
+    if vision.grid == 0:
+        raise CheckpointError(
+            f"{where}: 'patch_size' {vision.patch_size} is larger than 'image_size' "
+            f"{vision.image_size}"
+        )
     if vision.hidden_size % vision.num_attention_heads:
         raise CheckpointError(
             f"{where}: 'hidden_size' {vision.hidden_size} is not a multiple of "
@@ -212,9 +226,7 @@ def _vision_spec(path: Path, config: dict[str, Any], tower: _Tower) -> VisionSpe
     return vision
 
 
-def _image_spec(
-    path: Path, config: dict[str, Any], tower: _Tower, vision: VisionSpec
-) -> ImageSpec:
+def _image_spec(path: Path, config: dict[str, Any], tower: _Tower, vision: VisionSpec) -> ImageSpec:
     where = f"{tower.where} (preprocessor_config.json)"
     aspect = config.get("image_aspect_ratio")
     if isinstance(aspect, str) and aspect.startswith("anyres"):
@@ -230,7 +242,9 @@ def _image_spec(
             f"{where}: 'crop_size' is {crop}, but the tower takes {vision.image_size} pixels"
         )
     if settings.get("resample", BICUBIC) != BICUBIC:
-        raise CheckpointError(f"{where}: 'resample' is {settings['resample']!r}, expected 3 (bicubic)")
+        raise CheckpointError(
+            f"{where}: 'resample' is {settings['resample']!r}, expected 3 (bicubic)"
+        )
     return ImageSpec(
         size=crop,
         shortest_edge=size,
@@ -246,8 +260,8 @@ def _edge(value: Any, default: int, where: str, key: str) -> int:
         value = value.get("shortest_edge", value.get("height"))
     if value is None:
         return default
-    if not isinstance(value, int) or value <= 0:
-        raise CheckpointError(f"{where}: {key!r} is {value!r}, expected a number of pixels")
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a number of pixels")
     return value
 
 
@@ -256,7 +270,8 @@ def _channels(
 ) -> tuple[float, float, float]:
     if value is None:
         return default
-    if not isinstance(value, list) or len(value) != 3:
+    numbers = isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    if not numbers or len(value) != 3 or (key == "image_std" and min(value) <= 0):
         raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected three numbers")
     red, green, blue = (float(channel) for channel in value)
     return red, green, blue
@@ -267,7 +282,9 @@ def _decoder_spec(path: Path, config: dict[str, Any]) -> DecoderSpec:
     if activation != "silu":
         raise CheckpointError(f"{path}: 'hidden_act' is {activation!r}, expected 'silu'")
     if config.get("attention_bias") or config.get("mlp_bias"):
-        raise CheckpointError(f"{path}: biases in the decoder ('attention_bias') are not known here")
+        raise CheckpointError(
+            f"{path}: biases in the decoder ('attention_bias') are not known here"
+        )
     hidden = _value(path, config, "hidden_size", int)
     heads = _value(path, config, "num_attention_heads", int)
     key_value_heads = _value(path, config, "num_key_value_heads", int, heads)
@@ -301,7 +318,10 @@ def _rope_scaling(path: Path, config: dict[str, Any]) -> float:
     kind = scaling.get("type", scaling.get("rope_type")) if isinstance(scaling, dict) else scaling
     if kind != "linear":
         raise CheckpointError(f"{path}: 'rope_scaling' is {scaling!r:.60}, expected type 'linear'")
-    return _value(path, scaling, "factor", float)
+    factor = scaling.get("factor") if isinstance(scaling, dict) else None
+    if not isinstance(factor, (int, float)) or isinstance(factor, bool) or factor <= 0:
+        raise CheckpointError(f"{path}: 'rope_scaling' is {scaling!r:.60}, expected a 'factor'")
+    return float(factor)
 
 
 def _conversation_spec(folder: Path, config: dict[str, Any], name: str) -> ConversationSpec:
@@ -312,14 +332,26 @@ def _conversation_spec(folder: Path, config: dict[str, Any], name: str) -> Conve
     mark = IMAGE_PLACEHOLDER
     if config.get("mm_use_im_start_end"):
         mark = f"<im_start>{IMAGE_PLACEHOLDER}<im_end>"
-    generation = folder / "generation_config.json"
-    settings = read_json(generation) if generation.is_file() else {}
-    eos = settings.get("eos_token_id", config.get("eos_token_id", 2))
     return ConversationSpec(
         chat_template=two_separator_template(SYSTEM_PROMPTS[name], mark),
-        eos_token_ids=tuple(eos) if isinstance(eos, list) else (int(eos),),
+        eos_token_ids=_end_ids(folder, config),
         stop_strings=("</s>",),
     )
+
+
+def _end_ids(folder: Path, config: dict[str, Any]) -> tuple[int, ...]:
+    """``eos_token_id`` of generation_config.json, else of config.json: a number or several."""
+    where = folder / "generation_config.json"
+    settings = read_json(where) if where.is_file() else {}
+    if settings.get("eos_token_id") is None:
+        where, settings = folder / "config.json", config
+    value = settings.get("eos_token_id")
+    if value is None:
+        return (DEFAULT_EOS,)
+    ids = value if isinstance(value, list) else [value]
+    if not ids or any(type(index) is not int or index < 0 for index in ids):
+        raise CheckpointError(f"{where}: 'eos_token_id' is {value!r:.60}, expected a token id")
+    return tuple(ids)
 
 
 def _decoder_names(spec: DecoderSpec) -> dict[str, str]:

@@ -17,7 +17,7 @@ LDPV2_GRID = 12
 """LDPv2 pools any patch grid to 12 × 12."""
 
 
-@register("mobilevlm", {"mobilevlm"}, r"ldpnet|ldpnetv2|linear|mlp\d+x_gelu")
+@register("mobilevlm", {"mobilevlm"}, r"ldpnet|ldpnetv2|linear|mlp[1-9]\d*x_gelu")
 @register("mobilevlm-llava", {"llava", "llava_llama"}, r"ldpnet|ldpnetv2")
 def read_mobilevlm(
     folder: Path, config: dict[str, Any], options: OpenOptions

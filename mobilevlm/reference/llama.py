@@ -45,9 +45,7 @@ class LlamaAttention(nn.Module):
         self.v_proj = nn.Linear(spec.hidden_size, kv_heads, bias=False)
         self.o_proj = nn.Linear(heads, spec.hidden_size, bias=False)
 
-    def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None
-    ) -> Tensor:
+    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         batch, length, _ = hidden.shape
         query = self.q_proj(hidden).view(batch, length, self.num_heads, -1).transpose(1, 2)
         key = self.k_proj(hidden).view(batch, length, self.num_kv_heads, -1).transpose(1, 2)

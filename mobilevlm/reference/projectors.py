@@ -44,7 +44,7 @@ class LDPv2Projector(nn.Module):
         self.peg = nn.Conv2d(spec.out_size, spec.out_size, 3, padding=1, groups=spec.out_size)
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.mlp(features).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        hidden: Tensor = self.mlp(features).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         hidden = F.adaptive_avg_pool2d(hidden, self.out_grid)
         hidden = self.peg(hidden) + hidden
         return hidden.flatten(2).transpose(1, 2)
@@ -84,7 +84,7 @@ class LDPProjector(nn.Module):
         self.blocks = nn.ModuleList(InvertedResidual(spec, stride) for stride in (1, 2))
 
     def forward(self, features: Tensor) -> Tensor:
-        hidden = self.mlp(features).transpose(1, 2).unflatten(2, (self.grid, self.grid))
+        hidden: Tensor = self.mlp(features).transpose(1, 2).unflatten(2, (self.grid, self.grid))
         for block in self.blocks:
             hidden = block(hidden)
         return hidden.flatten(2).transpose(1, 2)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
-from mobilevlm.errors import BundleError
+from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.runtime.engines import DecoderState, Float32
 from mobilevlm.spec import DecoderSpec
+
+T = TypeVar("T")
 
 PREFILL_CHUNK = 512
 """Positions per run: bounds the attention scores, which grow with length × total length."""
@@ -40,7 +42,7 @@ class OnnxVision:
     """The vision stage: tower and projector in one graph."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._session = open_session(path, threads)
+        self._session: ort.InferenceSession | None = open_session(path, threads)
 
     def encode(self, pixels: NDArray[np.uint8]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
@@ -51,12 +53,12 @@ class OnnxVision:
         return self._run("features", pixels)
 
     def _run(self, output: str, pixels: NDArray[np.uint8]) -> Float32:
-        result: Float32 = self._session.run([output], {"pixels": pixels[None]})[0][0]
+        result: Float32 = _still_open(self._session).run([output], {"pixels": pixels[None]})[0][0]
         return result
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
-        del self._session
+        self._session = None
 
 
 class OnnxState:
@@ -109,8 +111,8 @@ class OnnxDecoder:
         self, path: Path, table: Path, embeddings: EmbeddingTable, spec: DecoderSpec, threads: int
     ) -> None:
         self._spec = spec
-        self._session = open_session(path, threads)
-        self._table: NDArray[Any] = np.memmap(
+        self._session: ort.InferenceSession | None = open_session(path, threads)
+        self._table: NDArray[Any] | None = np.memmap(
             table,
             dtype=embeddings.dtype,
             mode="r",
@@ -120,24 +122,25 @@ class OnnxDecoder:
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return OnnxState(self._spec, self._session)
+        return OnnxState(self._spec, _still_open(self._session))
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self._table[np.asarray(ids, np.int64)].astype(np.float32)
+        return _still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, OnnxState)
+        session = _still_open(self._session)
         pieces = []
         for start in range(0, len(embeds), PREFILL_CHUNK):
             chunk = np.ascontiguousarray(embeds[None, start : start + PREFILL_CHUNK])
             count = chunk.shape[1]
             positions = np.arange(0 if all_logits else count - 1, count, dtype=np.int64)
             logits = np.empty((1, len(positions), self._spec.vocab_size), np.float32)
-            binding = state.bind(self._session, chunk, positions, logits)
+            binding = state.bind(session, chunk, positions, logits)
             state.total_length[0] = state.length + count
-            self._session.run_with_iobinding(binding)
+            session.run_with_iobinding(binding)
             state.length += count
             pieces.append(logits[0])
         return np.concatenate(pieces) if all_logits else pieces[-1]
@@ -145,16 +148,23 @@ class OnnxDecoder:
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, OnnxState)
-        state.step_embeds[0, 0] = self._table[token]
+        session = _still_open(self._session)
+        state.step_embeds[0, 0] = _still_open(self._table)[token]
         state.total_length[0] = state.length + 1
-        self._session.run_with_iobinding(state.step_binding)
+        session.run_with_iobinding(state.step_binding)
         state.length += 1
         result: Float32 = state.step_logits[0, 0]
         return result
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        del self._session, self._table
+        self._session = self._table = None
+
+
+def _still_open(part: T | None) -> T:
+    if part is None:
+        raise MobileVLMError("this model was closed: load it again")
+    return part
 
 
 def _lazy_zeros(shape: tuple[int, ...]) -> Float32:

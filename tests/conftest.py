@@ -1,0 +1,210 @@
+"""What the tests share: the reference data of five tiny checkpoints.
+
+Each folder of tests/data holds a random-weight checkpoint in an official on-disk layout, a picture,
+and the numbers that the model's official code gives for it; its README.md says how they were made.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+import mobilevlm
+from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
+from mobilevlm.cli import main
+from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.runtime import VLM
+from mobilevlm.synth import write_checkpoint
+
+DATA = Path(__file__).parent / "data"
+FLOAT32 = 2e-5
+"""Relative error that float32 in another order of summation may make (tests/parity says why)."""
+FIXTURES = ("mobilevlm_v2", "mobilevlm_v1", "llava_v15", "llava_v1", "llava_v1_im_start_end")
+
+
+@dataclass(frozen=True)
+class Fixture:
+    """One folder of reference data."""
+
+    name: str
+    folder: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.folder / "checkpoint"
+
+    @property
+    def tower(self) -> Path:
+        return self.folder / "vision_tower"
+
+    @property
+    def image(self) -> Path:
+        return self.folder / "image.png"
+
+    @cached_property
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """``pixel_values``, ``vision_features``, ``projector_output``, ``input_ids``,
+        ``inputs_embeds``, ``logits``, ``generated_ids`` and ``step_logits``."""
+        with np.load(self.folder / "expected.npz") as arrays:
+            return dict(arrays)
+
+    @cached_property
+    def expected(self) -> dict[str, Any]:
+        """Prompt, templated prompt, generated text …"""
+        data: dict[str, Any] = json.loads((self.folder / "expected.json").read_text())
+        return data
+
+    @cached_property
+    def model(self) -> Model:
+        """The opened checkpoint."""
+        return open_checkpoint(self.checkpoint, OpenOptions(self.tower))
+
+
+def fixture_named(name: str) -> Fixture:
+    return Fixture(name, DATA / name)
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Euclidean norm of the difference over that of the expected array."""
+    assert found.shape == expected.shape
+    return float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+
+
+def memory_weights(shapes: dict[str, tuple[int, ...]], folder: Path, seed: int = 0) -> Weights:
+    """Random weights under canonical names, kept in a safetensors file of the folder.
+
+    Products get 1 / sqrt(inputs), norms lie around one, all else around zero: no value is special,
+    so that a term left out shows.
+    """
+    from safetensors.numpy import save_file
+
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        values = random.standard_normal(shape, np.float32)
+        if "norm" in name:
+            values = values * np.float32(0.1) + np.float32(name.endswith("weight"))
+        elif len(shape) > 1 and "embed" not in name:
+            values /= np.float32(np.sqrt(np.prod(shape[1:])))
+        tensors[name] = values
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    files = TensorFiles(folder)
+    return Weights({name: TensorRef(files, name) for name in tensors})
+
+
+@pytest.fixture(scope="session", params=FIXTURES)
+def fixture(request: pytest.FixtureRequest) -> Fixture:
+    """Each of the five in turn."""
+    return fixture_named(request.param)
+
+
+@pytest.fixture(scope="session")
+def mobilevlm_v2() -> Fixture:
+    return fixture_named("mobilevlm_v2")
+
+
+@pytest.fixture(scope="session")
+def llava_v1() -> Fixture:
+    """The smallest safetensors checkpoint: the one that tests damage."""
+    return fixture_named("llava_v1")
+
+
+# Bundles, each exported once per test process.
+
+
+class BundleOf(Protocol):
+    def __call__(self, checkpoint: str, recipe: str, measure: bool = False) -> Path: ...
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keeps what the program remembers about bundles out of the person's own cache folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights in the official layout, safetensors, with a tower of real image size."""
+    folder = tmp_path_factory.mktemp("synth") / "tiny"
+    write_checkpoint("tiny", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundle_of(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
+    """Exports a reference checkpoint, or ``tiny``. The bundle is shared: copy it to change it."""
+    made: dict[tuple[str, str, bool], Path] = {}
+    base = tmp_path_factory.mktemp("bundles")
+
+    def export(checkpoint: str, recipe: str, measure: bool = False) -> Path:
+        key = checkpoint, recipe, measure
+        if key not in made:
+            folder = base / "-".join(map(str, key))
+            source, tower = tiny_checkpoint, None
+            if checkpoint != "tiny":
+                source, tower = DATA / checkpoint / "checkpoint", DATA / checkpoint / "vision_tower"
+            mobilevlm.export(source, folder, recipe=recipe, vision_tower=tower, measure=measure)
+            made[key] = folder
+        return made[key]
+
+    return export
+
+
+@pytest.fixture(scope="session")
+def vlm(bundle_of: BundleOf) -> Iterator[VLM]:
+    """The tiny model in float32."""
+    with mobilevlm.load(bundle_of("tiny", "fp32")) as model:
+        yield model
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 2) -> str:
+    """Runs the program in this process; it must fail with this exit code and one line."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(argument) for argument in arguments])
+    printed = capsys.readouterr()
+    assert stop.value.code == code, printed
+    assert printed.out == ""
+    assert printed.err.startswith("mobilevlm: error: "), printed.err
+    assert printed.err.count("\n") == 1 and printed.err.endswith("\n"), printed.err
+    assert len(printed.err) < 600
+    return printed.err
+
+
+def run_program(
+    *arguments: object, stdin: bytes = b"", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs ``python -m mobilevlm`` as a person would."""
+    done = subprocess.run(
+        [sys.executable, "-m", "mobilevlm", *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+    return subprocess.CompletedProcess(
+        done.args, done.returncode, done.stdout.decode(), done.stderr.decode()
+    )
+
+
+def tree_of(folder: Path) -> dict[str, bytes]:
+    """The content of every file below a folder."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }

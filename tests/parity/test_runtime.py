@@ -1,0 +1,146 @@
+"""Bundles through the runtime, as a person runs them, against the official arrays.
+
+Limits as in test_reference.py: float32 noise is 2e-5 at worst, the smallest wrong choice known
+moves the logits by 1.5e-4; the smallest distance between the best two logits of a greedy step is
+0.05.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from conftest import BundleOf, Fixture, relative_error
+from numpy.typing import NDArray
+
+import mobilevlm
+from mobilevlm.bundle import open_bundle
+from mobilevlm.export.measure import GREEDY_TOKENS, PROMPTS, calibration_image
+from mobilevlm.image import open_image, preprocess
+from mobilevlm.reference import load_reference
+from mobilevlm.runtime import VLM
+
+Array = NDArray[np.float32]
+NEW_TOKENS = 24
+"""As many as the official code was asked for."""
+
+
+@pytest.fixture(scope="module")
+def exact(fixture: Fixture, bundle_of: BundleOf) -> Iterator[VLM]:
+    """The float32 bundle of each fixture."""
+    with mobilevlm.load(bundle_of(fixture.name, "fp32")) as vlm:
+        yield vlm
+
+
+def test_fp32_image_features_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
+    found = exact.image_features(fixture.image)
+    assert found.dtype == np.float32
+    assert relative_error(found, fixture.arrays["vision_features"][0]) <= 1e-4
+
+
+def test_fp32_visual_tokens_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
+    found = exact.encode_image(fixture.image)
+    assert found.dtype == np.float32
+    assert relative_error(found, fixture.arrays["projector_output"][0]) <= 1e-4
+
+
+def test_prompt_ids_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
+    found = exact.prompt_ids(fixture.expected["user_prompt"], images=1)
+    assert found == fixture.arrays["input_ids"][0].tolist()
+    raw = exact.prompt_ids(fixture.expected["templated_prompt"], images=1, raw=True)
+    assert raw == found
+
+
+def test_fp32_prompt_logits_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
+    found = exact.prompt_logits(fixture.expected["user_prompt"], [fixture.image])
+    expected = fixture.arrays["logits"][0]
+    assert relative_error(found, expected) <= 1e-3
+    assert (found.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_fp32_greedy_tokens_and_text_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
+    stream = exact.stream(
+        fixture.expected["user_prompt"],
+        [fixture.image],
+        max_new_tokens=NEW_TOKENS,
+        ignore_eos=True,
+    )
+    pieces = list(stream)
+    answer = stream.generation
+    assert answer.token_ids == fixture.arrays["generated_ids"].tolist()
+    assert "".join(pieces) == answer.text
+    assert answer.text == fixture.expected["decoded_text"]
+    assert answer.finish_reason == "length"
+    assert answer.prompt_tokens == fixture.expected["prompt_length_embeds"]
+    assert answer.visual_tokens == fixture.expected["num_image_tokens"]
+
+
+def test_fp16_weights_answer_like_fp32(fixture: Fixture, exact: VLM, bundle_of: BundleOf) -> None:
+    prompt = fixture.expected["user_prompt"]
+    with mobilevlm.load(bundle_of(fixture.name, "fp16-weights")) as half:
+        # Most fixtures store float16, so nothing is lost; bfloat16 keeps 8 bits, float16 has 11.
+        visual = relative_error(
+            half.encode_image(fixture.image), exact.encode_image(fixture.image)
+        )
+        assert visual <= 1e-3
+        found, expected = (m.prompt_logits(prompt, [fixture.image]) for m in (half, exact))
+        assert relative_error(found, expected) <= 1e-3
+        answer = half.generate(
+            prompt, [fixture.image], max_new_tokens=NEW_TOKENS, ignore_eos=True
+        )
+    assert answer.token_ids == fixture.arrays["generated_ids"].tolist()
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4"])
+def test_quantized_figures_are_in_the_manifest_and_agree_when_measured_again(
+    fixture: Fixture, recipe: str, bundle_of: BundleOf
+) -> None:
+    folder = bundle_of(fixture.name, recipe, measure=True)
+    quality = open_bundle(folder).manifest.quality
+    assert quality.measured
+    vision, decoder = quality.stages["vision"].figures, quality.stages["decoder"].figures
+    again = measured_again(fixture, folder)
+    # Figures have four digits. A rounding of activations that falls the other way with another
+    # order of sums moves them by less than a percent.
+    assert vision["cosine"] == pytest.approx(again["cosine"], abs=1e-4)
+    assert vision["relative_error"] == pytest.approx(again["relative_error"], rel=1e-2)
+    assert decoder["kl"] == pytest.approx(again["kl"], rel=1e-2)
+    assert decoder["top1_agreement"] == pytest.approx(again["top1_agreement"], abs=0.01)
+    match = quality.stages["end_to_end"].figures["greedy_match"]
+    assert match == pytest.approx(again["greedy_match"], abs=1e-4)
+
+
+def measured_again(fixture: Fixture, folder: object) -> dict[str, float]:
+    """The same figures by formulas of their own, the worst of the two calibration prompts."""
+    samples: dict[str, list[float]] = {
+        name: [] for name in ("cosine", "relative_error", "kl", "top1_agreement", "greedy_match")
+    }
+    with mobilevlm.load(str(folder)) as vlm, torch.no_grad():
+        reference = load_reference(fixture.model)
+        for seed, prompt in enumerate(PROMPTS):
+            image = calibration_image(seed, vlm.spec.image.size)
+            exact = reference.visual_tokens(preprocess(open_image(image), vlm.spec.image))
+            tokens = torch.from_numpy(vlm.encode_image(image))
+            cosine = torch.nn.functional.cosine_similarity(tokens, exact, dim=-1)
+            samples["cosine"].append(float(cosine.min()))
+            samples["relative_error"].append(relative_error(tokens.numpy(), exact.numpy()))
+            answer = vlm.generate(prompt, [image], max_new_tokens=GREEDY_TOKENS, ignore_eos=True)
+            embeds = reference.embed([*vlm.prompt_ids(prompt, 1), *answer.token_ids], [exact])
+            wanted = reference.logits(embeds).double()
+            found = torch.from_numpy(vlm.embeds_logits(embeds.numpy())).double()
+            kl = torch.nn.functional.kl_div(
+                found.log_softmax(-1), wanted.softmax(-1), reduction="none"
+            )
+            samples["kl"].append(float(kl.sum(-1).mean()))
+            same = found.argmax(-1) == wanted.argmax(-1)
+            samples["top1_agreement"].append(float(same.double().mean()))
+            matched = 0
+            for token, row in zip(answer.token_ids, wanted[-GREEDY_TOKENS - 1 :], strict=False):
+                if token != int(row.argmax()):
+                    break
+                matched += 1
+            samples["greedy_match"].append(matched / GREEDY_TOKENS)
+    largest = ("relative_error", "kl")
+    return {name: (max if name in largest else min)(got) for name, got in samples.items()}

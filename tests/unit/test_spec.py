@@ -1,0 +1,87 @@
+"""ModelSpec as JSON: the way there and back, and what a wrong value says."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from conftest import Fixture
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.spec import ModelSpec, ProjectorSpec, from_dict, to_dict
+
+
+def test_a_spec_comes_back_from_json_unchanged(fixture: Fixture) -> None:
+    spec = fixture.model.spec
+    assert from_dict(ModelSpec, json.loads(json.dumps(to_dict(spec))), "spec") == spec
+
+
+def test_unknown_keys_of_a_later_version_are_ignored(mobilevlm_v2: Fixture) -> None:
+    spec = mobilevlm_v2.model.spec
+    assert from_dict(ModelSpec, {**to_dict(spec), "later": 1}, "spec") == spec
+
+
+WRONG = [
+    ("family", 3, "spec.family: expected str, found 3"),
+    ("vision", [], "spec.vision: expected an object"),
+    ("vision.patch_size", "14", "spec.vision.patch_size: expected int, found '14'"),
+    ("vision.patch_size", 14.0, "spec.vision.patch_size: expected int, found 14.0"),
+    ("vision.patch_size", True, "spec.vision.patch_size: expected int, found True"),
+    ("vision.layer_norm_eps", "small", "spec.vision.layer_norm_eps: expected float"),
+    ("vision.hidden_act", "relu", "spec.vision.hidden_act: expected one of 'quick_gelu', 'gelu'"),
+    ("projector.kind", ["mlp"], "spec.projector.kind: expected one of"),
+    ("image.mean", [0.5, 0.5], "spec.image.mean: expected a list"),
+    ("image.mean", [0.5, 0.5, None], "spec.image.mean[2]: expected float"),
+    ("image.std", 1.0, "spec.image.std: expected a list"),
+    ("decoder.tie_word_embeddings", 0, "spec.decoder.tie_word_embeddings: expected bool"),
+    ("conversation.eos_token_ids", [2, "</s>"], "spec.conversation.eos_token_ids[1]: expected int"),
+    ("conversation.stop_strings", "</s>", "spec.conversation.stop_strings: expected a list"),
+    ("decoder", None, "spec.decoder: expected an object"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("place", "value", "message"), WRONG, ids=[row[2] for row in WRONG])
+def test_a_wrong_value_is_named_by_its_place(
+    place: str, value: Any, message: str, mobilevlm_v2: Fixture
+) -> None:
+    data = json.loads(json.dumps(to_dict(mobilevlm_v2.model.spec)))
+    *outer, key = place.split(".")
+    target = data
+    for name in outer:
+        target = target[name]
+    target[key] = value
+    with pytest.raises(MobileVLMError) as caught:
+        from_dict(ModelSpec, data, "spec")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_key_is_named(mobilevlm_v2: Fixture) -> None:
+    data = to_dict(mobilevlm_v2.model.spec)
+    del data["decoder"]["head_dim"]
+    with pytest.raises(MobileVLMError, match=r"^spec\.decoder: key 'head_dim' is missing$"):
+        from_dict(ModelSpec, data, "spec")
+
+
+def test_an_integer_is_taken_for_a_float(mobilevlm_v2: Fixture) -> None:
+    data = to_dict(mobilevlm_v2.model.spec)
+    data["decoder"]["rope_theta"] = 10000
+    theta = from_dict(ModelSpec, data, "spec").decoder.rope_theta
+    assert theta == 10000.0 and type(theta) is float
+
+
+def test_a_huge_wrong_value_is_cut_in_the_message() -> None:
+    with pytest.raises(MobileVLMError) as caught:
+        from_dict(ModelSpec, "x" * 10**6, "spec")
+    assert len(str(caught.value)) < 200
+
+
+# timm's make_divisible(C / 4, 8), computed by hand: the last rows are those where plain rounding to
+# a multiple of 8 would lose more than a tenth (34 / 4 = 8.5 stays 8; 44 / 4 = 11 gives 8, so 16).
+@pytest.mark.parametrize(
+    ("channels", "squeezed"),
+    [(2048, 512), (2560, 640), (64, 16), (32, 8), (16, 8), (34, 8), (44, 16), (80, 24)],
+)
+def test_squeeze_size_is_a_quarter_rounded_to_eight(channels: int, squeezed: int) -> None:
+    assert ProjectorSpec("ldp", 8, channels, 2, 24, 12).squeeze_size == squeezed

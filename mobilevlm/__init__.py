@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mobilevlm._version import __version__
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import MobileVLMError, QualityError
 
 if TYPE_CHECKING:
     from mobilevlm.export import export as export
     from mobilevlm.runtime import load as load
 
-__all__ = ["MobileVLMError", "__version__", "export", "load"]
+__all__ = ["MobileVLMError", "QualityError", "__version__", "export", "load"]
 
 _HERE = Path(__file__).parent
 if not (_HERE / "runtime").is_dir():

@@ -14,26 +14,34 @@ SPACE = "\u2581"
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
+def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+codecs.register_error("mobilevlm_replace_each_byte", _replace_each_byte)
+
+
 class Detokenizer:
     """Text of a growing list of tokens. Bytes of an unfinished character are held back.
 
-    Bytes that form no character come out as U+FFFD, as sentencepiece has it. (The tokenizers
-    library decodes a run of byte tokens all or nothing, so its text can change after the fact, and
-    its DecodeStream raises an error then.)
+    Each byte that belongs to no character comes out as U+FFFD, as sentencepiece has it. (The
+    tokenizers library decodes a run of byte tokens all or nothing, so its text can change after the
+    fact, and its DecodeStream raises an error then.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {index for index, token in added.items() if token.special}
-        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes = codecs.getincrementaldecoder("utf-8")("mobilevlm_replace_each_byte")
         self._begun = False
 
     def add(self, token: int) -> str:
         """The text that this token completes (often a word, sometimes nothing)."""
         piece = self._tokenizer.id_to_token(token)
         if piece is None or token in self._special:
-            return ""
+            return self.finish()
         first, self._begun = not self._begun, True
         if match := _BYTE.fullmatch(piece):
             return self._bytes.decode(bytes([int(match[1], 16)]))

@@ -187,6 +187,12 @@ class VLM:
             messages = [user_message(prompt, images)] if isinstance(prompt, str) else prompt
             text = render(self.spec.conversation, messages)
         ids = tokenize(self.tokenizer, text)
+        beyond = [token for token in ids if token >= self.spec.decoder.vocab_size]
+        if beyond:
+            raise PromptError(
+                f"the prompt holds {self.tokenizer.id_to_token(beyond[0])!r}, a token that the "
+                f"model has no embedding for: leave it out"
+            )
         marks = ids.count(IMAGE_TOKEN_ID)
         if marks != images:
             raise PromptError(

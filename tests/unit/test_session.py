@@ -1,0 +1,241 @@
+"""A sequence in the decoder: what is kept, what is computed, and where it ends.
+
+On the tiny model in float32, whose sums in another order differ by less than 2e-5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from conftest import FLOAT32, relative_error
+from numpy.typing import NDArray
+
+from mobilevlm.errors import PromptError
+from mobilevlm.runtime import VLM, Session
+from mobilevlm.runtime.engines import DecoderEngine, DecoderState, Float32, VisionEngine
+from mobilevlm.runtime.session import Clock, Prompt
+
+
+@dataclass
+class CountedVision:
+    """Passes calls on and counts them."""
+
+    engine: VisionEngine
+    pictures: int = 0
+
+    def encode(self, pixels: NDArray[np.uint8]) -> Float32:
+        self.pictures += 1
+        return self.engine.encode(pixels)
+
+    def features(self, pixels: NDArray[np.uint8]) -> Float32:
+        return self.engine.features(pixels)
+
+    def close(self) -> None:
+        raise AssertionError("a session does not close the engines")
+
+
+@dataclass
+class CountedDecoder:
+    """Passes calls on and notes how many positions each prefill computed."""
+
+    engine: DecoderEngine
+    prefills: list[int] = field(default_factory=list)
+
+    def new_state(self) -> DecoderState:
+        return self.engine.new_state()
+
+    def embed(self, ids: Sequence[int]) -> Float32:
+        return self.engine.embed(ids)
+
+    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+        self.prefills.append(len(embeds))
+        return self.engine.prefill(state, embeds, all_logits)
+
+    def step(self, state: DecoderState, token: int) -> Float32:
+        return self.engine.step(state, token)
+
+    def close(self) -> None:
+        raise AssertionError("a session does not close the engines")
+
+
+@dataclass
+class Counted:
+    session: Session
+    vision: CountedVision
+    decoder: CountedDecoder
+
+    def fill(self, prompt: Prompt) -> Float32:
+        return self.session.fill(prompt, Clock(), Clock()).copy()
+
+
+def counted(vlm: VLM, reuse_prefix: bool = True) -> Counted:
+    vision, decoder = vlm._engines()
+    spies = CountedVision(vision), CountedDecoder(decoder)
+    return Counted(Session(vlm.spec, *spies, reuse_prefix), *spies)
+
+
+def picture(seed: int, vlm: VLM) -> NDArray[np.uint8]:
+    size = vlm.spec.image.size
+    return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def prompt_of(vlm: VLM, text: str, *pixels: NDArray[np.uint8]) -> Prompt:
+    return Prompt(vlm.prompt_ids(text, len(pixels), raw=True), list(pixels), 0.0)
+
+
+def fresh(vlm: VLM, prompt: Prompt) -> Float32:
+    """Logits after the prompt by embeddings put together here, without a session."""
+    vision, decoder = vlm._engines()
+    pixels, rows = iter(prompt.pixels), []
+    for token in prompt.ids:
+        rows.append(vision.encode(next(pixels)) if token == -200 else decoder.embed([token]))
+    return vlm.embeds_logits(np.concatenate(rows))[-1]
+
+
+TEXT = "What is in the picture and who are they?"
+
+
+@pytest.mark.parametrize("text", ["{} after", "before {} after", "before {}", "{}", "{}{}x{}"])
+def test_an_image_may_stand_anywhere(text: str, vlm: VLM) -> None:
+    count = text.count("{}")
+    pixels = [picture(seed, vlm) for seed in range(count)]
+    prompt = prompt_of(vlm, text.format(*["<image>"] * count), *pixels)
+    run = counted(vlm)
+    assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
+    assert run.session.length == len(prompt.ids) - count + count * vlm.spec.projector.num_tokens
+
+
+def test_each_mark_takes_its_own_image(vlm: VLM) -> None:
+    first, second = picture(1, vlm), picture(2, vlm)
+    run = counted(vlm)
+    here = run.fill(prompt_of(vlm, "<image> or <image>?", first, second))
+    swapped = run.fill(prompt_of(vlm, "<image> or <image>?", second, first))
+    assert relative_error(swapped, here) > 100 * FLOAT32
+    assert run.vision.pictures == 2  # the second prompt knows both
+
+
+def test_the_same_picture_twice_is_encoded_once(vlm: VLM) -> None:
+    run = counted(vlm, reuse_prefix=False)
+    prompt = prompt_of(vlm, "<image> or <image>?", picture(1, vlm), picture(1, vlm))
+    assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
+    assert run.vision.pictures == 1
+
+
+def test_a_prompt_that_goes_on_computes_only_what_is_new_with_the_same_logits(vlm: VLM) -> None:
+    run, pixels = counted(vlm), picture(1, vlm)
+    start = prompt_of(vlm, f"<image>{TEXT}", pixels)
+    run.fill(start)
+    filled = run.session.length
+    answer = [300, 301, 302]
+    for token in answer:
+        run.session.step(token)
+    more = vlm.prompt_ids("And then?", raw=True)[1:]
+    prompt = Prompt([*start.ids, *answer, *more], [pixels], 0.0)
+    assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
+    assert run.decoder.prefills == [filled, len(more)]
+    assert run.vision.pictures == 1
+
+
+def test_a_prompt_that_parts_from_the_last_one_goes_back_to_where_it_does(vlm: VLM) -> None:
+    run, pixels = counted(vlm), picture(1, vlm)
+    start = prompt_of(vlm, f"<image>{TEXT}", pixels)
+    run.fill(start)
+    filled = run.session.length
+    for token in (300, 301, 302):
+        run.session.step(token)
+    prompt = Prompt([*start.ids[:-4], 305, 306], [pixels], 0.0)
+    assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
+    assert run.decoder.prefills == [filled, 2]
+    assert run.session.length == filled - 4 + 2
+
+
+def test_the_same_prompt_again_computes_one_position(vlm: VLM) -> None:
+    run, prompt = counted(vlm), prompt_of(vlm, TEXT)
+    first = run.fill(prompt)
+    run.session.step(300)
+    assert relative_error(run.fill(prompt), first) <= FLOAT32
+    assert run.decoder.prefills == [len(prompt.ids), 1]
+
+
+def test_a_shorter_prompt_goes_back(vlm: VLM) -> None:
+    run, prompt = counted(vlm), prompt_of(vlm, TEXT)
+    run.fill(prompt)
+    shorter = Prompt(prompt.ids[:5], [], 0.0)
+    assert relative_error(run.fill(shorter), fresh(vlm, shorter)) <= FLOAT32
+    assert run.session.length == 5
+
+
+def test_another_picture_is_not_taken_for_the_one_before(vlm: VLM) -> None:
+    run = counted(vlm)
+    run.fill(prompt_of(vlm, f"Look: <image>{TEXT}", picture(1, vlm)))
+    prompt = prompt_of(vlm, f"Look: <image>{TEXT}", picture(2, vlm))
+    assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
+    assert run.vision.pictures == 2
+    before = len(vlm.prompt_ids("Look: ", raw=True))
+    assert run.decoder.prefills[1] == run.session.length - before
+
+
+def test_without_reuse_everything_is_computed_anew(vlm: VLM) -> None:
+    run, pixels = counted(vlm, reuse_prefix=False), picture(1, vlm)
+    prompt = prompt_of(vlm, f"<image>{TEXT}", pixels)
+    first, second = run.fill(prompt), run.fill(prompt)
+    assert np.array_equal(first, second)
+    assert run.decoder.prefills == [run.session.length] * 2
+    assert run.vision.pictures == 2
+
+
+def test_a_step_gives_the_logits_of_the_longer_prompt(vlm: VLM) -> None:
+    run, prompt = counted(vlm), prompt_of(vlm, TEXT)
+    run.fill(prompt)
+    for token in (300, 301):
+        logits = run.session.step(token).copy()
+    longer = Prompt([*prompt.ids, 300, 301], [], 0.0)
+    assert relative_error(logits, fresh(vlm, longer)) <= FLOAT32
+
+
+# The context of the tiny model holds 2048 positions.
+
+
+def ids_of_length(vlm: VLM, length: int) -> list[int]:
+    ids = np.random.default_rng(0).integers(259, vlm.spec.decoder.vocab_size, length)
+    return [1, *ids.tolist()[1:]]
+
+
+def test_a_prompt_that_fills_the_context_is_refused_and_the_sequence_stays(vlm: VLM) -> None:
+    run, context = counted(vlm), vlm.spec.decoder.context_length
+    run.fill(prompt_of(vlm, TEXT))
+    length = run.session.length
+    with pytest.raises(PromptError) as caught:
+        run.fill(Prompt(ids_of_length(vlm, context), [], 0.0))
+    assert f"the prompt takes {context} tokens, the context holds {context}" in str(caught.value)
+    assert run.session.length == length
+    with pytest.raises(PromptError, match="144 for each picture"):
+        ids = ids_of_length(vlm, context - 144)
+        run.fill(Prompt([*ids, -200], [picture(1, vlm)], 0.0))
+    assert run.vision.pictures == 0
+
+
+def test_a_long_prompt_in_chunks_gives_the_logits_of_steps(vlm: VLM) -> None:
+    ids = ids_of_length(vlm, 600)  # more than one chunk of 512
+    whole, steps = counted(vlm), counted(vlm)
+    expected = whole.fill(Prompt(ids, [], 0.0))
+    steps.fill(Prompt(ids[:500], [], 0.0))
+    for token in ids[500:]:
+        logits = steps.session.step(token)
+    assert relative_error(logits, expected) <= FLOAT32
+
+
+def test_an_answer_ends_when_the_context_is_full(vlm: VLM) -> None:
+    context = vlm.spec.decoder.context_length
+    text = " a" * (context - 4)
+    length = len(vlm.prompt_ids(text, raw=True))
+    assert length == context - 3
+    answer = vlm.generate(text, raw=True, ignore_eos=True, max_new_tokens=100)
+    # Three more positions, and the token that the last of them predicts.
+    assert len(answer.token_ids) == 4
+    assert answer.finish_reason == "length"
+    with pytest.raises(PromptError, match="shorten it"):
+        vlm.generate(text + " a" * 3, raw=True)

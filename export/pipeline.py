@@ -49,6 +49,13 @@ from mobilevlm.spec import from_dict, to_dict
 FORMATS = ("onnx",)
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_q8", "q4": "_q4"}
 """Endings of ONNX files by precision, as the hub's ONNX community names them."""
+MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
+"""An export may use this many times the checkpoint's bytes, and so many bytes more."""
+MEMORY_LIBRARIES = 0.5e9
+"""What torch and onnxruntime take before they hold any weights."""
+RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3}
+"""Memory of a session as a multiple of its weight file: onnxruntime keeps float weights twice, in
+float32, and a part of the quantized ones twice for a moment."""
 RECORDS = "stages"
 """Folder in the work folder where finished stages are noted."""
 
@@ -257,14 +264,11 @@ def _measure(
     model: Model, recipe: Recipe, work: Path, stages: dict[str, Stage], wanted: bool
 ) -> Quality:
     """Figures against the float32 reference, or the reason why there are none."""
-    if not wanted:
-        return Quality(False, "not asked for")
-    try:
-        from mobilevlm.export.measure import check_limits, measure_quality
-    except ImportError:
-        note = "torch is not installed: pip install 'mobilevlm-edge[reference]'"
-        progress.say(f"quality     not measured ({note})")
-        return Quality(False, note)
+    obstacle = _obstacle(model, work, stages) if wanted else "not asked for"
+    if obstacle:
+        progress.say(f"quality     not measured ({obstacle})")
+        return Quality(False, obstacle)
+    from mobilevlm.export.measure import check_limits, measure_quality
 
     draft = _manifest(model, recipe, work, stages, Quality(False), files={})
     start = time.perf_counter()
@@ -275,6 +279,26 @@ def _measure(
     progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
     check_limits(quality, recipe)
     return quality
+
+
+def _obstacle(model: Model, work: Path, stages: dict[str, Stage]) -> str:
+    """Why the quality cannot be measured here; empty when it can."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        return "torch is not installed: pip install 'mobilevlm-edge[reference]'"
+    artifacts = [artifact for stage in stages.values() for artifact in stage.artifacts]
+    needed = MEMORY_LIBRARIES + sum(
+        RESIDENT[artifact.precision] * (work / artifact.data[0]).stat().st_size
+        for artifact in artifacts
+    )
+    allowed = MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE
+    if needed > allowed:
+        return (
+            f"running it takes {needed / 1e9:.1f} GB, the export of this checkpoint may use "
+            f"{allowed / 1e9:.1f} GB"
+        )
+    return ""
 
 
 def _manifest(

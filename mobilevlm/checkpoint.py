@@ -281,6 +281,12 @@ class Weights:
             )
         return array
 
+    @property
+    def stored_bytes(self) -> int:
+        """Size of all weight files."""
+        paths = {path for ref in self._refs.values() for path in ref.files.files}
+        return sum(path.stat().st_size for path in paths)
+
     def size(self, name: str) -> int:
         """How many numbers the tensor holds."""
         ref = self._refs[name]

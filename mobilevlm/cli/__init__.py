@@ -66,7 +66,8 @@ def main(arguments: list[str] | None = None) -> None:
         # Not program.main: that one turns a closed pipe into exit code 1.
         with program.make_context("mobilevlm", list(arguments)) as context:
             program.invoke(context)
-        sys.stdout.flush()
+        if sys.stdout:  # there is none when it was closed (>&-)
+            sys.stdout.flush()
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

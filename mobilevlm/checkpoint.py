@@ -137,8 +137,8 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 class TensorFiles:
     """The weights of one folder, opened lazily and read one tensor at a time.
 
-    Shards are mapped into memory; one is mapped anew after ``REMAP_BYTES`` were read from it, so
-    that what was read does not stay resident.
+    Shards are mapped into memory; those in use are mapped anew after every ``REMAP_BYTES`` that
+    were read, so that what was read does not stay resident.
 
     Raises:
         CheckpointError: no weight file, a shard is missing or damaged.
@@ -148,7 +148,8 @@ class TensorFiles:
         self.folder = folder
         self.files = _weight_files(folder)
         self._shards = {path: _open_shard(path) for path in self.files}
-        self._bytes_read = dict.fromkeys(self.files, 0)
+        self._touched: set[Path] = set()
+        self._bytes_read = 0
         self._index = {name: path for path, shard in self._shards.items() for name in shard.names()}
 
     def __contains__(self, name: object) -> bool:
@@ -167,10 +168,12 @@ class TensorFiles:
     def read(self, name: str) -> Float32:
         """The tensor as float32, in its stored shape."""
         array = self._shard(name).read(name)
-        path = self._index[name]
-        self._bytes_read[path] += array.nbytes
-        if self._bytes_read[path] > REMAP_BYTES:
-            self._shards[path], self._bytes_read[path] = _open_shard(path), 0
+        self._touched.add(self._index[name])
+        self._bytes_read += array.nbytes
+        if self._bytes_read > REMAP_BYTES:
+            self._shards.update({path: _open_shard(path) for path in self._touched})
+            self._touched.clear()
+            self._bytes_read = 0
         return array
 
     @cached_property

@@ -81,15 +81,11 @@ def test_fp16_weights_answer_like_fp32(fixture: Fixture, exact: VLM, bundle_of: 
     prompt = fixture.expected["user_prompt"]
     with mobilevlm.load(bundle_of(fixture.name, "fp16-weights")) as half:
         # Most fixtures store float16, so nothing is lost; bfloat16 keeps 8 bits, float16 has 11.
-        visual = relative_error(
-            half.encode_image(fixture.image), exact.encode_image(fixture.image)
-        )
+        visual = relative_error(half.encode_image(fixture.image), exact.encode_image(fixture.image))
         assert visual <= 1e-3
         found, expected = (m.prompt_logits(prompt, [fixture.image]) for m in (half, exact))
         assert relative_error(found, expected) <= 1e-3
-        answer = half.generate(
-            prompt, [fixture.image], max_new_tokens=NEW_TOKENS, ignore_eos=True
-        )
+        answer = half.generate(prompt, [fixture.image], max_new_tokens=NEW_TOKENS, ignore_eos=True)
     assert answer.token_ids == fixture.arrays["generated_ids"].tolist()
 
 

@@ -67,13 +67,13 @@ def test_candidates_and_their_probabilities_are_as_defined(options: dict[str, An
 def test_greedy_takes_the_most_likely_token_and_the_first_of_equals() -> None:
     sampler = Sampler(SamplingOptions())
     assert sampler(LOGITS, []) == max(range(50), key=LOGITS.tolist().__getitem__)
-    assert sampler(np.float32([1, 3, 3, 2]), []) == 1
+    assert sampler(np.array([1, 3, 3, 2], np.float32), []) == 1
 
 
 def test_huge_logits_and_tiny_temperatures_do_not_overflow() -> None:
     sampler = Sampler(SamplingOptions(temperature=1e-3, seed=0))
     with np.errstate(over="raise", invalid="raise", divide="raise"):
-        assert sampler(np.float32([-3e4, 3e4, 2.9e4]), []) == 1
+        assert sampler(np.array([-3e4, 3e4, 2.9e4], np.float32), []) == 1
 
 
 @pytest.mark.parametrize("penalty", [1.5, 0.5])

@@ -230,7 +230,7 @@ def test_a_long_prompt_in_chunks_gives_the_logits_of_steps(vlm: VLM) -> None:
 
 def test_an_answer_ends_when_the_context_is_full(vlm: VLM) -> None:
     context = vlm.spec.decoder.context_length
-    text = " a" * (context - 4)
+    text = "a" + " a" * (context - 5)
     length = len(vlm.prompt_ids(text, raw=True))
     assert length == context - 3
     answer = vlm.generate(text, raw=True, ignore_eos=True, max_new_tokens=100)

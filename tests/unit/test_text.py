@@ -100,7 +100,15 @@ def test_only_the_first_word_loses_its_leading_space(tokenizer: Tokenizer) -> No
 def test_special_tokens_and_ids_beyond_the_vocabulary_give_no_text(tokenizer: Tokenizer) -> None:
     word = tokenizer.token_to_id("\u2581not")
     beyond = tokenizer.get_vocab_size() + 5
-    assert pieces_of(tokenizer, [1, beyond, word, 2, 0, word]) == ["", "", "not", "", "", " not", ""]
+    assert pieces_of(tokenizer, [1, beyond, word, 2, 0, word]) == [
+        "",
+        "",
+        "not",
+        "",
+        "",
+        " not",
+        "",
+    ]
 
 
 # Stop strings

@@ -1,7 +1,7 @@
 """A bundle: the folder a device needs, described by ``manifest.json``.
 
-The manifest holds the spec, the stages with their artifacts, size and digest of every file, the
-recipe and the measured quality. docs/bundle.md specifies the format.
+The manifest holds the spec, the artifacts of each stage, size and digest of every file, the recipe
+and the measured quality. docs/bundle.md specifies the format.
 """
 
 from __future__ import annotations
@@ -32,18 +32,6 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
-class Artifact:
-    """One way to run a stage."""
-
-    format: Literal["onnx"]
-    precision: str
-    path: str
-    """The file that an engine opens, relative to the bundle, with ``/``."""
-    data: tuple[str, ...]
-    """Further files that it needs."""
-
-
-@dataclass(frozen=True)
 class WeightError:
     """The tensor that quantization changed most."""
 
@@ -53,13 +41,24 @@ class WeightError:
 
 
 @dataclass(frozen=True)
-class Stage:
-    """``vision``, ``decoder`` or ``embeddings``."""
+class Artifact:
+    """One way to run a stage."""
 
+    stage: Literal["vision", "embeddings", "decoder"]
+    format: Literal["onnx"]
+    precision: str
+    path: str
+    """The file that an engine opens, relative to the bundle, with ``/``."""
+    data: tuple[str, ...]
+    """Further files that it needs."""
     key: str
-    """Digest of everything its artifacts were made of."""
-    artifacts: tuple[Artifact, ...]
+    """Digest of everything it was made of."""
     largest_weight_error: WeightError | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """All its files."""
+        return (self.path, *self.data)
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class Manifest:
     schema_version: int
     spec: ModelSpec
     recipe: dict[str, Any]
-    stages: dict[str, Stage]
+    artifacts: tuple[Artifact, ...]
     embeddings: EmbeddingTable
     quality: Quality
     files: dict[str, FileEntry]
@@ -113,7 +112,22 @@ class Bundle:
     """Digest of the manifest, hence of the whole content."""
 
     def path(self, name: str) -> Path:
+        """A file of the bundle."""
         return self.folder / name
+
+    def artifact(self, stage: str, kind: str) -> Artifact:
+        """The artifact of a stage in a format.
+
+        Raises:
+            BundleError: the bundle has none.
+        """
+        for artifact in self.manifest.artifacts:
+            if (artifact.stage, artifact.format) == (stage, kind):
+                return artifact
+        raise BundleError(
+            f"{self.folder}: no {kind.upper()} artifact of the {stage} stage: export it with "
+            f"--format {kind}"
+        )
 
 
 def is_bundle(folder: Path) -> bool:
@@ -201,8 +215,7 @@ def open_bundle(folder: Path) -> Bundle:
 
 
 def _artifact_files(manifest: Manifest) -> list[str]:
-    artifacts = [a for stage in manifest.stages.values() for a in stage.artifacts]
-    return [name for artifact in artifacts for name in (artifact.path, *artifact.data)]
+    return [name for artifact in manifest.artifacts for name in artifact.files]
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

@@ -95,7 +95,7 @@ class VLM:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         raw: bool = False,
         session: Session | None = None,
@@ -104,19 +104,20 @@ class VLM:
 
         ``prompt``: the user's text, or the messages of a chat; ``raw``: the text is the whole
         prompt, no template around it. ``images`` go where ``<image>`` stands, else before the text.
-        ``stop``: further strings that end the answer. ``ignore_eos``: always make
-        ``max_new_tokens`` tokens (for measuring). One stream at a time per thread and session.
+        ``stop``: further strings that end the answer. ``ignore_eos``: go on where the model would
+        end (for measuring). One stream at a time per thread and session.
 
         Raises:
             PromptError, ImageError, MobileVLMError: before the first piece, if the input is wrong;
                 a prompt too long for the context with the first piece.
         """
         sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
         conversation = self.spec.conversation
         rules = StopRules(
             max_new_tokens,
             frozenset() if ignore_eos else frozenset(conversation.eos_token_ids),
-            () if ignore_eos else (*conversation.stop_strings, *stop),
+            (*(() if ignore_eos else conversation.stop_strings), *stops),
         )
         ready = self._prepare(prompt, images, raw)
         pieces = generate_text(
@@ -141,7 +142,7 @@ class VLM:
         min_p: float = 0.0,
         repetition_penalty: float = 1.0,
         seed: int | None = None,
-        stop: Sequence[str] = (),
+        stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         raw: bool = False,
         session: Session | None = None,
@@ -271,16 +272,13 @@ def _read_tokenizer(bundle: Bundle) -> Tokenizer:
 def _open_engines(bundle: Bundle, threads: int) -> tuple[VisionEngine, DecoderEngine]:
     from mobilevlm.runtime.engines.onnx import OnnxDecoder, OnnxVision
 
-    manifest = bundle.manifest
-    paths = {}
-    for stage in ("vision", "decoder"):
-        artifacts = manifest.stages[stage].artifacts if stage in manifest.stages else ()
-        found = [artifact.path for artifact in artifacts if artifact.format == "onnx"]
-        if not found:
-            raise BundleError(f"{bundle.folder}: no ONNX artifact of the {stage} stage: export it")
-        paths[stage] = bundle.path(found[0])
-    table = manifest.embeddings
+    vision = OnnxVision(bundle.path(bundle.artifact("vision", "onnx").path), threads)
+    table = bundle.manifest.embeddings
     decoder = OnnxDecoder(
-        paths["decoder"], bundle.path(table.path), table, manifest.spec.decoder, threads
+        bundle.path(bundle.artifact("decoder", "onnx").path),
+        bundle.path(table.path),
+        table,
+        bundle.manifest.spec.decoder,
+        threads,
     )
-    return OnnxVision(paths["vision"], threads), decoder
+    return vision, decoder

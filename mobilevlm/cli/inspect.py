@@ -45,12 +45,11 @@ def _show_bundle(path: Path, as_json: bool) -> None:
     console = Console()
     console.print(_spec_table(to_dict(manifest.spec)))
     table = _table("stage", "artifact", "precision", "MB", "largest weight error")
-    for name, stage in manifest.stages.items():
-        for artifact in stage.artifacts:
-            size = sum(manifest.files[file].size for file in (artifact.path, *artifact.data))
-            worst = stage.largest_weight_error
-            error = f"{worst.relative_error:.2%} {worst.tensor}" if worst else ""
-            table.add_row(name, artifact.path, artifact.precision, f"{size / 1e6:.1f}", error)
+    for artifact in manifest.artifacts:
+        size = sum(manifest.files[file].size for file in artifact.files)
+        worst = artifact.largest_weight_error
+        error = f"{worst.relative_error:.2%} {worst.tensor}" if worst else ""
+        table.add_row(artifact.stage, artifact.path, artifact.precision, f"{size / 1e6:.1f}", error)
     console.print(table)
     total = sum(entry.size for entry in manifest.files.values())
     console.print(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all")

@@ -35,7 +35,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bundle": str(folder / "bundle"),
         "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
         "recipe": "int4",
-        "quality": {"measured": False, "note": "not asked for", "stages": {}},
+        "quality": {"measured": False, "note": "not wanted", "stages": {}},
     }
     assert [line.split()[0] for line in export.stderr.splitlines()] == [
         "vision", "embeddings", "decoder", "quality", "bundle",
@@ -185,7 +185,7 @@ def test_inspect_shows_a_bundle(bundle: Path) -> None:
         assert part in done.stdout
     data = json.loads(run_program("inspect", bundle, "--json").stdout)
     assert data["schema_version"] == 1 and data["spec"]["family"] == "mobilevlm"
-    assert set(data["stages"]) == {"vision", "embeddings", "decoder"}
+    assert [a["stage"] for a in data["artifacts"]] == ["vision", "embeddings", "decoder"]
 
 
 def test_inspect_shows_a_checkpoint(made: Path) -> None:

@@ -147,10 +147,10 @@ def test_a_newer_or_impossible_schema(version: Any, bundle: Path, capsys: Captur
         (lambda data: data.pop("files"), "key 'files' is missing"),
         (lambda data: data["spec"]["decoder"].update(head_dim="16"), ".decoder.head_dim: expected"),
         (lambda data: data["files"].update({"a": {"size": 1}}), "key 'sha256' is missing"),
-        (lambda data: data["stages"].update(decoder=[]), ".stages.decoder: expected an object"),
-        (lambda data: data["stages"].pop("decoder"), "no ONNX artifact of the decoder stage"),
+        (lambda data: data.update(artifacts={}), ".artifacts: expected a list"),
+        (lambda data: data["artifacts"].pop(), "no ONNX artifact of the decoder stage"),
         (
-            lambda data: data["stages"]["vision"]["artifacts"][0].update(format="tflite"),
+            lambda data: data["artifacts"][0].update(format="tflite"),
             "expected one of 'onnx'",
         ),
     ],
@@ -179,7 +179,7 @@ def test_an_artifact_that_the_list_of_files_does_not_have(
     """Else a file that nothing vouches for would be opened, wherever it is."""
 
     def point_outside(data: dict[str, Any]) -> None:
-        artifact = data["stages"]["decoder"]["artifacts"][0]
+        artifact = data["artifacts"][-1]
         if place == "artifact":
             artifact["path"] = "../outside"
         elif place == "data":

@@ -22,6 +22,7 @@ import mobilevlm
 from mobilevlm.bundle import open_bundle, read_manifest
 from mobilevlm.cli import main
 from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.export.workspace import open_workspace
 from mobilevlm.synth import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -272,9 +273,9 @@ def test_a_link_to_a_folder_stays_a_link(
     [
         "mobilevlm.export.graph.weight_file.WeightFile.parameter",
         "mobilevlm.export.graph.author.ir.save",
-        "mobilevlm.export.pipeline._write_atomically",
+        "mobilevlm.export.pipeline.note_finished",
         "mobilevlm.export.pipeline.write_manifest",
-        "mobilevlm.export.pipeline._replace",
+        "mobilevlm.export.pipeline.replace_target",
     ],
 )
 def test_a_full_disk_leaves_no_bundle_and_the_export_can_go_on(
@@ -507,3 +508,14 @@ def test_a_bug_of_ours_stays_loud(bundle: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("mobilevlm.runtime.vlm.render", lambda *_: np.zeros(3)[7])
     with pytest.raises(IndexError):
         main(["run", str(bundle), "--prompt", "a"])
+
+
+def test_two_exports_to_one_target_do_not_mix(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    with (
+        open_workspace(target),
+        pytest.raises(mobilevlm.MobileVLMError, match="another export is working here"),
+    ):
+        mobilevlm.export(tiny_checkpoint, target, measure=False)
+    mobilevlm.export(tiny_checkpoint, target, measure=False)
+    assert checked(target)

@@ -21,6 +21,7 @@ VERBS = {
     "chat": "Talk about pictures.",
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine.",
+    "eval": "Measure how many questions are answered right.",
     "doctor": "Show what this machine can run.",
     "synth": "Write a checkpoint with random weights.",
 }

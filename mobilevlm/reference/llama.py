@@ -16,8 +16,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        scale = torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + self.eps)
-        return hidden * scale * self.weight
+        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 def rotary_tables(spec: DecoderSpec, positions: Tensor) -> tuple[Tensor, Tensor]:

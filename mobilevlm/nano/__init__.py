@@ -1,0 +1,1 @@
+"""The built-in models: a scene generator, its question suite, training and saving."""

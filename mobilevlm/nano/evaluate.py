@@ -1,0 +1,200 @@
+"""Scores of the ``scenes`` suite: accuracy per kind of question, with intervals, beside blind.
+
+Any callable ``(prompt, images) -> answer`` can be judged, so the float32 reference, a quantized
+bundle and an unrelated model answer the same questions.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from PIL import Image
+from rich.table import Table
+
+from mobilevlm.nano.questions import Question
+from mobilevlm.nano.suite import SUITE_KINDS, Example, noise, pictures
+
+Answerer = Callable[[str, list[Image.Image]], str]
+"""Takes the user's text and the pictures, gives the model's text."""
+
+NUMBERS = {
+    word: str(value)
+    for value, word in enumerate(
+        ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+    )
+}
+SYNONYMS = {"colour": "color", "centre": "center", "middle": "center", "gray": "grey"}
+DROPPED = frozenset(("a", "an", "the"))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Right answers out of ``asked``, and the Wilson 95% interval of their share."""
+
+    asked: int
+    right: int
+    low: float
+    high: float
+
+    @property
+    def accuracy(self) -> float:
+        return self.right / self.asked if self.asked else 0.0
+
+
+@dataclass(frozen=True)
+class SuiteResult:
+    """Scores by kind of question and over all; ``blind`` ones had noise for pictures."""
+
+    kinds: dict[str, Score]
+    overall: Score
+    blind: dict[str, Score] | None
+    blind_overall: Score | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, accuracies included."""
+        return {
+            "suite": "scenes",
+            "overall": _plain(self.overall),
+            "kinds": {kind: _plain(score) for kind, score in self.kinds.items()},
+            "blind_overall": _plain(self.blind_overall) if self.blind_overall else None,
+            "blind": {kind: _plain(score) for kind, score in self.blind.items()}
+            if self.blind
+            else None,
+        }
+
+
+def normalize(text: str) -> list[str]:
+    """Lower-case words of a text: no punctuation, no articles, digits for number words.
+
+    ``yo-yo`` stays one word; ``colour`` and ``centre`` become the American spelling, and
+    ``middle`` means the center.
+    """
+    words = re.findall(r"[a-z0-9]+(?:-[a-z0-9]+)*", text.lower())
+    words = [NUMBERS.get(word, SYNONYMS.get(word, word)) for word in words]
+    return [word for word in words if word not in DROPPED]
+
+
+def is_right(question: Question, answer: str) -> bool:
+    """Whether an answer says the truth, in either style.
+
+    It is right when, after normalisation, it equals the short or the full answer. Otherwise: a
+    yes-or-no answer is judged by its first word; an answer from a closed list is right when the
+    truth is the only entry of the list found in it (longer entries are found first, so ``top``
+    is not seen in ``top left``); an open answer is right when the truth's words occur in it.
+    """
+    said, truth = normalize(answer), normalize(question.truth)
+    if said in (truth, normalize(question.answer)):
+        return True
+    if question.choices == ("yes", "no"):
+        return said[:1] == truth
+    if not question.choices:
+        return _find(said, truth) is not None
+    found = set()
+    for choice in sorted((normalize(entry) for entry in question.choices), key=len, reverse=True):
+        place = _find(said, choice)
+        if place is not None:
+            found.add(tuple(choice))
+            said = [*said[:place], "|", *said[place + len(choice) :]]
+    return found == {tuple(truth)}
+
+
+def wilson(right: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a share (Wilson 1927); 0 and 1 when nothing was asked."""
+    if asked == 0:
+        return 0.0, 1.0
+    share = right / asked
+    middle = share + z * z / (2 * asked)
+    reach = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
+    scale = 1 + z * z / asked
+    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
+
+
+def evaluate(
+    answer: Answerer,
+    examples: Sequence[Example],
+    blind: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> SuiteResult:
+    """Asks every example and scores the answers; ``progress`` hears (done, total).
+
+    With ``blind`` the questions about pictures are asked again with noise in their place.
+    """
+    seen: list[tuple[str, bool]] = []
+    unseen: list[tuple[str, bool]] = []
+    for done, example in enumerate(examples):
+        question = example.question
+        right = is_right(question, answer(question.text, pictures(example)))
+        seen.append((question.kind, right))
+        if blind:
+            # Noise changes nothing for a text-only question: its score counts for both.
+            if example.seeds:
+                right = is_right(question, answer(question.text, noise(example)))
+            unseen.append((question.kind, right))
+        if progress is not None:
+            progress(done + 1, len(examples))
+    return result_of(seen, unseen if blind else None)
+
+
+def result_of(
+    seen: Sequence[tuple[str, bool]], unseen: Sequence[tuple[str, bool]] | None
+) -> SuiteResult:
+    """Scores of ``(kind, right)`` outcomes with pictures and with noise in their place."""
+    return SuiteResult(
+        kinds=by_kind(seen),
+        overall=score(right for _, right in seen),
+        blind=by_kind(unseen) if unseen is not None else None,
+        blind_overall=score(right for _, right in unseen) if unseen is not None else None,
+    )
+
+
+def by_kind(outcomes: Sequence[tuple[str, bool]]) -> dict[str, Score]:
+    """Scores of ``(kind, right)`` outcomes, in the suite's order of kinds."""
+    return {
+        kind: score(right for other, right in outcomes if other == kind)
+        for kind in SUITE_KINDS
+        if any(other == kind for other, _ in outcomes)
+    }
+
+
+def score(outcomes: Iterable[bool]) -> Score:
+    """Counts outcomes and bounds their share."""
+    results = list(outcomes)
+    low, high = wilson(sum(results), len(results))
+    return Score(len(results), sum(results), low, high)
+
+
+def table(result: SuiteResult, title: str = "scenes") -> Table:
+    """The result for a terminal, one row per kind of question."""
+    view = Table(title=title)
+    for name in ("kind", "asked", "accuracy", "95% interval", "blind"):
+        view.add_column(name, justify="left" if name == "kind" else "right")
+    for kind, value in result.kinds.items():
+        view.add_row(kind, *_cells(value, (result.blind or {}).get(kind)))
+    view.add_section()
+    view.add_row("all", *_cells(result.overall, result.blind_overall), style="bold")
+    return view
+
+
+def _cells(value: Score, blind: Score | None) -> tuple[str, str, str, str]:
+    return (
+        str(value.asked),
+        f"{100 * value.accuracy:.1f}%",
+        f"{100 * value.low:.1f}–{100 * value.high:.1f}%",
+        f"{100 * blind.accuracy:.1f}%" if blind else "–",
+    )
+
+
+def _plain(value: Score) -> dict[str, Any]:
+    return {"accuracy": round(value.accuracy, 4), **asdict(value)}
+
+
+def _find(words: list[str], wanted: list[str]) -> int | None:
+    """Where ``wanted`` begins in ``words``."""
+    for place in range(len(words) - len(wanted) + 1):
+        if words[place : place + len(wanted)] == wanted:
+            return place
+    return None

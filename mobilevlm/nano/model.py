@@ -1,0 +1,231 @@
+"""The trainable model: the torch reference of MobileVLM V2, initialised to learn from nothing.
+
+With ``num_experts`` set, some decoder layers carry MoE-LLaVA's sparse experts in place of the MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobilevlm.conversation import SYSTEM_PROMPTS, two_separator_template
+from mobilevlm.reference.clip import ClipAttention, ClipLayer, ClipMLP
+from mobilevlm.reference.llama import LlamaAttention, LlamaMLP, rotary_tables
+from mobilevlm.reference.model import ReferenceModel
+from mobilevlm.spec import (
+    ConversationSpec,
+    DecoderSpec,
+    ImageSpec,
+    ModelSpec,
+    ProjectorSpec,
+    VisionSpec,
+)
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+"""CLIP's own image statistics."""
+
+EOS = 2
+CONTEXT = 1024
+"""Places that a checkpoint allows; training rows are shorter, two pictures need 400."""
+
+
+@dataclass(frozen=True)
+class NanoConfig:
+    """Sizes of a model; the defaults are those of the shipped ``nano``."""
+
+    vocab_size: int = 1024
+    hidden_size: int = 256
+    intermediate_size: int = 576
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    image_size: int = 192
+    patch_size: int = 8
+    vision_hidden_size: int = 192
+    vision_intermediate_size: int = 768
+    vision_layers: int = 5
+    """Layers that features come from; the checkpoint has one more, because layer -2 is selected."""
+    vision_heads: int = 6
+    num_experts: int = 0
+    moe_layers: tuple[int, ...] = ()
+    experts_per_token: int = 2
+
+    @property
+    def visual_tokens(self) -> int:
+        """Tokens that one picture becomes."""
+        return (self.image_size // self.patch_size // 2) ** 2
+
+
+def model_spec(config: NanoConfig, name: str = "nano") -> ModelSpec:
+    """The spec of a model of these sizes (its experts aside, which specs do not know yet)."""
+    grid = config.image_size // config.patch_size
+    edge = config.image_size
+    return ModelSpec(
+        family="mobilevlm",
+        name=name,
+        image=ImageSpec(edge, edge, "pad", MEAN, STD),
+        vision=VisionSpec(
+            hidden_size=config.vision_hidden_size,
+            intermediate_size=config.vision_intermediate_size,
+            num_hidden_layers=config.vision_layers,
+            num_attention_heads=config.vision_heads,
+            image_size=edge,
+            patch_size=config.patch_size,
+            hidden_act="quick_gelu",
+            layer_norm_eps=1e-5,
+        ),
+        projector=ProjectorSpec(
+            "ldpv2", config.vision_hidden_size, config.hidden_size, 2, grid, grid // 2
+        ),
+        decoder=DecoderSpec(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_attention_heads,
+            head_dim=config.hidden_size // config.num_attention_heads,
+            rms_norm_eps=config.rms_norm_eps,
+            rope_theta=config.rope_theta,
+            rope_scaling=1.0,
+            context_length=CONTEXT,
+            tie_word_embeddings=False,
+        ),
+        conversation=ConversationSpec(
+            chat_template=two_separator_template(SYSTEM_PROMPTS["v1"]),
+            eos_token_ids=(EOS,),
+            stop_strings=("</s>",),
+        ),
+    )
+
+
+class SparseMLP(nn.Module):
+    """Several MLPs of which each token uses the best ``experts_per_token`` (MoE-LLaVA, 3.2).
+
+    Softmax over all experts in float32, weights of the chosen ones renormalised; no token is ever
+    dropped. A pass leaves ``balance_loss`` and each expert's ``share`` of first choices.
+    """
+
+    def __init__(self, spec: DecoderSpec, num_experts: int, experts_per_token: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(spec.hidden_size, num_experts, bias=False)
+        self.experts = nn.ModuleList(LlamaMLP(spec) for _ in range(num_experts))
+        self.experts_per_token = experts_per_token
+        self.balance_loss = torch.zeros(())
+        self.chosen = torch.zeros(0, experts_per_token, dtype=torch.long)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        flat = hidden.flatten(0, -2)
+        with torch.autocast(flat.device.type, enabled=False):
+            probabilities = self.router(flat.float()).softmax(dim=-1)
+        weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)
+        weights = weights / weights.sum(dim=-1, keepdim=True)
+        out = torch.zeros_like(flat, dtype=torch.float32)
+        for index, expert in enumerate(self.experts):
+            token, rank = (chosen == index).nonzero(as_tuple=True)
+            gain = weights[token, rank, None]
+            out = out.index_add(0, token, gain * expert(flat[token]).float())
+        first = F.one_hot(chosen[:, 0], probabilities.shape[-1]).float().mean(dim=0)
+        # Switch Transformer (Fedus et al. 2022), eq. 4; 1 when the load is even.
+        self.balance_loss = len(first) * (first * probabilities.mean(dim=0)).sum()
+        self.chosen = chosen.detach()
+        return out.view(hidden.shape)
+
+
+class NanoModel(ReferenceModel):
+    """The reference with batched passes and a free attention mask, so questions can be packed."""
+
+    def __init__(self, config: NanoConfig) -> None:
+        spec = model_spec(config)
+        super().__init__(spec)
+        self.config = config
+        for index in config.moe_layers if config.num_experts else ():
+            sparse = SparseMLP(spec.decoder, config.num_experts, config.experts_per_token)
+            self.decoder.layers[index].mlp = sparse
+        initialize(self)
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """Normalised ``pixels`` (images, 3, edge, edge) to (images, visual_tokens, hidden)."""
+        visual: Tensor = self.projector(self.vision(pixels))
+        return visual
+
+    def hidden_states(
+        self, ids: Tensor, slots: Tensor, positions: Tensor, mask: Tensor, visual: Tensor
+    ) -> Tensor:
+        """Final hidden states (rows, length, hidden).
+
+        ``ids`` and ``positions`` are (rows, length); ``slots`` (rows, length) gives for each place
+        the row of the flattened ``visual`` tokens that stands there, or -1 for text; ``mask`` is
+        (rows, length, length), true where a query (second axis) sees a key (third).
+        """
+        embeds = self.decoder.embed_tokens(ids)
+        tokens = F.pad(visual.flatten(0, 1).to(embeds.dtype), (0, 0, 1, 0))
+        # Text places look up row 0, which as padding takes no part in the backward pass.
+        images = F.embedding(slots + 1, tokens, padding_idx=0)
+        embeds = torch.where((slots >= 0)[:, :, None], images, embeds)
+        rotary = rotary_tables(self.spec.decoder, positions[:, None])
+        for layer in self.decoder.layers:
+            embeds = layer(embeds, rotary, mask[:, None])
+        out: Tensor = self.decoder.norm(embeds)
+        return out
+
+    def sparse_layers(self) -> list[SparseMLP]:
+        """The layers' sparse MLPs, first to last."""
+        return [module for module in self.modules() if isinstance(module, SparseMLP)]
+
+
+def initialize(model: NanoModel) -> None:
+    """Random weights from which small models learn fast.
+
+    Linears have standard deviation 1/sqrt(inputs); those that write to the residual stream are
+    smaller the deeper the model. Position embeddings are waves and a tower layer's queries equal
+    its keys, so that from the first step on a patch looks at its neighbours (mimetic
+    initialization, Trockman & Kolter 2023): shapes are learnt in far fewer steps.
+    """
+    vision, projector, decoder = model.vision, model.projector, model.decoder
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    tower_gain = (2 * len(vision.layers)) ** -0.5
+    decoder_gain = (2 * len(decoder.layers)) ** -0.5
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ClipLayer):
+                assert isinstance(module.attn, ClipAttention) and isinstance(module.mlp, ClipMLP)
+                module.attn.out_proj.weight.mul_(tower_gain)
+                module.mlp.fc2.weight.mul_(tower_gain)
+                module.attn.k_proj.weight.copy_(module.attn.q_proj.weight)
+            elif isinstance(module, LlamaAttention):
+                module.o_proj.weight.mul_(decoder_gain)
+            elif isinstance(module, LlamaMLP):
+                module.down_proj.weight.mul_(decoder_gain)
+            elif isinstance(module, SparseMLP):
+                module.router.weight.mul_(0.1)
+        patch = vision.patch_embedding
+        nn.init.normal_(patch.weight, std=(3 * patch.kernel_size[0] ** 2) ** -0.5)
+        nn.init.normal_(vision.class_embedding, std=0.5)
+        nn.init.normal_(vision.position_embedding.weight, std=0.5)
+        spec = model.spec.vision
+        vision.position_embedding.weight[1:] = waves(spec.grid, spec.hidden_size)
+        for parameter in projector.get_submodule("peg").parameters():
+            nn.init.zeros_(parameter)
+        nn.init.normal_(decoder.embed_tokens.weight, std=0.3)
+        decoder.lm_head.weight.mul_(0.5)
+
+
+def waves(grid: int, size: int) -> Tensor:
+    """Sines and cosines of row and column, (grid * grid, size): near places get near vectors."""
+    count = -(-size // 4)
+    periods = 4.0 * (2 * grid / 4.0) ** torch.linspace(0, 1, count)
+    angles = torch.arange(grid)[:, None] * (2 * torch.pi / periods)
+    along = torch.cat((angles.sin(), angles.cos()), dim=1)
+    rows = along[:, None, :].expand(grid, grid, -1)
+    columns = along[None, :, :].expand(grid, grid, -1)
+    return torch.cat((rows, columns), dim=-1).flatten(0, 1)[:, :size]

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mobilevlm.plan import ENGINE_CHOICES
+
 if TYPE_CHECKING:
     from mobilevlm.runtime import Generation
 
@@ -18,7 +20,7 @@ def model_options(function: F) -> F:
     """BUNDLE, ``--engine`` and ``--threads``."""
     for decorate in (
         click.option("--threads", type=click.IntRange(1), help="Default: all of this process."),
-        click.option("--engine", type=click.Choice(["auto", "onnx"]), default="auto",
+        click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",
                      show_default=True, help="What runs the stages."),
         click.argument("bundle", type=click.Path(path_type=Path)),
     ):  # fmt: skip

@@ -23,7 +23,7 @@ from mobilevlm.bundle import (
     write_manifest,
 )
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.jobs import Job, onnx_jobs, tool_versions
+from mobilevlm.export.jobs import JOBS, Job, tool_versions
 from mobilevlm.export.recipes import Recipe, find_recipe
 from mobilevlm.export.workspace import (
     Workspace,
@@ -35,8 +35,9 @@ from mobilevlm.export.workspace import (
     take_over,
 )
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.spec import GGUFType
 
-FORMATS = ("onnx",)
+FORMATS = tuple(JOBS)
 
 MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
@@ -56,13 +57,15 @@ def export(
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
     measure: bool = True,
+    gguf_type: GGUFType | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder.
 
     ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4`` or a TOML file. ``vision_tower``: the
     tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1`` or
     ``llava_v1``, where the family's default is wrong. ``measure``: compare the result with the
-    float32 reference when torch is installed.
+    float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
+    ``gguf_type``: type of the GGUF decoder, instead of the recipe's.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -74,11 +77,14 @@ def export(
             raise MobileVLMError(f"format {name!r} is not known: expected {', '.join(FORMATS)}")
     start = time.perf_counter()
     chosen = find_recipe(recipe)
+    if gguf_type is not None:
+        chosen = dataclasses.replace(chosen, gguf=gguf_type)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = open_checkpoint(Path(checkpoint), options)
     with open_workspace(target) as work:
-        artifacts = tuple(_make(job, work) for job in onnx_jobs(model, chosen))
+        jobs = [job for form in formats for job in JOBS[form](model, chosen)]
+        artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
         draft = _manifest(model, chosen, artifacts)
         quality = _measure(model, chosen, work, draft, measure)
@@ -99,7 +105,7 @@ def _make(job: Job, work: Workspace) -> Artifact:
     stage = job.artifact.stage
     ready = take_over(work, job.artifact)
     if ready is not None:
-        progress.say(f"{stage:<12}unchanged, taken over")
+        progress.say(f"{stage:<12}{ready.path}  unchanged, taken over")
         return ready
     start = time.perf_counter()
     path = work.path(job.artifact.path)
@@ -131,7 +137,8 @@ def _measure(
     from mobilevlm.export.measure import check_limits, measure_quality
 
     start = time.perf_counter()
-    quality = measure_quality(model, Bundle(work.folder, draft, digest=""))
+    onnx = dataclasses.replace(draft, artifacts=_onnx_artifacts(draft))
+    quality = measure_quality(model, Bundle(work.folder, onnx, digest=""))
     for name, stage in quality.stages.items():
         figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
         progress.say(f"quality     {name}: {figures}")
@@ -142,13 +149,16 @@ def _measure(
 
 def _obstacle(model: Model, work: Workspace, draft: Manifest) -> str:
     """Why the quality cannot be measured here; empty when it can."""
+    measured = _onnx_artifacts(draft)
+    if not measured:
+        return "only ONNX artifacts are measured, and there are none"
     try:
         import torch  # noqa: F401
     except ImportError:
         return "torch is not installed: pip install 'mobilevlm-edge[reference]'"
     needed = MEMORY_LIBRARIES + sum(
         RESIDENT[artifact.precision] * work.path(artifact.data[0]).stat().st_size
-        for artifact in draft.artifacts
+        for artifact in measured
     )
     allowed = MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE
     if needed > allowed:
@@ -157,6 +167,10 @@ def _obstacle(model: Model, work: Workspace, draft: Manifest) -> str:
             f"{allowed / 1e9:.1f} GB"
         )
     return ""
+
+
+def _onnx_artifacts(draft: Manifest) -> tuple[Artifact, ...]:
+    return tuple(artifact for artifact in draft.artifacts if artifact.format == "onnx")
 
 
 def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> Manifest:
@@ -169,12 +183,14 @@ def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> 
         embeddings=_embedding_table(model, artifacts),
         quality=Quality(False),
         files={},
-        tools=tool_versions(),
+        tools=tool_versions(sorted({artifact.format for artifact in artifacts})),
     )
 
 
-def _embedding_table(model: Model, artifacts: tuple[Artifact, ...]) -> EmbeddingTable:
-    artifact = next(artifact for artifact in artifacts if artifact.stage == "embeddings")
+def _embedding_table(model: Model, artifacts: tuple[Artifact, ...]) -> EmbeddingTable | None:
+    artifact = next((artifact for artifact in artifacts if artifact.stage == "embeddings"), None)
+    if artifact is None:
+        return None
     return EmbeddingTable(
         path=artifact.data[0],
         offset=0,

@@ -26,25 +26,33 @@ _errors: deque[str] = deque(maxlen=4)
 
 
 def llama_library() -> Any:
-    """The module ``llama_cpp``, its native libraries initialized and silent.
+    """The module ``llama_cpp``.
 
     Raises:
-        MissingExtraError: llama-cpp-python is not installed.
+        MissingExtraError: llama-cpp-python is not installed, or does not load.
     """
     try:
         import llama_cpp
-        from llama_cpp import mtmd_cpp
-    except ImportError:
-        raise require("llama_cpp", "gguf", "running GGUF files") from None
-    if not _callbacks:
-        log = llama_cpp.llama_log_callback(_write_log)
-        _callbacks.append(log)
-        # llama_log_set sets ggml's log too.
-        for set_log in (llama_cpp.llama_log_set, mtmd_cpp.mtmd_log_set,
-                        mtmd_cpp.mtmd_helper_log_set):  # fmt: skip
-            set_log(log, None)
-        llama_cpp.llama_backend_init()
+    except (ImportError, OSError, RuntimeError):
+        raise require("llama-cpp-python", "gguf", "running GGUF files") from None
     return llama_cpp
+
+
+def catch_log() -> None:
+    """Keeps what the libraries log from now on off stderr, unless it was asked for."""
+    llama_cpp = llama_library()
+    from llama_cpp import mtmd_cpp
+
+    if not _callbacks:
+        _callbacks.append(llama_cpp.llama_log_callback(_write_log))
+    # llama_log_set sets ggml's log too.
+    for set_log in (
+        llama_cpp.llama_log_set,
+        mtmd_cpp.mtmd_log_set,
+        mtmd_cpp.mtmd_helper_log_set,
+    ):
+        set_log(_callbacks[0], None)
+    _errors.clear()
 
 
 def _write_log(level: int, text: bytes, _: Any) -> None:
@@ -58,7 +66,6 @@ def load_error(path: Path) -> BundleError:
     """What to raise where a library gave a null pointer for a file; quotes the first of the errors
     that it logged (they go from the cause to its consequences)."""
     reason = _errors[0] if _errors else "no reason given"
-    _errors.clear()
     return BundleError(
         f"{path}: llama.cpp cannot load it: {reason:.200} ({LOG_VARIABLE}=1 tells more)"
     )
@@ -73,9 +80,10 @@ class NativeModel:
         if self.header.architecture == "clip":
             raise BundleError(f"{path}: an image encoder (mmproj), expected a language model")
         library = llama_library()
+        catch_log()
+        library.llama_backend_init()
         options = library.llama_model_default_params()
         options.n_gpu_layers = 0  # every figure of this project is the processor's
-        _errors.clear()
         self.pointer = library.llama_model_load_from_file(os.fsencode(path), options)
         if not self.pointer:
             raise load_error(path)

@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.engines import Float32, still_open
+from mobilevlm.runtime.engines.clip_order import class_token_order
 from mobilevlm.runtime.engines.llama_native import (
     NativeModel,
     address,
-    llama_library,
+    catch_log,
     load_error,
 )
 from mobilevlm.spec import ModelSpec
@@ -33,7 +34,7 @@ class MtmdVision:
     def __init__(self, path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> None:
         if read_gguf(path).architecture != "clip":
             raise BundleError(f"{path}: not an image encoder (mmproj)")
-        llama_library()
+        catch_log()
         from llama_cpp import mtmd_cpp
 
         self._mtmd = mtmd_cpp
@@ -43,10 +44,11 @@ class MtmdVision:
         options.print_timings = False
         options.warmup = False
         options.n_threads = threads
+        options.cb_eval = order = class_token_order()
         pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(path), model.pointer, options)
         if not pointer:
             raise load_error(path)
-        self._context: _Context | None = _Context(mtmd_cpp, pointer, model)
+        self._context: _Context | None = _Context(mtmd_cpp, pointer, (model, order))
 
     def encode(self, pixels: NDArray[np.uint8]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`. One picture at a time: mtmd keeps
@@ -101,13 +103,13 @@ class MtmdVision:
 
 
 class _Context:
-    """An mtmd_context, used by one thread at a time; freed before the model it refers to."""
+    """An mtmd_context, used by one thread at a time; freed before what it refers to."""
 
-    def __init__(self, mtmd: Any, pointer: int, model: NativeModel) -> None:
+    def __init__(self, mtmd: Any, pointer: int, refers_to: object) -> None:
         self.pointer = pointer
         self.lock = threading.Lock()
-        weakref.finalize(self, _free_context, mtmd, pointer, model)
+        weakref.finalize(self, _free_context, mtmd, pointer, refers_to)
 
 
-def _free_context(mtmd: Any, pointer: int, model: NativeModel) -> None:
+def _free_context(mtmd: Any, pointer: int, refers_to: object) -> None:
     mtmd.mtmd_free(pointer)

@@ -25,8 +25,8 @@ _errors: deque[str] = deque(maxlen=4)
 """The last errors logged, without their line breaks."""
 
 
-def llama_library() -> Any:
-    """The module ``llama_cpp``.
+def llama_library(purpose: str = "running GGUF files") -> Any:
+    """The module ``llama_cpp``. ``purpose``: what it is needed for, for the error.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed, or does not load.
@@ -34,7 +34,7 @@ def llama_library() -> Any:
     try:
         import llama_cpp
     except (ImportError, OSError, RuntimeError):
-        raise require("llama-cpp-python", "gguf", "running GGUF files") from None
+        raise require("llama-cpp-python", "gguf", purpose) from None
     return llama_cpp
 
 

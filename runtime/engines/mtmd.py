@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.clip_order import class_token_order
@@ -22,6 +22,7 @@ from mobilevlm.runtime.engines.llama_native import (
     catch_log,
     load_error,
 )
+from mobilevlm.runtime.engines.mmproj import check_mmproj
 from mobilevlm.spec import ModelSpec
 
 
@@ -32,8 +33,7 @@ class MtmdVision:
     """
 
     def __init__(self, path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> None:
-        if read_gguf(path).architecture != "clip":
-            raise BundleError(f"{path}: not an image encoder (mmproj)")
+        check_mmproj(read_gguf(path), spec)
         catch_log()
         from llama_cpp import mtmd_cpp
 

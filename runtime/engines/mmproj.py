@@ -1,0 +1,97 @@
+"""What must be in an mmproj file. mtmd reads a missing tensor as a null pointer and crashes on the
+first picture, so the header is compared with the spec before the file is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from mobilevlm.errors import BundleError
+from mobilevlm.gguf_file import GgufFile
+from mobilevlm.spec import ModelSpec, ProjectorSpec, VisionSpec
+
+Shape = tuple[int, ...]
+
+
+def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
+    """Refuses a file that is not the image encoder and projector of the spec.
+
+    Raises:
+        BundleError: names the first key or tensor that is missing or different.
+    """
+    if header.architecture != "clip":
+        raise BundleError(f"{header.path}: not an image encoder (mmproj)")
+    for key, expected in _metadata(spec).items():
+        found = header.metadata.get(key)
+        if found != expected:
+            raise _other(header, f"{key} is {found!r:.60}, expected {expected!r}")
+    for name, shape in (*_tower(spec.vision), *_projector(spec.projector)):
+        tensor = header.tensors.get(name)
+        if tensor is None:
+            raise _other(header, f"tensor {name!r} is missing")
+        if shape is not None and tensor.shape != shape:
+            raise _other(header, f"tensor {name!r} has shape {tensor.shape}, expected {shape}")
+
+
+def _other(header: GgufFile, what: str) -> BundleError:
+    return BundleError(
+        f"{header.path}: damaged or of another model: {what}: copy or export it again"
+    )
+
+
+def _metadata(spec: ModelSpec) -> dict[str, object]:
+    vision = spec.vision
+    return {
+        "clip.projector_type": spec.projector.kind,
+        "clip.vision.image_size": vision.image_size,
+        "clip.vision.patch_size": vision.patch_size,
+        "clip.vision.embedding_length": vision.hidden_size,
+        "clip.vision.feed_forward_length": vision.intermediate_size,
+        "clip.vision.block_count": vision.num_hidden_layers,
+        "clip.vision.attention.head_count": vision.num_attention_heads,
+    }
+
+
+def _tower(spec: VisionSpec) -> Iterator[tuple[str, Shape]]:
+    hidden, wide, patch = spec.hidden_size, spec.intermediate_size, spec.patch_size
+    yield "v.class_embd", (hidden,)
+    yield "v.patch_embd.weight", (hidden, 3, patch, patch)
+    yield "v.position_embd.weight", (spec.num_patches + 1, hidden)
+    yield from _pair("v.pre_ln", (hidden,))
+    for index in range(spec.num_hidden_layers):
+        layer = f"v.blk.{index}"
+        for norm in ("ln1", "ln2"):
+            yield from _pair(f"{layer}.{norm}", (hidden,))
+        for part in ("attn_q", "attn_k", "attn_v", "attn_out"):
+            yield from _pair(f"{layer}.{part}", (hidden, hidden))
+        yield from _pair(f"{layer}.ffn_up", (wide, hidden))
+        yield from _pair(f"{layer}.ffn_down", (hidden, wide))
+
+
+def _pair(name: str, shape: Shape) -> Iterator[tuple[str, Shape]]:
+    """Weight and bias."""
+    yield f"{name}.weight", shape
+    yield f"{name}.bias", shape[:1]
+
+
+def _projector(spec: ProjectorSpec) -> Iterator[tuple[str, Shape | None]]:
+    """Shapes where there is one way to store them."""
+    size = spec.out_size
+    if spec.kind == "mlp":
+        for name in ("mm.0.weight", "mm.0.bias", "mm.2.weight"):
+            yield name, None  # a single Linear is written as two
+        yield "mm.2.bias", (size,)
+        return
+    first, second = (0, 2) if spec.kind == "ldpv2" else (1, 3)
+    yield from _pair(f"mm.model.mlp.{first}", (size, spec.in_size))
+    yield from _pair(f"mm.model.mlp.{second}", (size, size))
+    if spec.kind == "ldpv2":
+        yield "mm.model.peg.0.weight", None
+        yield "mm.model.peg.0.bias", (size,)
+        return
+    for block in ("mm.model.mb_block.1.block", "mm.model.mb_block.2.block"):
+        for part in ("0.0", "1.fc1", "1.fc2", "2.0"):
+            yield f"{block}.{part}.weight", None
+        yield f"{block}.1.fc1.bias", (spec.squeeze_size,)
+        yield f"{block}.1.fc2.bias", (size,)
+        for norm in ("0.1", "2.1"):
+            yield from _pair(f"{block}.{norm}", (size,))

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import BundleError, MobileVLMError
-from mobilevlm.gguf_file import GgufTensor
+from mobilevlm.gguf_file import GgufTensor, read_gguf
 from mobilevlm.runtime.engines import DecoderState, Float32, still_open
+from mobilevlm.runtime.engines.gguf_check import check_decoder
 from mobilevlm.runtime.engines.llama_native import NativeModel, address, llama_library
 from mobilevlm.spec import DecoderSpec
 
@@ -85,20 +86,12 @@ class LlamaDecoder:
     """See :class:`mobilevlm.runtime.engines.DecoderEngine`. One model, a context per state."""
 
     def __init__(self, path: Path, spec: DecoderSpec, threads: int) -> None:
-        model = NativeModel(path)
-        found = model.embedding_size, model.vocab_size
-        if found != (spec.hidden_size, spec.vocab_size):
-            raise BundleError(
-                f"{path}: hidden size and vocabulary are {found}, expected "
-                f"{(spec.hidden_size, spec.vocab_size)}: export the bundle again"
-            )
+        header = read_gguf(path)
+        check_decoder(header, spec)
         self._spec, self._threads = spec, threads
-        self._model: NativeModel | None = model
-        self._rows: EmbeddingRows | None = EmbeddingRows(
-            path, model.header.tensors["token_embd.weight"]
-        )
-        types = {tensor.type for tensor in model.header.tensors.values()}
-        self._exact = types == {"F32"}
+        self._model: NativeModel | None = NativeModel(path)
+        self._rows: EmbeddingRows | None = EmbeddingRows(path, header.tensors["token_embd.weight"])
+        self._exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
 
     @property
     def model(self) -> NativeModel:

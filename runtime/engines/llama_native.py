@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.errors import BundleError, require
-from mobilevlm.gguf_file import GgufFile, read_gguf
 
 LOG_VARIABLE = "MOBILEVLM_LLAMA_LOG"
 """With this environment variable at 1, llama.cpp's log goes to stderr."""
@@ -75,10 +74,11 @@ class NativeModel:
     """A llama_model. Freed when nothing refers to it any more: contexts hold it."""
 
     def __init__(self, path: Path) -> None:
-        """Raises BundleError where llama.cpp cannot load the file."""
-        self.header: GgufFile = read_gguf(path)
-        if self.header.architecture == "clip":
-            raise BundleError(f"{path}: an image encoder (mmproj), expected a language model")
+        """``path``: a file whose header was checked.
+
+        Raises:
+            BundleError: llama.cpp cannot load it.
+        """
         library = llama_library()
         catch_log()
         library.llama_backend_init()
@@ -88,9 +88,6 @@ class NativeModel:
         if not self.pointer:
             raise load_error(path)
         weakref.finalize(self, library.llama_model_free, self.pointer)
-        self.embedding_size: int = library.llama_model_n_embd(self.pointer)
-        vocabulary = library.llama_model_get_vocab(self.pointer)
-        self.vocab_size: int = library.llama_vocab_n_tokens(vocabulary)
 
 
 def address(array: Any, kind: Any) -> Any:

@@ -16,13 +16,13 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.clip_order import class_token_order
+from mobilevlm.runtime.engines.gguf_check import check_mmproj
 from mobilevlm.runtime.engines.llama_native import (
     NativeModel,
     address,
     catch_log,
     load_error,
 )
-from mobilevlm.runtime.engines.mmproj import check_mmproj
 from mobilevlm.spec import ModelSpec
 
 

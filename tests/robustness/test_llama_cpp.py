@@ -116,10 +116,6 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "absurd tensor count": (write(8, struct.pack("<Q", 1 << 50)), "it claims 1125899906842624"),
     "absurd key count": (write(16, struct.pack("<Q", 1 << 50)), "and 1125899906842624 keys"),
     "absurd key length": (write(24, struct.pack("<Q", 1 << 50)), "ends inside its header"),
-    "architecture without name": (
-        rename(b"general.architecture", b"general.archytecture"),
-        "llama.cpp cannot load it",
-    ),
 }
 
 
@@ -132,8 +128,6 @@ def test_a_damaged_file_is_refused_in_one_line(stage: str, damage: str, bundle: 
     change(path)
     sign(bundle)
     said = refused(bundle)
-    if stage == "vision" and "architecture" in damage:
-        message = "not an image encoder"
     assert message in said and path.name in said
 
 
@@ -141,9 +135,8 @@ def test_a_damaged_file_is_refused_in_one_line(stage: str, damage: str, bundle: 
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        (b"token_embd.weight", b"token_embX.weight"),
         (b"blk.1.ffn_up.weight", b"blk.9.ffn_up.weight"),
-        (b"llama.block_count", b"llama.blocX_count"),
+        (b"llama.context_length", b"llama.contexX_length"),
         (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenX"),
     ],
 )
@@ -160,19 +153,27 @@ def test_a_decoder_without_a_part_is_refused_with_the_reason_of_llama_cpp(
 
 @needs_llama
 @pytest.mark.parametrize(
-    ("old", "new", "message"),
+    ("stage", "old", "new", "message"),
     [
-        (b"v.blk.1.attn_q.weight", b"v.blk.9.attn_q.weight", "'v.blk.1.attn_q.weight' is missing"),
-        (b"v.position_embd.weight", b"v.positiXn_embd.weight", "embd.weight' is missing"),
-        (b"mm.0.weight", b"mm.7.weight", "tensor 'mm.0.weight' is missing"),
-        (b"vision.image_size", b"vision.imagX_size", "image_size is None, expected 224"),
-        (b"mlp", b"ldp", "projector_type is 'ldp', expected 'mlp'"),
+        ("decoder", b"token_embd.weight", b"token_embX.weight", "shape of token_embd.weight is No"),
+        ("decoder", b"llama.block_count", b"llama.blocX_count", "llama.block_count is None"),
+        ("decoder", b"general.architecture", b"general.architecturX", ".block_count is None"),
+        (
+            "vision",
+            b"v.blk.1.attn_q.weight",
+            b"v.blk.9.attn_q.weight",
+            "'v.blk.1.attn_q.weight' is missing",
+        ),
+        ("vision", b"v.position_embd.weight", b"v.positiXn_embd.weight", "embd.weight' is missing"),
+        ("vision", b"mm.0.weight", b"mm.7.weight", "tensor 'mm.0.weight' is missing"),
+        ("vision", b"vision.image_size", b"vision.imagX_size", "image_size is None, expected 224"),
+        ("vision", b"mlp", b"ldp", "projector_type is 'ldp', expected 'mlp'"),
     ],
 )
-def test_an_image_encoder_without_a_part_is_refused_before_mtmd_crashes_on_it(
-    old: bytes, new: bytes, message: str, bundle: Path
+def test_a_file_without_a_part_is_refused_before_a_library_crashes_on_it(
+    stage: str, old: bytes, new: bytes, message: str, bundle: Path
 ) -> None:
-    path = gguf_file(bundle, "vision")
+    path = gguf_file(bundle, stage)
     rename(old, new)(path)
     sign(bundle)
     said = refused(bundle)
@@ -205,7 +206,7 @@ def test_a_decoder_of_another_model_is_refused(bundle: Path, tmp_path: Path) -> 
     )
     shutil.copy(gguf_file(tmp_path / "other", "decoder"), gguf_file(bundle, "decoder"))
     sign(bundle)
-    assert "hidden size and vocabulary are (64, 700), expected (64, 680)" in refused(bundle)
+    assert "llama.block_count is 3, expected 4" in refused(bundle)
 
 
 FUZZ = """

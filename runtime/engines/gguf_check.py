@@ -1,5 +1,8 @@
-"""What must be in an mmproj file. mtmd reads a missing tensor as a null pointer and crashes on the
-first picture, so the header is compared with the spec before the file is opened."""
+"""What must be in the GGUF files of a model.
+
+llama.cpp aborts the process on absurd sizes, and mtmd takes a missing tensor for a null pointer and
+crashes on the first picture. So headers are compared with the spec before a library opens the file.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,34 @@ from collections.abc import Iterator
 
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import GgufFile
-from mobilevlm.spec import ModelSpec, ProjectorSpec, VisionSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec, ProjectorSpec, VisionSpec
 
 Shape = tuple[int, ...]
+
+
+def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
+    """Refuses a file that is not the language model of the spec. (Missing tensors llama.cpp finds
+    itself.)
+
+    Raises:
+        BundleError: names the first key or tensor that is different.
+    """
+    if header.architecture == "clip":
+        raise BundleError(f"{header.path}: an image encoder (mmproj), expected a language model")
+    prefix = header.architecture
+    for key, expected in {
+        f"{prefix}.block_count": spec.num_hidden_layers,
+        f"{prefix}.embedding_length": spec.hidden_size,
+        f"{prefix}.feed_forward_length": spec.intermediate_size,
+        f"{prefix}.attention.head_count": spec.num_attention_heads,
+    }.items():
+        _same(header, key, header.metadata.get(key), expected)
+    key = f"{prefix}.attention.head_count_kv"
+    heads = header.metadata.get(key, spec.num_attention_heads)
+    _same(header, key, heads, spec.num_key_value_heads)
+    table = header.tensors.get("token_embd.weight")
+    shape = table.shape if table else None
+    _same(header, "shape of token_embd.weight", shape, (spec.vocab_size, spec.hidden_size))
 
 
 def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
@@ -21,15 +49,18 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     if header.architecture != "clip":
         raise BundleError(f"{header.path}: not an image encoder (mmproj)")
     for key, expected in _metadata(spec).items():
-        found = header.metadata.get(key)
-        if found != expected:
-            raise _other(header, f"{key} is {found!r:.60}, expected {expected!r}")
+        _same(header, key, header.metadata.get(key), expected)
     for name, shape in (*_tower(spec.vision), *_projector(spec.projector)):
         tensor = header.tensors.get(name)
         if tensor is None:
             raise _other(header, f"tensor {name!r} is missing")
-        if shape is not None and tensor.shape != shape:
-            raise _other(header, f"tensor {name!r} has shape {tensor.shape}, expected {shape}")
+        if shape is not None:
+            _same(header, f"shape of {name}", tensor.shape, shape)
+
+
+def _same(header: GgufFile, what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise _other(header, f"{what} is {found!r:.60}, expected {expected!r}")
 
 
 def _other(header: GgufFile, what: str) -> BundleError:

@@ -18,11 +18,12 @@ from mobilevlm.bundle import (
     FileEntry,
     Manifest,
     Quality,
+    StageQuality,
     WeightError,
     describe_files,
     write_manifest,
 )
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import MissingExtraError, MobileVLMError
 from mobilevlm.export.jobs import JOBS, Job, tool_versions
 from mobilevlm.export.recipes import Recipe, find_recipe
 from mobilevlm.export.workspace import (
@@ -46,6 +47,8 @@ MEMORY_LIBRARIES = 0.5e9
 RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3}
 """Memory of a session as a multiple of its weight file: onnxruntime keeps float weights twice, in
 float32, and a part of the quantized ones twice for a moment."""
+RESIDENT_GGUF = 2.0
+"""The same for GGUF files: llama.cpp maps them, and holds some types once more in another order."""
 
 
 def export(
@@ -130,35 +133,56 @@ def _measure(
     model: Model, recipe: Recipe, work: Workspace, draft: Manifest, wanted: bool
 ) -> Quality:
     """Figures against the float32 reference, or the reason why there are none."""
-    obstacle = _obstacle(model, work, draft) if wanted else "not wanted"
-    if obstacle:
-        progress.say(f"quality     not measured ({obstacle})")
-        return Quality(False, obstacle)
-    from mobilevlm.export.measure import check_limits, measure_quality
+    stages: dict[str, StageQuality] = {}
+    obstacles: dict[str, str] = {}
+    bundle = Bundle(work.folder, draft, digest="")
+    for form in _formats_of(draft.artifacts):
+        obstacle = _obstacle(model, work, draft, form) if wanted else "not wanted"
+        if obstacle:
+            obstacles[form] = obstacle
+            continue
+        from mobilevlm.export.measure import check_limits, measure_engine
 
-    start = time.perf_counter()
-    onnx = dataclasses.replace(draft, artifacts=_onnx_artifacts(draft))
-    quality = measure_quality(model, Bundle(work.folder, onnx, digest=""))
-    for name, stage in quality.stages.items():
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
-        progress.say(f"quality     {name}: {figures}")
-    progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
-    check_limits(quality, recipe)
-    return quality
+        start = time.perf_counter()
+        found = measure_engine(model, bundle, form)
+        for name, stage in found.items():
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
+            progress.say(f"quality     {name}: {figures}")
+        progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
+        check_limits(found, recipe, form)
+        stages |= found
+    note = _note(obstacles, alike=not stages)
+    if note:
+        progress.say(f"quality     not measured ({note})")
+    return Quality(bool(stages), note, stages)
 
 
-def _obstacle(model: Model, work: Workspace, draft: Manifest) -> str:
-    """Why the quality cannot be measured here; empty when it can."""
-    measured = _onnx_artifacts(draft)
-    if not measured:
-        return "only ONNX artifacts are measured, and there are none"
+def _note(obstacles: dict[str, str], alike: bool) -> str:
+    """Why formats were not measured. ``alike``: none was, so that one reason may stand for all."""
+    reasons = list(dict.fromkeys(obstacles.values()))
+    if alike and len(reasons) == 1:
+        return reasons[0]
+    return "; ".join(f"{form}: {reason}" for form, reason in obstacles.items())
+
+
+def _obstacle(model: Model, work: Workspace, draft: Manifest, form: str) -> str:
+    """Why a format's quality cannot be measured here; empty when it can."""
     try:
         import torch  # noqa: F401
+
+        if form == "gguf":
+            from mobilevlm.runtime.engines.llama_native import llama_library
+
+            llama_library()
     except ImportError:
         return "torch is not installed: pip install 'mobilevlm-edge[reference]'"
+    except MissingExtraError as error:
+        return str(error)
     needed = MEMORY_LIBRARIES + sum(
-        RESIDENT[artifact.precision] * work.path(artifact.data[0]).stat().st_size
-        for artifact in measured
+        RESIDENT.get(artifact.precision, RESIDENT_GGUF) * work.path(name).stat().st_size
+        for artifact in draft.artifacts
+        if artifact.format == form
+        for name in artifact.files
     )
     allowed = MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE
     if needed > allowed:
@@ -169,8 +193,9 @@ def _obstacle(model: Model, work: Workspace, draft: Manifest) -> str:
     return ""
 
 
-def _onnx_artifacts(draft: Manifest) -> tuple[Artifact, ...]:
-    return tuple(artifact for artifact in draft.artifacts if artifact.format == "onnx")
+def _formats_of(artifacts: tuple[Artifact, ...]) -> list[str]:
+    """Their formats, each once."""
+    return list(dict.fromkeys(artifact.format for artifact in artifacts))
 
 
 def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> Manifest:
@@ -183,7 +208,7 @@ def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> 
         embeddings=_embedding_table(model, artifacts),
         quality=Quality(False),
         files={},
-        tools=tool_versions(sorted({artifact.format for artifact in artifacts})),
+        tools=tool_versions(_formats_of(artifacts)),
     )
 
 

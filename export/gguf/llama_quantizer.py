@@ -4,30 +4,22 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 from pathlib import Path
-from typing import Any
 
-from mobilevlm.errors import MobileVLMError, require
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES
+from mobilevlm.runtime.engines.llama_native import catch_log, llama_library
 from mobilevlm.spec import GGUFType
 
 
-def load_llama(kind: GGUFType) -> Any:
-    """The low-level module of llama-cpp-python.
+def quantizer_version(kind: GGUFType) -> str:
+    """Version of what makes a K-quant.
 
     Raises:
-        MissingExtraError: it is not installed, or does not load.
+        MissingExtraError: llama-cpp-python is not installed, or does not load.
     """
-    try:
-        from llama_cpp import llama_cpp
-    except (ImportError, OSError, RuntimeError):
-        raise require("llama-cpp-python", "gguf", f"the type {kind}") from None
-    return llama_cpp
-
-
-def quantizer_version(kind: GGUFType) -> str:
-    """Version of what makes a K-quant."""
-    load_llama(kind)
+    llama_library(f"the type {kind}")
     return importlib.metadata.version("llama-cpp-python")
 
 
@@ -38,18 +30,13 @@ def quantize_file(source: Path, target: Path, kind: GGUFType) -> None:
     Raises:
         MobileVLMError: llama.cpp refuses.
     """
-    llama = load_llama(kind)
-    keep = llama.llama_log_callback(_silent)
-    llama.llama_log_set(keep, ctypes.c_void_p(0))
-    try:
-        params = llama.llama_model_quantize_default_params()
-        params.ftype = int(FILE_TYPES[kind])
-        status = llama.llama_model_quantize(bytes(source), bytes(target), ctypes.byref(params))
-    finally:
-        llama.llama_log_set(llama.llama_log_callback(), ctypes.c_void_p(0))
+    llama = llama_library(f"the type {kind}")
+    catch_log()
+    params = llama.llama_model_quantize_default_params()
+    params.ftype = int(FILE_TYPES[kind])
+    params.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    status = llama.llama_model_quantize(
+        os.fsencode(source), os.fsencode(target), ctypes.byref(params)
+    )
     if status != 0:
-        raise MobileVLMError(f"{target.name}: llama.cpp could not quantize the decoder to {kind}")
-
-
-def _silent(level: int, text: bytes, data: object) -> None:
-    """llama.cpp reports every tensor."""
+        raise MobileVLMError(f"{target}: llama.cpp could not quantize the decoder to {kind}")

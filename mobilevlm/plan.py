@@ -41,6 +41,10 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
         missing = [pair for pair in ENGINES[name].items() if pair not in present]
         if not missing:
             return name
+    if not bundle.digest:  # files made elsewhere
+        raise BundleError(
+            f"engine {engine} needs ONNX artifacts, this is a GGUF file: use --engine gguf"
+        )
     remedy = f"run 'mobilevlm export CHECKPOINT -o {bundle.folder} --format all'"
     if engine == "auto":
         raise BundleError(f"{bundle.folder}: no engine finds all of its artifacts: {remedy}")

@@ -55,8 +55,20 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
     model = parse_sentencepiece(path)
     if model.trainer_spec.model_type != _BPE:
         raise CheckpointError(f"{path}: expected a sentencepiece BPE model (LLaMA's kind)")
-    pieces = [piece.piece for piece in model.pieces]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
+    settings = tokenizer_settings(folder)
+    tokenizer = build_tokenizer(model, legacy=bool(settings.get("legacy", True)))
+    _add_file_tokens(tokenizer, folder, len(model.pieces))
+    if settings.get("add_bos_token", True):
+        begin_with(tokenizer, token_text(settings.get("bos_token")) or "<s>")
+    return tokenizer
+
+
+def build_tokenizer(model: Any, legacy: bool) -> Tokenizer:
+    """The tokenizer of a sentencepiece BPE model (a ``ModelProto`` or what has its attributes).
+
+    With ``legacy``, text after an added token gets a leading space piece too.
+    """
+    vocab = {piece.piece: index for index, piece in enumerate(model.pieces)}
     unknown = [piece.piece for piece in model.pieces if piece.type == _UNKNOWN]
     tokenizer = Tokenizer(
         BPE(
@@ -67,17 +79,24 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
             byte_fallback=bool(model.trainer_spec.byte_fallback),
         )
     )
-    settings = tokenizer_settings(folder)
-    _set_spaces(tokenizer, model.normalizer_spec, legacy=bool(settings.get("legacy", True)))
-    _add_special_tokens(tokenizer, model, folder, vocab)
-    bos = token_text(settings.get("bos_token")) or "<s>"
-    if settings.get("add_bos_token", True) and tokenizer.token_to_id(bos) is not None:
+    _set_spaces(tokenizer, model.normalizer_spec, legacy)
+    special = [piece.piece for piece in model.pieces if piece.type in (_CONTROL, _UNKNOWN)]
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in special]
+    )
+    defined = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in defined])
+    return tokenizer
+
+
+def begin_with(tokenizer: Tokenizer, bos: str) -> None:
+    """Puts this token in front of every text, if the vocabulary has it."""
+    if tokenizer.token_to_id(bos) is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
             pair=f"{bos} $A {bos}:1 $B:1",
             special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
-    return tokenizer
 
 
 def parse_sentencepiece(path: Path) -> Any:
@@ -123,10 +142,7 @@ def _merges(model: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _set_spaces(tokenizer: Tokenizer, rules: Any, legacy: bool) -> None:
-    """Normalisation, leading space piece, and the way back from pieces to text.
-
-    With ``legacy``, text after an added token gets a leading space piece too.
-    """
+    """Normalisation, leading space piece, and the way back from pieces to text."""
     steps: list[Any] = []
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
@@ -155,21 +171,14 @@ def _set_spaces(tokenizer: Tokenizer, rules: Any, legacy: bool) -> None:
     )
 
 
-def _add_special_tokens(
-    tokenizer: Tokenizer, model: Any, folder: Path, vocab: dict[str, int]
-) -> None:
-    special = [p.piece for p in model.pieces if p.type in (_CONTROL, _UNKNOWN)]
-    tokenizer.add_special_tokens(
-        [AddedToken(text, normalized=False, special=True) for text in special]
-    )
-    defined = [p.piece for p in model.pieces if p.type == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in defined])
+def _add_file_tokens(tokenizer: Tokenizer, folder: Path, num_pieces: int) -> None:
+    vocab = tokenizer.get_vocab()
     added = added_tokens(folder)
-    for expected, (text, index) in enumerate(added, start=len(vocab)):
+    for expected, (text, index) in enumerate(added, start=num_pieces):
         if text not in vocab and index != expected:
             raise CheckpointError(
                 f"{folder / ADDED}: token {text!r} has id {index}, expected {expected} (ids go on "
-                f"from the {len(vocab)} pieces of tokenizer.model)"
+                f"from the {num_pieces} pieces of tokenizer.model)"
             )
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text, _ in added])
 

@@ -48,7 +48,9 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     """
     if header.architecture != "clip":
         raise BundleError(f"{header.path}: not an image encoder (mmproj)")
-    for key, expected in _metadata(spec).items():
+    kind = header.metadata.get("clip.projector_type", "mlp")  # old files do not say
+    _same(header, "clip.projector_type", kind, spec.projector.kind)
+    for key, expected in _vision_metadata(spec.vision).items():
         _same(header, key, header.metadata.get(key), expected)
     for name, shape in (*_tower(spec.vision), *_projector(spec.projector)):
         tensor = header.tensors.get(name)
@@ -69,16 +71,14 @@ def _other(header: GgufFile, what: str) -> BundleError:
     )
 
 
-def _metadata(spec: ModelSpec) -> dict[str, object]:
-    vision = spec.vision
+def _vision_metadata(spec: VisionSpec) -> dict[str, int]:
     return {
-        "clip.projector_type": spec.projector.kind,
-        "clip.vision.image_size": vision.image_size,
-        "clip.vision.patch_size": vision.patch_size,
-        "clip.vision.embedding_length": vision.hidden_size,
-        "clip.vision.feed_forward_length": vision.intermediate_size,
-        "clip.vision.block_count": vision.num_hidden_layers,
-        "clip.vision.attention.head_count": vision.num_attention_heads,
+        "clip.vision.image_size": spec.image_size,
+        "clip.vision.patch_size": spec.patch_size,
+        "clip.vision.embedding_length": spec.hidden_size,
+        "clip.vision.feed_forward_length": spec.intermediate_size,
+        "clip.vision.block_count": spec.num_hidden_layers,
+        "clip.vision.attention.head_count": spec.num_attention_heads,
     }
 
 

@@ -29,19 +29,18 @@ def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
         BundleError: a file is damaged, or of a kind that the spec cannot say.
     """
     decoder, vision = read_gguf(model), read_gguf(mmproj)
-    files = {path.absolute().as_posix(): FileEntry(path.stat().st_size, "") for path in
-             (mmproj, model)}  # fmt: skip
+    paths = {"vision": mmproj.absolute().as_posix(), "decoder": model.absolute().as_posix()}
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         spec=model_spec(decoder, vision),
         recipe={"name": "gguf"},
-        artifacts=tuple(
-            Artifact(stage, "gguf", "as in the file", path, (), key="")
-            for stage, path in zip(("vision", "decoder"), files, strict=True)
+        artifacts=(
+            Artifact("vision", "gguf", "as in the file", paths["vision"], (), key=""),
+            Artifact("decoder", "gguf", "as in the file", paths["decoder"], (), key=""),
         ),
         embeddings=None,
         quality=Quality(measured=False, note="made elsewhere"),
-        files=files,
+        files={path: FileEntry(Path(path).stat().st_size, "") for path in paths.values()},
         tools={},
     )
     return Bundle(Path(), manifest, digest=""), decoder

@@ -6,13 +6,13 @@ Names and metadata as llama.cpp's converter writes them (ggml-org/llama.cpp, con
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import gguf
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
+from mobilevlm.export.gguf.names import Entry, decoder_entries
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, write_file
 from mobilevlm.export.gguf.vocabulary import describe_vocabulary, read_vocabulary
 from mobilevlm.export.quantize.rtn import Float32
@@ -76,50 +76,16 @@ def decoder_tensors(
     weights: Weights, spec: DecoderSpec, kind: GGUFType, advance: Advance
 ) -> list[Tensor]:
     """All tensors in the order of the file: matrices in ``kind``, norms in float32."""
-    hidden, wide = spec.hidden_size, spec.intermediate_size
-    heads, shared = spec.num_attention_heads, spec.num_key_value_heads
-    query, key = heads * spec.head_dim, shared * spec.head_dim
 
-    def tensor(
-        name: str, source: str, *shape: int, change: Callable[[Float32], Float32] | None = None
-    ) -> Tensor:
+    def tensor(entry: Entry) -> Tensor:
         def read() -> Float32:
-            advance(math.prod(shape))
-            values = weights.read(f"decoder.{source}.weight", shape)
-            return change(values) if change else values
+            advance(math.prod(entry.shape))
+            values = weights.read(entry.ours, entry.shape)
+            return interleave(values, entry.heads) if entry.heads else values
 
-        return Tensor(f"{name}.weight", shape, "f32" if len(shape) == 1 else kind, read)
+        return Tensor(entry.theirs, entry.stored, kind if entry.store == "matrix" else "f32", read)
 
-    tensors = [tensor("token_embd", "embed_tokens", spec.vocab_size, hidden)]
-    for index in range(spec.num_hidden_layers):
-        ours, theirs = f"layers.{index}", f"blk.{index}"
-        tensors += [
-            tensor(f"{theirs}.attn_norm", f"{ours}.input_norm", hidden),
-            tensor(
-                f"{theirs}.attn_q",
-                f"{ours}.attn.q_proj",
-                query,
-                hidden,
-                change=lambda values: interleave(values, heads),
-            ),
-            tensor(
-                f"{theirs}.attn_k",
-                f"{ours}.attn.k_proj",
-                key,
-                hidden,
-                change=lambda values: interleave(values, shared),
-            ),
-            tensor(f"{theirs}.attn_v", f"{ours}.attn.v_proj", key, hidden),
-            tensor(f"{theirs}.attn_output", f"{ours}.attn.o_proj", hidden, query),
-            tensor(f"{theirs}.ffn_norm", f"{ours}.post_attention_norm", hidden),
-            tensor(f"{theirs}.ffn_gate", f"{ours}.mlp.gate_proj", wide, hidden),
-            tensor(f"{theirs}.ffn_up", f"{ours}.mlp.up_proj", wide, hidden),
-            tensor(f"{theirs}.ffn_down", f"{ours}.mlp.down_proj", hidden, wide),
-        ]
-    tensors.append(tensor("output_norm", "norm", hidden))
-    if not spec.tie_word_embeddings:  # llama.cpp takes the embeddings where there is no output
-        tensors.append(tensor("output", "lm_head", spec.vocab_size, hidden))
-    return tensors
+    return [tensor(entry) for entry in decoder_entries(spec)]
 
 
 def interleave(weight: Float32, heads: int) -> Float32:
@@ -127,4 +93,11 @@ def interleave(weight: Float32, heads: int) -> Float32:
     pairs (i, i + head_dim / 2) to llama.cpp's neighbours (2 i, 2 i + 1)."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def half_split(weight: Float32, heads: int) -> Float32:
+    """Undoes :func:`interleave`."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

@@ -22,7 +22,7 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
 from mobilevlm.errors import CheckpointError, MissingExtraError, MobileVLMError
-from mobilevlm.export.gguf.decoder import decoder_tensors, interleave, write_decoder
+from mobilevlm.export.gguf.decoder import decoder_tensors, half_split, interleave, write_decoder
 from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, Tensor, convert, write_file
 from mobilevlm.export.graph.author import author_decoder
@@ -47,12 +47,6 @@ def values_of(tensor: gguf.ReaderTensor) -> NDArray[np.float32]:
     """Dequantized, rows first."""
     values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
     return values.reshape(tensor.shape[::-1].tolist())
-
-
-def half_split(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Undoes :func:`interleave`."""
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, -1)
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +285,7 @@ def test_weights_beyond_float16_are_saturated() -> None:
 def test_interleaving_pairs_the_halves() -> None:
     rows = np.arange(8, dtype=np.float32)[:, None]
     assert interleave(rows, 2)[:, 0].tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert half_split(interleave(rows, 2), 2).tolist() == rows.tolist()
 
 
 @pytest.mark.parametrize("kind", ["f16", "q4_0", "q8_0"])

@@ -37,22 +37,21 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
     """
     check_engine(engine)
     present = {(artifact.stage, artifact.format) for artifact in bundle.manifest.artifacts}
-    for name in ENGINES if engine == "auto" else [engine]:
-        missing = [pair for pair in ENGINES[name].items() if pair not in present]
+    lacks = {
+        name: [f"the {kind.upper()} artifact of the {stage} stage"
+               for stage, kind in ENGINES[name].items() if (stage, kind) not in present]
+        for name in (ENGINES if engine == "auto" else [engine])
+    }  # fmt: skip
+    for name, missing in lacks.items():
         if not missing:
             return name
-    if not bundle.digest:  # files made elsewhere
+    if bundle.manifest.spec.family == "gguf":  # files made elsewhere
         raise BundleError(
             f"engine {engine} needs ONNX artifacts, this is a GGUF file: use --engine gguf"
         )
+    what = "; ".join(f"engine {name} lacks {missing[0]}" for name, missing in lacks.items())
     remedy = f"run 'mobilevlm export CHECKPOINT -o {bundle.folder} --format all'"
-    if engine == "auto":
-        raise BundleError(f"{bundle.folder}: no engine finds all of its artifacts: {remedy}")
-    stage, kind = missing[0]
-    raise BundleError(
-        f"{bundle.folder}: engine {engine} needs a {kind.upper()} artifact of the {stage} stage, "
-        f"which the bundle has not: {remedy}"
-    )
+    raise BundleError(f"{bundle.folder}: {what}: {remedy}")
 
 
 def engine_files(bundle: Bundle, engine: str) -> list[str]:

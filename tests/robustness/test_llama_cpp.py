@@ -305,4 +305,4 @@ def test_an_engine_without_its_artifacts_says_how_to_make_them(
     (bundle / MANIFEST).write_text(json.dumps(data))
     sign(bundle)
     said = refusal(capsys, "run", bundle, "--engine", engine, *QUESTION)
-    assert "needs a GGUF artifact of the" in said and "--format all" in said
+    assert f"engine {engine} lacks the GGUF artifact of the" in said and "--format all" in said

@@ -23,7 +23,7 @@ from mobilevlm.bundle import (
     describe_files,
     write_manifest,
 )
-from mobilevlm.errors import MissingExtraError, MobileVLMError
+from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, tool_versions
 from mobilevlm.export.recipes import Recipe, find_recipe
 from mobilevlm.export.workspace import (
@@ -61,8 +61,9 @@ def export(
     conversation: str | None = None,
     measure: bool = True,
     gguf_type: GGUFType | None = None,
+    mmproj: str | PathLike[str] | None = None,
 ) -> Manifest:
-    """Exports a checkpoint folder to a bundle folder.
+    """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
     ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4`` or a TOML file. ``vision_tower``: the
     tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1`` or
@@ -84,7 +85,7 @@ def export(
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
-    model = open_checkpoint(Path(checkpoint), options)
+    model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
     with open_workspace(target) as work:
         jobs = [job for form in formats for job in JOBS[form](model, chosen)]
         artifacts = tuple(_make(job, work) for job in jobs)
@@ -101,6 +102,28 @@ def export(
         f"{time.perf_counter() - start:.1f} s"
     )
     return manifest
+
+
+def _open(
+    checkpoint: Path, options: OpenOptions, mmproj: Path | None, formats: Sequence[str]
+) -> Model:
+    """A checkpoint folder, or a pair of GGUF files."""
+    if checkpoint.suffix != ".gguf":
+        if mmproj is not None:
+            raise MobileVLMError(f"{checkpoint}: --mmproj goes with a GGUF file, this is none")
+        return open_checkpoint(checkpoint, options)
+    if mmproj is None:
+        raise MobileVLMError(f"{checkpoint}: add the image encoder with --mmproj FILE")
+    if options != OpenOptions() or "gguf" in formats:
+        raise MobileVLMError(
+            f"{checkpoint}: a GGUF file becomes ONNX only, and carries its tower and conversation: "
+            f"leave --format, --vision-tower and --conversation out"
+        )
+    try:
+        from mobilevlm.export.gguf.source import open_gguf
+    except ImportError as error:
+        raise require(error.name or "gguf", "export", f"reading {checkpoint}") from None
+    return open_gguf(checkpoint, mmproj)
 
 
 def _make(job: Job, work: Workspace) -> Artifact:

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import TypeVar
 
 import gguf
+import numpy as np
+from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
@@ -19,6 +22,8 @@ from mobilevlm.export.quantize.rtn import Float32
 from mobilevlm.families import Model
 from mobilevlm.progress import Advance
 from mobilevlm.spec import DecoderSpec, GGUFType, ModelSpec
+
+T = TypeVar("T", bound=np.generic)
 
 _QUANTIZATION_VERSION = 2
 
@@ -96,8 +101,8 @@ def interleave(weight: Float32, heads: int) -> Float32:
     return pairs.swapaxes(1, 2).reshape(rows, columns)
 
 
-def half_split(weight: Float32, heads: int) -> Float32:
-    """Undoes :func:`interleave`."""
+def half_split(weight: NDArray[T], heads: int) -> NDArray[T]:
+    """Undoes :func:`interleave`, on whatever the rows hold."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

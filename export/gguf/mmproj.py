@@ -128,13 +128,15 @@ def _linear_as_mlp(
         values = weights.read(f"projector.mlp.0.{part}", shape)
         return np.concatenate([values, -values]) * np.float32(LINEAR_SCALE)
 
-    def difference() -> Float32:
-        unit = np.eye(size, dtype=np.float32) / np.float32(LINEAR_SCALE)
-        return np.concatenate([unit, -unit], axis=1)
-
     yield Tensor(
         "mm.0.weight", (inner, spec.in_size), kind, lambda: both_signs("weight", size, spec.in_size)
     )
     yield Tensor("mm.0.bias", (inner,), "f32", lambda: both_signs("bias", size))
-    yield Tensor("mm.2.weight", (size, inner), kind, difference)
+    yield Tensor("mm.2.weight", (size, inner), kind, lambda: signed_difference(size))
     yield Tensor("mm.2.bias", (size,), "f32", lambda: np.zeros(size, np.float32))
+
+
+def signed_difference(size: int) -> Float32:
+    """``(size, 2 * size)``: the first half of a vector less the second, scaled back."""
+    unit = np.eye(size, dtype=np.float32) / np.float32(LINEAR_SCALE)
+    return np.concatenate([unit, -unit], axis=1)

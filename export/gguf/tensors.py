@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.rtn import Float32, quantize_blocks
 from mobilevlm.spec import GGUFType
 
@@ -44,7 +45,7 @@ FILE_TYPES: dict[GGUFType, gguf.LlamaFileType] = {
     "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
 }
 
-BLOCK = 32
+BLOCK = q4_0.BLOCK
 """Weights that share a scale."""
 _LARGEST_HALF = np.float32(np.finfo(np.float16).max)
 _CHUNK = 2**22
@@ -116,7 +117,8 @@ def convert(values: Float32, kind: GGUFType) -> tuple[NDArray[Any], float]:
         return values.clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16), 0.0
     rows = values.reshape(-1, values.shape[-1])
     if kind == "q4_0":
-        return _q4_0(rows)
+        quantized = quantize_blocks(rows, 4, BLOCK)  # the integers of our ``q4``
+        return q4_0.pack(quantized), quantized.relative_error
     step = max(1, _CHUNK // rows.shape[1])
     parts, error, energy = [], 0.0, 0.0
     for start in range(0, len(rows), step):
@@ -128,15 +130,3 @@ def convert(values: Float32, kind: GGUFType) -> tuple[NDArray[Any], float]:
             energy += float(np.square(part).sum(dtype=np.float64))
         parts.append(data)
     return np.concatenate(parts), math.sqrt(error / energy) if energy else 0.0
-
-
-def _q4_0(rows: Float32) -> tuple[NDArray[np.uint8], float]:
-    """The integers and scales of our ``q4`` (MatMulNBits) in llama.cpp's order: a float16 scale,
-    then 16 bytes that hold elements i and i + 16."""
-    quantized = quantize_blocks(rows, 4, BLOCK)
-    packed = quantized.packed
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], BLOCK)
-    data = np.empty((*packed.shape[:2], 2 + BLOCK // 2), np.uint8)
-    data[..., :2] = quantized.scales.astype("<f2")[..., None].view(np.uint8)
-    data[..., 2:] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-    return data.reshape(len(rows), -1), quantized.relative_error

@@ -54,6 +54,11 @@ Examples:
     help="Folder of the CLIP tower, if it is not beside the checkpoint.",
 )
 @click.option(
+    "--mmproj",
+    type=click.Path(path_type=Path),
+    help="Image encoder, where CHECKPOINT is a GGUF file.",
+)
+@click.option(
     "--conversation",
     metavar="NAME",
     help="Conversation v1 or llava_v1, if the family's default is not right.",
@@ -70,12 +75,13 @@ def command(
     form: str,
     gguf_type: GGUFType | None,
     vision_tower: Path | None,
+    mmproj: Path | None,
     conversation: str | None,
     no_measure: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Turn a CHECKPOINT folder (MobileVLM, LLaVA) into a bundle that runs without torch."""
+    """Turn a CHECKPOINT (folder of MobileVLM or LLaVA, or GGUF) into a bundle without torch."""
     progress.enable(not quiet)
     from mobilevlm.export.pipeline import FORMATS, export
     from mobilevlm.spec import to_dict
@@ -89,6 +95,7 @@ def command(
         conversation=conversation,
         measure=not no_measure,
         gguf_type=gguf_type,
+        mmproj=mmproj,
     )
     if as_json:
         show_json(

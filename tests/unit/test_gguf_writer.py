@@ -200,13 +200,17 @@ def test_int4_onnx_and_q4_0_hold_the_same_integers_and_scales(
 ) -> None:
     """One quantization, two containers."""
     model = fixture.model
-    spec = model.spec.decoder
     author_decoder(model.weights, model.spec, RECIPES["int4"], tmp_path / "d.onnx", ignore)
     write_decoder(model, "q4_0", tmp_path / "d.gguf", ignore)
-    tensors = tensors_of(tmp_path / "d.gguf")
-    graph = onnx_ir.load(tmp_path / "d.onnx").graph
+    assert_same_blocks(tmp_path / "d.onnx", tmp_path / "d.gguf", model.spec.decoder)
+
+
+def assert_same_blocks(onnx: Path, path: Path, spec: DecoderSpec) -> None:
+    """Integers and scales of every MatMulNBits are those of the Q4_0 file, q and k apart, whose
+    rows stand in another order."""
+    tensors = tensors_of(path)
     checked = 0
-    for node in graph:
+    for node in onnx_ir.load(onnx).graph:
         if node.op_type != "MatMulNBits":
             continue
         packed, scales = (node.inputs[i].const_value.numpy() for i in (1, 2))
@@ -216,12 +220,11 @@ def test_int4_onnx_and_q4_0_hold_the_same_integers_and_scales(
             part_codes, part_scales = _q4_0_parts(tensors[name])
             heads = {"attn_q": spec.num_attention_heads, "attn_k": spec.num_key_value_heads}
             if count := heads.get(name.split(".")[-2]):
-                part_codes, part_scales = (half_split(x, count) for x in (part_codes, part_scales))
+                part_codes = half_split(part_codes, count)
+                part_scales = half_split(part_scales, count)
             parts.append((part_codes, part_scales))
         np.testing.assert_array_equal(codes, np.concatenate([part[0] for part in parts]))
-        np.testing.assert_array_equal(
-            scales.astype(np.float16), np.concatenate([part[1] for part in parts])
-        )
+        np.testing.assert_array_equal(scales, np.concatenate([part[1] for part in parts]))
         checked += len(parts)
     assert checked == 7 * spec.num_hidden_layers + 1
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from mobilevlm.spec import (
     VisionSpec,
 )
 
+MAX_CONTEXT = 4096
+"""Positions at most: llama.cpp allocates keys and values of all of them at once, and models made
+for 131072 would take tens of gigabytes."""
 LDPV2_GRID = 12
 """Visual tokens per edge, whatever the picture's size."""
 
@@ -56,6 +60,7 @@ def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
         BundleError: a key is missing, of the wrong kind, or beyond what the spec can say.
     """
     language = decoder_spec(decoder)
+    context = min(language.context_length, MAX_CONTEXT)
     if vision.architecture != "clip":
         raise BundleError(f"{vision.path}: not an image encoder (mmproj)")
     size, patch = (_positive(vision, f"clip.vision.{key}") for key in ("image_size", "patch_size"))
@@ -83,7 +88,7 @@ def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
             ),
         ),
         projector=ProjectorSpec(kind, hidden, language.hidden_size, 2, grid, out_grids[kind]),
-        decoder=language,
+        decoder=dataclasses.replace(language, context_length=context),
         conversation=_conversation(decoder),
     )
 

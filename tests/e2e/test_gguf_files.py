@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import shutil
 from pathlib import Path
@@ -12,6 +13,8 @@ from conftest import DATA, fixture_named, refusal, run_program
 
 import mobilevlm
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.gguf_file import read_gguf
+from mobilevlm.gguf_model import model_spec
 
 needs_llama = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
@@ -100,12 +103,20 @@ def test_wrong_combinations_are_refused(bundles: dict[str, Path], capsys: Captur
         assert "use --engine gguf" in said(model, "--mmproj", mmproj, "--engine", engine)
 
 
-def test_a_projector_that_is_not_known_is_refused(bundles: dict[str, Path]) -> None:
+def test_a_projector_that_is_not_known_is_refused(bundles: dict[str, Path], tmp_path: Path) -> None:
     model, _ = files_of(bundles["llava_v1"])
     _, other = files_of(bundles["mobilevlm_v2"])
     data = bytearray(other.read_bytes())
     assert data.count(b"ldpv2") == 1
-    wrong = other.with_name("mmproj-wrong.gguf")
+    wrong = tmp_path / "mmproj-wrong.gguf"
     wrong.write_bytes(data.replace(b"ldpv2", b"ldpvX"))
     with pytest.raises(MobileVLMError, match="projector 'ldpvX', expected mlp, ldp, ldpv2"):
         mobilevlm.load(model, mmproj=wrong)
+
+
+def test_the_context_is_bounded(bundles: dict[str, Path]) -> None:
+    model, mmproj = (read_gguf(path) for path in files_of(bundles["mobilevlm_v2"]))
+    for stated, taken in ((100, 100), (131_072, 4096)):
+        changed = {**model.metadata, "llama.context_length": stated}
+        spec = model_spec(dataclasses.replace(model, metadata=changed), mmproj)
+        assert spec.decoder.context_length == taken

@@ -1,8 +1,11 @@
-# make demo: from nothing to an answer about a photo, without torch.   make test: everything CI runs.
+# make demo: from nothing to an answer about a photo, without torch.
+# make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
+# does (compiled once, about 10 minutes; needs cmake and a C++ compiler).
 
 PYTHON ?= python3
 VENV   ?= .venv
 OUT    ?= out
+LLAMA  ?= 0
 PIP    := $(VENV)/bin/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm export runtime -name '*.py')
@@ -17,8 +20,11 @@ demo: $(VENV)/.export
 		--prompt "What is in the picture?" --max-new-tokens 32
 	@echo "(The weights are random, so the answer means nothing; every step of the way is real.)"
 
-test: lint types
-	$(VENV)/bin/pytest -n 2 -q
+test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama)
+	@if [ "$(LLAMA)" != 1 ] && ! $(VENV)/bin/python -c 'import llama_cpp' 2>/dev/null; then \
+		echo "llama.cpp is not installed: its engines are not tested (make test LLAMA=1 does)"; \
+		export MOBILEVLM_WITHOUT_LLAMA=1; \
+	fi; $(VENV)/bin/pytest -n 2 -q
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
@@ -44,3 +50,8 @@ $(VENV)/.export: $(VENV)/bin/pip $(SOURCES)
 $(VENV)/.dev: $(VENV)/bin/pip $(SOURCES)
 	$(INSTALL) '.[reference,dev]'
 	@touch $@ $(VENV)/.export
+
+$(VENV)/.llama: $(VENV)/.dev
+	wheel=$$(LLAMA_PYTHON=$(VENV)/bin/python .ci/llama-wheel) && \
+		{ [ -z "$$wheel" ] || $(INSTALL) "$$wheel"; }
+	@touch $@

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -17,10 +18,13 @@ from mobilevlm.errors import require
 from mobilevlm.export.recipes import Recipe
 from mobilevlm.families import Model
 from mobilevlm.progress import Advance
-from mobilevlm.spec import to_dict
+from mobilevlm.spec import GGUFType, to_dict
 
 SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_q8", "q4": "_q4"}
 """Endings of ONNX files by precision, as the hub's ONNX community names them."""
+
+TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
+"""Packages that write the artifacts of a format."""
 
 StageName: TypeAlias = Literal["vision", "embeddings", "decoder"]
 Author: TypeAlias = Callable[[Path, Advance], dict[str, float]]
@@ -54,11 +58,12 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         write: Callable[..., dict[str, float]],
     ) -> Job:
         path = f"onnx/{name}{SUFFIXES[precision]}.onnx"
-        key = _key(model, prefixes, [path, precision, *settings])
+        key = _key(model, "onnx", prefixes, [path, precision, *settings])
         artifact = Artifact(stage, "onnx", precision, path, (f"{path}_data",), key)
-        size = sum(weights.size(tensor) for tensor in weights if tensor.startswith(prefixes))
         return Job(
-            artifact, size, lambda file, advance: write(weights, spec, recipe, file, advance)
+            artifact,
+            _size(model, prefixes),
+            lambda file, advance: write(weights, spec, recipe, file, advance),
         )
 
     return [
@@ -89,18 +94,79 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     ]
 
 
-@cache
-def tool_versions() -> dict[str, str]:
-    """Versions of what writes artifacts."""
-    packages = ("onnx-ir", "onnxscript")
+def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
+    """Both stages of a dense model as GGUF files, named by the convention of the format."""
+    try:
+        from mobilevlm.export.gguf.decoder import write_decoder
+        from mobilevlm.export.gguf.llama_quantizer import quantizer_version
+        from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
+        from mobilevlm.export.gguf.tensors import TYPES
+    except ImportError as error:
+        raise require(error.name or "gguf", "export", "exporting to GGUF") from None
+    spec = model.spec
+    check_support(spec)
+    name = re.sub(r"[^\w.-]+", "-", spec.name)
+
+    def job(
+        stage: StageName,
+        prefix: str,
+        kind: GGUFType,
+        prefixes: tuple[str, ...],
+        settings: list[Any],
+        write: Callable[[Model, GGUFType, Path, Advance], dict[str, float]],
+    ) -> Job:
+        path = f"gguf/{prefix}{name}-{kind.upper()}.gguf"
+        key = _key(model, "gguf", prefixes, [path, kind, *settings])
+        artifact = Artifact(stage, "gguf", kind, path, (), key)
+        return Job(
+            artifact,
+            _size(model, prefixes),
+            lambda file, advance: write(model, kind, file, advance),
+        )
+
+    kind = recipe.gguf_type
+    quantizer = "" if kind in TYPES else quantizer_version(kind)
+    tokenizer = hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest()
+    return [
+        job(
+            "vision",
+            "mmproj-",
+            recipe.mmproj_type,
+            ("vision.", "projector."),
+            [to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)],
+            write_mmproj,
+        ),
+        job(
+            "decoder",
+            "",
+            kind,
+            ("decoder.",),
+            [to_dict(spec.decoder), to_dict(spec.conversation), tokenizer, quantizer],
+            write_decoder,
+        ),
+    ]
+
+
+JOBS: dict[str, Callable[[Model, Recipe], list[Job]]] = {"onnx": onnx_jobs, "gguf": gguf_jobs}
+"""What makes the artifacts of each format."""
+
+
+def tool_versions(formats: Sequence[str]) -> dict[str, str]:
+    """Versions of what writes the artifacts of these formats."""
+    packages = [package for form in formats for package in TOOLS[form]]
     versions = {package: importlib.metadata.version(package) for package in packages}
     return {"mobilevlm-edge": __version__, **versions}
 
 
-def _key(model: Model, prefixes: tuple[str, ...], settings: list[Any]) -> str:
+def _size(model: Model, prefixes: tuple[str, ...]) -> int:
+    weights = model.weights
+    return sum(weights.size(tensor) for tensor in weights if tensor.startswith(prefixes))
+
+
+def _key(model: Model, form: str, prefixes: tuple[str, ...], settings: list[Any]) -> str:
     """Digest of everything an artifact is made of: weights, settings, tools and our own code."""
     inputs = [model.weights.sha256(prefix) for prefix in prefixes]
-    parts = [settings, inputs, tool_versions(), _code_digest()]
+    parts = [settings, inputs, tool_versions([form]), _code_digest()]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

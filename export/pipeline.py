@@ -18,12 +18,13 @@ from mobilevlm.bundle import (
     FileEntry,
     Manifest,
     Quality,
+    StageQuality,
     WeightError,
     describe_files,
     write_manifest,
 )
-from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.jobs import Job, onnx_jobs, tool_versions
+from mobilevlm.errors import MissingExtraError, MobileVLMError, require
+from mobilevlm.export.jobs import JOBS, Job, tool_versions
 from mobilevlm.export.recipes import Recipe, find_recipe
 from mobilevlm.export.workspace import (
     Workspace,
@@ -35,8 +36,9 @@ from mobilevlm.export.workspace import (
     take_over,
 )
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.spec import GGUFType
 
-FORMATS = ("onnx",)
+FORMATS = tuple(JOBS)
 
 MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
@@ -45,6 +47,8 @@ MEMORY_LIBRARIES = 0.5e9
 RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3}
 """Memory of a session as a multiple of its weight file: onnxruntime keeps float weights twice, in
 float32, and a part of the quantized ones twice for a moment."""
+RESIDENT_GGUF = 2.0
+"""The same for GGUF files: llama.cpp maps them, and holds some types once more in another order."""
 
 
 def export(
@@ -56,13 +60,16 @@ def export(
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
     measure: bool = True,
+    gguf_type: GGUFType | None = None,
+    mmproj: str | PathLike[str] | None = None,
 ) -> Manifest:
-    """Exports a checkpoint folder to a bundle folder.
+    """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
     ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4`` or a TOML file. ``vision_tower``: the
     tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1`` or
     ``llava_v1``, where the family's default is wrong. ``measure``: compare the result with the
-    float32 reference when torch is installed.
+    float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
+    ``gguf_type``: type of the GGUF decoder, instead of the recipe's.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -74,11 +81,14 @@ def export(
             raise MobileVLMError(f"format {name!r} is not known: expected {', '.join(FORMATS)}")
     start = time.perf_counter()
     chosen = find_recipe(recipe)
+    if gguf_type is not None:
+        chosen = dataclasses.replace(chosen, gguf=gguf_type)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
-    model = open_checkpoint(Path(checkpoint), options)
+    model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
     with open_workspace(target) as work:
-        artifacts = tuple(_make(job, work) for job in onnx_jobs(model, chosen))
+        jobs = [job for form in formats for job in JOBS[form](model, chosen)]
+        artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
         draft = _manifest(model, chosen, artifacts)
         quality = _measure(model, chosen, work, draft, measure)
@@ -94,12 +104,34 @@ def export(
     return manifest
 
 
+def _open(
+    checkpoint: Path, options: OpenOptions, mmproj: Path | None, formats: Sequence[str]
+) -> Model:
+    """A checkpoint folder, or a pair of GGUF files."""
+    if checkpoint.suffix != ".gguf":
+        if mmproj is not None:
+            raise MobileVLMError(f"{checkpoint}: --mmproj goes with a GGUF file, this is none")
+        return open_checkpoint(checkpoint, options)
+    if mmproj is None:
+        raise MobileVLMError(f"{checkpoint}: add the image encoder with --mmproj FILE")
+    if options != OpenOptions() or "gguf" in formats:
+        raise MobileVLMError(
+            f"{checkpoint}: a GGUF file becomes ONNX only, and carries its tower and conversation: "
+            f"leave --format, --vision-tower and --conversation out"
+        )
+    try:
+        from mobilevlm.export.gguf.source import open_gguf
+    except ImportError as error:
+        raise require(error.name or "gguf", "export", f"reading {checkpoint}") from None
+    return open_gguf(checkpoint, mmproj)
+
+
 def _make(job: Job, work: Workspace) -> Artifact:
     """Takes a finished artifact over, or authors it."""
     stage = job.artifact.stage
     ready = take_over(work, job.artifact)
     if ready is not None:
-        progress.say(f"{stage:<12}unchanged, taken over")
+        progress.say(f"{stage:<12}{ready.path}  unchanged, taken over")
         return ready
     start = time.perf_counter()
     path = work.path(job.artifact.path)
@@ -124,31 +156,56 @@ def _measure(
     model: Model, recipe: Recipe, work: Workspace, draft: Manifest, wanted: bool
 ) -> Quality:
     """Figures against the float32 reference, or the reason why there are none."""
-    obstacle = _obstacle(model, work, draft) if wanted else "not wanted"
-    if obstacle:
-        progress.say(f"quality     not measured ({obstacle})")
-        return Quality(False, obstacle)
-    from mobilevlm.export.measure import check_limits, measure_quality
+    stages: dict[str, StageQuality] = {}
+    obstacles: dict[str, str] = {}
+    bundle = Bundle(work.folder, draft, digest="")
+    for form in _formats_of(draft.artifacts):
+        obstacle = _obstacle(model, work, draft, form) if wanted else "not wanted"
+        if obstacle:
+            obstacles[form] = obstacle
+            continue
+        from mobilevlm.export.measure import check_limits, measure_engine
 
-    start = time.perf_counter()
-    quality = measure_quality(model, Bundle(work.folder, draft, digest=""))
-    for name, stage in quality.stages.items():
-        figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
-        progress.say(f"quality     {name}: {figures}")
-    progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
-    check_limits(quality, recipe)
-    return quality
+        start = time.perf_counter()
+        found = measure_engine(model, bundle, form)
+        for name, stage in found.items():
+            figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
+            progress.say(f"quality     {name}: {figures}")
+        progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
+        check_limits(found, recipe, form)
+        stages |= found
+    note = _note(obstacles, alike=not stages)
+    if note:
+        progress.say(f"quality     not measured ({note})")
+    return Quality(bool(stages), note, stages)
 
 
-def _obstacle(model: Model, work: Workspace, draft: Manifest) -> str:
-    """Why the quality cannot be measured here; empty when it can."""
+def _note(obstacles: dict[str, str], alike: bool) -> str:
+    """Why formats were not measured. ``alike``: none was, so that one reason may stand for all."""
+    reasons = list(dict.fromkeys(obstacles.values()))
+    if alike and len(reasons) == 1:
+        return reasons[0]
+    return "; ".join(f"{form}: {reason}" for form, reason in obstacles.items())
+
+
+def _obstacle(model: Model, work: Workspace, draft: Manifest, form: str) -> str:
+    """Why a format's quality cannot be measured here; empty when it can."""
     try:
         import torch  # noqa: F401
+
+        if form == "gguf":
+            from mobilevlm.runtime.engines.llama_native import llama_library
+
+            llama_library()
     except ImportError:
         return "torch is not installed: pip install 'mobilevlm-edge[reference]'"
+    except MissingExtraError as error:
+        return str(error)
     needed = MEMORY_LIBRARIES + sum(
-        RESIDENT[artifact.precision] * work.path(artifact.data[0]).stat().st_size
+        RESIDENT.get(artifact.precision, RESIDENT_GGUF) * work.path(name).stat().st_size
         for artifact in draft.artifacts
+        if artifact.format == form
+        for name in artifact.files
     )
     allowed = MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE
     if needed > allowed:
@@ -157,6 +214,11 @@ def _obstacle(model: Model, work: Workspace, draft: Manifest) -> str:
             f"{allowed / 1e9:.1f} GB"
         )
     return ""
+
+
+def _formats_of(artifacts: tuple[Artifact, ...]) -> list[str]:
+    """Their formats, each once."""
+    return list(dict.fromkeys(artifact.format for artifact in artifacts))
 
 
 def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> Manifest:
@@ -169,12 +231,14 @@ def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> 
         embeddings=_embedding_table(model, artifacts),
         quality=Quality(False),
         files={},
-        tools=tool_versions(),
+        tools=tool_versions(_formats_of(artifacts)),
     )
 
 
-def _embedding_table(model: Model, artifacts: tuple[Artifact, ...]) -> EmbeddingTable:
-    artifact = next(artifact for artifact in artifacts if artifact.stage == "embeddings")
+def _embedding_table(model: Model, artifacts: tuple[Artifact, ...]) -> EmbeddingTable | None:
+    artifact = next((artifact for artifact in artifacts if artifact.stage == "embeddings"), None)
+    if artifact is None:
+        return None
     return EmbeddingTable(
         path=artifact.data[0],
         offset=0,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.spec import from_dict
+from mobilevlm.spec import GGUFType, from_dict
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -24,6 +24,14 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4"]
 ``fp32``, ``fp16``: float; ``int8``: 8-bit weights, activations quantized while running;
 ``q8``, ``q4``: 8- or 4-bit weights in blocks, float activations (MatMulNBits).
 """
+
+_GGUF_TYPES: dict[Precision, GGUFType] = {
+    "fp32": "f32",
+    "fp16": "f16",
+    "int8": "q8_0",
+    "q8": "q8_0",
+    "q4": "q4_0",
+}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,18 @@ class Recipe:
     limits: Limits
     block_size: int = 32
     """Weights that share a scale in ``q4`` and ``q8``."""
+    gguf: GGUFType | None = None
+    """Type of the GGUF decoder; by default what is nearest to ``decoder``."""
+    gguf_mmproj: Literal["f32", "f16", "bf16", "q8_0"] | None = None
+    """Type of the GGUF tower and projector; by default ``f32`` for ``fp32``, else ``f16``."""
+
+    @property
+    def gguf_type(self) -> GGUFType:
+        return self.gguf or _GGUF_TYPES[self.decoder]
+
+    @property
+    def mmproj_type(self) -> GGUFType:
+        return self.gguf_mmproj or ("f32" if self.vision == "fp32" else "f16")
 
 
 RECIPES = {

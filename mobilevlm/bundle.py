@@ -45,7 +45,7 @@ class Artifact:
     """One way to run a stage."""
 
     stage: Literal["vision", "embeddings", "decoder"]
-    format: Literal["onnx"]
+    format: Literal["onnx", "gguf"]
     precision: str
     path: str
     """The file that an engine opens, relative to the bundle, with ``/``."""
@@ -96,7 +96,8 @@ class Manifest:
     spec: ModelSpec
     recipe: dict[str, Any]
     artifacts: tuple[Artifact, ...]
-    embeddings: EmbeddingTable
+    embeddings: EmbeddingTable | None
+    """Of the ONNX decoder; a GGUF decoder holds its own."""
     quality: Quality
     files: dict[str, FileEntry]
     tools: dict[str, str]
@@ -184,7 +185,7 @@ def open_bundle(folder: Path) -> Bundle:
     """
     manifest, digest = read_manifest(folder)
     bundle = Bundle(folder, manifest, digest)
-    for name in (TOKENIZER, manifest.embeddings.path, *_artifact_files(manifest)):
+    for name in _named_files(manifest):
         if name not in manifest.files:
             raise BundleError(
                 f"{folder}: the manifest has no size and digest for {name!r}: export the bundle "
@@ -214,8 +215,11 @@ def open_bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def _artifact_files(manifest: Manifest) -> list[str]:
-    return [name for artifact in manifest.artifacts for name in artifact.files]
+def _named_files(manifest: Manifest) -> list[str]:
+    """Files that something in the manifest refers to."""
+    table = [manifest.embeddings.path] if manifest.embeddings else []
+    parts = [name for artifact in manifest.artifacts for name in artifact.files]
+    return [TOKENIZER, *table, *parts]
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

@@ -176,6 +176,10 @@ class TensorFiles:
             self._bytes_read = 0
         return array
 
+    def q4_0(self, name: str) -> NDArray[np.uint8] | None:
+        """The bytes of a tensor in llama.cpp's Q4_0: here none is."""
+        return None
+
     @cached_property
     def sha256(self) -> str:
         """Digest of the contents of all weight files."""
@@ -236,11 +240,26 @@ def _indexed_shards(index: Path) -> list[Path]:
     return paths
 
 
+class TensorSource(Protocol):
+    """Where tensors come from: the weight files of a folder, or a GGUF file."""
+
+    folder: Path
+    files: list[Path]
+
+    def __contains__(self, name: object) -> bool: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
+    def dtype(self, name: str) -> str: ...
+    def read(self, name: str) -> Float32: ...
+    def q4_0(self, name: str) -> NDArray[np.uint8] | None: ...
+    @property
+    def sha256(self) -> str: ...
+
+
 @dataclass(frozen=True)
 class TensorRef:
     """Where a canonical tensor is stored."""
 
-    files: TensorFiles
+    files: TensorSource
     name: str
 
 
@@ -283,6 +302,11 @@ class Weights:
                 f"{ref.files.folder}: tensor {ref.name!r} holds values that are not finite"
             )
         return array
+
+    def q4_0(self, name: str) -> NDArray[np.uint8] | None:
+        """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""
+        ref = self._refs[name]
+        return ref.files.q4_0(ref.name)
 
     @property
     def stored_bytes(self) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from mobilevlm.errors import MobileVLMError
 
@@ -138,6 +138,13 @@ class ModelSpec:
     decoder: DecoderSpec
     conversation: ConversationSpec
 
+
+GGUFType: TypeAlias = Literal[
+    "f32", "f16", "bf16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k"
+]
+"""How GGUF files store matrices. The last three are made by llama.cpp's own quantizer."""
+
+GGUF_TYPES: tuple[GGUFType, ...] = typing.get_args(GGUFType)
 
 T = TypeVar("T")
 

@@ -27,6 +27,8 @@ from mobilevlm.errors import CheckpointError, require
 SPACE = "\u2581"
 """The character that stands for a space inside pieces."""
 
+ADDED = "added_tokens.json"
+
 _BPE = 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
@@ -50,11 +52,23 @@ def read_tokenizer(folder: Path) -> Tokenizer:
 
 def _from_sentencepiece(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.model"
-    model = _parse_model(path)
+    model = parse_sentencepiece(path)
     if model.trainer_spec.model_type != _BPE:
         raise CheckpointError(f"{path}: expected a sentencepiece BPE model (LLaMA's kind)")
-    pieces = [piece.piece for piece in model.pieces]
-    vocab = {piece: index for index, piece in enumerate(pieces)}
+    settings = tokenizer_settings(folder)
+    tokenizer = build_tokenizer(model, legacy=bool(settings.get("legacy", True)))
+    _add_file_tokens(tokenizer, folder, len(model.pieces))
+    if settings.get("add_bos_token", True):
+        begin_with(tokenizer, token_text(settings.get("bos_token")) or "<s>")
+    return tokenizer
+
+
+def build_tokenizer(model: Any, legacy: bool) -> Tokenizer:
+    """The tokenizer of a sentencepiece BPE model (a ``ModelProto`` or what has its attributes).
+
+    With ``legacy``, text after an added token gets a leading space piece too.
+    """
+    vocab = {piece.piece: index for index, piece in enumerate(model.pieces)}
     unknown = [piece.piece for piece in model.pieces if piece.type == _UNKNOWN]
     tokenizer = Tokenizer(
         BPE(
@@ -65,20 +79,32 @@ def _from_sentencepiece(folder: Path) -> Tokenizer:
             byte_fallback=bool(model.trainer_spec.byte_fallback),
         )
     )
-    settings = _settings(folder)
-    _set_spaces(tokenizer, model.normalizer_spec, legacy=bool(settings.get("legacy", True)))
-    _add_special_tokens(tokenizer, model, folder, vocab)
-    bos = _token_text(settings.get("bos_token")) or "<s>"
-    if settings.get("add_bos_token", True) and tokenizer.token_to_id(bos) is not None:
+    _set_spaces(tokenizer, model.normalizer_spec, legacy)
+    special = [piece.piece for piece in model.pieces if piece.type in (_CONTROL, _UNKNOWN)]
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in special]
+    )
+    defined = [piece.piece for piece in model.pieces if piece.type == _USER_DEFINED]
+    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in defined])
+    return tokenizer
+
+
+def begin_with(tokenizer: Tokenizer, bos: str) -> None:
+    """Puts this token in front of every text, if the vocabulary has it."""
+    if tokenizer.token_to_id(bos) is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
             pair=f"{bos} $A {bos}:1 $B:1",
             special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
-    return tokenizer
 
 
-def _parse_model(path: Path) -> Any:
+def parse_sentencepiece(path: Path) -> Any:
+    """The content of a ``tokenizer.model``.
+
+    Raises:
+        CheckpointError: damaged or empty.
+    """
     try:
         from google.protobuf.message import DecodeError
         from sentencepiece import sentencepiece_model_pb2
@@ -116,10 +142,7 @@ def _merges(model: Any, vocab: dict[str, int]) -> list[tuple[str, str]]:
 
 
 def _set_spaces(tokenizer: Tokenizer, rules: Any, legacy: bool) -> None:
-    """Normalisation, leading space piece, and the way back from pieces to text.
-
-    With ``legacy``, text after an added token gets a leading space piece too.
-    """
+    """Normalisation, leading space piece, and the way back from pieces to text."""
     steps: list[Any] = []
     if rules.precompiled_charsmap:
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
@@ -148,38 +171,39 @@ def _set_spaces(tokenizer: Tokenizer, rules: Any, legacy: bool) -> None:
     )
 
 
-def _add_special_tokens(
-    tokenizer: Tokenizer, model: Any, folder: Path, vocab: dict[str, int]
-) -> None:
-    special = [p.piece for p in model.pieces if p.type in (_CONTROL, _UNKNOWN)]
-    tokenizer.add_special_tokens(
-        [AddedToken(text, normalized=False, special=True) for text in special]
-    )
-    defined = [p.piece for p in model.pieces if p.type == _USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text in defined])
-    path = folder / "added_tokens.json"
-    if not path.is_file():
-        return
-    ids = read_json(path)
-    for text, index in ids.items():
-        if not text or type(index) is not int:
-            raise CheckpointError(f"{path}: token {text!r} has id {index!r}, expected a number")
-    added = sorted(ids.items(), key=lambda item: item[1])
-    for expected, (text, index) in enumerate(added, start=len(vocab)):
+def _add_file_tokens(tokenizer: Tokenizer, folder: Path, num_pieces: int) -> None:
+    vocab = tokenizer.get_vocab()
+    added = added_tokens(folder)
+    for expected, (text, index) in enumerate(added, start=num_pieces):
         if text not in vocab and index != expected:
             raise CheckpointError(
-                f"{path}: token {text!r} has id {index}, expected {expected} (ids go on from the "
-                f"{len(vocab)} pieces of tokenizer.model)"
+                f"{folder / ADDED}: token {text!r} has id {index}, expected {expected} (ids go on "
+                f"from the {num_pieces} pieces of tokenizer.model)"
             )
     tokenizer.add_tokens([AddedToken(text, normalized=False) for text, _ in added])
 
 
-def _settings(folder: Path) -> dict[str, Any]:
+def added_tokens(folder: Path) -> list[tuple[str, int]]:
+    """Tokens of added_tokens.json with their ids, in order of the ids.
+
+    Raises:
+        CheckpointError: an id is not a number.
+    """
+    path = folder / ADDED
+    ids = read_json(path) if path.is_file() else {}
+    for text, index in ids.items():
+        if not text or type(index) is not int:
+            raise CheckpointError(f"{path}: token {text!r} has id {index!r}, expected a number")
+    return sorted(ids.items(), key=lambda item: item[1])
+
+
+def tokenizer_settings(folder: Path) -> dict[str, Any]:
+    """The content of tokenizer_config.json, empty where there is none."""
     path = folder / "tokenizer_config.json"
     return read_json(path) if path.is_file() else {}
 
 
-def _token_text(entry: Any) -> str | None:
+def token_text(entry: Any) -> str | None:
     """A token in tokenizer_config.json is text or an object with its ``content``."""
     if isinstance(entry, dict):
         entry = entry.get("content")

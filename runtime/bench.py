@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mobilevlm.image import ImageInput
+from mobilevlm.plan import engine_files
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
 from mobilevlm.runtime.vlm import VLM
@@ -37,6 +38,7 @@ class BenchResult:
 
     model: str
     recipe: str
+    engine: str
     runs: int
     text_tokens: int
     visual_tokens: int
@@ -45,6 +47,7 @@ class BenchResult:
     load_seconds: float
     peak_memory_mb: float
     artifact_mb: float
+    """Model files that the engine reads."""
     rows: list[Row]
     machine: dict[str, Any]
 
@@ -83,6 +86,7 @@ def run_bench(
     return BenchResult(
         model=vlm.spec.name,
         recipe=str(manifest.recipe["name"]),
+        engine=vlm.engine,
         runs=runs,
         text_tokens=answer.prompt_tokens - answer.visual_tokens,
         visual_tokens=answer.visual_tokens,
@@ -90,7 +94,8 @@ def run_bench(
         threads=vlm.threads,
         load_seconds=vlm.load_seconds,
         peak_memory_mb=peak_memory_mb(),
-        artifact_mb=sum(entry.size for entry in manifest.files.values()) / 1e6,
+        artifact_mb=sum(manifest.files[name].size for name in engine_files(vlm.bundle, vlm.engine))
+        / 1e6,
         rows=[_row(name, values) for name, values in samples.items() if values],
         machine=describe_machine(),
     )
@@ -107,7 +112,8 @@ def prompt_of_length(vlm: VLM, text_tokens: int, images: int) -> str:
 def summary(result: BenchResult) -> str:
     """What was measured, in one line."""
     return (
-        f"{result.model}, recipe {result.recipe}, {result.artifact_mb:.0f} MB: "
+        f"{result.model}, recipe {result.recipe}, engine {result.engine}, "
+        f"{result.artifact_mb:.0f} MB: "
         f"{result.visual_tokens} visual + {result.text_tokens} text tokens, "
         f"{result.new_tokens} new tokens, {result.runs} runs, "
         f"{result.threads} threads; load {result.load_seconds:.2f} s, "

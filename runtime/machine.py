@@ -17,6 +17,7 @@ FEATURES = (
 
 EXTRAS = {
     "export": ("onnxscript", "onnx_ir", "safetensors", "sentencepiece", "google.protobuf"),
+    "gguf": ("llama_cpp",),
     "reference": ("torch",),
 }
 

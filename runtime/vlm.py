@@ -17,45 +17,74 @@ from tokenizers import Tokenizer
 from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
 from mobilevlm.conversation import Message, render, tokenize, user_message
 from mobilevlm.errors import BundleError, MobileVLMError, PromptError
+from mobilevlm.gguf_model import gguf_bundle
+from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, open_image, preprocess
+from mobilevlm.plan import check_engine, choose_engine
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
+from mobilevlm.runtime.engines.opening import open_engines
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.sampling import SamplingOptions
 from mobilevlm.runtime.session import Prompt, Session
 from mobilevlm.spec import IMAGE_TOKEN_ID
 
-ENGINES = ("auto", "onnx")
 DEFAULT_MAX_NEW_TOKENS = 256
 
 Images = Sequence[ImageInput]
 
 
-def load(bundle: str | PathLike[str], engine: str = "auto", threads: int | None = None) -> VLM:
+def load(
+    bundle: str | PathLike[str],
+    engine: str = "auto",
+    threads: int | None = None,
+    mmproj: str | PathLike[str] | None = None,
+) -> VLM:
     """Opens a bundle for running.
 
-    ``threads``: for both stages, by default as many as this process may use.
+    ``bundle``: its folder, or a language model in a GGUF file made elsewhere, with its image
+    encoder in ``mmproj``. ``engine``: ``onnx`` (ONNX Runtime), ``gguf`` (llama.cpp), ``hybrid``
+    (ONNX Runtime for the picture, llama.cpp for the text) or ``auto``: the first of them that the
+    bundle has artifacts for. ``threads``: for both stages, by default as many as this process may
+    use.
 
     Raises:
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
     """
-    if engine not in ENGINES:
-        raise MobileVLMError(f"engine {engine!r} is not known: expected {', '.join(ENGINES)}")
+    check_engine(engine)
     start = time.perf_counter()
-    folder = Path(bundle)
-    if (folder / "config.json").is_file() and not (folder / "manifest.json").is_file():
+    path = Path(bundle)
+    if path.suffix == ".gguf":
+        if mmproj is None:
+            raise BundleError(
+                f"{path}: its image encoder is in a file of its own: give it with --mmproj FILE"
+            )
+        described, header = gguf_bundle(path, Path(mmproj))
+        return open_model(described, engine, threads, start, gguf_tokenizer(header))
+    if mmproj is not None:
+        raise BundleError(f"{path}: --mmproj belongs to a .gguf file: a bundle has its encoder")
+    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
         raise BundleError(
-            f"{folder}: a checkpoint, not a bundle: run 'mobilevlm export {folder} -o BUNDLE' first"
+            f"{path}: a checkpoint, not a bundle: run 'mobilevlm export {path} -o BUNDLE' first"
         )
-    return open_model(open_bundle(folder), threads, start)
+    return open_model(open_bundle(path), engine, threads, start)
 
 
-def open_model(bundle: Bundle, threads: int | None = None, start: float | None = None) -> VLM:
-    """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``)."""
+def open_model(
+    bundle: Bundle,
+    engine: str = "auto",
+    threads: int | None = None,
+    start: float | None = None,
+    tokenizer: Tokenizer | None = None,
+) -> VLM:
+    """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
+    ``tokenizer``: instead of the bundle's."""
     start = time.perf_counter() if start is None else start
     threads = threads or default_threads()
-    tokenizer = _read_tokenizer(bundle)
-    vision, decoder = _open_engines(bundle, threads)
-    return VLM(bundle, tokenizer, vision, decoder, threads, time.perf_counter() - start)
+    engine = choose_engine(bundle, engine)
+    tokenizer = tokenizer or _read_tokenizer(bundle)
+    vision, decoder = open_engines(bundle, engine, threads)
+    seconds = time.perf_counter() - start
+    return VLM(bundle, tokenizer, vision, decoder, engine, threads, seconds)
 
 
 class VLM:
@@ -71,10 +100,12 @@ class VLM:
         tokenizer: Tokenizer,
         vision: VisionEngine,
         decoder: DecoderEngine,
+        engine: str,
         threads: int,
         load_seconds: float,
     ) -> None:
         self.bundle = bundle
+        self.engine = engine
         self.threads = threads
         self.spec = bundle.manifest.spec
         self.tokenizer = tokenizer
@@ -267,18 +298,3 @@ def _read_tokenizer(bundle: Bundle) -> Tokenizer:
         return Tokenizer.from_file(str(bundle.path(TOKENIZER)))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise BundleError(f"{bundle.path(TOKENIZER)}: damaged tokenizer: {error}") from None
-
-
-def _open_engines(bundle: Bundle, threads: int) -> tuple[VisionEngine, DecoderEngine]:
-    from mobilevlm.runtime.engines.onnx import OnnxDecoder, OnnxVision
-
-    vision = OnnxVision(bundle.path(bundle.artifact("vision", "onnx").path), threads)
-    table = bundle.manifest.embeddings
-    decoder = OnnxDecoder(
-        bundle.path(bundle.artifact("decoder", "onnx").path),
-        bundle.path(table.path),
-        table,
-        bundle.manifest.spec.decoder,
-        threads,
-    )
-    return vision, decoder

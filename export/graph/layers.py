@@ -10,7 +10,7 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.quantize import rtn
+from mobilevlm.export.quantize import q4_0, rtn
 from mobilevlm.export.recipes import Precision
 
 CONTRIB = "com.microsoft"
@@ -49,7 +49,10 @@ class Linear(nn.Module):  # type: ignore[misc]
             self.weight = weights.parameter(columns.values)
             self.scale = weights.parameter(columns.scales)
         elif precision in ("q8", "q4"):
-            blocks = rtn.quantize_blocks(weight, 4 if precision == "q4" else 8, block_size)
+            stored = weights.q4_0(names) if (precision, block_size) == ("q4", q4_0.BLOCK) else None
+            blocks = stored or rtn.quantize_blocks(
+                weight, 4 if precision == "q4" else 8, block_size
+            )
             weights.errors[label] = blocks.relative_error
             self.weight = weights.parameter(blocks.packed)
             self.scale = weights.parameter(blocks.scales)

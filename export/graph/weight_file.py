@@ -7,6 +7,7 @@ memory holds one tensor at a time. The file order is the order of use.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -15,6 +16,8 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.export.quantize import q4_0
+from mobilevlm.export.quantize.rtn import BlockQuantized
 from mobilevlm.progress import Advance, ignore
 
 _ALIGNMENT = 4096
@@ -62,6 +65,13 @@ class WeightFile:
         """The canonical tensor ``name`` as float32."""
         self._advance(math.prod(shape))
         return self.source.read(name, shape)
+
+    def q4_0(self, names: Sequence[str]) -> BlockQuantized | None:
+        """Layers stacked as they are stored in llama.cpp's Q4_0, nothing rounded again; none where
+        one is stored in another type."""
+        parts = [self.source.q4_0(f"{name}.weight") for name in names]
+        rows = [part for part in parts if part is not None]
+        return q4_0.unpack(np.concatenate(rows)) if len(rows) == len(parts) else None
 
     def close(self) -> None:
         self._file.close()

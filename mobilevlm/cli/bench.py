@@ -36,6 +36,7 @@ from mobilevlm.cli.options import model_options
 @click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
 def command(
     bundle: Path,
+    mmproj: Path | None,
     engine: str,
     threads: int | None,
     image: str | None,
@@ -53,7 +54,7 @@ def command(
     from mobilevlm.runtime import load
     from mobilevlm.runtime.bench import as_markdown, run_bench, summary
 
-    with load(bundle, engine, threads) as vlm:
+    with load(bundle, engine, threads, mmproj) as vlm:
         grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
         picture = None if no_image else (image or grey)
         with progress.track("runs", runs + 1) as advance:

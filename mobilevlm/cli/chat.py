@@ -27,13 +27,18 @@ HELP = """\
 @click.option("--image", "images", multiple=True, metavar="FILE", help="A picture; repeatable.")
 @sampling_options
 def command(
-    bundle: Path, engine: str, threads: int | None, images: tuple[str, ...], **sampling: Any
+    bundle: Path,
+    mmproj: Path | None,
+    engine: str,
+    threads: int | None,
+    images: tuple[str, ...],
+    **sampling: Any,
 ) -> None:
     """Talk about pictures with the model in BUNDLE. Ctrl-C stops an answer."""
     from mobilevlm.runtime import load
     from mobilevlm.runtime.chat import Chat
 
-    with load(bundle, engine, threads) as vlm:
+    with load(bundle, engine, threads, mmproj) as vlm:
         chat = Chat(vlm, list(images))
         print(f"{vlm.spec.name}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip

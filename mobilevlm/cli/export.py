@@ -8,11 +8,13 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
+from mobilevlm.spec import GGUF_TYPES, GGUFType
 
 EXAMPLES = """\b
 Examples:
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-int4
   mobilevlm export llava-v1.5-7b -o llava-int8 --recipe int8 --vision-tower clip-vit-l-336
+  mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m
 """
 
 
@@ -36,15 +38,25 @@ Examples:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["onnx", "all"]),
-    default="all",
+    type=click.Choice(["onnx", "gguf", "all"]),
+    default="onnx",
     show_default=True,
-    help="Artifacts to make.",
+    help="Artifacts to make: for ONNX Runtime, for llama.cpp, or both.",
+)
+@click.option(
+    "--gguf-type",
+    type=click.Choice(GGUF_TYPES),
+    help="Type of the GGUF decoder, instead of the recipe's.",
 )
 @click.option(
     "--vision-tower",
     type=click.Path(path_type=Path),
     help="Folder of the CLIP tower, if it is not beside the checkpoint.",
+)
+@click.option(
+    "--mmproj",
+    type=click.Path(path_type=Path),
+    help="Image encoder, where CHECKPOINT is a GGUF file.",
 )
 @click.option(
     "--conversation",
@@ -61,13 +73,15 @@ def command(
     bundle: Path,
     recipe: str,
     form: str,
+    gguf_type: GGUFType | None,
     vision_tower: Path | None,
+    mmproj: Path | None,
     conversation: str | None,
     no_measure: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Turn a CHECKPOINT folder (MobileVLM, LLaVA) into a bundle that runs without torch."""
+    """Turn a CHECKPOINT (folder of MobileVLM or LLaVA, or GGUF) into a bundle without torch."""
     progress.enable(not quiet)
     from mobilevlm.export.pipeline import FORMATS, export
     from mobilevlm.spec import to_dict
@@ -80,6 +94,8 @@ def command(
         vision_tower=vision_tower,
         conversation=conversation,
         measure=not no_measure,
+        gguf_type=gguf_type,
+        mmproj=mmproj,
     )
     if as_json:
         show_json(

@@ -22,10 +22,12 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, vision_tower: Path | None, as_json: bool) -> None:
-    """Show what is in PATH, a bundle (every file is checked) or a checkpoint."""
+    """Show what is in PATH: a bundle (every file is checked), a checkpoint or a GGUF file."""
     from mobilevlm.bundle import is_bundle
 
-    if (path / "config.json").is_file() and not is_bundle(path):
+    if path.suffix == ".gguf":
+        _show_gguf(path, as_json)
+    elif (path / "config.json").is_file() and not is_bundle(path):
         _show_checkpoint(path, vision_tower, as_json)
     else:
         _show_bundle(path, as_json)
@@ -56,11 +58,74 @@ def _show_bundle(path: Path, as_json: bool) -> None:
     if not manifest.quality.measured:
         console.print(f"quality not measured: {manifest.quality.note}")
         return
+    if manifest.quality.note:
+        console.print(f"not measured: {manifest.quality.note}")
     quality = _table("stage", "figure", "value")
     for name, measured in manifest.quality.stages.items():
         for figure, value in measured.figures.items():
             quality.add_row(name, figure, f"{value:.4g}")
     console.print(quality)
+
+
+def _show_gguf(path: Path, as_json: bool) -> None:
+    from rich.console import Console
+    from rich.text import Text
+
+    from mobilevlm.errors import BundleError
+    from mobilevlm.gguf_file import read_gguf
+    from mobilevlm.gguf_spec import decoder_spec
+    from mobilevlm.spec import to_dict
+
+    file = read_gguf(path)
+    try:
+        spec = to_dict(decoder_spec(file))
+    except BundleError:
+        spec = None  # an image encoder, or a decoder that the spec cannot say
+    types: dict[str, list[int]] = {}
+    for tensor in file.tensors.values():
+        count = types.setdefault(tensor.type, [0, 0])
+        count[0] += 1
+        count[1] += tensor.size
+    if as_json:
+        show_json(
+            {
+                "architecture": _short(file.architecture),
+                "decoder": spec,
+                "metadata": {
+                    _printable(key): _short(value) for key, value in file.metadata.items()
+                },
+                "tensors": {
+                    _printable(name): {"type": tensor.type, "shape": tensor.shape}
+                    for name, tensor in file.tensors.items()
+                },
+            }
+        )
+        return
+    console = Console()
+    table = _table("key", "value")
+    for key, value in file.metadata.items():
+        table.add_row(Text(_printable(key)), Text(str(_short(value))))
+    console.print(table)
+    table = _table("type", "tensors", "MB")
+    for kind, (number, size) in types.items():
+        table.add_row(kind, str(number), f"{size / 1e6:.1f}")
+    console.print(table)
+    if spec is not None:
+        console.print("decoder  " + ", ".join(f"{key} {value}" for key, value in spec.items()))
+
+
+def _short(value: Any) -> Any:
+    """A list as its length, a long text as its beginning."""
+    if isinstance(value, list):
+        return [_short(item) for item in value] if len(value) <= 8 else f"{len(value)} values"
+    if not isinstance(value, str):
+        return value
+    return _printable(value if len(value) <= 80 else f"{value[:80]}…")
+
+
+def _printable(text: str) -> str:
+    """Without what would move the cursor or cannot be encoded: the file may be anyone's."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
 def _show_checkpoint(path: Path, vision_tower: Path | None, as_json: bool) -> None:

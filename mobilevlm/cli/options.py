@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mobilevlm.plan import ENGINE_CHOICES
+
 if TYPE_CHECKING:
     from mobilevlm.runtime import Generation
 
@@ -15,11 +17,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def model_options(function: F) -> F:
-    """BUNDLE, ``--engine`` and ``--threads``."""
+    """BUNDLE, ``--mmproj``, ``--engine`` and ``--threads``."""
     for decorate in (
         click.option("--threads", type=click.IntRange(1), help="Default: all of this process."),
-        click.option("--engine", type=click.Choice(["auto", "onnx"]), default="auto",
+        click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",
                      show_default=True, help="What runs the stages."),
+        click.option("--mmproj", type=click.Path(path_type=Path), metavar="FILE",
+                     help="The image encoder, if BUNDLE is a .gguf file made elsewhere."),
         click.argument("bundle", type=click.Path(path_type=Path)),
     ):  # fmt: skip
         function = decorate(function)

@@ -17,6 +17,7 @@ Examples:
   mobilevlm run bundle/ --image photo.jpg --prompt "What is in the picture?"
   mobilevlm run bundle/ --image a.jpg --image b.jpg --prompt "<image> or <image>: which is older?"
   cat photo.jpg | mobilevlm run bundle/ --image - --prompt "Describe the picture." --json
+  mobilevlm run model.gguf --mmproj mmproj.gguf --image photo.jpg --prompt "What is this?"
 """
 
 
@@ -37,6 +38,7 @@ Examples:
 )
 def command(
     bundle: Path,
+    mmproj: Path | None,
     engine: str,
     threads: int | None,
     images: tuple[str, ...],
@@ -49,7 +51,7 @@ def command(
     from mobilevlm.runtime import load
 
     pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
-    with load(bundle, engine, threads) as vlm:
+    with load(bundle, engine, threads, mmproj) as vlm:
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

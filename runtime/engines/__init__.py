@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.errors import MobileVLMError
+
+T = TypeVar("T")
 Float32 = NDArray[np.float32]
 
 
@@ -49,3 +52,14 @@ class DecoderEngine(Protocol):
 
     def close(self) -> None:
         """Frees the weights."""
+
+
+def still_open(part: T | None) -> T:
+    """What ``close`` sets to none.
+
+    Raises:
+        MobileVLMError: it was closed.
+    """
+    if part is None:
+        raise MobileVLMError("this model was closed: load it again")
+    return part

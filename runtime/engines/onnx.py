@@ -5,18 +5,16 @@ from __future__ import annotations
 import mmap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
-from mobilevlm.errors import BundleError, MobileVLMError
-from mobilevlm.runtime.engines import DecoderState, Float32
+from mobilevlm.errors import BundleError
+from mobilevlm.runtime.engines import DecoderState, Float32, still_open
 from mobilevlm.spec import DecoderSpec
-
-T = TypeVar("T")
 
 PREFILL_CHUNK = 512
 """Positions per run: bounds the attention scores, which grow with length × total length."""
@@ -53,7 +51,7 @@ class OnnxVision:
         return self._run("features", pixels)
 
     def _run(self, output: str, pixels: NDArray[np.uint8]) -> Float32:
-        result: Float32 = _still_open(self._session).run([output], {"pixels": pixels[None]})[0][0]
+        result: Float32 = still_open(self._session).run([output], {"pixels": pixels[None]})[0][0]
         return result
 
     def close(self) -> None:
@@ -122,16 +120,16 @@ class OnnxDecoder:
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return OnnxState(self._spec, _still_open(self._session))
+        return OnnxState(self._spec, still_open(self._session))
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return _still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
+        return still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, OnnxState)
-        session = _still_open(self._session)
+        session = still_open(self._session)
         pieces = []
         for start in range(0, len(embeds), PREFILL_CHUNK):
             chunk = np.ascontiguousarray(embeds[None, start : start + PREFILL_CHUNK])
@@ -148,8 +146,8 @@ class OnnxDecoder:
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, OnnxState)
-        session = _still_open(self._session)
-        state.step_embeds[0, 0] = _still_open(self._table)[token]
+        session = still_open(self._session)
+        state.step_embeds[0, 0] = still_open(self._table)[token]
         state.total_length[0] = state.length + 1
         session.run_with_iobinding(state.step_binding)
         state.length += 1
@@ -159,12 +157,6 @@ class OnnxDecoder:
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         self._session = self._table = None
-
-
-def _still_open(part: T | None) -> T:
-    if part is None:
-        raise MobileVLMError("this model was closed: load it again")
-    return part
 
 
 def _lazy_zeros(shape: tuple[int, ...]) -> Float32:

@@ -232,7 +232,8 @@ def test_bench_prints_a_table_for_documents_and_one_for_people(bundle: Path) -> 
 def test_doctor_shows_what_the_machine_can_run() -> None:
     data = json.loads(run_program("doctor", "--json").stdout)
     assert "CPUExecutionProvider" in data["machine"]["providers"]
-    assert data["extras"] == {"export": [], "reference": []}  # all installed where tests run
+    assert data["extras"]["export"] == data["extras"]["reference"] == []  # here all is installed
+    assert data["extras"]["gguf"] in ([], ["llama_cpp"])  # needs a compiler, so not everywhere
     done = run_program("doctor")
     assert done.returncode == 0 and "CPUExecutionProvider" in done.stdout
 

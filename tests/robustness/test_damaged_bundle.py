@@ -148,7 +148,10 @@ def test_a_newer_or_impossible_schema(version: Any, bundle: Path, capsys: Captur
         (lambda data: data["spec"]["decoder"].update(head_dim="16"), ".decoder.head_dim: expected"),
         (lambda data: data["files"].update({"a": {"size": 1}}), "key 'sha256' is missing"),
         (lambda data: data.update(artifacts={}), ".artifacts: expected a list"),
-        (lambda data: data["artifacts"].pop(), "no ONNX artifact of the decoder stage"),
+        (
+            lambda data: data["artifacts"].pop(),
+            "engine onnx lacks the ONNX artifact of the decoder stage",
+        ),
         (
             lambda data: data["artifacts"][0].update(format="tflite"),
             "expected one of 'onnx'",

@@ -1,0 +1,108 @@
+"""The decoder as a GGUF file of llama.cpp's ``llama`` architecture.
+
+Names and metadata as llama.cpp's converter writes them (ggml-org/llama.cpp, conversion/llama.py).
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TypeVar
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.checkpoint import Weights
+from mobilevlm.export.gguf.llama_quantizer import quantize_file
+from mobilevlm.export.gguf.names import Entry, decoder_entries
+from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, write_file
+from mobilevlm.export.gguf.vocabulary import describe_vocabulary, read_vocabulary
+from mobilevlm.export.quantize.rtn import Float32
+from mobilevlm.families import Model
+from mobilevlm.progress import Advance
+from mobilevlm.spec import DecoderSpec, GGUFType, ModelSpec
+
+T = TypeVar("T", bound=np.generic)
+
+_QUANTIZATION_VERSION = 2
+
+
+def write_decoder(model: Model, kind: GGUFType, path: Path, advance: Advance) -> dict[str, float]:
+    """Writes the decoder in a type. Returns each quantized tensor's relative error (none for the
+    K-quants, which llama.cpp makes from a float16 file)."""
+    if kind in TYPES:
+        return _write(model, kind, path, advance)
+    half = path.with_name(f"{path.name}.f16")
+    try:
+        _write(model, "f16", half, advance)
+        quantize_file(half, path, kind)
+    finally:
+        half.unlink(missing_ok=True)
+    return {}
+
+
+def _write(model: Model, kind: GGUFType, path: Path, advance: Advance) -> dict[str, float]:
+    spec = model.spec
+    vocabulary = read_vocabulary(model.folder, spec.decoder.vocab_size)
+
+    def describe(writer: gguf.GGUFWriter) -> None:
+        _describe(writer, spec, kind)
+        describe_vocabulary(writer, vocabulary)
+        writer.add_chat_template(spec.conversation.chat_template)
+
+    return write_file(
+        path, "llama", describe, decoder_tensors(model.weights, spec.decoder, kind, advance)
+    )
+
+
+def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
+    decoder = spec.decoder
+    writer.add_type("model")
+    writer.add_name(spec.name)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(_QUANTIZATION_VERSION)
+    writer.add_vocab_size(decoder.vocab_size)
+    writer.add_context_length(decoder.context_length)
+    writer.add_embedding_length(decoder.hidden_size)
+    writer.add_block_count(decoder.num_hidden_layers)
+    writer.add_feed_forward_length(decoder.intermediate_size)
+    writer.add_head_count(decoder.num_attention_heads)
+    writer.add_head_count_kv(decoder.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(decoder.rms_norm_eps)
+    writer.add_rope_dimension_count(decoder.head_dim)
+    writer.add_rope_freq_base(decoder.rope_theta)
+    if decoder.rope_scaling != 1.0:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(decoder.rope_scaling)
+
+
+def decoder_tensors(
+    weights: Weights, spec: DecoderSpec, kind: GGUFType, advance: Advance
+) -> list[Tensor]:
+    """All tensors in the order of the file: matrices in ``kind``, norms in float32."""
+
+    def tensor(entry: Entry) -> Tensor:
+        def read() -> Float32:
+            advance(math.prod(entry.shape))
+            values = weights.read(entry.ours, entry.shape)
+            return interleave(values, entry.heads) if entry.heads else values
+
+        return Tensor(entry.theirs, entry.stored, kind if entry.store == "matrix" else "f32", read)
+
+    return [tensor(entry) for entry in decoder_entries(spec)]
+
+
+def interleave(weight: Float32, heads: int) -> Float32:
+    """Rows of a query or key projection ``(heads * head_dim, hidden_size)`` from half-split rotary
+    pairs (i, i + head_dim / 2) to llama.cpp's neighbours (2 i, 2 i + 1)."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, 2, rows // heads // 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def half_split(weight: NDArray[T], heads: int) -> NDArray[T]:
+    """Undoes :func:`interleave`, on whatever the rows hold."""
+    rows, columns = weight.shape
+    pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
+    return pairs.swapaxes(1, 2).reshape(rows, columns)

@@ -1,0 +1,142 @@
+"""Tower and projector as a GGUF file of llama.cpp's ``clip`` architecture (``mmproj``).
+
+Names and metadata as llama.cpp's mtmd reads them (ggml-org/llama.cpp, tools/mtmd/clip.cpp and
+models/llava.cpp).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from mobilevlm.checkpoint import Weights
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.gguf.names import Entry, projector_entries, tower_entries
+from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
+from mobilevlm.export.quantize.rtn import Float32
+from mobilevlm.families import Model
+from mobilevlm.progress import Advance
+from mobilevlm.spec import GGUFType, ModelSpec, ProjectorSpec
+
+LDP_GRID = 24
+"""llama.cpp's LDP and LDPv2 are written for this patch grid."""
+
+LINEAR_SCALE = 64.0
+"""See :func:`_linear_as_mlp`."""
+
+
+def write_mmproj(model: Model, kind: GGUFType, path: Path, advance: Advance) -> dict[str, float]:
+    """Writes tower and projector, linear layers in ``kind``. Returns each quantized tensor's
+    relative error."""
+    spec = model.spec
+    check_support(spec)
+    tensors = list(_tensors(model, kind, advance))
+    return write_file(path, "clip", lambda writer: _describe(writer, spec, kind), tensors)
+
+
+def check_support(spec: ModelSpec) -> None:
+    """Refuses what llama.cpp has no graph for.
+
+    Raises:
+        MobileVLMError: says which property.
+    """
+    projector, vision = spec.projector, spec.vision
+    if projector.kind == "mlp" and projector.depth > 2:
+        raise MobileVLMError(
+            f"llama.cpp has no MLP projector with {projector.depth} layers: use --format onnx"
+        )
+    if projector.kind != "mlp" and projector.grid != LDP_GRID:
+        raise MobileVLMError(
+            f"llama.cpp's {projector.kind.upper()} projector takes {LDP_GRID} × {LDP_GRID} patches,"
+            f" this model has {projector.grid} × {projector.grid}: use --format onnx"
+        )
+    if vision.hidden_size == vision.intermediate_size:
+        raise MobileVLMError(
+            "llama.cpp tells the tower's two MLP layers apart by their sizes, and in this model "
+            "they are equal: use --format onnx"
+        )
+
+
+def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
+    vision, image = spec.vision, spec.image
+    writer.add_type("mmproj")
+    writer.add_name(spec.name)
+    writer.add_file_type(FILE_TYPES[kind])
+    writer.add_quantization_version(2)
+    writer.add_clip_has_vision_encoder(True)
+    writer.add_bool("clip.has_llava_projector", True)
+    writer.add_clip_projector_type(spec.projector.kind)
+    writer.add_vision_projection_dim(spec.projector.out_size)
+    writer.add_vision_image_size(vision.image_size)
+    writer.add_vision_patch_size(vision.patch_size)
+    writer.add_vision_embedding_length(vision.hidden_size)
+    writer.add_vision_feed_forward_length(vision.intermediate_size)
+    writer.add_vision_block_count(vision.num_hidden_layers)
+    # Without this key llama.cpp leaves the last layer of the file out.
+    writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
+    writer.add_vision_head_count(vision.num_attention_heads)
+    writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
+    writer.add_vision_image_mean(image.mean)
+    writer.add_vision_image_std(image.std)
+    writer.add_vision_use_gelu(vision.hidden_act == "gelu")
+    writer.add_string("clip.vision.mm_patch_merge_type", "flat")
+
+
+def _tensors(model: Model, kind: GGUFType, advance: Advance) -> Iterator[Tensor]:
+    """All tensors in the order of the file."""
+    float_kind: GGUFType = "f32" if kind == "f32" else "f16"
+    kinds: dict[str, GGUFType] = {
+        "matrix": kind,
+        "convolution": float_kind,
+        "depthwise": "f16",
+        "float": "f32",
+    }
+
+    def tensor(entry: Entry) -> Tensor:
+        def read() -> Float32:
+            advance(math.prod(entry.shape))
+            return model.weights.read(entry.ours, entry.shape).reshape(entry.stored)
+
+        return Tensor(entry.theirs, entry.stored, kinds[entry.store], read)
+
+    for entry in tower_entries(model.spec.vision):
+        yield tensor(entry)
+    projector = model.spec.projector
+    if projector.kind == "mlp" and projector.depth == 1:
+        yield from _linear_as_mlp(model.weights, projector, kind, advance)
+        return
+    for entry in projector_entries(projector):
+        yield tensor(entry)
+
+
+def _linear_as_mlp(
+    weights: Weights, spec: ProjectorSpec, kind: GGUFType, advance: Advance
+) -> Iterator[Tensor]:
+    """LLaVA's one Linear as the two that llama.cpp has, with GELU between: gelu(z) − gelu(−z) = z.
+
+    The products are scaled up, since from 10 on llama.cpp's GELU is the identity, and below it is
+    read from a table in float16.
+    """
+    size, inner = spec.out_size, 2 * spec.out_size
+
+    def both_signs(part: str, *shape: int) -> Float32:
+        advance(math.prod(shape))
+        values = weights.read(f"projector.mlp.0.{part}", shape)
+        return np.concatenate([values, -values]) * np.float32(LINEAR_SCALE)
+
+    yield Tensor(
+        "mm.0.weight", (inner, spec.in_size), kind, lambda: both_signs("weight", size, spec.in_size)
+    )
+    yield Tensor("mm.0.bias", (inner,), "f32", lambda: both_signs("bias", size))
+    yield Tensor("mm.2.weight", (size, inner), kind, lambda: signed_difference(size))
+    yield Tensor("mm.2.bias", (size,), "f32", lambda: np.zeros(size, np.float32))
+
+
+def signed_difference(size: int) -> Float32:
+    """``(size, 2 * size)``: the first half of a vector less the second, scaled back."""
+    unit = np.eye(size, dtype=np.float32) / np.float32(LINEAR_SCALE)
+    return np.concatenate([unit, -unit], axis=1)

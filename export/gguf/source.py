@@ -1,0 +1,133 @@
+"""GGUF files made elsewhere as a model to export: what :func:`open_checkpoint` is for folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.checkpoint import TensorRef, Weights, file_sha256
+from mobilevlm.errors import CheckpointError
+from mobilevlm.export.gguf.decoder import half_split
+from mobilevlm.export.gguf.mmproj import LINEAR_SCALE, signed_difference
+from mobilevlm.export.gguf.names import (
+    Entry,
+    decoder_entries,
+    projector_entries,
+    tower_entries,
+)
+from mobilevlm.export.quantize.rtn import Float32
+from mobilevlm.families import Model
+from mobilevlm.gguf_file import GgufFile, read_gguf
+from mobilevlm.gguf_model import model_spec
+from mobilevlm.gguf_tokenizer import gguf_tokenizer
+from mobilevlm.spec import ProjectorSpec
+
+_READABLE = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
+"""Types that become float32; to a Weights they are as good as floats."""
+
+
+class GgufTensors:
+    """The tensors of one file under canonical names, dequantized one at a time. See
+    :class:`mobilevlm.checkpoint.TensorSource`."""
+
+    def __init__(self, file: GgufFile, entries: list[Entry]) -> None:
+        self.folder = file.path
+        self.files = [file.path]
+        self._file = file
+        self._entries = {entry.ours: entry for entry in entries}
+        for entry in entries:
+            if entry.theirs not in file.tensors:
+                raise CheckpointError(f"{file.path}: tensor {entry.theirs!r} is missing")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Ours where the file's is what it must be, else the file's."""
+        entry = self._entries[name]
+        found = self._file.tensors[entry.theirs].shape
+        alike = [size for size in found if size > 1] == [size for size in entry.stored if size > 1]
+        return entry.shape if alike else found
+
+    def dtype(self, name: str) -> str:
+        kind = self._file.tensors[self._entries[name].theirs].type
+        return "f32" if kind in _READABLE else kind
+
+    def read(self, name: str) -> Float32:
+        entry = self._entries[name]
+        kind = gguf.GGMLQuantizationType[self._file.tensors[entry.theirs].type]
+        values: Float32 = gguf.quants.dequantize(self._rows(entry), kind).astype(np.float32)
+        if entry.stored[0] == 2 * entry.shape[0]:  # see _projector_entries
+            values = values.reshape(2, -1)[0] / np.float32(LINEAR_SCALE)
+        return values.reshape(entry.shape)
+
+    def q4_0(self, name: str) -> NDArray[np.uint8] | None:
+        entry = self._entries[name]
+        plain = self._file.tensors[entry.theirs].type == "Q4_0" and entry.stored == entry.shape
+        return self._rows(entry) if plain else None
+
+    def _rows(self, entry: Entry) -> NDArray[np.uint8]:
+        """The stored bytes ``(rows, bytes of a row)``, rows in our order."""
+        tensor = self._file.tensors[entry.theirs]
+        rows = tensor.size // tensor.row_size
+        data = np.memmap(self._file.path, np.uint8, "r", tensor.offset, (rows, tensor.row_size))
+        return half_split(np.array(data), entry.heads) if entry.heads else np.array(data)
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(file_sha256(self._file.path).encode()).hexdigest()
+
+
+def open_gguf(path: Path, mmproj: Path) -> Model:
+    """A dense ``llama`` decoder and its ``clip`` image encoder.
+
+    Raises:
+        BundleError: a file is damaged, or of a kind that the spec cannot say.
+        CheckpointError: a tensor is missing.
+    """
+    decoder, vision = read_gguf(path), read_gguf(mmproj)
+    spec = model_spec(decoder, vision)
+    if _is_one_linear(vision, spec.projector):
+        spec = dataclasses.replace(spec, projector=dataclasses.replace(spec.projector, depth=1))
+    language = list(decoder_entries(spec.decoder))
+    picture = [*tower_entries(spec.vision), *_projector_entries(spec.projector)]
+    refs = {
+        entry.ours: TensorRef(source, entry.ours)
+        for source, entries in (
+            (GgufTensors(decoder, language), language),
+            (GgufTensors(vision, picture), picture),
+        )
+        for entry in entries
+    }
+    if spec.decoder.tie_word_embeddings:
+        refs["decoder.lm_head.weight"] = refs["decoder.embed_tokens.weight"]
+    return Model(path.parent, spec, Weights(refs), gguf_tokenizer(decoder))
+
+
+def _is_one_linear(file: GgufFile, spec: ProjectorSpec) -> bool:
+    """Whether the MLP is the one that our export writes for a single Linear."""
+    size, name = spec.out_size, "mm.2.weight"
+    if spec.kind != "mlp" or name not in file.tensors:
+        return False
+    shape = (size, 2 * size)
+    second = GgufTensors(file, [Entry(name, name, shape, shape, "matrix")])
+    return second.shape(name) == shape == file.tensors[name].shape and np.allclose(
+        second.read(name), signed_difference(size), rtol=1e-2, atol=1e-4 / LINEAR_SCALE
+    )
+
+
+def _projector_entries(spec: ProjectorSpec) -> list[Entry]:
+    """Of a single Linear: the first half of the first layer, scaled down."""
+    if spec.depth > 1:
+        return list(projector_entries(spec))
+    size, ours = spec.out_size, "projector.mlp.0"
+    shape, stored = (size, spec.in_size), (2 * size, spec.in_size)
+    return [
+        Entry("mm.0.weight", f"{ours}.weight", shape, stored, "matrix"),
+        Entry("mm.0.bias", f"{ours}.bias", shape[:1], stored[:1], "float"),
+    ]

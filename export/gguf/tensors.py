@@ -1,0 +1,132 @@
+"""Writing a GGUF file: metadata and all tensor descriptions first, then one tensor at a time.
+
+Memory holds one tensor. The same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.export.quantize import q4_0
+from mobilevlm.export.quantize.rtn import Float32, quantize_blocks
+from mobilevlm.spec import GGUFType
+
+TYPES: dict[GGUFType, gguf.GGMLQuantizationType] = {
+    "f32": gguf.GGMLQuantizationType.F32,
+    "f16": gguf.GGMLQuantizationType.F16,
+    "bf16": gguf.GGMLQuantizationType.BF16,
+    "q8_0": gguf.GGMLQuantizationType.Q8_0,
+    "q4_0": gguf.GGMLQuantizationType.Q4_0,
+    "q4_1": gguf.GGMLQuantizationType.Q4_1,
+    "q5_0": gguf.GGMLQuantizationType.Q5_0,
+    "q5_1": gguf.GGMLQuantizationType.Q5_1,
+}
+"""Types that are written here; the K-quants are made by llama.cpp itself."""
+
+FILE_TYPES: dict[GGUFType, gguf.LlamaFileType] = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+    "q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
+    "q4_k_m": gguf.LlamaFileType.MOSTLY_Q4_K_M,
+    "q5_k_m": gguf.LlamaFileType.MOSTLY_Q5_K_M,
+    "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
+}
+
+BLOCK = q4_0.BLOCK
+"""Weights that share a scale."""
+_LARGEST_HALF = np.float32(np.finfo(np.float16).max)
+_CHUNK = 2**22
+"""Weights converted at once."""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor to be: its name in the file, and how to get its values when their turn comes."""
+
+    name: str
+    shape: tuple[int, ...]
+    """Rows first, as in numpy; GGUF writes the dimensions in the other order."""
+    type: GGUFType
+    read: Callable[[], Float32]
+
+    @property
+    def stored(self) -> GGUFType:
+        """As llama.cpp's converter: what does not divide into blocks is kept in float16."""
+        whole = self.type in ("f32", "f16", "bf16") or self.shape[-1] % BLOCK == 0
+        return self.type if whole else "f16"
+
+    @property
+    def nbytes(self) -> int:
+        block, size = gguf.GGML_QUANT_SIZES[TYPES[self.stored]]
+        return math.prod(self.shape) // block * size
+
+
+def write_file(
+    path: Path,
+    architecture: str,
+    describe: Callable[[gguf.GGUFWriter], None],
+    tensors: Sequence[Tensor],
+) -> dict[str, float]:
+    """Writes a GGUF file. Returns each quantized tensor's relative error.
+
+    ``describe`` adds the metadata.
+    """
+    writer = gguf.GGUFWriter(path, architecture)
+    errors = {}
+    try:
+        describe(writer)
+        for tensor in tensors:
+            writer.add_tensor_info(
+                tensor.name,
+                tensor.shape,
+                np.dtype(np.float32),
+                tensor.nbytes,
+                raw_dtype=TYPES[tensor.stored],
+            )
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in tensors:
+            data, error = convert(tensor.read(), tensor.stored)
+            if tensor.stored not in ("f32", "f16", "bf16"):
+                errors[tensor.name] = error
+            writer.write_tensor_data(data)
+    finally:
+        writer.close()
+    return errors
+
+
+def convert(values: Float32, kind: GGUFType) -> tuple[NDArray[Any], float]:
+    """Values as the bytes of a GGUF type, and the relative error that this made."""
+    if kind == "f32":
+        return np.ascontiguousarray(values), 0.0
+    if kind == "f16":
+        return values.clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16), 0.0
+    rows = values.reshape(-1, values.shape[-1])
+    if kind == "q4_0":
+        quantized = quantize_blocks(rows, 4, BLOCK)  # the integers of our ``q4``
+        return q4_0.pack(quantized), quantized.relative_error
+    step = max(1, _CHUNK // rows.shape[1])
+    parts, error, energy = [], 0.0, 0.0
+    for start in range(0, len(rows), step):
+        part = rows[start : start + step]
+        data = gguf.quants.quantize(part, TYPES[kind])
+        if kind != "bf16":
+            restored = gguf.quants.dequantize(data, TYPES[kind])
+            error += float(np.square(restored - part).sum(dtype=np.float64))
+            energy += float(np.square(part).sum(dtype=np.float64))
+        parts.append(data)
+    return np.concatenate(parts), math.sqrt(error / energy) if energy else 0.0

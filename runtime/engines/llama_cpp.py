@@ -1,0 +1,182 @@
+"""The decoder stage in llama.cpp, from a GGUF file."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.gguf_file import GgufTensor, read_gguf
+from mobilevlm.runtime.engines import DecoderState, Float32, still_open
+from mobilevlm.runtime.engines.gguf_check import check_decoder
+from mobilevlm.runtime.engines.llama_native import NativeModel, address, llama_library
+from mobilevlm.spec import DecoderSpec
+
+PREFILL_CHUNK = 512
+"""Positions per call: bounds llama.cpp's buffers."""
+
+
+class LlamaState:
+    """A llama_context: keys and values of one sequence, in float16 as llama.cpp has them (float32
+    for a float32 file), allocated once for the whole context."""
+
+    def __init__(self, model: NativeModel, context_length: int, exact: bool, threads: int) -> None:
+        library = llama_library()
+        options = library.llama_context_default_params()
+        options.n_ctx = context_length
+        options.n_batch = options.n_ubatch = PREFILL_CHUNK
+        options.n_outputs_max_per_seq = 0  # as many as a batch has
+        options.n_threads = options.n_threads_batch = threads
+        if exact:
+            options.type_k = options.type_v = library.GGML_TYPE_F32
+            options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self.pointer = library.llama_init_from_model(model.pointer, options)
+        if not self.pointer:
+            raise MobileVLMError(
+                f"llama.cpp cannot make a context of {context_length} positions: most likely "
+                f"there is too little memory"
+            )
+        self._memory = library.llama_get_memory(self.pointer)
+        # The finalizer holds the model, which must live longer than its contexts.
+        weakref.finalize(self, _free_context, library, self.pointer, model)
+        self._length = 0
+
+    @property
+    def length(self) -> int:
+        """Positions that are filled; lowering it goes back."""
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        if not llama_library().llama_memory_seq_rm(self._memory, 0, length, -1):
+            raise MobileVLMError("llama.cpp cannot go back in this sequence")
+        self._length = length
+
+    def append(self, batch: Any) -> None:
+        """Runs a batch; after a failure the sequence is as it was."""
+        library = llama_library()
+        code = library.llama_decode(self.pointer, batch)
+        if code:
+            library.llama_memory_seq_rm(self._memory, 0, self._length, -1)
+            reasons = {1: "the context is full", -2: "too little memory"}
+            raise MobileVLMError(
+                f"llama.cpp failed after {self._length} positions: "
+                f"{reasons.get(code, 'error')} (code {code})"
+            )
+        self._length += batch.n_tokens
+
+    def logits(self, index: int, count: int, vocab_size: int) -> Float32:
+        """Logits of ``count`` positions of the last batch, from ``index`` on: a view
+        ``(count, vocab_size)``, valid until the next batch."""
+        pointer = llama_library().llama_get_logits_ith(self.pointer, index)
+        return np.ctypeslib.as_array(pointer, (count, vocab_size))
+
+
+def _free_context(library: Any, pointer: int, model: NativeModel) -> None:
+    library.llama_free(pointer)
+
+
+class LlamaDecoder:
+    """See :class:`mobilevlm.runtime.engines.DecoderEngine`. One model, a context per state."""
+
+    def __init__(self, path: Path, spec: DecoderSpec, threads: int) -> None:
+        header = read_gguf(path)
+        check_decoder(header, spec)
+        self._spec, self._threads = spec, threads
+        self._model: NativeModel | None = NativeModel(path)
+        self._rows: EmbeddingRows | None = EmbeddingRows(path, header.tensors["token_embd.weight"])
+        self._exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
+
+    @property
+    def model(self) -> NativeModel:
+        """What an image encoder needs to know its decoder."""
+        return still_open(self._model)
+
+    def new_state(self) -> LlamaState:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return LlamaState(self.model, self._spec.context_length, self._exact, self._threads)
+
+    def embed(self, ids: Sequence[int]) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return still_open(self._rows).read(ids)
+
+    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, LlamaState)
+        still_open(self._model)
+        library = llama_library()
+        pieces = []
+        for start in range(0, len(embeds), PREFILL_CHUNK):
+            chunk = np.ascontiguousarray(embeds[start : start + PREFILL_CHUNK], np.float32)
+            wanted = np.full(len(chunk), all_logits, np.int8)
+            wanted[-1] = 1
+            batch = library.llama_batch(
+                n_tokens=len(chunk),
+                embd=address(chunk, ctypes.c_float),
+                logits=address(wanted, ctypes.c_int8),
+            )
+            state.append(batch)
+            first, count = (0, len(chunk)) if all_logits else (len(chunk) - 1, 1)
+            pieces.append(state.logits(first, count, self._spec.vocab_size).copy())
+        return np.concatenate(pieces) if all_logits else pieces[-1]
+
+    def step(self, state: DecoderState, token: int) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, LlamaState)
+        still_open(self._model)
+        tokens = np.array([token], np.int32)
+        batch = llama_library().llama_batch(n_tokens=1, token=address(tokens, ctypes.c_int32))
+        state.append(batch)
+        result: Float32 = state.logits(0, 1, self._spec.vocab_size)[0]
+        return result
+
+    def close(self) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        self._model = self._rows = None
+
+
+class EmbeddingRows:
+    """Rows of the embedding table in a mapped GGUF file, as float32.
+
+    Rows go through ggml's own functions, so they are what llama.cpp itself computes with.
+    """
+
+    def __init__(self, path: Path, tensor: GgufTensor) -> None:
+        rows, self._columns = tensor.shape
+        self._table: NDArray[np.uint8] = np.memmap(
+            path, np.uint8, "r", tensor.offset, (rows, tensor.row_size)
+        )
+        self._to_float = None if tensor.type == "F32" else _row_function(path, tensor.type)
+
+    def read(self, ids: Sequence[int]) -> Float32:
+        """Rows ``(len(ids), columns)``."""
+        stored = np.ascontiguousarray(self._table[np.asarray(ids, np.int64)])
+        if self._to_float is None:
+            return stored.view(np.float32)
+        result = np.empty((len(ids), self._columns), np.float32)
+        self._to_float(stored.ctypes.data, result.ctypes.data, result.size)
+        return result
+
+
+def _row_function(path: Path, kind: str) -> Any:
+    """ggml's function from a row of this type to float32: ``(source, target, values)``."""
+    from llama_cpp import _ggml
+
+    halves = {"F16": "ggml_fp16_to_fp32_row", "BF16": "ggml_bf16_to_fp32_row"}
+    # ggml spells them dequantize_row_q6_K, dequantize_row_iq4_nl …
+    name = halves.get(kind, "dequantize_row_" + kind.lower().replace("_k", "_K"))
+    try:
+        function: Any = _ggml.libggml[name]
+    except AttributeError:
+        raise BundleError(
+            f"{path}: llama.cpp has no {name!r} for embeddings of type {kind}: convert the file"
+        ) from None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    function.restype = None
+    return function

@@ -1,0 +1,210 @@
+"""GGUF files in llama.cpp, through its own interfaces, against the official code's numbers.
+
+llama.cpp reads GELU and QuickGELU from tables in float16 and its MLP projector's GELU is the tanh
+approximation, so visual tokens agree to about 5e-4 even in float32.
+"""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import gguf
+import llama
+import numpy as np
+import pytest
+from conftest import Fixture, relative_error
+from numpy.typing import NDArray
+from unit.test_tokenizer import seeded_strings
+
+import mobilevlm
+from mobilevlm.export.gguf.decoder import write_decoder
+from mobilevlm.export.gguf.mmproj import write_mmproj
+from mobilevlm.export.gguf.tensors import TYPES
+from mobilevlm.families import Model, open_checkpoint
+from mobilevlm.image import open_image, preprocess
+from mobilevlm.progress import ignore
+from mobilevlm.runtime.engines.clip_order import class_token_order
+from mobilevlm.spec import IMAGE_TOKEN_ID, GGUFType
+from mobilevlm.synth import CONFIGURATIONS, Configuration, Tower, write_checkpoint
+
+LIMITS: dict[GGUFType, float] = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2}
+"""Relative error of the prompt's logits. bfloat16 has 8 bits of mantissa; llama.cpp rounds the
+activations to the type of the weights too."""
+VISUAL = 1e-3
+
+Files = dict[tuple[str, str], Path]
+
+
+@pytest.fixture(scope="module")
+def files(fixture: Fixture, tmp_path_factory: pytest.TempPathFactory) -> Files:
+    """Both files of the fixture in float32 and float16, by stage and type; decoders in more."""
+    folder = tmp_path_factory.mktemp(fixture.name)
+    made: Files = {}
+    for kind in LIMITS:
+        made["decoder", kind] = folder / f"decoder-{kind}.gguf"
+        write_decoder(fixture.model, kind, made["decoder", kind], ignore)
+        made["vision", kind] = folder / f"mmproj-{kind}.gguf"
+        write_mmproj(fixture.model, kind, made["vision", kind], ignore)
+    return made
+
+
+def prepared(fixture: Fixture) -> NDArray[np.uint8]:
+    """The square that the tower takes, so that mtmd's own preprocessing changes nothing."""
+    return preprocess(open_image(fixture.image), fixture.model.spec.image)
+
+
+@pytest.mark.parametrize("kind", LIMITS)
+def test_the_decoder_gives_the_reference_logits(
+    fixture: Fixture, files: Files, kind: GGUFType
+) -> None:
+    with llama.opened(files["decoder", kind]) as decoder:
+        logits = decoder.logits(fixture.arrays["inputs_embeds"][0])
+    assert relative_error(logits, fixture.arrays["logits"][0]) < LIMITS[kind]
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_the_decoder_chooses_the_reference_tokens(
+    fixture: Fixture, files: Files, kind: GGUFType
+) -> None:
+    arrays = fixture.arrays
+    embeds = arrays["inputs_embeds"][0]
+    with llama.opened(files["decoder", kind]) as decoder:
+        logits = decoder.logits(embeds)
+        tokens, rows = decoder.greedy(logits[-1], len(embeds), len(arrays["generated_ids"]))
+    assert tokens == arrays["generated_ids"].tolist()
+    assert relative_error(rows, arrays["step_logits"]) < LIMITS[kind]
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_mtmd_gives_the_reference_visual_tokens(
+    fixture: Fixture, files: Files, kind: GGUFType
+) -> None:
+    order = class_token_order()
+    with llama.opened(files["decoder", kind]) as decoder:
+        found = decoder.encode_image(files["vision", kind], prepared(fixture), order)
+    assert relative_error(found, fixture.arrays["projector_output"][0]) < VISUAL
+
+
+@pytest.mark.xfail(strict=True, reason="llama.cpp misplaces the class token (see clip_order.py)")
+def test_mtmd_alone_gives_the_reference_visual_tokens(fixture: Fixture, files: Files) -> None:
+    """When this passes, a llama.cpp is installed that needs no mending."""
+    with llama.opened(files["decoder", "f32"]) as decoder:
+        found = decoder.encode_image(files["vision", "f32"], prepared(fixture))
+    assert relative_error(found, fixture.arrays["projector_output"][0]) < VISUAL
+
+
+@pytest.mark.parametrize("kind", ["f32", "f16"])
+def test_picture_to_tokens_in_llama_cpp_gives_the_reference_tokens(
+    fixture: Fixture, files: Files, kind: GGUFType
+) -> None:
+    arrays = fixture.arrays
+    order = class_token_order()
+    embeds = arrays["inputs_embeds"][0].copy()
+    start = arrays["input_ids"][0].tolist().index(IMAGE_TOKEN_ID)
+    with llama.opened(files["decoder", kind]) as decoder:
+        image = decoder.encode_image(files["vision", kind], prepared(fixture), order)
+        embeds[start : start + len(image)] = image
+        logits = decoder.logits(embeds)
+        tokens, _ = decoder.greedy(logits[-1], len(embeds), len(arrays["generated_ids"]))
+    assert tokens == arrays["generated_ids"].tolist()
+    assert relative_error(logits, arrays["logits"][0]) < LIMITS["f16"]
+
+
+def test_the_tokenizer_gives_our_ids(fixture: Fixture, files: Files) -> None:
+    """Hundreds of strings; what llama.cpp cannot be given (NUL) is left out."""
+    ours = fixture.model.tokenizer
+    texts = [fixture.expected["templated_prompt"].replace("<image>", ""), *seeded_strings(3)]
+    texts = [text for text in texts if text and "\0" not in text][:800]
+    with llama.opened(files["decoder", "f16"]) as decoder:
+        wrong = [text for text in texts if decoder.tokenize(text, True) != ours.encode(text).ids]
+    assert not wrong, f"{len(wrong)} of {len(texts)}, such as {wrong[:3]!r}"
+
+
+def test_the_files_run_in_llama_cpp_python_without_our_code(fixture: Fixture, files: Files) -> None:
+    from llama_cpp import Llama
+    from llama_cpp.llama_chat_format import MTMDChatHandler
+
+    handler = MTMDChatHandler(str(files["vision", "f16"]), verbose=False, use_gpu=False)
+    model = Llama(str(files["decoder", "f16"]), n_ctx=1024, chat_handler=handler, verbose=False)
+    url = f"data:image/png;base64,{base64.b64encode(fixture.image.read_bytes()).decode()}"
+    content = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": fixture.expected["user_prompt"]},
+    ]
+    answer = model.create_chat_completion(
+        [{"role": "user", "content": content}], max_tokens=8, temperature=0.0
+    )
+    assert answer["usage"]["prompt_tokens"] > fixture.model.spec.projector.num_tokens
+    assert answer["usage"]["completion_tokens"] > 0
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """Rows of 256 and 512: the K-quants' blocks of 256 do not divide the reference models' 64."""
+    folder = tmp_path_factory.mktemp("wide") / "wide"
+    tower = Tower(64, 128, 3, 4)
+    shape = ("mobilevlm", "MobileLlamaForCausalLM", "ldpnetv2", 512, 256, 512, 2, 4, 512, 1e-6)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGURATIONS, "wide", Configuration(*shape, tower))
+        write_checkpoint("wide", folder)
+    return open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stored"),
+    [("q4_k_m", "Q4_K"), ("q5_k_m", "Q5_K"), ("q6_k", "Q6_K")],
+)
+def test_k_quants_of_a_model_with_rows_of_256_run(
+    wide: Model, tmp_path: Path, kind: GGUFType, stored: str
+) -> None:
+    exact, path = tmp_path / "f32.gguf", tmp_path / f"{kind}.gguf"
+    write_decoder(wide, "f32", exact, ignore)
+    write_decoder(wide, kind, path, ignore)
+    assert [file.name for file in sorted(tmp_path.iterdir())] == sorted([exact.name, path.name])
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types["blk.0.attn_q.weight"] == stored
+    embeds = np.random.default_rng(0).standard_normal((40, 256), np.float32)
+    logits = []
+    for file in (exact, path):
+        with llama.opened(file, 64) as decoder:
+            logits.append(decoder.logits(embeds))
+    assert relative_error(logits[1], logits[0]) < 0.15  # 4-bit noise in random weights
+
+
+def test_k_quants_of_a_model_with_rows_of_64_fall_back_to_blocks_of_32(
+    fixture: Fixture, tmp_path: Path
+) -> None:
+    """llama.cpp's own choice for rows that its blocks of 256 do not divide."""
+    path = tmp_path / "model.gguf"
+    write_decoder(fixture.model, "q4_k_m", path, ignore)
+    types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
+    assert types <= {"F32", "Q5_0", "Q8_0"}
+    with llama.opened(path) as decoder:
+        logits = decoder.logits(fixture.arrays["inputs_embeds"][0])
+    assert relative_error(logits, fixture.arrays["logits"][0]) < 0.2
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_every_type_runs_in_llama_cpp(llava_v1: Fixture, tmp_path: Path, kind: GGUFType) -> None:
+    """4-bit noise is large in random weights of 64 columns; a wrong layout would give 1.4."""
+    path = tmp_path / "model.gguf"
+    write_decoder(llava_v1.model, kind, path, ignore)
+    with llama.opened(path) as decoder:
+        logits = decoder.logits(llava_v1.arrays["inputs_embeds"][0])
+    assert relative_error(logits, llava_v1.arrays["logits"][0]) < 0.35
+
+
+def test_an_exported_bundle_holds_both_formats(llava_v1: Fixture, tmp_path: Path) -> None:
+    mobilevlm.export(
+        llava_v1.checkpoint,
+        tmp_path / "bundle",
+        recipe="int4",
+        formats=("onnx", "gguf"),
+        vision_tower=llava_v1.tower,
+        measure=False,
+        gguf_type="q4_k_m",
+    )
+    names = {path.name for path in (tmp_path / "bundle" / "gguf").iterdir()}
+    assert names == {"checkpoint-Q4_K_M.gguf", "mmproj-checkpoint-F16.gguf"}

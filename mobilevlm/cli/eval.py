@@ -36,6 +36,7 @@ LONGEST_ANSWER = 24
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     bundle: Path,
+    mmproj: Path | None,
     engine: str,
     threads: int | None,
     suite: str,
@@ -51,7 +52,7 @@ def command(
     from mobilevlm.runtime import load
 
     examples = evaluation_set(questions)
-    with load(bundle, engine, threads) as vlm, progress.track("questions", 100) as advance:
+    with load(bundle, engine, threads, mmproj) as vlm, progress.track("questions", 100) as advance:
         shown, tokens, seconds = 0, 0, 0.0
 
         def answer(prompt: str, pictures: list[Image.Image]) -> str:

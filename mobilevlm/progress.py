@@ -48,3 +48,18 @@ def track(label: str, total: int) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(label, total=max(total, 1))
         yield lambda amount: bar.advance(task, amount)
+
+
+@contextmanager
+def track_share(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that tells how much of a total is done: call with ``(done, total)``."""
+    with track(label, 100) as advance:
+        shown = 0
+
+        def show(done: int, total: int) -> None:
+            nonlocal shown
+            percent = 100 * done // max(total, 1)
+            advance(percent - shown)
+            shown = percent
+
+        yield show

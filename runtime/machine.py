@@ -22,6 +22,13 @@ EXTRAS = {
 }
 
 
+def default_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def describe_machine() -> dict[str, Any]:
     """Facts that belong beside any measurement."""
     import onnxruntime
@@ -35,9 +42,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "processor": cpu.get("model name", platform.processor() or "unknown"),
-        "threads": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
+        "threads": default_threads(),
         "features": [feature for feature in FEATURES if feature in present],
         "memory_gb": _memory_gb(),
         "onnxruntime": onnxruntime.__version__,

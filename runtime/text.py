@@ -8,8 +8,7 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer
 
-SPACE = "\u2581"
-"""The character that stands for a space inside sentencepiece pieces."""
+from mobilevlm.tokenizer import SPACE
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -24,6 +23,7 @@ from mobilevlm.plan import check_engine, choose_engine
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
 from mobilevlm.runtime.engines.opening import open_engines
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
+from mobilevlm.runtime.machine import default_threads
 from mobilevlm.runtime.sampling import SamplingOptions
 from mobilevlm.runtime.session import Prompt, Session
 from mobilevlm.spec import IMAGE_TOKEN_ID
@@ -284,13 +284,6 @@ class VLM:
         ids = self.prompt_ids(prompt, len(images), raw)
         pixels = [preprocess(open_image(image), self.spec.image) for image in images]
         return Prompt(ids, pixels, time.perf_counter() - start)
-
-
-def default_threads() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:

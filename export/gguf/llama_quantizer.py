@@ -10,6 +10,7 @@ from pathlib import Path
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES
 from mobilevlm.runtime.engines.llama_native import catch_log, llama_library
+from mobilevlm.runtime.machine import default_threads
 from mobilevlm.spec import GGUFType
 
 
@@ -34,7 +35,7 @@ def quantize_file(source: Path, target: Path, kind: GGUFType) -> None:
     catch_log()
     params = llama.llama_model_quantize_default_params()
     params.ftype = int(FILE_TYPES[kind])
-    params.nthread = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0
+    params.nthread = default_threads()
     status = llama.llama_model_quantize(
         os.fsencode(source), os.fsencode(target), ctypes.byref(params)
     )

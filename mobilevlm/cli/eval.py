@@ -52,8 +52,8 @@ def command(
     from mobilevlm.runtime import load
 
     examples = evaluation_set(questions)
-    with load(bundle, engine, threads, mmproj) as vlm, progress.track("questions", 100) as advance:
-        shown, tokens, seconds = 0, 0, 0.0
+    with load(bundle, engine, threads, mmproj) as vlm, progress.track_share("questions") as show:
+        tokens, seconds = 0, 0.0
 
         def answer(prompt: str, pictures: list[Image.Image]) -> str:
             nonlocal tokens, seconds
@@ -61,12 +61,6 @@ def command(
             tokens += len(said.token_seconds)
             seconds += sum(said.token_seconds)
             return said.text
-
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            percent = 100 * done // max(total, 1)
-            advance(percent - shown)
-            shown = percent
 
         result = evaluate(answer, examples, not no_blind, show)
         rate = tokens / seconds if seconds else 0.0

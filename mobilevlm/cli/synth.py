@@ -27,14 +27,6 @@ def command(name: str, folder: Path, seed: int, quiet: bool) -> None:
     progress.enable(not quiet)
     from mobilevlm.synth import write_checkpoint
 
-    with progress.track("weights", 100) as advance:
-        shown = 0
-
-        def show(done: int, total: int) -> None:
-            nonlocal shown
-            percent = 100 * done // max(total, 1)
-            advance(percent - shown)
-            shown = percent
-
+    with progress.track_share("weights") as show:
         write_checkpoint(name, folder, seed, show)
     progress.say(f"checkpoint {folder} (random weights: its answers mean nothing)")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.conversation import SYSTEM_PROMPTS, two_separator_template
+from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
 from mobilevlm.reference.clip import ClipAttention, ClipLayer, ClipMLP
 from mobilevlm.reference.llama import LlamaAttention, LlamaMLP, rotary_tables
 from mobilevlm.reference.model import ReferenceModel
@@ -23,10 +24,6 @@ from mobilevlm.spec import (
     ProjectorSpec,
     VisionSpec,
 )
-
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
-"""CLIP's own image statistics."""
 
 EOS = 2
 CONTEXT = 1024
@@ -68,7 +65,7 @@ def model_spec(config: NanoConfig, name: str = "nano") -> ModelSpec:
     return ModelSpec(
         family="mobilevlm",
         name=name,
-        image=ImageSpec(edge, edge, "pad", MEAN, STD),
+        image=ImageSpec(edge, edge, "pad", CLIP_MEAN, CLIP_STD),
         vision=VisionSpec(
             hidden_size=config.vision_hidden_size,
             intermediate_size=config.vision_intermediate_size,

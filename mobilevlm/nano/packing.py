@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
 from mobilevlm.nano.dense import dense_targets
 from mobilevlm.nano.drawing import render
-from mobilevlm.nano.model import EOS, MEAN, STD
+from mobilevlm.nano.model import EOS
 from mobilevlm.nano.pairs import pair_questions
 from mobilevlm.nano.questions import Question, caption_question, questions
 from mobilevlm.nano.recipes import ALL_KINDS, Recipe
@@ -212,8 +213,8 @@ def attention_mask(blocks: Tensor) -> Tensor:
 
 def normalized(pixels: Tensor) -> Tensor:
     """uint8 (images, edge, edge, 3) to float32 (images, 3, edge, edge), as CLIP takes them."""
-    mean = torch.tensor(MEAN, device=pixels.device)
-    std = torch.tensor(STD, device=pixels.device)
+    mean = torch.tensor(CLIP_MEAN, device=pixels.device)
+    std = torch.tensor(CLIP_STD, device=pixels.device)
     return ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2).contiguous()
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mobilevlm.errors import CheckpointError
-from mobilevlm.nano.model import CONTEXT, EOS, MEAN, STD, NanoConfig, NanoModel
+from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
+from mobilevlm.nano.model import CONTEXT, EOS, NanoConfig, NanoModel
 from mobilevlm.nano.tokenizer import BOS, NanoTokenizer, load_tokenizer
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -216,8 +217,8 @@ def preprocessor_config(config: NanoConfig) -> dict[str, Any]:
         "do_normalize": True,
         "do_resize": True,
         "feature_extractor_type": "CLIPFeatureExtractor",
-        "image_mean": list(MEAN),
-        "image_std": list(STD),
+        "image_mean": list(CLIP_MEAN),
+        "image_std": list(CLIP_STD),
         "resample": 3,
         "size": config.image_size,
     }

@@ -49,7 +49,7 @@ def bundle_path(given: Path, engine: str = "auto") -> Path:
         from mobilevlm.export.pipeline import export
     except ImportError as error:
         raise require(error.name or "onnxscript", "export", f"exporting {given}") from None
-    progress.say(f"{given:<12}is exported once, to {folder}")
+    progress.say(f"{given!s:<12}is exported once, to {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     export(checkpoint, folder, recipe=RECIPE, formats=formats, measure=False)
     return folder

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from mobilevlm.nano.scenes import Scene
 
 QUESTIONS = 3
+LONGEST_ANSWER = 48
+"""Tokens; the longest true answers take half as many."""
 
 EXAMPLES = """\b
 Examples:
@@ -57,7 +59,7 @@ def command(given: int | None, output: Path | None, engine: str, threads: int | 
         right = 0
         for question in asked:
             print(f"\nquestion  {question.text}\nanswer    ", end="", flush=True)
-            stream = vlm.stream(question.text, [image])
+            stream = vlm.stream(question.text, [image], max_new_tokens=LONGEST_ANSWER)
             for piece in stream:
                 print(piece, end="", flush=True)
             answer = stream.finish()

@@ -62,7 +62,18 @@ RECIPES = {
     "sft": Recipe("sft", 6000, 1.0e-3, 32, 4, 2, 448, 0.2, 0.1),
     "dpo": Recipe("dpo", 200, 3e-5, 16, 0, 0, 640, 0.0, 0.0, weight_decay=0.0, beta=0.1),
     "moe": Recipe(
-        "moe", 1500, 5e-4, 32, 4, 2, 448, 0.2, 0.0, balance_weight=0.01, trained=SPARSE_PARTS
+        "moe",
+        1500,
+        5e-4,
+        32,
+        4,
+        2,
+        448,
+        0.2,
+        0.0,
+        balance_weight=0.01,
+        trained=SPARSE_PARTS,
+        window=False,
     ),
 }
 """``vision`` stands in for CLIP's own pre-training; then as MobileVLM V2 and MoE-LLaVA do."""

@@ -162,7 +162,10 @@ def evaluate_command(
     torch.set_num_threads(threads)
     model, tokenizer = load_checkpoint(folder)
     model.to(device)
-    examples = sorted(evaluation_set(questions), key=lambda example: len(example.seeds))
+    # Answers of one length end together.
+    examples = sorted(
+        evaluation_set(questions), key=lambda example: (len(example.seeds), example.question.style)
+    )
     mistakes: list[dict[str, object]] = []
 
     def outcomes(view: object, label: str) -> list[tuple[str, bool]]:

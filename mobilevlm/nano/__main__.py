@@ -103,6 +103,7 @@ def train_command(
         CONSOLE.print(
             f"{stage} {record['step']} {record['seconds']:.0f}s loss {record['loss']:.4f} "
             f"language {record['language']:.4f} dense {record['dense']:.4f} "
+            f"grounding {record['grounding']:.4f} "
             f"accuracy {record['accuracy']} {kinds}",
             soft_wrap=True,
         )

@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 
 from mobilevlm.nano.model import EOS, NanoModel
-from mobilevlm.nano.packing import attention_mask, normalized
+from mobilevlm.nano.packed_attention import attention_mask
+from mobilevlm.nano.packing import normalized
 from mobilevlm.nano.tokenizer import NanoTokenizer, prompt_text
 from mobilevlm.spec import IMAGE_TOKEN_ID
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from mobilevlm.conversation import SYSTEM_PROMPTS, two_separator_template
 from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
+from mobilevlm.nano.packed_attention import PackedAttention, Packing
 from mobilevlm.nano.window import attentions, install, keep_codes
 from mobilevlm.reference.clip import ClipLayer, ClipMLP
 from mobilevlm.reference.llama import LlamaAttention, LlamaMLP, rotary_tables
@@ -142,7 +143,11 @@ class NanoModel(ReferenceModel):
         spec = model_spec(config)
         super().__init__(spec)
         self.config = config
+        self.halfway = torch.zeros(0)
+        """Hidden states (rows, length, hidden) of the last pass, after half of the layers."""
         install(self.vision, spec.vision)
+        for layer in self.decoder.layers:
+            layer.attn = PackedAttention(spec.decoder)
         for index in config.moe_layers if config.num_experts else ():
             sparse = SparseMLP(spec.decoder, config.num_experts, config.experts_per_token)
             self.decoder.layers[index].mlp = sparse
@@ -154,13 +159,18 @@ class NanoModel(ReferenceModel):
         return visual
 
     def hidden_states(
-        self, ids: Tensor, slots: Tensor, positions: Tensor, mask: Tensor, visual: Tensor
+        self,
+        ids: Tensor,
+        slots: Tensor,
+        positions: Tensor,
+        mask: Tensor | Packing,
+        visual: Tensor,
     ) -> Tensor:
         """Final hidden states (rows, length, hidden).
 
         ``ids`` and ``positions`` are (rows, length); ``slots`` (rows, length) gives for each place
-        the row of the flattened ``visual`` tokens that stands there, or -1 for text; ``mask`` is
-        (rows, length, length), true where a query (second axis) sees a key (third).
+        the row of the flattened ``visual`` tokens that stands there, or -1 for text; ``mask`` is a
+        packing, or (rows, 1, length, length), true where a query (third axis) sees a key (fourth).
         """
         embeds = self.decoder.embed_tokens(ids)
         tokens = F.pad(visual.flatten(0, 1).to(embeds.dtype), (0, 0, 1, 0))
@@ -168,8 +178,10 @@ class NanoModel(ReferenceModel):
         images = F.embedding(slots + 1, tokens, padding_idx=0)
         embeds = torch.where((slots >= 0)[:, :, None], images, embeds)
         rotary = rotary_tables(self.spec.decoder, positions[:, None])
-        for layer in self.decoder.layers:
-            embeds = layer(embeds, rotary, mask[:, None])
+        for index, layer in enumerate(self.decoder.layers, 1):
+            embeds = layer(embeds, rotary, mask)
+            if index == len(self.decoder.layers) // 2:
+                self.halfway = embeds
         out: Tensor = self.decoder.norm(embeds)
         return out
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,24 +20,27 @@ from torch.utils.data import Dataset
 from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
 from mobilevlm.nano.dense import dense_targets
 from mobilevlm.nano.drawing import render
+from mobilevlm.nano.grounding import CELLS, Cells, cells_of, phrases
 from mobilevlm.nano.model import EOS
+from mobilevlm.nano.packed_attention import CHUNK
 from mobilevlm.nano.pairs import pair_questions
-from mobilevlm.nano.questions import Question, caption_question, questions
+from mobilevlm.nano.questions import KINDS, Question, caption_question, questions
 from mobilevlm.nano.recipes import ALL_KINDS, Recipe
 from mobilevlm.nano.scenes import TRAINING_SEEDS, Scene, sample_scene
 from mobilevlm.nano.text_only import text_questions
 from mobilevlm.nano.tokenizer import NanoTokenizer, prompt_text
-from mobilevlm.spec import IMAGE_TOKEN_ID
+from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
+
+MOST_QUESTIONS = 40
+"""About one picture; the length of a row may allow fewer."""
+ASKED_KINDS = (*KINDS, "where", "count", "exists", "relation", "relation", "compare", "read")
+"""Kinds of question about one picture; those that take longest to learn stand twice."""
 
 
 @dataclass(frozen=True)
-class Batch:
-    """One step's data. ``rows`` x ``length`` places; ``answers`` places are predicted."""
+class Group:
+    """Rows whose prefixes are equally long: ``rows`` x ``length`` places."""
 
-    pixels: Tensor
-    """uint8 (images, edge, edge, 3)"""
-    targets: Tensor
-    """int64 (images, heads, visual tokens): see dense.py"""
     ids: Tensor
     """int64 (rows, length)"""
     slots: Tensor
@@ -47,6 +51,23 @@ class Batch:
     """int64 (rows, length): 0 prefix, 1.. question, -1 padding"""
     places: Tensor
     """int64 (answers): row * length + column of the state that predicts an answer token"""
+    phrases: Tensor
+    """int64 (phrases): row * length + column of the last token of a noun phrase"""
+    cells: Tensor
+    """float32 (phrases, CELLS): see grounding.py"""
+    prefix: int
+    """Places of the prefix; what follows is a multiple of CHUNK."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's data; ``answers`` tokens are predicted, in the order of the groups' places."""
+
+    pixels: Tensor
+    """uint8 (images, edge, edge, 3)"""
+    targets: Tensor
+    """int64 (images, heads, visual tokens): see dense.py"""
+    groups: tuple[Group, ...]
     labels: Tensor
     """int64 (answers): the token to predict"""
     owners: Tensor
@@ -55,7 +76,21 @@ class Batch:
     """int64 (questions): index into ALL_KINDS"""
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)))
+        groups = tuple(_moved(group, device) for group in self.groups)
+        return replace(_moved(self, device), groups=groups)
+
+
+T = TypeVar("T", Group, Batch)
+
+
+def _moved(part: T, device: torch.device) -> T:
+    """A copy with its own tensors on a device."""
+    tensors = {
+        name: value.to(device, non_blocking=True)
+        for name, value in vars(part).items()
+        if isinstance(value, Tensor)
+    }
+    return replace(part, **tensors)
 
 
 @dataclass
@@ -69,6 +104,8 @@ class Row:
     answers: list[tuple[int, int, int]]
     """Column that predicts, token, index of the question within the row."""
     kinds: list[int]
+    phrases: list[tuple[int, Cells]]
+    """Column of the last token of a noun phrase, and the cells it means."""
     prefix_ids: list[int]
     """The part of a prompt's ids (with IMAGE_TOKEN_ID) that the row's questions share."""
     prefix: int
@@ -89,19 +126,37 @@ def start_row(prefix_ids: Sequence[int], pictures: Sequence[int], visual_tokens:
             ids.append(token)
             slots.append(-1)
     count = len(ids)
-    return Row(ids, slots, list(range(count)), [0] * count, [], [], list(prefix_ids), count)
+    return Row(ids, slots, list(range(count)), [0] * count, [], [], [], list(prefix_ids), count)
 
 
 def add_question(
-    row: Row, tokenizer: NanoTokenizer, question: Question, images: int, length: int
+    row: Row,
+    tokenizer: NanoTokenizer,
+    question: Question,
+    images: int,
+    length: int,
+    scene: Scene | None = None,
 ) -> bool:
-    """Appends a question and its answer as a block; false when the row has no room for it."""
-    prompt = tokenizer.prompt_ids(prompt_text(question.text, images))
+    """Appends a question and its answer as a block; false when the row has no room for it.
+
+    With the ``scene`` that it is about, its noun phrases are grounded.
+    """
+    text = prompt_text(question.text, images)
+    prompt = tokenizer.prompt_ids(text)
     shared = len(row.prefix_ids)
     if prompt[:shared] != row.prefix_ids:
         raise ValueError(f"the row's prefix does not begin the prompt of {question.text!r}")
-    return add_block(row, prompt[shared:], tokenizer.answer_ids(question.answer),
-                     ALL_KINDS.index(question.kind), length)  # fmt: skip
+    start = len(row.ids)
+    if not add_block(row, prompt[shared:], tokenizer.answer_ids(question.answer),
+                     ALL_KINDS.index(question.kind), length):  # fmt: skip
+        return False
+    if scene is not None:
+        ends = tokenizer.ends(text.rpartition(IMAGE_PLACEHOLDER)[2])
+        offset = text.rpartition(IMAGE_PLACEHOLDER)[2].index(question.text)
+        for name, end in phrases(question.text):
+            token = int(np.searchsorted(ends, offset + end))
+            row.phrases.append((start + token, cells_of(scene, name)))
+    return True
 
 
 def add_block(
@@ -110,7 +165,7 @@ def add_block(
     """Appends a block of prompt and answer ids; the last answer token is only predicted."""
     block = [*prompt, *answer[:-1]]
     start = len(row.ids)
-    if start + len(block) > length:
+    if start + len(block) > length or len(block) > CHUNK:
         return False
     number = len(row.kinds) + 1
     row.ids += block
@@ -123,29 +178,50 @@ def add_block(
     return True
 
 
-def collate(
-    rows: Sequence[Row], scenes: Sequence[Scene], length: int, with_targets: bool = True
-) -> Batch:
-    """Pads rows to ``length`` and renders the scenes."""
+def collate(rows: Sequence[Row], scenes: Sequence[Scene], with_targets: bool = True) -> Batch:
+    """Groups and pads the rows, and renders the scenes."""
+    groups: list[Group] = []
+    labels: list[int] = []
+    owners: list[int] = []
+    kinds: list[int] = []
+    for prefix in sorted({row.prefix for row in rows}):
+        alike = [row for row in rows if row.prefix == prefix]
+        groups.append(_group(alike, prefix))
+        for row in alike:
+            labels += [token for _, token, _ in row.answers]
+            owners += [len(kinds) + owner for _, _, owner in row.answers]
+            kinds += row.kinds
+    pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
+    targets = [dense_targets(scene) for scene in scenes] if with_targets else [np.zeros((0, 0))]
+    return Batch(
+        torch.from_numpy(pixels),
+        torch.from_numpy(np.stack(targets)),
+        tuple(groups),
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(owners, dtype=torch.long),
+        torch.tensor(kinds, dtype=torch.long),
+    )
+
+
+def _group(rows: Sequence[Row], prefix: int) -> Group:
+    longest = max(len(row.ids) for row in rows) - prefix
+    length = prefix + -(-longest // CHUNK) * CHUNK
     shape = (len(rows), length)
     ids, positions = np.full(shape, EOS), np.zeros(shape, np.int64)
     slots, blocks = np.full(shape, -1), np.full(shape, -1)
-    answers: list[tuple[int, int, int]] = []
-    kinds: list[int] = []
+    places: list[int] = []
+    marks: list[int] = []
+    cells = [np.zeros((0, CELLS), np.float32)]
     for index, row in enumerate(rows):
         used = len(row.ids)
         ids[index, :used], slots[index, :used] = row.ids, row.slots
         positions[index, :used], blocks[index, :used] = row.positions, row.blocks
-        answers += [
-            (index * length + column, token, len(kinds) + owner)
-            for column, token, owner in row.answers
-        ]
-        kinds += row.kinds
-    table = np.array(answers, np.int64).reshape(-1, 3)
-    pixels = np.stack([np.asarray(render(scene)) for scene in scenes])
-    targets = [dense_targets(scene) for scene in scenes] if with_targets else [np.zeros((0, 0))]
-    arrays = (pixels, np.stack(targets), ids, slots, positions, blocks, *table.T, np.array(kinds))
-    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+        places += [index * length + column for column, _, _ in row.answers]
+        marks += [index * length + column for column, _ in row.phrases]
+        cells += [where[None] for _, where in row.phrases]
+    marked = (np.array(marks, np.int64), np.concatenate(cells))
+    arrays = (ids, slots, positions, blocks, np.array(places, np.int64), *marked)
+    return Group(*map(torch.from_numpy, arrays), prefix)
 
 
 def make_batch(
@@ -157,30 +233,30 @@ def make_batch(
     first = (seed * 1_000_003 + stage + step * recipe.images) % (TRAINING_SEEDS - recipe.images)
     scenes = [sample_scene(first + index) for index in range(recipe.images)]
     if not recipe.language:
-        return collate([], scenes, 0)
+        return collate([], scenes)
     rows = [
         single_row(scene, index, recipe, tokenizer, visual_tokens)
         for index, scene in enumerate(scenes)
     ]
     for index in range(recipe.pair_rows):
         one, other = 2 * index, 2 * index + 1
-        asked = pair_questions(scenes[one], scenes[other], 8)
+        asked = pair_questions(scenes[one], scenes[other], MOST_QUESTIONS // 2)
         if asked:
             rows.append(filled_row(asked, (one, other), recipe.length, tokenizer, visual_tokens))
     for index in range(recipe.text_rows):
-        asked = text_questions(first + index, 16)
+        asked = text_questions(first + index, MOST_QUESTIONS)
         rows.append(filled_row(asked, (), recipe.length, tokenizer, visual_tokens))
-    return collate(rows, scenes, recipe.length, recipe.dense_weight > 0)
+    return collate(rows, scenes, recipe.dense_weight > 0)
 
 
 def single_row(
     scene: Scene, picture: int, recipe: Recipe, tokenizer: NanoTokenizer, visual_tokens: int
 ) -> Row:
     """A row of questions about one scene, beginning with its caption for some."""
-    asked = list(questions(scene, 14))
+    asked = list(questions(scene, MOST_QUESTIONS, ASKED_KINDS))
     if scene.seed * 7919 % 1000 < recipe.captions * 1000:  # a prime, so that batches mix
         asked.insert(0, caption_question(scene))
-    return filled_row(asked, (picture,), recipe.length, tokenizer, visual_tokens)
+    return filled_row(asked, (picture,), recipe.length, tokenizer, visual_tokens, scene)
 
 
 def filled_row(
@@ -189,6 +265,7 @@ def filled_row(
     length: int,
     tokenizer: NanoTokenizer,
     visual_tokens: int,
+    scene: Scene | None = None,
 ) -> Row:
     """A row with as many of the questions, which all share the pictures' layout, as fit."""
     prompt = tokenizer.prompt_ids(prompt_text(asked[0].text, len(pictures)))
@@ -198,17 +275,8 @@ def filled_row(
         shared = len(tokenizer.prompt_ids(prompt_text("", 0).removesuffix(" ASSISTANT:").rstrip()))
     row = start_row(prompt[:shared], pictures, visual_tokens)
     for question in asked:
-        add_question(row, tokenizer, question, len(pictures), length)
+        add_question(row, tokenizer, question, len(pictures), length, scene)
     return row
-
-
-def attention_mask(blocks: Tensor) -> Tensor:
-    """(rows, length) block numbers to (rows, length, length): who (axis 1) sees whom (axis 2)."""
-    length = blocks.shape[1]
-    seen, sees = blocks[:, None, :], blocks[:, :, None]
-    causal = torch.ones(length, length, dtype=torch.bool, device=blocks.device).tril()
-    itself = torch.eye(length, dtype=torch.bool, device=blocks.device)
-    return ((seen == 0) | (seen == sees)) & causal & (sees >= 0) | itself
 
 
 def normalized(pixels: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from mobilevlm.nano.questions import questions
 from mobilevlm.nano.recipes import ALL_KINDS, Recipe
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.nano.tokenizer import NanoTokenizer, prompt_text
-from mobilevlm.nano.train import Losses, Trainee, answer_logits
+from mobilevlm.nano.train import Losses, Trainee, decode
 from mobilevlm.spec import IMAGE_TOKEN_ID
 
 
@@ -108,7 +108,7 @@ class PreferenceDataset(Dataset[Batch]):
                     raise ValueError(f"{self.recipe.name}: rows of {self.recipe.length} are short")
             rows.append(row)
         scenes = [sample_scene(preference.seed) for preference in part]
-        return collate(rows, scenes, self.recipe.length, with_targets=False)
+        return collate(rows, scenes, with_targets=False)
 
 
 class PreferenceObjective:
@@ -136,6 +136,7 @@ class PreferenceObjective:
             total=preference + language,
             language=language,
             dense=zero,
+            grounding=zero,
             balance=zero,
             right=tally.index_add(0, kinds, (pairs[:, 0] > pairs[:, 1]).float()),
             asked=tally.index_add(0, kinds, torch.ones_like(pairs[:, 0])),
@@ -145,6 +146,6 @@ class PreferenceObjective:
 def answer_likelihoods(model: NanoModel, batch: Batch) -> Tensor:
     """Log probability of each answer of a batch: (questions)."""
     visual = model.encode_images(normalized(batch.pixels))
-    logs = answer_logits(model, batch, visual).log_softmax(dim=-1)
+    logs = decode(model, batch, visual).logits.log_softmax(dim=-1)
     tokens = logs.gather(1, batch.labels[:, None])[:, 0]
     return torch.zeros(len(batch.kinds), device=tokens.device).index_add(0, batch.owners, tokens)

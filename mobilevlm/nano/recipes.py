@@ -32,6 +32,8 @@ class Recipe:
     """Share of pictures that are also described."""
     dense_weight: float
     """Weight of the dense targets of the visual tokens (see dense.py)."""
+    grounding_weight: float = 0.0
+    """Weight of the grounding of noun phrases (see grounding.py)."""
     warmup: float = 0.03
     """Share of the stage over which the learning rate rises."""
     final: float = 0.02
@@ -58,8 +60,8 @@ SPARSE_PARTS = r".*\.mlp\.(experts|router)\..*"
 
 RECIPES = {
     "vision": Recipe("vision", 4000, 1.0e-3, 16, 0, 0, 0, 0.0, 1.0),
-    "pretrain": Recipe("pretrain", 1500, 1.2e-3, 32, 2, 1, 384, 1.0, 0.5),
-    "sft": Recipe("sft", 6000, 1.0e-3, 32, 4, 2, 448, 0.2, 0.1),
+    "pretrain": Recipe("pretrain", 1500, 1.2e-3, 32, 2, 1, 384, 1.0, 0.5, 1.0),
+    "sft": Recipe("sft", 6000, 1.0e-3, 32, 4, 2, 880, 0.1, 0.3, 1.0),
     "dpo": Recipe("dpo", 200, 3e-5, 16, 0, 0, 640, 0.0, 0.0, weight_decay=0.0, beta=0.1),
     "moe": Recipe(
         "moe",
@@ -68,8 +70,8 @@ RECIPES = {
         32,
         4,
         2,
-        448,
-        0.2,
+        880,
+        0.1,
         0.0,
         balance_weight=0.01,
         trained=SPARSE_PARTS,

@@ -10,7 +10,8 @@ import torch
 
 from mobilevlm.errors import require
 from mobilevlm.nano.model import NanoModel
-from mobilevlm.nano.packing import Batch, attention_mask, normalized
+from mobilevlm.nano.packed_attention import packed_mask
+from mobilevlm.nano.packing import Batch, normalized
 
 
 @dataclass(frozen=True)
@@ -28,21 +29,23 @@ class LayerRouting:
 def routing(model: NanoModel, batch: Batch) -> tuple[LayerRouting, ...]:
     """Routing of one batch, padding aside."""
     visual = model.encode_images(normalized(batch.pixels))
-    model.hidden_states(
-        batch.ids, batch.slots, batch.positions, attention_mask(batch.blocks), visual
+    experts = model.config.num_experts
+    # For each layer: choices per modality and expert.
+    counts = torch.zeros(len(model.config.moe_layers), 2, experts)
+    for group in batch.groups:
+        mask = packed_mask(group.blocks, group.prefix)
+        model.hidden_states(group.ids, group.slots, group.positions, mask, visual)
+        used = (group.blocks >= 0).flatten()
+        is_visual = (group.slots >= 0).flatten()
+        for layer, sparse in enumerate(model.sparse_layers()):
+            for kind, places in enumerate((is_visual & used, ~is_visual & used)):
+                chosen = sparse.chosen[places].flatten()
+                counts[layer, kind] += torch.bincount(chosen, minlength=experts).cpu()
+    shares = (counts / counts.sum(dim=-1, keepdim=True).clamp(min=1)).tolist()
+    return tuple(
+        LayerRouting(layer, tuple(seen), tuple(read))
+        for layer, (seen, read) in zip(model.config.moe_layers, shares, strict=True)
     )
-    used = (batch.blocks >= 0).flatten()
-    is_visual = (batch.slots >= 0).flatten()
-    found = []
-    for layer, sparse in zip(model.config.moe_layers, model.sparse_layers(), strict=True):
-        shares = []
-        for kind in (is_visual & used, ~is_visual & used):
-            counts = torch.bincount(
-                sparse.chosen[kind].flatten(), minlength=model.config.num_experts
-            ).float()
-            shares.append(tuple((counts / counts.sum().clamp(min=1)).tolist()))
-        found.append(LayerRouting(layer, shares[0], shares[1]))
-    return tuple(found)
 
 
 def mean_routing(routings: Sequence[tuple[LayerRouting, ...]]) -> tuple[LayerRouting, ...]:

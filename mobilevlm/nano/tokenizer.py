@@ -47,6 +47,12 @@ class NanoTokenizer:
         self.model = state
         self._load()
 
+    @functools.lru_cache(maxsize=20000)  # noqa: B019 (one tokenizer per process)
+    def ends(self, text: str) -> tuple[int, ...]:
+        """Where each token of a chunk ends in its text."""
+        proto = self.processor.encode(text, return_type="proto")
+        return tuple(piece.end for piece in proto.pieces)
+
     def _chunk(self, text: str) -> tuple[int, ...]:
         return tuple(self.processor.encode(text))
 

@@ -30,9 +30,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.nano.dense import CLASSES
+from mobilevlm.nano.grounding import CELLS
 from mobilevlm.nano.model import NanoConfig, NanoModel
 from mobilevlm.nano.optimizer import MuonAdamW
-from mobilevlm.nano.packing import Batch, StepDataset, attention_mask, normalized
+from mobilevlm.nano.packed_attention import packed_mask
+from mobilevlm.nano.packing import Batch, StepDataset, normalized
 from mobilevlm.nano.recipes import ALL_KINDS, Recipe
 from mobilevlm.nano.tokenizer import NanoTokenizer
 from mobilevlm.nano.window import keep_codes, set_window, sharpen
@@ -68,6 +70,7 @@ class Losses:
     total: Tensor
     language: Tensor
     dense: Tensor
+    grounding: Tensor
     balance: Tensor
     right: Tensor
     """Questions answered exactly, per kind of ALL_KINDS."""
@@ -81,6 +84,7 @@ class Trainee(nn.Module):
         super().__init__()
         self.nano = NanoModel(config)
         self.heads = nn.Linear(config.hidden_size, sum(CLASSES.values()))
+        self.grounding = nn.Linear(config.hidden_size, CELLS)
 
 
 def dense_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -96,13 +100,31 @@ def dense_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def answer_logits(model: NanoModel, batch: Batch, visual: Tensor) -> Tensor:
-    """Logits (answers, vocabulary) at the places that predict answer tokens."""
-    states = model.hidden_states(
-        batch.ids, batch.slots, batch.positions, attention_mask(batch.blocks), visual
-    )
-    logits: Tensor = model.decoder.lm_head(states.flatten(0, 1)[batch.places])
-    return logits.float()
+@dataclass(frozen=True)
+class Outputs:
+    """What the decoder makes of a batch."""
+
+    logits: Tensor
+    """(answers, vocabulary): at the places that predict answer tokens"""
+    halfway: Tensor
+    """(phrases, hidden): states of the phrases after half of the layers"""
+    balance: Tensor
+    """Mean load-balancing loss of the sparse layers, 0 where there are none"""
+
+
+def decode(model: NanoModel, batch: Batch, visual: Tensor) -> Outputs:
+    """Runs the decoder over all rows; ``visual`` as ``encode_images`` gives it."""
+    logits, halfway, balance = [], [], torch.zeros((), device=visual.device)
+    rows = sum(len(group.ids) for group in batch.groups)
+    for group in batch.groups:
+        mask = packed_mask(group.blocks, group.prefix)
+        states = model.hidden_states(group.ids, group.slots, group.positions, mask, visual)
+        logits.append(model.decoder.lm_head(states.flatten(0, 1)[group.places]).float())
+        halfway.append(model.halfway.flatten(0, 1)[group.phrases].float())
+        for layer in model.sparse_layers():
+            share = len(group.ids) / rows / len(model.config.moe_layers)
+            balance = balance + share * layer.balance_loss
+    return Outputs(torch.cat(logits), torch.cat(halfway), balance)
 
 
 def measure(trainee: Trainee, recipe: Recipe, batch: Batch) -> Losses:
@@ -116,19 +138,22 @@ def measure(trainee: Trainee, recipe: Recipe, batch: Batch) -> Losses:
     visual = model.encode_images(normalized(batch.pixels))
     dense = dense_loss(trainee.heads(visual), batch.targets) if recipe.dense_weight else zero
     right = asked = torch.zeros(len(ALL_KINDS), device=visual.device)
-    language = balance = zero
+    language = grounding = balance = zero
     if recipe.language:
-        logits = answer_logits(model, batch, visual)
-        language = F.cross_entropy(logits, batch.labels)
+        out = decode(model, batch, visual)
+        balance = out.balance
+        language = F.cross_entropy(out.logits, batch.labels)
+        cells = torch.cat([group.cells for group in batch.groups])
+        if recipe.grounding_weight and len(cells):
+            guess = trainee.grounding(out.halfway)
+            grounding = F.binary_cross_entropy_with_logits(guess, cells)
         wrong = torch.zeros(len(batch.kinds), device=visual.device)
-        wrong = wrong.index_add(0, batch.owners, (logits.argmax(-1) != batch.labels).float())
+        wrong = wrong.index_add(0, batch.owners, (out.logits.argmax(-1) != batch.labels).float())
         right = right.index_add(0, batch.kinds, (wrong == 0).float())
         asked = asked.index_add(0, batch.kinds, torch.ones_like(wrong))
-        sparse = model.sparse_layers()
-        if sparse:
-            balance = torch.stack([layer.balance_loss for layer in sparse]).mean()
     total = language + recipe.dense_weight * dense + recipe.balance_weight * balance
-    return Losses(total, language, dense, balance, right, asked)
+    total = total + recipe.grounding_weight * grounding
+    return Losses(total, language, dense, grounding, balance, right, asked)
 
 
 Objective = Callable[[Trainee, Recipe, Batch], Losses]
@@ -274,13 +299,12 @@ def load_weights(trainee: Trainee, weights: dict[str, Tensor], config: NanoConfi
     """Loads a stage's weights; experts that it does not have become copies of its dense MLP."""
     if config.num_experts:
         weights = dict(weights)
-        known = trainee.state_dict()
-        for name in known:
+        for name in trainee.state_dict():
             before, marker, after = name.partition(".experts.")
             if marker and name not in weights:
                 weights[name] = weights[f"{before}.{after.partition('.')[2]}"]
-        weights = {name: weights.get(name, value) for name, value in known.items()}
-    trainee.load_state_dict(weights)
+    # Routers, and the heads of a stage before: they begin at random.
+    trainee.load_state_dict(trainee.state_dict() | weights)
 
 
 def _progress(recipe: Recipe, run: Run, step: int, began: float) -> float:
@@ -309,7 +333,9 @@ class _Window:
         self.counts: Tensor | None = None
 
     def add(self, losses: Losses, norm: Tensor) -> None:
-        parts = (losses.total, losses.language, losses.dense, losses.balance, norm)
+        parts = (
+            losses.total, losses.language, losses.dense, losses.grounding, losses.balance, norm,
+        )  # fmt: skip
         sums = torch.stack([part.detach().float() for part in parts])
         counts = torch.stack((losses.right, losses.asked)).detach()
         self.steps += 1
@@ -318,7 +344,7 @@ class _Window:
 
     def record(self, stage: str, step: int, rate: float, seconds: float) -> dict[str, Any]:
         assert self.sums is not None and self.counts is not None
-        names = ("loss", "language", "dense", "balance", "gradient_norm")
+        names = ("loss", "language", "dense", "grounding", "balance", "gradient_norm")
         means = [round(value, 6) for value in (self.sums / self.steps).tolist()]
         right, asked = self.counts.tolist()
         kinds = {

@@ -17,7 +17,8 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.nano.answering import answer_questions
 from mobilevlm.nano.drawing import render
 from mobilevlm.nano.model import NanoModel
-from mobilevlm.nano.packing import attention_mask, make_batch, normalized
+from mobilevlm.nano.packed_attention import attention_mask, packing
+from mobilevlm.nano.packing import make_batch, normalized
 from mobilevlm.nano.preference import (
     Preference,
     PreferenceDataset,
@@ -102,16 +103,42 @@ def test_packed_questions_see_what_inference_sees(tokenizer: NanoTokenizer) -> N
     recipe = small("sft", 1)
     batch = make_batch(recipe, tokenizer, CONFIG.visual_tokens, 0, 0)
     visual = model.encode_images(normalized(batch.pixels))
-    packed = model.hidden_states(
-        batch.ids, batch.slots, batch.positions, attention_mask(batch.blocks), visual
-    )
-    alone = (batch.blocks[0] == 0) | (batch.blocks[0] == 2)
-    ids, slots = batch.ids[:1, alone], batch.slots[:1, alone]
-    positions = torch.arange(ids.shape[1])[None]
-    assert torch.equal(positions, batch.positions[:1, alone])
-    mask = attention_mask(torch.zeros_like(ids))
-    single = model.hidden_states(ids, slots, positions, mask, visual)
-    torch.testing.assert_close(packed[:1, alone], single, rtol=1e-4, atol=1e-4)
+    assert len(batch.groups) >= 3  # text only, one picture, two pictures
+    for group in batch.groups:
+        mask = packing(group.blocks, group.prefix)
+        packed = model.hidden_states(group.ids, group.slots, group.positions, mask, visual)
+        for question in (1, 2, int(group.blocks[0].max())):
+            alone = (group.blocks[0] == 0) | (group.blocks[0] == question)
+            ids, slots = group.ids[:1, alone], group.slots[:1, alone]
+            positions = torch.arange(ids.shape[1])[None]
+            assert torch.equal(positions, group.positions[:1, alone])
+            causal = attention_mask(torch.zeros_like(ids))
+            single = model.hidden_states(ids, slots, positions, causal, visual)
+            torch.testing.assert_close(packed[:1, alone], single, rtol=1e-4, atol=1e-4)
+
+
+def test_packed_attention_is_what_the_mask_says(tokenizer: NanoTokenizer) -> None:
+    """Its backward pass, too: what a GPU computes from the mask is what a processor computes."""
+    torch.manual_seed(0)
+    batch = make_batch(small("sft", 1), tokenizer, CONFIG.visual_tokens, 0, 0)
+    gradients = []
+    for masks in (packing, lambda blocks, _: attention_mask(blocks)):
+        model = Trainee(CONFIG).nano
+        model.load_state_dict(gradients[0][0] if gradients else model.state_dict())
+        loss = torch.zeros(())
+        for group in batch.groups:
+            visual = model.encode_images(normalized(batch.pixels))
+            mask = masks(group.blocks, group.prefix)
+            states = model.hidden_states(group.ids, group.slots, group.positions, mask, visual)
+            loss = loss + states.flatten(0, 1)[group.places].square().sum().sqrt()
+        loss.backward()  # type: ignore[no-untyped-call]
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        gradients.append((model.state_dict(), found))
+    (_, packed), (_, masked) = gradients
+    assert packed.keys() == masked.keys() and "decoder.layers.0.attn.k_proj.weight" in packed
+    for name, gradient in packed.items():
+        scale = masked[name].abs().max().item()
+        torch.testing.assert_close(gradient, masked[name], rtol=1e-3, atol=1e-4 * scale + 1e-6)
 
 
 def test_experts_start_as_copies_and_change_nothing(

@@ -103,7 +103,7 @@ def quantize_rows(
 def _importance_array(llama: Any, importance: Mapping[str, Float32]) -> Any:
     """llama.cpp's array of names and numbers, which an entry without a name ends (llama.h). It
     holds references to all that it points to."""
-    if not hasattr(llama, "llama_model_imatrix_data"):  # it took a C++ map until early in 2026
+    if not hasattr(llama, "llama_model_imatrix_data"):  # older ones took a C++ map
         raise MobileVLMError(
             "the installed llama-cpp-python cannot be given an importance matrix: "
             "pip install -U llama-cpp-python"

@@ -61,6 +61,8 @@ def export(
     conversation: str | None = None,
     measure: bool = True,
     gguf_type: GGUFType | None = None,
+    imatrix: str | PathLike[str] | None = None,
+    calibration: str | PathLike[str] | None = None,
     mmproj: str | PathLike[str] | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
@@ -69,7 +71,9 @@ def export(
     tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1`` or
     ``llava_v1``, where the family's default is wrong. ``measure``: compare the result with the
     float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
-    ``gguf_type``: type of the GGUF decoder, instead of the recipe's.
+    ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
+    importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
+    (export/calibration.py) to collect one from.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -83,11 +87,13 @@ def export(
     chosen = find_recipe(recipe)
     if gguf_type is not None:
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
+    if imatrix is not None or calibration is not None:
+        chosen = _with_importance(chosen, imatrix, calibration, formats)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
+    jobs = [job for form in formats for job in JOBS[form](model, chosen)]
     with open_workspace(target) as work:
-        jobs = [job for form in formats for job in JOBS[form](model, chosen)]
         artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
         draft = _manifest(model, chosen, artifacts)
@@ -102,6 +108,59 @@ def export(
         f"{time.perf_counter() - start:.1f} s"
     )
     return manifest
+
+
+def export_imatrix(
+    checkpoint: str | PathLike[str],
+    path: str | PathLike[str],
+    *,
+    calibration: str | PathLike[str] = "scenes",
+    vision_tower: str | PathLike[str] | None = None,
+    conversation: str | None = None,
+) -> None:
+    """Collects an importance matrix of a checkpoint folder and writes it in llama.cpp's format.
+
+    ``calibration``: ``scenes`` or a JSONL file (export/calibration.py).
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        BundleError: the target is in the way.
+        MobileVLMError, ImageError, PromptError: a sample is wrong.
+        MissingExtraError: torch is not installed.
+    """
+    try:
+        from mobilevlm.export.gguf.imatrix import check_imatrix_target, write_imatrix
+        from mobilevlm.export.gguf.importance import calibrated_importance
+    except ImportError as error:
+        purpose = "collecting an importance matrix"
+        raise require(error.name or "gguf", "reference", purpose) from None
+    start = time.perf_counter()
+    target = Path(path)
+    check_imatrix_target(target)
+    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
+    model = open_checkpoint(Path(checkpoint), options)
+    matrix = calibrated_importance(model, str(calibration)).load()
+    write_imatrix(matrix, target)
+    progress.say(
+        f"imatrix     {path}  {len(matrix.entries)} matrices, samples: {matrix.chunk_count}, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+
+
+def _with_importance(
+    recipe: Recipe,
+    imatrix: str | PathLike[str] | None,
+    calibration: str | PathLike[str] | None,
+    formats: Sequence[str],
+) -> Recipe:
+    """The recipe with these instead of its own."""
+    if "gguf" not in formats:
+        raise MobileVLMError("importance matrices are for GGUF files: add --format gguf or all")
+    return dataclasses.replace(
+        recipe,
+        gguf_imatrix=None if imatrix is None else str(Path(imatrix)),
+        gguf_calibration=None if calibration is None else str(calibration),
+    )
 
 
 def _open(
@@ -138,6 +197,8 @@ def _make(job: Job, work: Workspace) -> Artifact:
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in job.artifact.files:
         work.path(name).unlink(missing_ok=True)  # it may be a link into the bundle
+    if job.prepare is not None:
+        job.prepare()
     with progress.track(stage, job.size) as advance:
         errors = job.author(path, advance)
     worst = max(errors, key=errors.__getitem__) if errors else None
@@ -226,7 +287,7 @@ def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> 
     return Manifest(
         schema_version=SCHEMA_VERSION,
         spec=model.spec,
-        recipe=dataclasses.asdict(recipe),
+        recipe=recipe.for_manifest(),
         artifacts=artifacts,
         embeddings=_embedding_table(model, artifacts),
         quality=Quality(False),

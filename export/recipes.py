@@ -6,9 +6,9 @@ A recipe is named (``int4``) or read from a TOML file with the same fields as th
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.spec import GGUFType, from_dict
@@ -61,6 +61,17 @@ class Recipe:
     """Type of the GGUF decoder; by default what is nearest to ``decoder``."""
     gguf_mmproj: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """Type of the GGUF tower and projector; by default ``f32`` for ``fp32``, else ``f16``."""
+    gguf_imatrix: str | None = None
+    """Importance matrix for rounding the GGUF decoder: a file of llama.cpp's format."""
+    gguf_calibration: str | None = None
+    """Data to collect one from: ``scenes``, or a JSONL file (export/calibration.py)."""
+
+    def for_manifest(self) -> dict[str, Any]:
+        """All fields; of files only their names, since folders say nothing elsewhere."""
+        fields = asdict(self)
+        for name in ("gguf_imatrix", "gguf_calibration"):
+            fields[name] = fields[name] and Path(fields[name]).name
+        return fields
 
     @property
     def gguf_type(self) -> GGUFType:
@@ -106,4 +117,9 @@ def find_recipe(name: str) -> Recipe:
         raise MobileVLMError(
             f"{path}.block_size: {recipe.block_size}, expected 16, 32, 64, 128 or 256"
         )
+    # What it names lies beside it.
+    if recipe.gguf_imatrix is not None:
+        recipe = replace(recipe, gguf_imatrix=str(path.parent / recipe.gguf_imatrix))
+    if recipe.gguf_calibration not in (None, "scenes"):
+        recipe = replace(recipe, gguf_calibration=str(path.parent / str(recipe.gguf_calibration)))
     return recipe

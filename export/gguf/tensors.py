@@ -15,8 +15,8 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.export.quantize import q4_0
-from mobilevlm.export.quantize.rtn import Float32, quantize_blocks
+from mobilevlm.export.quantize import q4_0, rtn
+from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.spec import GGUFType
 
 TYPES: dict[GGUFType, gguf.GGMLQuantizationType] = {
@@ -117,7 +117,7 @@ def convert(values: Float32, kind: GGUFType) -> tuple[NDArray[Any], float]:
         return values.clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16), 0.0
     rows = values.reshape(-1, values.shape[-1])
     if kind == "q4_0":
-        quantized = quantize_blocks(rows, 4, BLOCK)  # the integers of our ``q4``
+        quantized = rtn.quantize(rows, q4_0.SCHEME)  # the integers of our ``q4``
         return q4_0.pack(quantized), quantized.relative_error
     step = max(1, _CHUNK // rows.shape[1])
     parts, error, energy = [], 0.0, 0.0

@@ -11,6 +11,7 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize import q4_0, rtn
+from mobilevlm.export.quantize.blocks import INT8, Scheme, signed_columns
 from mobilevlm.export.recipes import Precision
 
 CONTRIB = "com.microsoft"
@@ -44,18 +45,17 @@ class Linear(nn.Module):  # type: ignore[misc]
         self.precision, self.block_size = precision, block_size
         label = ",".join(names)
         if precision == "int8":
-            columns = rtn.quantize_columns(weight)
-            weights.errors[label] = columns.relative_error
-            self.weight = weights.parameter(columns.values)
-            self.scale = weights.parameter(columns.scales)
+            quantized = rtn.quantize(weight, INT8)
+            weights.errors[label] = quantized.relative_error
+            self.weight = weights.parameter(signed_columns(quantized))
+            self.scale = weights.parameter(quantized.scales[:, 0])
         elif precision in ("q8", "q4"):
-            stored = weights.q4_0(names) if (precision, block_size) == ("q4", q4_0.BLOCK) else None
-            blocks = stored or rtn.quantize_blocks(
-                weight, 4 if precision == "q4" else 8, block_size
-            )
-            weights.errors[label] = blocks.relative_error
-            self.weight = weights.parameter(blocks.packed)
-            self.scale = weights.parameter(blocks.scales)
+            scheme = Scheme(4 if precision == "q4" else 8, block_size)
+            stored = weights.q4_0(names) if scheme == q4_0.SCHEME else None
+            quantized = stored or rtn.quantize(weight, scheme)
+            weights.errors[label] = quantized.relative_error
+            self.weight = weights.parameter(quantized.packed)
+            self.scale = weights.parameter(quantized.scales)
         elif precision == "fp16":
             half = _to_half(weight, label)
             weights.errors[label] = _relative_error(half, weight)

@@ -17,7 +17,7 @@ from onnxscript import nn
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.quantize import q4_0
-from mobilevlm.export.quantize.rtn import BlockQuantized
+from mobilevlm.export.quantize.blocks import Quantized
 from mobilevlm.progress import Advance, ignore
 
 _ALIGNMENT = 4096
@@ -66,7 +66,7 @@ class WeightFile:
         self._advance(math.prod(shape))
         return self.source.read(name, shape)
 
-    def q4_0(self, names: Sequence[str]) -> BlockQuantized | None:
+    def q4_0(self, names: Sequence[str]) -> Quantized | None:
         """Layers stacked as they are stored in llama.cpp's Q4_0, nothing rounded again; none where
         one is stored in another type."""
         parts = [self.source.q4_0(f"{name}.weight") for name in names]

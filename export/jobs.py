@@ -20,7 +20,7 @@ from mobilevlm.families import Model
 from mobilevlm.progress import Advance
 from mobilevlm.spec import GGUFType, to_dict
 
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_q8", "q4": "_q4"}
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_q8", "q4": "_q4", "q2": "_q2"}
 """Endings of ONNX files by precision, as the hub's ONNX community names them."""
 
 TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
@@ -70,9 +70,12 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         job(
             "vision",
             "vision_encoder",
-            recipe.vision,
+            recipe.tower.precision,
             ("vision.", "projector."),
-            [to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)],
+            [
+                *(to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)),
+                *(to_dict(recipe.tower), to_dict(recipe.projector)),
+            ],
             author.author_vision,
         ),
         job(
@@ -86,9 +89,9 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         job(
             "decoder",
             "decoder_model_merged",
-            recipe.decoder,
+            recipe.decoder.precision,
             ("decoder.layers.", "decoder.norm.", "decoder.lm_head."),
-            [to_dict(spec.decoder), recipe.lm_head, recipe.block_size],
+            [to_dict(spec.decoder), to_dict(recipe.decoder), to_dict(recipe.lm_head)],
             author.author_decoder,
         ),
     ]

@@ -44,7 +44,7 @@ MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
 MEMORY_LIBRARIES = 0.5e9
 """What torch and onnxruntime take before they hold any weights."""
-RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3}
+RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3, "q2": 1.3}
 """Memory of a session as a multiple of its weight file: onnxruntime keeps float weights twice, in
 float32, and a part of the quantized ones twice for a moment."""
 RESIDENT_GGUF = 2.0

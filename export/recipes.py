@@ -1,6 +1,7 @@
 """Recipes: which precision each part of a model is exported in, and how far it may drift.
 
-A recipe is named (``int4``) or read from a TOML file with the same fields as the dataclass.
+A recipe is named (``int4``) or read from a TOML file with the same fields as the dataclass; a part
+that is a text there (``decoder = "q4"``) means that precision with everything else left as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.quantize.blocks import INT8, Scheme
 from mobilevlm.spec import GGUFType, from_dict
 
 if sys.version_info >= (3, 11):
@@ -18,12 +20,19 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4"]
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2"]
 """How the weights of a linear layer are stored and multiplied.
 
 ``fp32``, ``fp16``: float; ``int8``: 8-bit weights, activations quantized while running;
-``q8``, ``q4``: 8- or 4-bit weights in blocks, float activations (MatMulNBits).
+``q8``, ``q4``, ``q2``: 8-, 4- or 2-bit weights in blocks (MatMulNBits, which has no 3-bit kernel).
 """
+
+QuantizerName: TypeAlias = Literal["rtn", "hqq"]
+
+BLOCK_BITS: dict[Precision, int] = {"q8": 8, "q4": 4, "q2": 2}
+"""Bits of the precisions whose weights are in blocks."""
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Blocks that MatMulNBits takes at every bit width."""
 
 _GGUF_TYPES: dict[Precision, GGUFType] = {
     "fp32": "f32",
@@ -31,7 +40,40 @@ _GGUF_TYPES: dict[Precision, GGUFType] = {
     "int8": "q8_0",
     "q8": "q8_0",
     "q4": "q4_0",
+    "q2": "q4_0",
 }
+
+
+_USES: dict[str, tuple[Precision, ...]] = {
+    "quantizer": ("int8", *BLOCK_BITS),
+    "block_size": tuple(BLOCK_BITS),
+    "symmetric": tuple(BLOCK_BITS),
+}
+"""Precisions that a setting has a meaning for."""
+PARTS = ("tower", "projector", "decoder", "lm_head")
+"""Parts of a model whose linear layers have a format of their own."""
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """How the linear layers of one part of a model are stored."""
+
+    precision: Precision
+    quantizer: QuantizerName = "rtn"
+    """What chooses the integers."""
+    block_size: int = 32
+    """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
+    symmetric: bool = True
+    """Without, each of those blocks has a zero point too."""
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The integers that stand for weights; none for floats."""
+        if self.precision == "int8":
+            return INT8
+        if self.precision in BLOCK_BITS:
+            return Scheme(BLOCK_BITS[self.precision], self.block_size, self.symmetric)
+        return None
 
 
 @dataclass(frozen=True)
@@ -49,35 +91,52 @@ class Recipe:
     """Precisions of one export."""
 
     name: str
-    vision: Precision
-    """Linear layers of the tower and the projector; convolutions and norms stay float."""
-    decoder: Precision
-    lm_head: Precision
+    tower: LinearFormat
+    """Linear layers of the vision tower; its convolution and norms stay float."""
+    projector: LinearFormat
+    decoder: LinearFormat
+    lm_head: LinearFormat
     embeddings: Literal["fp32", "fp16"]
     limits: Limits
-    block_size: int = 32
-    """Weights that share a scale in ``q4`` and ``q8``."""
     gguf: GGUFType | None = None
     """Type of the GGUF decoder; by default what is nearest to ``decoder``."""
     gguf_mmproj: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """Type of the GGUF tower and projector; by default ``f32`` for ``fp32``, else ``f16``."""
 
+    def format_of(self, name: str) -> LinearFormat:
+        """The format of the linear layer with this canonical name."""
+        part, _, rest = name.partition(".")
+        if part == "decoder":
+            return self.lm_head if rest.startswith("lm_head") else self.decoder
+        return self.tower if part == "vision" else self.projector
+
     @property
     def gguf_type(self) -> GGUFType:
-        return self.gguf or _GGUF_TYPES[self.decoder]
+        return self.gguf or _GGUF_TYPES[self.decoder.precision]
 
     @property
     def mmproj_type(self) -> GGUFType:
-        return self.gguf_mmproj or ("f32" if self.vision == "fp32" else "f16")
+        return self.gguf_mmproj or ("f32" if self.tower.precision == "fp32" else "f16")
+
+
+def _uniform(
+    name: str,
+    vision: Precision,
+    decoder: Precision,
+    embeddings: Literal["fp32", "fp16"],
+    limits: Limits,
+) -> Recipe:
+    tower, layers = LinearFormat(vision), LinearFormat(decoder)
+    return Recipe(name, tower, tower, layers, layers, embeddings, limits)
 
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("fp32", "fp32", "fp32", "fp32", "fp32", Limits(1e-4, 1e-6)),
-        Recipe("fp16-weights", "fp16", "fp16", "fp16", "fp16", Limits(5e-3, 1e-4)),
-        Recipe("int8", "int8", "int8", "int8", "fp16", Limits(0.15, 0.1)),
-        Recipe("int4", "int8", "q4", "q4", "fp16", Limits(0.15, 0.5)),
+        _uniform("fp32", "fp32", "fp32", "fp32", Limits(1e-4, 1e-6)),
+        _uniform("fp16-weights", "fp16", "fp16", "fp16", Limits(5e-3, 1e-4)),
+        _uniform("int8", "int8", "int8", "fp16", Limits(0.15, 0.1)),
+        _uniform("int4", "int8", "q4", "fp16", Limits(0.15, 0.5)),
     )
 }
 
@@ -101,9 +160,24 @@ def find_recipe(name: str) -> Recipe:
         raise MobileVLMError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
+    for part in PARTS:
+        if isinstance(data.get(part), str):
+            data[part] = {"precision": data[part]}
     recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
-    if recipe.block_size not in (16, 32, 64, 128, 256):
-        raise MobileVLMError(
-            f"{path}.block_size: {recipe.block_size}, expected 16, 32, 64, 128 or 256"
-        )
+    for part in PARTS:
+        _check(getattr(recipe, part), f"{path}.{part}")
     return recipe
+
+
+def _check(layers: LinearFormat, where: str) -> None:
+    """Refuses settings that the precision has no use for, so that none is silently ignored."""
+    precision = layers.precision
+    if layers.block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise MobileVLMError(f"{where}.block_size: {layers.block_size}, expected one of {sizes}")
+    plain = LinearFormat(precision)
+    for field, kinds in _USES.items():
+        if getattr(layers, field) != getattr(plain, field) and precision not in kinds:
+            raise MobileVLMError(
+                f"{where}.{field}: {precision} has none: it goes with {', '.join(kinds)}"
+            )

@@ -31,7 +31,7 @@ def author_vision(
     """Writes the vision stage. Returns each quantized tensor's relative error."""
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        stage = VisionStage(file, spec, recipe.vision)
+        stage = VisionStage(file, spec)
         size, patches = spec.image.size, spec.vision.num_patches
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
         tokens, features = stage(builder.op, pixels)
@@ -43,7 +43,7 @@ def author_vision(
         )
         _output(builder, features, "features", [1, patches, spec.vision.hidden_size])
 
-    return _author("vision_encoder", weights, path, advance, build)
+    return _author("vision_encoder", weights, recipe, path, advance, build)
 
 
 def author_decoder(
@@ -54,7 +54,7 @@ def author_decoder(
     buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.head_dim]
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        stage = DecoderStage(file, decoder, recipe)
+        stage = DecoderStage(file, decoder)
         embeds = _input(builder, "inputs_embeds", FLOAT, [1, "length", decoder.hidden_size])
         total = _input(builder, "total_length", ir.DataType.INT32, [1])
         positions = _input(builder, "logits_positions", ir.DataType.INT64, ["positions"])
@@ -71,7 +71,7 @@ def author_decoder(
             _output(builder, key, f"present.{index}.key", buffer)
             _output(builder, value, f"present.{index}.value", buffer)
 
-    return _author("decoder_model_merged", weights, path, advance, build)
+    return _author("decoder_model_merged", weights, recipe, path, advance, build)
 
 
 def author_embeddings(
@@ -91,18 +91,19 @@ def author_embeddings(
         embeds = builder.op.Cast(rows, to=FLOAT) if half else rows
         _output(builder, embeds, "inputs_embeds", [1, "length", decoder.hidden_size])
 
-    return _author("embed_tokens", weights, path, advance, build)
+    return _author("embed_tokens", weights, recipe, path, advance, build)
 
 
 def _author(
     name: str,
     weights: Weights,
+    recipe: Recipe,
     path: Path,
     advance: Advance,
     build: Callable[[GraphBuilder, WeightFile], None],
 ) -> dict[str, float]:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name=name)
-    file = WeightFile(weights, path.with_name(f"{path.name}_data"), advance)
+    file = WeightFile(weights, path.with_name(f"{path.name}_data"), recipe, advance)
     try:
         build(GraphBuilder(graph), file)
     finally:

@@ -18,6 +18,7 @@ from onnxscript import nn
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.blocks import Quantized
+from mobilevlm.export.recipes import Recipe
 from mobilevlm.progress import Advance, ignore
 
 _ALIGNMENT = 4096
@@ -29,12 +30,14 @@ _INLINE_BYTES = 1024
 class WeightFile:
     """Parameters of a graph under construction. Open until :meth:`close`.
 
-    ``source`` gives the canonical tensors; ``errors`` collects the relative error that quantization
-    made in each.
+    ``source`` gives the canonical tensors, ``recipe`` their formats; ``errors`` collects the
+    relative error that quantization made in each.
     """
 
-    def __init__(self, source: Weights, path: Path, advance: Advance = ignore) -> None:
-        self.source = source
+    def __init__(
+        self, source: Weights, path: Path, recipe: Recipe, advance: Advance = ignore
+    ) -> None:
+        self.source, self.recipe = source, recipe
         self._advance = advance
         self.path = path
         self.errors: dict[str, float] = {}

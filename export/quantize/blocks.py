@@ -20,8 +20,8 @@ _LARGEST_SCALE = np.float32(np.finfo(np.float16).max)
 _SMALLEST_SCALE = np.finfo(np.float32).tiny
 """Smaller scales have no finite inverse; rounded to float16 they are zero anyway."""
 
-_CHUNK = 2**22
-"""Weights quantized at once, which bounds the memory of intermediate results."""
+_CHUNK = 2**18
+"""Weights quantized at once: intermediate results stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -98,15 +98,17 @@ Fit: TypeAlias = Callable[[Float32, Scheme], tuple[Float32, Float32]]
 """Chooses scales and zero points, both ``(rows, blocks)``, for ``(rows, blocks, block)``."""
 
 
-def quantize_rows(weight: Float32, scheme: Scheme, quantizer: RowQuantizer) -> Quantized:
-    """Quantizes ``(out_size, in_size)`` some rows at a time, and packs them."""
+def quantize_rows(
+    weight: Float32, scheme: Scheme, quantizer: RowQuantizer, chunk: int | None = None
+) -> Quantized:
+    """Quantizes ``(out_size, in_size)``, about ``chunk`` weights at a time, and packs them."""
     out_size, in_size = weight.shape
     blocks, block = scheme.blocks(in_size), scheme.block(in_size)
     packed = np.empty((out_size, blocks, packed_size(block, scheme.bits)), np.uint8)
     scales = np.empty((out_size, blocks), np.float32)
     zero_points = np.empty((out_size, packed_size(blocks, scheme.bits)), np.uint8)
     error = energy = 0.0
-    step = max(1, _CHUNK // in_size)
+    step = max(1, (chunk or _CHUNK) // in_size)
     for start in range(0, out_size, step):
         part = weight[start : start + step]
         rows = quantizer(part)

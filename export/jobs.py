@@ -101,6 +101,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
     """Both stages of a dense model as GGUF files, named by the convention of the format."""
     try:
         from mobilevlm.export.gguf.decoder import write_decoder
+        from mobilevlm.export.gguf.importance import find_importance
         from mobilevlm.export.gguf.llama_quantizer import quantizer_version
         from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
         from mobilevlm.export.gguf.tensors import TYPES
@@ -128,7 +129,16 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         )
 
     kind = recipe.gguf_type
-    quantizer = "" if kind in TYPES else quantizer_version(kind)
+    importance = find_importance(model, recipe)
+    if kind not in TYPES:
+        quantizer = quantizer_version(f"the type {kind}")
+    else:
+        quantizer = quantizer_version("an importance matrix") if importance else ""
+
+    def decoder(model: Model, kind: GGUFType, path: Path, advance: Advance) -> dict[str, float]:
+        matrix = None if importance is None else importance.load()
+        return write_decoder(model, kind, path, advance, matrix)
+
     tokenizer = hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest()
     return [
         job(
@@ -144,8 +154,14 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
             "",
             kind,
             ("decoder.",),
-            [to_dict(spec.decoder), to_dict(spec.conversation), tokenizer, quantizer],
-            write_decoder,
+            [
+                to_dict(spec.decoder),
+                to_dict(spec.conversation),
+                tokenizer,
+                quantizer,
+                importance.key if importance else "",
+            ],
+            decoder,
         ),
     ]
 

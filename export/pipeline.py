@@ -61,6 +61,8 @@ def export(
     conversation: str | None = None,
     measure: bool = True,
     gguf_type: GGUFType | None = None,
+    imatrix: str | PathLike[str] | None = None,
+    calibration: str | PathLike[str] | None = None,
     mmproj: str | PathLike[str] | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
@@ -69,7 +71,9 @@ def export(
     tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1`` or
     ``llava_v1``, where the family's default is wrong. ``measure``: compare the result with the
     float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
-    ``gguf_type``: type of the GGUF decoder, instead of the recipe's.
+    ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
+    importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
+    (export/calibration.py) to collect one from.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -83,6 +87,8 @@ def export(
     chosen = find_recipe(recipe)
     if gguf_type is not None:
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
+    if imatrix is not None or calibration is not None:
+        chosen = _with_importance(chosen, imatrix, calibration, formats)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
@@ -102,6 +108,59 @@ def export(
         f"{time.perf_counter() - start:.1f} s"
     )
     return manifest
+
+
+def export_imatrix(
+    checkpoint: str | PathLike[str],
+    path: str | PathLike[str],
+    *,
+    calibration: str | PathLike[str] = "scenes",
+    vision_tower: str | PathLike[str] | None = None,
+    conversation: str | None = None,
+) -> None:
+    """Collects an importance matrix of a checkpoint folder and writes it in llama.cpp's format.
+
+    ``calibration``: ``scenes`` or a JSONL file (export/calibration.py).
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        BundleError: the target is in the way.
+        MobileVLMError, ImageError, PromptError: a sample is wrong.
+        MissingExtraError: torch is not installed.
+    """
+    try:
+        from mobilevlm.export.gguf.imatrix import check_imatrix_target, write_imatrix
+        from mobilevlm.export.gguf.importance import calibrated_importance
+    except ImportError as error:
+        purpose = "collecting an importance matrix"
+        raise require(error.name or "gguf", "reference", purpose) from None
+    start = time.perf_counter()
+    target = Path(path)
+    check_imatrix_target(target)
+    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
+    model = open_checkpoint(Path(checkpoint), options)
+    matrix = calibrated_importance(model, str(calibration)).load()
+    write_imatrix(matrix, target)
+    progress.say(
+        f"imatrix     {path}  {len(matrix.entries)} matrices, {matrix.chunk_count} samples, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+
+
+def _with_importance(
+    recipe: Recipe,
+    imatrix: str | PathLike[str] | None,
+    calibration: str | PathLike[str] | None,
+    formats: Sequence[str],
+) -> Recipe:
+    """The recipe with these instead of its own."""
+    if "gguf" not in formats:
+        raise MobileVLMError("importance matrices are for GGUF files: add --format gguf or all")
+    return dataclasses.replace(
+        recipe,
+        gguf_imatrix=None if imatrix is None else str(Path(imatrix)),
+        gguf_calibration=None if calibration is None else str(calibration),
+    )
 
 
 def _open(
@@ -226,7 +285,7 @@ def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> 
     return Manifest(
         schema_version=SCHEMA_VERSION,
         spec=model.spec,
-        recipe=dataclasses.asdict(recipe),
+        recipe=recipe.for_manifest(),
         artifacts=artifacts,
         embeddings=_embedding_table(model, artifacts),
         quality=Quality(False),

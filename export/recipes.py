@@ -7,9 +7,9 @@ that is a text there (``decoder = "q4"``) means that precision with everything e
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize.blocks import INT8, Scheme
@@ -102,6 +102,17 @@ class Recipe:
     """Type of the GGUF decoder; by default what is nearest to ``decoder``."""
     gguf_mmproj: Literal["f32", "f16", "bf16", "q8_0"] | None = None
     """Type of the GGUF tower and projector; by default ``f32`` for ``fp32``, else ``f16``."""
+    gguf_imatrix: str | None = None
+    """Importance matrix for rounding the GGUF decoder: a file of llama.cpp's format."""
+    gguf_calibration: str | None = None
+    """Data to collect one from: ``scenes``, or a JSONL file (export/calibration.py)."""
+
+    def for_manifest(self) -> dict[str, Any]:
+        """All fields; of files only their names, since folders say nothing elsewhere."""
+        fields = asdict(self)
+        for name in ("gguf_imatrix", "gguf_calibration"):
+            fields[name] = fields[name] and Path(fields[name]).name
+        return fields
 
     def format_of(self, name: str) -> LinearFormat:
         """The format of the linear layer with this canonical name."""
@@ -166,6 +177,11 @@ def find_recipe(name: str) -> Recipe:
     recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
     for part in PARTS:
         _check(getattr(recipe, part), f"{path}.{part}")
+    # What it names lies beside it.
+    if recipe.gguf_imatrix is not None:
+        recipe = replace(recipe, gguf_imatrix=str(path.parent / recipe.gguf_imatrix))
+    if recipe.gguf_calibration not in (None, "scenes"):
+        recipe = replace(recipe, gguf_calibration=str(path.parent / str(recipe.gguf_calibration)))
     return recipe
 
 

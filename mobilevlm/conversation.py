@@ -125,3 +125,26 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
         piece = tokenizer.encode(chunk, add_special_tokens=index == 0).ids
         ids += piece if index == 0 else [IMAGE_TOKEN_ID, *piece]
     return ids
+
+
+def input_ids(tokenizer: Tokenizer, text: str, images: int, vocab_size: int) -> list[int]:
+    """Prompt text to input ids that the model can take: see :func:`tokenize`.
+
+    Raises:
+        PromptError: a token that the model has no embedding for, or the number of ``<image>`` is
+            not the number of images.
+    """
+    ids = tokenize(tokenizer, text)
+    beyond = [token for token in ids if token >= vocab_size]
+    if beyond:
+        raise PromptError(
+            f"the prompt holds {tokenizer.id_to_token(beyond[0])!r}, a token that the "
+            f"model has no embedding for: leave it out"
+        )
+    marks = ids.count(IMAGE_TOKEN_ID)
+    if marks != images:
+        raise PromptError(
+            f"the prompt holds {marks} <image> but {images} images were given: "
+            f"give one image for each mark"
+        )
+    return ids

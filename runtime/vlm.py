@@ -14,8 +14,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
-from mobilevlm.conversation import Message, render, tokenize, user_message
-from mobilevlm.errors import BundleError, MobileVLMError, PromptError
+from mobilevlm.conversation import Message, input_ids, render, user_message
+from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, open_image, preprocess
@@ -26,7 +26,6 @@ from mobilevlm.runtime.generation import Generation, StopRules, TextStream, gene
 from mobilevlm.runtime.machine import default_threads
 from mobilevlm.runtime.sampling import SamplingOptions
 from mobilevlm.runtime.session import Prompt, Session
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 DEFAULT_MAX_NEW_TOKENS = 256
 
@@ -218,20 +217,7 @@ class VLM:
         else:
             messages = [user_message(prompt, images)] if isinstance(prompt, str) else prompt
             text = render(self.spec.conversation, messages)
-        ids = tokenize(self.tokenizer, text)
-        beyond = [token for token in ids if token >= self.spec.decoder.vocab_size]
-        if beyond:
-            raise PromptError(
-                f"the prompt holds {self.tokenizer.id_to_token(beyond[0])!r}, a token that the "
-                f"model has no embedding for: leave it out"
-            )
-        marks = ids.count(IMAGE_TOKEN_ID)
-        if marks != images:
-            raise PromptError(
-                f"the prompt holds {marks} <image> but {images} images were given: "
-                f"give one image for each mark"
-            )
-        return ids
+        return input_ids(self.tokenizer, text, images, self.spec.decoder.vocab_size)
 
     def prompt_logits(
         self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False

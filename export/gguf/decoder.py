@@ -6,7 +6,9 @@ Names and metadata as llama.cpp's converter writes them (ggml-org/llama.cpp, con
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import TypeVar
 
 import gguf
@@ -14,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.export.gguf.imatrix import ImportanceMatrix
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
 from mobilevlm.export.gguf.names import Entry, decoder_entries
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, write_file
@@ -28,32 +31,47 @@ T = TypeVar("T", bound=np.generic)
 _QUANTIZATION_VERSION = 2
 
 
-def write_decoder(model: Model, kind: GGUFType, path: Path, advance: Advance) -> dict[str, float]:
+def write_decoder(
+    model: Model,
+    kind: GGUFType,
+    path: Path,
+    advance: Advance,
+    matrix: ImportanceMatrix | None = None,
+) -> dict[str, float]:
     """Writes the decoder in a type. Returns each quantized tensor's relative error (none for the
-    K-quants, which llama.cpp makes from a float16 file)."""
+    K-quants, which llama.cpp makes from a float16 file). ``matrix``: for the types that can heed
+    it; without, every weight counts the same."""
     if kind in TYPES:
-        return _write(model, kind, path, advance)
+        return _write(model, kind, path, advance, matrix)
     half = path.with_name(f"{path.name}.f16")
     try:
-        _write(model, "f16", half, advance)
-        quantize_file(half, path, kind)
+        _write(model, "f16", half, advance, matrix)
+        quantize_file(half, path, kind, _importance(matrix))
     finally:
         half.unlink(missing_ok=True)
     return {}
 
 
-def _write(model: Model, kind: GGUFType, path: Path, advance: Advance) -> dict[str, float]:
+def _write(
+    model: Model, kind: GGUFType, path: Path, advance: Advance, matrix: ImportanceMatrix | None
+) -> dict[str, float]:
     spec = model.spec
     vocabulary = read_vocabulary(model.folder, spec.decoder.vocab_size)
 
     def describe(writer: gguf.GGUFWriter) -> None:
         _describe(writer, spec, kind)
+        if matrix is not None:
+            _describe_importance(writer, matrix)
         describe_vocabulary(writer, vocabulary)
         writer.add_chat_template(spec.conversation.chat_template)
 
-    return write_file(
-        path, "llama", describe, decoder_tensors(model.weights, spec.decoder, kind, advance)
-    )
+    tensors = decoder_tensors(model.weights, spec.decoder, kind, advance, _importance(matrix))
+    return write_file(path, "llama", describe, tensors)
+
+
+def _importance(matrix: ImportanceMatrix | None) -> dict[str, Float32]:
+    entries = matrix.entries if matrix is not None else {}
+    return {name: entry.importance for name, entry in entries.items()}
 
 
 def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
@@ -77,10 +95,24 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
         writer.add_rope_scaling_factor(decoder.rope_scaling)
 
 
+def _describe_importance(writer: gguf.GGUFWriter, matrix: ImportanceMatrix) -> None:
+    """The keys of llama.cpp's quantizing tool, but for the file's name."""
+    writer.add_string("quantize.imatrix.dataset", ", ".join(matrix.datasets))
+    writer.add_uint32("quantize.imatrix.entries_count", len(matrix.entries))
+    writer.add_uint32("quantize.imatrix.chunks_count", matrix.chunk_count)
+
+
 def decoder_tensors(
-    weights: Weights, spec: DecoderSpec, kind: GGUFType, advance: Advance
+    weights: Weights,
+    spec: DecoderSpec,
+    kind: GGUFType,
+    advance: Advance,
+    importance: Mapping[str, Float32] = MappingProxyType({}),
 ) -> list[Tensor]:
-    """All tensors in the order of the file: matrices in ``kind``, norms in float32."""
+    """All tensors in the order of the file: matrices in ``kind``, norms in float32.
+
+    ``importance``: of each matrix' columns, by the names of the file.
+    """
 
     def tensor(entry: Entry) -> Tensor:
         def read() -> Float32:
@@ -88,7 +120,8 @@ def decoder_tensors(
             values = weights.read(entry.ours, entry.shape)
             return interleave(values, entry.heads) if entry.heads else values
 
-        return Tensor(entry.theirs, entry.stored, kind if entry.store == "matrix" else "f32", read)
+        store = kind if entry.store == "matrix" else "f32"
+        return Tensor(entry.theirs, entry.stored, store, read, importance.get(entry.theirs))
 
     return [tensor(entry) for entry in decoder_entries(spec)]
 

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.export.gguf.llama_quantizer import quantize_rows
 from mobilevlm.export.quantize import q4_0, rtn
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.spec import GGUFType
@@ -45,6 +46,9 @@ FILE_TYPES: dict[GGUFType, gguf.LlamaFileType] = {
     "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
 }
 
+WEIGHABLE: tuple[GGUFType, ...] = ("q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5_k_m", "q6_k")
+"""Types whose rounding can heed an importance matrix."""
+
 BLOCK = q4_0.BLOCK
 """Weights that share a scale."""
 _LARGEST_HALF = np.float32(np.finfo(np.float16).max)
@@ -61,6 +65,8 @@ class Tensor:
     """Rows first, as in numpy; GGUF writes the dimensions in the other order."""
     type: GGUFType
     read: Callable[[], Float32]
+    importance: Float32 | None = None
+    """``(columns,)``: how much an error in each column counts."""
 
     @property
     def stored(self) -> GGUFType:
@@ -100,7 +106,7 @@ def write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            data, error = convert(tensor.read(), tensor.stored)
+            data, error = convert(tensor.read(), tensor.stored, tensor.importance)
             if tensor.stored not in ("f32", "f16", "bf16"):
                 errors[tensor.name] = error
             writer.write_tensor_data(data)
@@ -109,21 +115,31 @@ def write_file(
     return errors
 
 
-def convert(values: Float32, kind: GGUFType) -> tuple[NDArray[Any], float]:
-    """Values as the bytes of a GGUF type, and the relative error that this made."""
+def convert(
+    values: Float32, kind: GGUFType, importance: Float32 | None = None
+) -> tuple[NDArray[Any], float]:
+    """Values as the bytes of a GGUF type, and the relative error that this made.
+
+    ``importance``: of each column; then llama.cpp chooses the scales of a type in WEIGHABLE.
+    """
     if kind == "f32":
         return np.ascontiguousarray(values), 0.0
     if kind == "f16":
         return values.clip(-_LARGEST_HALF, _LARGEST_HALF).astype(np.float16), 0.0
     rows = values.reshape(-1, values.shape[-1])
-    if kind == "q4_0":
+    if kind not in WEIGHABLE:
+        importance = None
+    if kind == "q4_0" and importance is None:
         quantized = rtn.quantize(rows, q4_0.SCHEME)  # the integers of our ``q4``
         return q4_0.pack(quantized), quantized.relative_error
     step = max(1, _CHUNK // rows.shape[1])
     parts, error, energy = [], 0.0, 0.0
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        data = gguf.quants.quantize(part, TYPES[kind])
+        if importance is None:
+            data = gguf.quants.quantize(part, TYPES[kind])
+        else:
+            data = quantize_rows(part, TYPES[kind], importance)
         if kind != "bf16":
             restored = gguf.quants.dequantize(data, TYPES[kind])
             error += float(np.square(restored - part).sum(dtype=np.float64))

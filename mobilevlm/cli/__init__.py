@@ -17,6 +17,7 @@ from mobilevlm.errors import MobileVLMError, QualityError
 
 VERBS = {
     "export": "Turn a checkpoint into a bundle.",
+    "imatrix": "Measure which weights matter, for GGUF files.",
     "run": "Ask one question about pictures.",
     "chat": "Talk about pictures.",
     "inspect": "Show what is in a bundle or a checkpoint.",

@@ -15,6 +15,8 @@ Examples:
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-int4
   mobilevlm export llava-v1.5-7b -o llava-int8 --recipe int8 --vision-tower clip-vit-l-336
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m
+  mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m \\
+    --calibration scenes
 """
 
 
@@ -49,6 +51,17 @@ Examples:
     help="Type of the GGUF decoder, instead of the recipe's.",
 )
 @click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path),
+    metavar="FILE.gguf",
+    help="Importance matrix to round the GGUF decoder with, from 'mobilevlm imatrix' or llama.cpp.",
+)
+@click.option(
+    "--calibration",
+    metavar="scenes|FILE.jsonl",
+    help="Collect one now: on drawn scenes, or on a file of samples (needs torch).",
+)
+@click.option(
     "--vision-tower",
     type=click.Path(path_type=Path),
     help="Folder of the CLIP tower, if it is not beside the checkpoint.",
@@ -74,6 +87,8 @@ def command(
     recipe: str,
     form: str,
     gguf_type: GGUFType | None,
+    imatrix: Path | None,
+    calibration: str | None,
     vision_tower: Path | None,
     mmproj: Path | None,
     conversation: str | None,
@@ -95,6 +110,8 @@ def command(
         conversation=conversation,
         measure=not no_measure,
         gguf_type=gguf_type,
+        imatrix=imatrix,
+        calibration=calibration,
         mmproj=mmproj,
     )
     if as_json:

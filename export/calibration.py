@@ -1,0 +1,146 @@
+"""Calibration data: pictures, prompts and answers like those that a model will meet.
+
+By default drawn scenes (mobilevlm/nano), else a person's own JSONL file, a line for each sample:
+
+    {"image": "photo.jpg", "prompt": "What is this?", "answer": "A cat."}
+
+``images`` instead of ``image`` takes a list; both may be left out. Paths start at the file's
+folder. ``answer`` may be left out; it is what the model should say, since it meets its own answers
+too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from mobilevlm.checkpoint import file_sha256
+from mobilevlm.conversation import input_ids, render, user_message
+from mobilevlm.errors import ImageError, MobileVLMError
+from mobilevlm.families import Model
+from mobilevlm.nano.drawing import render as draw
+from mobilevlm.nano.questions import caption_question, questions
+from mobilevlm.nano.scenes import sample_scene
+from mobilevlm.spec import from_dict
+
+SCENES = "scenes"
+"""Names the default data."""
+
+NUM_SCENES = 32
+MAX_BYTES = 1 << 26
+"""Of a JSONL file."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One exchange. ``<image>`` in the prompt marks places of pictures, else they come first."""
+
+    prompt: str
+    answer: str
+    images: tuple[Path | Image.Image, ...]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A line of a JSONL file."""
+
+    prompt: str
+    answer: str = ""
+    image: str | None = None
+    images: tuple[str, ...] = ()
+
+
+def find_samples(name: str) -> list[Sample]:
+    """``scenes``, or the content of a JSONL file.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: a picture file is missing.
+    """
+    return scene_samples() if name == SCENES else read_samples(Path(name))
+
+
+def scene_samples(count: int = NUM_SCENES) -> list[Sample]:
+    """Drawn scenes: each second one is described, the others get a question of any kind. None of
+    them is in the scenes that ``mobilevlm eval`` asks about."""
+    samples = []
+    for seed in range(count):
+        scene = sample_scene(seed)
+        asked = caption_question(scene) if seed % 2 == 0 else questions(scene, 1)[0]
+        samples.append(Sample(asked.text, asked.answer, (draw(scene),)))
+    return samples
+
+
+def read_samples(path: Path) -> list[Sample]:
+    """The lines of a JSONL file; empty ones are left out.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: a picture file is missing.
+    """
+    if not path.is_file():
+        raise MobileVLMError(f"{path}: no such file: expected {SCENES!r} or a .jsonl file")
+    if path.stat().st_size > MAX_BYTES:
+        raise MobileVLMError(f"{path}: larger than {MAX_BYTES >> 20} MiB: take fewer samples")
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise MobileVLMError(f"{path}: not a JSONL file in UTF-8: {error}") from None
+    samples = [
+        _read_sample(line, path, f"{path}, line {number}")
+        for number, line in enumerate(lines, 1)
+        if line.strip()
+    ]
+    if not samples:
+        raise MobileVLMError(f"{path}: no samples in it: expected a JSON object on each line")
+    return samples
+
+
+def _read_sample(text: str, path: Path, where: str) -> Sample:
+    try:
+        data: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise MobileVLMError(f"{where}: not JSON: {error}") from None
+    line = from_dict(_Line, data, where, strict=True)
+    if line.image is not None and line.images:
+        raise MobileVLMError(f"{where}: 'image' and 'images': leave one of them out")
+    names = line.images if line.image is None else (line.image,)
+    images = tuple(path.parent / name for name in names)
+    for image in images:
+        if not image.is_file():
+            raise ImageError(f"{where}: {image}: no such picture file")
+    user_message(line.prompt, len(images))  # before any work is done
+    return Sample(line.prompt, line.answer, images)
+
+
+def sample_ids(model: Model, sample: Sample) -> list[int]:
+    """Prompt and answer as the model meets them: input ids, -200 where an image goes.
+
+    Raises:
+        PromptError: a token that the model has no embedding for.
+    """
+    spec = model.spec
+    text = render(spec.conversation, [user_message(sample.prompt, len(sample.images))])
+    if sample.answer:
+        text = f"{text} {sample.answer}"
+    return input_ids(model.tokenizer, text, len(sample.images), spec.decoder.vocab_size)
+
+
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """Digest of all texts and pictures."""
+    digest = hashlib.sha256()
+    for sample in samples:
+        pictures = [
+            file_sha256(image)
+            if isinstance(image, Path)
+            else hashlib.sha256(image.tobytes()).hexdigest()
+            for image in sample.images
+        ]
+        digest.update(json.dumps([sample.prompt, sample.answer, pictures]).encode())
+    return digest.hexdigest()

@@ -1,0 +1,86 @@
+"""Where the importance of weights comes from: a ready file, or calibration data."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from mobilevlm import progress
+from mobilevlm.checkpoint import file_sha256
+from mobilevlm.errors import MobileVLMError, require
+from mobilevlm.export.calibration import SCENES, find_samples, samples_digest
+from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
+from mobilevlm.export.gguf.tensors import WEIGHABLE
+from mobilevlm.export.recipes import Recipe
+from mobilevlm.families import Model
+from mobilevlm.spec import to_dict
+
+
+@dataclass(frozen=True)
+class Importance:
+    """An importance matrix to be."""
+
+    key: tuple[str, ...]
+    """All that it depends on, as far as it can be known before."""
+    load: Callable[[], ImportanceMatrix]
+    """Collects it when it is first called."""
+
+
+def find_importance(model: Model, recipe: Recipe) -> Importance | None:
+    """What the recipe asks for. Everything that can be wrong with it is found here, not later.
+
+    Raises:
+        BundleError, MobileVLMError, ImageError: the file or the data are wrong, or of no use for
+            the recipe's type.
+        MissingExtraError: collecting needs torch.
+    """
+    file, data = recipe.gguf_imatrix, recipe.gguf_calibration
+    if file is None and data is None:
+        return None
+    if file is not None and data is not None:
+        raise MobileVLMError(
+            f"importance matrix {file} and calibration data {data}: leave one of them out"
+        )
+    if recipe.gguf_type not in WEIGHABLE:
+        raise MobileVLMError(
+            f"GGUF type {recipe.gguf_type} does not use an importance matrix: choose --gguf-type "
+            f"{', '.join(WEIGHABLE)}, or leave --imatrix and --calibration out"
+        )
+    if data is not None:
+        return calibrated_importance(model, data)
+    path = Path(str(file))
+    matrix = read_imatrix(path, model.spec.decoder)
+    return Importance((file_sha256(path),), lambda: matrix)
+
+
+def calibrated_importance(model: Model, data: str) -> Importance:
+    """``data``: ``scenes`` or a JSONL file.
+
+    Raises:
+        MobileVLMError, ImageError: a sample is wrong.
+        MissingExtraError: torch is not installed.
+    """
+    samples = find_samples(data)
+    try:
+        from mobilevlm.export.gguf.collect import collect
+    except ImportError as error:
+        purpose = "collecting an importance matrix"
+        raise require(error.name or "torch", "reference", purpose) from None
+    spec = model.spec
+    key = (
+        samples_digest(samples),
+        *(model.weights.sha256(prefix) for prefix in ("vision.", "projector.")),
+        str([to_dict(part) for part in (spec.vision, spec.projector, spec.image)]),
+        importlib.metadata.version("torch"),
+    )
+
+    @cache
+    def load() -> ImportanceMatrix:
+        name = data if data == SCENES else Path(data).name
+        with progress.track("calibration", len(samples)) as advance:
+            return collect(model, samples, name, advance)
+
+    return Importance(key, load)

@@ -1,0 +1,72 @@
+"""``mobilevlm imatrix``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mobilevlm import progress
+
+EXAMPLES = """\b
+Examples:
+  mobilevlm imatrix MobileVLM_V2-1.7B -o importance.gguf
+  mobilevlm imatrix MobileVLM_V2-1.7B -o importance.gguf --calibration samples.jsonl
+  mobilevlm export MobileVLM_V2-1.7B -o bundle --format gguf --gguf-type q4_k_m \\
+    --imatrix importance.gguf
+
+\b
+A line of samples.jsonl ("answer" may be left out):
+  {"image": "photo.jpg", "prompt": "What is this?", "answer": "A cat."}
+"""
+
+
+@click.command("imatrix", epilog=EXAMPLES)
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.gguf",
+    help="File to write, in llama.cpp's format.",
+)
+@click.option(
+    "--calibration",
+    default="scenes",
+    show_default=True,
+    metavar="scenes|FILE.jsonl",
+    help="What to run the model on: drawn scenes, or a file of samples.",
+)
+@click.option(
+    "--vision-tower",
+    type=click.Path(path_type=Path),
+    help="Folder of the CLIP tower, if it is not beside the checkpoint.",
+)
+@click.option(
+    "--conversation",
+    metavar="NAME",
+    help="Conversation v1 or llava_v1, if the family's default is not right.",
+)
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    checkpoint: Path,
+    path: Path,
+    calibration: str,
+    vision_tower: Path | None,
+    conversation: str | None,
+    quiet: bool,
+) -> None:
+    """Run a CHECKPOINT on calibration data and write how strong each input of the decoder's
+    matrices is; GGUF export then rounds the weights that matter better (needs torch)."""
+    progress.enable(not quiet)
+    from mobilevlm.export.pipeline import export_imatrix
+
+    export_imatrix(
+        checkpoint,
+        path,
+        calibration=calibration,
+        vision_tower=vision_tower,
+        conversation=conversation,
+    )

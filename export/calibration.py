@@ -72,7 +72,7 @@ def scene_samples(count: int = NUM_SCENES) -> list[Sample]:
     samples = []
     for seed in range(count):
         scene = sample_scene(seed)
-        asked = caption_question(scene) if seed % 2 == 0 else questions(scene, 1)[0]
+        asked = caption_question(scene) if seed % 2 == 0 else questions(scene)[0]
         samples.append(Sample(asked.text, asked.answer, (draw(scene),)))
     return samples
 

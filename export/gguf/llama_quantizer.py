@@ -60,7 +60,7 @@ def quantize_file(
 def quantize_rows(
     values: Float32, kind: gguf.GGMLQuantizationType, importance: Float32
 ) -> NDArray[np.uint8]:
-    """Rows ``(rows, columns)`` as the blocks ``(rows, bytes of a row)`` of a type, each scale chosen
+    """Rows ``(rows, columns)`` as the blocks of a type ``(rows, bytes of a row)``, each scale chosen
     for the least squared error with every column counted by its importance ``(columns,)``.
 
     Raises:

@@ -27,7 +27,8 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2"]
 ``q8``, ``q4``, ``q2``: 8-, 4- or 2-bit weights in blocks (MatMulNBits, which has no 3-bit kernel).
 """
 
-QuantizerName: TypeAlias = Literal["rtn", "hqq"]
+QuantizerName: TypeAlias = Literal["rtn", "hqq", "gptq"]
+ScalingName: TypeAlias = Literal["none", "awq", "smoothquant"]
 
 BLOCK_BITS: dict[Precision, int] = {"q8": 8, "q4": 4, "q2": 2}
 """Bits of the precisions whose weights are in blocks."""
@@ -50,6 +51,10 @@ _USES: dict[str, tuple[Precision, ...]] = {
     "symmetric": tuple(BLOCK_BITS),
 }
 """Precisions that a setting has a meaning for."""
+_SCALED: dict[ScalingName, tuple[Precision, ...]] = {
+    "awq": tuple(BLOCK_BITS),
+    "smoothquant": ("int8",),
+}
 PARTS = ("tower", "projector", "decoder", "lm_head")
 """Parts of a model whose linear layers have a format of their own."""
 
@@ -60,11 +65,18 @@ class LinearFormat:
 
     precision: Precision
     quantizer: QuantizerName = "rtn"
-    """What chooses the integers."""
+    """What chooses the integers: ``rtn`` and ``hqq`` need no data, ``gptq`` is calibrated."""
+    scaling: ScalingName = "none"
+    """What moves between a layer's inputs and its weights before: ``awq`` for weights in blocks,
+    ``smoothquant`` for ``int8``. Both are calibrated."""
     block_size: int = 32
     """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
     symmetric: bool = True
     """Without, each of those blocks has a zero point too."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.quantizer == "gptq" or self.scaling != "none"
 
     @property
     def scheme(self) -> Scheme | None:
@@ -98,6 +110,8 @@ class Recipe:
     lm_head: LinearFormat
     embeddings: Literal["fp32", "fp16"]
     limits: Limits
+    calibration: str = "scenes"
+    """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration.py)."""
     gguf: GGUFType | None = None
     """Type of the GGUF decoder; by default what is nearest to ``decoder``."""
     gguf_mmproj: Literal["f32", "f16", "bf16", "q8_0"] | None = None
@@ -110,9 +124,18 @@ class Recipe:
     def for_manifest(self) -> dict[str, Any]:
         """All fields; of files only their names, since folders say nothing elsewhere."""
         fields = asdict(self)
-        for name in ("gguf_imatrix", "gguf_calibration"):
+        for name in ("calibration", "gguf_imatrix", "gguf_calibration"):
             fields[name] = fields[name] and Path(fields[name]).name
         return fields
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether a method of the ONNX artifacts needs data."""
+        return any(layers.is_calibrated for layers in self.parts)
+
+    @property
+    def parts(self) -> tuple[LinearFormat, ...]:
+        return self.tower, self.projector, self.decoder, self.lm_head
 
     def format_of(self, name: str) -> LinearFormat:
         """The format of the linear layer with this canonical name."""
@@ -177,9 +200,15 @@ def find_recipe(name: str) -> Recipe:
     recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
     for part in PARTS:
         _check(getattr(recipe, part), f"{path}.{part}")
+    if recipe.projector.scaling != "none":
+        raise MobileVLMError(
+            f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
+        )
     # What it names lies beside it.
     if recipe.gguf_imatrix is not None:
         recipe = replace(recipe, gguf_imatrix=str(path.parent / recipe.gguf_imatrix))
+    if recipe.calibration != "scenes":
+        recipe = replace(recipe, calibration=str(path.parent / recipe.calibration))
     if recipe.gguf_calibration not in (None, "scenes"):
         recipe = replace(recipe, gguf_calibration=str(path.parent / str(recipe.gguf_calibration)))
     return recipe
@@ -197,3 +226,8 @@ def _check(layers: LinearFormat, where: str) -> None:
             raise MobileVLMError(
                 f"{where}.{field}: {precision} has none: it goes with {', '.join(kinds)}"
             )
+    if layers.scaling != "none" and precision not in _SCALED[layers.scaling]:
+        raise MobileVLMError(
+            f"{where}.scaling: {layers.scaling} goes with {', '.join(_SCALED[layers.scaling])}, "
+            f"not with {precision}"
+        )

@@ -10,11 +10,10 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.quantize import hqq, q4_0, rtn
-from mobilevlm.export.quantize.blocks import signed_columns
-from mobilevlm.export.recipes import BLOCK_BITS
+from mobilevlm.export.quantize import gptq, hqq, q4_0, rtn
+from mobilevlm.export.quantize.blocks import Float32, Quantized, Scheme, signed_columns
+from mobilevlm.export.recipes import BLOCK_BITS, LinearFormat
 
-QUANTIZERS = {"rtn": rtn.quantize, "hqq": hqq.quantize}
 CONTRIB = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
 
@@ -47,7 +46,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         self.zero_points = None
         if scheme is not None:
             stored = weights.q4_0(names) if scheme == q4_0.SCHEME else None
-            quantized = stored or QUANTIZERS[self.format.quantizer](weight, scheme)
+            quantized = stored or _quantize(weights, names[0], weight, self.format, scheme)
             weights.errors[label] = quantized.relative_error
             if self.format.precision == "int8":
                 self.weight = weights.parameter(signed_columns(quantized))
@@ -106,6 +105,15 @@ class LayerNorm(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.epsilon)
+
+
+def _quantize(
+    weights: WeightFile, name: str, weight: Float32, layers: LinearFormat, scheme: Scheme
+) -> Quantized:
+    """``weight (out_size, in_size)``; ``name`` of a layer that has its inputs."""
+    if layers.quantizer == "gptq":
+        return gptq.quantize(weight, scheme, weights.hessian(name))
+    return {"rtn": rtn.quantize, "hqq": hqq.quantize}[layers.quantizer](weight, scheme)
 
 
 def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

@@ -18,6 +18,7 @@ from onnxscript import nn
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.blocks import Quantized
+from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.recipes import Recipe
 from mobilevlm.progress import Advance, ignore
 
@@ -30,14 +31,19 @@ _INLINE_BYTES = 1024
 class WeightFile:
     """Parameters of a graph under construction. Open until :meth:`close`.
 
-    ``source`` gives the canonical tensors, ``recipe`` their formats; ``errors`` collects the
-    relative error that quantization made in each.
+    ``source`` gives the canonical tensors, ``recipe`` their formats, ``hessian`` what
+    GPTQ needs; ``errors`` collects the relative error that quantization made in each.
     """
 
     def __init__(
-        self, source: Weights, path: Path, recipe: Recipe, advance: Advance = ignore
+        self,
+        source: Weights,
+        path: Path,
+        recipe: Recipe,
+        advance: Advance = ignore,
+        hessian: HessianOf = no_hessian,
     ) -> None:
-        self.source, self.recipe = source, recipe
+        self.source, self.recipe, self.hessian = source, recipe, hessian
         self._advance = advance
         self.path = path
         self.errors: dict[str, float] = {}

@@ -7,6 +7,9 @@ back as far as it goes by the columns not yet rounded, along the Cholesky factor
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +27,8 @@ from mobilevlm.export.quantize.blocks import (
 )
 
 Float64 = NDArray[np.float64]
+HessianOf: TypeAlias = Callable[[str], Float32]
+"""``Xᵀ X`` up to a factor ``(in_size, in_size)`` of a layer's inputs, by its canonical name."""
 
 DAMPING = 0.01
 """Added to the diagonal, as a share of its mean."""
@@ -50,6 +55,11 @@ def quantize(
     return quantize_rows(
         weight, scheme, lambda part: _quantize_part(part, scheme, order, factor, act_order), _CHUNK
     )
+
+
+def no_hessian(name: str) -> Float32:
+    """Where no layer is quantized by GPTQ."""
+    raise LookupError(name)
 
 
 def weighted_error(weight: Float32, restored: Float32, hessian: Float32) -> float:

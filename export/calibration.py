@@ -22,7 +22,7 @@ from PIL import Image
 
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.conversation import input_ids, render, user_message
-from mobilevlm.errors import ImageError, MobileVLMError
+from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.families import Model
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.questions import caption_question, questions
@@ -83,6 +83,7 @@ def read_samples(path: Path) -> list[Sample]:
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
         ImageError: a picture file is missing.
+        PromptError: a prompt is empty or has the wrong number of ``<image>``.
     """
     if not path.is_file():
         raise MobileVLMError(f"{path}: no such file: expected {SCENES!r} or a .jsonl file")
@@ -115,7 +116,10 @@ def _read_sample(text: str, path: Path, where: str) -> Sample:
     for image in images:
         if not image.is_file():
             raise ImageError(f"{where}: {image}: no such picture file")
-    user_message(line.prompt, len(images))  # before any work is done
+    try:
+        user_message(line.prompt, len(images))
+    except PromptError as error:
+        raise PromptError(f"{where}: {error}") from None
     return Sample(line.prompt, line.answer, images)
 
 

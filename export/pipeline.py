@@ -93,8 +93,8 @@ def export(
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
+    jobs = [job for form in formats for job in JOBS[form](model, chosen)]
     with open_workspace(target) as work:
-        jobs = [job for form in formats for job in JOBS[form](model, chosen)]
         artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
         draft = _manifest(model, chosen, artifacts)

@@ -19,6 +19,9 @@ if os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1":
 from llama_cpp import llama_cpp
 from llama_cpp import mtmd_cpp as mtmd
 
+from mobilevlm.families import Model, open_checkpoint
+from mobilevlm.synth import CONFIGURATIONS, Configuration, Tower, write_checkpoint
+
 THREADS = 2
 Float32 = NDArray[np.float32]
 
@@ -26,6 +29,18 @@ Float32 = NDArray[np.float32]
 @llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
 def _silent(level: int, text: bytes, data: object) -> None:
     pass
+
+
+def wide_model(folder: Path, layers: int = 2) -> Model:
+    """Random weights in rows of 256 and 512: the K-quants' blocks of 256 do not divide the
+    reference models' 64."""
+    tower = Tower(64, 128, 3, 4)
+    names = ("mobilevlm", "MobileLlamaForCausalLM", "ldpnetv2")
+    shape = Configuration(*names, 512, 256, 512, layers, 4, 512, 1e-6, tower)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(CONFIGURATIONS, "wide", shape)
+        write_checkpoint("wide", folder)
+    return open_checkpoint(folder)
 
 
 @contextmanager

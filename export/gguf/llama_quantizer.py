@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,8 @@ def quantize_file(
 def quantize_rows(
     values: Float32, kind: gguf.GGMLQuantizationType, importance: Float32
 ) -> NDArray[np.uint8]:
-    """Rows ``(rows, columns)`` as the blocks of a type ``(rows, bytes of a row)``, each scale chosen
-    for the least squared error with every column counted by its importance ``(columns,)``.
+    """Rows ``(rows, columns)`` as the blocks of a type ``(rows, bytes of a row)``. Each scale is
+    chosen for the least squared error, every column counted by its importance ``(columns,)``.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed, or does not load.
@@ -78,15 +79,22 @@ def quantize_rows(
         raise ValueError(f"importance of shape {weights.shape} for {columns} columns")
     quantize = libggml.ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
-    written = quantize(
-        ctypes.c_int(kind),
-        address(source, ctypes.c_float),
-        address(out, ctypes.c_uint8),
-        ctypes.c_int64(0),
-        ctypes.c_int64(rows),
-        ctypes.c_int64(columns),
-        address(weights, ctypes.c_float),
-    )
+
+    def convert(part: NDArray[np.int64]) -> int:
+        written: int = quantize(
+            ctypes.c_int(kind),
+            address(source, ctypes.c_float),
+            address(out, ctypes.c_uint8),
+            ctypes.c_int64(int(part[0]) * columns),
+            ctypes.c_int64(len(part)),
+            ctypes.c_int64(columns),
+            address(weights, ctypes.c_float),
+        )
+        return written
+
+    threads = min(default_threads(), rows)
+    with ThreadPoolExecutor(threads) as pool:
+        written = sum(pool.map(convert, np.array_split(np.arange(rows), threads)))
     if written != out.nbytes:
         raise RuntimeError(f"ggml wrote {written} bytes of {kind.name}, expected {out.nbytes}")
     return out

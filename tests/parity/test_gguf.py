@@ -21,12 +21,11 @@ import mobilevlm
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES
-from mobilevlm.families import Model, open_checkpoint
+from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.progress import ignore
 from mobilevlm.runtime.engines.clip_order import class_token_order
 from mobilevlm.spec import IMAGE_TOKEN_ID, GGUFType
-from mobilevlm.synth import CONFIGURATIONS, Configuration, Tower, write_checkpoint
 
 LIMITS: dict[GGUFType, float] = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2}
 """Relative error of the prompt's logits. bfloat16 has 8 bits of mantissa; llama.cpp rounds the
@@ -142,14 +141,7 @@ def test_the_files_run_in_llama_cpp_python_without_our_code(fixture: Fixture, fi
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Model:
-    """Rows of 256 and 512: the K-quants' blocks of 256 do not divide the reference models' 64."""
-    folder = tmp_path_factory.mktemp("wide") / "wide"
-    tower = Tower(64, 128, 3, 4)
-    shape = ("mobilevlm", "MobileLlamaForCausalLM", "ldpnetv2", 512, 256, 512, 2, 4, 512, 1e-6)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(CONFIGURATIONS, "wide", Configuration(*shape, tower))
-        write_checkpoint("wide", folder)
-    return open_checkpoint(folder)
+    return llama.wide_model(tmp_path_factory.mktemp("wide") / "wide")
 
 
 @pytest.mark.parametrize(

@@ -143,7 +143,7 @@ def export_imatrix(
     matrix = calibrated_importance(model, str(calibration)).load()
     write_imatrix(matrix, target)
     progress.say(
-        f"imatrix     {path}  {len(matrix.entries)} matrices, {matrix.chunk_count} samples, "
+        f"imatrix     {path}  {len(matrix.entries)} matrices, samples: {matrix.chunk_count}, "
         f"{time.perf_counter() - start:.1f} s"
     )
 

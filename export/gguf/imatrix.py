@@ -51,7 +51,8 @@ class InputStatistics:
         average = np.float32(mean.mean(dtype=np.float64))
         if not average:
             return np.ones_like(mean)
-        return np.maximum(mean, np.float32(LEAST) * average)
+        raised: Float32 = np.maximum(mean, np.float32(LEAST) * average)
+        return raised
 
 
 @dataclass(frozen=True)

@@ -421,7 +421,7 @@ def test_the_verb_writes_the_file(
     path = tmp_path / "i.gguf"
     arguments = ["imatrix", llava_v1.checkpoint, "--vision-tower", llava_v1.tower, "-o", path]
     main([str(argument) for argument in [*arguments, "--calibration", data]])
-    assert "22 matrices, 1 samples" in capsys.readouterr().err
+    assert "29 matrices, samples: 1, " in capsys.readouterr().err
     matrix = read_imatrix(path, llava_v1.model.spec.decoder)
     assert matrix.datasets == ("samples.jsonl",)
     assert "output.weight" in matrix.entries

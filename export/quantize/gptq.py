@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.export.quantize import rtn
+from mobilevlm.export.quantize import hqq
 from mobilevlm.export.quantize.blocks import (
     Float32,
     Quantized,
@@ -45,6 +45,7 @@ def quantize(
 ) -> Quantized:
     """Quantizes ``(out_size, in_size)``, given ``Xᵀ X`` up to a factor, ``(in_size, in_size)``.
 
+    Scales and zero points are those of HQQ, which lose less than covering the largest weight.
     ``act_order``: inputs with the most energy first, each block with the scale that its weights had
     at the start; else in their order, where a block's scale is chosen when its turn comes.
     """
@@ -101,7 +102,7 @@ def _quantize_part(
 
 
 def _scales(part: Float32, scheme: Scheme) -> tuple[Float32, Float32]:
-    scales, zeros = rtn.fit(part, scheme)
+    scales, zeros = hqq.fit(part, scheme)
     return stored_scales(limited_scales(scales, scheme), scheme), zeros
 
 

@@ -105,11 +105,11 @@ def test_gptq_has_a_smaller_output_error_than_rtn_on_correlated_inputs(
     assert exact == pytest.approx(float(direct), rel=1e-3)
 
 
-def test_gptq_without_correlation_is_round_to_nearest() -> None:
+def test_gptq_without_correlation_rounds_to_nearest_at_the_scales_of_hqq() -> None:
     weight = np.random.default_rng(6).standard_normal((16, 96), np.float32)
     hessian = np.diag(np.linspace(1, 9, 96, dtype=np.float32))
     found = gptq.quantize(weight, INT8, hessian)
-    assert np.array_equal(found.packed, rtn.quantize(weight, INT8).packed)
+    assert np.array_equal(found.packed, hqq.quantize(weight, INT8).packed)
 
 
 @pytest.mark.parametrize("act_order", [True, False])

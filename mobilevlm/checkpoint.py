@@ -286,16 +286,19 @@ class Weights:
     """
 
     def __init__(
-        self, refs: dict[str, TensorRef], factors: Mapping[str, Rescaling] | None = None
+        self, refs: dict[str, TensorRef], factors: Mapping[str, tuple[Rescaling, ...]] | None = None
     ) -> None:
-        self._refs, self._factors = refs, factors or {}
+        self._refs, self._factors = refs, dict(factors or {})
 
     def __contains__(self, name: object) -> bool:
         return name in self._refs
 
     def rescaled(self, factors: Mapping[str, Rescaling]) -> Weights:
         """The same tensors, each that ``factors`` names multiplied when it is read."""
-        return Weights(self._refs, factors)
+        merged = dict(self._factors)
+        for name, factor in factors.items():
+            merged[name] = (*merged.get(name, ()), factor)
+        return Weights(self._refs, merged)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._refs)
@@ -325,8 +328,9 @@ class Weights:
             raise CheckpointError(
                 f"{ref.files.folder}: tensor {ref.name!r} holds values that are not finite"
             )
-        factors = self._factors.get(name)
-        return array if factors is None else factors.apply(array)
+        for factors in self._factors.get(name, ()):
+            array = factors.apply(array)
+        return array
 
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
         """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""

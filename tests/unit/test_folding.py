@@ -105,3 +105,15 @@ def test_every_fold_names_tensors_that_exist_once(fixture: Fixture) -> None:
         for name, size in zip(place.consumers, place.out_sizes, strict=True):
             model.weights.read(f"{name}.weight", (size, place.in_size))
         assert f"{place.producer}.weight" in model.weights
+
+
+def test_factors_on_factors_multiply(mobilevlm_v2: Fixture) -> None:
+    weights = mobilevlm_v2.model.weights
+    place = next(find_folds(mobilevlm_v2.model.spec))
+    name, shape = f"{place.consumers[0]}.weight", (place.out_sizes[0], place.in_size)
+    twice = fold(
+        fold(weights, {place: random_factors(place, 0)}), {place: random_factors(place, 1)}
+    )
+    expected = weights.read(name, shape) * random_factors(place, 0) * random_factors(place, 1)
+    assert np.array_equal(twice.read(name, shape), expected)
+    assert np.array_equal(weights.rescaled({}).read(name, shape), weights.read(name, shape))

@@ -46,7 +46,7 @@ def features(model: Model, tower: LinearFormat, image: Path, folder: Path) -> ND
 
 
 def test_smoothquant_mends_what_outliers_break(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
-    """Measured: 0.026 without outliers; with them PLAIN, and SMOOTH once smoothed."""
+    """Measured: 0.032 without outliers; with them 0.64, and 0.042 once smoothed."""
     exact = mobilevlm_v2.arrays["vision_features"][0]
     model = with_outliers(mobilevlm_v2.model)
     errors = [

@@ -1,10 +1,9 @@
-# make demo: from nothing to an answer about a photo, without torch.
+# make demo: from nothing to answers about a picture, without torch.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
 # does (compiled once, about 10 minutes; needs cmake and a C++ compiler).
 
 PYTHON ?= python3
 VENV   ?= .venv
-OUT    ?= out
 LLAMA  ?= 0
 PIP    := $(VENV)/bin/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
@@ -13,12 +12,7 @@ SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm expor
 .PHONY: demo test lint types clean
 
 demo: $(VENV)/.export
-	@rm -rf $(OUT)/tiny
-	$(VENV)/bin/mobilevlm synth tiny -o $(OUT)/tiny
-	$(VENV)/bin/mobilevlm export $(OUT)/tiny -o $(OUT)/tiny-int4
-	$(VENV)/bin/mobilevlm run $(OUT)/tiny-int4 --image examples/cat.jpg \
-		--prompt "What is in the picture?" --max-new-tokens 32
-	@echo "(The weights are random, so the answer means nothing; every step of the way is real.)"
+	$(VENV)/bin/mobilevlm demo
 
 test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama)
 	@if [ "$(LLAMA)" != 1 ] && ! $(VENV)/bin/python -c 'import llama_cpp' 2>/dev/null; then \
@@ -34,7 +28,7 @@ types: $(VENV)/.dev
 	cd $(VENV) && bin/mypy --config-file ../setup.cfg -p mobilevlm
 
 clean:
-	rm -rf $(VENV) $(OUT) build *.egg-info
+	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -41,6 +41,8 @@ class Job:
     size: int
     """Weights to read, for the progress bar."""
     author: Author
+    prepare: Callable[[], object] | None = None
+    """What comes before, with progress of its own."""
 
 
 def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
@@ -154,7 +156,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         return write_decoder(model, kind, path, advance, matrix)
 
     tokenizer = hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest()
-    return [
+    jobs = [
         job(
             "vision",
             "mmproj-",
@@ -178,6 +180,9 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
             decoder,
         ),
     ]
+    if importance is not None:
+        jobs[-1] = replace(jobs[-1], prepare=importance.load)
+    return jobs
 
 
 JOBS: dict[str, Callable[[Model, Recipe], list[Job]]] = {"onnx": onnx_jobs, "gguf": gguf_jobs}

@@ -205,6 +205,8 @@ def _make(job: Job, work: Workspace) -> Artifact:
     path.parent.mkdir(parents=True, exist_ok=True)
     for name in job.artifact.files:
         work.path(name).unlink(missing_ok=True)  # it may be a link into the bundle
+    if job.prepare is not None:
+        job.prepare()
     with progress.track(stage, job.size) as advance:
         errors = job.author(path, advance)
     worst = max(errors, key=errors.__getitem__) if errors else None

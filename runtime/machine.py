@@ -19,6 +19,7 @@ EXTRAS = {
     "export": ("onnxscript", "onnx_ir", "safetensors", "sentencepiece", "google.protobuf"),
     "gguf": ("llama_cpp",),
     "reference": ("torch",),
+    "plots": ("matplotlib",),
 }
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
+from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
 from mobilevlm.conversation import Message, input_ids, render, user_message
 from mobilevlm.errors import BundleError, MobileVLMError
@@ -40,18 +41,18 @@ def load(
 ) -> VLM:
     """Opens a bundle for running.
 
-    ``bundle``: its folder, or a language model in a GGUF file made elsewhere, with its image
-    encoder in ``mmproj``. ``engine``: ``onnx`` (ONNX Runtime), ``gguf`` (llama.cpp), ``hybrid``
-    (ONNX Runtime for the picture, llama.cpp for the text) or ``auto``: the first of them that the
-    bundle has artifacts for. ``threads``: for both stages, by default as many as this process may
-    use.
+    ``bundle``: its folder, the name of a built-in model (``nano``), or a language model in a GGUF
+    file made elsewhere, with its image encoder in ``mmproj``. ``engine``: ``onnx`` (ONNX Runtime),
+    ``gguf`` (llama.cpp), ``hybrid`` (ONNX Runtime for the picture, llama.cpp for the text) or
+    ``auto``: the first of them that the bundle has artifacts for. ``threads``: for both stages, by
+    default as many as this process may use.
 
     Raises:
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
     """
     check_engine(engine)
     start = time.perf_counter()
-    path = Path(bundle)
+    path = bundle_path(Path(bundle), engine)
     if path.suffix == ".gguf":
         if mmproj is None:
             raise BundleError(

@@ -70,6 +70,7 @@ def _write(
 
 
 def _importance(matrix: ImportanceMatrix | None) -> dict[str, Float32]:
+    """Of each matrix' columns, by the names of the file."""
     entries = matrix.entries if matrix is not None else {}
     return {name: entry.importance for name, entry in entries.items()}
 

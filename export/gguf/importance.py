@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -30,7 +31,7 @@ class Importance:
 
 
 def find_importance(model: Model, recipe: Recipe) -> Importance | None:
-    """What the recipe asks for. Everything that can be wrong with it is found here, not later.
+    """What the recipe asks for. What can be known to be wrong before the model runs is found here.
 
     Raises:
         BundleError, MobileVLMError, ImageError: the file or the data are wrong, or of no use for
@@ -69,8 +70,9 @@ def calibrated_importance(model: Model, data: str) -> Importance:
     except ImportError as error:
         purpose = "collecting an importance matrix"
         raise require(error.name or "torch", "reference", purpose) from None
-    spec = model.spec
+    spec, name = model.spec, data if data == SCENES else Path(data).name
     key = (
+        name,
         samples_digest(samples),
         *(model.weights.sha256(prefix) for prefix in ("vision.", "projector.")),
         str([to_dict(part) for part in (spec.vision, spec.projector, spec.image)]),
@@ -79,8 +81,10 @@ def calibrated_importance(model: Model, data: str) -> Importance:
 
     @cache
     def load() -> ImportanceMatrix:
-        name = data if data == SCENES else Path(data).name
+        start = time.perf_counter()
         with progress.track("calibration", len(samples)) as advance:
-            return collect(model, samples, name, advance)
+            matrix = collect(model, samples, name, advance)
+        progress.say(f"calibration {name}  {time.perf_counter() - start:.1f} s")
+        return matrix
 
     return Importance(key, load)

@@ -103,6 +103,11 @@ def quantize_rows(
 def _importance_array(llama: Any, importance: Mapping[str, Float32]) -> Any:
     """llama.cpp's array of names and numbers, which an entry without a name ends (llama.h). It
     holds references to all that it points to."""
+    if not hasattr(llama, "llama_model_imatrix_data"):  # older ones took a C++ map
+        raise MobileVLMError(
+            "the installed llama-cpp-python cannot be given an importance matrix: "
+            "pip install -U llama-cpp-python"
+        )
     array = (llama.llama_model_imatrix_data * (len(importance) + 1))()
     array.kept = []
     for entry, (name, values) in zip(array, importance.items(), strict=False):

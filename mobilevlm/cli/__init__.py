@@ -16,6 +16,7 @@ from mobilevlm._version import __version__
 from mobilevlm.errors import MobileVLMError, QualityError
 
 VERBS = {
+    "demo": "Let the built-in model answer questions about a new picture.",
     "export": "Turn a checkpoint into a bundle.",
     "imatrix": "Measure which weights matter, for GGUF files.",
     "run": "Ask one question about pictures.",

@@ -23,8 +23,10 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(path: Path, vision_tower: Path | None, as_json: bool) -> None:
     """Show what is in PATH: a bundle (every file is checked), a checkpoint or a GGUF file."""
+    from mobilevlm.builtin import checkpoint_path
     from mobilevlm.bundle import is_bundle
 
+    path = checkpoint_path(path)
     if path.suffix == ".gguf":
         _show_gguf(path, as_json)
     elif (path / "config.json").is_file() and not is_bundle(path):

@@ -14,6 +14,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from mobilevlm.builtin import checkpoint_path
 from mobilevlm.checkpoint import Weights, read_json
 from mobilevlm.errors import CheckpointError
 from mobilevlm.spec import ModelSpec
@@ -81,11 +82,12 @@ def register(
 
 
 def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
-    """Reads a checkpoint's configuration, tokenizer and tensor names.
+    """Reads the configuration, tokenizer and tensor names of a checkpoint folder or built-in model.
 
     Raises:
         CheckpointError: the checkpoint is of no known family, or incomplete or inconsistent.
     """
+    folder = checkpoint_path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     config = read_json(folder / "config.json", required_for="every checkpoint has one")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mobilevlm.nano.drawing import glyphs
-from mobilevlm.nano.scenes import COLORS, IMAGE_SIZE, SHAPES, SIZES, Scene
+from mobilevlm.nano.scenes import COLORS, IMAGE_SIZE, POSITIONS, SHAPES, SIZES, Scene
 
 GRID = 12
 CHARACTERS = "0123456789abcdefghijklmnopqrstuvwxyz-"
@@ -24,8 +24,9 @@ CLASSES = {
     "center": 2,
     "left": len(CHARACTERS) + 1,
     "right": len(CHARACTERS) + 1,
+    "place": len(POSITIONS),
 }
-"""Classes per head; 0 is always 'nothing'."""
+"""Classes per head; 0 is 'nothing', but for ``place``: the cell of the 3x3 grid."""
 
 Targets = npt.NDArray[np.int64]
 
@@ -33,6 +34,8 @@ Targets = npt.NDArray[np.int64]
 def dense_targets(scene: Scene) -> Targets:
     """Class of each visual token for each head of CLASSES: ``(heads, GRID * GRID)``."""
     targets = np.zeros((len(CLASSES), GRID, GRID), np.int64)
+    thirds = np.arange(GRID) * 3 // GRID
+    targets[6] = 3 * thirds[:, None] + thirds[None, :]
     edge = IMAGE_SIZE / GRID
     centers = (np.arange(GRID) + 0.5) * edge
     for item in scene.items:

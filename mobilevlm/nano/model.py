@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from mobilevlm.conversation import SYSTEM_PROMPTS, two_separator_template
 from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
-from mobilevlm.reference.clip import ClipAttention, ClipLayer, ClipMLP
+from mobilevlm.nano.window import attentions, install, keep_codes
+from mobilevlm.reference.clip import ClipLayer, ClipMLP
 from mobilevlm.reference.llama import LlamaAttention, LlamaMLP, rotary_tables
 from mobilevlm.reference.model import ReferenceModel
 from mobilevlm.spec import (
@@ -36,18 +37,18 @@ class NanoConfig:
 
     vocab_size: int = 1024
     hidden_size: int = 256
-    intermediate_size: int = 576
-    num_hidden_layers: int = 6
-    num_attention_heads: int = 4
+    intermediate_size: int = 512
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     image_size: int = 192
     patch_size: int = 8
-    vision_hidden_size: int = 192
-    vision_intermediate_size: int = 768
+    vision_hidden_size: int = 128
+    vision_intermediate_size: int = 384
     vision_layers: int = 5
     """Layers that features come from; the checkpoint has one more, because layer -2 is selected."""
-    vision_heads: int = 6
+    vision_heads: int = 8
     num_experts: int = 0
     moe_layers: tuple[int, ...] = ()
     experts_per_token: int = 2
@@ -141,6 +142,7 @@ class NanoModel(ReferenceModel):
         spec = model_spec(config)
         super().__init__(spec)
         self.config = config
+        install(self.vision, spec.vision)
         for index in config.moe_layers if config.num_experts else ():
             sparse = SparseMLP(spec.decoder, config.num_experts, config.experts_per_token)
             self.decoder.layers[index].mlp = sparse
@@ -180,9 +182,8 @@ def initialize(model: NanoModel) -> None:
     """Random weights from which small models learn fast.
 
     Linears have standard deviation 1/sqrt(inputs); those that write to the residual stream are
-    smaller the deeper the model. Position embeddings are waves and a tower layer's queries equal
-    its keys, so that from the first step on a patch looks at its neighbours (mimetic
-    initialization, Trockman & Kolter 2023): shapes are learnt in far fewer steps.
+    smaller the deeper the model. The tower looks at neighbours from the first step on (see
+    window.py): shapes are learnt in far fewer steps.
     """
     vision, projector, decoder = model.vision, model.projector, model.decoder
     for module in model.modules():
@@ -195,10 +196,9 @@ def initialize(model: NanoModel) -> None:
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, ClipLayer):
-                assert isinstance(module.attn, ClipAttention) and isinstance(module.mlp, ClipMLP)
+                assert isinstance(module.mlp, ClipMLP)
                 module.attn.out_proj.weight.mul_(tower_gain)
                 module.mlp.fc2.weight.mul_(tower_gain)
-                module.attn.k_proj.weight.copy_(module.attn.q_proj.weight)
             elif isinstance(module, LlamaAttention):
                 module.o_proj.weight.mul_(decoder_gain)
             elif isinstance(module, LlamaMLP):
@@ -207,22 +207,11 @@ def initialize(model: NanoModel) -> None:
                 module.router.weight.mul_(0.1)
         patch = vision.patch_embedding
         nn.init.normal_(patch.weight, std=(3 * patch.kernel_size[0] ** 2) ** -0.5)
-        nn.init.normal_(vision.class_embedding, std=0.5)
-        nn.init.normal_(vision.position_embedding.weight, std=0.5)
-        spec = model.spec.vision
-        vision.position_embedding.weight[1:] = waves(spec.grid, spec.hidden_size)
+        nn.init.zeros_(vision.class_embedding)
+        keep_codes(vision)
+        for attention in attentions(vision):
+            attention.aim(60.0)
         for parameter in projector.get_submodule("peg").parameters():
             nn.init.zeros_(parameter)
         nn.init.normal_(decoder.embed_tokens.weight, std=0.3)
         decoder.lm_head.weight.mul_(0.5)
-
-
-def waves(grid: int, size: int) -> Tensor:
-    """Sines and cosines of row and column, (grid * grid, size): near places get near vectors."""
-    count = -(-size // 4)
-    periods = 4.0 * (2 * grid / 4.0) ** torch.linspace(0, 1, count)
-    angles = torch.arange(grid)[:, None] * (2 * torch.pi / periods)
-    along = torch.cat((angles.sin(), angles.cos()), dim=1)
-    rows = along[:, None, :].expand(grid, grid, -1)
-    columns = along[None, :, :].expand(grid, grid, -1)
-    return torch.cat((rows, columns), dim=-1).flatten(0, 1)[:, :size]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mobilevlm.nano.model import NanoConfig
 from mobilevlm.nano.questions import KINDS
+from mobilevlm.nano.window import WINDOW_TRAINED
 
 ALL_KINDS = (*KINDS, "two_images", "text", "caption")
 """Kinds of question in the order of their numbers in logs and batches."""
@@ -41,8 +42,10 @@ class Recipe:
     """Weight of the experts' load-balancing loss."""
     beta: float = 0.0
     """DPO's temperature; 0: ordinary next-token loss."""
-    trained: str = ".*"
+    trained: str = WINDOW_TRAINED
     """Pattern of the names of the parameters that are trained; the others stay."""
+    window: bool = True
+    """The tower gathers neighbours instead of computing attention (see window.py)."""
 
     @property
     def language(self) -> bool:
@@ -59,23 +62,24 @@ RECIPES = {
     "sft": Recipe("sft", 6000, 1.0e-3, 32, 4, 2, 448, 0.2, 0.1),
     "dpo": Recipe("dpo", 200, 3e-5, 16, 0, 0, 640, 0.0, 0.0, weight_decay=0.0, beta=0.1),
     "moe": Recipe(
-        "moe", 1500, 5e-4, 32, 4, 2, 448, 0.2, 0.0, balance_weight=0.01, trained=SPARSE_PARTS
+        "moe",
+        1500,
+        5e-4,
+        32,
+        4,
+        2,
+        448,
+        0.2,
+        0.0,
+        balance_weight=0.01,
+        trained=SPARSE_PARTS,
+        window=False,
     ),
 }
 """``vision`` stands in for CLIP's own pre-training; then as MobileVLM V2 and MoE-LLaVA do."""
 
 SIZES = {
     "nano": NanoConfig(),
-    "micro": NanoConfig(
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=5,
-        num_attention_heads=3,
-        vision_hidden_size=128,
-        vision_intermediate_size=512,
-        vision_layers=4,
-        vision_heads=2,
-    ),
     "test": NanoConfig(
         hidden_size=32,
         intermediate_size=64,
@@ -87,4 +91,4 @@ SIZES = {
         vision_heads=2,
     ),
 }
-"""``nano`` is what ships from a GPU run; ``micro`` fits an hour of two CPU cores."""
+"""``nano`` is what ships; ``test`` is for tests."""

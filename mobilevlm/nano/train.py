@@ -31,11 +31,13 @@ from torch.utils.data import DataLoader, Dataset
 from mobilevlm.errors import CheckpointError
 from mobilevlm.nano.dense import CLASSES
 from mobilevlm.nano.model import NanoConfig, NanoModel
+from mobilevlm.nano.optimizer import MuonAdamW
 from mobilevlm.nano.packing import Batch, StepDataset, attention_mask, normalized
 from mobilevlm.nano.recipes import ALL_KINDS, Recipe
 from mobilevlm.nano.tokenizer import NanoTokenizer
+from mobilevlm.nano.window import keep_codes, set_window, sharpen
 
-EMPTY_WEIGHTS = (0.2, 0.2, 0.2, 0.2, 0.02, 0.02)
+EMPTY_WEIGHTS = (0.2, 0.2, 0.2, 0.2, 0.02, 0.02, 1.0)
 """Weight of 'nothing' for each head of CLASSES; characters are the rarest."""
 
 
@@ -142,23 +144,20 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
     return recipe.learning_rate * (recipe.final + (1 - recipe.final) * cosine)
 
 
-def make_optimizer(trainee: Trainee, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; vectors (norms, biases) and embeddings do not decay.
+def make_optimizer(trainee: Trainee, recipe: Recipe) -> MuonAdamW:
+    """Muon for the layers' matrices; AdamW for vectors, convolutions, embeddings and heads.
 
     Parameters that the recipe does not train are frozen here.
     """
-    decayed: list[nn.Parameter] = []
-    plain: list[nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in trainee.named_parameters():
         if not re.fullmatch(recipe.trained, name):
             parameter.requires_grad_(False)
             continue
-        (plain if parameter.ndim < 2 or "embed" in name else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": recipe.weight_decay},
-        {"params": plain, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.98), eps=1e-8)
+        inner = parameter.ndim == 2 and re.search(r"layers|projector", name)
+        (matrices if inner and "router" not in name else others).append(parameter)
+    return MuonAdamW(matrices, others, recipe.learning_rate, recipe.weight_decay)
 
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
@@ -237,6 +236,8 @@ def train(
     batches = iter(_loader(dataset, run, range(step, recipe.steps)))
     entered = saved = time.monotonic()
     window = _Window()
+    tower = trainee.nano.vision
+    set_window(tower, recipe.window)
     while progress < 1.0:
         batch = next(batches).to(device)
         rate = learning_rate(recipe, progress)
@@ -248,6 +249,8 @@ def train(
         losses.total.backward()  # type: ignore[no-untyped-call]
         norm = nn.utils.clip_grad_norm_(trainee.parameters(), recipe.clip)
         optimizer.step()
+        if recipe.window:
+            keep_codes(tower)
         window.add(losses, norm)
         step += 1
         progress = _progress(recipe, run, step, began)
@@ -262,6 +265,8 @@ def train(
         if time.monotonic() - saved > run.save_seconds:
             checkpoint(False)
             saved = time.monotonic()
+    if recipe.window:
+        sharpen(tower, normalized(batch.pixels))
     checkpoint(True)
 
 

@@ -37,9 +37,7 @@ def features(model: Model, tower: LinearFormat, image: Path, folder: Path) -> ND
     ready = calibrate(model, recipe, scene_samples(4), "vision")
     file = folder / "vision.onnx"
     author_vision(ready.weights, model.spec, recipe, file, hessian=ready.hessian)
-    session = onnxruntime.InferenceSession(
-        file, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     pixels = preprocess(open_image(image), model.spec.image)
     found: NDArray[np.float32] = session.run(["features"], {"pixels": pixels[None]})[0][0]
     return found

@@ -16,6 +16,7 @@ import onnx_ir
 import pytest
 from conftest import Fixture, fixture_named, memory_weights, refusal, tree_of
 from numpy.typing import NDArray
+from unit.test_imatrix import random_matrix
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
@@ -23,6 +24,7 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
 from mobilevlm.errors import CheckpointError, MissingExtraError, MobileVLMError
 from mobilevlm.export.gguf.decoder import decoder_tensors, half_split, interleave, write_decoder
+from mobilevlm.export.gguf.imatrix import write_imatrix
 from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, Tensor, convert, write_file
 from mobilevlm.export.graph.author import author_decoder
@@ -381,6 +383,27 @@ def test_k_quants_without_llama_cpp_name_the_extra(
 ) -> None:
     recipe = dataclasses.replace(RECIPES["int4"], gguf="q4_k_m")
     with pytest.raises(MissingExtraError, match=r"q4_k_m needs .*llama-cpp-python.*\[gguf\]"):
+        gguf_jobs(llava_v1.model, recipe)
+
+
+def test_importance_without_llama_cpp_names_the_extra(
+    llava_v1: Fixture, tmp_path: Path, without_llama_cpp: None
+) -> None:
+    """Of the types that are written here, those that heed it are then rounded by ggml."""
+    path = tmp_path / "i.gguf"
+    write_imatrix(random_matrix(llava_v1.model.spec.decoder), path)
+    recipe = dataclasses.replace(RECIPES["int4"], gguf_imatrix=str(path))
+    with pytest.raises(MissingExtraError, match=r"an importance matrix needs .*\[gguf\]"):
+        gguf_jobs(llava_v1.model, recipe)
+
+
+def test_calibration_without_torch_names_the_extra(
+    llava_v1: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "mobilevlm.export.gguf.collect", raising=False)
+    recipe = dataclasses.replace(RECIPES["int4"], gguf_calibration="scenes")
+    with pytest.raises(MissingExtraError, match=r"collecting an importance .*\[reference\]"):
         gguf_jobs(llava_v1.model, recipe)
 
 

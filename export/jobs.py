@@ -15,12 +15,14 @@ from typing import Any, Literal, TypeAlias
 from mobilevlm._version import __version__
 from mobilevlm.bundle import Artifact
 from mobilevlm.errors import require
-from mobilevlm.export.recipes import Recipe
+from mobilevlm.export.calibrated import calibrate, calibration_key, check_torch
+from mobilevlm.export.calibration import Sample, find_samples
+from mobilevlm.export.recipes import LinearFormat, Recipe
 from mobilevlm.families import Model
 from mobilevlm.progress import Advance
 from mobilevlm.spec import GGUFType, to_dict
 
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_q8", "q4": "_q4"}
+SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_q8", "q4": "_q4", "q2": "_q2"}
 """Endings of ONNX files by precision, as the hub's ONNX community names them."""
 
 TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
@@ -49,30 +51,43 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         from mobilevlm.export.graph import author
     except ImportError as error:
         raise require(error.name or "onnxscript", "export", "exporting") from None
-    spec, weights = model.spec, model.weights
+    spec = model.spec
+    samples: list[Sample] = []
+    if recipe.is_calibrated:
+        check_torch()
+        samples = find_samples(recipe.calibration)
 
     def job(
         stage: StageName,
         name: str,
+        parts: tuple[LinearFormat, ...],
         precision: str,
         prefixes: tuple[str, ...],
         settings: list[Any],
         write: Callable[..., dict[str, float]],
     ) -> Job:
         path = f"onnx/{name}{SUFFIXES[precision]}.onnx"
-        key = _key(model, "onnx", prefixes, [path, precision, *settings])
+        settings = [path, precision, *map(to_dict, parts), *settings]
+        calibrated = any(part.is_calibrated for part in parts)
+        if calibrated:
+            settings.append(calibration_key(model, samples))
+
+        def author(file: Path, advance: Advance) -> dict[str, float]:
+            if not calibrated or stage == "embeddings":
+                return write(model.weights, spec, recipe, file, advance)
+            ready = calibrate(model, recipe, samples, stage)
+            return write(ready.weights, spec, recipe, file, advance, ready.hessian)
+
+        key = _key(model, "onnx", prefixes, settings)
         artifact = Artifact(stage, "onnx", precision, path, (f"{path}_data",), key)
-        return Job(
-            artifact,
-            _size(model, prefixes),
-            lambda file, advance: write(weights, spec, recipe, file, advance),
-        )
+        return Job(artifact, _size(model, prefixes), author)
 
     return [
         job(
             "vision",
             "vision_encoder",
-            recipe.vision,
+            (recipe.tower, recipe.projector),
+            recipe.tower.precision,
             ("vision.", "projector."),
             [to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)],
             author.author_vision,
@@ -80,6 +95,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         job(
             "embeddings",
             "embed_tokens",
+            (),
             recipe.embeddings,
             ("decoder.embed_tokens.",),
             [to_dict(spec.decoder)],
@@ -88,9 +104,10 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         job(
             "decoder",
             "decoder_model_merged",
-            recipe.decoder,
+            (recipe.decoder, recipe.lm_head),
+            recipe.decoder.precision,
             ("decoder.layers.", "decoder.norm.", "decoder.lm_head."),
-            [to_dict(spec.decoder), recipe.lm_head, recipe.block_size],
+            [to_dict(spec.decoder)],
             author.author_decoder,
         ),
     ]

@@ -44,7 +44,7 @@ MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
 MEMORY_LIBRARIES = 0.5e9
 """What torch and onnxruntime take before they hold any weights."""
-RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3}
+RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3, "q2": 1.3}
 """Memory of a session as a multiple of its weight file: onnxruntime keeps float weights twice, in
 float32, and a part of the quantized ones twice for a moment."""
 RESIDENT_GGUF = 2.0
@@ -73,7 +73,8 @@ def export(
     float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
     ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
-    (export/calibration.py) to collect one from.
+    (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
+    recipe's methods need data.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -88,7 +89,7 @@ def export(
     if gguf_type is not None:
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
     if imatrix is not None or calibration is not None:
-        chosen = _with_importance(chosen, imatrix, calibration, formats)
+        chosen = _with_data(chosen, imatrix, calibration, formats)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
@@ -147,15 +148,22 @@ def export_imatrix(
     )
 
 
-def _with_importance(
+def _with_data(
     recipe: Recipe,
     imatrix: str | PathLike[str] | None,
     calibration: str | PathLike[str] | None,
     formats: Sequence[str],
 ) -> Recipe:
     """The recipe with these instead of its own."""
+    if calibration is not None and "onnx" in formats and recipe.is_calibrated:
+        recipe = dataclasses.replace(recipe, calibration=str(calibration))
+        if "gguf" not in formats and imatrix is None:
+            return recipe
     if "gguf" not in formats:
-        raise MobileVLMError("importance matrices are for GGUF files: add --format gguf or all")
+        raise MobileVLMError(
+            f"recipe {recipe.name!r} takes no calibration data for ONNX, and importance matrices "
+            f"are for GGUF files: add --format gguf or all, or use gptq, awq or smoothquant"
+        )
     return dataclasses.replace(
         recipe,
         gguf_imatrix=None if imatrix is None else str(Path(imatrix)),

@@ -1,6 +1,7 @@
 """Recipes: which precision each part of a model is exported in, and how far it may drift.
 
-A recipe is named (``int4``) or read from a TOML file with the same fields as the dataclass.
+A recipe is named (``int4``) or read from a TOML file with the same fields as the dataclass; a part
+that is a text there (``decoder = "q4"``) means that precision with everything else left as it is.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.quantize.blocks import INT8, Scheme
 from mobilevlm.spec import GGUFType, from_dict
 
 if sys.version_info >= (3, 11):
@@ -18,12 +20,20 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4"]
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2"]
 """How the weights of a linear layer are stored and multiplied.
 
 ``fp32``, ``fp16``: float; ``int8``: 8-bit weights, activations quantized while running;
-``q8``, ``q4``: 8- or 4-bit weights in blocks, float activations (MatMulNBits).
+``q8``, ``q4``, ``q2``: 8-, 4- or 2-bit weights in blocks (MatMulNBits, which has no 3-bit kernel).
 """
+
+QuantizerName: TypeAlias = Literal["rtn", "hqq", "gptq"]
+ScalingName: TypeAlias = Literal["none", "awq", "smoothquant"]
+
+BLOCK_BITS: dict[Precision, int] = {"q8": 8, "q4": 4, "q2": 2}
+"""Bits of the precisions whose weights are in blocks."""
+BLOCK_SIZES = (16, 32, 64, 128, 256)
+"""Blocks that MatMulNBits takes at every bit width."""
 
 _GGUF_TYPES: dict[Precision, GGUFType] = {
     "fp32": "f32",
@@ -31,7 +41,51 @@ _GGUF_TYPES: dict[Precision, GGUFType] = {
     "int8": "q8_0",
     "q8": "q8_0",
     "q4": "q4_0",
+    "q2": "q4_0",
 }
+
+
+_USES: dict[str, tuple[Precision, ...]] = {
+    "quantizer": ("int8", *BLOCK_BITS),
+    "block_size": tuple(BLOCK_BITS),
+    "symmetric": tuple(BLOCK_BITS),
+}
+"""Precisions that a setting has a meaning for."""
+_SCALED: dict[ScalingName, tuple[Precision, ...]] = {
+    "awq": tuple(BLOCK_BITS),
+    "smoothquant": ("int8",),
+}
+PARTS = ("tower", "projector", "decoder", "lm_head")
+"""Parts of a model whose linear layers have a format of their own."""
+
+
+@dataclass(frozen=True)
+class LinearFormat:
+    """How the linear layers of one part of a model are stored."""
+
+    precision: Precision
+    quantizer: QuantizerName = "rtn"
+    """What chooses the integers: ``rtn`` and ``hqq`` need no data, ``gptq`` is calibrated."""
+    scaling: ScalingName = "none"
+    """What moves between a layer's inputs and its weights before: ``awq`` for weights in blocks,
+    ``smoothquant`` for ``int8``. Both are calibrated."""
+    block_size: int = 32
+    """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
+    symmetric: bool = True
+    """Without, each of those blocks has a zero point too."""
+
+    @property
+    def is_calibrated(self) -> bool:
+        return self.quantizer == "gptq" or self.scaling != "none"
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """The integers that stand for weights; none for floats."""
+        if self.precision == "int8":
+            return INT8
+        if self.precision in BLOCK_BITS:
+            return Scheme(BLOCK_BITS[self.precision], self.block_size, self.symmetric)
+        return None
 
 
 @dataclass(frozen=True)
@@ -49,14 +103,15 @@ class Recipe:
     """Precisions of one export."""
 
     name: str
-    vision: Precision
-    """Linear layers of the tower and the projector; convolutions and norms stay float."""
-    decoder: Precision
-    lm_head: Precision
+    tower: LinearFormat
+    """Linear layers of the vision tower; its convolution and norms stay float."""
+    projector: LinearFormat
+    decoder: LinearFormat
+    lm_head: LinearFormat
     embeddings: Literal["fp32", "fp16"]
     limits: Limits
-    block_size: int = 32
-    """Weights that share a scale in ``q4`` and ``q8``."""
+    calibration: str = "scenes"
+    """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration.py)."""
     gguf: GGUFType | None = None
     """Type of the GGUF decoder; by default what is nearest to ``decoder``."""
     gguf_mmproj: Literal["f32", "f16", "bf16", "q8_0"] | None = None
@@ -69,26 +124,53 @@ class Recipe:
     def for_manifest(self) -> dict[str, Any]:
         """All fields; of files only their names, since folders say nothing elsewhere."""
         fields = asdict(self)
-        for name in ("gguf_imatrix", "gguf_calibration"):
+        for name in ("calibration", "gguf_imatrix", "gguf_calibration"):
             fields[name] = fields[name] and Path(fields[name]).name
         return fields
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether a method of the ONNX artifacts needs data."""
+        return any(layers.is_calibrated for layers in self.parts)
+
+    @property
+    def parts(self) -> tuple[LinearFormat, ...]:
+        return self.tower, self.projector, self.decoder, self.lm_head
+
+    def format_of(self, name: str) -> LinearFormat:
+        """The format of the linear layer with this canonical name."""
+        part, _, rest = name.partition(".")
+        if part == "decoder":
+            return self.lm_head if rest.startswith("lm_head") else self.decoder
+        return self.tower if part == "vision" else self.projector
+
+    @property
     def gguf_type(self) -> GGUFType:
-        return self.gguf or _GGUF_TYPES[self.decoder]
+        return self.gguf or _GGUF_TYPES[self.decoder.precision]
 
     @property
     def mmproj_type(self) -> GGUFType:
-        return self.gguf_mmproj or ("f32" if self.vision == "fp32" else "f16")
+        return self.gguf_mmproj or ("f32" if self.tower.precision == "fp32" else "f16")
+
+
+def _uniform(
+    name: str,
+    vision: Precision,
+    decoder: Precision,
+    embeddings: Literal["fp32", "fp16"],
+    limits: Limits,
+) -> Recipe:
+    tower, layers = LinearFormat(vision), LinearFormat(decoder)
+    return Recipe(name, tower, tower, layers, layers, embeddings, limits)
 
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        Recipe("fp32", "fp32", "fp32", "fp32", "fp32", Limits(1e-4, 1e-6)),
-        Recipe("fp16-weights", "fp16", "fp16", "fp16", "fp16", Limits(5e-3, 1e-4)),
-        Recipe("int8", "int8", "int8", "int8", "fp16", Limits(0.15, 0.1)),
-        Recipe("int4", "int8", "q4", "q4", "fp16", Limits(0.15, 0.5)),
+        _uniform("fp32", "fp32", "fp32", "fp32", Limits(1e-4, 1e-6)),
+        _uniform("fp16-weights", "fp16", "fp16", "fp16", Limits(5e-3, 1e-4)),
+        _uniform("int8", "int8", "int8", "fp16", Limits(0.15, 0.1)),
+        _uniform("int4", "int8", "q4", "fp16", Limits(0.15, 0.5)),
     )
 }
 
@@ -112,14 +194,40 @@ def find_recipe(name: str) -> Recipe:
         raise MobileVLMError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
+    for part in PARTS:
+        if isinstance(data.get(part), str):
+            data[part] = {"precision": data[part]}
     recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
-    if recipe.block_size not in (16, 32, 64, 128, 256):
+    for part in PARTS:
+        _check(getattr(recipe, part), f"{path}.{part}")
+    if recipe.projector.scaling != "none":
         raise MobileVLMError(
-            f"{path}.block_size: {recipe.block_size}, expected 16, 32, 64, 128 or 256"
+            f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
         )
     # What it names lies beside it.
     if recipe.gguf_imatrix is not None:
         recipe = replace(recipe, gguf_imatrix=str(path.parent / recipe.gguf_imatrix))
+    if recipe.calibration != "scenes":
+        recipe = replace(recipe, calibration=str(path.parent / recipe.calibration))
     if recipe.gguf_calibration not in (None, "scenes"):
         recipe = replace(recipe, gguf_calibration=str(path.parent / str(recipe.gguf_calibration)))
     return recipe
+
+
+def _check(layers: LinearFormat, where: str) -> None:
+    """Refuses settings that the precision has no use for, so that none is silently ignored."""
+    precision = layers.precision
+    if layers.block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise MobileVLMError(f"{where}.block_size: {layers.block_size}, expected one of {sizes}")
+    plain = LinearFormat(precision)
+    for field, kinds in _USES.items():
+        if getattr(layers, field) != getattr(plain, field) and precision not in kinds:
+            raise MobileVLMError(
+                f"{where}.{field}: {precision} has none: it goes with {', '.join(kinds)}"
+            )
+    if layers.scaling != "none" and precision not in _SCALED[layers.scaling]:
+        raise MobileVLMError(
+            f"{where}.scaling: {layers.scaling} goes with {', '.join(_SCALED[layers.scaling])}, "
+            f"not with {precision}"
+        )

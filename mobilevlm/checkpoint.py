@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -263,6 +263,21 @@ class TensorRef:
     name: str
 
 
+@dataclass(frozen=True)
+class Rescaling:
+    """Factors of a tensor ``(rows, columns)`` or ``(rows,)``."""
+
+    rows: Float32 | None = None
+    columns: Float32 | None = None
+
+    def apply(self, array: Float32) -> Float32:
+        if self.columns is not None:
+            array = array * self.columns
+        if self.rows is not None:
+            array = array * self.rows.reshape(-1, *[1] * (array.ndim - 1))
+        return array
+
+
 class Weights:
     """The tensors of a model under canonical names (the same for every family).
 
@@ -270,8 +285,20 @@ class Weights:
     checkpoint. A tensor is read when it is asked for and not kept.
     """
 
-    def __init__(self, refs: dict[str, TensorRef]) -> None:
-        self._refs = refs
+    def __init__(
+        self, refs: dict[str, TensorRef], factors: Mapping[str, tuple[Rescaling, ...]] | None = None
+    ) -> None:
+        self._refs, self._factors = refs, dict(factors or {})
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._refs
+
+    def rescaled(self, factors: Mapping[str, Rescaling]) -> Weights:
+        """The same tensors, each that ``factors`` names multiplied when it is read."""
+        merged = dict(self._factors)
+        for name, factor in factors.items():
+            merged[name] = (*merged.get(name, ()), factor)
+        return Weights(self._refs, merged)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._refs)
@@ -301,12 +328,14 @@ class Weights:
             raise CheckpointError(
                 f"{ref.files.folder}: tensor {ref.name!r} holds values that are not finite"
             )
+        for factors in self._factors.get(name, ()):
+            array = factors.apply(array)
         return array
 
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
         """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""
         ref = self._refs[name]
-        return ref.files.q4_0(ref.name)
+        return None if name in self._factors else ref.files.q4_0(ref.name)
 
     @property
     def stored_bytes(self) -> int:

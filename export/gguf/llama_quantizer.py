@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.quantize.rtn import Float32
+from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.runtime.engines.llama_native import address, catch_log, llama_library
 from mobilevlm.runtime.machine import default_threads
 from mobilevlm.spec import GGUFType

@@ -20,7 +20,7 @@ from mobilevlm.export.gguf.names import (
     projector_entries,
     tower_entries,
 )
-from mobilevlm.export.quantize.rtn import Float32
+from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
 from mobilevlm.gguf_file import GgufFile, read_gguf
 from mobilevlm.gguf_model import model_spec

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.export.gguf.llama_quantizer import quantize_rows
-from mobilevlm.export.quantize import q4_0
-from mobilevlm.export.quantize.rtn import Float32, quantize_blocks
+from mobilevlm.export.quantize import q4_0, rtn
+from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.spec import GGUFType
 
 TYPES: dict[GGUFType, gguf.GGMLQuantizationType] = {
@@ -130,7 +130,7 @@ def convert(
     if kind not in WEIGHABLE:
         importance = None
     if kind == "q4_0" and importance is None:
-        quantized = quantize_blocks(rows, 4, BLOCK)  # the integers of our ``q4``
+        quantized = rtn.quantize(rows, q4_0.SCHEME)  # the integers of our ``q4``
         return q4_0.pack(quantized), quantized.relative_error
     step = max(1, _CHUNK // rows.shape[1])
     parts, error, energy = [], 0.0, 0.0

@@ -15,6 +15,7 @@ from mobilevlm.export.graph.decoder import DecoderStage
 from mobilevlm.export.graph.layers import CONTRIB, FLOAT
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.recipes import Recipe
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.spec import ModelSpec
@@ -26,12 +27,17 @@ Shape = list[int | str]
 
 
 def author_vision(
-    weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path, advance: Advance = ignore
+    weights: Weights,
+    spec: ModelSpec,
+    recipe: Recipe,
+    path: Path,
+    advance: Advance = ignore,
+    hessian: HessianOf = no_hessian,
 ) -> dict[str, float]:
     """Writes the vision stage. Returns each quantized tensor's relative error."""
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        stage = VisionStage(file, spec, recipe.vision)
+        stage = VisionStage(file, spec)
         size, patches = spec.image.size, spec.vision.num_patches
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
         tokens, features = stage(builder.op, pixels)
@@ -43,18 +49,24 @@ def author_vision(
         )
         _output(builder, features, "features", [1, patches, spec.vision.hidden_size])
 
-    return _author("vision_encoder", weights, path, advance, build)
+    file = WeightFile(weights, _data_path(path), recipe, advance, hessian)
+    return _author("vision_encoder", path, file, build)
 
 
 def author_decoder(
-    weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path, advance: Advance = ignore
+    weights: Weights,
+    spec: ModelSpec,
+    recipe: Recipe,
+    path: Path,
+    advance: Advance = ignore,
+    hessian: HessianOf = no_hessian,
 ) -> dict[str, float]:
     """Writes the decoder stage. Returns each quantized tensor's relative error."""
     decoder = spec.decoder
     buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.head_dim]
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        stage = DecoderStage(file, decoder, recipe)
+        stage = DecoderStage(file, decoder)
         embeds = _input(builder, "inputs_embeds", FLOAT, [1, "length", decoder.hidden_size])
         total = _input(builder, "total_length", ir.DataType.INT32, [1])
         positions = _input(builder, "logits_positions", ir.DataType.INT64, ["positions"])
@@ -71,7 +83,8 @@ def author_decoder(
             _output(builder, key, f"present.{index}.key", buffer)
             _output(builder, value, f"present.{index}.value", buffer)
 
-    return _author("decoder_model_merged", weights, path, advance, build)
+    file = WeightFile(weights, _data_path(path), recipe, advance, hessian)
+    return _author("decoder_model_merged", path, file, build)
 
 
 def author_embeddings(
@@ -91,18 +104,14 @@ def author_embeddings(
         embeds = builder.op.Cast(rows, to=FLOAT) if half else rows
         _output(builder, embeds, "inputs_embeds", [1, "length", decoder.hidden_size])
 
-    return _author("embed_tokens", weights, path, advance, build)
+    file = WeightFile(weights, _data_path(path), recipe, advance)
+    return _author("embed_tokens", path, file, build)
 
 
 def _author(
-    name: str,
-    weights: Weights,
-    path: Path,
-    advance: Advance,
-    build: Callable[[GraphBuilder, WeightFile], None],
+    name: str, path: Path, file: WeightFile, build: Callable[[GraphBuilder, WeightFile], None]
 ) -> dict[str, float]:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name=name)
-    file = WeightFile(weights, path.with_name(f"{path.name}_data"), advance)
     try:
         build(GraphBuilder(graph), file)
     finally:
@@ -111,6 +120,10 @@ def _author(
         node.metadata_props.clear()  # where in the modules it was made: bytes a device never needs
     ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="mobilevlm"), path)
     return file.errors
+
+
+def _data_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}_data")
 
 
 def _input(builder: GraphBuilder, name: str, dtype: ir.DataType, shape: Shape) -> Any:

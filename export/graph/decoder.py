@@ -13,7 +13,6 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.layers import CONTRIB, Linear
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.recipes import Recipe
 from mobilevlm.spec import DecoderSpec
 
 
@@ -21,23 +20,21 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
     """``inputs_embeds (1, length, hidden_size)`` to ``logits (1, positions, vocab_size)`` of the
     positions asked for, and the KV buffers ``(1, num_key_value_heads, capacity, head_dim)``."""
 
-    def __init__(self, weights: WeightFile, spec: DecoderSpec, recipe: Recipe) -> None:
+    def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
         super().__init__("decoder")
         self.epsilon = spec.rms_norm_eps
         cos, sin = rotary_tables(spec)
         self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
         self.input_norm = RMSNorm(weights, "decoder.layers.0.input_norm", spec)
         self.layers = nn.ModuleList(
-            [DecoderLayer(weights, index, spec, recipe) for index in range(spec.num_hidden_layers)]
+            [DecoderLayer(weights, index, spec) for index in range(spec.num_hidden_layers)]
         )
         self.lm_head = Linear(
             weights,
             "decoder.lm_head",
             spec.hidden_size,
             spec.vocab_size,
-            recipe.lm_head,
             bias=False,
-            block_size=recipe.block_size,
         )
 
     def forward(
@@ -66,24 +63,21 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
     since the operator that adds the residual normalises too. In the last layer only the positions
     whose logits are asked for go on after attention."""
 
-    def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec, recipe: Recipe) -> None:
+    def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__()
         name = f"decoder.layers.{index}"
         last = index == spec.num_hidden_layers - 1
         next_norm = "decoder.norm" if last else f"decoder.layers.{index + 1}.input_norm"
         self.num_heads, self.num_kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         heads, kv_heads = self.num_heads * spec.head_dim, self.num_kv_heads * spec.head_dim
-        hidden, wide, precision = spec.hidden_size, spec.intermediate_size, recipe.decoder
-        options: dict[str, Any] = {"bias": False, "block_size": recipe.block_size}
+        hidden, wide = spec.hidden_size, spec.intermediate_size
         qkv = [f"{name}.attn.{part}_proj" for part in "qkv"]
-        self.qkv = Linear(weights, qkv, hidden, [heads, kv_heads, kv_heads], precision, **options)
-        self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, precision, **options)
+        self.qkv = Linear(weights, qkv, hidden, [heads, kv_heads, kv_heads], bias=False)
+        self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=False)
         self.post_attention_norm = SkipRMSNorm(weights, f"{name}.post_attention_norm", spec)
         gate_up = [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"]
-        self.gate_up = Linear(weights, gate_up, hidden, [wide, wide], precision, **options)
-        self.down_proj = Linear(
-            weights, f"{name}.mlp.down_proj", wide, hidden, precision, **options
-        )
+        self.gate_up = Linear(weights, gate_up, hidden, [wide, wide], bias=False)
+        self.down_proj = Linear(weights, f"{name}.mlp.down_proj", wide, hidden, bias=False)
         self.next_norm = SkipRMSNorm(weights, next_norm, spec)
 
     def forward(

@@ -10,8 +10,9 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.quantize import q4_0, rtn
-from mobilevlm.export.recipes import Precision
+from mobilevlm.export.quantize import gptq, hqq, q4_0, rtn
+from mobilevlm.export.quantize.blocks import Float32, Quantized, Scheme, signed_columns
+from mobilevlm.export.recipes import BLOCK_BITS, LinearFormat
 
 CONTRIB = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
@@ -21,7 +22,7 @@ class Linear(nn.Module):  # type: ignore[misc]
     """``x (…, in_size)`` to ``x · Wᵀ + b (…, out_size)``.
 
     ``names``: canonical tensors without ``.weight``; several are stacked along the output and
-    multiplied at once (fused q, k and v).
+    multiplied at once (fused q, k and v). The recipe says how they are stored.
     """
 
     def __init__(
@@ -30,10 +31,8 @@ class Linear(nn.Module):  # type: ignore[misc]
         names: str | Sequence[str],
         in_size: int,
         out_sizes: int | Sequence[int],
-        precision: Precision,
         *,
         bias: bool = True,
-        block_size: int = 32,
     ) -> None:
         super().__init__()
         names = [names] if isinstance(names, str) else list(names)
@@ -41,22 +40,23 @@ class Linear(nn.Module):  # type: ignore[misc]
         parts = list(zip(names, sizes, strict=True))
         weight = _stacked([weights.read(f"{name}.weight", size, in_size) for name, size in parts])
         self.in_size, self.out_size = in_size, sum(sizes)
-        self.precision, self.block_size = precision, block_size
+        self.format = weights.recipe.format_of(names[0])
         label = ",".join(names)
-        if precision == "int8":
-            columns = rtn.quantize_columns(weight)
-            weights.errors[label] = columns.relative_error
-            self.weight = weights.parameter(columns.values)
-            self.scale = weights.parameter(columns.scales)
-        elif precision in ("q8", "q4"):
-            stored = weights.q4_0(names) if (precision, block_size) == ("q4", q4_0.BLOCK) else None
-            blocks = stored or rtn.quantize_blocks(
-                weight, 4 if precision == "q4" else 8, block_size
-            )
-            weights.errors[label] = blocks.relative_error
-            self.weight = weights.parameter(blocks.packed)
-            self.scale = weights.parameter(blocks.scales)
-        elif precision == "fp16":
+        scheme = self.format.scheme
+        self.zero_points = None
+        if scheme is not None:
+            stored = weights.q4_0(names) if scheme == q4_0.SCHEME else None
+            quantized = stored or _quantize(weights, names[0], weight, self.format, scheme)
+            weights.errors[label] = quantized.relative_error
+            if self.format.precision == "int8":
+                self.weight = weights.parameter(signed_columns(quantized))
+                self.scale = weights.parameter(quantized.scales[:, 0])
+            else:
+                self.weight = weights.parameter(quantized.packed)
+                self.scale = weights.parameter(quantized.scales)
+                if quantized.zero_points is not None:
+                    self.zero_points = weights.parameter(quantized.zero_points)
+        elif self.format.precision == "fp16":
             half = _to_half(weight, label)
             weights.errors[label] = _relative_error(half, weight)
             self.weight = weights.parameter(half.T)
@@ -68,27 +68,27 @@ class Linear(nn.Module):  # type: ignore[misc]
             self.bias = weights.parameter(_stacked(vectors))
 
     def forward(self, op: Any, x: Any) -> Any:
-        if self.precision == "int8":
+        if self.format.precision == "int8":
             return op.DynamicQuantizeMatMul(
                 x, self.weight, self.scale, None, self.bias, _domain=CONTRIB
             )
-        if self.precision in ("q8", "q4"):
+        if self.format.precision in BLOCK_BITS:
             return op.MatMulNBits(
                 x,
                 self.weight,
                 self.scale,
-                None,
+                self.zero_points,
                 None,
                 self.bias,
                 K=self.in_size,
                 N=self.out_size,
-                bits=4 if self.precision == "q4" else 8,
-                block_size=self.block_size,
+                bits=BLOCK_BITS[self.format.precision],
+                block_size=self.format.block_size,
                 accuracy_level=4,
                 _domain=CONTRIB,
             )
         weight = self.weight
-        if self.precision == "fp16":
+        if self.format.precision == "fp16":
             weight = op.Cast(weight, to=FLOAT)
         product = op.MatMul(x, weight)
         return product if self.bias is None else op.Add(product, self.bias)
@@ -105,6 +105,15 @@ class LayerNorm(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.epsilon)
+
+
+def _quantize(
+    weights: WeightFile, name: str, weight: Float32, layers: LinearFormat, scheme: Scheme
+) -> Quantized:
+    """``weight (out_size, in_size)``; ``name`` of a layer that has its inputs."""
+    if layers.quantizer == "gptq":
+        return gptq.quantize(weight, scheme, weights.hessian(name))
+    return {"rtn": rtn.quantize, "hqq": hqq.quantize}[layers.quantizer](weight, scheme)
 
 
 def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

@@ -13,16 +13,15 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.layers import LayerNorm, Linear
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.recipes import Precision
 from mobilevlm.spec import ProjectorSpec
 
 
 class MLPProjector(nn.Module):  # type: ignore[misc]
     """Linears with exact GELU between."""
 
-    def __init__(self, weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> None:
+    def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
         super().__init__()
-        self.mlp = _linears(weights, spec, precision)
+        self.mlp = _linears(weights, spec)
 
     def forward(self, op: Any, features: Any) -> Any:
         hidden = features
@@ -34,10 +33,10 @@ class MLPProjector(nn.Module):  # type: ignore[misc]
 class LDPv2Projector(nn.Module):  # type: ignore[misc]
     """MLP, average pooling to ``out_grid``, depthwise 3 × 3 with residual."""
 
-    def __init__(self, weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> None:
+    def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.mlp = _linears(weights, spec, precision)
+        self.mlp = _linears(weights, spec)
         if spec.grid % spec.out_grid:
             self.pooling = weights.parameter(_pooling_matrix(spec.grid, spec.out_grid))
         self.kernel = weights.parameter(
@@ -67,10 +66,10 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
 class LDPProjector(nn.Module):  # type: ignore[misc]
     """MLP and two inverted-residual blocks, the second of stride 2."""
 
-    def __init__(self, weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> None:
+    def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.mlp = _linears(weights, spec, precision)
+        self.mlp = _linears(weights, spec)
         self.blocks = nn.ModuleList(
             [
                 InvertedResidual(weights, f"projector.blocks.{index}", spec, stride)
@@ -142,17 +141,17 @@ class ChannelNorm(nn.Module):  # type: ignore[misc]
         return op.Transpose(hidden, perm=[0, 3, 1, 2])
 
 
-def build_projector(weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> nn.Module:
+def build_projector(weights: WeightFile, spec: ProjectorSpec) -> nn.Module:
     """The projector that the spec names."""
     kinds = {"mlp": MLPProjector, "ldp": LDPProjector, "ldpv2": LDPv2Projector}
-    return kinds[spec.kind](weights, spec, precision)
+    return kinds[spec.kind](weights, spec)
 
 
-def _linears(weights: WeightFile, spec: ProjectorSpec, precision: Precision) -> nn.ModuleList:
+def _linears(weights: WeightFile, spec: ProjectorSpec) -> nn.ModuleList:
     sizes = [spec.in_size] + [spec.out_size] * spec.depth
     return nn.ModuleList(
         [
-            Linear(weights, f"projector.mlp.{index}", sizes[index], sizes[index + 1], precision)
+            Linear(weights, f"projector.mlp.{index}", sizes[index], sizes[index + 1])
             for index in range(spec.depth)
         ]
     )

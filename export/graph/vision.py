@@ -14,7 +14,6 @@ from onnxscript import nn
 from mobilevlm.export.graph.layers import CONTRIB, FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.recipes import Precision
 from mobilevlm.spec import ImageSpec, ModelSpec, VisionSpec
 
 
@@ -22,10 +21,10 @@ class VisionStage(nn.Module):  # type: ignore[misc]
     """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and tower
     features ``(1, num_patches, vision hidden_size)``."""
 
-    def __init__(self, weights: WeightFile, spec: ModelSpec, precision: Precision) -> None:
+    def __init__(self, weights: WeightFile, spec: ModelSpec) -> None:
         super().__init__("vision")
-        self.tower = ClipTower(weights, spec.vision, spec.image, precision)
-        self.projector = build_projector(weights, spec.projector, precision)
+        self.tower = ClipTower(weights, spec.vision, spec.image)
+        self.projector = build_projector(weights, spec.projector)
 
     def forward(self, op: Any, pixels: Any) -> tuple[Any, Any]:
         features = self.tower(op, pixels)
@@ -33,15 +32,13 @@ class VisionStage(nn.Module):  # type: ignore[misc]
 
 
 class ClipTower(nn.Module):  # type: ignore[misc]
-    def __init__(
-        self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, precision: Precision
-    ) -> None:
+    def __init__(self, weights: WeightFile, spec: VisionSpec, image: ImageSpec) -> None:
         super().__init__()
         self.embedding = PatchEmbedding(weights, spec, image)
         self.pre_norm = LayerNorm(weights, "vision.pre_norm", spec.hidden_size, spec.layer_norm_eps)
         self.layers = nn.ModuleList(
             [
-                ClipLayer(weights, f"vision.layers.{index}", spec, precision)
+                ClipLayer(weights, f"vision.layers.{index}", spec)
                 for index in range(spec.num_hidden_layers)
             ]
         )
@@ -85,19 +82,17 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
 
 
 class ClipLayer(nn.Module):  # type: ignore[misc]
-    def __init__(
-        self, weights: WeightFile, name: str, spec: VisionSpec, precision: Precision
-    ) -> None:
+    def __init__(self, weights: WeightFile, name: str, spec: VisionSpec) -> None:
         super().__init__()
         size, wide = spec.hidden_size, spec.intermediate_size
         self.num_heads, self.quick = spec.num_attention_heads, spec.hidden_act == "quick_gelu"
         self.norm1 = LayerNorm(weights, f"{name}.norm1", size, spec.layer_norm_eps)
         parts = [f"{name}.attn.{part}_proj" for part in "qkv"]
-        self.qkv = Linear(weights, parts, size, [size] * 3, precision)
-        self.out_proj = Linear(weights, f"{name}.attn.out_proj", size, size, precision)
+        self.qkv = Linear(weights, parts, size, [size] * 3)
+        self.out_proj = Linear(weights, f"{name}.attn.out_proj", size, size)
         self.norm2 = LayerNorm(weights, f"{name}.norm2", size, spec.layer_norm_eps)
-        self.fc1 = Linear(weights, f"{name}.mlp.fc1", size, wide, precision)
-        self.fc2 = Linear(weights, f"{name}.mlp.fc2", wide, size, precision)
+        self.fc1 = Linear(weights, f"{name}.mlp.fc1", size, wide)
+        self.fc2 = Linear(weights, f"{name}.mlp.fc2", wide, size)
 
     def forward(self, op: Any, hidden: Any) -> Any:
         qkv = self.qkv(op, self.norm1(op, hidden))

@@ -17,7 +17,9 @@ from onnxscript import nn
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.quantize import q4_0
-from mobilevlm.export.quantize.rtn import BlockQuantized
+from mobilevlm.export.quantize.blocks import Quantized
+from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
+from mobilevlm.export.recipes import Recipe
 from mobilevlm.progress import Advance, ignore
 
 _ALIGNMENT = 4096
@@ -29,12 +31,19 @@ _INLINE_BYTES = 1024
 class WeightFile:
     """Parameters of a graph under construction. Open until :meth:`close`.
 
-    ``source`` gives the canonical tensors; ``errors`` collects the relative error that quantization
-    made in each.
+    ``source`` gives the canonical tensors, ``recipe`` their formats, ``hessian`` what
+    GPTQ needs; ``errors`` collects the relative error that quantization made in each.
     """
 
-    def __init__(self, source: Weights, path: Path, advance: Advance = ignore) -> None:
-        self.source = source
+    def __init__(
+        self,
+        source: Weights,
+        path: Path,
+        recipe: Recipe,
+        advance: Advance = ignore,
+        hessian: HessianOf = no_hessian,
+    ) -> None:
+        self.source, self.recipe, self.hessian = source, recipe, hessian
         self._advance = advance
         self.path = path
         self.errors: dict[str, float] = {}
@@ -66,7 +75,7 @@ class WeightFile:
         self._advance(math.prod(shape))
         return self.source.read(name, shape)
 
-    def q4_0(self, names: Sequence[str]) -> BlockQuantized | None:
+    def q4_0(self, names: Sequence[str]) -> Quantized | None:
         """Layers stacked as they are stored in llama.cpp's Q4_0, nothing rounded again; none where
         one is stored in another type."""
         parts = [self.source.q4_0(f"{name}.weight") for name in names]

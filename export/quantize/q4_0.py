@@ -9,25 +9,27 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.export.quantize.rtn import BlockQuantized
+from mobilevlm.export.quantize import blocks
+from mobilevlm.export.quantize.blocks import Quantized, Scheme
 
 BLOCK = 32
 BLOCK_BYTES = 2 + BLOCK // 2
+SCHEME = Scheme(4, BLOCK)
 
 
-def pack(quantized: BlockQuantized) -> NDArray[np.uint8]:
+def pack(quantized: Quantized) -> NDArray[np.uint8]:
     """``(out_size, blocks * 18)`` of blocks of 32."""
-    packed = quantized.packed
-    codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(*packed.shape[:2], BLOCK)
-    data = np.empty((*packed.shape[:2], BLOCK_BYTES), np.uint8)
+    codes = blocks.unpack(quantized.packed, 4, BLOCK)
+    data = np.empty((*codes.shape[:2], BLOCK_BYTES), np.uint8)
     data[..., :2] = quantized.scales.astype("<f2")[..., None].view(np.uint8)
     data[..., 2:] = codes[..., : BLOCK // 2] | codes[..., BLOCK // 2 :] << 4
-    return data.reshape(len(packed), -1)
+    return data.reshape(len(codes), -1)
 
 
-def unpack(data: NDArray[np.uint8]) -> BlockQuantized:
+def unpack(data: NDArray[np.uint8]) -> Quantized:
     """Undoes :func:`pack`; nothing is rounded, so the error is 0."""
-    blocks = data.reshape(len(data), -1, BLOCK_BYTES)
-    scales = np.ascontiguousarray(blocks[..., :2]).view("<f2")[..., 0].astype(np.float32)
-    codes = np.concatenate([blocks[..., 2:] & 15, blocks[..., 2:] >> 4], axis=-1)
-    return BlockQuantized(codes[..., 0::2] | codes[..., 1::2] << 4, scales, 0.0)
+    stored = data.reshape(len(data), -1, BLOCK_BYTES)
+    scales = np.ascontiguousarray(stored[..., :2]).view("<f2")[..., 0].astype(np.float32)
+    codes = np.concatenate([stored[..., 2:] & 15, stored[..., 2:] >> 4], axis=-1)
+    in_size = scales.shape[1] * BLOCK
+    return Quantized(SCHEME, in_size, blocks.pack(codes, 4), scales, None, 0.0)

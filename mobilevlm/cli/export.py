@@ -59,7 +59,7 @@ Examples:
 @click.option(
     "--calibration",
     metavar="scenes|FILE.jsonl",
-    help="Collect one now: on drawn scenes, or on a file of samples (needs torch).",
+    help="Data for an importance matrix, and for gptq, awq and smoothquant (needs torch).",
 )
 @click.option(
     "--vision-tower",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from mobilevlm.reference.clip import ClipLayer, ClipTower
 from mobilevlm.reference.llama import LlamaDecoder, LlamaLayer
 from mobilevlm.reference.projectors import build_projector
 from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
+
+_HELD: set[nn.Module] = set()
+"""Streamed layers that keep their weights."""
 
 
 class ReferenceModel(nn.Module):
@@ -86,6 +90,17 @@ def load_reference(model: Model, streamed: bool = False) -> ReferenceModel:
     return reference.eval()
 
 
+@contextmanager
+def held(block: nn.Module) -> Iterator[None]:
+    """Keeps a streamed layer's weights from its first call to the end, for many calls."""
+    _HELD.add(block)
+    try:
+        yield
+    finally:
+        _HELD.remove(block)
+        block.to("meta")
+
+
 def _blocks(reference: ReferenceModel) -> Iterator[tuple[str, nn.Module]]:
     """The units that are filled at once: whole layers, the projector, and single modules."""
     whole: list[str] = []
@@ -108,10 +123,12 @@ def _fill(block: nn.Module, weights: Weights, prefix: str) -> None:
 
 def _stream(block: nn.Module, weights: Weights, prefix: str) -> None:
     def load(module: nn.Module, _: Any) -> None:
-        _fill(module, weights, prefix)
+        if next(module.parameters()).is_meta:
+            _fill(module, weights, prefix)
 
     def drop(module: nn.Module, *_: Any) -> None:
-        module.to("meta")
+        if module not in _HELD:
+            module.to("meta")
 
     block.register_forward_pre_hook(load)
     block.register_forward_hook(drop)

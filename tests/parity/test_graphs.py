@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.author import author_decoder, author_embeddings, author_vision
-from mobilevlm.export.quantize.rtn import quantize_blocks, quantize_columns
+from mobilevlm.export.quantize import rtn
+from mobilevlm.export.quantize.blocks import INT8, Scheme, dequantize
 from mobilevlm.export.recipes import RECIPES, Recipe
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
@@ -193,32 +194,28 @@ def test_quantized_graphs_stay_near_the_official_values(
 class RoundedWeights(Weights):
     """The weights as a quantized graph holds them."""
 
-    def __init__(self, model: Model, bits: int) -> None:
+    def __init__(self, model: Model, scheme: Scheme) -> None:
         super().__init__(model.weights._refs)
-        self.bits = bits
+        self.scheme = scheme
 
     def read(self, name: str, shape: tuple[int, ...]) -> Array:
         weight = super().read(name, shape)
         if "decoder" not in name or not ("proj" in name or "lm_head" in name):
             return weight
-        if self.bits == 8:
-            columns = quantize_columns(weight)
-            return (columns.values * columns.scales).T.astype(np.float32)
-        blocks = quantize_blocks(weight, 4, 32)
-        codes = np.stack([blocks.packed & 15, blocks.packed >> 4], -1).reshape(shape[0], -1, 32)
-        values = (codes.astype(np.float32) - 8) * blocks.scales[..., None]
-        return values.reshape(shape[0], -1)[:, : shape[1]]
+        return dequantize(rtn.quantize(weight, self.scheme))
 
 
 # What is left when the weights are equal is the rounding of activations to 8 bits: half a step of
 # 1/127 of the largest of 32 (int4) or 1/255 of the range of the whole tensor (int8), in each of
 # three layers. Measured (largest): 0.022 and 0.048.
-@pytest.mark.parametrize(("recipe", "bits", "limit"), [("int4", 4, 0.03), ("int8", 8, 0.06)])
+@pytest.mark.parametrize(
+    ("recipe", "scheme", "limit"), [("int4", Scheme(4, 32), 0.03), ("int8", INT8, 0.06)]
+)
 def test_quantized_decoder_graph_equals_the_reference_with_its_rounded_weights(
-    fixture: Fixture, recipe: str, bits: int, limit: float, tmp_path: Path
+    fixture: Fixture, recipe: str, scheme: Scheme, limit: float, tmp_path: Path
 ) -> None:
     logits = author(fixture, recipe, tmp_path).logits()
-    rounded = replace(fixture.model, weights=RoundedWeights(fixture.model, bits))
+    rounded = replace(fixture.model, weights=RoundedWeights(fixture.model, scheme))
     with torch.no_grad():
         embeds = torch.from_numpy(fixture.arrays["inputs_embeds"][0])
         expected = load_reference(rounded).logits(embeds).numpy()

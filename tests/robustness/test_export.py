@@ -339,7 +339,8 @@ def test_a_missed_limit_names_stage_figure_and_limit_and_leaves_no_bundle(
 ) -> None:
     recipe = tmp_path / "strict.toml"
     recipe.write_text(
-        'vision = "int8"\ndecoder = "q4"\nlm_head = "q4"\nembeddings = "fp16"\n[limits]\n' + limits
+        'tower = "int8"\nprojector = "int8"\ndecoder = "q4"\nlm_head = "q4"\nembeddings = "fp16"\n'
+        f"[limits]\n{limits}"
     )
     target = tmp_path / "bundle"
     message = refusal(
@@ -358,7 +359,7 @@ def test_a_missed_limit_keeps_the_older_bundle(
     before = checked(target)
     recipe = tmp_path / "strict.toml"
     recipe.write_text(
-        'vision = "int8"\ndecoder = "q4"\nlm_head = "q4"\nembeddings = "fp16"\n'
+        'tower = "int8"\nprojector = "int8"\ndecoder = "q4"\nlm_head = "q4"\nembeddings = "fp16"\n'
         "limits = {vision_relative_error = 9, decoder_kl = 0}"
     )
     refusal(capsys, "export", tiny_checkpoint, "-o", target, "--recipe", recipe, "--quiet", code=1)

@@ -397,7 +397,9 @@ def test_a_column_that_is_never_used_keeps_a_little_importance() -> None:
 
 
 def test_a_recipe_file_names_what_lies_beside_it(tmp_path: Path) -> None:
-    text = 'vision = "fp16"\ndecoder = "q4"\nlm_head = "q4"\nembeddings = "fp16"\n'
+    text = (
+        'tower = "fp16"\nprojector = "fp16"\ndecoder = "q4"\nlm_head = "q4"\nembeddings = "fp16"\n'
+    )
     limits = "[limits]\nvision_relative_error = 1\ndecoder_kl = 1\n"
     path = tmp_path / "mine.toml"
     path.write_text(f'{text}gguf_calibration = "mine.jsonl"\n{limits}')

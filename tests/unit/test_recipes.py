@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.recipes import RECIPES, Limits, Recipe, find_recipe
+from mobilevlm.export.recipes import RECIPES, Limits, LinearFormat, Recipe, find_recipe
 
 MINE = """\
-vision = "int8"
-decoder = "q4"
+tower = "int8"
+projector = "fp16"
+decoder = { precision = "q4", quantizer = "hqq", block_size = 64, symmetric = false }
 lm_head = "q8"
 embeddings = "fp16"
-block_size = 64
 [limits]
 vision_relative_error = 0.2
 decoder_kl = 1
@@ -40,27 +40,51 @@ def test_coarser_recipes_allow_more() -> None:
 
 
 def test_a_file_gives_a_recipe_named_after_it(tmp_path: Path) -> None:
-    expected = Recipe("mine", "int8", "q4", "q8", "fp16", Limits(0.2, 1.0), 64)
+    expected = Recipe(
+        "mine",
+        tower=LinearFormat("int8"),
+        projector=LinearFormat("fp16"),
+        decoder=LinearFormat("q4", "hqq", block_size=64, symmetric=False),
+        lm_head=LinearFormat("q8"),
+        embeddings="fp16",
+        limits=Limits(0.2, 1.0),
+    )
     assert find_recipe(written(tmp_path, MINE)) == expected
 
 
-def test_a_file_may_name_its_recipe_and_leave_out_the_block_size(tmp_path: Path) -> None:
-    text = 'name = "other"\n' + MINE.replace("block_size = 64\n", "")
-    recipe = find_recipe(written(tmp_path, text))
-    assert (recipe.name, recipe.block_size) == ("other", 32)
+def test_a_file_may_name_its_recipe(tmp_path: Path) -> None:
+    assert find_recipe(written(tmp_path, 'name = "other"\n' + MINE)).name == "other"
+
+
+def test_each_layer_has_the_format_of_its_part(tmp_path: Path) -> None:
+    recipe = find_recipe(written(tmp_path, MINE))
+    assert recipe.format_of("vision.layers.0.mlp.fc1") is recipe.tower
+    assert recipe.format_of("projector.mlp.0") is recipe.projector
+    assert recipe.format_of("decoder.layers.3.attn.q_proj") is recipe.decoder
+    assert recipe.format_of("decoder.lm_head") is recipe.lm_head
 
 
 WRONG = [
-    ('vision = "int8"\n', "", "key 'vision' is missing"),
-    ("[limits]", "[limit]", "key 'limit' is not known: expected name, vision, decoder"),
-    ("block_size", "blocksize", "key 'blocksize' is not known"),
+    ('tower = "int8"\n', "", "key 'tower' is missing"),
+    ("[limits]", "[limit]", "key 'limit' is not known: expected name, tower, projector, decoder"),
+    ("block_size", "blocksize", ".decoder: key 'blocksize' is not known: expected precision, qu"),
     ("decoder_kl = 1", "", ".limits: key 'decoder_kl' is missing"),
     ("decoder_kl", "decoder_KL", ".limits: key 'decoder_KL' is not known: expected vision_rel"),
-    ('"q4"', '"int3"', ".decoder: expected one of 'fp32', 'fp16', 'int8', 'q8', 'q4', found"),
-    ('"fp16"', '"int8"', ".embeddings: expected one of 'fp32', 'fp16'"),
-    ('"q8"', "8", ".lm_head: expected one of"),
-    ("64", '"64"', ".block_size: expected int, found '64'"),
-    ("64", "48", ".block_size: 48, expected 16, 32, 64, 128 or 256"),
+    ('"q4"', '"q3"', ".decoder.precision: expected one of 'fp32', 'fp16', 'int8', 'q8', 'q4', "),
+    ('"fp16"\n[', '"int8"\n[', ".embeddings: expected one of 'fp32', 'fp16'"),
+    ('"q8"', "8", ".lm_head: expected an object, found 8"),
+    ('"q8"', '"8"', ".lm_head.precision: expected one of"),
+    ('precision = "q4", ', "", ".decoder: key 'precision' is missing"),
+    ('"hqq"', '"best"', ".decoder.quantizer: expected one of 'rtn', 'hqq', 'gptq'"),
+    ("64", '"64"', ".decoder.block_size: expected int, found '64'"),
+    ("64", "48", ".decoder.block_size: 48, expected one of 16, 32, 64, 128, 256"),
+    ("false", "0", ".decoder.symmetric: expected bool, found 0"),
+    ('"q4"', '"fp16"', ".decoder.quantizer: fp16 has none: it goes with int8, q8, q4, q2"),
+    ('"q4"', '"int8"', ".decoder.block_size: int8 has none: it goes with q8, q4, q2"),
+    ('"hqq"', '"rtn", scaling = "smoothquant"', ".decoder.scaling: smoothquant goes with int8"),
+    ('"int8"', '{ precision = "int8", scaling = "awq" }', ".tower.scaling: awq goes with q8, q4"),
+    ('projector = "fp16"', 'projector = { precision = "int8", scaling = "smoothquant" }',
+     ".projector.scaling: nothing before its layers takes the factors"),
     ("0.2", '"small"', ".limits.vision_relative_error: expected float, found 'small'"),
     ("[limits]", "[limits", "not a TOML recipe"),
     ("[limits]", 'limits = "none"\n[x]', "is not known"),

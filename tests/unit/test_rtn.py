@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from mobilevlm.export.quantize import blocks as quantize_module
 from mobilevlm.export.quantize import rtn
-from mobilevlm.export.quantize.rtn import (
-    INT8_LIMIT,
-    BlockQuantized,
-    quantize_blocks,
-    quantize_columns,
+from mobilevlm.export.quantize.blocks import (
+    INT8,
+    Quantized,
+    Scheme,
+    dequantize,
+    signed_columns,
+    unpack,
 )
 
 Float32 = NDArray[np.float32]
@@ -32,33 +35,28 @@ def normal(rows: int, columns: int, seed: int = 0) -> Float32:
     return np.random.default_rng(seed).standard_normal((rows, columns), np.float32)
 
 
-def codes_of(blocks: BlockQuantized, bits: int) -> NDArray[np.int64]:
-    """Integers ``(out_size, blocks, block_size)``."""
-    packed = blocks.packed.astype(np.int64)
-    if bits == 8:
-        return packed
-    return np.stack([packed & 15, packed >> 4], -1).reshape(*packed.shape[:2], -1)
-
-
-def restored(blocks: BlockQuantized, bits: int, in_size: int) -> Float32:
-    values = (codes_of(blocks, bits) - 2 ** (bits - 1)) * blocks.scales[..., None]
-    return values.reshape(len(values), -1)[:, :in_size].astype(np.float32)
+def codes_of(quantized: Quantized) -> NDArray[np.int64]:
+    """Integers ``(out_size, blocks, block)``."""
+    scheme = quantized.scheme
+    codes = unpack(quantized.packed, scheme.bits, scheme.block(quantized.in_size))
+    return codes.astype(np.int64)
 
 
 def test_columns_are_off_by_at_most_half_a_step() -> None:
     weight = normal(48, 100)
-    columns = quantize_columns(weight)
-    assert columns.values.shape == (100, 48) and columns.values.dtype == np.int8
-    assert columns.scales.shape == (48,)
-    error = np.abs((columns.values * columns.scales).T - weight)
-    assert (error <= columns.scales[:, None] * (0.5 + 1e-5)).all()
+    columns = rtn.quantize(weight, INT8)
+    values = signed_columns(columns)
+    assert values.shape == (100, 48) and values.dtype == np.int8
+    assert columns.scales.shape == (48, 1)
+    error = np.abs(values.T * columns.scales - weight)
+    assert (error <= columns.scales * (0.5 + 1e-5)).all()
 
 
 def test_columns_use_half_of_the_range_and_all_of_that() -> None:
     """7 bits: two products of u8 and s8 must not saturate 16 bits on AVX2 (2 · 255 · 64 < 2¹⁵)."""
-    values = quantize_columns(normal(48, 100)).values
-    assert (np.abs(values).max(axis=0) == INT8_LIMIT).all()
-    assert 2 * 255 * INT8_LIMIT < 2**15
+    values = signed_columns(rtn.quantize(normal(48, 100), INT8))
+    assert (np.abs(values).max(axis=0) == 64).all()
+    assert 2 * 255 * 64 < 2**15
 
 
 @pytest.mark.parametrize(("bits", "block_size"), [(4, 32), (4, 16), (4, 128), (8, 32), (8, 64)])
@@ -66,14 +64,14 @@ def test_blocks_are_off_by_at_most_one_step_at_the_end_and_half_elsewhere(
     bits: int, block_size: int
 ) -> None:
     weight = normal(24, 256)
-    blocks = quantize_blocks(weight, bits, block_size)
+    blocks = rtn.quantize(weight, Scheme(bits, block_size))
     assert blocks.packed.shape == (24, 256 // block_size, block_size * bits // 8)
-    error = np.abs(restored(blocks, bits, 256) - weight).reshape(24, -1, block_size)
+    error = np.abs(dequantize(blocks) - weight).reshape(24, -1, block_size)
     step = np.abs(blocks.scales)[..., None]
     # The scale is rounded to float16 (2⁻¹¹), which 2^(bits - 1) steps add up.
     slack = 2 ** (bits - 1) * 2**-11
     assert (error <= step * (1 + slack)).all()
-    inner = codes_of(blocks, bits) < 2**bits - 1  # a weight as large as the largest, opposite sign
+    inner = codes_of(blocks) < 2**bits - 1  # a weight as large as the largest, opposite sign
     assert (error[inner] <= np.broadcast_to(step, error.shape)[inner] * (0.5 + slack)).all()
 
 
@@ -85,16 +83,16 @@ def test_blocks_are_off_by_at_most_one_step_at_the_end_and_half_elsewhere(
 )
 def test_error_on_gaussian_weights_is_that_of_rounding(bits: int, limit: float) -> None:
     weight = normal(256, 1024)
-    blocks = quantize_blocks(weight, bits, 32)
-    found = np.linalg.norm(restored(blocks, bits, 1024) - weight) / np.linalg.norm(weight)
+    blocks = rtn.quantize(weight, Scheme(bits, 32))
+    found = np.linalg.norm(dequantize(blocks) - weight) / np.linalg.norm(weight)
     assert blocks.relative_error == pytest.approx(float(found), rel=1e-5)
     assert 0.5 * limit < blocks.relative_error < limit
 
 
 def test_reported_error_of_columns_is_the_true_one() -> None:
     weight = normal(256, 1024)
-    columns = quantize_columns(weight)
-    found = np.linalg.norm((columns.values * columns.scales).T - weight) / np.linalg.norm(weight)
+    columns = rtn.quantize(weight, INT8)
+    found = np.linalg.norm(dequantize(columns) - weight) / np.linalg.norm(weight)
     assert columns.relative_error == pytest.approx(float(found), rel=1e-5)
 
 
@@ -115,8 +113,8 @@ def test_four_bits_in_blocks_of_32_are_llama_cpps_q4_0() -> None:
     weight[1, :32] = np.tile([0.5, -0.5], 16)  # which of two equal magnitudes comes first decides
     weight[2, :32] = np.tile([-0.5, 0.5], 16)
     weight[3, :32] = np.arange(32)
-    blocks = quantize_blocks(weight, 4, 32)
-    codes = codes_of(blocks, 4)
+    blocks = rtn.quantize(weight, Scheme(4, 32))
+    codes = codes_of(blocks)
     for row in range(64):
         for block in range(4):
             expected, scale = q4_0(weight[row, 32 * block : 32 * block + 32])
@@ -126,7 +124,7 @@ def test_four_bits_in_blocks_of_32_are_llama_cpps_q4_0() -> None:
 
 @pytest.mark.parametrize(("bits", "block_size"), [(4, 32), (8, 32), (4, 128)])
 def test_scales_are_float16_numbers(bits: int, block_size: int) -> None:
-    scales = quantize_blocks(normal(8, 256), bits, block_size).scales
+    scales = rtn.quantize(normal(8, 256), Scheme(bits, block_size)).scales
     assert np.array_equal(scales.astype(np.float16).astype(np.float32), scales)
 
 
@@ -136,34 +134,35 @@ def test_an_input_that_does_not_fill_its_last_block_is_padded_with_zeros(
     bits: int, in_size: int
 ) -> None:
     weight = normal(5, in_size)
-    blocks = quantize_blocks(weight, bits, 32)
+    blocks = rtn.quantize(weight, Scheme(bits, 32))
     assert blocks.packed.shape[1] == -(-in_size // 32)
-    padding = codes_of(blocks, bits).reshape(5, -1)[:, in_size:]
+    padding = codes_of(blocks).reshape(5, -1)[:, in_size:]
     assert (padding == 2 ** (bits - 1)).all()  # the code of zero
     wide = np.zeros((5, 32 * -(-in_size // 32)), np.float32)
     wide[:, :in_size] = weight
-    assert np.array_equal(quantize_blocks(wide, bits, 32).packed, blocks.packed)
+    assert np.array_equal(rtn.quantize(wide, Scheme(bits, 32)).packed, blocks.packed)
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 def test_zero_weights_stay_zero_without_error(bits: int) -> None:
     weight = normal(4, 64)
     weight[1], weight[2, 32:] = 0, 0
-    blocks = quantize_blocks(weight, bits, 32)
-    assert not restored(blocks, bits, 64)[1].any() and blocks.scales[1].tolist() == [0, 0]
-    zeros = quantize_blocks(np.zeros((4, 64), np.float32), bits, 32)
-    assert zeros.relative_error == 0 and (codes_of(zeros, bits) == 2 ** (bits - 1)).all()
-    columns = quantize_columns(np.zeros((4, 64), np.float32))
-    assert columns.relative_error == 0 and not columns.values.any() and columns.scales.all()
+    blocks = rtn.quantize(weight, Scheme(bits, 32))
+    assert not dequantize(blocks)[1].any() and blocks.scales[1].tolist() == [0, 0]
+    zeros = rtn.quantize(np.zeros((4, 64), np.float32), Scheme(bits, 32))
+    assert zeros.relative_error == 0 and (codes_of(zeros) == 2 ** (bits - 1)).all()
+    columns = rtn.quantize(np.zeros((4, 64), np.float32), INT8)
+    assert columns.relative_error == 0 and not signed_columns(columns).any()
+    assert columns.scales.all()
 
 
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_scale_beyond_float16_is_the_largest_float16(bits: int, sign: int) -> None:
     weight = np.full((1, 32), sign * 1e9, np.float32)
-    blocks = quantize_blocks(weight, bits, 32)
+    blocks = rtn.quantize(weight, Scheme(bits, 32))
     assert np.abs(blocks.scales).tolist() == [[65504.0]]
-    values = restored(blocks, bits, 32)
+    values = dequantize(blocks)
     assert np.isfinite(values).all() and (np.sign(values) == sign).all()
 
 
@@ -172,27 +171,28 @@ def test_a_scale_beyond_float16_is_the_largest_float16(bits: int, sign: int) -> 
 def test_weights_too_small_for_a_float16_scale_become_zero(bits: int, size: float) -> None:
     weight = normal(2, 64)
     weight[0] = np.float32(size)
-    blocks = quantize_blocks(weight, bits, 32)
-    assert not restored(blocks, bits, 64)[0].any()
+    blocks = rtn.quantize(weight, Scheme(bits, 32))
+    assert not dequantize(blocks)[0].any()
     assert blocks.scales[1].all()
 
 
 @pytest.mark.parametrize("size", [1e-45, 1e-43, 1e-38, 1e15])
 def test_columns_hold_tiny_and_huge_weights(size: float) -> None:
     weight = np.array([[size, -size, size / 2, 0], [1, 2, 3, 4]], np.float32)
-    columns = quantize_columns(weight)
+    columns = rtn.quantize(weight, INT8)
     assert np.isfinite(columns.scales).all() and np.isfinite(columns.relative_error)
     # Down to denormal scales, the sign survives and 8 bits do not wrap.
-    assert columns.values[0, 0] == -columns.values[1, 0] >= 0
-    assert columns.values[3].tolist() == [0, 64]
+    values = signed_columns(columns)
+    assert values[0, 0] == -values[1, 0] >= 0
+    assert values[3].tolist() == [0, 64]
 
 
 def test_rows_quantized_in_several_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(50, 96)
-    whole, columns = quantize_blocks(weight, 4, 32), quantize_columns(weight)
-    monkeypatch.setattr(rtn, "_CHUNK", 96 * 7)
-    again, columns_again = quantize_blocks(weight, 4, 32), quantize_columns(weight)
+    whole, columns = rtn.quantize(weight, Scheme(4, 32)), rtn.quantize(weight, INT8)
+    monkeypatch.setattr(quantize_module, "_CHUNK", 96 * 7)
+    again, columns_again = rtn.quantize(weight, Scheme(4, 32)), rtn.quantize(weight, INT8)
     assert np.array_equal(whole.packed, again.packed)
     assert np.array_equal(whole.scales, again.scales)
-    assert np.array_equal(columns.values, columns_again.values)
+    assert np.array_equal(columns.packed, columns_again.packed)
     assert again.relative_error == pytest.approx(whole.relative_error)

@@ -1,0 +1,123 @@
+"""Statistics of activations against those computed here, and what stays in memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import Fixture
+from numpy.typing import NDArray
+from torch import nn
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export import activations
+from mobilevlm.export.activations import Block, watch_decoder, watch_vision
+from mobilevlm.export.calibration import Sample, find_samples, sample_ids, scene_samples
+from mobilevlm.image import open_image, preprocess
+from mobilevlm.reference import load_reference
+
+
+def everything(name: str) -> bool:
+    return True
+
+
+@pytest.fixture(scope="module")
+def samples() -> list[Sample]:
+    return scene_samples(3)
+
+
+def inputs_of(fixture: Fixture, samples: list[Sample]) -> dict[str, list[NDArray[np.float32]]]:
+    """Inputs of all linear layers, whole passes of the reference at a time."""
+    found: dict[str, list[NDArray[np.float32]]] = {}
+    model = fixture.model
+    with torch.no_grad():
+        reference = load_reference(model)
+        for name, module in reference.named_modules():
+            if isinstance(module, nn.Linear):
+                found[name] = []
+                module.register_forward_pre_hook(
+                    lambda _, given, name=name: found[name].append(
+                        given[0].reshape(-1, given[0].shape[-1]).numpy().copy()
+                    )
+                )
+        for sample in samples:
+            pixels = [preprocess(open_image(item), model.spec.image) for item in sample.images]
+            tokens = [reference.visual_tokens(item) for item in pixels]
+            reference.logits(reference.embed(sample_ids(model, sample), tokens))
+    return found
+
+
+@pytest.mark.parametrize("stage", ["vision", "decoder"])
+def test_statistics_are_those_of_whole_passes(
+    mobilevlm_v2: Fixture, samples: list[Sample], stage: str
+) -> None:
+    watch = watch_vision if stage == "vision" else watch_decoder
+    found: Block = {}
+    for block in watch(mobilevlm_v2.model, samples, everything, True):
+        found |= block
+    expected = inputs_of(mobilevlm_v2, samples)
+    names = [name for name in expected if (name.startswith("decoder")) == (stage == "decoder")]
+    assert sorted(found) == sorted(names)
+    for name, statistics in found.items():
+        rows = np.concatenate(expected[name]).astype(np.float64)
+        assert statistics.count == len(rows)
+        assert np.allclose(statistics.maximum, np.abs(rows).max(axis=0), rtol=1e-4)
+        assert np.allclose(statistics.mean_square, np.square(rows).mean(axis=0), rtol=1e-4)
+        assert statistics.hessian is not None
+        exact = rows.T @ rows / len(rows)
+        assert np.linalg.norm(statistics.hessian - exact) <= 1e-4 * np.linalg.norm(exact)
+
+
+def test_only_wanted_layers_are_watched_and_no_hessian_is_kept(
+    mobilevlm_v2: Fixture, samples: list[Sample]
+) -> None:
+    blocks = list(
+        watch_decoder(mobilevlm_v2.model, samples, lambda name: name.endswith("o_proj"), False)
+    )
+    layers = mobilevlm_v2.model.spec.decoder.num_hidden_layers
+    assert [list(block) for block in blocks] == [
+        [f"decoder.layers.{index}.attn.o_proj"] for index in range(layers)
+    ]
+    assert all(item.hessian is None for block in blocks for item in block.values())
+
+
+def test_weights_of_a_layer_are_gone_when_the_next_is_at_work(
+    mobilevlm_v2: Fixture, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    references = []
+    load = activations.load_reference
+    monkeypatch.setattr(
+        activations,
+        "load_reference",
+        lambda *given, **named: references.append(load(*given, **named)) or references[-1],
+    )
+    blocks: Iterator[Block] = watch_decoder(mobilevlm_v2.model, samples, everything, False)
+    for _ in blocks:
+        loaded = [name for name, value in references[0].named_parameters() if not value.is_meta]
+        assert loaded == ["vision.class_embedding"]
+
+
+def test_the_number_of_positions_is_bounded(
+    mobilevlm_v2: Fixture, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "MAX_POSITIONS", 200)
+    block = next(watch_decoder(mobilevlm_v2.model, samples, everything, False))
+    assert next(iter(block.values())).count == len(
+        np.concatenate(inputs_of(mobilevlm_v2, samples[:1])["decoder.lm_head"])
+    )
+    monkeypatch.setattr(activations, "MAX_POSITIONS", 1)
+    block = next(watch_vision(mobilevlm_v2.model, samples, everything, False))
+    assert next(iter(block.values())).count == mobilevlm_v2.model.spec.vision.num_patches + 1
+
+
+def test_text_alone_says_nothing_about_the_tower(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"prompt": "Hello"}))
+    found = find_samples(str(path))
+    with pytest.raises(MobileVLMError, match="no sample has a picture"):
+        next(watch_vision(mobilevlm_v2.model, found, everything, False))
+    assert next(watch_decoder(mobilevlm_v2.model, found, everything, False))

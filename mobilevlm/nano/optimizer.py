@@ -50,7 +50,8 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"].lerp_(gradient, 1 - group["momentum"])
         step = orthogonal(gradient.lerp(momentum, group["momentum"]))
-        return step * (0.2 * max(parameter.shape) ** 0.5)  # AdamW's usual size (Liu et al. 2025)
+        gain: float = 0.2 * max(parameter.shape) ** 0.5  # AdamW's usual size (Liu et al. 2025)
+        return step * gain
 
     def _adam(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> Tensor:
         state = self.state[parameter]
@@ -61,7 +62,7 @@ class MuonAdamW(torch.optim.Optimizer):
         first, second = group["betas"]
         state["step"] += 1
         steps = state["step"].item()
-        mean = state["mean"].lerp_(gradient, 1 - first) / (1 - first**steps)
+        mean: Tensor = state["mean"].lerp_(gradient, 1 - first) / (1 - first**steps)
         square = state["square"].lerp_(gradient.square(), 1 - second) / (1 - second**steps)
         return mean / (square.sqrt() + group["eps"])
 
@@ -69,7 +70,7 @@ class MuonAdamW(torch.optim.Optimizer):
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     """About U V^T of the matrix's singular value decomposition U S V^T."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    out = wide / (wide.norm() + 1e-7)
+    out: Tensor = wide / (wide.norm() + 1e-7)  # type: ignore[no-untyped-call]
     first, second, third = COEFFICIENTS
     for _ in range(steps):
         gram = out @ out.T

@@ -37,7 +37,7 @@ class Packing:
 def packing(blocks: Tensor, prefix: int) -> Packing:
     """The packing of (rows, length) block numbers (see packing.py); ``length - prefix`` is a
     multiple of CHUNK."""
-    own = blocks[:, prefix:].unflatten(1, (-1, CHUNK))
+    own = torch.unflatten(blocks[:, prefix:], 1, (-1, CHUNK))
     before = torch.cat((torch.full_like(own[:, :1], -2), own[:, :-1]), dim=1)
     keys = torch.cat((before, own), dim=2)
     same = (own[..., :, None] == keys[..., None, :]) & (own[..., :, None] > 0)
@@ -100,7 +100,7 @@ class _Questions(torch.autograd.Function):
         rows = len(query)
         own, own_sum = _joined(own, rows), _joined(own_sum[..., None], rows)[..., 0]
         total = torch.logaddexp(prefix_sum, own_sum)
-        out = prefix * (prefix_sum - total).exp()[..., None]
+        out: Tensor = prefix * (prefix_sum - total).exp()[..., None]
         out = out.addcmul_(own, (own_sum - total).exp()[..., None])
         ctx.save_for_backward(query, key, value, *chunks, mask, out, total)
         return out
@@ -127,25 +127,27 @@ class _Questions(torch.autograd.Function):
 
 def _chunked(states: Tensor) -> Tensor:
     """(rows, heads, places, size) to (rows * chunks, heads, CHUNK, size)."""
-    return states.unflatten(2, (-1, CHUNK)).transpose(1, 2).flatten(0, 1).contiguous()
+    chunks = torch.unflatten(states, 2, (-1, CHUNK))
+    return chunks.transpose(1, 2).flatten(0, 1).contiguous()
 
 
 def _joined(chunks: Tensor, rows: int) -> Tensor:
     """The reverse of ``_chunked``."""
-    return chunks.unflatten(0, (rows, -1)).transpose(1, 2).flatten(2, 3)
+    return torch.unflatten(chunks, 0, (rows, -1)).transpose(1, 2).flatten(2, 3)
 
 
 def _windows(states: Tensor) -> Tensor:
     """(rows, heads, places, size) to (rows * chunks, heads, 2 * CHUNK, size): each chunk behind
     the one before it."""
-    chunks = states.unflatten(2, (-1, CHUNK)).transpose(1, 2)
+    chunks = torch.unflatten(states, 2, (-1, CHUNK)).transpose(1, 2)
     before = torch.cat((torch.zeros_like(chunks[:, :1]), chunks[:, :-1]), dim=1)
     return torch.cat((before, chunks), dim=3).flatten(0, 1)
 
 
 def _unwindowed(windows: Tensor, rows: int) -> Tensor:
     """Sums the gradients of both copies that ``_windows`` made."""
-    before, own = windows.unflatten(0, (rows, -1)).split(CHUNK, dim=3)
+    both = torch.unflatten(windows, 0, (rows, -1))
+    before, own = both[:, :, :, :CHUNK], both[:, :, :, CHUNK:]
     total = own.clone()
     total[:, :-1] += before[:, 1:]
     return total.transpose(1, 2).flatten(2, 3)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -85,7 +85,7 @@ T = TypeVar("T", Group, Batch)
 
 def _moved(part: T, device: torch.device) -> T:
     """A copy with its own tensors on a device."""
-    tensors = {
+    tensors: dict[str, Any] = {
         name: value.to(device, non_blocking=True)
         for name, value in vars(part).items()
         if isinstance(value, Tensor)
@@ -219,9 +219,16 @@ def _group(rows: Sequence[Row], prefix: int) -> Group:
         places += [index * length + column for column, _, _ in row.answers]
         marks += [index * length + column for column, _ in row.phrases]
         cells += [where[None] for _, where in row.phrases]
-    marked = (np.array(marks, np.int64), np.concatenate(cells))
-    arrays = (ids, slots, positions, blocks, np.array(places, np.int64), *marked)
-    return Group(*map(torch.from_numpy, arrays), prefix)
+    return Group(
+        torch.from_numpy(ids),
+        torch.from_numpy(slots),
+        torch.from_numpy(positions),
+        torch.from_numpy(blocks),
+        torch.tensor(places, dtype=torch.long),
+        torch.tensor(marks, dtype=torch.long),
+        torch.from_numpy(np.concatenate(cells)),
+        prefix,
+    )
 
 
 def make_batch(

@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mobilevlm.reference.clip import ClipAttention, ClipTower
+from mobilevlm.reference.clip import ClipAttention, ClipLayer, ClipTower
 from mobilevlm.spec import VisionSpec
 
 PERIODS = (5.2, 8.5, 29.0)
@@ -110,16 +110,22 @@ def codes(grid: int) -> Tensor:
 
 def install(tower: ClipTower, spec: VisionSpec) -> None:
     """Gives a tower window attention and position codes."""
-    for layer in tower.layers:
+    for layer in layers(tower):
         layer.attn = WindowAttention(spec)
     with torch.no_grad():
         tower.position_embedding.weight.zero_()
         tower.position_embedding.weight[:, :CODE_SIZE] = codes(spec.grid)
 
 
+def layers(tower: ClipTower) -> list[ClipLayer]:
+    """The layers, first to last."""
+    return [layer for layer in tower.layers if isinstance(layer, ClipLayer)]
+
+
 def attentions(tower: ClipTower) -> list[WindowAttention]:
     """The attention of each layer."""
-    return [layer.attn for layer in tower.layers]
+    found = [layer.attn for layer in layers(tower)]
+    return [attention for attention in found if isinstance(attention, WindowAttention)]
 
 
 def set_window(tower: ClipTower, window: bool) -> None:
@@ -132,7 +138,7 @@ def set_window(tower: ClipTower, window: bool) -> None:
 def keep_codes(tower: ClipTower) -> None:
     """Takes out of every weight what would write to the codes, also by way of the norms' mean."""
     writers: list[nn.Linear | nn.Conv2d] = [tower.patch_embedding]
-    for layer in tower.layers:
+    for layer in layers(tower):
         writers += [layer.attn.out_proj, layer.mlp.fc2]
     for writer in writers:
         for parameter in (writer.weight, writer.bias):
@@ -148,9 +154,9 @@ def sharpen(tower: ClipTower, pixels: Tensor) -> None:
     ``pixels`` is normalised, (images, 3, edge, edge).
     """
     hidden = tower.embed(pixels)
-    for layer in tower.layers:
+    for layer, attention in zip(layers(tower), attentions(tower), strict=True):
         normed = layer.norm1(hidden)[:, 1:]
         sizes = (normed[..., WAVES] - normed[..., WAVES + 1]).flatten() / (2 * AMPLITUDE)
         low = sizes.kthvalue(max(1, len(sizes) // 50)).values.item()
-        layer.attn.aim(MARGIN / (GAP * low * low))
+        attention.aim(MARGIN / (GAP * low * low))
         hidden = layer(hidden)

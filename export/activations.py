@@ -207,29 +207,38 @@ def _embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[
         ]
 
 
-@torch.no_grad()
-def _embed_samples(
-    reference: ReferenceModel, model: Model, samples: Sequence[Sample]
-) -> list[Tensor]:
-    """Input of the decoder ``(1, length, hidden_size)`` of each sample there is room for."""
-    used: list[Sample] = []
-    ids: list[list[int]] = []
-    total = 0
+def sample_groups(model: Model, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
+    """The samples in groups of neighbours that the decoder can be watched on at once.
+
+    Raises:
+        PromptError: a sample does not fit into the context.
+    """
+    group: list[Sample] = []
+    room = MAX_POSITIONS
     for number, sample in enumerate(samples, 1):
-        row = sample_ids(model, sample)
-        marks = row.count(IMAGE_TOKEN_ID)
-        length = len(row) + marks * (model.spec.projector.num_tokens - 1)
+        ids = sample_ids(model, sample)
+        length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.projector.num_tokens - 1)
         if length > model.spec.decoder.context_length:
             raise PromptError(
                 f"calibration sample {number} takes {length} tokens, the context holds "
                 f"{model.spec.decoder.context_length}: shorten it"
             )
-        if used and total + length > MAX_POSITIONS:
-            progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
-            break
-        used.append(sample)
-        ids.append(row)
-        total += length
+        if group and length > room:
+            yield group
+            group, room = [], MAX_POSITIONS
+        group.append(sample)
+        room -= length
+    yield group
+
+
+@torch.no_grad()
+def _embed_samples(
+    reference: ReferenceModel, model: Model, samples: Sequence[Sample]
+) -> list[Tensor]:
+    """Input of the decoder ``(1, length, hidden_size)`` of each sample there is room for."""
+    used = next(sample_groups(model, samples))
+    if len(used) < len(samples):
+        progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
     visual = _embed_pictures(reference, [item for sample in used for item in sample.images])
     for index, layer in enumerate(reference.vision.layers):
         _pass(layer, f"vision.layers.{index}", layer, visual, lambda _: False, False)
@@ -237,6 +246,6 @@ def _embed_samples(
         tokens = iter([reference.projector(item[:, 1:])[0] for item in visual])
     with held(reference.decoder.embed_tokens):
         return [
-            reference.embed(row, [next(tokens) for _ in sample.images])[None]
-            for row, sample in zip(ids, used, strict=True)
+            reference.embed(sample_ids(model, sample), [next(tokens) for _ in sample.images])[None]
+            for sample in used
         ]

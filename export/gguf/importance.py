@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,12 +11,12 @@ from pathlib import Path
 from mobilevlm import progress
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import MobileVLMError, require
-from mobilevlm.export.calibration import SCENES, find_samples, samples_digest
+from mobilevlm.export.calibrated import calibration_key
+from mobilevlm.export.calibration import SCENES, find_samples
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from mobilevlm.export.gguf.tensors import WEIGHABLE
 from mobilevlm.export.recipes import Recipe
 from mobilevlm.families import Model
-from mobilevlm.spec import to_dict
 
 
 @dataclass(frozen=True)
@@ -70,14 +69,8 @@ def calibrated_importance(model: Model, data: str) -> Importance:
     except ImportError as error:
         purpose = "collecting an importance matrix"
         raise require(error.name or "torch", "reference", purpose) from None
-    spec, name = model.spec, data if data == SCENES else Path(data).name
-    key = (
-        name,
-        samples_digest(samples),
-        *(model.weights.sha256(prefix) for prefix in ("vision.", "projector.")),
-        str([to_dict(part) for part in (spec.vision, spec.projector, spec.image)]),
-        importlib.metadata.version("torch"),
-    )
+    name = data if data == SCENES else Path(data).name
+    key = (name, *map(str, calibration_key(model, samples)))
 
     @cache
     def load() -> ImportanceMatrix:

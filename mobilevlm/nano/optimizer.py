@@ -64,13 +64,14 @@ class MuonAdamW(torch.optim.Optimizer):
         steps = state["step"].item()
         mean: Tensor = state["mean"].lerp_(gradient, 1 - first) / (1 - first**steps)
         square = state["square"].lerp_(gradient.square(), 1 - second) / (1 - second**steps)
-        return mean / (square.sqrt() + group["eps"])
+        update: Tensor = mean / (square.sqrt() + group["eps"])
+        return update
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     """About U V^T of the matrix's singular value decomposition U S V^T."""
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    out: Tensor = wide / (wide.norm() + 1e-7)  # type: ignore[no-untyped-call]
+    out: Tensor = wide / (wide.norm() + 1e-7)
     first, second, third = COEFFICIENTS
     for _ in range(steps):
         gram = out @ out.T

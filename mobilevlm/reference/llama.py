@@ -107,18 +107,11 @@ class LlamaDecoder(nn.Module):
         """``positions``: ``(length,)`` or ``(batch, 1, length)``, 0, 1, 2 … when not given.
         ``mask``: bool ``(batch, 1, length, length)``, true where attended; causal when not given.
         """
-        out: Tensor = self.lm_head(self.states(embeds, positions, mask))
-        return out
-
-    def states(
-        self, embeds: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
-    ) -> Tensor:
-        """What the head takes ``(batch, length, hidden_size)``."""
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)
         rotary = rotary_tables(self.spec, positions)
         hidden = embeds
         for layer in self.layers:
             hidden = layer(hidden, rotary, mask)
-        out: Tensor = self.norm(hidden)
+        out: Tensor = self.lm_head(self.norm(hidden))
         return out

@@ -18,6 +18,7 @@ from PIL import Image
 from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
 from mobilevlm.errors import BundleError, ImageError, MobileVLMError, PromptError
+from mobilevlm.export import activations
 from mobilevlm.export.calibration import (
     NUM_SCENES,
     Sample,
@@ -26,7 +27,6 @@ from mobilevlm.export.calibration import (
     samples_digest,
     scene_samples,
 )
-from mobilevlm.export.gguf import collect as collecting
 from mobilevlm.export.gguf.collect import collect
 from mobilevlm.export.gguf.imatrix import (
     ImportanceMatrix,
@@ -117,9 +117,7 @@ def test_statistics_are_those_of_a_decoder_in_numpy(fixture: Fixture) -> None:
         np.testing.assert_allclose(entry.squares, expected[name], rtol=1e-3, err_msg=name)
 
 
-def test_groups_and_padding_change_nothing(
-    llava_v1: Fixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_groups_change_nothing(llava_v1: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples of several lengths, without and with pictures: together, or each alone."""
     model = llava_v1.model
     samples = [
@@ -128,7 +126,7 @@ def test_groups_and_padding_change_nothing(
         Sample("<image> or <image>?", "The first.", (llava_v1.image, Image.new("RGB", (40, 60)))),
     ]
     together = collect(model, samples, "x", ignore)
-    monkeypatch.setattr(collecting, "GROUP", 1)
+    monkeypatch.setattr(activations, "MAX_POSITIONS", 1)
     alone = collect(model, samples, "x", ignore)
     parts = [collect(model, [sample], "x", ignore) for sample in samples]
     assert together.chunk_count == 3

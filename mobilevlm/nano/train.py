@@ -304,7 +304,8 @@ def load_weights(trainee: Trainee, weights: dict[str, Tensor], config: NanoConfi
             if marker and name not in weights:
                 weights[name] = weights[f"{before}.{after.partition('.')[2]}"]
     # Routers, and the heads of a stage before: they begin at random.
-    trainee.load_state_dict(trainee.state_dict() | weights)
+    known = trainee.state_dict()
+    trainee.load_state_dict({name: weights.get(name, value) for name, value in known.items()})
 
 
 def _progress(recipe: Recipe, run: Run, step: int, began: float) -> float:

@@ -65,6 +65,8 @@ def calibrated_importance(model: Model, data: str) -> Importance:
     """
     samples = find_samples(data)
     try:
+        import torch  # noqa: F401
+
         from mobilevlm.export.gguf.collect import collect
     except ImportError as error:
         purpose = "collecting an importance matrix"

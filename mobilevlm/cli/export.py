@@ -8,6 +8,7 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
+from mobilevlm.cli.options import checkpoint_options
 from mobilevlm.spec import GGUF_TYPES, GGUFType
 
 EXAMPLES = """\b
@@ -21,7 +22,6 @@ Examples:
 
 
 @click.command("export", epilog=EXAMPLES)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
     "-o",
     "--output",
@@ -62,20 +62,11 @@ Examples:
     help="Data for an importance matrix, and for gptq, awq and smoothquant (needs torch).",
 )
 @click.option(
-    "--vision-tower",
-    type=click.Path(path_type=Path),
-    help="Folder of the CLIP tower, if it is not beside the checkpoint.",
-)
-@click.option(
     "--mmproj",
     type=click.Path(path_type=Path),
     help="Image encoder, where CHECKPOINT is a GGUF file.",
 )
-@click.option(
-    "--conversation",
-    metavar="NAME",
-    help="Conversation v1 or llava_v1, if the family's default is not right.",
-)
+@checkpoint_options
 @click.option(
     "--no-measure", is_flag=True, help="Do not compare the result with the float32 reference."
 )

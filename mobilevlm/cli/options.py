@@ -16,6 +16,19 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def checkpoint_options(function: F) -> F:
+    """CHECKPOINT, ``--vision-tower`` and ``--conversation``."""
+    for decorate in (
+        click.option("--conversation", metavar="NAME",
+                     help="Conversation v1 or llava_v1, if the family's default is not right."),
+        click.option("--vision-tower", type=click.Path(path_type=Path),
+                     help="Folder of the CLIP tower, if it is not beside the checkpoint."),
+        click.argument("checkpoint", type=click.Path(path_type=Path)),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
+
+
 def model_options(function: F) -> F:
     """BUNDLE, ``--mmproj``, ``--engine`` and ``--threads``."""
     for decorate in (

@@ -9,13 +9,15 @@ from mobilevlm.errors import BundleError, MobileVLMError
 if TYPE_CHECKING:
     from mobilevlm.bundle import Bundle
 
-ENGINES = {
-    "onnx": {"vision": "onnx", "embeddings": "onnx", "decoder": "onnx"},
-    "gguf": {"vision": "gguf", "decoder": "gguf"},
-    "hybrid": {"vision": "onnx", "decoder": "gguf"},
+ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
+    "onnx": {"vision": ("onnx",), "embeddings": ("onnx",), "decoder": ("onnx",)},
+    "gguf": {"vision": ("gguf",), "decoder": ("gguf",)},
+    "hybrid": {"vision": ("onnx",), "decoder": ("gguf",)},
+    "ggml": {"vision": ("onnx", "gguf"), "decoder": ("gguf",)},
 }
-"""For each engine the format of the artifact that it runs, by stage. onnx: ONNX Runtime; gguf:
-llama.cpp; hybrid: ONNX Runtime feeds llama.cpp."""
+"""For each engine the formats of the artifact that it runs, by stage; of several the first that is
+there. onnx: ONNX Runtime; gguf: llama.cpp; hybrid: ONNX Runtime feeds llama.cpp; ggml: our own
+graph of the decoder on the kernels of llama.cpp."""
 
 ENGINE_CHOICES = ("auto", *ENGINES)
 """``auto`` is the first of them that finds its artifacts."""
@@ -36,12 +38,7 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
         BundleError: the bundle has not the artifacts.
     """
     check_engine(engine)
-    present = {(artifact.stage, artifact.format) for artifact in bundle.manifest.artifacts}
-    lacks = {
-        name: [f"the {kind.upper()} artifact of the {stage} stage"
-               for stage, kind in ENGINES[name].items() if (stage, kind) not in present]
-        for name in (ENGINES if engine == "auto" else [engine])
-    }  # fmt: skip
+    lacks = {name: _lacks(bundle, name) for name in (ENGINES if engine == "auto" else [engine])}
     for name, missing in lacks.items():
         if not missing:
             return name
@@ -54,12 +51,32 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
     raise BundleError(f"{bundle.folder}: {what}: {remedy}")
 
 
+def stage_formats(bundle: Bundle, engine: str) -> dict[str, str]:
+    """The format of each stage's artifact that an engine runs; a stage without one is left out."""
+    present = {(artifact.stage, artifact.format) for artifact in bundle.manifest.artifacts}
+    return {
+        stage: kind
+        for stage, kinds in ENGINES[engine].items()
+        for kind in [kind for kind in kinds if (stage, kind) in present][:1]
+    }
+
+
 def engine_files(bundle: Bundle, engine: str) -> list[str]:
     """The model files that an engine reads, relative to the bundle."""
-    used = ENGINES[engine].items()
+    used = stage_formats(bundle, engine).items()
     return [
         name
         for artifact in bundle.manifest.artifacts
         if (artifact.stage, artifact.format) in used
         for name in artifact.files
+    ]
+
+
+def _lacks(bundle: Bundle, engine: str) -> list[str]:
+    """What a bundle has not and an engine needs."""
+    found = stage_formats(bundle, engine)
+    return [
+        f"the {' or '.join(kind.upper() for kind in kinds)} artifact of the {stage} stage"
+        for stage, kinds in ENGINES[engine].items()
+        if stage not in found
     ]

@@ -7,12 +7,14 @@ crashes on the first picture. So headers are compared with the spec before a lib
 from __future__ import annotations
 
 from mobilevlm.errors import BundleError
-from mobilevlm.gguf_file import GgufFile
-from mobilevlm.gguf_names import projector_entries, tower_entries
+from mobilevlm.gguf_file import GgufFile, GgufTensor
+from mobilevlm.gguf_names import Entry, decoder_entries, projector_entries, tower_entries
 from mobilevlm.spec import DecoderSpec, ModelSpec, VisionSpec
 
 _EITHER_SHAPE = {"mm.0.weight", "mm.0.bias", "mm.2.weight"}
 """A projector of one Linear is written as two, larger ones."""
+_NO_WEIGHTS = {"I8", "I16", "I32", "I64", "F64"}
+"""Types that no matrix can be multiplied in."""
 
 
 def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
@@ -40,6 +42,21 @@ def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
     _same(header, "shape of token_embd.weight", shape, (spec.vocab_size, spec.hidden_size))
 
 
+def check_decoder_tensors(header: GgufFile, spec: DecoderSpec) -> None:
+    """Refuses a file in which a tensor of the decoder is missing, or has a shape or type that ggml
+    would abort on.
+
+    Raises:
+        BundleError: names the first such tensor.
+    """
+    for entry in decoder_entries(spec):
+        tensor = _tensor(header, entry)
+        if tensor.shape != entry.stored:
+            raise _other(header, f"{entry.theirs} is {tensor.shape}, expected {entry.stored}")
+        if tensor.type in _NO_WEIGHTS or (entry.store == "float" and tensor.type != "F32"):
+            raise _other(header, f"{entry.theirs} is of type {tensor.type}")
+
+
 def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     """Refuses a file that is not the image encoder and projector of the spec.
 
@@ -53,11 +70,16 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     for key, expected in _vision_metadata(spec.vision).items():
         _same(header, key, header.metadata.get(key), expected)
     for entry in (*tower_entries(spec.vision), *projector_entries(spec.projector)):
-        tensor = header.tensors.get(entry.theirs)
-        if tensor is None:
-            raise _other(header, f"tensor {entry.theirs!r} is missing")
+        tensor = _tensor(header, entry)
         if not (entry.theirs in _EITHER_SHAPE or entry.fits(tensor.shape)):
             raise _other(header, f"{entry.theirs} is {tensor.shape}, expected {entry.stored}")
+
+
+def _tensor(header: GgufFile, entry: Entry) -> GgufTensor:
+    tensor = header.tensors.get(entry.theirs)
+    if tensor is None:
+        raise _other(header, f"tensor {entry.theirs!r} is missing")
+    return tensor
 
 
 def _same(header: GgufFile, what: str, found: object, expected: object) -> None:

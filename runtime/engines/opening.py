@@ -3,35 +3,52 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import BundleError
-from mobilevlm.plan import ENGINES
+from mobilevlm.plan import stage_formats
 from mobilevlm.runtime.engines import DecoderEngine, VisionEngine
+from mobilevlm.spec import ModelSpec
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.engines.llama_native import NativeModel
 
 
 def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngine, DecoderEngine]:
-    """Opens both stages. ``engine``: a key of ENGINES.
+    """Opens both stages. ``engine``: one that the bundle has artifacts for.
 
     Raises:
         BundleError: an artifact cannot be loaded.
         MissingExtraError: llama-cpp-python is needed and not installed.
     """
-    spec = bundle.manifest.spec
+    spec, formats = bundle.manifest.spec, stage_formats(bundle, engine)
     vision, decoder = (
-        bundle.path(bundle.artifact(stage, ENGINES[engine][stage]).path)
-        for stage in ("vision", "decoder")
+        bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")
     )
     if engine == "onnx":
         return _onnx_vision(vision, threads), _onnx_decoder(bundle, decoder, threads)
+    if engine == "ggml":
+        from mobilevlm.runtime.engines.ggml import GgmlDecoder
+
+        own = GgmlDecoder(decoder, spec.decoder, threads)
+        if formats["vision"] == "onnx":
+            return _onnx_vision(vision, threads), own
+        from mobilevlm.runtime.engines.stand_in import stand_in
+
+        return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
     from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
 
     language = LlamaDecoder(decoder, spec.decoder, threads)
     if engine == "hybrid":
         return _onnx_vision(vision, threads), language
+    return _mtmd_vision(vision, spec, language.model, threads), language
+
+
+def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> VisionEngine:
     from mobilevlm.runtime.engines.mtmd import MtmdVision
 
-    return MtmdVision(vision, spec, language.model, threads), language
+    return MtmdVision(path, spec, model, threads)
 
 
 def _onnx_vision(path: Path, threads: int) -> VisionEngine:

@@ -1,8 +1,8 @@
-"""The engines gguf and hybrid against the official arrays, and through the same front as onnx.
+"""The engines of GGUF files against the official arrays, and through the same front as onnx.
 
 What was measured (relative error of all prompt logits, the worst of the four checkpoints): hybrid
-f32 5e-6 (the ONNX decoder's own), f16 1e-3; gguf f32 9e-4, f16 1.5e-3. llama.cpp convolves patches
-and applies GELU in float16 even for a float32 mmproj, hence gguf's distance.
+and ggml f32 5e-6 (the ONNX vision stage's), f16 1e-3; gguf f32 9e-4, f16 1.5e-3. llama.cpp
+convolves patches and applies GELU in float16 even for a float32 mmproj, hence gguf's distance.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ CASES = [
     for checkpoint in CHECKPOINTS
     for recipe, engine, limit in (
         ("fp32", "hybrid", 1e-5),
+        ("fp32", "ggml", 1e-5),
         ("fp32", "gguf", 5e-3),
         ("fp16-weights", "hybrid", 1e-2),
+        ("fp16-weights", "ggml", 1e-2),
         ("fp16-weights", "gguf", 1e-2),
     )
 ]
@@ -104,7 +106,7 @@ def model(case: Case, export_all: ExportAll) -> Iterator[VLM]:
         yield vlm
 
 
-@pytest.fixture(scope="module", params=["gguf", "hybrid"])
+@pytest.fixture(scope="module", params=["gguf", "hybrid", "ggml"])
 def vlm(request: pytest.FixtureRequest, export_all: ExportAll) -> Iterator[VLM]:
     """One model in both engines, for what is the same for all."""
     with mobilevlm.load(export_all("mobilevlm_v2", "fp32"), request.param) as opened:
@@ -145,7 +147,7 @@ def test_auto_takes_onnx_where_it_is_there(export_all: ExportAll) -> None:
         assert model.engine == "onnx"
 
 
-def test_a_bundle_of_gguf_files_alone_runs_in_auto_and_no_other_engine(tmp_path: Path) -> None:
+def test_a_bundle_of_gguf_files_alone_runs_where_llama_cpp_sees_the_picture(tmp_path: Path) -> None:
     data = fixture_named("llava_v1")
     mobilevlm.export(
         data.checkpoint,
@@ -155,19 +157,23 @@ def test_a_bundle_of_gguf_files_alone_runs_in_auto_and_no_other_engine(tmp_path:
         formats=("gguf",),
         measure=False,
     )
-    with mobilevlm.load(tmp_path / "b") as model:
-        assert model.engine == "gguf"
-        answer = model.generate(
-            data.expected["user_prompt"], [data.image], max_new_tokens=NEW_TOKENS, ignore_eos=True
-        )
-        assert answer.token_ids == data.arrays["generated_ids"].tolist()
+    for engine, meant in (("auto", "gguf"), ("ggml", "ggml")):
+        with mobilevlm.load(tmp_path / "b", engine) as model:
+            assert model.engine == meant
+            answer = model.generate(
+                data.expected["user_prompt"],
+                [data.image],
+                max_new_tokens=NEW_TOKENS,
+                ignore_eos=True,
+            )
+            assert answer.token_ids == data.arrays["generated_ids"].tolist()
     for engine, stage in (("onnx", "vision"), ("hybrid", "vision")):
         with pytest.raises(MobileVLMError, match=rf"ONNX artifact of the {stage} .* --format all"):
             mobilevlm.load(tmp_path / "b", engine)
 
 
 def test_mtmd_gives_no_features_and_says_so(vlm: VLM) -> None:
-    if vlm.engine == "hybrid":
+    if vlm.engine != "gguf":
         assert vlm.image_features(IMAGE).shape == (576, 64)
         return
     with pytest.raises(MobileVLMError, match=r"gives no tower features, .*: use --engine onnx"):
@@ -235,12 +241,12 @@ def test_an_answer_ends_where_the_context_is_full(vlm: VLM) -> None:
     assert length + len(answer.token_ids) == 2048 + 1  # the last token needs no position
 
 
-def test_a_failure_of_llama_cpp_leaves_the_sequence_as_it_was(vlm: VLM) -> None:
+def test_a_failure_leaves_the_sequence_as_it_was(vlm: VLM) -> None:
     _, decoder = vlm._engines()
     state = decoder.new_state()
     embeds = np.zeros((2040, 64), np.float32)
     decoder.prefill(state, embeds)
-    with pytest.raises(MobileVLMError, match=r"llama.cpp failed .*the context is full"):
+    with pytest.raises(MobileVLMError, match=r"failed after 2040 .*the context is full"):
         decoder.prefill(state, embeds[:20])
     assert state.length == 2040
     decoder.step(state, 5)
@@ -266,14 +272,15 @@ def test_two_threads_answer_as_one_after_another(vlm: VLM) -> None:
             assert answers == [expected] * 4
 
 
-@pytest.mark.parametrize("engine", ["gguf", "hybrid"])
+@pytest.mark.parametrize("engine", ["gguf", "hybrid", "ggml"])
 def test_closing_frees_model_and_contexts_and_later_use_says_so(
     engine: str, export_all: ExportAll
 ) -> None:
     vlm = mobilevlm.load(export_all("mobilevlm_v2", "fp32"), engine)
     vlm.generate("Who?", [IMAGE], max_new_tokens=2)
     vision, decoder = vlm._engines()
-    held: list[Any] = [decoder.model, vlm._thread_session()._state]  # type: ignore[attr-defined]
+    held: list[Any] = [vlm._thread_session()._state]
+    held += [decoder._weights if engine == "ggml" else decoder.model]  # type: ignore[attr-defined]
     held += [vision._context] if engine == "gguf" else []  # type: ignore[attr-defined]
     watched = [weakref.ref(part) for part in held]
     del held

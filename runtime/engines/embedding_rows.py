@@ -1,0 +1,56 @@
+"""The embedding table of a GGUF file, read row by row."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.errors import BundleError
+from mobilevlm.gguf_file import GgufTensor
+from mobilevlm.runtime.engines import Float32
+
+
+class EmbeddingRows:
+    """Rows of the embedding table in a mapped GGUF file, as float32.
+
+    Rows go through ggml's own functions, so they are what llama.cpp itself computes with.
+    """
+
+    def __init__(self, path: Path, tensor: GgufTensor) -> None:
+        rows, self._columns = tensor.shape
+        self._table: NDArray[np.uint8] = np.memmap(
+            path, np.uint8, "r", tensor.offset, (rows, tensor.row_size)
+        )
+        self._to_float = None if tensor.type == "F32" else _row_function(path, tensor.type)
+
+    def read(self, ids: Sequence[int]) -> Float32:
+        """Rows ``(len(ids), columns)``."""
+        stored = np.ascontiguousarray(self._table[np.asarray(ids, np.int64)])
+        if self._to_float is None:
+            return stored.view(np.float32)
+        result = np.empty((len(ids), self._columns), np.float32)
+        self._to_float(stored.ctypes.data, result.ctypes.data, result.size)
+        return result
+
+
+def _row_function(path: Path, kind: str) -> Any:
+    """ggml's function from a row of this type to float32: ``(source, target, values)``."""
+    from llama_cpp import _ggml
+
+    halves = {"F16": "ggml_fp16_to_fp32_row", "BF16": "ggml_bf16_to_fp32_row"}
+    # ggml spells them dequantize_row_q6_K, dequantize_row_iq4_nl …
+    name = halves.get(kind, "dequantize_row_" + kind.lower().replace("_k", "_K"))
+    try:
+        function: Any = _ggml.libggml[name]
+    except AttributeError:
+        raise BundleError(
+            f"{path}: llama.cpp has no {name!r} for embeddings of type {kind}: convert the file"
+        ) from None
+    function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+    function.restype = None
+    return function

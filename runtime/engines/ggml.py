@@ -1,0 +1,104 @@
+"""The decoder stage in ggml, from a GGUF file: a graph of our own on the kernels of llama.cpp.
+
+It runs what llama.cpp has no architecture for, and everything else as a second implementation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.gguf_file import read_gguf
+from mobilevlm.runtime.engines import DecoderState, Float32, still_open
+from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
+from mobilevlm.runtime.engines.ggml_graph import DecoderGraph, GraphShape, KeyValues
+from mobilevlm.runtime.engines.ggml_native import MappedTensors, Processor
+from mobilevlm.runtime.engines.gguf_check import check_decoder, check_decoder_tensors
+from mobilevlm.spec import DecoderSpec
+
+PREFILL_CHUNK = 512
+"""Positions per run: bounds the intermediate results."""
+_VISIBLE_STEP = 256
+"""Attention reads the sequence rounded up to this, so that a graph serves many steps."""
+
+
+class GgmlState:
+    """Keys and values of one sequence, and the graphs that write them: one for single tokens, one
+    for the last length of prompt."""
+
+    def __init__(self, spec: DecoderSpec, weights: MappedTensors, kind: str, threads: int) -> None:
+        self.length = 0
+        self._spec = spec
+        self._weights = weights
+        self._cache = KeyValues(spec, kind)
+        self._processor = Processor(threads)
+        self._graphs: dict[bool, tuple[GraphShape, DecoderGraph]] = {}
+
+    def append(self, embeds: Float32, outputs: int) -> Float32:
+        """Appends ``(length, hidden_size)``; logits of the last positions ``(outputs,
+        vocab_size)``, valid until the next call. After a failure the sequence is as it was."""
+        count, context = len(embeds), self._spec.context_length
+        if self.length + count > context:
+            raise MobileVLMError(
+                f"ggml failed after {self.length} positions: the context is full ({context})"
+            )
+        visible = -(-(self.length + count) // _VISIBLE_STEP) * _VISIBLE_STEP
+        shape = GraphShape(count, min(visible, context), outputs)
+        logits = self._graph(shape).run(self._processor, embeds, self.length)
+        self.length += count
+        return logits
+
+    def _graph(self, shape: GraphShape) -> DecoderGraph:
+        single = shape.length == 1
+        made_for, graph = self._graphs.get(single, (None, None))
+        if graph is None or made_for != shape:
+            self._graphs.pop(single, None)  # its memory goes before the next one's comes
+            graph = None
+            graph = DecoderGraph(self._spec, self._weights.pointers, self._cache, shape)
+            self._graphs[single] = shape, graph
+        return graph
+
+
+class GgmlDecoder:
+    """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Weights stay in the mapped file."""
+
+    def __init__(self, path: Path, spec: DecoderSpec, threads: int) -> None:
+        header = read_gguf(path)
+        check_decoder(header, spec)
+        check_decoder_tensors(header, spec)
+        self._spec, self._threads = spec, threads
+        self._weights: MappedTensors | None = MappedTensors(header)
+        self._rows: EmbeddingRows | None = EmbeddingRows(path, header.tensors["token_embd.weight"])
+        exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
+        self._kind = "F32" if exact else "F16"
+
+    def new_state(self) -> GgmlState:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return GgmlState(self._spec, still_open(self._weights), self._kind, self._threads)
+
+    def embed(self, ids: Sequence[int]) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return still_open(self._rows).read(ids)
+
+    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, GgmlState)
+        still_open(self._weights)
+        pieces = []
+        for start in range(0, len(embeds), PREFILL_CHUNK):
+            chunk = embeds[start : start + PREFILL_CHUNK]
+            pieces.append(state.append(chunk, len(chunk) if all_logits else 1).copy())
+        return np.concatenate(pieces) if all_logits else pieces[-1]
+
+    def step(self, state: DecoderState, token: int) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, GgmlState)
+        result: Float32 = state.append(self.embed([token]), 1)[0]
+        return result
+
+    def close(self) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        self._weights = self._rows = None

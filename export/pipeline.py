@@ -132,6 +132,7 @@ def export_imatrix(
     try:
         from mobilevlm.export.gguf.imatrix import check_imatrix_target, write_imatrix
         from mobilevlm.export.gguf.importance import calibrated_importance
+        from mobilevlm.export.gguf.names import check_decoder
     except ImportError as error:
         purpose = "collecting an importance matrix"
         raise require(error.name or "gguf", "reference", purpose) from None
@@ -140,6 +141,7 @@ def export_imatrix(
     check_imatrix_target(target)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     model = open_checkpoint(Path(checkpoint), options)
+    check_decoder(model.spec.decoder)
     matrix = calibrated_importance(model, str(calibration)).load()
     write_imatrix(matrix, target)
     progress.say(
@@ -208,11 +210,13 @@ def _make(job: Job, work: Workspace) -> Artifact:
     if job.prepare is not None:
         job.prepare()
     with progress.track(stage, job.size) as advance:
-        errors = job.author(path, advance)
+        written = job.author(path, advance)
+    errors = written.errors
     worst = max(errors, key=errors.__getitem__) if errors else None
     artifact = dataclasses.replace(
         job.artifact,
         largest_weight_error=WeightError(worst, round(errors[worst], 6)) if worst else None,
+        bytes_per_token=written.bytes_per_token if job.artifact.stage == "decoder" else None,
     )
     size = note_finished(work, artifact)
     progress.say(

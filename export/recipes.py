@@ -110,6 +110,8 @@ class Recipe:
     lm_head: LinearFormat
     embeddings: Literal["fp32", "fp16"]
     limits: Limits
+    experts: Literal["fused", "plain"] = "fused"
+    """Sparse experts as one operator of ONNX Runtime, or as standard operators around each."""
     calibration: str = "scenes"
     """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration.py)."""
     gguf: GGUFType | None = None

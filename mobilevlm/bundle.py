@@ -54,6 +54,8 @@ class Artifact:
     key: str
     """Digest of everything it was made of."""
     largest_weight_error: WeightError | None = None
+    bytes_per_token: int | None = None
+    """Of a decoder: bytes of weights that one token needs, of sparse experts only those it uses."""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import numpy as np
 
 from mobilevlm.checkpoint import Rescaling, Weights
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.spec import ModelSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,18 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
     shared = (kv_heads, heads // kv_heads)
     for index in range(decoder.num_hidden_layers):
         name = f"decoder.layers.{index}"
-        attn, mlp = f"{name}.attn", f"{name}.mlp"
-        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-        yield Fold(_qkv(name), f"{name}.input_norm", size, (queries, keys, keys))
-        yield Fold((f"{attn}.o_proj",), f"{attn}.v_proj", queries, (size,), shared)
-        yield Fold(gate_up, f"{name}.post_attention_norm", size, (wide, wide))
-        yield Fold((f"{mlp}.down_proj",), f"{mlp}.up_proj", wide, (size,))
+        qkv, sizes = _qkv(name), (queries, keys, keys)
+        readers, reader_sizes = _mlp_readers(decoder, index)
+        if decoder.parallel_residual:
+            yield Fold((*qkv, *readers), f"{name}.input_norm", size, (*sizes, *reader_sizes))
+        else:
+            yield Fold(qkv, f"{name}.input_norm", size, sizes)
+        yield Fold((f"{name}.attn.o_proj",), f"{name}.attn.v_proj", queries, (size,), shared)
+        if not decoder.parallel_residual:
+            yield Fold(readers, f"{name}.post_attention_norm", size, reader_sizes)
+        if decoder.mlp == "gated":
+            for mlp in decoder.mlp_names(index):
+                yield Fold((f"{mlp}.down_proj",), f"{mlp}.up_proj", wide, (size,))
     yield Fold(("decoder.lm_head",), "decoder.norm", size, (decoder.vocab_size,))
 
 
@@ -82,6 +88,22 @@ def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
     return weights.rescaled(
         {name: Rescaling(rows.get(name), columns.get(name)) for name in {**rows, **columns}}
     )
+
+
+def _mlp_readers(decoder: DecoderSpec, index: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """What reads the input of a layer's MLP or experts, and output sizes. The router comes first:
+    unlike an expert it sees every token."""
+    names, sizes = [], []
+    if count := decoder.num_experts(index):
+        names.append(f"decoder.layers.{index}.mlp.router")
+        sizes.append(count)
+        if decoder.experts is not None and decoder.experts.use_residual:
+            names.append(f"decoder.layers.{index}.mlp.coefficient")
+            sizes.append(2)
+    readers, _ = decoder.mlp_linears
+    linears = [f"{mlp}.{reader}" for mlp in decoder.mlp_names(index) for reader in readers]
+    sizes += [decoder.intermediate_size] * len(linears)
+    return (*names, *linears), tuple(sizes)
 
 
 def _qkv(name: str) -> tuple[str, ...]:

@@ -14,12 +14,13 @@ from typing import Any, Literal, TypeAlias
 
 from mobilevlm._version import __version__
 from mobilevlm.bundle import Artifact
-from mobilevlm.errors import require
+from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibrated import calibrate, calibration_key, check_torch
 from mobilevlm.export.calibration import Sample, find_samples
 from mobilevlm.export.recipes import LinearFormat, Recipe
 from mobilevlm.export.written import Written
 from mobilevlm.families import Model
+from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.progress import Advance
 from mobilevlm.spec import GGUFType, to_dict
 
@@ -115,18 +116,17 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
 
 def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
-    """Both stages of a dense model as GGUF files, named by the convention of the format."""
+    """Both stages of a model as GGUF files, named by the convention of the format."""
     try:
         from mobilevlm.export.gguf.decoder import write_decoder
         from mobilevlm.export.gguf.importance import find_importance
         from mobilevlm.export.gguf.llama_quantizer import quantizer_version
         from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
-        from mobilevlm.export.gguf.names import check_decoder
         from mobilevlm.export.gguf.tensors import TYPES
     except ImportError as error:
         raise require(error.name or "gguf", "export", "exporting to GGUF") from None
     spec = model.spec
-    check_decoder(spec.decoder)
+    architecture = gguf_architecture(spec.decoder)
     check_support(spec)
     name = re.sub(r"[^\w.-]+", "-", spec.name)
 
@@ -148,6 +148,13 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         )
 
     kind = recipe.gguf_type
+    weighted = recipe.gguf_imatrix is not None or recipe.gguf_calibration is not None
+    if is_own(architecture) and (kind not in TYPES or weighted):
+        raise MobileVLMError(
+            f"GGUF type {kind}{' by importance' if weighted else ''}: llama.cpp, which "
+            f"would make it, does not know the architecture {architecture}: choose --gguf-type "
+            f"{', '.join(TYPES)} without --imatrix and --calibration"
+        )
     importance = find_importance(model, recipe)
     if kind not in TYPES:
         quantizer = quantizer_version(f"the type {kind}")

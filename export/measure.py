@@ -7,6 +7,7 @@ pictures are made here from a fixed seed.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ MTMD_ERROR = 2e-3
 tables in float16."""
 
 
-def measure_engine(model: Model, bundle: Bundle, engine: str) -> dict[str, StageQuality]:
-    """Runs bundle and reference on the same pictures and prompts.
+def measure_format(model: Model, bundle: Bundle, form: str) -> dict[str, StageQuality]:
+    """Runs a bundle's artifacts of one format, and the reference, on the same pictures and prompts.
 
     ``vision``: of the visual tokens, ``cosine`` (least over tokens) and ``relative_error``.
     ``decoder``, given the reference's visual tokens: ``kl`` (mean, in nats) and ``top1_agreement``
@@ -44,7 +45,9 @@ def measure_engine(model: Model, bundle: Bundle, engine: str) -> dict[str, Stage
     vision: list[dict[str, float]] = []
     decoder: list[dict[str, float]] = []
     matches: list[float] = []
-    with open_model(bundle, engine) as vlm, torch.no_grad():
+    artifacts = tuple(part for part in bundle.manifest.artifacts if part.format == form)
+    alone = replace(bundle, manifest=replace(bundle.manifest, artifacts=artifacts))
+    with open_model(alone) as vlm, torch.no_grad():
         reference = load_reference(model, streamed=True)
         for seed, prompt in enumerate(PROMPTS):
             image = calibration_image(seed, model.spec.image.size)
@@ -62,26 +65,26 @@ def measure_engine(model: Model, bundle: Bundle, engine: str) -> dict[str, Stage
         "decoder": _worst(decoder),
         "end_to_end": {"greedy_match": _rounded(min(matches))},
     }
-    return {stage_name(stage, engine): StageQuality(figures) for stage, figures in found.items()}
+    return {stage_name(stage, form): StageQuality(figures) for stage, figures in found.items()}
 
 
-def stage_name(stage: str, engine: str) -> str:
+def stage_name(stage: str, form: str) -> str:
     """A stage as the manifest names it: ``vision`` for the ONNX artifact, ``vision_gguf`` …"""
-    return stage if engine == "onnx" else f"{stage}_{engine}"
+    return stage if form == "onnx" else f"{stage}_{form}"
 
 
-def check_limits(stages: dict[str, StageQuality], recipe: Recipe, engine: str) -> None:
+def check_limits(stages: dict[str, StageQuality], recipe: Recipe, form: str) -> None:
     """Fails when a figure is beyond what the recipe allows.
 
     Raises:
         QualityError: names stage, figure and limit.
     """
     vision = recipe.limits.vision_relative_error
-    if engine == "gguf":
+    if form == "gguf":
         vision = max(vision, MTMD_ERROR)
     checks = (
-        (stage_name("vision", engine), "relative_error", vision),
-        (stage_name("decoder", engine), "kl", recipe.limits.decoder_kl),
+        (stage_name("vision", form), "relative_error", vision),
+        (stage_name("decoder", form), "kl", recipe.limits.decoder_kl),
     )
     for stage, figure, limit in checks:
         value = stages[stage].figures[figure]

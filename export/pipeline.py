@@ -36,6 +36,7 @@ from mobilevlm.export.workspace import (
     take_over,
 )
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.spec import GGUFType
 
 FORMATS = tuple(JOBS)
@@ -132,7 +133,6 @@ def export_imatrix(
     try:
         from mobilevlm.export.gguf.imatrix import check_imatrix_target, write_imatrix
         from mobilevlm.export.gguf.importance import calibrated_importance
-        from mobilevlm.export.gguf.names import check_decoder
     except ImportError as error:
         purpose = "collecting an importance matrix"
         raise require(error.name or "gguf", "reference", purpose) from None
@@ -141,7 +141,12 @@ def export_imatrix(
     check_imatrix_target(target)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     model = open_checkpoint(Path(checkpoint), options)
-    check_decoder(model.spec.decoder)
+    architecture = gguf_architecture(model.spec.decoder)
+    if is_own(architecture):
+        raise MobileVLMError(
+            f"{checkpoint}: importance matrices are for llama.cpp's architectures, this decoder's "
+            f"is {architecture}"
+        )
     matrix = calibrated_importance(model, str(calibration)).load()
     write_imatrix(matrix, target)
     progress.say(
@@ -237,10 +242,10 @@ def _measure(
         if obstacle:
             obstacles[form] = obstacle
             continue
-        from mobilevlm.export.measure import check_limits, measure_engine
+        from mobilevlm.export.measure import check_limits, measure_format
 
         start = time.perf_counter()
-        found = measure_engine(model, bundle, form)
+        found = measure_format(model, bundle, form)
         for name, stage in found.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
             progress.say(f"quality     {name}: {figures}")

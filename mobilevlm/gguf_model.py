@@ -98,7 +98,9 @@ def _conversation(file: GgufFile) -> ConversationSpec:
     if "image" not in template:
         template = two_separator_template(CONVERSATIONS["v1"])
     eos = file.metadata.get("tokenizer.ggml.eos_token_id", 2)
-    return ConversationSpec(template, (int(eos),), ("</s>",))
+    tokens: Any = file.metadata.get("tokenizer.ggml.tokens")
+    known = isinstance(tokens, list) and type(eos) is int and eos in range(len(tokens))
+    return ConversationSpec(template, (int(eos),), (tokens[eos] if known else "</s>",))
 
 
 def _positive(file: GgufFile, key: str) -> int:

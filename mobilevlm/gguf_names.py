@@ -25,54 +25,113 @@ class Entry:
     ``depthwise``: float16 always, since llama.cpp has no other kernel; ``float``: float32."""
     heads: int = 0
     """Heads whose rotary pairs llama.cpp wants side by side; 0: rows stay where they are."""
+    stack: int = 0
+    """Ours are so many, numbered where ``{}`` stands; theirs is all of them; 0: one and one."""
+
+    @property
+    def parts(self) -> list[str]:
+        """Our names of what theirs holds."""
+        return [self.ours.format(index) for index in range(self.stack)] or [self.ours]
 
     def fits(self, found: tuple[int, ...]) -> bool:
         """Whether a file's shape is the stored one; it may write or omit dimensions of one."""
         return [size for size in found if size > 1] == [size for size in self.stored if size > 1]
 
 
-def check_decoder(spec: DecoderSpec) -> None:
-    """Refuses decoders that are no plain Llama: no other architecture is written yet.
+OWN_PREFIX = "moe-llava-"
+"""Begins the names of architectures that llama.cpp does not have."""
+
+_BACKBONES = {
+    ("rms", False, False): "llama",
+    ("rms", True, False): "qwen",
+    ("layer", False, False): "stablelm",
+    ("layer", True, False): "stablelm",
+    ("layer", True, True): "phi2",
+}
+"""By kind of norm, biases of query, key and value, and parallel residual: what such decoders are
+called after."""
+
+
+def gguf_architecture(spec: DecoderSpec) -> str:
+    """``general.architecture`` of a decoder: ``llama`` for a plain one, which llama.cpp runs, else
+    a name of our own.
 
     Raises:
-        MobileVLMError: says which property.
+        MobileVLMError: there is none for it; says why.
     """
-    obstacles = {
-        "sparse experts": spec.experts is not None,
-        "layer norms": spec.norm != "rms",
-        "partial rotary embeddings": spec.rotary_channels != spec.head_dim,
-        "a parallel residual": spec.parallel_residual,
-        "an MLP without gate": spec.mlp != "gated" or spec.hidden_act != "silu",
-        "biases": spec.qkv_bias or spec.o_bias or spec.mlp_bias or spec.lm_head_bias,
-    }
-    found = [name for name, is_there in obstacles.items() if is_there]
-    if found:
+    backbone = _BACKBONES.get((spec.norm, spec.qkv_bias, spec.parallel_residual))
+    if spec.experts is not None and spec.experts.use_residual:
         raise MobileVLMError(
-            f"this decoder has {' and '.join(found)}, which the GGUF writer does not know: use "
-            f"--format onnx"
+            "this decoder has a dense MLP beside its experts (use_residual), which GGUF files have "
+            "no names for: use --format onnx"
         )
+    if spec.experts is not None and backbone is not None:
+        return OWN_PREFIX + backbone
+    rotated = spec.rotary_channels == spec.head_dim
+    biased = spec.o_bias or spec.mlp_bias or spec.lm_head_bias
+    plain = rotated and not biased and (spec.mlp, spec.hidden_act) == ("gated", "silu")
+    if backbone != "llama" or not plain:
+        raise MobileVLMError(
+            "this decoder is no plain Llama and has no experts: the GGUF writer knows no such "
+            "architecture: use --format onnx"
+        )
+    return backbone
+
+
+def is_own(architecture: str) -> bool:
+    """Whether only our engine ``ggml`` runs files of this architecture."""
+    return architecture.startswith(OWN_PREFIX)
 
 
 def decoder_entries(spec: DecoderSpec) -> Iterator[Entry]:
     """All tensors of a decoder in the order of the file."""
-    hidden, wide = spec.hidden_size, spec.intermediate_size
+    hidden = spec.hidden_size
     heads, shared = spec.num_attention_heads, spec.num_key_value_heads
     query, key = heads * spec.head_dim, shared * spec.head_dim
+    # llama.cpp wants rotary pairs side by side; files of our own keep the checkpoint's halves.
+    turned, turned_keys = (0, 0) if is_own(gguf_architecture(spec)) else (heads, shared)
     yield _entry("token_embd", "decoder.embed_tokens", spec.vocab_size, hidden)
     for index in range(spec.num_hidden_layers):
         ours, theirs = f"decoder.layers.{index}", f"blk.{index}"
-        yield _entry(f"{theirs}.attn_norm", f"{ours}.input_norm", hidden)
-        yield _entry(f"{theirs}.attn_q", f"{ours}.attn.q_proj", query, hidden, heads=heads)
-        yield _entry(f"{theirs}.attn_k", f"{ours}.attn.k_proj", key, hidden, heads=shared)
-        yield _entry(f"{theirs}.attn_v", f"{ours}.attn.v_proj", key, hidden)
-        yield _entry(f"{theirs}.attn_output", f"{ours}.attn.o_proj", hidden, query)
-        yield _entry(f"{theirs}.ffn_norm", f"{ours}.post_attention_norm", hidden)
-        yield _entry(f"{theirs}.ffn_gate", f"{ours}.mlp.gate_proj", wide, hidden)
-        yield _entry(f"{theirs}.ffn_up", f"{ours}.mlp.up_proj", wide, hidden)
-        yield _entry(f"{theirs}.ffn_down", f"{ours}.mlp.down_proj", hidden, wide)
-    yield _entry("output_norm", "decoder.norm", hidden)
+        yield from _norm(spec, f"{theirs}.attn_norm", f"{ours}.input_norm")
+        for part, size, turn in (("q", query, turned), ("k", key, turned_keys), ("v", key, 0)):
+            yield from _linear(
+                f"{theirs}.attn_{part}", f"{ours}.attn.{part}_proj", size, hidden, spec.qkv_bias,
+                heads=turn,
+            )  # fmt: skip
+        yield from _linear(
+            f"{theirs}.attn_output", f"{ours}.attn.o_proj", hidden, query, spec.o_bias
+        )
+        if not spec.parallel_residual:
+            yield from _norm(spec, f"{theirs}.ffn_norm", f"{ours}.post_attention_norm")
+        yield from _mlp_entries(spec, index)
+    yield from _norm(spec, "output_norm", "decoder.norm")
     if not spec.tie_word_embeddings:  # llama.cpp takes the embeddings where there is no output
-        yield _entry("output", "decoder.lm_head", spec.vocab_size, hidden)
+        yield from _linear("output", "decoder.lm_head", spec.vocab_size, hidden, spec.lm_head_bias)
+
+
+def _mlp_entries(spec: DecoderSpec, index: int) -> Iterator[Entry]:
+    """A layer's MLP, or its router and experts, which lie one behind the other in one tensor."""
+    ours, theirs, count = f"decoder.layers.{index}.mlp", f"blk.{index}.ffn", spec.num_experts(index)
+    ending = ""
+    if count:
+        shape = (count, spec.hidden_size)
+        name = f"{ours}.router.weight"
+        yield Entry(f"{theirs}_gate_inp.weight", name, shape, shape, "float")
+        ours, ending = f"{ours}.experts.{{}}", "_exps"
+    readers, maker = spec.mlp_linears
+    for linear in (*readers, maker):
+        sizes = spec.hidden_size, spec.intermediate_size
+        in_size, out_size = sizes if linear in readers else sizes[::-1]
+        yield from _linear(
+            f"{theirs}_{_MLP_NAMES[linear]}{ending}", f"{ours}.{linear}", out_size, in_size,
+            spec.mlp_bias, stack=count,
+        )  # fmt: skip
+
+
+_MLP_NAMES = {
+    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "fc1": "up", "fc2": "down",
+}  # fmt: skip
 
 
 def tower_entries(spec: VisionSpec) -> Iterator[Entry]:
@@ -131,9 +190,34 @@ def _inverted_residual(spec: ProjectorSpec, block: int) -> Iterator[Entry]:
     yield from _pair(f"{theirs}.2.1", f"{ours}.norm2", size)
 
 
-def _entry(theirs: str, ours: str, *shape: int, heads: int = 0) -> Entry:
+def _entry(theirs: str, ours: str, *shape: int) -> Entry:
     store: Literal["matrix", "float"] = "matrix" if len(shape) == 2 else "float"
-    return Entry(f"{theirs}.weight", f"{ours}.weight", shape, shape, store, heads)
+    return Entry(f"{theirs}.weight", f"{ours}.weight", shape, shape, store)
+
+
+def _norm(spec: DecoderSpec, theirs: str, ours: str) -> Iterator[Entry]:
+    if spec.norm == "layer":
+        yield from _pair(theirs, ours, spec.hidden_size)
+    else:
+        yield _entry(theirs, ours, spec.hidden_size)
+
+
+def _linear(
+    theirs: str,
+    ours: str,
+    out_size: int,
+    in_size: int,
+    biased: bool,
+    heads: int = 0,
+    stack: int = 0,
+) -> Iterator[Entry]:
+    """A linear layer of a decoder, or a stack of them."""
+    shape, outer = (out_size, in_size), (stack,) if stack else ()
+    weight = f"{ours}.weight"
+    yield Entry(f"{theirs}.weight", weight, shape, outer + shape, "matrix", heads, stack)
+    if biased:
+        bias = shape[:1]
+        yield Entry(f"{theirs}.bias", f"{ours}.bias", bias, outer + bias, "float", stack=stack)
 
 
 def _pair(theirs: str, ours: str, *shape: int) -> Iterator[Entry]:

@@ -2,26 +2,51 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
-from mobilevlm.errors import BundleError
+from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.gguf_file import GgufFile
-from mobilevlm.spec import DecoderSpec
+from mobilevlm.gguf_names import OWN_PREFIX, gguf_architecture, is_own
+from mobilevlm.spec import DecoderSpec, ExpertsSpec, from_dict, to_dict
 
-T = TypeVar("T", int, float)
+T = TypeVar("T", bool, int, float, str)
+
+EXPERT_COUNTS = "expert_counts"
+"""Of each layer, 0 where it is dense. This and the next are keys of our own architectures, each
+behind the architecture's name."""
+
+OWN_FLAGS = {
+    "attention.qkv_bias": "qkv_bias",
+    "attention.output_bias": "o_bias",
+    "feed_forward.bias": "mlp_bias",
+    "output_bias": "lm_head_bias",
+    "use_parallel_residual": "parallel_residual",
+}
+OWN_KINDS = {"feed_forward.kind": "mlp", "hidden_activation": "hidden_act"}
+"""The field of the spec that each is."""
 
 
 def decoder_spec(file: GgufFile) -> DecoderSpec:
-    """The spec of a dense ``llama`` decoder.
+    """The spec of a dense ``llama`` decoder, or of one of our own architectures.
 
     Raises:
-        BundleError: another architecture, experts, or a key is missing or of the wrong kind.
+        BundleError: another architecture, or a key is missing or of the wrong kind.
     """
+    if is_own(file.architecture):
+        return _with_experts(file, _shared(file))
     if file.architecture != "llama":
-        raise BundleError(f"{file.path}: architecture {file.architecture!r:.60}, expected 'llama'")
+        raise BundleError(
+            f"{file.path}: architecture {file.architecture!r:.60}, expected 'llama' or one that "
+            f"begins with {OWN_PREFIX!r}"
+        )
     if file.metadata.get("llama.expert_count"):
         raise BundleError(f"{file.path}: a decoder with experts, expected a dense one")
-    scaling = file.metadata.get("llama.rope.scaling.type", "none")
+    return _shared(file)
+
+
+def _shared(file: GgufFile) -> DecoderSpec:
+    """What all architectures say in the same words."""
+    scaling = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
     if scaling not in ("none", "linear"):
         raise BundleError(f"{file.path}: rope scaling {scaling!r:.60}, expected 'linear'")
     embeddings = file.tensors.get("token_embd.weight")
@@ -31,6 +56,10 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
     heads = _value(file, "attention.head_count", int)
     if hidden % heads:
         raise BundleError(f"{file.path}: {heads} heads do not divide {hidden} channels")
+    norm: Literal["rms", "layer"] = "rms"
+    eps = "attention.layer_norm_rms_epsilon"
+    if f"{file.architecture}.{eps}" not in file.metadata and is_own(file.architecture):
+        eps, norm = "attention.layer_norm_epsilon", "layer"
     return DecoderSpec(
         vocab_size=embeddings.shape[0],
         hidden_size=hidden,
@@ -39,7 +68,8 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
         num_attention_heads=heads,
         num_key_value_heads=_value(file, "attention.head_count_kv", int, heads),
         head_dim=_value(file, "attention.key_length", int, hidden // heads),
-        norm_eps=_value(file, "attention.layer_norm_rms_epsilon", float),
+        norm_eps=_value(file, eps, float),
+        norm=norm,
         rope_theta=_value(file, "rope.freq_base", float, 10000.0),
         rope_scaling=_value(file, "rope.scaling.factor", float, 1.0),
         context_length=_value(file, "context_length", int),
@@ -47,11 +77,50 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
     )
 
 
-def _value(file: GgufFile, key: str, kind: type[T], default: T | None = None) -> T:
-    """A positive number of the metadata."""
-    value: Any = file.metadata.get(f"llama.{key}", default)
-    if type(value) is not kind or not value > 0:
+def _with_experts(file: GgufFile, spec: DecoderSpec) -> DecoderSpec:
+    counts = file.metadata.get(f"{file.architecture}.{EXPERT_COUNTS}")
+    top_k = _value(file, "expert_used_count", int)
+    if (
+        not isinstance(counts, list)
+        or len(counts) != spec.num_hidden_layers
+        or not all(type(count) is int and (count == 0 or count >= top_k) for count in counts)
+        or not any(counts)
+    ):
         raise BundleError(
-            f"{file.path}: 'llama.{key}' is {value!r:.60}, expected a positive {kind.__name__}"
+            f"{file.path}: '{file.architecture}.{EXPERT_COUNTS}' is {counts!r:.60}, expected the "
+            f"number of experts of each layer"
         )
-    return value
+    channels = _value(file, "rope.dimension_count", int)
+    flags = {field: _value(file, key, bool) for key, field in OWN_FLAGS.items()}
+    kinds = {field: _value(file, key, str) for key, field in OWN_KINDS.items()}
+    experts = ExpertsSpec(
+        layers=tuple(layer for layer, count in enumerate(counts) if count),
+        num_experts=tuple(count for count in counts if count),
+        top_k=top_k,
+        renormalize=_value(file, "expert_weights_norm", bool),
+    )
+    rotary = None if channels == spec.head_dim else channels
+    data = {**to_dict(spec), **flags, **kinds, "rotary_dim": rotary, "experts": to_dict(experts)}
+    try:
+        found = from_dict(DecoderSpec, data, str(file.path))
+        expected = gguf_architecture(found)
+    except MobileVLMError as error:
+        raise BundleError(f"{file.path}: damaged or of a later version: {error}") from None
+    if expected != file.architecture or channels > spec.head_dim or channels % 2:
+        raise BundleError(
+            f"{file.path}: architecture {file.architecture!r:.60} does not fit what the file says "
+            f"of its decoder"
+        )
+    return found
+
+
+def _value(file: GgufFile, key: str, kind: type[T], default: T | None = None) -> T:
+    """A value of the metadata; numbers are positive."""
+    key = f"{file.architecture}.{key}"
+    value: Any = file.metadata.get(key, default)
+    is_number = kind in (int, float)
+    if type(value) is not kind or (is_number and not float(value) > 0):
+        expected = f"a positive {kind.__name__}" if is_number else kind.__name__
+        raise BundleError(f"{file.path}: {key!r} is {value!r:.60}, expected {expected}")
+    found: T = value
+    return found

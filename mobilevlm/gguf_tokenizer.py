@@ -11,6 +11,7 @@ from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import GgufFile
 from mobilevlm.tokenizer import begin_with, build_tokenizer
 
+_WHOLE = "tokenizer.huggingface.json"
 _BYTE = 6
 """Type of the pieces that stand for bytes."""
 
@@ -46,11 +47,16 @@ class _Model:
 
 
 def gguf_tokenizer(file: GgufFile) -> Tokenizer:
-    """Rebuilds it from pieces, scores and types.
+    """The tokenizer.json in it, else what pieces, scores and types make.
 
     Raises:
         BundleError: it is of another kind, or incomplete.
     """
+    if _WHOLE in file.metadata:
+        try:
+            return Tokenizer.from_str(str(file.metadata[_WHOLE]))
+        except Exception as error:  # the tokenizers library raises plain Exception
+            raise BundleError(f"{file.path}: damaged tokenizer: {error}") from None
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind != "llama":
         raise BundleError(f"{file.path}: tokenizer {kind!r:.60}, expected 'llama' (sentencepiece)")

@@ -19,6 +19,9 @@ ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
 there. onnx: ONNX Runtime; gguf: llama.cpp; hybrid: ONNX Runtime feeds llama.cpp; ggml: our own
 graph of the decoder on the kernels of llama.cpp."""
 
+_LLAMA_CPP = ("gguf", "hybrid")
+"""Engines whose decoder is llama.cpp's own."""
+
 ENGINE_CHOICES = ("auto", *ENGINES)
 """``auto`` is the first of them that finds its artifacts."""
 
@@ -38,7 +41,15 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
         BundleError: the bundle has not the artifacts.
     """
     check_engine(engine)
-    lacks = {name: _lacks(bundle, name) for name in (ENGINES if engine == "auto" else [engine])}
+    candidates = list(ENGINES) if engine == "auto" else [engine]
+    if bundle.manifest.spec.decoder.experts is not None:
+        if engine in _LLAMA_CPP:
+            raise BundleError(
+                f"engine {engine}: llama.cpp has no architecture for this decoder with experts: "
+                f"use --engine ggml"
+            )
+        candidates = [name for name in candidates if name not in _LLAMA_CPP]
+    lacks = {name: _lacks(bundle, name) for name in candidates}
     for name, missing in lacks.items():
         if not missing:
             return name

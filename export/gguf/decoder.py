@@ -1,12 +1,14 @@
-"""The decoder as a GGUF file of llama.cpp's ``llama`` architecture.
+"""The decoder as a GGUF file: of llama.cpp's ``llama`` architecture, or of one of our own.
 
-Names and metadata as llama.cpp's converter writes them (ggml-org/llama.cpp, conversion/llama.py).
+Names and metadata as llama.cpp's converter writes them (ggml-org/llama.cpp, conversion/llama.py);
+those of experts as for its models with experts.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeVar
@@ -19,12 +21,13 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, write_file
-from mobilevlm.export.gguf.vocabulary import describe_vocabulary, read_vocabulary
+from mobilevlm.export.gguf.vocabulary import vocabulary_of
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
-from mobilevlm.gguf_names import Entry, decoder_entries
+from mobilevlm.gguf_names import Entry, decoder_entries, gguf_architecture
+from mobilevlm.gguf_spec import EXPERT_COUNTS, OWN_FLAGS, OWN_KINDS
 from mobilevlm.progress import Advance
-from mobilevlm.spec import DecoderSpec, GGUFType, ModelSpec
+from mobilevlm.spec import DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
 
 T = TypeVar("T", bound=np.generic)
 
@@ -56,17 +59,17 @@ def _write(
     model: Model, kind: GGUFType, path: Path, advance: Advance, matrix: ImportanceMatrix | None
 ) -> dict[str, float]:
     spec = model.spec
-    vocabulary = read_vocabulary(model.folder, spec.decoder.vocab_size)
+    describe_vocabulary = vocabulary_of(model)
 
     def describe(writer: gguf.GGUFWriter) -> None:
         _describe(writer, spec, kind)
         if matrix is not None:
             _describe_importance(writer, matrix)
-        describe_vocabulary(writer, vocabulary)
+        describe_vocabulary(writer)
         writer.add_chat_template(spec.conversation.chat_template)
 
     tensors = decoder_tensors(model.weights, spec.decoder, kind, advance, _importance(matrix))
-    return write_file(path, "llama", describe, tensors)
+    return write_file(path, gguf_architecture(spec.decoder), describe, tensors)
 
 
 def _importance(matrix: ImportanceMatrix | None) -> dict[str, Float32]:
@@ -88,12 +91,32 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     writer.add_feed_forward_length(decoder.intermediate_size)
     writer.add_head_count(decoder.num_attention_heads)
     writer.add_head_count_kv(decoder.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(decoder.norm_eps)
-    writer.add_rope_dimension_count(decoder.head_dim)
+    if decoder.norm == "rms":
+        writer.add_layer_norm_rms_eps(decoder.norm_eps)
+    else:
+        writer.add_layer_norm_eps(decoder.norm_eps)
+    writer.add_rope_dimension_count(decoder.rotary_channels)
     writer.add_rope_freq_base(decoder.rope_theta)
     if decoder.rope_scaling != 1.0:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(decoder.rope_scaling)
+    if decoder.experts is not None:
+        _describe_own(writer, decoder, decoder.experts)
+
+
+def _describe_own(writer: gguf.GGUFWriter, decoder: DecoderSpec, experts: ExpertsSpec) -> None:
+    """What llama.cpp knows of an architecture without being told."""
+    writer.add_key_length(decoder.head_dim)
+    writer.add_value_length(decoder.head_dim)
+    writer.add_expert_count(max(experts.num_experts))
+    writer.add_expert_used_count(experts.top_k)
+    writer.add_expert_weights_norm(experts.renormalize)
+    counts = [decoder.num_experts(layer) for layer in range(decoder.num_hidden_layers)]
+    writer.add_array(f"{writer.arch}.{EXPERT_COUNTS}", counts)
+    for key, field in OWN_FLAGS.items():
+        writer.add_bool(f"{writer.arch}.{key}", getattr(decoder, field))
+    for key, field in OWN_KINDS.items():
+        writer.add_string(f"{writer.arch}.{key}", getattr(decoder, field))
 
 
 def _describe_importance(writer: gguf.GGUFWriter, matrix: ImportanceMatrix) -> None:
@@ -115,14 +138,15 @@ def decoder_tensors(
     ``importance``: of each matrix' columns, by the names of the file.
     """
 
-    def tensor(entry: Entry) -> Tensor:
-        def read() -> Float32:
-            advance(math.prod(entry.shape))
-            values = weights.read(entry.ours, entry.shape)
-            return interleave(values, entry.heads) if entry.heads else values
+    def read(entry: Entry, ours: str) -> Float32:
+        advance(math.prod(entry.shape))
+        values = weights.read(ours, entry.shape)
+        return interleave(values, entry.heads) if entry.heads else values
 
+    def tensor(entry: Entry) -> Tensor:
         store = kind if entry.store == "matrix" else "f32"
-        return Tensor(entry.theirs, entry.stored, store, read, importance.get(entry.theirs))
+        parts = [partial(read, entry, ours) for ours in entry.parts]
+        return Tensor(entry.theirs, entry.stored, store, parts, importance.get(entry.theirs))
 
     return [tensor(entry) for entry in decoder_entries(spec)]
 

@@ -84,7 +84,7 @@ def write_imatrix(matrix: ImportanceMatrix, path: Path) -> None:
         writer.add_uint32(gguf.Keys.IMatrix.CHUNK_SIZE, matrix.chunk_size)
 
     def tensor(name: str, values: Float32) -> Tensor:
-        return Tensor(name, values.shape, "f32", lambda: values)
+        return Tensor(name, values.shape, "f32", [lambda: values])
 
     tensors = []
     for name, entry in matrix.entries.items():

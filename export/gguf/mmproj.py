@@ -103,7 +103,7 @@ def _tensors(model: Model, kind: GGUFType, advance: Advance) -> Iterator[Tensor]
             advance(math.prod(entry.shape))
             return model.weights.read(entry.ours, entry.shape).reshape(entry.stored)
 
-        return Tensor(entry.theirs, entry.stored, kinds[entry.store], read)
+        return Tensor(entry.theirs, entry.stored, kinds[entry.store], [read])
 
     for entry in tower_entries(model.spec.vision):
         yield tensor(entry)
@@ -131,11 +131,14 @@ def _linear_as_mlp(
         return np.concatenate([values, -values]) * np.float32(LINEAR_SCALE)
 
     yield Tensor(
-        "mm.0.weight", (inner, spec.in_size), kind, lambda: both_signs("weight", size, spec.in_size)
+        "mm.0.weight",
+        (inner, spec.in_size),
+        kind,
+        [lambda: both_signs("weight", size, spec.in_size)],
     )
-    yield Tensor("mm.0.bias", (inner,), "f32", lambda: both_signs("bias", size))
-    yield Tensor("mm.2.weight", (size, inner), kind, lambda: signed_difference(size))
-    yield Tensor("mm.2.bias", (size,), "f32", lambda: np.zeros(size, np.float32))
+    yield Tensor("mm.0.bias", (inner,), "f32", [lambda: both_signs("bias", size)])
+    yield Tensor("mm.2.weight", (size, inner), kind, [lambda: signed_difference(size)])
+    yield Tensor("mm.2.bias", (size,), "f32", [lambda: np.zeros(size, np.float32)])
 
 
 def signed_difference(size: int) -> Float32:

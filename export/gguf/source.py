@@ -39,7 +39,9 @@ class GgufTensors:
         self.folder = file.path
         self.files = [file.path]
         self._file = file
-        self._entries = {entry.ours: entry for entry in entries}
+        self._entries = {
+            name: (entry, index) for entry in entries for index, name in enumerate(entry.parts)
+        }
         for entry in entries:
             if entry.theirs not in file.tensors:
                 raise CheckpointError(f"{file.path}: tensor {entry.theirs!r} is missing")
@@ -49,32 +51,35 @@ class GgufTensors:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Ours where the file's is what it must be, else the file's."""
-        entry = self._entries[name]
+        entry, _ = self._entries[name]
         found = self._file.tensors[entry.theirs].shape
         return entry.shape if entry.fits(found) else found
 
     def dtype(self, name: str) -> str:
-        kind = self._file.tensors[self._entries[name].theirs].type
+        kind = self._file.tensors[self._entries[name][0].theirs].type
         return "f32" if kind in _READABLE else kind
 
     def read(self, name: str) -> Float32:
-        entry = self._entries[name]
+        entry, index = self._entries[name]
         kind = gguf.GGMLQuantizationType[self._file.tensors[entry.theirs].type]
-        values: Float32 = gguf.quants.dequantize(self._rows(entry), kind).astype(np.float32)
+        values: Float32 = gguf.quants.dequantize(self._rows(entry, index), kind).astype(np.float32)
         if entry.stored[0] == 2 * entry.shape[0]:  # see _projector_entries
             values = values.reshape(2, -1)[0] / np.float32(LINEAR_SCALE)
         return values.reshape(entry.shape)
 
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
-        entry = self._entries[name]
-        plain = self._file.tensors[entry.theirs].type == "Q4_0" and entry.stored == entry.shape
-        return self._rows(entry) if plain else None
+        entry, index = self._entries[name]
+        whole = entry.stored == entry.shape or entry.stack > 0
+        plain = whole and self._file.tensors[entry.theirs].type == "Q4_0"
+        return self._rows(entry, index) if plain else None
 
-    def _rows(self, entry: Entry) -> NDArray[np.uint8]:
-        """The stored bytes ``(rows, bytes of a row)``, rows in our order."""
+    def _rows(self, entry: Entry, index: int) -> NDArray[np.uint8]:
+        """The stored bytes ``(rows, bytes of a row)`` of the entry's part with this number, rows in
+        our order."""
         tensor = self._file.tensors[entry.theirs]
-        rows = tensor.size // tensor.row_size
-        data = np.memmap(self._file.path, np.uint8, "r", tensor.offset, (rows, tensor.row_size))
+        rows = tensor.size // tensor.row_size // len(entry.parts)
+        start = tensor.offset + index * rows * tensor.row_size
+        data = np.memmap(self._file.path, np.uint8, "r", start, (rows, tensor.row_size))
         return half_split(np.array(data), entry.heads) if entry.heads else np.array(data)
 
     @property
@@ -83,7 +88,7 @@ class GgufTensors:
 
 
 def open_gguf(path: Path, mmproj: Path) -> Model:
-    """A dense ``llama`` decoder and its ``clip`` image encoder.
+    """A decoder of architecture ``llama`` or of our own, and its ``clip`` image encoder.
 
     Raises:
         BundleError: a file is damaged, or of a kind that the spec cannot say.
@@ -96,12 +101,13 @@ def open_gguf(path: Path, mmproj: Path) -> Model:
     language = list(decoder_entries(spec.decoder))
     picture = [*tower_entries(spec.vision), *_projector_entries(spec.projector)]
     refs = {
-        entry.ours: TensorRef(source, entry.ours)
+        name: TensorRef(source, name)
         for source, entries in (
             (GgufTensors(decoder, language), language),
             (GgufTensors(vision, picture), picture),
         )
         for entry in entries
+        for name in entry.parts
     }
     if spec.decoder.tie_word_embeddings:
         refs["decoder.lm_head.weight"] = refs["decoder.embed_tokens.weight"]

@@ -1,6 +1,7 @@
 """Writing a GGUF file: metadata and all tensor descriptions first, then one tensor at a time.
 
-Memory holds one tensor. The same input gives the same bytes.
+Memory holds one tensor; of a stack of experts what is stored, and the values of one. The same input
+gives the same bytes.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Tensor:
     shape: tuple[int, ...]
     """Rows first, as in numpy; GGUF writes the dimensions in the other order."""
     type: GGUFType
-    read: Callable[[], Float32]
+    read: Sequence[Callable[[], Float32]]
+    """Its values, or of a stack each of its outermost slices."""
     importance: Float32 | None = None
     """``(columns,)``: how much an error in each column counts."""
 
@@ -106,13 +108,25 @@ def write_file(
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
         for tensor in tensors:
-            data, error = convert(tensor.read(), tensor.stored, tensor.importance)
+            data, error = _stored(tensor)
             if tensor.stored not in ("f32", "f16", "bf16"):
                 errors[tensor.name] = error
             writer.write_tensor_data(data)
     finally:
         writer.close()
     return errors
+
+
+def _stored(tensor: Tensor) -> tuple[NDArray[np.uint8], float]:
+    """A tensor's bytes, and its relative error (the worst slice's). Memory holds the bytes, and the
+    values of one slice."""
+    data = np.empty((len(tensor.read), tensor.nbytes // len(tensor.read)), np.uint8)
+    worst = 0.0
+    for slot, read in zip(data, tensor.read, strict=True):
+        values, error = convert(read(), tensor.stored, tensor.importance)
+        slot[:] = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+        worst = max(worst, error)
+    return data, worst
 
 
 def convert(

@@ -1,14 +1,20 @@
-"""The tokenizer inside a GGUF file: sentencepiece's pieces with scores and types."""
+"""The tokenizer inside a GGUF file: sentencepiece's pieces with scores and types, or tokens and
+merges of byte-level BPE."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gguf
 
 from mobilevlm.checkpoint import read_json
 from mobilevlm.errors import CheckpointError
+from mobilevlm.families import Model
 from mobilevlm.tokenizer import added_tokens, parse_sentencepiece, token_text, tokenizer_settings
 
 _ADDED_SCORE = -1000.0
@@ -26,6 +32,41 @@ class Vocabulary:
     """Ids of ``bos``, ``eos``, ``unk`` and ``pad``, as far as there are any."""
     add_bos: bool
     add_space_prefix: bool
+
+
+def vocabulary_of(model: Model) -> Callable[[gguf.GGUFWriter], None]:
+    """What adds a checkpoint's tokenizer to the metadata.
+
+    Raises:
+        CheckpointError: there is no tokenizer.model (tokenizer.json has no scores).
+    """
+    state, size = json.loads(model.tokenizer.to_str()), model.spec.decoder.vocab_size
+    if (state.get("decoder") or {}).get("type") == "ByteLevel":
+        return partial(_describe_byte_level, model=model, state=state)
+    return partial(_describe_pieces, vocabulary=read_vocabulary(model.folder, size))
+
+
+def _describe_byte_level(writer: gguf.GGUFWriter, model: Model, state: dict[str, Any]) -> None:
+    """Tokens and merges as llama.cpp has them, and tokenizer.json itself, which alone says how text
+    is split into words."""
+    vocabulary = {index: text for text, index in model.tokenizer.get_vocab().items()}
+    special = {token["id"]: bool(token["special"]) for token in state["added_tokens"]}
+    tokens, types = [], []
+    for index in range(model.spec.decoder.vocab_size):
+        kind = gguf.TokenType.NORMAL if index in vocabulary else gguf.TokenType.UNUSED
+        if index in special:
+            kind = gguf.TokenType.CONTROL if special[index] else gguf.TokenType.USER_DEFINED
+        tokens.append(vocabulary.get(index, f"[PAD{index}]"))
+        types.append(kind)
+    merges = state["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    writer.add_token_merges([" ".join(pair) for pair in merges])
+    writer.add_eos_token_id(model.spec.conversation.eos_token_ids[0])
+    writer.add_add_bos_token(False)
+    writer.add_string(gguf.Keys.Tokenizer.HF_JSON, model.tokenizer.to_str())
 
 
 def read_vocabulary(folder: Path, vocab_size: int) -> Vocabulary:
@@ -75,8 +116,7 @@ def _special_ids(folder: Path, tokens: list[str]) -> dict[str, int]:
     return found
 
 
-def describe_vocabulary(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
-    """Adds it to the metadata."""
+def _describe_pieces(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocabulary.tokens)

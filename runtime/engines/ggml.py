@@ -14,7 +14,8 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.engines import DecoderState, Float32, still_open
 from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
-from mobilevlm.runtime.engines.ggml_graph import DecoderGraph, GraphShape, KeyValues
+from mobilevlm.runtime.engines.ggml_graph import DecoderGraph
+from mobilevlm.runtime.engines.ggml_layers import GraphShape, KeyValues
 from mobilevlm.runtime.engines.ggml_native import MappedTensors, Processor
 from mobilevlm.runtime.engines.gguf_check import check_decoder, check_decoder_tensors
 from mobilevlm.spec import DecoderSpec

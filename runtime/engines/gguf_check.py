@@ -8,7 +8,13 @@ from __future__ import annotations
 
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import GgufFile, GgufTensor
-from mobilevlm.gguf_names import Entry, decoder_entries, projector_entries, tower_entries
+from mobilevlm.gguf_names import (
+    Entry,
+    decoder_entries,
+    gguf_architecture,
+    projector_entries,
+    tower_entries,
+)
 from mobilevlm.spec import DecoderSpec, ModelSpec, VisionSpec
 
 _EITHER_SHAPE = {"mm.0.weight", "mm.0.bias", "mm.2.weight"}
@@ -43,12 +49,13 @@ def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
 
 
 def check_decoder_tensors(header: GgufFile, spec: DecoderSpec) -> None:
-    """Refuses a file in which a tensor of the decoder is missing, or has a shape or type that ggml
-    would abort on.
+    """Refuses a file of another architecture, or in which a tensor of the decoder is missing or has
+    a shape or type that ggml would abort on.
 
     Raises:
         BundleError: names the first such tensor.
     """
+    _same(header, "general.architecture", header.architecture, gguf_architecture(spec))
     for entry in decoder_entries(spec):
         tensor = _tensor(header, entry)
         if tensor.shape != entry.stored:

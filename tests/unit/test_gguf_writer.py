@@ -266,7 +266,7 @@ def test_our_q4_0_is_what_the_gguf_library_makes() -> None:
 def test_every_type_is_read_back_within_its_precision(kind: GGUFType, tmp_path: Path) -> None:
     values = np.random.default_rng(2).standard_normal((33, 64), np.float32)
     path = tmp_path / "x.gguf"
-    tensor = Tensor("x", values.shape, kind, lambda: values)
+    tensor = Tensor("x", values.shape, kind, [lambda: values])
     errors = write_file(path, "test", lambda writer: None, [tensor])
     found = values_of(tensors_of(path)["x"])
     error = np.linalg.norm(found - values) / np.linalg.norm(values)
@@ -277,7 +277,7 @@ def test_every_type_is_read_back_within_its_precision(kind: GGUFType, tmp_path: 
 
 
 def test_rows_that_do_not_divide_into_blocks_stay_float16(tmp_path: Path) -> None:
-    tensor = Tensor("x", (4, 40), "q4_0", lambda: np.ones((4, 40), np.float32))
+    tensor = Tensor("x", (4, 40), "q4_0", [lambda: np.ones((4, 40), np.float32)])
     write_file(tmp_path / "x.gguf", "test", lambda writer: None, [tensor])
     assert tensors_of(tmp_path / "x.gguf")["x"].tensor_type.name == "F16"
 

@@ -56,6 +56,9 @@ def _shared(file: GgufFile) -> DecoderSpec:
     heads = _value(file, "attention.head_count", int)
     if hidden % heads:
         raise BundleError(f"{file.path}: {heads} heads do not divide {hidden} channels")
+    shared = _value(file, "attention.head_count_kv", int, heads)
+    if heads % shared:
+        raise BundleError(f"{file.path}: {heads} heads do not divide by {shared} of keys")
     norm: Literal["rms", "layer"] = "rms"
     eps = "attention.layer_norm_rms_epsilon"
     if f"{file.architecture}.{eps}" not in file.metadata and is_own(file.architecture):
@@ -66,7 +69,7 @@ def _shared(file: GgufFile) -> DecoderSpec:
         intermediate_size=_value(file, "feed_forward_length", int),
         num_hidden_layers=_value(file, "block_count", int),
         num_attention_heads=heads,
-        num_key_value_heads=_value(file, "attention.head_count_kv", int, heads),
+        num_key_value_heads=shared,
         head_dim=_value(file, "attention.key_length", int, hidden // heads),
         norm_eps=_value(file, eps, float),
         norm=norm,

@@ -11,7 +11,14 @@ from dataclasses import dataclass
 import numpy as np
 
 from mobilevlm.gguf_names import gguf_architecture, is_own
-from mobilevlm.runtime.engines.ggml_native import TYPE_IDS, Context, Memory, TensorPointer, ggml
+from mobilevlm.runtime.engines.ggml_native import (
+    TYPE_IDS,
+    Context,
+    Memory,
+    TensorPointer,
+    ggml,
+    out_of_memory,
+)
 from mobilevlm.spec import DecoderSpec
 
 _ROTARY_PAIRS = {"neighbours": 0, "halves": 2}
@@ -31,7 +38,11 @@ class KeyValues:
         self.head_size: int = ggml().row_size(TYPE_IDS[kind], spec.head_dim)
         step = -(-spec.context_length * self.row_size // mmap.PAGESIZE) * mmap.PAGESIZE
         count = 2 * spec.num_hidden_layers
-        self._memory = Memory(mmap.mmap(-1, count * step))
+        try:
+            pages = mmap.mmap(-1, count * step)
+        except (OSError, OverflowError):
+            raise out_of_memory(f"keys and values of {spec.context_length} positions") from None
+        self._memory = Memory(pages)
         self._context = Context(count)
         tensors = [self._context.tensor(kind, spec.context_length, width) for _ in range(count)]
         for index, tensor in enumerate(tensors):

@@ -74,7 +74,7 @@ Examples:
 @click.option(
     "--conversation",
     metavar="NAME",
-    help="Conversation v1 or llava_v1, if the family's default is not right.",
+    help="Conversation (v1, llava_v1, phi …), if the family's default is not right.",
 )
 @click.option(
     "--no-measure", is_flag=True, help="Do not compare the result with the float32 reference."

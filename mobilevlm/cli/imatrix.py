@@ -47,7 +47,7 @@ A line of samples.jsonl ("answer" may be left out):
 @click.option(
     "--conversation",
     metavar="NAME",
-    help="Conversation v1 or llava_v1, if the family's default is not right.",
+    help="Conversation (v1, llava_v1, phi …), if the family's default is not right.",
 )
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(

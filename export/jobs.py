@@ -20,7 +20,9 @@ from mobilevlm.export.calibration import Sample, find_samples
 from mobilevlm.export.recipes import LinearFormat, Recipe
 from mobilevlm.export.written import Written
 from mobilevlm.families import Model
+from mobilevlm.gguf_file import read_gguf
 from mobilevlm.gguf_names import gguf_architecture, is_own
+from mobilevlm.gguf_spec import bytes_per_token
 from mobilevlm.progress import Advance
 from mobilevlm.spec import GGUFType, to_dict
 
@@ -136,7 +138,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         kind: GGUFType,
         prefixes: tuple[str, ...],
         settings: list[Any],
-        write: Callable[[Model, GGUFType, Path, Advance], dict[str, float]],
+        write: Callable[[Model, GGUFType, Path, Advance], Written],
     ) -> Job:
         path = f"gguf/{prefix}{name}-{kind.upper()}.gguf"
         key = _key(model, "gguf", prefixes, [path, kind, *settings])
@@ -144,7 +146,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         return Job(
             artifact,
             _size(model, prefixes),
-            lambda file, advance: Written(write(model, kind, file, advance)),
+            lambda file, advance: write(model, kind, file, advance),
         )
 
     kind = recipe.gguf_type
@@ -161,9 +163,13 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
     else:
         quantizer = quantizer_version("an importance matrix") if importance else ""
 
-    def decoder(model: Model, kind: GGUFType, path: Path, advance: Advance) -> dict[str, float]:
+    def picture(model: Model, kind: GGUFType, path: Path, advance: Advance) -> Written:
+        return Written(write_mmproj(model, kind, path, advance))
+
+    def decoder(model: Model, kind: GGUFType, path: Path, advance: Advance) -> Written:
         matrix = None if importance is None else importance.load()
-        return write_decoder(model, kind, path, advance, matrix)
+        errors = write_decoder(model, kind, path, advance, matrix)
+        return Written(errors, bytes_per_token(read_gguf(path), spec.decoder))
 
     tokenizer = hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest()
     jobs = [
@@ -173,7 +179,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
             recipe.mmproj_type,
             ("vision.", "projector."),
             [to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)],
-            write_mmproj,
+            picture,
         ),
         job(
             "decoder",

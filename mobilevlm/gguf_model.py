@@ -10,7 +10,7 @@ from mobilevlm.bundle import SCHEMA_VERSION, Artifact, Bundle, FileEntry, Manife
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import GgufFile, read_gguf
-from mobilevlm.gguf_spec import decoder_spec
+from mobilevlm.gguf_spec import bytes_per_token, decoder_spec
 from mobilevlm.spec import (
     ConversationSpec,
     ImageSpec,
@@ -34,13 +34,22 @@ def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
     """
     decoder, vision = read_gguf(model), read_gguf(mmproj)
     paths = {"vision": mmproj.absolute().as_posix(), "decoder": model.absolute().as_posix()}
+    spec, label = model_spec(decoder, vision), "as in the file"
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
-        spec=model_spec(decoder, vision),
+        spec=spec,
         recipe={"name": "gguf"},
         artifacts=(
-            Artifact("vision", "gguf", "as in the file", paths["vision"], (), key=""),
-            Artifact("decoder", "gguf", "as in the file", paths["decoder"], (), key=""),
+            Artifact("vision", "gguf", label, paths["vision"], (), key=""),
+            Artifact(
+                "decoder",
+                "gguf",
+                label,
+                paths["decoder"],
+                (),
+                key="",
+                bytes_per_token=bytes_per_token(decoder, spec.decoder),
+            ),
         ),
         embeddings=None,
         quality=Quality(measured=False, note="made elsewhere"),

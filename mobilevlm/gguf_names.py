@@ -70,10 +70,10 @@ def gguf_architecture(spec: DecoderSpec) -> str:
     rotated = spec.rotary_channels == spec.head_dim
     biased = spec.o_bias or spec.mlp_bias or spec.lm_head_bias
     plain = rotated and not biased and (spec.mlp, spec.hidden_act) == ("gated", "silu")
-    if backbone != "llama" or not plain:
+    if spec.experts is not None or backbone != "llama" or not plain:
         raise MobileVLMError(
-            "this decoder is no plain Llama and has no experts: the GGUF writer knows no such "
-            "architecture: use --format onnx"
+            "the GGUF writer knows no architecture for this decoder, only for a plain Llama and "
+            "for sparse experts in Llama, Qwen, StableLM and Phi-2: use --format onnx"
         )
     return backbone
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.gguf_file import GgufFile
-from mobilevlm.gguf_names import OWN_PREFIX, gguf_architecture, is_own
+from mobilevlm.gguf_names import OWN_PREFIX, decoder_entries, gguf_architecture, is_own
 from mobilevlm.spec import DecoderSpec, ExpertsSpec, from_dict, to_dict
 
 T = TypeVar("T", bool, int, float, str)
@@ -115,6 +115,23 @@ def _with_experts(file: GgufFile, spec: DecoderSpec) -> DecoderSpec:
             f"of its decoder"
         )
     return found
+
+
+def bytes_per_token(file: GgufFile, spec: DecoderSpec) -> int:
+    """Bytes of weights that a decoding step reads: of sparse experts those that a token uses; of an
+    embedding table a row, unless it is the head too."""
+    total = 0
+    for entry in decoder_entries(spec):
+        tensor = file.tensors.get(entry.theirs)
+        if tensor is None:
+            continue
+        if entry.stack and spec.experts is not None:
+            total += tensor.size * spec.experts.top_k // entry.stack
+        elif entry.ours == "decoder.embed_tokens.weight" and not spec.tie_word_embeddings:
+            total += tensor.row_size
+        else:
+            total += tensor.size
+    return total
 
 
 def _value(file: GgufFile, key: str, kind: type[T], default: T | None = None) -> T:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mobilevlm.image import ImageInput
-from mobilevlm.plan import engine_files
+from mobilevlm.plan import engine_files, stage_formats
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
 from mobilevlm.runtime.vlm import VLM
@@ -48,6 +48,8 @@ class BenchResult:
     peak_memory_mb: float
     artifact_mb: float
     """Model files that the engine reads."""
+    token_mb: float | None
+    """Weights that a decoding step reads (of sparse experts those that a token uses), if known."""
     rows: list[Row]
     machine: dict[str, Any]
 
@@ -83,6 +85,12 @@ def run_bench(
         samples.setdefault("prefill/tokens/s", []).append(answer.prompt_tokens / times.prefill)
         samples.setdefault("decode/tokens/s", []).append(times.tokens_per_second)
     manifest = vlm.bundle.manifest
+    decoder = vlm.bundle.artifact("decoder", stage_formats(vlm.bundle, vlm.engine)["decoder"])
+    token_mb = None if decoder.bytes_per_token is None else decoder.bytes_per_token / 1e6
+    if token_mb is not None:
+        samples["weights read/GB/s"] = [
+            rate * token_mb / 1e3 for rate in samples["decode/tokens/s"]
+        ]
     return BenchResult(
         model=vlm.spec.name,
         recipe=str(manifest.recipe["name"]),
@@ -96,6 +104,7 @@ def run_bench(
         peak_memory_mb=peak_memory_mb(),
         artifact_mb=sum(manifest.files[name].size for name in engine_files(vlm.bundle, vlm.engine))
         / 1e6,
+        token_mb=token_mb,
         rows=[_row(name, values) for name, values in samples.items() if values],
         machine=describe_machine(),
     )
@@ -111,9 +120,10 @@ def prompt_of_length(vlm: VLM, text_tokens: int, images: int) -> str:
 
 def summary(result: BenchResult) -> str:
     """What was measured, in one line."""
+    reads = "" if result.token_mb is None else f" (a token reads {result.token_mb:.1f} MB)"
     return (
         f"{result.model}, recipe {result.recipe}, engine {result.engine}, "
-        f"{result.artifact_mb:.0f} MB: "
+        f"{result.artifact_mb:.0f} MB{reads}: "
         f"{result.visual_tokens} visual + {result.text_tokens} text tokens, "
         f"{result.new_tokens} new tokens, {result.runs} runs, "
         f"{result.threads} threads; load {result.load_seconds:.2f} s, "

@@ -208,7 +208,11 @@ def test_bench_reports_every_stage(bundle: Path) -> None:
     assert set(rows) == {
         ("preprocess", "ms"), ("vision", "ms"), ("prefill", "ms"), ("first token", "ms"),
         ("next token", "ms"), ("prefill", "tokens/s"), ("decode", "tokens/s"),
+        ("weights read", "GB/s"),
     }  # fmt: skip
+    rates = rows["decode", "tokens/s"]["samples"], rows["weights read", "GB/s"]["samples"]
+    for tokens, read in zip(*rates, strict=True):
+        assert read == pytest.approx(tokens * result["token_mb"] / 1e3, abs=1e-4)
     assert len(rows["vision", "ms"]["samples"]) == 2
     assert len(rows["next token", "ms"]["samples"]) == 2 * 3
     for (_, unit), row in rows.items():

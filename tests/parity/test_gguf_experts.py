@@ -9,10 +9,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, relative_error
+from conftest import MOE_FIXTURES, Fixture, fixture_named, relative_error
 from numpy.typing import NDArray
 
 import mobilevlm
+from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
@@ -21,6 +22,7 @@ from mobilevlm.families import Model
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.gguf_model import model_spec
 from mobilevlm.gguf_names import decoder_entries
+from mobilevlm.gguf_spec import bytes_per_token
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.progress import ignore
 from mobilevlm.runtime import VLM
@@ -168,6 +170,16 @@ def test_experts_lie_one_behind_the_other_under_the_names_of_llama_cpp(
     assert set(tensors) == {entry.theirs for entry in decoder_entries(spec)}
 
 
+def test_a_token_reads_two_of_four_experts(sparse: Fixture, written: Written, bundle: Path) -> None:
+    spec, header = sparse.model.spec.decoder, read_gguf(written("f32"))
+    idle = sum(tensor.size for name, tensor in header.tensors.items() if "_exps" in name) // 2
+    table = header.tensors["token_embd.weight"]
+    everything = sum(tensor.size for tensor in header.tensors.values())
+    needed = everything - idle - table.size + table.row_size
+    assert bytes_per_token(header, spec) == needed
+    assert open_bundle(bundle).artifact("decoder", "gguf").bytes_per_token == needed
+
+
 # Relative error of a position's logits to those of the same, dequantized weights in float32: that
 # of the best tenth, since rounding makes some tokens choose another expert, which those behind them
 # see. ggml rounds activations to the type of the weights, for q8_0 and q4_0 to 8 bits.
@@ -193,13 +205,3 @@ def test_stored_types_compute_what_they_store(
     write_decoder(stored, "f32", restored, ignore)
     pairs = zip(logits(written(kind)), logits(restored), strict=True)
     assert np.quantile([relative_error(*pair) for pair in pairs], 0.1) <= ROUNDED[kind]
-
-
-def test_what_llama_cpp_would_have_to_make_is_refused(
-    sparse: Fixture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = [sparse.checkpoint, "--vision-tower", sparse.tower, "-o", tmp_path / "out"]
-    for wanted in (["--gguf-type", "q4_k_m"], ["--gguf-type", "q4_0", "--calibration", "scenes"]):
-        said = refusal(capsys, "export", *checkpoint, "--format", "gguf", *wanted)
-        assert f"does not know the architecture {ARCHITECTURES[sparse.name]}" in said
-        assert "choose --gguf-type f32" in said

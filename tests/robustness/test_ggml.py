@@ -191,9 +191,7 @@ def test_a_library_without_a_function_is_named(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(ggml_native._SIGNATURES, "of_another_time", (None,))
     ggml_native.ggml.cache_clear()
     try:
-        with pytest.raises(
-            MobileVLMError, match="exports no ggml_of_another_time: the engine"
-        ):
+        with pytest.raises(MobileVLMError, match="exports no ggml_of_another_time: the engine"):
             ggml_native.ggml()
     finally:
         ggml_native.ggml.cache_clear()

@@ -23,6 +23,7 @@ from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.pipeline import export
 from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.gguf_names import gguf_architecture
 from mobilevlm.spec import DecoderSpec
 
 
@@ -193,15 +194,34 @@ def test_a_gated_gelu_needs_the_plain_form(stablelm: Fixture, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", MOE_FIXTURES)
-def test_gguf_files_are_refused_before_any_work(
+def test_what_llama_cpp_would_have_to_make_is_refused_before_any_work(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixture = fixture_named(name)
     given = [fixture.checkpoint, "--vision-tower", fixture.tower, "-o"]
-    message = refusal(capsys, "export", *given, tmp_path / "bundle", "--format", "gguf")
-    assert "sparse experts" in message and "--format onnx" in message
-    assert "sparse experts" in refusal(capsys, "imatrix", *given, tmp_path / "matrix.gguf")
+    for wanted in (["--gguf-type", "q4_k_m"], ["--gguf-type", "q4_0", "--calibration", "scenes"]):
+        said = refusal(capsys, "export", *given, tmp_path / "b", "--format", "gguf", *wanted)
+        assert "does not know the architecture moe-llava-" in said
+        assert "choose --gguf-type f32" in said
+    said = refusal(capsys, "imatrix", *given, tmp_path / "matrix.gguf")
+    assert "importance matrices are for llama.cpp's architectures" in said
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"experts": None}, "knows no architecture for this decoder"),
+        ({"experts": {"use_residual": True}}, "a dense MLP beside its experts"),
+        ({"norm": "rms"}, "only for a plain Llama and for sparse experts in"),
+    ],
+)
+def test_decoders_without_an_architecture_are_named(changes: dict[str, Any], message: str) -> None:
+    spec = fixture_named("moe_llava_phi2").model.spec.decoder
+    if isinstance(changes.get("experts"), dict):
+        changes = {"experts": replace(spec.experts, **changes["experts"])}
+    with pytest.raises(MobileVLMError, match=message):
+        gguf_architecture(replace(spec, **changes))
 
 
 def test_inspect_shows_what_a_token_needs(stablelm: Fixture, tmp_path: Path) -> None:

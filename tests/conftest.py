@@ -236,6 +236,21 @@ def run_program(
     )
 
 
+def refused_mutations(script: str, *arguments: object) -> int:
+    """Runs a script that gives a library damaged files and prints ``refused N``, in a process of
+    its own, which must end by itself."""
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, (done.returncode, done.stdout[-60:], done.stderr[-600:])
+    *_, word, count = done.stdout.split()
+    assert word == "refused"
+    return int(count)
+
+
 def tree_of(folder: Path) -> dict[str, bytes]:
     """The content of every file below a folder."""
     return {

@@ -36,7 +36,7 @@ class GgmlState:
         self._weights = weights
         self._cache = KeyValues(spec, kind)
         self._processor = Processor(threads)
-        self._graphs: dict[bool, tuple[GraphShape, DecoderGraph]] = {}
+        self._graphs: dict[bool, DecoderGraph] = {}
 
     def append(self, embeds: Float32, outputs: int) -> Float32:
         """Appends ``(length, hidden_size)``; logits of the last positions ``(outputs,
@@ -54,13 +54,13 @@ class GgmlState:
 
     def _graph(self, shape: GraphShape) -> DecoderGraph:
         single = shape.length == 1
-        made_for, graph = self._graphs.get(single, (None, None))
-        if graph is None or made_for != shape:
-            self._graphs.pop(single, None)  # its memory goes before the next one's comes
-            graph = None
-            graph = DecoderGraph(self._spec, self._weights.pointers, self._cache, shape)
-            self._graphs[single] = shape, graph
-        return graph
+        if single in self._graphs and self._graphs[single].shape != shape:
+            del self._graphs[single]  # its memory goes before the next one's comes
+        if single not in self._graphs:
+            self._graphs[single] = DecoderGraph(
+                self._spec, self._weights.pointers, self._cache, shape
+            )
+        return self._graphs[single]
 
 
 class GgmlDecoder:

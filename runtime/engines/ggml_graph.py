@@ -14,7 +14,6 @@ from mobilevlm.runtime.engines.ggml_native import (
     TensorPointer,
     Workspace,
     ggml,
-    values_of,
 )
 from mobilevlm.spec import DecoderSpec
 
@@ -40,7 +39,7 @@ class DecoderGraph:
         shape: GraphShape,
     ) -> None:
         native, nodes = ggml(), (spec.num_hidden_layers + 1) * _NODES_PER_LAYER
-        self._shape = shape
+        self.shape = shape
         self._context = Context(nodes, nodes)
         self._graph = native.new_graph_custom(self._context.pointer, nodes, False)
         sizes: dict[str, tuple[int, ...]] = {
@@ -56,20 +55,20 @@ class DecoderGraph:
         logits = layers.logits()
         native.set_output(logits)
         native.build_forward_expand(self._graph, logits)
-        self._workspace = Workspace(self._graph)
+        workspace = Workspace(self._graph)
         self._arrays = {
-            name: values_of(inputs[name], _DTYPES[name][1], *sizes[name]) for name in sizes
+            name: workspace.values(inputs[name], _DTYPES[name][1], *sizes[name]) for name in sizes
         }
-        self._logits = values_of(logits, np.float32, shape.outputs, spec.vocab_size)
+        self._logits = workspace.values(logits, np.float32, shape.outputs, spec.vocab_size)
 
     def run(self, processor: Processor, embeds: Float32, start: int) -> Float32:
         """Appends embeddings ``(length, hidden_size)`` at position ``start``; logits ``(outputs,
         vocab_size)``, valid until the next call."""
         arrays = self._arrays
-        positions = np.arange(start, start + self._shape.length)
+        positions = np.arange(start, start + self.shape.length)
         arrays["embeds"][:] = embeds
         arrays["positions"][:] = arrays["rows"][:] = positions
-        seen = np.arange(self._shape.visible) <= positions[:, None]
+        seen = np.arange(self.shape.visible) <= positions[:, None]
         arrays["mask"][:] = np.where(seen, np.float16(0), np.float16(-np.inf))
         processor.compute(self._graph)
         return self._logits

@@ -114,8 +114,8 @@ def ggml() -> Any:
             function = ctypes.CFUNCTYPE(result, *arguments)((f"ggml_{name}", libggml))
         except AttributeError:
             raise MobileVLMError(
-                f"the installed llama-cpp-python exports no ggml_{name}: the engine ggml needs "
-                f"0.3.30 or later, compiled with its CPU backend: pip install -U llama-cpp-python"
+                f"the installed llama-cpp-python exports no ggml_{name}: the engine ggml needs a "
+                f"later one, with its CPU backend linked: pip install -U llama-cpp-python"
             ) from None
         setattr(found, name, function)
     return found
@@ -210,12 +210,12 @@ class Workspace:
         if not native.gallocr_alloc_graph(self._pointer, graph):
             raise out_of_memory("intermediate results")
 
-
-def values_of(tensor: TensorPointer, dtype: Any, *shape: int) -> NDArray[Any]:
-    """What a tensor with a place holds, as an array that is valid as long as the place is."""
-    count = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    content = (ctypes.c_uint8 * count).from_address(ggml().get_data(tensor))
-    return np.frombuffer(content, dtype).reshape(shape)
+    def values(self, tensor: TensorPointer, dtype: Any, *shape: int) -> NDArray[Any]:
+        """What an input or output of the graph holds, as an array that keeps the workspace."""
+        count = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        content = (ctypes.c_uint8 * count).from_address(ggml().get_data(tensor))
+        content.kept = self
+        return np.frombuffer(content, dtype).reshape(shape)
 
 
 def out_of_memory(what: str) -> MobileVLMError:

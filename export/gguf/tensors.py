@@ -112,6 +112,7 @@ def write_file(
             if tensor.stored not in ("f32", "f16", "bf16"):
                 errors[tensor.name] = error
             writer.write_tensor_data(data)
+            del data  # before the next one comes
     finally:
         writer.close()
     return errors

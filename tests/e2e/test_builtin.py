@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ from mobilevlm.builtin import BUILT_IN, WEIGHTS, bundle_path, checkpoint_path
 from mobilevlm.nano.evaluate import evaluate
 from mobilevlm.nano.suite import evaluation_set
 
+needs_llama = pytest.mark.skipif(
+    os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
+)
 INT4_BYTES, CHECKPOINT_BYTES = 6e6, 40e6
 
 
@@ -37,9 +41,10 @@ def test_nano_sees(nano: mobilevlm.runtime.VLM) -> None:
     assert result.blind_overall.accuracy < 0.5
 
 
-def test_nano_moe_sees() -> None:
+@pytest.mark.parametrize("engine", ["onnx", pytest.param("ggml", marks=needs_llama)])
+def test_nano_moe_sees(engine: str) -> None:
     """93% of 360 questions with int4; four standard deviations of 48 below that are 78%."""
-    with mobilevlm.load("nano-moe") as vlm:
+    with mobilevlm.load("nano-moe", engine) as vlm:
         answer = evaluate(
             lambda prompt, pictures: vlm.generate(prompt, pictures, max_new_tokens=24).text,
             evaluation_set(48),

@@ -31,8 +31,9 @@ from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.jobs import gguf_jobs
 from mobilevlm.export.recipes import RECIPES
 from mobilevlm.families import Model
+from mobilevlm.gguf_names import decoder_entries
 from mobilevlm.progress import ignore
-from mobilevlm.spec import GGUF_TYPES, DecoderSpec, GGUFType, ModelSpec
+from mobilevlm.spec import GGUF_TYPES, DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -317,6 +318,23 @@ def test_memory_holds_about_one_tensor(tmp_path: Path) -> None:
     largest = 4 * 1024 * 256
     assert peak < 5 * largest
     assert (tmp_path / "d.gguf").stat().st_size > 6 * largest
+
+
+def test_memory_holds_what_is_stored_of_a_stack_and_one_expert(tmp_path: Path) -> None:
+    """Sixteen experts of 1 MB as a stack in q8_0, a quarter of what all values take; five copies of
+    an expert are allowed beside it."""
+    plain = DecoderSpec(512, 256, 1024, 1, 4, 4, 64, 1e-6, 1e4, 1.0, 512, False)
+    spec = dataclasses.replace(plain, experts=ExpertsSpec((0,), (16,), 2))
+    shapes = {name: entry.shape for entry in decoder_entries(spec) for name in entry.parts}
+    tensors = decoder_tensors(memory_weights(shapes, tmp_path), spec, "q8_0", ignore)
+    tracemalloc.start()
+    write_file(tmp_path / "d.gguf", "moe-llava-llama", lambda writer: None, tensors)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    expert = 4 * 1024 * 256
+    stack = 16 * 1024 * 256 // 32 * 34
+    assert peak < stack + 5 * expert < 10 * expert
+    assert (tmp_path / "d.gguf").stat().st_size > 3 * stack
 
 
 def _decoder_weights(spec: DecoderSpec, folder: Path) -> Weights:

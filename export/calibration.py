@@ -66,11 +66,21 @@ def find_samples(name: str) -> list[Sample]:
     return scene_samples() if name == SCENES else read_samples(Path(name))
 
 
-def scene_samples(count: int = NUM_SCENES) -> list[Sample]:
+def measuring_samples(name: str) -> list[Sample]:
+    """What to measure on: for ``scenes`` others than those that calibrate, else the JSONL file.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: a picture file is missing.
+    """
+    return scene_samples(first=NUM_SCENES) if name == SCENES else read_samples(Path(name))
+
+
+def scene_samples(count: int = NUM_SCENES, first: int = 0) -> list[Sample]:
     """Drawn scenes: each second one is described, the others get a question of any kind. None of
     them is in the scenes that ``mobilevlm eval`` asks about."""
     samples = []
-    for seed in range(count):
+    for seed in range(first, first + count):
         scene = sample_scene(seed)
         asked = caption_question(scene) if seed % 2 == 0 else questions(scene)[0]
         samples.append(Sample(asked.text, asked.answer, (draw(scene),)))

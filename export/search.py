@@ -315,8 +315,9 @@ def _joint_effect(
     hessian = _hessians(model, list(chosen.values()), data)
 
     def replacement(group: LinearGroup) -> Float32 | None:
-        layers = chosen.get(group.name)
-        return layers and restored(_stacked(model, group), layers, group.name, hessian)
+        if group.name not in chosen:
+            return None
+        return restored(_stacked(model, group), chosen[group.name], group.name, hessian)
 
     return probe.joint_effect(replacement)
 

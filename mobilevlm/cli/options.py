@@ -64,16 +64,14 @@ def checkpoint_options(function: F) -> F:
     return function
 
 
-class _Budget(click.ParamType):
-    """``4.5bpw``"""
-
-    name = "BITSbpw"
-
-    def convert(self, value: Any, param: Any, context: Any) -> float:
-        number = re.fullmatch(r"(\d+(?:\.\d+)?)bpw", str(value))
-        if number is None:
-            self.fail(f"{value!r}: expected bits per weight, as in 4.5bpw", param, context)
-        return float(number[1])
+def _bits_per_weight(context: Any, option: Any, value: str | None) -> float | None:
+    """``4.5bpw`` as a number."""
+    if value is None:
+        return None
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)bpw", value)
+    if number is None:
+        raise click.BadParameter(f"{value!r}: expected bits per weight, as in 4.5bpw")
+    return float(number[1])
 
 
 def goal_options(function: F) -> F:
@@ -82,7 +80,7 @@ def goal_options(function: F) -> F:
         click.option("--max-kl", type=click.FloatRange(0, min_open=True), metavar="NATS",
                      help="Give the decoder's layers as few bits as keep the divergence of its "
                           "answers below this."),
-        click.option("--budget", type=_Budget(),
+        click.option("--budget", callback=_bits_per_weight, metavar="BITSbpw",
                      help="Give the decoder's layers so many bits per weight on average, scales "
                           "included, where they matter most."),
     ):  # fmt: skip

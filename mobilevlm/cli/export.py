@@ -106,7 +106,8 @@ def command(
     if budget is not None or max_kl is not None:
         if form == "gguf":
             raise click.UsageError("--budget and --max-kl are for ONNX: GGUF has a type for all")
-        from mobilevlm.export.search import Goal, search_recipe
+        from mobilevlm.export.mixed_recipe import search_recipe
+        from mobilevlm.export.search import Goal
         from mobilevlm.families import OpenOptions
 
         plan = plan_out or bundle.with_name(f"{bundle.name}.toml")

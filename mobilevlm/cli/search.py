@@ -83,7 +83,8 @@ def command(
     """Find how many bits each layer of the decoder of a CHECKPOINT needs, and write a recipe file
     (needs torch)."""
     progress.enable(not quiet)
-    from mobilevlm.export.search import Goal, search_recipe
+    from mobilevlm.export.mixed_recipe import search_recipe
+    from mobilevlm.export.search import Goal
     from mobilevlm.families import OpenOptions
     from mobilevlm.spec import to_dict
 

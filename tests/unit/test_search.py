@@ -13,9 +13,10 @@ from conftest import Fixture
 from mobilevlm.errors import MobileVLMError, QualityError
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.layer_formats import stored_bytes
+from mobilevlm.export.mixed_recipe import check_target
 from mobilevlm.export.recipe_file import recipe_text
 from mobilevlm.export.recipes import RECIPES, Limits, LinearFormat, find_recipe
-from mobilevlm.export.search import Data, Found, Goal, check_target, search
+from mobilevlm.export.search import Data, Found, Goal, search
 
 TEXTS = [
     Sample("What is red?", "Blood is, and so are roses.", ()),

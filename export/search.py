@@ -165,8 +165,8 @@ def _check_budget(
     )  # fmt: skip
     if goal.bits_per_weight is not None and goal.bits_per_weight < least:
         raise MobileVLMError(
-            f"{goal}: too small: the candidates for this model take {least + 0.005:.2f} to {most:.2f} bits "
-            f"per weight"
+            f"{goal}: too small: the candidates for this model take {least + 0.005:.2f} to "
+            f"{most:.2f} bits per weight"
         )
 
 

@@ -207,14 +207,16 @@ def _embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[
         ]
 
 
-def sample_groups(model: Model, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """The samples in groups of neighbours that the decoder can be watched on at once.
+def sample_groups(
+    model: Model, samples: Sequence[Sample], positions: int = MAX_POSITIONS
+) -> Iterator[list[Sample]]:
+    """The samples in groups of neighbours of so many positions in the decoder, or one sample.
 
     Raises:
         PromptError: a sample does not fit into the context.
     """
     group: list[Sample] = []
-    room = MAX_POSITIONS
+    room = positions
     for number, sample in enumerate(samples, 1):
         ids = sample_ids(model, sample)
         length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.projector.num_tokens - 1)
@@ -225,7 +227,7 @@ def sample_groups(model: Model, samples: Sequence[Sample]) -> Iterator[list[Samp
             )
         if group and length > room:
             yield group
-            group, room = [], MAX_POSITIONS
+            group, room = [], positions
         group.append(sample)
         room -= length
     yield group

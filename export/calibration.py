@@ -26,13 +26,15 @@ from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.families import Model
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.questions import caption_question, questions
-from mobilevlm.nano.scenes import sample_scene
-from mobilevlm.spec import from_dict
+from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
+from mobilevlm.spec import ModelSpec, from_dict
 
 SCENES = "scenes"
 """Names the default data."""
 
 NUM_SCENES = 32
+_HELD_OUT = TRAINING_SEEDS + 10**9
+"""Far behind the seeds that ``mobilevlm eval`` comes to."""
 MAX_BYTES = 1 << 26
 """Of a JSONL file."""
 
@@ -56,23 +58,25 @@ class _Line:
     images: tuple[str, ...] = ()
 
 
-def find_samples(name: str) -> list[Sample]:
-    """``scenes``, or the content of a JSONL file.
+def find_samples(name: str, held_out: bool = False) -> list[Sample]:
+    """``scenes``, or the content of a JSONL file. ``held_out``: scenes that nothing was calibrated
+    on, for measuring.
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
         ImageError: a picture file is missing.
     """
-    return scene_samples() if name == SCENES else read_samples(Path(name))
+    return scene_samples(held_out=held_out) if name == SCENES else read_samples(Path(name))
 
 
-def scene_samples(count: int = NUM_SCENES) -> list[Sample]:
+def scene_samples(count: int = NUM_SCENES, held_out: bool = False) -> list[Sample]:
     """Drawn scenes: each second one is described, the others get a question of any kind. None of
-    them is in the scenes that ``mobilevlm eval`` asks about."""
+    them is in the scenes that ``mobilevlm eval`` asks about. ``held_out``: from the scenes for
+    evaluation, else from those for training."""
     samples = []
-    for seed in range(count):
-        scene = sample_scene(seed)
-        asked = caption_question(scene) if seed % 2 == 0 else questions(scene)[0]
+    for index in range(count):
+        scene = sample_scene(_HELD_OUT + index, "evaluation") if held_out else sample_scene(index)
+        asked = caption_question(scene) if index % 2 == 0 else questions(scene)[0]
         samples.append(Sample(asked.text, asked.answer, (draw(scene),)))
     return samples
 
@@ -129,11 +133,15 @@ def sample_ids(model: Model, sample: Sample) -> list[int]:
     Raises:
         PromptError: a token that the model has no embedding for.
     """
-    spec = model.spec
+    text = sample_text(model.spec, sample)
+    vocab_size = model.spec.decoder.vocab_size
+    return input_ids(model.tokenizer, text, len(sample.images), vocab_size)
+
+
+def sample_text(spec: ModelSpec, sample: Sample) -> str:
+    """Prompt and answer in the model's template."""
     text = render(spec.conversation, [user_message(sample.prompt, len(sample.images))])
-    if sample.answer:
-        text = f"{text} {sample.answer}"
-    return input_ids(model.tokenizer, text, len(sample.images), spec.decoder.vocab_size)
+    return f"{text} {sample.answer}" if sample.answer else text
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

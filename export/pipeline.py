@@ -25,6 +25,7 @@ from mobilevlm.bundle import (
 )
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, tool_versions
+from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.recipes import Recipe, find_recipe
 from mobilevlm.export.workspace import (
     Workspace,
@@ -93,6 +94,7 @@ def export(
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
+    chosen = expand_layers(chosen, model.spec)
     jobs = [job for form in formats for job in JOBS[form](model, chosen)]
     with open_workspace(target) as work:
         artifacts = tuple(_make(job, work) for job in jobs)

@@ -1,11 +1,13 @@
 """Recipes: which precision each part of a model is exported in, and how far it may drift.
 
 A recipe is named (``int4``) or read from a TOML file with the same fields as the dataclass; a part
-that is a text there (``decoder = "q4"``) means that precision with everything else left as it is.
+or layer that is a text there (``decoder = "q4"``) means that precision with everything else left as
+it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -110,6 +112,10 @@ class Recipe:
     lm_head: LinearFormat
     embeddings: Literal["fp32", "fp16"]
     limits: Limits
+    layers: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
+    """Of single layers instead of their part's: by canonical name, which stands for the layers that
+    are one product with it too, or by a pattern with ``*`` (export/layer_formats.py). GGUF files
+    have one type for all."""
     calibration: str = "scenes"
     """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration.py)."""
     gguf: GGUFType | None = None
@@ -131,14 +137,17 @@ class Recipe:
     @property
     def is_calibrated(self) -> bool:
         """Whether a method of the ONNX artifacts needs data."""
-        return any(layers.is_calibrated for layers in self.parts)
+        return any(layers.is_calibrated for layers in (*self.parts, *self.layers.values()))
 
     @property
     def parts(self) -> tuple[LinearFormat, ...]:
         return self.tower, self.projector, self.decoder, self.lm_head
 
     def format_of(self, name: str) -> LinearFormat:
-        """The format of the linear layer with this canonical name."""
+        """The format of the linear layer with this canonical name. Patterns have no effect here:
+        :func:`mobilevlm.export.layer_formats.expand_layers` comes before."""
+        if name in self.layers:
+            return self.layers[name]
         part, _, rest = name.partition(".")
         if part == "decoder":
             return self.lm_head if rest.startswith("lm_head") else self.decoder
@@ -195,11 +204,16 @@ def find_recipe(name: str) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
     for part in PARTS:
-        if isinstance(data.get(part), str):
-            data[part] = {"precision": data[part]}
+        data |= _spelled_out(data, part)
+    layers = data.get("layers")
+    if isinstance(layers, dict):
+        for key in layers:
+            layers |= _spelled_out(layers, key)
     recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
     for part in PARTS:
         _check(getattr(recipe, part), f"{path}.{part}")
+    for key, single in recipe.layers.items():
+        _check(single, f"{path}.layers.{key}")
     if recipe.projector.scaling != "none":
         raise MobileVLMError(
             f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
@@ -212,6 +226,11 @@ def find_recipe(name: str) -> Recipe:
     if recipe.gguf_calibration not in (None, "scenes"):
         recipe = replace(recipe, gguf_calibration=str(path.parent / str(recipe.gguf_calibration)))
     return recipe
+
+
+def _spelled_out(table: dict[str, Any], key: str) -> dict[str, Any]:
+    """The entry with a precision for a text; empty where it is no text."""
+    return {key: {"precision": table[key]}} if isinstance(table.get(key), str) else {}
 
 
 def _check(layers: LinearFormat, where: str) -> None:

@@ -54,6 +54,8 @@ class Artifact:
     key: str
     """Digest of everything it was made of."""
     largest_weight_error: WeightError | None = None
+    bits_per_weight: float | None = None
+    """Mean over the weights of its linear layers, with scales and zero points (ONNX)"""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -10,8 +10,20 @@ from typing import Any
 import numpy as np
 
 from mobilevlm.checkpoint import Rescaling, Weights
+from mobilevlm.export.linear_groups import linear_groups
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.spec import ModelSpec
+
+_PRODUCERS = {
+    "vision": {"attn.q_proj": "norm1", "attn.out_proj": "attn.v_proj", "mlp.fc1": "norm2"},
+    "decoder": {
+        "attn.q_proj": "input_norm",
+        "attn.o_proj": "attn.v_proj",
+        "mlp.gate_proj": "post_attention_norm",
+        "mlp.down_proj": "mlp.up_proj",
+    },
+}
+"""What makes the inputs of a layer, both by their names inside a transformer layer."""
 
 
 @dataclass(frozen=True)
@@ -46,26 +58,16 @@ class Fold:
 def find_folds(spec: ModelSpec) -> Iterator[Fold]:
     """All folds of a model, in the order of use. Not here: what reads an activation function or the
     tower's features, which nothing linear makes."""
-    vision, decoder = spec.vision, spec.decoder
-    size, wide = vision.hidden_size, vision.intermediate_size
-    for index in range(vision.num_hidden_layers):
-        name = f"vision.layers.{index}"
-        yield Fold(_qkv(name), f"{name}.norm1", size, (size,) * 3)
-        yield Fold((f"{name}.attn.out_proj",), f"{name}.attn.v_proj", size, (size,))
-        yield Fold((f"{name}.mlp.fc1",), f"{name}.norm2", size, (wide,))
-    size, wide = decoder.hidden_size, decoder.intermediate_size
-    heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
-    queries, keys = heads * decoder.head_dim, kv_heads * decoder.head_dim
-    shared = (kv_heads, heads // kv_heads)
-    for index in range(decoder.num_hidden_layers):
-        name = f"decoder.layers.{index}"
-        attn, mlp = f"{name}.attn", f"{name}.mlp"
-        gate_up = (f"{mlp}.gate_proj", f"{mlp}.up_proj")
-        yield Fold(_qkv(name), f"{name}.input_norm", size, (queries, keys, keys))
-        yield Fold((f"{attn}.o_proj",), f"{attn}.v_proj", queries, (size,), shared)
-        yield Fold(gate_up, f"{name}.post_attention_norm", size, (wide, wide))
-        yield Fold((f"{mlp}.down_proj",), f"{mlp}.up_proj", wide, (size,))
-    yield Fold(("decoder.lm_head",), "decoder.norm", size, (decoder.vocab_size,))
+    heads, kv_heads = spec.decoder.num_attention_heads, spec.decoder.num_key_value_heads
+    for group in linear_groups(spec):
+        stage, _, place = group.name.partition(".layers.")
+        index, _, reader = place.partition(".")
+        if group.name == "decoder.lm_head":
+            yield Fold(group.names, "decoder.norm", group.in_size, group.out_sizes)
+        elif reader in _PRODUCERS.get(stage, {}):
+            producer = f"{stage}.layers.{index}.{_PRODUCERS[stage][reader]}"
+            shared = (kv_heads, heads // kv_heads) if reader == "attn.o_proj" else (1, 1)
+            yield Fold(group.names, producer, group.in_size, group.out_sizes, shared)
 
 
 def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
@@ -82,7 +84,3 @@ def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
     return weights.rescaled(
         {name: Rescaling(rows.get(name), columns.get(name)) for name in {**rows, **columns}}
     )
-
-
-def _qkv(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}.attn.{part}_proj" for part in "qkv")

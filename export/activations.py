@@ -90,7 +90,7 @@ def watch_vision(
         ImageError: a picture cannot be read.
     """
     reference = load_reference(model, streamed=True)
-    hidden = _embed_pictures(reference, _usable_pictures(model, samples))
+    hidden = embed_pictures(reference, _usable_pictures(model, samples))
     if not hidden:
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
     for index, layer in enumerate(reference.vision.layers):
@@ -118,7 +118,7 @@ def watch_decoder(
         yield _pass(
             layer,
             f"decoder.layers.{index}",
-            partial(_run_layer, layer, model.spec.decoder),
+            partial(run_decoder_layer, layer, model.spec.decoder),
             hidden,
             wanted,
             hessian,
@@ -131,7 +131,8 @@ def watch_decoder(
         yield _finished({"decoder.lm_head": sums})
 
 
-def _run_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:
+def run_decoder_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:
+    """Runs whole samples ``(batch, length, hidden_size)`` from position 0 on."""
     out: Tensor = layer(hidden, rotary_tables(spec, torch.arange(hidden.shape[1])))
     return out
 
@@ -195,7 +196,7 @@ def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
 
 
 @torch.no_grad()
-def _embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[Tensor]:
+def embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[Tensor]:
     """Input of the first layer ``(1, num_patches + 1, hidden_size)`` of each."""
     tower, spec = reference.vision, reference.spec.image
     with ExitStack() as stack:
@@ -241,7 +242,7 @@ def _embed_samples(
     used = next(sample_groups(model, samples))
     if len(used) < len(samples):
         progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
-    visual = _embed_pictures(reference, [item for sample in used for item in sample.images])
+    visual = embed_pictures(reference, [item for sample in used for item in sample.images])
     for index, layer in enumerate(reference.vision.layers):
         _pass(layer, f"vision.layers.{index}", layer, visual, lambda _: False, False)
     with held(reference.projector):

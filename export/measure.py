@@ -7,8 +7,9 @@ sample, so this needs no more memory than the export itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from mobilevlm.bundle import Bundle, StageQuality
-from mobilevlm.export.activations import sample_groups
+from mobilevlm.export.activations import embed_pictures, sample_groups
 from mobilevlm.export.calibration import Sample, sample_ids, sample_text
 from mobilevlm.export.figures import (
     Float32,
@@ -34,14 +35,12 @@ from mobilevlm.export.figures import (
     vision_figures,
 )
 from mobilevlm.families import Model
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.plan import ENGINES
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.model import held
 from mobilevlm.reference.streaming import (
     decoder_states,
-    embed_pictures,
     last_states,
     project,
     tower_states,
@@ -57,6 +56,11 @@ POSITIONS = 1 << 12
 """Of a group's prompts and answers: their states stay in memory while the layers stream by."""
 
 
+_Seen: TypeAlias = tuple[tuple[VectorFigures, ...], tuple[VectorFigures, ...]]
+"""Of a sample's pictures: the tower's features (none where the engine keeps them inside), and the
+visual tokens."""
+
+
 @dataclass(frozen=True)
 class SampleFigures:
     """What one sample showed."""
@@ -67,7 +71,7 @@ class SampleFigures:
     visual: tuple[VectorFigures, ...]
     """Of the visual tokens, a picture each"""
     decoder: TokenFigures
-    """Given the reference's visual tokens, over prompt and answer"""
+    """Given the reference's visual tokens, where the model answers"""
     whole: TokenFigures | None
     """Given the bundle's own visual tokens; where the sample has an answer"""
     text: TextFigures | None
@@ -150,7 +154,8 @@ def reference_answers(
     reference = load_reference(model, streamed=True)
     ends = model.spec.conversation.eos_token_ids
     answers = [list(item.greedy[: round(item.match * len(item.greedy))]) for item in figures]
-    visual = _visual_tokens(reference, _pixels(model, [item.sample for item in figures]))
+    tokens = _exact_pictures(reference, [item.sample for item in figures])
+    visual = [[next(tokens)[1] for _ in item.sample.images] for item in figures]
     prompts = [_prompt_ids(model, item.sample) for item in figures]
 
     def is_open(index: int) -> bool:
@@ -175,7 +180,7 @@ def _measure_group(
     max_new_tokens: int,
     advance: Advance,
 ) -> list[SampleFigures]:
-    visual, seen = _measure_pictures(model, reference, vlm, samples)
+    visual, seen = _measure_pictures(reference, vlm, samples)
     greedy = [_greedy(vlm, sample, max_new_tokens) for sample in samples]
     # Each sample's prompt with the bundle's own answer, then those with the sample's answer.
     answered = [index for index, sample in enumerate(samples) if sample.answer]
@@ -189,20 +194,19 @@ def _measure_group(
     with held(reference.decoder.norm), held(reference.decoder.lm_head):
         for index, sample in enumerate(samples):
             tokens = greedy[index]
-            exact = _logits(reference, states[index][:, -len(tokens) - 1 : -1])
-            match = greedy_match(tokens, exact.argmax(axis=-1).tolist())
-            given = index
-            whole = text = None
+            exact = _logits(reference, states[index][:, -len(tokens) - 1 :])
+            match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
+            given, whole, text = index, None, None
             if sample.answer:
                 given = len(samples) + answered.index(index)
-                own = vlm.prompt_logits(sample_text(model.spec, sample), sample.images, raw=True)
-            exact = _logits(reference, states[given])
-            decoder = compare_logits(vlm.embeds_logits(embeds[given][0].numpy()), exact)
-            if sample.answer:
                 answer = _answer_ids(ids[given], _prompt_ids(model, sample))
-                here = slice(-len(answer) - 1, -1)
+                exact = _logits(reference, states[given][:, -len(answer) - 1 :])
+                prompt = sample_text(model.spec, sample)
+                own = vlm.prompt_logits(prompt, sample.images, raw=True)[-len(exact) :]
                 whole = compare_logits(own, exact)
-                text = text_figures(own[here], exact[here], answer)
+                text = text_figures(own[:-1], exact[:-1], answer)
+            near = vlm.embeds_logits(embeds[given][0].numpy())[-len(exact) :]
+            decoder = compare_logits(near, exact)
             features, tokens_seen = seen[index]
             found.append(
                 SampleFigures(
@@ -214,48 +218,33 @@ def _measure_group(
 
 
 def _measure_pictures(
-    model: Model, reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
-) -> tuple[
-    list[list[Tensor]], list[tuple[tuple[VectorFigures, ...], tuple[VectorFigures, ...]]]
-]:
-    """The reference's visual tokens of each sample's pictures, and how far from them (and from the
-    tower's features) the bundle is."""
-    pixels = _pixels(model, samples)
-    flat = [picture for pictures in pixels for picture in pictures]
-    states = embed_pictures(reference, flat)
-    states = last_states(tower_states(reference, states), states)
-    exact = iter(zip(states, project(reference, states), strict=True))
+    reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
+) -> tuple[list[list[Tensor]], list[_Seen]]:
+    """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
     has_features = ENGINES[vlm.engine]["vision"] == "onnx"
+    exact = _exact_pictures(reference, samples)
     visual, seen = [], []
-    for sample, pictures in zip(samples, pixels, strict=True):
-        tokens: list[Tensor] = []
-        near: list[VectorFigures] = []
-        features: list[VectorFigures] = []
-        for image, _ in zip(sample.images, pictures, strict=True):
+    for sample in samples:
+        features, tokens = [], []
+        visual.append([])
+        for image in sample.images:
             state, projected = next(exact)
-            tokens.append(projected)
-            near.append(compare_vectors(vlm.encode_image(image), projected.numpy()))
+            visual[-1].append(projected)
+            tokens.append(compare_vectors(vlm.encode_image(image), projected.numpy()))
             if has_features:
-                features.append(compare_vectors(vlm.image_features(image), state[0, 1:].numpy()))
-        visual.append(tokens)
-        seen.append((tuple(features), tuple(near)))
+                features.append(compare_vectors(vlm.image_features(image), state.numpy()))
+        seen.append((tuple(features), tuple(tokens)))
     return visual, seen
 
 
-def _pixels(model: Model, samples: Sequence[Sample]) -> list[list[NDArray[np.uint8]]]:
-    return [
-        [preprocess(open_image(image), model.spec.image) for image in sample.images]
-        for sample in samples
-    ]
-
-
-def _visual_tokens(
-    reference: ReferenceModel, pixels: Sequence[Sequence[NDArray[np.uint8]]]
-) -> list[list[Tensor]]:
-    """The reference's, of each sample's pictures."""
-    states = embed_pictures(reference, [picture for pictures in pixels for picture in pictures])
-    tokens = iter(project(reference, last_states(tower_states(reference, states), states)))
-    return [[next(tokens) for _ in pictures] for pictures in pixels]
+def _exact_pictures(
+    reference: ReferenceModel, samples: Sequence[Sample]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tower's features and the visual tokens of all pictures."""
+    states = embed_pictures(reference, [image for sample in samples for image in sample.images])
+    states = last_states(tower_states(reference, states), states)
+    features = (state[0, 1:] for state in states)
+    return zip(features, project(reference, states), strict=True)
 
 
 def _embed(

@@ -7,31 +7,12 @@ between two layers, and a pass reads the checkpoint once.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from mobilevlm.image import normalize
 from mobilevlm.reference.llama import rotary_tables
 from mobilevlm.reference.model import ReferenceModel, held
-
-
-@torch.no_grad()
-def embed_pictures(
-    reference: ReferenceModel, pictures: Sequence[NDArray[np.uint8]]
-) -> list[Tensor]:
-    """uint8 ``(size, size, 3)`` each to the input of the tower's first layer
-    ``(1, num_patches + 1, hidden_size)``."""
-    tower, spec = reference.vision, reference.spec.image
-    with ExitStack() as stack:
-        for block in (tower.patch_embedding, tower.position_embedding, tower.pre_norm):
-            stack.enter_context(held(block))
-        return [
-            tower.embed(torch.from_numpy(normalize(pixels, spec))[None]) for pixels in pictures
-        ]
 
 
 @torch.no_grad()

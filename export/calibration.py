@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +142,14 @@ def sample_text(spec: ModelSpec, sample: Sample) -> str:
     """Prompt and answer in the model's template."""
     text = render(spec.conversation, [user_message(sample.prompt, len(sample.images))])
     return f"{text} {sample.answer}" if sample.answer else text
+
+
+def answer_ids(model: Model, sample: Sample) -> list[int]:
+    """What follows the prompt in :func:`sample_ids`, where a tokenizer may join the end of the one
+    with the beginning of the other."""
+    ids, prompt = sample_ids(model, sample), sample_ids(model, replace(sample, answer=""))
+    pairs = enumerate(zip(ids, prompt, strict=False))
+    return ids[next((place for place, (a, b) in pairs if a != b), len(prompt)) :]
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

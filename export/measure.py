@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mobilevlm.bundle import Bundle, StageQuality
 from mobilevlm.export.activations import embed_pictures, sample_groups
-from mobilevlm.export.calibration import Sample, sample_ids, sample_text
+from mobilevlm.export.calibration import Sample, answer_ids, sample_ids, sample_text
 from mobilevlm.export.figures import (
     Float32,
     TextFigures,
@@ -35,7 +35,7 @@ from mobilevlm.export.figures import (
     vision_figures,
 )
 from mobilevlm.families import Model
-from mobilevlm.plan import ENGINES
+from mobilevlm.plan import ENGINES, stage_name
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.model import held
@@ -123,6 +123,22 @@ def synthetic_samples(size: int) -> list[Sample]:
     ]
 
 
+def with_own_answers(model: Model, measured: Measurement) -> list[Sample]:
+    """The samples, those without an answer with the bundle's own."""
+    return [
+        item.sample
+        if item.sample.answer
+        else dataclasses.replace(item.sample, answer=greedy_text(model, item.greedy))
+        for item in measured.samples
+    ]
+
+
+def greedy_text(model: Model, tokens: Sequence[int]) -> str:
+    """Tokens of an answer as a person sees them."""
+    text: str = model.tokenizer.decode(list(tokens))
+    return text.strip()
+
+
 def calibration_image(seed: int, size: int) -> NDArray[np.uint8]:
     """A picture ``(size, size, 3)`` of smooth colours, edges and noise, fixed by the seed."""
     random = np.random.default_rng(seed)
@@ -140,23 +156,17 @@ def calibration_image(seed: int, size: int) -> NDArray[np.uint8]:
     return (picture.clip(0, 1) * 255).astype(np.uint8)
 
 
-def stage_name(stage: str, engine: str) -> str:
-    """A stage as the manifest names it: ``vision`` for the ONNX artifact, ``vision_gguf`` …"""
-    form = ENGINES[engine].get(stage, engine)
-    return stage if form == "onnx" else f"{stage}_{form}"
-
-
 def reference_answers(
     model: Model, figures: Sequence[SampleFigures], max_new_tokens: int
 ) -> list[list[int]]:
     """The greedy tokens of the reference itself, where a bundle's were measured: from the first
     token on that differs a full pass for each, with no cache to be wrong."""
     reference = load_reference(model, streamed=True)
+    samples = [item.sample for item in figures]
     ends = model.spec.conversation.eos_token_ids
     answers = [list(item.greedy[: round(item.match * len(item.greedy))]) for item in figures]
-    tokens = _exact_pictures(reference, [item.sample for item in figures])
-    visual = [[next(tokens)[1] for _ in item.sample.images] for item in figures]
-    prompts = [_prompt_ids(model, item.sample) for item in figures]
+    visual = _visual_tokens(reference, samples)
+    prompts = [_prompt_ids(model, sample) for sample in samples]
 
     def is_open(index: int) -> bool:
         tokens = answers[index]
@@ -199,7 +209,7 @@ def _measure_group(
             given, whole, text = index, None, None
             if sample.answer:
                 given = len(samples) + answered.index(index)
-                answer = _answer_ids(ids[given], _prompt_ids(model, sample))
+                answer = answer_ids(model, sample)
                 exact = _logits(reference, states[given][:, -len(answer) - 1 :])
                 prompt = sample_text(model.spec, sample)
                 own = vlm.prompt_logits(prompt, sample.images, raw=True)[-len(exact) :]
@@ -207,11 +217,8 @@ def _measure_group(
                 text = text_figures(own[:-1], exact[:-1], answer)
             near = vlm.embeds_logits(embeds[given][0].numpy())[-len(exact) :]
             decoder = compare_logits(near, exact)
-            features, tokens_seen = seen[index]
             found.append(
-                SampleFigures(
-                    sample, features, tokens_seen, decoder, whole, text, tuple(tokens), match
-                )
+                SampleFigures(sample, *seen[index], decoder, whole, text, tuple(tokens), match)
             )
             advance(1)
     return found
@@ -222,7 +229,7 @@ def _measure_pictures(
 ) -> tuple[list[list[Tensor]], list[_Seen]]:
     """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
     has_features = ENGINES[vlm.engine]["vision"] == "onnx"
-    exact = _exact_pictures(reference, samples)
+    exact = exact_pictures(reference, samples)
     visual, seen = [], []
     for sample in samples:
         features, tokens = [], []
@@ -237,7 +244,7 @@ def _measure_pictures(
     return visual, seen
 
 
-def _exact_pictures(
+def exact_pictures(
     reference: ReferenceModel, samples: Sequence[Sample]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The tower's features and the visual tokens of all pictures."""
@@ -245,6 +252,19 @@ def _exact_pictures(
     states = last_states(tower_states(reference, states), states)
     features = (state[0, 1:] for state in states)
     return zip(features, project(reference, states), strict=True)
+
+
+def reference_embeds(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> list[Tensor]:
+    """What the reference's decoder is given ``(1, length, hidden_size)``, of each sample."""
+    ids = [sample_ids(model, sample) for sample in samples]
+    return _embed(reference, ids, _visual_tokens(reference, samples))
+
+
+def _visual_tokens(reference: ReferenceModel, samples: Sequence[Sample]) -> list[list[Tensor]]:
+    pictures = exact_pictures(reference, samples)
+    return [[next(pictures)[1] for _ in sample.images] for sample in samples]
 
 
 def _embed(
@@ -267,14 +287,6 @@ def _logits(reference: ReferenceModel, state: Tensor) -> Float32:
 
 def _prompt_ids(model: Model, sample: Sample) -> list[int]:
     return sample_ids(model, dataclasses.replace(sample, answer=""))
-
-
-def _answer_ids(ids: Sequence[int], prompt: Sequence[int]) -> list[int]:
-    """What follows the prompt: a tokenizer may join the last of it with what comes after."""
-    same = 0
-    while same < min(len(ids), len(prompt)) and ids[same] == prompt[same]:
-        same += 1
-    return list(ids[same:])
 
 
 def _greedy(vlm: VLM, sample: Sample, max_new_tokens: int) -> list[int]:

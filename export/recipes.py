@@ -98,6 +98,16 @@ class Limits:
     """Of the visual tokens, as a ratio of Euclidean norms."""
     decoder_kl: float
     """Mean Kullback–Leibler divergence of the next-token distributions, in nats."""
+    vision_cosine: float | None = None
+    """Least cosine of a visual token."""
+    top1_agreement: float | None = None
+    """Least share of positions where the likeliest token is the reference's."""
+    perplexity_ratio: float | None = None
+    """Of the samples' answers, over the reference's."""
+    greedy_match: float | None = None
+    """Least mean share of a greedy answer before it leaves the reference's."""
+    accuracy_loss: float | None = None
+    """Share of a suite's questions that the reference answers right, less the bundle's."""
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (MobileVLMError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()
-        print(f"mobilevlm: error: {_describe(error)}", file=sys.stderr)
+        lines = str(error).splitlines() if isinstance(error, QualityError) else [_describe(error)]
+        for line in lines:
+            print(f"mobilevlm: error: {line}", file=sys.stderr)
         sys.exit(1 if isinstance(error, QualityError) else 2)
 
 

@@ -1,0 +1,170 @@
+"""Which layer of an artifact hurts most: each one's weights put alone into the reference (needs
+torch)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from mobilevlm.bundle import Bundle
+from mobilevlm.checkpoint import Weights
+from mobilevlm.export.activations import embed_pictures
+from mobilevlm.export.artifact_weights import artifact_model
+from mobilevlm.export.calibration import Sample
+from mobilevlm.export.limits import StageKind
+from mobilevlm.export.linear_groups import LinearGroup, linear_groups
+from mobilevlm.export.measure import exact_pictures, reference_embeds
+from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.export.sensitivity import Change, Effect, Probe
+from mobilevlm.families import Model
+from mobilevlm.reference import load_reference
+from mobilevlm.reference.streaming import decoder_states, tower_states
+
+ALL_WEIGHTS = 2e7
+"""Of a model whose layers are all tried; of a larger one only those that were rounded most."""
+TRIED = 8
+"""Layers of each stage that are tried there."""
+
+
+@dataclass(frozen=True)
+class LayerEffect:
+    """A layer of an artifact, or layers that are one product."""
+
+    names: tuple[str, ...]
+    weight_error: float
+    """Relative, of the weights"""
+    effect: Effect | None
+    """Of these weights alone, all others being exact; none where that was not tried"""
+
+    @property
+    def label(self) -> str:
+        """``decoder.layers.0.attn.q_proj+k_proj+v_proj``"""
+        return "+".join((self.names[0], *(name.rpartition(".")[2] for name in self.names[1:])))
+
+    @property
+    def is_vision(self) -> bool:
+        return not self.names[0].startswith("decoder.")
+
+
+@dataclass(frozen=True)
+class StateError:
+    """Relative error of the states after a layer, with the artifact's weights up to there."""
+
+    layer: str
+    error: float
+
+
+def layer_effects(
+    model: Model, bundle: Bundle, engine: str, samples: Sequence[Sample], everything: bool = False
+) -> list[LayerEffect]:
+    """All layers in the order of use. ``everything``: try them all where the model is small
+    (``ALL_WEIGHTS``), else those that were rounded most.
+
+    Raises:
+        BundleError: an artifact cannot be read.
+    """
+    stored = artifact_model(model, bundle, engine).weights
+    groups = list(linear_groups(model.spec))
+    errors = {group.name: _weight_error(model.weights, stored, group) for group in groups}
+    tried = {name for name, error in errors.items() if error > 0}
+    if not everything or sum(group.size for group in groups) > ALL_WEIGHTS:
+        tried = {
+            name
+            for prefixes in (("vision.", "projector."), "decoder.")
+            for name in sorted(
+                (name for name in tried if name.startswith(prefixes)),
+                key=errors.__getitem__,
+                reverse=True,
+            )[:TRIED]
+        }
+
+    def changes(group: LinearGroup) -> list[Change]:
+        if group.name not in tried:
+            return []
+        return [Change("artifact", _stacked(stored, group))]
+
+    probe = Probe(model, samples)
+    effects = {group.name: effect for group, _, effect in probe.effects(changes)}
+    return [
+        LayerEffect(group.names, errors[group.name], effects.get(group.name)) for group in groups
+    ]
+
+
+def worst_layers(effects: Sequence[LayerEffect]) -> dict[StageKind, str]:
+    """For each stage what to say of the layer that hurts most there."""
+    tried = [item for item in effects if item.effect is not None]
+    vision = [item for item in tried if item.is_vision]
+    decoder = [item for item in tried if not item.is_vision]
+    reasons: dict[StageKind, str] = {}
+    if vision:
+        worst = max(vision, key=_visual_error)
+        reasons["vision"] = _reason(worst, f"visual tokens {_visual_error(worst):.2%} off")
+    by_kl: tuple[tuple[StageKind, list[LayerEffect]], ...] = (
+        ("decoder", decoder),
+        ("end_to_end", tried),
+    )
+    for kind, among in by_kl:
+        if among:
+            worst = max(among, key=_kl)
+            reasons[kind] = _reason(worst, f"kl {_kl(worst):.4g}")
+    return reasons
+
+
+def state_errors(
+    model: Model, bundle: Bundle, engine: str, samples: Sequence[Sample]
+) -> list[StateError]:
+    """After each layer of the tower and of the decoder; the decoder is given the reference's visual
+    tokens."""
+    exact = load_reference(model, streamed=True)
+    found = load_reference(artifact_model(model, bundle, engine), streamed=True)
+    errors = []
+    with torch.no_grad():
+        images = [image for sample in samples for image in sample.images]
+        if images:
+            passes = (tower_states(one, embed_pictures(one, images)) for one in (exact, found))
+            errors += list(_state_errors("vision", *passes))
+        embeds = reference_embeds(model, exact, samples)
+        passes = (decoder_states(one, embeds) for one in (exact, found))
+        errors += list(_state_errors("decoder", *passes))
+    return errors
+
+
+def _state_errors(
+    part: str, exact: Iterator[list[torch.Tensor]], found: Iterator[list[torch.Tensor]]
+) -> Iterator[StateError]:
+    for index, (ours, theirs) in enumerate(zip(exact, found, strict=True)):
+        pairs = list(zip(ours, theirs, strict=True))
+        error = sum(float((a - b).double().square().sum()) for a, b in pairs)
+        norm = sum(float(a.double().square().sum()) for a, _ in pairs)
+        yield StateError(f"{part}.layers.{index}", (error / norm) ** 0.5)
+
+
+def _weight_error(exact: Weights, stored: Weights, group: LinearGroup) -> float:
+    ours = _stacked(exact, group)
+    norm = float(np.linalg.norm(ours))
+    return float(np.linalg.norm(_stacked(stored, group) - ours)) / norm if norm else 0.0
+
+
+def _stacked(weights: Weights, group: LinearGroup) -> Float32:
+    """``(out_size, in_size)``"""
+    sizes = zip(group.names, group.out_sizes, strict=True)
+    return np.concatenate(
+        [weights.read(f"{name}.weight", (size, group.in_size)) for name, size in sizes]
+    )
+
+
+def _kl(item: LayerEffect) -> float:
+    assert item.effect is not None
+    return item.effect.kl
+
+
+def _visual_error(item: LayerEffect) -> float:
+    assert item.effect is not None and item.effect.visual_error is not None
+    return item.effect.visual_error
+
+
+def _reason(item: LayerEffect, effect: str) -> str:
+    return f"{item.label} hurts most (alone {effect}, weights {item.weight_error:.1%} off): "

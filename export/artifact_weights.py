@@ -3,7 +3,6 @@ again, and factors that AWQ or SmoothQuant moved between layers go back to where
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from mobilevlm.plan import ENGINES
 from mobilevlm.spec import from_dict
 
 
-def artifact_model(model: Model, bundle: Bundle, engine: str) -> Model:
-    """The model with the weights of a bundle's artifacts instead of the checkpoint's: linear layers
+def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
+    """The model's weights, with those of a bundle's artifacts instead of the checkpoint's: linear layers
     and norms of ONNX files, all tensors of GGUF files. What activations lose is not in it.
 
     Raises:
@@ -38,7 +37,7 @@ def artifact_model(model: Model, bundle: Bundle, engine: str) -> Model:
     recipe = from_dict(Recipe, bundle.manifest.recipe, f"{bundle.folder}: recipe")
     scaled = [place for place in _scaled(model, recipe) if _is_onnx(refs, place)]
     factors = {place: 1 / _factors(model.weights, weights, place) for place in scaled}
-    return dataclasses.replace(model, weights=fold(weights, factors))
+    return fold(weights, factors)
 
 
 def _open(model: Model, stage: str, form: str, path: Path) -> tuple[TensorSource, list[str]]:

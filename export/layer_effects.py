@@ -3,25 +3,25 @@ torch)."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from mobilevlm.bundle import Bundle
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.activations import embed_pictures
-from mobilevlm.export.artifact_weights import artifact_model
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.limits import StageKind
 from mobilevlm.export.linear_groups import LinearGroup, linear_groups
-from mobilevlm.export.measure import exact_pictures, reference_embeds
+from mobilevlm.export.measure import reference_embeds
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.sensitivity import Change, Effect, Probe
 from mobilevlm.families import Model
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.streaming import decoder_states, tower_states
+from mobilevlm.spec import ModelSpec
 
 ALL_WEIGHTS = 2e7
 """Of a model whose layers are all tried; of a larger one only those that were rounded most."""
@@ -57,18 +57,18 @@ class StateError:
     error: float
 
 
-def layer_effects(
-    model: Model, bundle: Bundle, engine: str, samples: Sequence[Sample], everything: bool = False
-) -> list[LayerEffect]:
-    """All layers in the order of use. ``everything``: try them all where the model is small
-    (``ALL_WEIGHTS``), else those that were rounded most.
+def weight_errors(exact: Weights, stored: Weights, spec: ModelSpec) -> dict[str, float]:
+    """Relative error of each group of linear layers, by its name."""
+    return {group.name: _weight_error(exact, stored, group) for group in linear_groups(spec)}
 
-    Raises:
-        BundleError: an artifact cannot be read.
-    """
-    stored = artifact_model(model, bundle, engine).weights
+
+def layer_effects(
+    model: Model, stored: Weights, samples: Sequence[Sample], everything: bool = False
+) -> list[LayerEffect]:
+    """All layers in the order of use. ``stored``: the artifact's weights. ``everything``: try them
+    all where the model is small (``ALL_WEIGHTS``), else those that were rounded most."""
     groups = list(linear_groups(model.spec))
-    errors = {group.name: _weight_error(model.weights, stored, group) for group in groups}
+    errors = weight_errors(model.weights, stored, model.spec)
     tried = {name for name, error in errors.items() if error > 0}
     if not everything or sum(group.size for group in groups) > ALL_WEIGHTS:
         tried = {
@@ -113,13 +113,11 @@ def worst_layers(effects: Sequence[LayerEffect]) -> dict[StageKind, str]:
     return reasons
 
 
-def state_errors(
-    model: Model, bundle: Bundle, engine: str, samples: Sequence[Sample]
-) -> list[StateError]:
+def state_errors(model: Model, stored: Weights, samples: Sequence[Sample]) -> list[StateError]:
     """After each layer of the tower and of the decoder; the decoder is given the reference's visual
-    tokens."""
+    tokens. ``stored``: the artifact's weights."""
     exact = load_reference(model, streamed=True)
-    found = load_reference(artifact_model(model, bundle, engine), streamed=True)
+    found = load_reference(dataclasses.replace(model, weights=stored), streamed=True)
     errors = []
     with torch.no_grad():
         images = [image for sample in samples for image in sample.images]

@@ -236,6 +236,7 @@ def _measure(
         if obstacle:
             obstacles[form] = obstacle
             continue
+        from mobilevlm.export.artifact_weights import artifact_weights
         from mobilevlm.export.layer_effects import layer_effects, worst_layers
         from mobilevlm.export.measure import measure, synthetic_samples, with_own_answers
 
@@ -248,7 +249,8 @@ def _measure(
         checks = check_limits(measured.stages, recipe.limits, form)
         failed = [check for check in checks if not check.passed]
         if failed:
-            effects = layer_effects(model, bundle, form, with_own_answers(model, measured))
+            stored = artifact_weights(model, bundle, form)
+            effects = layer_effects(model, stored, with_own_answers(model, measured))
             raise quality_error(recipe.name, failed, worst_layers(effects))
         stages |= measured.stages
     note = _note(obstacles, alike=not stages)

@@ -1,5 +1,5 @@
-"""Weights out of an ONNX file, under their canonical names: what the stages of this folder wrote, as
-float32."""
+"""Weights out of an ONNX file as float32, under their canonical names: what the stages of this
+folder wrote."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ VERBS = {
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine.",
     "eval": "Measure how many questions are answered right.",
+    "verify": "Compare a bundle with its checkpoint.",
     "doctor": "Show what this machine can run.",
     "synth": "Write a checkpoint with random weights.",
 }

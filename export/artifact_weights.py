@@ -20,8 +20,8 @@ from mobilevlm.spec import from_dict
 
 
 def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
-    """The model's weights, with those of a bundle's artifacts instead of the checkpoint's: linear layers
-    and norms of ONNX files, all tensors of GGUF files. What activations lose is not in it.
+    """The model's weights, with those of a bundle's artifacts instead of the checkpoint's: linear
+    layers and norms of ONNX files, all tensors of GGUF files. What activations lose is not in it.
 
     Raises:
         BundleError: an artifact cannot be read.

@@ -58,25 +58,44 @@ class _Line:
     images: tuple[str, ...] = ()
 
 
-def find_samples(name: str, held_out: bool = False) -> list[Sample]:
-    """``scenes``, or the content of a JSONL file. ``held_out``: scenes that nothing was calibrated
-    on, for measuring.
+def find_samples(name: str) -> list[Sample]:
+    """``scenes``, or the content of a JSONL file.
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
         ImageError: a picture file is missing.
     """
-    return scene_samples(held_out=held_out) if name == SCENES else read_samples(Path(name))
+    return scene_samples() if name == SCENES else read_samples(Path(name))
 
 
-def scene_samples(count: int = NUM_SCENES, held_out: bool = False) -> list[Sample]:
+def measuring_samples(name: str) -> list[Sample]:
+    """What to measure on: for ``scenes`` others than those that calibrate, else the JSONL file.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: a picture file is missing.
+    """
+    return scene_samples(first=NUM_SCENES) if name == SCENES else read_samples(Path(name))
+
+
+def held_out_samples(name: str) -> list[Sample]:
+    """What to judge on: for ``scenes`` drawn ones that neither calibrate nor measure and that no
+    model was trained on, else the JSONL file.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: a picture file is missing.
+    """
+    return scene_samples(first=_HELD_OUT) if name == SCENES else read_samples(Path(name))
+
+
+def scene_samples(count: int = NUM_SCENES, first: int = 0) -> list[Sample]:
     """Drawn scenes: each second one is described, the others get a question of any kind. None of
-    them is in the scenes that ``mobilevlm eval`` asks about. ``held_out``: from the scenes for
-    evaluation, else from those for training."""
+    them is in the scenes that ``mobilevlm eval`` asks about."""
     samples = []
-    for index in range(count):
-        scene = sample_scene(_HELD_OUT + index, "evaluation") if held_out else sample_scene(index)
-        asked = caption_question(scene) if index % 2 == 0 else questions(scene)[0]
+    for seed in range(first, first + count):
+        scene = sample_scene(seed, "train" if seed < TRAINING_SEEDS else "evaluation")
+        asked = caption_question(scene) if seed % 2 == 0 else questions(scene)[0]
         samples.append(Sample(asked.text, asked.answer, (draw(scene),)))
     return samples
 

@@ -1,5 +1,5 @@
-"""The format of each linear layer of a model: which entries of a recipe's ``layers`` it has, what
-it takes in a file."""
+"""The format of each linear layer of a model: which entry of a recipe's ``layers`` it has, what it
+makes of the weights, and how many bytes these take."""
 
 from __future__ import annotations
 
@@ -7,11 +7,17 @@ import difflib
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.linear_groups import LinearGroup, linear_groups
-from mobilevlm.export.quantize.blocks import packed_size
+from mobilevlm.export.quantize import gptq, hqq, rtn
+from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize, packed_size
 from mobilevlm.export.quantize.folding import find_folds
+from mobilevlm.export.quantize.gptq import HessianOf
 from mobilevlm.export.recipes import LinearFormat, Recipe
 from mobilevlm.spec import ModelSpec
 
@@ -64,6 +70,28 @@ def _remedy(key: str, groups: Iterable[LinearGroup]) -> str:
         return f"a pattern must match one of {names[0]} … {names[-1]}"
     nearest = difflib.get_close_matches(key, names, 1, cutoff=0)
     return f"did you mean {nearest[0]}?"
+
+
+def quantize(weight: Float32, layers: LinearFormat, name: str, hessian: HessianOf) -> Quantized:
+    """``weight (out_size, in_size)`` as the format's integers; ``name`` of a layer that reads its
+    inputs. The format must not be a float."""
+    assert layers.scheme is not None
+    if layers.quantizer == "gptq":
+        return gptq.quantize(weight, layers.scheme, hessian(name))
+    return {"rtn": rtn.quantize, "hqq": hqq.quantize}[layers.quantizer](weight, layers.scheme)
+
+
+def restored(weight: Float32, layers: LinearFormat, name: str, hessian: HessianOf) -> Float32:
+    """``weight (out_size, in_size)`` as it is after storing: arguments of :func:`quantize`."""
+    if layers.scheme is not None:
+        return dequantize(quantize(weight, layers, name, hessian))
+    return to_half(weight).astype(np.float32) if layers.precision == "fp16" else weight
+
+
+def to_half(weight: NDArray[Any]) -> NDArray[np.float16]:
+    """float16, saturated: a bfloat16 weight beyond 65504 would become infinite."""
+    limit = np.finfo(np.float16).max
+    return weight.clip(-limit, limit).astype(np.float16)
 
 
 def stored_bytes(layers: LinearFormat, group: LinearGroup) -> int:

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -255,10 +256,10 @@ def _bytes(state: _State) -> int:
 
 def _put(step: _Step, group: LinearGroup, weight: Float32) -> None:
     """Gives the layers of a group these weights ``(out_size, in_size)``."""
-    parts = torch.from_numpy(weight).split(list(group.out_sizes))
+    parts = np.split(weight, np.cumsum(group.out_sizes)[:-1])
     for name, part in zip(group.names, parts, strict=True):
         layer = step.module.get_submodule(name[len(step.name) + 1 :])
-        layer.weight = nn.Parameter(part, requires_grad=False)
+        layer.weight = nn.Parameter(torch.from_numpy(part), requires_grad=False)
 
 
 @contextmanager

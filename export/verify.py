@@ -18,7 +18,7 @@ from mobilevlm.bundle import Bundle, StageQuality, open_bundle
 from mobilevlm.checkpoint import Weights
 from mobilevlm.errors import MobileVLMError, QualityError, require
 from mobilevlm.export.artifact_weights import artifact_weights
-from mobilevlm.export.calibration import SCENES, find_samples
+from mobilevlm.export.calibration import SCENES, held_out_samples
 from mobilevlm.export.figures import Float64
 from mobilevlm.export.limits import Check, check_limits, quality_error
 from mobilevlm.export.recipes import Recipe
@@ -171,7 +171,7 @@ def verify(
     stored = artifact_weights(model, ready, engine)
     _check_weights(ready, model, stored)
     recipe = from_dict(Recipe, ready.manifest.recipe, f"{ready.folder}: recipe")
-    samples = find_samples(data, held_out=True)
+    samples = held_out_samples(data)
     with progress.track("samples", len(samples)) as advance:
         measured = measure(model, ready, engine, samples, LONGEST_ANSWER, threads, advance)
     suite = _run_suite(ready, model, Path(checkpoint), options, engine, questions, threads)

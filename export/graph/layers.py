@@ -10,9 +10,10 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.quantize import gptq, hqq, q4_0, rtn
-from mobilevlm.export.quantize.blocks import Float32, Quantized, Scheme, signed_columns
-from mobilevlm.export.recipes import BLOCK_BITS, LinearFormat
+from mobilevlm.export.layer_formats import quantize, to_half
+from mobilevlm.export.quantize import q4_0
+from mobilevlm.export.quantize.blocks import signed_columns
+from mobilevlm.export.recipes import BLOCK_BITS
 
 CONTRIB = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
@@ -46,7 +47,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         self.zero_points = None
         if scheme is not None:
             stored = weights.q4_0(names) if scheme == q4_0.SCHEME else None
-            quantized = stored or _quantize(weights, names[0], weight, self.format, scheme)
+            quantized = stored or quantize(weight, self.format, names[0], weights.hessian)
             weights.errors[label] = quantized.relative_error
             if self.format.precision == "int8":
                 self.weight = weights.parameter(signed_columns(quantized))
@@ -57,7 +58,7 @@ class Linear(nn.Module):  # type: ignore[misc]
                 if quantized.zero_points is not None:
                     self.zero_points = weights.parameter(quantized.zero_points)
         elif self.format.precision == "fp16":
-            half = _to_half(weight, label)
+            half = to_half(weight)
             weights.errors[label] = _relative_error(half, weight)
             self.weight = weights.parameter(half.T)
         else:
@@ -107,23 +108,8 @@ class LayerNorm(nn.Module):  # type: ignore[misc]
         return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.epsilon)
 
 
-def _quantize(
-    weights: WeightFile, name: str, weight: Float32, layers: LinearFormat, scheme: Scheme
-) -> Quantized:
-    """``weight (out_size, in_size)``; ``name`` of a layer that has its inputs."""
-    if layers.quantizer == "gptq":
-        return gptq.quantize(weight, scheme, weights.hessian(name))
-    return {"rtn": rtn.quantize, "hqq": hqq.quantize}[layers.quantizer](weight, scheme)
-
-
 def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def _to_half(weight: np.ndarray[Any, Any], label: str) -> np.ndarray[Any, Any]:
-    """float16, saturated: a bfloat16 weight beyond 65504 would become infinite."""
-    limit = np.finfo(np.float16).max
-    return weight.clip(-limit, limit).astype(np.float16)
 
 
 def _relative_error(stored: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> float:

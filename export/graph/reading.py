@@ -78,12 +78,14 @@ class OnnxTensors:
         layer, _, leaf = name.rpartition(".")
         group = self._groups.get(layer)
         if group is None:
-            return self._array(self._stored_name(name)).astype(np.float32)
+            whole: Float32 = self._array(self._stored_name(name)).astype(np.float32)
+            return whole
         index = group.names.index(layer)
         start = sum(group.out_sizes[:index])
         here = slice(start, start + group.out_sizes[index])
         if leaf == "bias":
-            return self._array(self._stored_name(name))[here].astype(np.float32)
+            bias: Float32 = self._array(self._stored_name(name))[here].astype(np.float32)
+            return bias
         if self._last is None or self._last[0] != group.name:
             self._last = group.name, self._dequantized(group)
         return self._last[1][here]
@@ -109,7 +111,8 @@ class OnnxTensors:
             return np.ascontiguousarray(weight.T, np.float32)
         scales = self._array(f"{name}.scale")
         if weight.dtype == np.int8:
-            return weight.T.astype(np.float32) * scales[:, None]
+            values: Float32 = weight.T.astype(np.float32) * scales[:, None]
+            return values
         bits = self._bits[f"{name}.weight"]
         zero_points = f"{name}.zero_points"
         zeros = self._array(zero_points) if zero_points in self._stored else None

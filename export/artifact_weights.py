@@ -36,8 +36,9 @@ def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
     weights = model.weights.replaced(refs)
     recipe = from_dict(Recipe, bundle.manifest.recipe, f"{bundle.folder}: recipe")
     scaled = [place for place in _scaled(model, recipe) if _is_onnx(refs, place)]
-    factors = {place: 1 / _factors(model.weights, weights, place) for place in scaled}
-    return fold(weights, factors)
+    one = np.float32(1)
+    inverse = {place: one / _factors(model.weights, weights, place) for place in scaled}
+    return fold(weights, inverse)
 
 
 def _open(model: Model, stage: str, form: str, path: Path) -> tuple[TensorSource, list[str]]:

@@ -1,4 +1,4 @@
-"""Figures of merit: how far vectors and next-token distributions are from those of the reference."""
+"""Figures of merit: how far vectors and next-token distributions are from the reference's."""
 
 from __future__ import annotations
 

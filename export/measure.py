@@ -230,9 +230,11 @@ def _measure_pictures(
     """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
     has_features = ENGINES[vlm.engine]["vision"] == "onnx"
     exact = exact_pictures(reference, samples)
-    visual, seen = [], []
+    visual: list[list[Tensor]] = []
+    seen: list[_Seen] = []
     for sample in samples:
-        features, tokens = [], []
+        features: list[VectorFigures] = []
+        tokens: list[VectorFigures] = []
         visual.append([])
         for image in sample.images:
             state, projected = next(exact)

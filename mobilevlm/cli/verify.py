@@ -146,7 +146,8 @@ def _layers_table(found: Verification) -> Table:
 
     view = Table(title="layers that hurt most, each alone")
     for column in ("layer", "weight error", "kl", "visual tokens off"):
-        view.add_column(column, justify="left" if column == "layer" else "right")
+        left = column == "layer"
+        view.add_column(column, justify="left" if left else "right", overflow="fold")
     tried = [(item, item.effect) for item in found.layers if item.effect is not None]
     for item, effect in sorted(tried, key=lambda pair: -pair[1].kl)[:8]:
         off = "" if effect.visual_error is None else f"{effect.visual_error:.2%}"

@@ -45,10 +45,8 @@ def test_each_engine_is_measured_by_the_artifacts_that_it_runs(
     line = {"image": "scene.png", "prompt": sample.prompt, "answer": sample.answer}
     (tmp_path / "data.jsonl").write_text(json.dumps(line))
     data = str(tmp_path / "data.jsonl")
-    main(
-        ["verify", str(bundle), "nano", "--engine", engine, "--data", data]
-        + ["--layers", "--json", "--quiet"]
-    )
+    options = ("--engine", engine, "--data", data, "--layers", "--json", "--quiet")
+    main(["verify", str(bundle), "nano", *options])
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert set(found["stages"]) == stages and found["passed"]
     # Q4_K_M rounds more than 8-bit weights do, and does not break a trained model.

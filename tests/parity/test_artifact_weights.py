@@ -43,7 +43,7 @@ vision_relative_error = 9
 decoder_kl = 99
 """
 Q8_ACTIVATIONS = 0.02
-"""MatMulNBits rounds activations to 8 bits in blocks of 32: 0.4 to 1.1 % of the outputs, measured."""
+"""MatMulNBits rounds activations to 8 bits in blocks of 32: 0.4 to 1.1 % of the outputs."""
 
 
 def exported(fixture: Fixture, folder: Path, recipe: str) -> Path:

@@ -209,15 +209,17 @@ def embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[T
 
 
 def sample_groups(
-    model: Model, samples: Sequence[Sample], positions: int = MAX_POSITIONS
+    model: Model, samples: Sequence[Sample], positions: int | None = None
 ) -> Iterator[list[Sample]]:
-    """The samples in groups of neighbours of so many positions in the decoder, or one sample.
+    """The samples in groups of neighbours of so many positions in the decoder, by default
+    ``MAX_POSITIONS``; a longer sample is a group of its own.
 
     Raises:
         PromptError: a sample does not fit into the context.
     """
     group: list[Sample] = []
-    room = positions
+    limit = positions or MAX_POSITIONS
+    room = limit
     for number, sample in enumerate(samples, 1):
         ids = sample_ids(model, sample)
         length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.projector.num_tokens - 1)
@@ -228,7 +230,7 @@ def sample_groups(
             )
         if group and length > room:
             yield group
-            group, room = [], positions
+            group, room = [], limit
         group.append(sample)
         room -= length
     yield group

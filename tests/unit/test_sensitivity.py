@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.export import activations, sensitivity
 from mobilevlm.export.calibration import Sample, sample_ids, scene_samples
-from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.figures import compare_logits
+from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.sensitivity import Change, Effect, Probe
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mobilevlm.export.recipes import LinearFormat
 
@@ -104,7 +105,7 @@ def _steps(choices: Sequence[Sequence[Option]]) -> list[_Step]:
     steps = []
     for group, options in enumerate(choices):
         corners = hull(options)
-        for smaller, larger in zip(corners, corners[1:], strict=False):
+        for smaller, larger in pairwise(corners):
             size = larger.size - smaller.size
             steps.append(_Step(group, larger, size, _slope(smaller, larger)))
     return sorted(steps, key=lambda step: -step.gain)

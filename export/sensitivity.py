@@ -90,7 +90,7 @@ class Probe:
         self._reference = load_reference(model, streamed=True)
         used = _usable_samples(model, samples)
         self.num_samples = len(used)
-        self._answers = [_answer_positions(model, sample) for sample in used]
+        self._answers = [answer_positions(model, sample) for sample in used]
         self.num_positions = sum(self._answers)
         self._groups = list(linear_groups(model.spec))
         with torch.no_grad():
@@ -280,7 +280,7 @@ def _usable_samples(model: Model, samples: Sequence[Sample]) -> list[Sample]:
     used: list[Sample] = []
     positions = 0
     for sample in next(sample_groups(model, samples)):
-        positions += _answer_positions(model, sample)
+        positions += answer_positions(model, sample)
         if used and positions * model.spec.decoder.vocab_size > MAX_LOGITS:
             break
         used.append(sample)
@@ -289,6 +289,6 @@ def _usable_samples(model: Model, samples: Sequence[Sample]) -> list[Sample]:
     return used
 
 
-def _answer_positions(model: Model, sample: Sample) -> int:
+def answer_positions(model: Model, sample: Sample) -> int:
     """Positions at the end of a sample that predict its answer and what comes after."""
     return len(answer_ids(model, sample)) + 1

@@ -18,6 +18,7 @@ from mobilevlm.errors import MobileVLMError, QualityError
 VERBS = {
     "demo": "Let the built-in model answer questions about a new picture.",
     "export": "Turn a checkpoint into a bundle.",
+    "search": "Find how many bits each layer needs.",
     "imatrix": "Measure which weights matter, for GGUF files.",
     "run": "Ask one question about pictures.",
     "chat": "Talk about pictures.",

@@ -8,6 +8,7 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
+from mobilevlm.cli.options import checkpoint_options, goal_options
 from mobilevlm.spec import GGUF_TYPES, GGUFType
 
 EXAMPLES = """\b
@@ -17,11 +18,12 @@ Examples:
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m \\
     --calibration scenes
+  mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-mixed --budget 3.5bpw --plan-out plan.toml
 """
 
 
 @click.command("export", epilog=EXAMPLES)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_options
 @click.option(
     "-o",
     "--output",
@@ -36,6 +38,13 @@ Examples:
     show_default=True,
     metavar="NAME|FILE.toml",
     help="Precision: fp32, fp16-weights, int8, int4, or a recipe file.",
+)
+@goal_options
+@click.option(
+    "--plan-out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Recipe file that --budget and --max-kl write (default: BUNDLE.toml).",
 )
 @click.option(
     "--format",
@@ -62,19 +71,9 @@ Examples:
     help="Data for an importance matrix, and for gptq, awq and smoothquant (needs torch).",
 )
 @click.option(
-    "--vision-tower",
-    type=click.Path(path_type=Path),
-    help="Folder of the CLIP tower, if it is not beside the checkpoint.",
-)
-@click.option(
     "--mmproj",
     type=click.Path(path_type=Path),
     help="Image encoder, where CHECKPOINT is a GGUF file.",
-)
-@click.option(
-    "--conversation",
-    metavar="NAME",
-    help="Conversation v1 or llava_v1, if the family's default is not right.",
 )
 @click.option(
     "--no-measure", is_flag=True, help="Do not compare the result with the float32 reference."
@@ -85,6 +84,9 @@ def command(
     checkpoint: Path,
     bundle: Path,
     recipe: str,
+    budget: float | None,
+    max_kl: float | None,
+    plan_out: Path | None,
     form: str,
     gguf_type: GGUFType | None,
     imatrix: Path | None,
@@ -101,6 +103,21 @@ def command(
     from mobilevlm.export.pipeline import FORMATS, export
     from mobilevlm.spec import to_dict
 
+    if budget is not None or max_kl is not None:
+        if form == "gguf":
+            raise click.UsageError("--budget and --max-kl are for ONNX: GGUF has a type for all")
+        from mobilevlm.export.search import Goal, search_recipe
+        from mobilevlm.families import OpenOptions
+
+        plan = plan_out or bundle.with_name(f"{bundle.name}.toml")
+        options = OpenOptions(vision_tower, conversation)
+        goal = Goal(budget, max_kl)
+        search_recipe(
+            checkpoint, plan, goal, recipe=recipe, calibration=calibration, options=options
+        )
+        recipe = str(plan)
+    elif plan_out is not None:
+        raise click.UsageError("--plan-out goes with --budget or --max-kl")
     manifest = export(
         checkpoint,
         bundle,

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from mobilevlm import progress
+from mobilevlm.cli.options import checkpoint_options
 
 EXAMPLES = """\b
 Examples:
@@ -22,7 +23,7 @@ A line of samples.jsonl ("answer" may be left out):
 
 
 @click.command("imatrix", epilog=EXAMPLES)
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_options
 @click.option(
     "-o",
     "--output",
@@ -38,16 +39,6 @@ A line of samples.jsonl ("answer" may be left out):
     show_default=True,
     metavar="scenes|FILE.jsonl",
     help="What to run the model on: drawn scenes, or a file of samples.",
-)
-@click.option(
-    "--vision-tower",
-    type=click.Path(path_type=Path),
-    help="Folder of the CLIP tower, if it is not beside the checkpoint.",
-)
-@click.option(
-    "--conversation",
-    metavar="NAME",
-    help="Conversation v1 or llava_v1, if the family's default is not right.",
 )
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -45,6 +46,43 @@ def sampling_options(function: F) -> F:
         click.option("--temperature", type=float, default=0.0, show_default=True,
                      help="0: always the likeliest token."),
         click.option("--max-new-tokens", type=int, default=256, show_default=True),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
+
+
+def checkpoint_options(function: F) -> F:
+    """CHECKPOINT, and what its family may need to be told."""
+    for decorate in (
+        click.option("--conversation", metavar="NAME",
+                     help="Conversation v1 or llava_v1, if the family's default is not right."),
+        click.option("--vision-tower", type=click.Path(path_type=Path),
+                     help="Folder of the CLIP tower, if it is not beside the checkpoint."),
+        click.argument("checkpoint", type=click.Path(path_type=Path)),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
+
+
+def _bits_per_weight(context: Any, option: Any, value: str | None) -> float | None:
+    """``4.5bpw`` as a number."""
+    if value is None:
+        return None
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)bpw", value)
+    if number is None:
+        raise click.BadParameter(f"{value!r}: expected bits per weight, as in 4.5bpw")
+    return float(number[1])
+
+
+def goal_options(function: F) -> F:
+    """``--budget`` and ``--max-kl``: what a search for mixed precision must reach."""
+    for decorate in (
+        click.option("--max-kl", type=click.FloatRange(0, min_open=True), metavar="NATS",
+                     help="Give the decoder's layers as few bits as keep the divergence of its "
+                          "answers below this."),
+        click.option("--budget", callback=_bits_per_weight, metavar="BITSbpw",
+                     help="Give the decoder's layers so many bits per weight on average, scales "
+                          "included, where they matter most."),
     ):  # fmt: skip
         function = decorate(function)
     return function

@@ -122,6 +122,27 @@ def test_factors_between_layers_go_back_to_where_they_were(
         assert relative_error(stored.read(name, shape), model.weights.read(name, shape)) < FLOAT32
 
 
+def test_files_with_two_names_are_read_and_short_ones_refused(
+    mobilevlm_v2: Fixture, bundle_of: BundleOf, tmp_path: Path
+) -> None:
+    """An export links what it takes over from the bundle before."""
+    bundle = open_bundle(bundle_of("mobilevlm_v2", "int4"))
+    artifact = bundle.artifact("decoder", "onnx")
+    for name in artifact.files:
+        (tmp_path / Path(name).name).hardlink_to(bundle.path(name))
+    model, name = mobilevlm_v2.model, "decoder.layers.0.mlp.down_proj.weight"
+    path = tmp_path / Path(artifact.path).name
+    source = OnnxTensors(path, model.spec, model.weights)
+    exact = model.weights.read(name, source.shape(name))
+    assert relative_error(source.read(name), exact) < 0.15  # 4 bits: 9 %
+    data = tmp_path / Path(artifact.data[0]).name
+    short = data.read_bytes()[: data.stat().st_size // 4]
+    data.unlink()  # the bundle keeps its own
+    data.write_bytes(short)
+    with pytest.raises(BundleError, match="cannot be read"):
+        OnnxTensors(path, model.spec, model.weights).read("decoder.lm_head.weight")
+
+
 def test_a_damaged_graph_is_refused(
     mobilevlm_v2: Fixture, bundle_of: BundleOf, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
+from mobilevlm.cli.options import checkpoint_options
 from mobilevlm.plan import ENGINE_CHOICES
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ Examples:
 
 @click.command("verify", epilog=EXAMPLES)
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.argument("checkpoint", type=click.Path(path_type=Path))
+@checkpoint_options
 @click.option(
     "--data",
     default="scenes",
@@ -44,14 +45,6 @@ Examples:
     help="What runs the stages.",
 )
 @click.option("--threads", type=click.IntRange(1), help="Default: all of this process.")
-@click.option(
-    "--vision-tower",
-    type=click.Path(path_type=Path),
-    help="Folder of the CLIP tower, if it is not beside the checkpoint.",
-)
-@click.option(
-    "--conversation", metavar="NAME", help="Conversation that the bundle was exported with."
-)
 @click.option(
     "--layers", is_flag=True, help="Measure each layer alone too (--html does in any case)."
 )

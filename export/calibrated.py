@@ -48,12 +48,12 @@ def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:
     ]
 
 
-def check_torch() -> None:
+def check_torch(purpose: str) -> None:
     """Raises MissingExtraError: torch is not installed."""
     try:
         import torch  # noqa: F401
     except ImportError:
-        raise require("torch", "reference", "a calibrated recipe") from None
+        raise require("torch", "reference", purpose) from None
 
 
 def calibrate(

@@ -56,7 +56,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     spec = model.spec
     samples: list[Sample] = []
     if recipe.is_calibrated:
-        check_torch()
+        check_torch("a calibrated recipe")
         samples = find_samples(recipe.calibration)
 
     def job(

@@ -10,6 +10,7 @@ finer where it misses a limit.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -138,6 +139,8 @@ def search_recipe(
     """
     start = time.perf_counter()
     check_target(path)
+    if checkpoint.suffix == ".gguf":
+        raise MobileVLMError(f"{checkpoint}: quantized already: a search needs a checkpoint folder")
     if plot is not None:
         check_matplotlib()
     base = find_recipe(recipe)
@@ -160,7 +163,9 @@ def search_recipe(
         lm_head=found.layers["decoder.lm_head"],
         layers={**base.layers, **found.layers},
     )
-    command = f"mobilevlm search {checkpoint} -o {path.name} {goal}"
+    arguments = [str(checkpoint), "-o", path.name, *str(goal).split(), "--recipe", recipe]
+    arguments += ["--quantizer", quantizer, "--calibration", base.calibration, "--data", data]
+    command = shlex.join(["mobilevlm", "search", *arguments])
     _write(path, recipe_text(mixed, path.parent, _header(found, command, data), _comments(found)))
     if plot is not None:
         draw_front(found, plot, f"{model.spec.name}, {quantizer}")

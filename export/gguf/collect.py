@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from mobilevlm.export.activations import sample_groups, watch_decoder
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, InputStatistics
-from mobilevlm.export.gguf.names import decoder_entries
 from mobilevlm.families import Model
+from mobilevlm.gguf_names import decoder_entries
 from mobilevlm.progress import Advance
 
 TIED_HEAD = {"decoder.lm_head.weight": "token_embd.weight"}

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
-from mobilevlm.export.gguf.names import Entry, decoder_entries
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, write_file
 from mobilevlm.export.gguf.vocabulary import describe_vocabulary, read_vocabulary
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
+from mobilevlm.gguf_names import Entry, decoder_entries
 from mobilevlm.progress import Advance
 from mobilevlm.spec import DecoderSpec, GGUFType, ModelSpec
 

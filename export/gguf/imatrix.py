@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import BundleError
-from mobilevlm.export.gguf.names import decoder_entries
 from mobilevlm.export.gguf.tensors import Tensor, write_file
 from mobilevlm.gguf_file import GgufFile, GgufTensor, read_gguf
+from mobilevlm.gguf_names import decoder_entries
 from mobilevlm.spec import DecoderSpec
 
 Float32 = NDArray[np.float32]

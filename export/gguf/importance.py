@@ -10,8 +10,8 @@ from pathlib import Path
 
 from mobilevlm import progress
 from mobilevlm.checkpoint import file_sha256
-from mobilevlm.errors import MobileVLMError, require
-from mobilevlm.export.calibrated import calibration_key
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.calibrated import calibration_key, check_torch
 from mobilevlm.export.calibration import SCENES, find_samples
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from mobilevlm.export.gguf.tensors import WEIGHABLE
@@ -64,13 +64,9 @@ def calibrated_importance(model: Model, data: str) -> Importance:
         MissingExtraError: torch is not installed.
     """
     samples = find_samples(data)
-    try:
-        import torch  # noqa: F401
+    check_torch("collecting an importance matrix")
+    from mobilevlm.export.gguf.collect import collect
 
-        from mobilevlm.export.gguf.collect import collect
-    except ImportError as error:
-        purpose = "collecting an importance matrix"
-        raise require(error.name or "torch", "reference", purpose) from None
     name = data if data == SCENES else Path(data).name
     key = (name, *map(str, calibration_key(model, samples)))
 

@@ -14,16 +14,16 @@ from mobilevlm.checkpoint import TensorRef, Weights, file_sha256
 from mobilevlm.errors import CheckpointError
 from mobilevlm.export.gguf.decoder import half_split
 from mobilevlm.export.gguf.mmproj import LINEAR_SCALE, signed_difference
-from mobilevlm.export.gguf.names import (
+from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.families import Model
+from mobilevlm.gguf_file import GgufFile, read_gguf
+from mobilevlm.gguf_model import model_spec
+from mobilevlm.gguf_names import (
     Entry,
     decoder_entries,
     projector_entries,
     tower_entries,
 )
-from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.families import Model
-from mobilevlm.gguf_file import GgufFile, read_gguf
-from mobilevlm.gguf_model import model_spec
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.spec import ModelSpec, ProjectorSpec
 
@@ -51,8 +51,7 @@ class GgufTensors:
         """Ours where the file's is what it must be, else the file's."""
         entry = self._entries[name]
         found = self._file.tensors[entry.theirs].shape
-        alike = [size for size in found if size > 1] == [size for size in entry.stored if size > 1]
-        return entry.shape if alike else found
+        return entry.shape if entry.fits(found) else found
 
     def dtype(self, name: str) -> str:
         kind = self._file.tensors[self._entries[name].theirs].type

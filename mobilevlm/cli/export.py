@@ -116,6 +116,8 @@ def command(
             checkpoint, plan, goal, recipe=recipe, calibration=calibration, options=options
         )
         recipe = str(plan)
+        if form == "onnx":
+            calibration = None  # the plan names it
     elif plan_out is not None:
         raise click.UsageError("--plan-out goes with --budget or --max-kl")
     manifest = export(

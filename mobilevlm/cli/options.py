@@ -17,6 +17,19 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def checkpoint_options(function: F) -> F:
+    """CHECKPOINT, ``--vision-tower`` and ``--conversation``."""
+    for decorate in (
+        click.option("--conversation", metavar="NAME",
+                     help="Conversation v1 or llava_v1, if the family's default is not right."),
+        click.option("--vision-tower", type=click.Path(path_type=Path),
+                     help="Folder of the CLIP tower, if it is not beside the checkpoint."),
+        click.argument("checkpoint", type=click.Path(path_type=Path)),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
+
+
 def model_options(function: F) -> F:
     """BUNDLE, ``--mmproj``, ``--engine`` and ``--threads``."""
     for decorate in (
@@ -46,19 +59,6 @@ def sampling_options(function: F) -> F:
         click.option("--temperature", type=float, default=0.0, show_default=True,
                      help="0: always the likeliest token."),
         click.option("--max-new-tokens", type=int, default=256, show_default=True),
-    ):  # fmt: skip
-        function = decorate(function)
-    return function
-
-
-def checkpoint_options(function: F) -> F:
-    """CHECKPOINT, and what its family may need to be told."""
-    for decorate in (
-        click.option("--conversation", metavar="NAME",
-                     help="Conversation v1 or llava_v1, if the family's default is not right."),
-        click.option("--vision-tower", type=click.Path(path_type=Path),
-                     help="Folder of the CLIP tower, if it is not beside the checkpoint."),
-        click.argument("checkpoint", type=click.Path(path_type=Path)),
     ):  # fmt: skip
         function = decorate(function)
     return function

@@ -151,8 +151,8 @@ def add_question(
                      ALL_KINDS.index(question.kind), length):  # fmt: skip
         return False
     if scene is not None:
-        ends = tokenizer.ends(text.rpartition(IMAGE_PLACEHOLDER)[2])
-        offset = text.rpartition(IMAGE_PLACEHOLDER)[2].index(question.text)
+        behind = text.rpartition(IMAGE_PLACEHOLDER)[2]
+        ends, offset = tokenizer.ends(behind), behind.index(question.text)
         for name, end in phrases(question.text):
             token = int(np.searchsorted(ends, offset + end))
             row.phrases.append((start + token, cells_of(scene, name)))

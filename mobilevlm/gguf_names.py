@@ -25,6 +25,10 @@ class Entry:
     heads: int = 0
     """Heads whose rotary pairs llama.cpp wants side by side; 0: rows stay where they are."""
 
+    def fits(self, found: tuple[int, ...]) -> bool:
+        """Whether a file's shape is the stored one; it may write or omit dimensions of one."""
+        return [size for size in found if size > 1] == [size for size in self.stored if size > 1]
+
 
 def decoder_entries(spec: DecoderSpec) -> Iterator[Entry]:
     """All tensors of a decoder in the order of the file."""

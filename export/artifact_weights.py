@@ -46,9 +46,9 @@ def _open(model: Model, stage: str, form: str, path: Path) -> tuple[TensorSource
     if form == "onnx":
         onnx = OnnxTensors(path, model.spec, model.weights)
         return onnx, onnx.names
-    from mobilevlm.export.gguf.names import decoder_entries
     from mobilevlm.export.gguf.source import GgufTensors, vision_entries
     from mobilevlm.gguf_file import read_gguf
+    from mobilevlm.gguf_names import decoder_entries
 
     spec = model.spec
     entries = list(decoder_entries(spec.decoder)) if stage == "decoder" else vision_entries(spec)

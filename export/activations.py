@@ -208,14 +208,18 @@ def embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[T
         ]
 
 
-def sample_groups(model: Model, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """The samples in groups of neighbours that the decoder can be watched on at once.
+def sample_groups(
+    model: Model, samples: Sequence[Sample], positions: int | None = None
+) -> Iterator[list[Sample]]:
+    """The samples in groups of neighbours of so many positions in the decoder, by default
+    ``MAX_POSITIONS``; a longer sample is a group of its own.
 
     Raises:
         PromptError: a sample does not fit into the context.
     """
     group: list[Sample] = []
-    room = MAX_POSITIONS
+    limit = positions or MAX_POSITIONS
+    room = limit
     for number, sample in enumerate(samples, 1):
         ids = sample_ids(model, sample)
         length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.projector.num_tokens - 1)
@@ -226,7 +230,7 @@ def sample_groups(model: Model, samples: Sequence[Sample]) -> Iterator[list[Samp
             )
         if group and length > room:
             yield group
-            group, room = [], MAX_POSITIONS
+            group, room = [], limit
         group.append(sample)
         room -= length
     yield group

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,15 @@ from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.families import Model
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.questions import caption_question, questions
-from mobilevlm.nano.scenes import sample_scene
-from mobilevlm.spec import from_dict
+from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
+from mobilevlm.spec import ModelSpec, from_dict
 
 SCENES = "scenes"
 """Names the default data."""
 
 NUM_SCENES = 32
+_HELD_OUT = TRAINING_SEEDS + 10**9
+"""Far behind the seeds that ``mobilevlm eval`` comes to."""
 MAX_BYTES = 1 << 26
 """Of a JSONL file."""
 
@@ -76,12 +78,23 @@ def measuring_samples(name: str) -> list[Sample]:
     return scene_samples(first=NUM_SCENES) if name == SCENES else read_samples(Path(name))
 
 
+def held_out_samples(name: str) -> list[Sample]:
+    """What to judge on: for ``scenes`` drawn ones that neither calibrate nor measure and that no
+    model was trained on, else the JSONL file.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: a picture file is missing.
+    """
+    return scene_samples(first=_HELD_OUT) if name == SCENES else read_samples(Path(name))
+
+
 def scene_samples(count: int = NUM_SCENES, first: int = 0) -> list[Sample]:
     """Drawn scenes: each second one is described, the others get a question of any kind. None of
     them is in the scenes that ``mobilevlm eval`` asks about."""
     samples = []
     for seed in range(first, first + count):
-        scene = sample_scene(seed)
+        scene = sample_scene(seed, "train" if seed < TRAINING_SEEDS else "evaluation")
         asked = caption_question(scene) if seed % 2 == 0 else questions(scene)[0]
         samples.append(Sample(asked.text, asked.answer, (draw(scene),)))
     return samples
@@ -139,11 +152,23 @@ def sample_ids(model: Model, sample: Sample) -> list[int]:
     Raises:
         PromptError: a token that the model has no embedding for.
     """
-    spec = model.spec
+    text = sample_text(model.spec, sample)
+    vocab_size = model.spec.decoder.vocab_size
+    return input_ids(model.tokenizer, text, len(sample.images), vocab_size)
+
+
+def sample_text(spec: ModelSpec, sample: Sample) -> str:
+    """Prompt and answer in the model's template."""
     text = render(spec.conversation, [user_message(sample.prompt, len(sample.images))])
-    if sample.answer:
-        text = f"{text} {sample.answer}"
-    return input_ids(model.tokenizer, text, len(sample.images), spec.decoder.vocab_size)
+    return f"{text} {sample.answer}" if sample.answer else text
+
+
+def answer_ids(model: Model, sample: Sample) -> list[int]:
+    """What follows the prompt in :func:`sample_ids`, where a tokenizer may join the end of the one
+    with the beginning of the other."""
+    ids, prompt = sample_ids(model, sample), sample_ids(model, replace(sample, answer=""))
+    pairs = enumerate(zip(ids, prompt, strict=False))
+    return ids[next((place for place, (a, b) in pairs if a != b), len(prompt)) :]
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

@@ -26,6 +26,7 @@ from mobilevlm.bundle import (
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
+from mobilevlm.export.limits import check_limits, quality_error
 from mobilevlm.export.recipes import Recipe, find_recipe
 from mobilevlm.export.workspace import (
     Workspace,
@@ -235,16 +236,23 @@ def _measure(
         if obstacle:
             obstacles[form] = obstacle
             continue
-        from mobilevlm.export.measure import check_limits, measure_engine
+        from mobilevlm.export.artifact_weights import artifact_weights
+        from mobilevlm.export.layer_effects import layer_effects, worst_layers
+        from mobilevlm.export.measure import measure, synthetic_samples, with_own_answers
 
         start = time.perf_counter()
-        found = measure_engine(model, bundle, form)
-        for name, stage in found.items():
+        measured = measure(model, bundle, form, synthetic_samples(model.spec.image.size))
+        for name, stage in measured.stages.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
             progress.say(f"quality     {name}: {figures}")
         progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
-        check_limits(found, recipe, form)
-        stages |= found
+        checks = check_limits(measured.stages, recipe.limits, form)
+        failed = [check for check in checks if not check.passed]
+        if failed:
+            stored = artifact_weights(model, bundle, form)
+            effects = layer_effects(model, stored, with_own_answers(model, measured))
+            raise quality_error(recipe.name, failed, worst_layers(effects))
+        stages |= measured.stages
     note = _note(obstacles, alike=not stages)
     if note:
         progress.say(f"quality     not measured ({note})")

@@ -27,7 +27,8 @@ def recipe_text(
             text = os.path.relpath(value, folder) if is_path else value
             lines.append(f"{name} = {_value(text)}")
     lines += ["", "[limits]"]
-    lines += [f"{name} = {_value(value)}" for name, value in _fields(recipe.limits)]
+    limits = _fields(recipe.limits)
+    lines += [f"{name} = {_value(value)}" for name, value in limits if value is not None]
     if recipe.layers:
         lines += ["", "[layers]"]
     for name, layers in recipe.layers.items():

@@ -7,7 +7,6 @@ and the states of as many changes as fit into ``STATE_BYTES``.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from mobilevlm import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.activations import embed_pictures, run_decoder_layer, sample_groups
-from mobilevlm.export.calibration import Sample, sample_ids
+from mobilevlm.export.calibration import Sample, answer_ids, sample_ids
 from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
@@ -292,7 +291,4 @@ def _usable_samples(model: Model, samples: Sequence[Sample]) -> list[Sample]:
 
 def answer_positions(model: Model, sample: Sample) -> int:
     """Positions at the end of a sample that predict its answer and what comes after."""
-    ids = sample_ids(model, sample)
-    prompt = sample_ids(model, dataclasses.replace(sample, answer=""))
-    pairs = enumerate(zip(ids, prompt, strict=False))
-    return len(ids) + 1 - next((i for i, (a, b) in pairs if a != b), len(prompt))
+    return len(answer_ids(model, sample)) + 1

@@ -300,6 +300,10 @@ class Weights:
             merged[name] = (*merged.get(name, ()), factor)
         return Weights(self._refs, merged)
 
+    def replaced(self, refs: Mapping[str, TensorRef]) -> Weights:
+        """The same tensors, those that ``refs`` names from elsewhere."""
+        return Weights({**self._refs, **refs}, self._factors)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._refs)
 

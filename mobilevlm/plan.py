@@ -54,6 +54,13 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
     raise BundleError(f"{bundle.folder}: {what}: {remedy}")
 
 
+def stage_name(stage: str, engine: str) -> str:
+    """A stage in an engine as the manifest's quality names it: ``vision`` for the ONNX artifact,
+    ``vision_gguf``, ``end_to_end_hybrid`` …"""
+    form = ENGINES[engine].get(stage, engine)
+    return stage if form == "onnx" else f"{stage}_{form}"
+
+
 def engine_files(bundle: Bundle, engine: str) -> list[str]:
     """The model files that an engine reads, relative to the bundle."""
     used = ENGINES[engine].items()

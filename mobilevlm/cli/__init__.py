@@ -25,6 +25,7 @@ VERBS = {
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine.",
     "eval": "Measure how many questions are answered right.",
+    "verify": "Compare a bundle with its checkpoint.",
     "doctor": "Show what this machine can run.",
     "synth": "Write a checkpoint with random weights.",
 }
@@ -86,7 +87,9 @@ def main(arguments: list[str] | None = None) -> None:
     except (MobileVLMError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()
-        print(f"mobilevlm: error: {_describe(error)}", file=sys.stderr)
+        lines = str(error).splitlines() if isinstance(error, QualityError) else [_describe(error)]
+        for line in lines:
+            print(f"mobilevlm: error: {line}", file=sys.stderr)
         sys.exit(1 if isinstance(error, QualityError) else 2)
 
 

@@ -64,19 +64,6 @@ def sampling_options(function: F) -> F:
     return function
 
 
-def checkpoint_options(function: F) -> F:
-    """CHECKPOINT, and what its family may need to be told."""
-    for decorate in (
-        click.option("--conversation", metavar="NAME",
-                     help="Conversation v1 or llava_v1, if the family's default is not right."),
-        click.option("--vision-tower", type=click.Path(path_type=Path),
-                     help="Folder of the CLIP tower, if it is not beside the checkpoint."),
-        click.argument("checkpoint", type=click.Path(path_type=Path)),
-    ):  # fmt: skip
-        function = decorate(function)
-    return function
-
-
 def _bits_per_weight(context: Any, option: Any, value: str | None) -> float | None:
     """``4.5bpw`` as a number."""
     if value is None:

@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.export import activations, sensitivity
 from mobilevlm.export.calibration import Sample, sample_ids, scene_samples
+from mobilevlm.export.figures import compare_logits
 from mobilevlm.export.linear_groups import LinearGroup, linear_groups
-from mobilevlm.export.measure import compare_logits
 from mobilevlm.export.sensitivity import Change, Effect, Probe
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
@@ -62,7 +62,7 @@ def expected_effect(model: Model, changes: dict[LinearGroup, NDArray[np.float32]
     tokens, found = answers(model, reference)
     figures = compare_logits(found, logits)
     error = float(np.linalg.norm(tokens - visual) / np.linalg.norm(visual))
-    return Effect(figures["kl"], figures["top1_agreement"], error)
+    return Effect(float(figures.kl.mean()), float(figures.top1.mean()), error)
 
 
 def check(found: Effect, expected: Effect, through_vision: bool) -> None:

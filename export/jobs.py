@@ -79,7 +79,15 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             return write(ready.weights, spec, recipe, file, advance, ready.hessian)
 
         key = _key(model, "onnx", prefixes, settings)
-        artifact = Artifact(stage, "onnx", precision, path, (f"{path}_data",), key)
+        artifact = Artifact(
+            stage,
+            "onnx",
+            precision,
+            path,
+            (f"{path}_data",),
+            key,
+            weight_bits=max((part.int8_weight_bits for part in parts), default=0) or None,
+        )
         return Job(artifact, _size(model, prefixes), author)
 
     return [

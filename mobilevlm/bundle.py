@@ -54,6 +54,8 @@ class Artifact:
     key: str
     """Digest of everything it was made of."""
     largest_weight_error: WeightError | None = None
+    weight_bits: int | None = None
+    """7 or 8, the most of a weight that meets 8-bit activations in ONNX; none where none does."""
 
     @property
     def files(self) -> tuple[str, ...]:

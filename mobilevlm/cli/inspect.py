@@ -53,7 +53,10 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         size = sum(manifest.files[file].size for file in artifact.files)
         worst = artifact.largest_weight_error
         error = f"{worst.relative_error:.2%} {worst.tensor}" if worst else ""
-        table.add_row(artifact.stage, artifact.path, artifact.precision, f"{size / 1e6:.1f}", error)
+        precision = artifact.precision
+        if artifact.weight_bits is not None:
+            precision = f"{precision} ({artifact.weight_bits}-bit weights)"
+        table.add_row(artifact.stage, artifact.path, precision, f"{size / 1e6:.1f}", error)
     console.print(table)
     total = sum(entry.size for entry in manifest.files.values())
     console.print(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all")

@@ -104,7 +104,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         made, almost all positive, gets up to twice as fine a step as zero point 128 would give.
         Cost on AVX2, as a ratio to one scale for the tensor (benchmarks/int8_matmul.py): 1.03 to
         1.09 for many rows, 1.1 for one. MatMulInteger with the scales outside takes 1.04 to 1.20,
-        QuantizeLinear with MatMulIntegerToFloat 1.04 to 1.16, and neither is as exact.
+        QuantizeLinear with MatMulIntegerToFloat 1.04 to 1.10; neither is more exact.
         """
         largest = op.Max(op.ReduceMax(op.Abs(x), [-1], keepdims=1), SMALLEST)
         product = op.DynamicQuantizeMatMul(

@@ -172,7 +172,8 @@ class Recipe:
                 return layers
             return replace(layers, weight_bits=bits)
 
-        return replace(self, **{part: settled(getattr(self, part)) for part in PARTS})
+        tower, projector, decoder, lm_head = map(settled, self.parts)
+        return replace(self, tower=tower, projector=projector, decoder=decoder, lm_head=lm_head)
 
     @property
     def gguf_type(self) -> GGUFType:

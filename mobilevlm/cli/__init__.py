@@ -95,13 +95,13 @@ def _format_warning(
     message: Warning | str,
     category: type[Warning],
     filename: str,
-    line: int,
-    text: str | None = None,
+    lineno: int,
+    line: str | None = None,
 ) -> str:
     """Ours as a line for people, others with the place that they come from."""
     if issubclass(category, PrecisionWarning):
         return f"mobilevlm: warning: {message}\n"
-    return f"{filename}:{line}: {category.__name__}: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _show_usage_error(error: click.ClickException) -> None:

@@ -90,6 +90,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             (f"{path}_data",),
             key,
             bits_per_weight=round(bits_per_weight(recipe, groups), 4) if groups else None,
+            weight_bits=max((layers.int8_weight_bits for layers in formats), default=0) or None,
         )
         return Job(artifact, _size(model, prefixes), author)
 

@@ -27,7 +27,7 @@ from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.limits import check_limits, quality_error
-from mobilevlm.export.recipes import Recipe, find_recipe
+from mobilevlm.export.recipes import Recipe, WeightBits, find_recipe
 from mobilevlm.export.workspace import (
     Workspace,
     check_target,
@@ -38,6 +38,7 @@ from mobilevlm.export.workspace import (
     take_over,
 )
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import GGUFType
 
 FORMATS = tuple(JOBS)
@@ -66,6 +67,7 @@ def export(
     imatrix: str | PathLike[str] | None = None,
     calibration: str | PathLike[str] | None = None,
     mmproj: str | PathLike[str] | None = None,
+    weight_bits: WeightBits | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
@@ -76,7 +78,8 @@ def export(
     ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
     (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
-    recipe's methods need data.
+    recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
+    machine: 7 for x86 without VNNI, 8 for all others.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -92,6 +95,7 @@ def export(
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
     if imatrix is not None or calibration is not None:
         chosen = _with_data(chosen, imatrix, calibration, formats)
+    chosen = _with_weight_bits(chosen, weight_bits, formats)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
@@ -172,6 +176,18 @@ def _with_data(
         gguf_imatrix=None if imatrix is None else str(Path(imatrix)),
         gguf_calibration=None if calibration is None else str(calibration),
     )
+
+
+def _with_weight_bits(recipe: Recipe, wanted: WeightBits | None, formats: Sequence[str]) -> Recipe:
+    """The recipe with the bits of its ``int8`` weights settled."""
+    if wanted is None:
+        return recipe.with_weight_bits(int8_weight_bits() or 7, auto_only=True)
+    if "onnx" not in formats or not recipe.has_int8:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r} has no int8 weights in ONNX that --weight-bits {wanted} could "
+            f"be about: leave it out"
+        )
+    return recipe.with_weight_bits(wanted, auto_only=False)
 
 
 def _open(
@@ -280,6 +296,9 @@ def _obstacle(model: Model, work: Workspace, draft: Manifest, form: str) -> str:
         return "torch is not installed: pip install 'mobilevlm-edge[reference]'"
     except MissingExtraError as error:
         return str(error)
+    bits = [artifact.weight_bits for artifact in draft.artifacts]
+    if form == "onnx" and int8_weight_bits() == 7 and 8 in bits:
+        return "8-bit weights saturate on this processor: measure with --weight-bits 7"
     needed = MEMORY_LIBRARIES + sum(
         RESIDENT.get(artifact.precision, RESIDENT_GGUF) * work.path(name).stat().st_size
         for artifact in draft.artifacts

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.quantize.blocks import INT8, Scheme
+from mobilevlm.export.quantize.blocks import Scheme
 from mobilevlm.spec import GGUFType, from_dict
 
 if sys.version_info >= (3, 11):
@@ -31,6 +31,7 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2"]
 
 QuantizerName: TypeAlias = Literal["rtn", "hqq", "gptq"]
 ScalingName: TypeAlias = Literal["none", "awq", "smoothquant"]
+WeightBits: TypeAlias = Literal[7, 8]
 
 BLOCK_BITS: dict[Precision, int] = {"q8": 8, "q4": 4, "q2": 2}
 """Bits of the precisions whose weights are in blocks."""
@@ -51,6 +52,8 @@ _USES: dict[str, tuple[Precision, ...]] = {
     "quantizer": ("int8", *BLOCK_BITS),
     "block_size": tuple(BLOCK_BITS),
     "symmetric": tuple(BLOCK_BITS),
+    "activations": ("int8",),
+    "weight_bits": ("int8",),
 }
 """Precisions that a setting has a meaning for."""
 _SCALED: dict[ScalingName, tuple[Precision, ...]] = {
@@ -75,16 +78,28 @@ class LinearFormat:
     """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
     symmetric: bool = True
     """Without, each of those blocks has a zero point too."""
+    activations: Literal["token", "tensor"] = "token"
+    """What shares a scale of the 8-bit activations of ``int8``: each token by itself, or all."""
+    weight_bits: Literal["auto", 7, 8] = "auto"
+    """Of ``int8``: 7 where sums of products saturate (x86 without VNNI), 8 elsewhere. ``auto``: as
+    the exporting machine needs it; until that is settled 7, which is right everywhere."""
 
     @property
     def is_calibrated(self) -> bool:
         return self.quantizer == "gptq" or self.scaling != "none"
 
     @property
+    def int8_weight_bits(self) -> int:
+        """7 or 8 of ``int8``, else 0."""
+        if self.precision != "int8":
+            return 0
+        return 8 if self.weight_bits == 8 else 7
+
+    @property
     def scheme(self) -> Scheme | None:
         """The integers that stand for weights; none for floats."""
         if self.precision == "int8":
-            return INT8
+            return Scheme(8, None, half_range=self.int8_weight_bits == 7)
         if self.precision in BLOCK_BITS:
             return Scheme(BLOCK_BITS[self.precision], self.block_size, self.symmetric)
         return None
@@ -162,6 +177,31 @@ class Recipe:
         if part == "decoder":
             return self.lm_head if rest.startswith("lm_head") else self.decoder
         return self.tower if part == "vision" else self.projector
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether a layer is multiplied with 8-bit activations."""
+        formats = (*self.parts, *self.layers.values())
+        return any(layers.precision == "int8" for layers in formats)
+
+    def with_weight_bits(self, bits: WeightBits, *, auto_only: bool) -> Recipe:
+        """With these bits of ``int8`` weights everywhere, or only where they are ``auto``."""
+
+        def settled(layers: LinearFormat) -> LinearFormat:
+            if layers.precision != "int8" or (auto_only and layers.weight_bits != "auto"):
+                return layers
+            return replace(layers, weight_bits=bits)
+
+        tower, projector, decoder, lm_head = map(settled, self.parts)
+        singles = {name: settled(layers) for name, layers in self.layers.items()}
+        return replace(
+            self,
+            tower=tower,
+            projector=projector,
+            decoder=decoder,
+            lm_head=lm_head,
+            layers=singles,
+        )
 
     @property
     def gguf_type(self) -> GGUFType:

@@ -56,6 +56,8 @@ class Artifact:
     largest_weight_error: WeightError | None = None
     bits_per_weight: float | None = None
     """Mean over the weights of its linear layers, with scales and zero points (ONNX)"""
+    weight_bits: int | None = None
+    """7 or 8, the most of a weight that meets 8-bit activations in ONNX; none where none does."""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -17,6 +17,8 @@ from mobilevlm.export.recipes import BLOCK_BITS
 
 CONTRIB = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""What a row of zeros is divided by."""
 
 
 class Linear(nn.Module):  # type: ignore[misc]
@@ -70,6 +72,8 @@ class Linear(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         if self.format.precision == "int8":
+            if self.format.activations == "token":
+                return self._by_token(op, x)
             return op.DynamicQuantizeMatMul(
                 x, self.weight, self.scale, None, self.bias, _domain=CONTRIB
             )
@@ -91,7 +95,25 @@ class Linear(nn.Module):  # type: ignore[misc]
         weight = self.weight
         if self.format.precision == "fp16":
             weight = op.Cast(weight, to=FLOAT)
-        product = op.MatMul(x, weight)
+        return self._plus_bias(op, op.MatMul(x, weight))
+
+    def _by_token(self, op: Any, x: Any) -> Any:
+        """A scale for each row of ``x``: rows are divided by their largest magnitude, so that the
+        one scale that DynamicQuantizeMatMul chooses for all suits each, and multiplied by it after.
+
+        That operator's zero point lies where the range asks for it: what an activation function
+        made, almost all positive, gets up to twice as fine a step as zero point 128 would give.
+        Cost on AVX2, as a ratio to one scale for the tensor (benchmarks/int8_matmul.py): 1.03 to
+        1.09 for many rows, 1.1 for one. MatMulInteger with the scales outside takes 1.04 to 1.20,
+        QuantizeLinear with MatMulIntegerToFloat 1.04 to 1.10; neither is more exact.
+        """
+        largest = op.Max(op.ReduceMax(op.Abs(x), [-1], keepdims=1), SMALLEST)
+        product = op.DynamicQuantizeMatMul(
+            op.Div(x, largest), self.weight, self.scale, _domain=CONTRIB
+        )
+        return self._plus_bias(op, op.Mul(product, largest))
+
+    def _plus_bias(self, op: Any, product: Any) -> Any:
         return product if self.bias is None else op.Add(product, self.bias)
 
 

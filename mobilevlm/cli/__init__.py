@@ -8,12 +8,13 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
 
 from mobilevlm._version import __version__
-from mobilevlm.errors import MobileVLMError, QualityError
+from mobilevlm.errors import MobileVLMError, PrecisionWarning, QualityError
 
 VERBS = {
     "demo": "Let the built-in model answer questions about a new picture.",
@@ -67,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # an answer may hold what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.formatwarning = _format_warning
     try:
         # Not program.main: that one turns a closed pipe into exit code 1.
         with program.make_context("mobilevlm", list(arguments)) as context:
@@ -91,6 +93,19 @@ def main(arguments: list[str] | None = None) -> None:
         for line in lines:
             print(f"mobilevlm: error: {line}", file=sys.stderr)
         sys.exit(1 if isinstance(error, QualityError) else 2)
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Ours as a line for people, others with the place that they come from."""
+    if issubclass(category, PrecisionWarning):
+        return f"mobilevlm: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _show_usage_error(error: click.ClickException) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
@@ -15,6 +16,7 @@ EXAMPLES = """\b
 Examples:
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-int4
   mobilevlm export llava-v1.5-7b -o llava-int8 --recipe int8 --vision-tower clip-vit-l-336
+  mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-arm64 --weight-bits 8
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m \\
     --calibration scenes
@@ -70,6 +72,13 @@ Examples:
     help="Data for an importance matrix, and for gptq, awq and smoothquant (needs torch).",
 )
 @click.option(
+    "--weight-bits",
+    type=click.Choice(["auto", "7", "8"]),
+    default="auto",
+    show_default=True,
+    help="Of int8 weights: 7 for x86 without VNNI, where 8 saturate, 8 for other devices; "
+    "auto: what the recipe says, else what is right on this machine.",
+)
     "--mmproj",
     type=click.Path(path_type=Path),
     help="Image encoder, where CHECKPOINT is a GGUF file.",
@@ -91,6 +100,7 @@ def command(
     gguf_type: GGUFType | None,
     imatrix: Path | None,
     calibration: str | None,
+    weight_bits: Literal["auto", "7", "8"],
     vision_tower: Path | None,
     mmproj: Path | None,
     conversation: str | None,
@@ -133,6 +143,7 @@ def command(
         imatrix=imatrix,
         calibration=calibration,
         mmproj=mmproj,
+        weight_bits={"auto": None, "7": 7, "8": 8}[weight_bits],
     )
     if as_json:
         show_json(

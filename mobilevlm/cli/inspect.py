@@ -55,7 +55,10 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         error = f"{worst.relative_error:.2%} {worst.tensor}" if worst else ""
         bits = f"{artifact.bits_per_weight:.2f}" if artifact.bits_per_weight else ""
         megabytes = f"{size / 1e6:.1f}"
-        table.add_row(artifact.stage, artifact.path, artifact.precision, bits, megabytes, error)
+        precision = artifact.precision
+        if artifact.weight_bits is not None:
+            precision = f"{precision} ({artifact.weight_bits}-bit weights)"
+        table.add_row(artifact.stage, artifact.path, precision, bits, megabytes, error)
     console.print(table)
     total = sum(entry.size for entry in manifest.files.values())
     console.print(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all")

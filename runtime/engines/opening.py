@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from mobilevlm.bundle import Bundle
-from mobilevlm.errors import BundleError
+from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import ENGINES
 from mobilevlm.runtime.engines import DecoderEngine, VisionEngine
+from mobilevlm.runtime.machine import int8_weight_bits
 
 
 def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngine, DecoderEngine]:
@@ -18,6 +20,7 @@ def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngin
         MissingExtraError: llama-cpp-python is needed and not installed.
     """
     spec = bundle.manifest.spec
+    _check_weight_bits(bundle, engine)
     vision, decoder = (
         bundle.path(bundle.artifact(stage, ENGINES[engine][stage]).path)
         for stage in ("vision", "decoder")
@@ -32,6 +35,22 @@ def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngin
     from mobilevlm.runtime.engines.mtmd import MtmdVision
 
     return MtmdVision(vision, spec, language.model, threads), language
+
+
+def _check_weight_bits(bundle: Bundle, engine: str) -> None:
+    """Warns where other int8 weights than those of the artifacts in use fit this machine."""
+    best = int8_weight_bits()
+    used = (bundle.artifact(stage, kind) for stage, kind in ENGINES[engine].items())
+    found = max((artifact.weight_bits or 0 for artifact in used), default=0)
+    if best is None or found in (0, best):
+        return
+    what = (
+        "8-bit weights saturate on this processor, answers may be wrong"
+        if found > best
+        else "this processor takes 8-bit weights at the same speed, the bundle has 7-bit ones"
+    )
+    remedy = f"export it with --weight-bits {best}"
+    warnings.warn(f"{bundle.folder}: {what}: {remedy}", PrecisionWarning, stacklevel=2)
 
 
 def _onnx_vision(path: Path, threads: int) -> VisionEngine:

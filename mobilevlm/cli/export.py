@@ -79,6 +79,7 @@ Examples:
     help="Of int8 weights: 7 for x86 without VNNI, where 8 saturate, 8 for other devices; "
     "auto: what the recipe says, else what is right on this machine.",
 )
+@click.option(
     "--mmproj",
     type=click.Path(path_type=Path),
     help="Image encoder, where CHECKPOINT is a GGUF file.",

@@ -9,14 +9,16 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.runtime.drafting import Drafting, Drafts, Lookup, drafted_tokens
+from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.sampling import Sampler, SamplingOptions
-from mobilevlm.runtime.session import Clock, Prompt, Session
+from mobilevlm.runtime.session import Clock, Fill, Prompt, Session
 from mobilevlm.runtime.text import Detokenizer, StopStrings
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, except for ``tokens_per_second``."""
+    """Seconds, except for ``tokens_per_second`` and what follows it."""
 
     load: float
     """Opening the bundle, once per process."""
@@ -30,6 +32,16 @@ class Timings:
     """All tokens after the first; time that the caller takes between pieces is not counted."""
     tokens_per_second: float
     """Of the tokens after the first; 0 when there is none."""
+    reused_tokens: int = 0
+    """Positions of the prompt that were not computed: an earlier one, or the bundle, had them."""
+    reused_images: int = 0
+    """Pictures of the prompt that were not encoded."""
+    draft_tokens: int = 0
+    """Tokens that were guessed (runtime/drafting.py)."""
+    accepted_tokens: int = 0
+    """Guesses that were right."""
+    draft_note: str = ""
+    """Why nothing was guessed, where it was asked for."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,7 @@ class Generation:
     visual_tokens: int
     timings: Timings
     token_seconds: list[float]
-    """Of each token after the first."""
+    """Of each token after the first; guessed ones take next to nothing after the one before."""
 
 
 class TextStream(Iterator[str]):
@@ -106,9 +118,12 @@ def generate_text(
     sampling: SamplingOptions,
     rules: StopRules,
     load_seconds: float,
+    drafting: Drafting,
+    draft_tokens: int = 0,
 ) -> Generator[str, None, Generation]:
-    """Yields pieces of text; its return value is the finished answer."""
-    vision, prefill, decode = Clock(), Clock(), Clock()
+    """Yields pieces of text; its return value is the finished answer. ``draft_tokens``: guessed at
+    a time."""
+    fill, decode, drafts = Fill(), Clock(), Drafts()
     sampler, detokenizer, stops = (
         Sampler(sampling),
         Detokenizer(tokenizer),
@@ -117,11 +132,19 @@ def generate_text(
     tokens: list[int] = []
     shown: list[str] = []
     finish: Literal["stop", "length"] = "length"
-    logits = session.fill(prompt, vision, prefill)
+    logits = session.fill(prompt, fill)
     prompt_tokens, stopped = session.length, False
-    with prefill:
-        token = sampler(logits, tokens)
-    while True:
+    if draft_tokens:
+        lookup = Lookup(prompt.ids)
+        limit = rules.max_new_tokens
+        source = drafted_tokens(
+            session, logits, sampler, tokens, lookup, draft_tokens, limit, drafting, drafts
+        )
+    else:
+        source = single_tokens(session, logits, sampler, tokens)
+    with fill.prefill:
+        token = next(source, None)
+    while token is not None:
         if token in rules.eos_token_ids:
             finish = "stop"
             break
@@ -133,10 +156,13 @@ def generate_text(
         if stopped:
             finish = "stop"
             break
-        if len(tokens) == rules.max_new_tokens or session.full:
+        if len(tokens) == rules.max_new_tokens:
             break
         with decode:
-            token = sampler(session.step(token), tokens)
+            token = next(source, None)
+    source.close()
+    if token is None:
+        decode.samples.pop()  # the context is full: nothing came
     if not stopped:
         piece, stopped = stops.add(detokenizer.finish())
         piece += "" if stopped else stops.finish()
@@ -146,13 +172,28 @@ def generate_text(
     timings = Timings(
         load=load_seconds,
         preprocess=prompt.seconds,
-        vision=vision.seconds,
-        prefill=prefill.seconds,
-        ttft=prompt.seconds + vision.seconds + prefill.seconds,
+        vision=fill.vision.seconds,
+        prefill=fill.prefill.seconds,
+        ttft=prompt.seconds + fill.vision.seconds + fill.prefill.seconds,
         decode=decode.seconds,
         tokens_per_second=len(decode.samples) / decode.seconds if decode.samples else 0.0,
+        reused_tokens=fill.reused_tokens,
+        reused_images=fill.reused_images,
+        draft_tokens=drafts.proposed,
+        accepted_tokens=drafts.accepted,
+        draft_note=drafts.note,
     )
     visual = len(prompt.pixels) * session.tokens_per_image
     return Generation(
         "".join(shown), tokens, finish, prompt_tokens, visual, timings, decode.samples
     )
+
+
+def single_tokens(
+    session: Session, logits: Float32, sampler: Sampler, produced: Sequence[int]
+) -> Generator[int, None, None]:
+    """Tokens one after another until the context is full, from the logits after the prompt on. The
+    caller appends each to ``produced``."""
+    yield sampler(logits, produced)
+    while not session.full:
+        yield sampler(session.step(produced[-1]), produced)

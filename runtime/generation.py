@@ -18,7 +18,7 @@ from mobilevlm.runtime.text import Detokenizer, StopStrings
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds, except for ``tokens_per_second`` and what follows it."""
+    """Seconds, except for ``tokens_per_second``."""
 
     load: float
     """Opening the bundle, once per process."""
@@ -32,16 +32,16 @@ class Timings:
     """All tokens after the first; time that the caller takes between pieces is not counted."""
     tokens_per_second: float
     """Of the tokens after the first; 0 when there is none."""
-    reused_tokens: int = 0
-    """Positions of the prompt that were not computed: an earlier one, or the bundle, had them."""
-    reused_images: int = 0
-    """Pictures of the prompt that were not encoded."""
-    draft_tokens: int = 0
-    """Tokens that were guessed (runtime/drafting.py)."""
-    accepted_tokens: int = 0
-    """Guesses that were right."""
-    draft_note: str = ""
-    """Why nothing was guessed, where it was asked for."""
+
+
+@dataclass(frozen=True)
+class Reused:
+    """What of the prompt was there already, from earlier ones or from the bundle."""
+
+    tokens: int = 0
+    """Positions that were not computed, pictures expanded."""
+    images: int = 0
+    """Pictures that were not encoded."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Generation:
     timings: Timings
     token_seconds: list[float]
     """Of each token after the first; guessed ones take next to nothing after the one before."""
+    reused: Reused
+    drafts: Drafts
 
 
 class TextStream(Iterator[str]):
@@ -177,15 +179,18 @@ def generate_text(
         ttft=prompt.seconds + fill.vision.seconds + fill.prefill.seconds,
         decode=decode.seconds,
         tokens_per_second=len(decode.samples) / decode.seconds if decode.samples else 0.0,
-        reused_tokens=fill.reused_tokens,
-        reused_images=fill.reused_images,
-        draft_tokens=drafts.proposed,
-        accepted_tokens=drafts.accepted,
-        draft_note=drafts.note,
     )
     visual = len(prompt.pixels) * session.tokens_per_image
     return Generation(
-        "".join(shown), tokens, finish, prompt_tokens, visual, timings, decode.samples
+        "".join(shown),
+        tokens,
+        finish,
+        prompt_tokens,
+        visual,
+        timings,
+        decode.samples,
+        Reused(fill.reused_tokens, fill.reused_images),
+        drafts,
     )
 
 

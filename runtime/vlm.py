@@ -221,7 +221,8 @@ class VLM:
     def clear_caches(self) -> None:
         """Forgets earlier requests, for measuring. What the bundle brings stays."""
         with self._lock:
-            self._idle.clear()
+            for session in self._idle:
+                session.rewind(0)
         self._cache.clear()
 
     def encode_image(self, image: ImageInput) -> Float32:
@@ -264,7 +265,8 @@ class VLM:
             if engine is not None:
                 engine.close()
         self._vision = self._decoder = None
-        self.clear_caches()
+        self._idle.clear()
+        self._cache.clear()
 
     def __enter__(self) -> VLM:
         return self

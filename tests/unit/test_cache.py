@@ -138,7 +138,7 @@ def test_answers_are_the_same_with_and_without_caches(bundle: Path, plain: VLM) 
             expected = plain.generate(question, images, max_new_tokens=12, ignore_eos=True)
             found = vlm.generate(question, images, max_new_tokens=12, ignore_eos=True)
             assert found.token_ids == expected.token_ids, turn
-            assert expected.timings.reused_tokens == expected.timings.reused_images == 0
+            assert expected.reused.tokens == expected.reused.images == 0
         assert vlm._cache.segments.nbytes > 0
 
 
@@ -146,13 +146,13 @@ def test_a_second_question_computes_neither_picture_nor_system_prompt(bundle: Pa
     with mobilevlm.load(bundle) as vlm:
         image = picture(1, vlm)
         first = vlm.generate("What is it?", [image], max_new_tokens=2)
-        assert first.timings.reused_images == 0
+        assert first.reused.images == 0
         second = vlm.generate("Who is it then?", [image], max_new_tokens=2)
-        assert second.timings.reused_images == 1
-        assert second.timings.reused_tokens > vlm.spec.projector.num_tokens
+        assert second.reused.images == 1
+        assert second.reused.tokens > vlm.spec.projector.num_tokens
         vlm.clear_caches()
         again = vlm.generate("Who is it then?", [image], max_new_tokens=2)
-        assert again.timings.reused_images == 0
+        assert again.reused.images == 0
         assert again.token_ids == second.token_ids
 
 
@@ -189,7 +189,7 @@ def test_a_bundle_brings_the_system_prompt(bundle: Path, plain: VLM) -> None:
     assert system is not None and f"onnx/{Path(system.path).name}" in plain.bundle.manifest.files
     with mobilevlm.load(bundle) as vlm:
         found = vlm.generate("What is it?", max_new_tokens=8, ignore_eos=True)
-        assert found.timings.reused_tokens == len(system.ids)
+        assert found.reused.tokens == len(system.ids)
         assert vlm._cache.segments.nbytes == 0  # it is mapped, not copied
     expected = plain.generate("What is it?", max_new_tokens=8, ignore_eos=True)
     assert found.token_ids == expected.token_ids
@@ -221,8 +221,8 @@ def test_a_bundle_without_it_runs(bundle: Path, plain: VLM, tmp_path: Path) -> N
         answers = [vlm.generate("What is it?", max_new_tokens=8, ignore_eos=True) for _ in range(2)]
     expected = plain.generate("What is it?", max_new_tokens=8, ignore_eos=True)
     assert [answer.token_ids for answer in answers] == [expected.token_ids] * 2
-    assert answers[0].timings.reused_tokens == 0
-    assert answers[1].timings.reused_tokens == len(manifest.system_prompt.ids)
+    assert answers[0].reused.tokens == 0
+    assert answers[1].reused.tokens == len(manifest.system_prompt.ids)
 
 
 def test_a_stored_system_prompt_of_another_size_is_refused(bundle: Path, tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ is not the guessed one ends the run. Copies, lists and repetitions come several 
 
 The tokens are the same as without drafts if the decoder's kernels give a row the same bits whether
 it is alone or among others. That differs between kernels and processors, so it is tried: the first
-draft is run both ways.
+draft is run both ways. What a run over several positions costs is measured then too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+import math
+import time
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,10 +27,10 @@ from mobilevlm.spec import IMAGE_TOKEN_ID
 
 DEFAULT_DRAFT_TOKENS = 4
 MAX_DRAFT_TOKENS = 64
-NGRAMS = (3, 2)
-"""Lengths of the ends that are looked up, the longest first."""
-FIRST_PAUSE, LONGEST_PAUSE = 4, 64
-"""Tokens without a draft after one that was mostly wrong; twice as many each time."""
+NGRAM = 3
+"""Last tokens that are looked up."""
+FIRST_PAUSE, LONGEST_PAUSE = 8, 128
+"""Tokens without a draft after one that took longer than single steps; twice as many each time."""
 INEXACT = "this engine's results for one position and for several differ in the last digits"
 
 
@@ -45,29 +47,38 @@ class Drafts:
 
 
 class Drafting:
-    """What is known about drafts on one loaded model; shared by its sessions."""
+    """What is known about drafts on one loaded model, for all its sessions. ``clock``: seconds."""
 
-    def __init__(self) -> None:
-        self._exact: dict[int, bool] = {}
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._costs: dict[int, float] = {}
+        """Of a run over so many positions, in single steps; infinite where its bits differ."""
 
     def rows(self, session: Session, tokens: Sequence[int]) -> Float32 | None:
         """Appends tokens; the logits after each ``(len(tokens), vocab_size)``. None, with nothing
         appended, where they would not be those of single steps."""
-        count = len(tokens)
-        if self._exact.get(count) is False:
+        count, length = len(tokens), session.length
+        if self._costs.get(count) == math.inf:
             return None
-        start = session.length
+        start = self._clock()
         rows = session.extend(tokens)
-        if count in self._exact:
+        if count in self._costs:
             return rows
-        session.rewind(start)
-        self._exact[count] = all(
+        middle = self._clock()
+        session.rewind(length)
+        exact = [
             np.array_equal(session.step(token), row)
             for token, row in zip(tokens, rows, strict=True)
-        )
-        if not self._exact[count]:
-            session.rewind(start)
-        return rows if self._exact[count] else None
+        ]
+        step = (self._clock() - middle) / count
+        self._costs[count] = (middle - start) / step if all(exact) else math.inf
+        if not all(exact):
+            session.rewind(length)
+        return rows if all(exact) else None
+
+    def pays(self, guessed: int, right: int) -> bool:
+        """Whether a draft of which so many were right took less time than single steps."""
+        return right + 1 > self._costs[guessed + 1]
 
 
 def check_draft_tokens(count: int | None, temperature: float) -> int:
@@ -89,7 +100,7 @@ def check_draft_tokens(count: int | None, temperature: float) -> int:
 
 
 class Lookup:
-    """Tokens so far, and where each of their short sequences was last followed by something."""
+    """Tokens so far, and what followed last after each few of them."""
 
     def __init__(self, ids: Sequence[int]) -> None:
         self._ids: list[int] = []
@@ -99,21 +110,17 @@ class Lookup:
 
     def add(self, token: int) -> None:
         """The next token."""
-        for length in NGRAMS:
-            if len(self._ids) >= length:
-                self._next[tuple(self._ids[-length:])] = len(self._ids)
+        self._next[tuple(self._ids[-NGRAM:])] = len(self._ids)
         self._ids.append(token)
 
     def guess(self, count: int) -> list[int]:
         """The next ``count`` tokens, or none. What is guessed may repeat itself."""
-        for length in NGRAMS:
-            start = self._next.get(tuple(self._ids[-length:]))
-            if start is None:
-                continue
-            known = self._ids[start:]
-            guess = [known[index % len(known)] for index in range(count)]
-            return [] if IMAGE_TOKEN_ID in guess else guess
-        return []
+        start = self._next.get(tuple(self._ids[-NGRAM:]))
+        if start is None:
+            return []
+        known = self._ids[start:]
+        guess = [known[index % len(known)] for index in range(count)]
+        return [] if IMAGE_TOKEN_ID in guess else guess
 
 
 def drafted_tokens(
@@ -155,7 +162,7 @@ def drafted_tokens(
             session.rewind(start + 1 + right)
             drafts.proposed += count
             drafts.accepted += right
-        if right * 2 >= count:
+        if drafting.pays(count, right):
             pause = FIRST_PAUSE
         else:
             wait, pause = pause, min(2 * pause, LONGEST_PAUSE)

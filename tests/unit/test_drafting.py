@@ -81,8 +81,9 @@ def answer(
     sampler = Sampler(SamplingOptions(repetition_penalty=penalty))
     start = stand_in.logits()
     if draft:
+        drafting = Drafting(lambda: stand_in.runs)
         source = drafted_tokens(
-            session, start, sampler, produced, Lookup(PROMPT), draft, limit, Drafting(), drafts
+            session, start, sampler, produced, Lookup(PROMPT), draft, limit, drafting, drafts
         )
     else:
         source = single_tokens(session, start, sampler, produced)
@@ -112,7 +113,7 @@ def test_a_repeating_text_takes_fewer_runs() -> None:
     assert plain.runs == 199
     # The first draft is run twice, to compare.
     assert drafted.runs == plain.runs - drafts.accepted + 5
-    assert drafts.accepted > 100
+    assert drafts.accepted > 70
 
 
 def test_what_was_run_is_in_the_sequence_and_nothing_else() -> None:
@@ -145,21 +146,21 @@ def test_the_guess_follows_the_latest_place_and_repeats_itself() -> None:
     assert Lookup([]).guess(3) == []
 
 
-def test_two_tokens_are_looked_up_where_three_are_not_found() -> None:
-    assert Lookup([1, 2, 3, 4, 5, 2, 3]).guess(2) == [4, 5]
+def test_two_tokens_are_too_few() -> None:
+    assert Lookup([1, 2, 3, 4, 5, 2, 3]).guess(2) == []
 
 
 def test_no_picture_is_guessed() -> None:
     assert Lookup([1, 2, 3, IMAGE_TOKEN_ID, 1, 2, 3]).guess(2) == []
 
 
-def test_wrong_guesses_become_rare() -> None:
-    """A text that repeats a pair with something else behind it each time."""
+def test_guesses_that_cost_more_than_they_save_become_rare() -> None:
+    """A text that repeats three tokens with something else behind them each time."""
 
     class Contrary(StandIn):
         def logits(self) -> Float32:
             scores = np.random.default_rng(self.length).random(VOCABULARY, np.float32)
-            scores[2 + self.length % 4] += self.length % 4 < 2
+            scores[2 + self.length % 6] += self.length % 6 < 3
             return scores
 
     stand_in, drafts, produced = Contrary(0, PROMPT, 1000), Drafts(), list[int]()
@@ -171,15 +172,15 @@ def test_wrong_guesses_become_rare() -> None:
         Lookup(PROMPT),
         4,
         300,
-        Drafting(),
+        Drafting(lambda: stand_in.runs),
         drafts,
     )
     for token in source:
         produced.append(token)
     followers = list(itertools.pairwise(produced))
-    assert followers.count((2, 3)) > 70 and drafts.accepted < 5
-    # Pauses of 4, 8, 16, 32 and 64 tokens.
-    assert 0 < drafts.proposed // 4 <= 12
+    assert followers.count((3, 4)) > 45 and drafts.accepted < 3
+    # Without pauses there are 48.
+    assert 0 < drafts.proposed // 4 < 24
 
 
 def test_drafts_are_refused_where_they_have_no_meaning() -> None:

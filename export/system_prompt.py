@@ -14,7 +14,7 @@ PATH = "onnx/system_prompt.bin"
 def write_system_prompt(bundle: Bundle, ids: Sequence[int]) -> SystemPrompt:
     """Runs the ONNX decoder over ``ids`` as the runtime would, and writes what it leaves in the KV
     buffers: little-endian float32, see :class:`mobilevlm.bundle.SystemPrompt`. (float16 would take
-    half the bytes, about 1 % of a bundle either way, and change the answers.)"""
+    half the bytes, 1 % of a large model's bundle, and change the answers.)"""
     path = bundle.path(bundle.artifact("decoder", "onnx").path)
     decoder = onnx_decoder(bundle, path, default_threads())
     state = decoder.new_state()

@@ -19,15 +19,19 @@ from mobilevlm.bundle import (
     Manifest,
     Quality,
     StageQuality,
+    SystemPrompt,
     WeightError,
     describe_files,
+    named_files,
     write_manifest,
 )
+from mobilevlm.conversation import system_ids
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.limits import check_limits, quality_error
 from mobilevlm.export.recipes import Recipe, WeightBits, find_recipe
+from mobilevlm.export.system_prompt import write_system_prompt
 from mobilevlm.export.workspace import (
     Workspace,
     check_target,
@@ -105,8 +109,9 @@ def export(
         artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
         draft = _manifest(model, chosen, artifacts)
+        draft = dataclasses.replace(draft, system_prompt=_system_prompt(model, work, draft))
         quality = _measure(model, chosen, work, draft, measure)
-        keep_only(work, [TOKENIZER, *(name for artifact in artifacts for name in artifact.files)])
+        keep_only(work, named_files(draft))
         files = describe_files(work.folder)
         manifest = dataclasses.replace(draft, quality=quality, files=files)
         write_manifest(work.folder, manifest)
@@ -240,6 +245,19 @@ def _make(job: Job, work: Workspace) -> Artifact:
     return artifact
 
 
+def _system_prompt(model: Model, work: Workspace, draft: Manifest) -> SystemPrompt | None:
+    """Stores the system prompt's keys and values, if there is one and an ONNX decoder."""
+    ids = system_ids(model.tokenizer, model.spec.conversation)
+    parts = [part for part in draft.artifacts if (part.format, part.stage) == ("onnx", "decoder")]
+    if not ids or not parts:
+        return None
+    obstacle = _run_obstacle(model, work, parts)
+    if obstacle:
+        progress.say(f"system      keys and values not stored ({obstacle})")
+        return None
+    return write_system_prompt(Bundle(work.folder, draft, digest=""), ids)
+
+
 def _measure(
     model: Model, recipe: Recipe, work: Workspace, draft: Manifest, wanted: bool
 ) -> Quality:
@@ -296,13 +314,16 @@ def _obstacle(model: Model, work: Workspace, draft: Manifest, form: str) -> str:
         return "torch is not installed: pip install 'mobilevlm-edge[reference]'"
     except MissingExtraError as error:
         return str(error)
-    bits = [artifact.weight_bits for artifact in draft.artifacts]
-    if form == "onnx" and int8_weight_bits() == 7 and 8 in bits:
-        return "8-bit weights saturate on this processor: measure with --weight-bits 7"
+    return _run_obstacle(model, work, [part for part in draft.artifacts if part.format == form])
+
+
+def _run_obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> str:
+    """Why these cannot be run during an export of this checkpoint; empty when they can."""
+    if int8_weight_bits() == 7 and any(part.weight_bits == 8 for part in artifacts):
+        return "8-bit weights saturate on this processor: --weight-bits 7 would not"
     needed = MEMORY_LIBRARIES + sum(
         RESIDENT.get(artifact.precision, RESIDENT_GGUF) * work.path(name).stat().st_size
-        for artifact in draft.artifacts
-        if artifact.format == form
+        for artifact in artifacts
         for name in artifact.files
     )
     allowed = MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE

@@ -77,6 +77,16 @@ class EmbeddingTable:
 
 
 @dataclass(frozen=True)
+class SystemPrompt:
+    """Keys and values of what prompts begin with, as the ONNX decoder computes them: float32
+    ``(2 · layers, num_key_value_heads, len(ids), head_dim)``, each layer's keys before its
+    values."""
+
+    path: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class StageQuality:
     """Distance of an artifact from the float32 reference on the calibration pictures."""
 
@@ -105,6 +115,7 @@ class Manifest:
     quality: Quality
     files: dict[str, FileEntry]
     tools: dict[str, str]
+    system_prompt: SystemPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -189,7 +200,7 @@ def open_bundle(folder: Path) -> Bundle:
     """
     manifest, digest = read_manifest(folder)
     bundle = Bundle(folder, manifest, digest)
-    for name in _named_files(manifest):
+    for name in named_files(manifest):
         if name not in manifest.files:
             raise BundleError(
                 f"{folder}: the manifest has no size and digest for {name!r}: export the bundle "
@@ -219,11 +230,11 @@ def open_bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def _named_files(manifest: Manifest) -> list[str]:
+def named_files(manifest: Manifest) -> list[str]:
     """Files that something in the manifest refers to."""
-    table = [manifest.embeddings.path] if manifest.embeddings else []
+    singles = [part.path for part in (manifest.embeddings, manifest.system_prompt) if part]
     parts = [name for artifact in manifest.artifacts for name in artifact.files]
-    return [TOKENIZER, *table, *parts]
+    return [TOKENIZER, *singles, *parts]
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

@@ -17,6 +17,10 @@ ENGINES = {
 """For each engine the format of the artifact that it runs, by stage. onnx: ONNX Runtime; gguf:
 llama.cpp; hybrid: ONNX Runtime feeds llama.cpp."""
 
+DRAFTING_ENGINES = ("gguf", "hybrid")
+"""Where drafts are tried without being asked for: llama.cpp's quantized kernels give a position the
+same bits alone and among others. ONNX Runtime's attention and 4-bit kernels do not."""
+
 ENGINE_CHOICES = ("auto", *ENGINES)
 """``auto`` is the first of them that finds its artifacts."""
 

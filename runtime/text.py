@@ -34,7 +34,7 @@ class Detokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self._special = {index for index, token in added.items() if token.special}
         self._bytes = codecs.getincrementaldecoder("utf-8")("mobilevlm_replace_each_byte")
-        self._begun = False
+        self._begun = self._unfinished = False
 
     def add(self, token: int) -> str:
         """The text that this token completes (often a word, sometimes nothing)."""
@@ -42,15 +42,17 @@ class Detokenizer:
         if piece is None or token in self._special:
             return self.finish()
         first, self._begun = not self._begun, True
-        if match := _BYTE.fullmatch(piece):
+        if piece[0] == "<" and (match := _BYTE.fullmatch(piece)):
+            self._unfinished = True
             return self._bytes.decode(bytes([int(match[1], 16)]))
         text = self._tokenizer.decode([token]) if first else piece.replace(SPACE, " ")
-        return self.finish() + text
+        return self.finish() + text if self._unfinished else text
 
     def finish(self) -> str:
         """What was held back: an unfinished character comes out as U+FFFD."""
         held = self._bytes.decode(b"", final=True)
         self._bytes.reset()
+        self._unfinished = False
         return held
 
 
@@ -63,7 +65,7 @@ class StopStrings:
 
     def add(self, piece: str) -> tuple[str, bool]:
         """Text that may be shown, and whether a stop string was reached."""
-        text = self._held + piece
+        text = self._held + piece if self._held else piece
         found = [index for index in (text.find(stop) for stop in self._stops) if index >= 0]
         if found:
             self._held = ""

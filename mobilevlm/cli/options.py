@@ -47,6 +47,9 @@ def model_options(function: F) -> F:
 def sampling_options(function: F) -> F:
     """How tokens are chosen and when the answer ends."""
     for decorate in (
+        click.option("--draft-tokens", type=int, metavar="N",
+                     help="Tokens to guess from the text so far and to check at once; the answer "
+                     "stays the same. 0: none. Default: 4 with llama.cpp and --temperature 0."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here."),
         click.option("--seed", type=int, help="Makes drawing repeatable."),
         click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
@@ -90,14 +93,19 @@ def goal_options(function: F) -> F:
 
 def show_timings(answer: Generation) -> None:
     """One line on stderr."""
-    times = answer.timings
+    times, drafts = answer.timings, answer.drafts
+    known = f", {answer.reused.tokens} known" if answer.reused.tokens else ""
     parts = [
         f"load {times.load:.2f} s",
         f"vision {times.vision:.2f} s",
-        f"prefill {times.prefill:.2f} s ({answer.prompt_tokens} tokens)",
+        f"prefill {times.prefill:.2f} s ({answer.prompt_tokens} tokens{known})",
         f"first token after {times.ttft:.2f} s",
         f"{len(answer.token_ids)} tokens",
     ]
     if times.tokens_per_second:
         parts.append(f"{times.tokens_per_second:.1f} tokens/s")
+    if drafts.proposed:
+        parts.append(f"{drafts.accepted} of {drafts.proposed} guesses right")
+    if drafts.note:
+        parts.append(f"nothing guessed: {drafts.note}")
     click.secho("; ".join(parts), err=True, dim=True)  # no colour codes but on a terminal

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from pathlib import Path
+
+import numpy as np
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import ENGINES
-from mobilevlm.runtime.engines import DecoderEngine, VisionEngine
+from mobilevlm.runtime.engines import DecoderEngine, Segment, VisionEngine
 from mobilevlm.runtime.machine import int8_weight_bits
 
 
@@ -26,7 +29,7 @@ def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngin
         for stage in ("vision", "decoder")
     )
     if engine == "onnx":
-        return _onnx_vision(vision, threads), _onnx_decoder(bundle, decoder, threads)
+        return _onnx_vision(vision, threads), onnx_decoder(bundle, decoder, threads)
     from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
 
     language = LlamaDecoder(decoder, spec.decoder, threads)
@@ -59,10 +62,31 @@ def _onnx_vision(path: Path, threads: int) -> VisionEngine:
     return OnnxVision(path, threads)
 
 
-def _onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
+def onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
+    """Opens the decoder stage from an ONNX file of the bundle."""
     from mobilevlm.runtime.engines.onnx import OnnxDecoder
 
     spec, table = bundle.manifest.spec, bundle.manifest.embeddings
     if table is None:
         raise BundleError(f"{bundle.folder}: no embedding table: export the bundle again")
     return OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, threads)
+
+
+def stored_system_prompt(bundle: Bundle) -> Segment | None:
+    """Keys and values of the system prompt for the ONNX decoder, mapped.
+
+    Raises:
+        BundleError: the file has not the size that the spec asks for.
+    """
+    system, spec = bundle.manifest.system_prompt, bundle.manifest.spec.decoder
+    if system is None:
+        return None
+    path, count = bundle.path(system.path), len(system.ids)
+    shape = (2 * spec.num_hidden_layers, spec.num_key_value_heads, count, spec.head_dim)
+    expected = 4 * math.prod(shape)
+    if not 0 < count < spec.context_length or path.stat().st_size != expected:
+        raise BundleError(
+            f"{path}: {path.stat().st_size} bytes, {count} tokens of this model take {expected}: "
+            f"export the bundle again"
+        )
+    return Segment(0, count, np.memmap(path, np.float32, "r", shape=shape))

@@ -95,7 +95,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     """Makes the files, measures everything."""
     schedule = _schedule(arguments)
     artifacts = Artifacts(arguments.checkpoint, arguments.cache)
-    spec = artifacts.model.spec
+    spec = artifacts.spec
     lined = line_up(
         artifacts,
         arguments.recipes,

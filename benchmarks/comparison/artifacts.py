@@ -12,7 +12,7 @@ from mobilevlm import progress
 from mobilevlm.builtin import checkpoint_path
 from mobilevlm.bundle import Bundle, cache_folder, is_bundle, open_bundle
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.spec import GGUFType
 from mobilevlm.synth import CONFIGURATIONS, write_checkpoint
 
@@ -30,7 +30,7 @@ class Artifacts:
                 "checkpoint", lambda path: write_checkpoint(str(checkpoint), path)
             )
         self.checkpoint = checkpoint_path(checkpoint)
-        self.model = open_checkpoint(self.checkpoint, OpenOptions())
+        self.spec = self._model().spec
 
     def onnx(self, recipe: str) -> Bundle:
         """The bundle of a recipe, ONNX only."""
@@ -46,7 +46,7 @@ class Artifacts:
 
         return self._made(
             f"mmproj-{kind}.gguf",
-            lambda path: write_mmproj(self.model, kind, path, progress.ignore),
+            lambda path: write_mmproj(self._model(), kind, path, progress.ignore),
         )
 
     def genai(self, threads: int) -> Path:
@@ -66,8 +66,8 @@ class Artifacts:
         from mobilevlm.reference.model import load_reference
 
         def write(path: Path) -> None:
-            reference = load_reference(self.model, streamed=False)
-            size = self.model.spec.image.size
+            reference = load_reference(self._model())
+            size = self.spec.image.size
             torch.onnx.export(
                 torch.nn.Sequential(reference.vision, reference.projector),
                 (torch.zeros(1, 3, size, size),),
@@ -95,6 +95,10 @@ class Artifacts:
                 raise MobileVLMError(f"MNN cannot convert {source}: {done.stdout[-200:]}")
 
         return self._made(f"vision-{bits or 32}.mnn", write)
+
+    def _model(self) -> Model:
+        """Not kept: its files stay mapped as long as it lives, and then no load is cold."""
+        return open_checkpoint(self.checkpoint, OpenOptions())
 
     def _bundle(
         self, name: str, recipe: str, formats: tuple[str, ...], gguf_type: GGUFType | None

@@ -191,7 +191,7 @@ def _genai(artifacts: Artifacts, threads: int, python: str) -> Iterator[Candidat
 def _transformers(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
     files = tuple(artifacts.checkpoint.glob("**/*.safetensors"))
     stored = sum(file.stat().st_size for file in files)
-    spec = artifacts.model.spec
+    spec = artifacts.spec
     embeddings = 2 * spec.decoder.vocab_size * spec.decoder.hidden_size
     tower = 2 * 12 * spec.vision.num_hidden_layers * spec.vision.hidden_size**2
     for dtype, size in (("bfloat16", 1), ("float32", 2)):  # the checkpoint is float16

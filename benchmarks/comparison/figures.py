@@ -136,6 +136,6 @@ def memory_verdict(rows: Mapping[str, Rows], name: str) -> Verdict | None:
         return None
     over = peak.median - size.median
     return Verdict(
-        "peak_over_size", name, peak.median, None, size.median, over, MEMORY_ALLOWANCE,
+        "peak_over_size", name, peak.median, None, None, over, MEMORY_ALLOWANCE,
         over <= MEMORY_ALLOWANCE,
     )  # fmt: skip

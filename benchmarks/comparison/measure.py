@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import mmap
 import os
 import time
@@ -111,20 +112,26 @@ def _stages(
     groups = [running] if together else [[candidate] for candidate in running]
     progress.say(f"stages      {'all side by side' if together else 'one process at a time'}")
     with ExitStack() as kept:
-        workers = {c.name: _ready(kept, c, shapes, schedule) for c in running if together}
+        workers: dict[str, Worker] = {}
         for round_ in range(schedule.rounds + schedule.curve_rounds):
             curve = round_ >= schedule.rounds
+            tasks = _curve_tasks(schedule, shapes) if curve else _tasks(schedule)
             for group in groups:
                 with ExitStack() as stack:
-                    for candidate in () if together else group:
-                        workers[candidate.name] = _ready(stack, candidate, shapes, schedule)
-                    for task in _curve_tasks(schedule, shapes) if curve else _tasks(schedule):
-                        for candidate in group:
-                            found = samples[candidate.name]
-                            with _noted(found, "stages"):
-                                time.sleep(PAUSE)
-                                task(workers[candidate.name], found, 100 + round_)
-                    advance(len(group))
+                    for candidate in group:
+                        if not together or round_ == 0:
+                            with _noted(samples[candidate.name], "start"):
+                                workers[candidate.name] = _ready(
+                                    kept if together else stack, candidate, shapes, schedule
+                                )
+                    for task, candidate in itertools.product(tasks, group):
+                        if candidate.name in workers:
+                            time.sleep(PAUSE)
+                            with _noted(samples[candidate.name], "stages"):
+                                task(workers[candidate.name], samples[candidate.name], 100 + round_)
+                if not together:
+                    workers.clear()
+                advance(len(group))
 
 
 Task = Callable[[Worker, Samples, int], None]

@@ -96,7 +96,9 @@ def _verdict_row(verdict: Verdict) -> tuple[str, ...]:
             return f"{value:.2f}" if value < 10 else f"{value:.0f}"
         return f"{value * measure.scale:.{measure.digits}f} {measure.unit}"
 
-    peer = f"{shown(verdict.peer_value)} ({verdict.peer})" if verdict.peer_value else "–"
+    peer = "–"
+    if verdict.peer is not None and verdict.peer_value is not None:
+        peer = f"{shown(verdict.peer_value)} ({verdict.peer})"
     sign = "≥" if verdict.key == "decode" else "≤"
     digits = 0 if verdict.key == "peak_over_size" else 2
     return (

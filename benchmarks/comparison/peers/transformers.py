@@ -80,7 +80,7 @@ class Transformers:
             return self._next(torch.cat([self._encode(pixels), self._embed(first)], 1), cache)
 
         def again() -> int:
-            cache.crop(self._shapes.visual_tokens)
+            cache.crop(self._shapes.visual_tokens - cache.get_seq_length())  # as many are cut
             return self._next(self._embed(second), cache)
 
         return timed(about_picture)[0], timed(again)[0]

@@ -15,7 +15,9 @@ import argparse
 import importlib.util
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from comparison.artifacts import Artifacts
 from comparison.candidates import OURS, PACKAGES, Candidate, LineUp, line_up
@@ -117,7 +119,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
         rounds=schedule.rounds,
         machine=describe_machine(),
         peaks=peaks,
-        entries=[_entry(c, samples[c.name], spec, schedule) for c in lined.present],
+        entries=tuple(_entry(c, samples[c.name], spec, schedule) for c in lined.present),
         absent={absent.name: absent.reason for absent in lined.absent},
         profiles=profile(bundle.folder, arguments.threads),
         profiled=f"mobilevlm onnx {arguments.recipes[0]}",
@@ -195,12 +197,17 @@ def _entry(candidate: Candidate, found: Samples, spec: ModelSpec, schedule: Sche
     return Entry(
         name=candidate.name,
         group=candidate.group,
-        rows={**found.rows, "size": [candidate.size / 1e6]},
-        prefill={str(length): values for length, values in found.prefill.items()},
-        decode={str(length): values for length, values in found.decode.items()},
+        rows=_fixed({**found.rows, "size": [candidate.size / 1e6]}),
+        prefill=_fixed(found.prefill),
+        decode=_fixed(found.decode),
         work=work,
-        notes=found.notes,
+        notes=tuple(found.notes),
     )
+
+
+def _fixed(samples: Mapping[Any, list[float]]) -> dict[str, tuple[float, ...]]:
+    """As they are stored: JSON's keys are strings."""
+    return {str(key): tuple(values) for key, values in samples.items()}
 
 
 if __name__ == "__main__":

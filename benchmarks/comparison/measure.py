@@ -9,7 +9,7 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -75,13 +75,13 @@ def _loads(
 ) -> None:
     """A load from disk, then one from the page cache, each in a fresh process."""
     left = drop_from_cache(candidate.files)
-    with Worker(candidate.python) as worker:
+    with closing(Worker(candidate.python)) as worker:
         seconds = open_in(worker, candidate, shapes, schedule.threads)
         if left <= COLD:
             found.rows["cold_load"].append(seconds["load"])
         elif not found.rows["cold_load"]:
             found.notes.append(f"no cold load: {left:.0%} of its files stay in the page cache")
-    with Worker(candidate.python) as worker:
+    with closing(Worker(candidate.python)) as worker:
         seconds = open_in(worker, candidate, shapes, schedule.threads)
         found.rows["import"].append(seconds["import"])
         found.rows["warm_load"].append(seconds["load"])
@@ -170,7 +170,7 @@ def _curve_tasks(schedule: Schedule, shapes: Shapes) -> list[Task]:
 
 def _ready(stack: ExitStack, candidate: Candidate, shapes: Shapes, schedule: Schedule) -> Worker:
     """A worker with the model loaded and every stage run once."""
-    worker = stack.enter_context(Worker(candidate.python))
+    worker = stack.enter_context(closing(Worker(candidate.python)))
     open_in(worker, candidate, shapes, schedule.threads)
     for action, arguments in (("encode", (0,)), ("generate", (PROMPT_TOKENS, 2, 0)), ("ask", (0,))):
         with _unless_unsupported():

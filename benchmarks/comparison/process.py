@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from comparison.work import NotSupportedError
@@ -23,7 +22,7 @@ class WorkerError(MobileVLMError):
 
 
 class Worker:
-    """A running worker. ``python``: its interpreter. Leaving a ``with`` block ends it."""
+    """A running worker. ``python``: its interpreter. ``close`` ends it."""
 
     def __init__(self, python: str | None = None) -> None:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
@@ -68,17 +67,6 @@ class Worker:
             self._process.kill()
         self._process.communicate()
         self._log.close()
-
-    def __enter__(self) -> Worker:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _last_words(self) -> str:
         self._log.seek(0)

@@ -38,7 +38,7 @@ class OperatorTime:
     share: float
 
 
-def profile(bundle: Path, threads: int) -> dict[str, list[OperatorTime]]:
+def profile(bundle: Path, threads: int) -> dict[str, tuple[OperatorTime, ...]]:
     """The table of a bundle's ONNX stages, from a subprocess."""
     done = subprocess.run(
         [sys.executable, "-m", "comparison.profiling", str(bundle), str(threads)],
@@ -49,7 +49,7 @@ def profile(bundle: Path, threads: int) -> dict[str, list[OperatorTime]]:
     if done.returncode:
         raise MobileVLMError(f"{bundle}: profiling failed: {done.stderr.strip()[-200:]}")
     return {
-        stage: [OperatorTime(**row) for row in rows]
+        stage: tuple(OperatorTime(**row) for row in rows)
         for stage, rows in json.loads(done.stdout).items()
     }
 

@@ -21,15 +21,15 @@ class Entry:
 
     name: str
     group: str
-    rows: dict[str, list[float]]
+    rows: dict[str, tuple[float, ...]]
     """Samples in seconds, tokens per second or megabytes, by row (comparison/figures.py)."""
-    prefill: dict[str, list[float]]
+    prefill: dict[str, tuple[float, ...]]
     """Seconds by prompt length."""
-    decode: dict[str, list[float]]
+    decode: dict[str, tuple[float, ...]]
     """Tokens per second by context length."""
     work: dict[str, Work]
     """Of ``encode``, ``prefill`` and ``decode``, where it takes part in them."""
-    notes: list[str]
+    notes: tuple[str, ...]
 
     def figure(self, key: str) -> Figure | None:
         return summarize(self.rows.get(key, ()))
@@ -45,9 +45,9 @@ class Comparison:
     rounds: int
     machine: dict[str, Any]
     peaks: Peaks
-    entries: list[Entry]
+    entries: tuple[Entry, ...]
     absent: dict[str, str]
-    profiles: dict[str, list[OperatorTime]] = field(default_factory=dict)
+    profiles: dict[str, tuple[OperatorTime, ...]] = field(default_factory=dict)
     profiled: str = ""
     """The candidate of the profiles."""
 

@@ -67,6 +67,12 @@ def token_ids(length: int, vocab_size: int, variation: int) -> list[int]:
     return [BOS, *random.integers(min(300, vocab_size // 2), vocab_size, length - 1).tolist()]
 
 
+def questions(vocab_size: int, variation: int) -> tuple[list[int], list[int]]:
+    """Ids of two questions about one picture."""
+    first, second = (token_ids(TEXT_TOKENS, vocab_size, 2 * variation + turn) for turn in (0, 1))
+    return first, second
+
+
 def timed(action: Callable[..., T], *arguments: Any) -> tuple[float, T]:
     """Seconds that a call took, and its result."""
     start = time.perf_counter()

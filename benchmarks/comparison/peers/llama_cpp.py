@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import mtmd_cpp
 
-from comparison.work import TEXT_TOKENS, NotSupportedError, Shapes, picture, timed, token_ids
+from comparison.work import NotSupportedError, Shapes, picture, questions, timed, token_ids
 
 BATCH = 512
 """n_batch and n_ubatch: llama.cpp's default of the second."""
@@ -69,9 +69,7 @@ class LlamaCpp:
         return prefill, timed(decode, token)[0]
 
     def ask(self, variation: int) -> tuple[float, float]:
-        first, second = (
-            token_ids(TEXT_TOKENS, self._shapes.vocab_size, 2 * variation + turn) for turn in (0, 1)
-        )
+        first, second = questions(self._shapes.vocab_size, variation)
         self._rewind(0)
         chunks = self._picture_chunks(variation)
 

@@ -9,7 +9,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from comparison.work import TEXT_TOKENS, NotSupportedError, Shapes, picture, timed, token_ids
+from comparison.work import NotSupportedError, Shapes, picture, questions, timed, token_ids
 
 
 def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> OpenVino:
@@ -60,9 +60,7 @@ class OpenVino:
     def ask(self, variation: int) -> tuple[float, float]:
         if not hasattr(self, "_decoder"):
             raise NotSupportedError("image encoder only")
-        first, second = (
-            token_ids(TEXT_TOKENS, self._shapes.vocab_size, 2 * variation + turn) for turn in (0, 1)
-        )
+        first, second = questions(self._shapes.vocab_size, variation)
 
         def about_picture() -> dict[str, Any]:
             visual = self._encode(variation)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from comparison.work import TEXT_TOKENS, Shapes, picture, timed, token_ids
+from comparison.work import Shapes, picture, questions, timed, token_ids
 from mobilevlm.families import OpenOptions, open_checkpoint
 from mobilevlm.image import normalize
 from mobilevlm.reference.projectors import build_projector
@@ -70,9 +70,7 @@ class Transformers:
 
     @torch.inference_mode()
     def ask(self, variation: int) -> tuple[float, float]:
-        first, second = (
-            token_ids(TEXT_TOKENS, self._shapes.vocab_size, 2 * variation + turn) for turn in (0, 1)
-        )
+        first, second = questions(self._shapes.vocab_size, variation)
         cache = transformers.DynamicCache()
         pixels = picture(self._shapes.image_size, variation)
 
@@ -119,7 +117,7 @@ def _tower(model: Any, dtype: torch.dtype) -> Any:
         tower = transformers.CLIPVisionModel(config)
     tower = tower.to_empty(device="cpu").to(dtype).eval()
     patches = torch.arange(vision.num_patches + 1)  # a buffer that no checkpoint holds
-    tower.vision_model.embeddings.position_ids.copy_(patches[None])
+    tower.embeddings.position_ids.copy_(patches[None])
     for name, parameter in tower.named_parameters():
         if "post_layernorm" not in name:  # of the pooled output, which nobody reads
             value = model.weights.read(_canonical(name), tuple(parameter.shape))
@@ -128,9 +126,8 @@ def _tower(model: Any, dtype: torch.dtype) -> Any:
 
 
 def _canonical(name: str) -> str:
-    """CLIPVisionModel's name of a tensor to this project's."""
+    """CLIPVisionModel's name of a tensor (transformers 5) to this project's."""
     for theirs, ours in (
-        ("vision_model.", "vision."),
         ("embeddings.", ""),
         ("pre_layrnorm", "pre_norm"),
         ("encoder.layers", "layers"),
@@ -138,4 +135,4 @@ def _canonical(name: str) -> str:
         ("self_attn", "attn"),
     ):
         name = name.replace(theirs, ours)
-    return name
+    return f"vision.{name}"

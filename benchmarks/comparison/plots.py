@@ -15,8 +15,14 @@ from comparison.report import as_markdown
 from comparison.results import Comparison, Entry
 
 BARS = ("encode", "prefill", "first", "second", "decode", "warm_load", "cold_load", "peak")
-COLORS = {OURS: "#1b6ca8", LLAMA: "#d95f02"}
-OTHER_COLOR = "#8a8a8a"
+COLORS = {
+    OURS: "#1b6ca8",
+    LLAMA: "#d95f02",
+    "onnxruntime-genai": "#7a5ba8",
+    "transformers": "#b8960c",
+    "openvino": "#3a8f5f",
+    "mnn": "#8a8a8a",
+}
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
 table{border-collapse:collapse;font-size:13px;margin:1em 0}td,th{border:1px solid #ccc;
 padding:.25em .6em;text-align:right}td:first-child{text-align:left}img{max-width:100%}"""
@@ -101,8 +107,8 @@ def _bars(figure: Any, result: Comparison) -> None:
             )
         panel.set_yticks(range(len(shown)), [entry.name for entry, _ in shown], fontsize=7)
         panel.invert_yaxis()
-        note = ", more is better" if measure.better == "more" else ""
-        panel.set_title(f"{measure.title}, {measure.unit}{note}", fontsize=9)
+        note = " (more is better)" if measure.better == "more" else ""
+        panel.set_title(f"{measure.title}\n{measure.unit}{note}", fontsize=9)
     figure.suptitle(f"{result.model}, {result.threads} threads, median of {result.rounds} rounds")
 
 
@@ -125,4 +131,4 @@ def _curves(figure: Any, result: Comparison, curve: str, x: str, y: str) -> None
 
 
 def _color(entry: Entry) -> str:
-    return COLORS.get(entry.group, OTHER_COLOR)
+    return COLORS[entry.group]

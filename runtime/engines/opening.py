@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,9 +16,13 @@ from mobilevlm.plan import ENGINES
 from mobilevlm.runtime.engines import DecoderEngine, Segment, VisionEngine
 from mobilevlm.runtime.machine import int8_weight_bits
 
+if TYPE_CHECKING:
+    from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
+
 
 def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngine, DecoderEngine]:
-    """Opens both stages. ``engine``: a key of ENGINES.
+    """Opens both stages. ``engine``: a key of ENGINES. An ONNX vision stage is opened beside the
+    decoder: onnxruntime reorders weights on one thread per session, and that is most of a load.
 
     Raises:
         BundleError: an artifact cannot be loaded.
@@ -28,16 +34,16 @@ def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngin
         bundle.path(bundle.artifact(stage, ENGINES[engine][stage]).path)
         for stage in ("vision", "decoder")
     )
-    if engine == "onnx":
-        return _onnx_vision(vision, threads), onnx_decoder(bundle, decoder, threads)
-    from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
+    if engine == "gguf":
+        from mobilevlm.runtime.engines.mtmd import MtmdVision
 
-    language = LlamaDecoder(decoder, spec.decoder, threads)
-    if engine == "hybrid":
-        return _onnx_vision(vision, threads), language
-    from mobilevlm.runtime.engines.mtmd import MtmdVision
-
-    return MtmdVision(vision, spec, language.model, threads), language
+        language = _llama_decoder(bundle, decoder, threads)
+        return MtmdVision(vision, spec, language.model, threads), language
+    open_decoder = onnx_decoder if engine == "onnx" else _llama_decoder
+    with ThreadPoolExecutor(1) as beside:
+        opened = beside.submit(_onnx_vision, vision, threads)
+        language_stage: DecoderEngine = open_decoder(bundle, decoder, threads)
+        return opened.result(), language_stage
 
 
 def _check_weight_bits(bundle: Bundle, engine: str) -> None:
@@ -60,6 +66,12 @@ def _onnx_vision(path: Path, threads: int) -> VisionEngine:
     from mobilevlm.runtime.engines.onnx import OnnxVision
 
     return OnnxVision(path, threads)
+
+
+def _llama_decoder(bundle: Bundle, path: Path, threads: int) -> LlamaDecoder:
+    from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
+
+    return LlamaDecoder(path, bundle.manifest.spec.decoder, threads)
 
 
 def onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:

@@ -19,14 +19,18 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accuracy import row, score
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.export.calibration import measuring_samples, sample_ids, scene_samples
-from mobilevlm.export.measure import Float32, compare_logits
+from mobilevlm.export.calibration import (
+    held_out_samples,
+    measuring_samples,
+    sample_ids,
+    scene_samples,
+)
+from mobilevlm.export.figures import Float32, compare_logits, token_figures
 from mobilevlm.export.recipe_file import recipe_text
 from mobilevlm.export.recipes import Limits, LinearFormat, Recipe
 from mobilevlm.export.search import Data, Goal, candidates, search
@@ -90,17 +94,17 @@ class Bench:
         self.model, self.folder = model, folder
         self.embeds: list[Float32] = []
         self.tails: list[int] = []
-        exact: list[Float32] = []
+        exact = []
         reference = load_reference(model)
         with torch.no_grad():
-            for sample in measuring_samples("scenes"):
+            for sample in held_out_samples("scenes"):
                 pixels = [preprocess(open_image(item), model.spec.image) for item in sample.images]
                 tokens = [reference.visual_tokens(item) for item in pixels]
                 embeds = reference.embed(sample_ids(model, sample), tokens)
                 self.tails.append(answer_positions(model, sample))
                 self.embeds.append(embeds.numpy())
                 exact.append(reference.logits(embeds).numpy()[-self.tails[-1] :])
-        self.exact = np.concatenate(exact)
+        self.exact = exact
 
     def recipe(self, case: Case) -> Recipe:
         """The case's decoder, and float32 or int8 for the rest."""
@@ -126,11 +130,12 @@ class Bench:
         with mobilevlm.load(bundle) as vlm:
             pairs = zip(self.embeds, self.tails, strict=True)
             found = [vlm.embeds_logits(embeds)[-tail:] for embeds, tail in pairs]
+        compared = map(compare_logits, found, self.exact)
         result: dict[str, Any] = {
             "label": case.label,
             "bytes": sum(manifest.files[name].size for name in artifact.files),
             "bits": artifact.bits_per_weight,
-            **compare_logits(np.concatenate(found), self.exact),
+            **token_figures(list(compared)),
             "questions": questions if case.scored else 0,
         }
         if result["questions"]:

@@ -25,14 +25,16 @@ from mobilevlm.conversation import input_ids, render, user_message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.families import Model
 from mobilevlm.nano.drawing import render as draw
-from mobilevlm.nano.questions import caption_question, questions
+from mobilevlm.nano.questions import KINDS, caption_question, questions
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
+from mobilevlm.nano.text_only import text_questions
 from mobilevlm.spec import ModelSpec, from_dict
 
 SCENES = "scenes"
 """Names the default data."""
 
-NUM_SCENES = 32
+_TASKS = ("caption", *KINDS, "text")
+NUM_SCENES = 3 * len(_TASKS)
 _HELD_OUT = TRAINING_SEEDS + 10**9
 """Far behind the seeds that ``mobilevlm eval`` comes to."""
 MAX_BYTES = 1 << 26
@@ -90,14 +92,21 @@ def held_out_samples(name: str) -> list[Sample]:
 
 
 def scene_samples(count: int = NUM_SCENES, first: int = 0) -> list[Sample]:
-    """Drawn scenes: each second one is described, the others get a question of any kind. None of
-    them is in the scenes that ``mobilevlm eval`` asks about."""
-    samples = []
-    for seed in range(first, first + count):
-        scene = sample_scene(seed, "train" if seed < TRAINING_SEEDS else "evaluation")
-        asked = caption_question(scene) if seed % 2 == 0 else questions(scene)[0]
-        samples.append(Sample(asked.text, asked.answer, (draw(scene),)))
-    return samples
+    """Drawn scenes, each with something else to do: to be described, to be asked about in each way
+    that ``mobilevlm eval`` asks, and a question without a picture. None of them is in the scenes
+    that ``eval`` asks about."""
+    return [_scene_sample(first + index, _TASKS[index % len(_TASKS)]) for index in range(count)]
+
+
+def _scene_sample(seed: int, task: str) -> Sample:
+    """``task``: a kind of question; another kind where the scene has nothing to ask for that."""
+    if task == "text":
+        asked = text_questions(seed, 1)[0]
+        return Sample(asked.text, asked.answer, ())
+    scene = sample_scene(seed, "train" if seed < TRAINING_SEEDS else "evaluation")
+    found = () if task == "caption" else questions(scene, 1, [task]) or questions(scene, 1)
+    asked = found[0] if found else caption_question(scene)
+    return Sample(asked.text, asked.answer, (draw(scene),))
 
 
 def read_samples(path: Path) -> list[Sample]:

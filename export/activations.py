@@ -23,7 +23,7 @@ from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
 from mobilevlm.image import normalize, open_image, preprocess
 from mobilevlm.reference import ReferenceModel, load_reference
-from mobilevlm.reference.llama import rotary_tables
+from mobilevlm.reference.decoder import rotary_tables
 from mobilevlm.reference.model import held
 from mobilevlm.spec import IMAGE_TOKEN_ID, DecoderSpec
 
@@ -36,10 +36,10 @@ Wanted: TypeAlias = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of the inputs of one linear layer over all tokens."""
+    """Of the inputs of one linear layer over all tokens that reached it."""
 
     count: int
-    """Tokens."""
+    """Tokens; without any the arrays are empty."""
     maximum: Float32
     """Largest magnitude of each input ``(in_size,)``"""
     mean_square: Float32
@@ -63,6 +63,8 @@ class _Sums:
     def add(self, inputs: Tensor) -> None:
         """``(…, in_size)``"""
         rows = inputs.reshape(-1, inputs.shape[-1])
+        if not len(rows):
+            return  # an expert that no token chose
         self.count += len(rows)
         self.maximum = torch.maximum(self.maximum, rows.abs().amax(dim=0))
         self.squares = self.squares + rows.double().square().sum(dim=0)
@@ -72,6 +74,8 @@ class _Sums:
             self.products.addmm_(rows.T, rows)
 
     def finish(self) -> InputStatistics:
+        if not self.count:
+            return InputStatistics(0, np.zeros(0, np.float32), np.zeros(0, np.float32), None)
         hessian = None if self.products is None else self.products.div_(self.count).numpy()
         mean_square = (self.squares / self.count).float().numpy()
         return InputStatistics(self.count, self.maximum.numpy(), mean_square, hessian)
@@ -129,6 +133,27 @@ def watch_decoder(
             for item in hidden:
                 sums.add(decoder.norm(item))
         yield _finished({"decoder.lm_head": sums})
+
+
+def expert_usage(model: Model, samples: Sequence[Sample]) -> dict[int, tuple[float, ...]]:
+    """Share of all choices that each expert of a layer gets, by layer; each tuple sums to 1.
+
+    Raises:
+        As :func:`watch_decoder`.
+    """
+    decoder = model.spec.decoder
+    reader = decoder.mlp_linears[0][0]
+
+    def wanted(name: str) -> bool:
+        return ".experts." in name and name.endswith(reader)
+
+    shares = {}
+    for index, block in enumerate(watch_decoder(model, samples, wanted, hessian=False)):
+        if count := decoder.num_experts(index):
+            names = [f"{mlp}.{reader}" for mlp in decoder.mlp_names(index)[:count]]
+            total = sum(block[name].count for name in names)
+            shares[index] = tuple(block[name].count / total for name in names)
+    return shares
 
 
 def run_decoder_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:

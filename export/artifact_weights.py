@@ -64,7 +64,8 @@ def _scaled(model: Model, recipe: Recipe) -> Iterator[Fold]:
 
 
 def _is_onnx(refs: dict[str, TensorRef], place: Fold) -> bool:
-    return isinstance(refs[f"{place.consumers[0]}.weight"].files, OnnxTensors)
+    first = refs.get(f"{place.consumers[0]}.weight")
+    return first is not None and isinstance(first.files, OnnxTensors)
 
 
 def _factors(exact: Weights, stored: Weights, place: Fold) -> Float32:

@@ -97,13 +97,11 @@ class _Hessians:
         self._blocks = blocks
         self._block: Block = {}
 
-    def find(self, name: str) -> Float32:
+    def find(self, name: str) -> Float32 | None:
         while name not in self._block:
             self._block = {}  # before the next is made
             self._block = next(self._blocks)
-        hessian = self._block[name].hessian
-        assert hessian is not None
-        return hessian
+        return self._block[name].hessian
 
 
 def _watch(
@@ -134,7 +132,9 @@ def _factors(
 def _fold_factors(
     weights: Weights, place: Fold, layers: LinearFormat, statistics: InputStatistics
 ) -> Float32:
-    """``(in_size,)``, equal where the fold needs them to be."""
+    """``(in_size,)``, equal where the fold needs them to be; ones where no token came by."""
+    if not statistics.count:
+        return np.ones(place.in_size, np.float32)
     sizes = zip(place.consumers, place.out_sizes, strict=True)
     consumers = [weights.read(f"{name}.weight", (size, place.in_size)) for name, size in sizes]
     if layers.scaling == "smoothquant":

@@ -20,6 +20,7 @@ from mobilevlm.export.calibration import Sample, find_samples
 from mobilevlm.export.layer_formats import bits_per_weight
 from mobilevlm.export.linear_groups import linear_groups
 from mobilevlm.export.recipes import Recipe
+from mobilevlm.export.written import Written
 from mobilevlm.families import Model
 from mobilevlm.progress import Advance
 from mobilevlm.spec import GGUFType, to_dict
@@ -31,8 +32,8 @@ TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
 """Packages that write the artifacts of a format."""
 
 StageName: TypeAlias = Literal["vision", "embeddings", "decoder"]
-Author: TypeAlias = Callable[[Path, Advance], dict[str, float]]
-"""Writes the file at the path; returns each quantized tensor's relative error."""
+Author: TypeAlias = Callable[[Path, Advance], Written]
+"""Writes the file at the path."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Job:
 
 
 def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
-    """All stages of a dense model as ONNX files."""
+    """All stages of a model as ONNX files."""
     try:
         from mobilevlm.export.graph import author
     except ImportError as error:
@@ -65,7 +66,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         precision: str,
         prefixes: tuple[str, ...],
         settings: list[Any],
-        write: Callable[..., dict[str, float]],
+        write: Callable[..., Written],
     ) -> Job:
         path = f"onnx/{name}{SUFFIXES[precision]}.onnx"
         groups = [group for group in linear_groups(spec) if f"{group.name}.".startswith(prefixes)]
@@ -75,7 +76,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         if calibrated:
             settings.append(calibration_key(model, samples))
 
-        def author(file: Path, advance: Advance) -> dict[str, float]:
+        def author(file: Path, advance: Advance) -> Written:
             if not calibrated or stage == "embeddings":
                 return write(model.weights, spec, recipe, file, advance)
             ready = calibrate(model, recipe, samples, stage)
@@ -116,7 +117,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             "decoder_model_merged",
             recipe.decoder.precision,
             ("decoder.layers.", "decoder.norm.", "decoder.lm_head."),
-            [to_dict(spec.decoder)],
+            [to_dict(spec.decoder), recipe.experts],
             author.author_decoder,
         ),
     ]
@@ -130,9 +131,11 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         from mobilevlm.export.gguf.llama_quantizer import quantizer_version
         from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
         from mobilevlm.export.gguf.tensors import TYPES
+        from mobilevlm.gguf_names import check_decoder
     except ImportError as error:
         raise require(error.name or "gguf", "export", "exporting to GGUF") from None
     spec = model.spec
+    check_decoder(spec.decoder)
     check_support(spec)
     name = re.sub(r"[^\w.-]+", "-", spec.name)
 
@@ -150,7 +153,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         return Job(
             artifact,
             _size(model, prefixes),
-            lambda file, advance: write(model, kind, file, advance),
+            lambda file, advance: Written(write(model, kind, file, advance)),
         )
 
     kind = recipe.gguf_type

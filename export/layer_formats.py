@@ -33,7 +33,7 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
             the factors of a scaling.
     """
     groups = list(linear_groups(spec))
-    foldable = {place.consumers[0] for place in find_folds(spec)}
+    foldable = {name for place in find_folds(spec) for name in place.consumers}
     patterns: dict[str, LinearFormat] = {}
     named: dict[str, tuple[str, LinearFormat]] = {}
     for key, layers in recipe.layers.items():
@@ -77,7 +77,10 @@ def quantize(weight: Float32, layers: LinearFormat, name: str, hessian: HessianO
     inputs. The format must not be a float."""
     assert layers.scheme is not None
     if layers.quantizer == "gptq":
-        return gptq.quantize(weight, layers.scheme, hessian(name))
+        moments = hessian(name)
+        if moments is not None:
+            return gptq.quantize(weight, layers.scheme, moments)
+        return hqq.quantize(weight, layers.scheme)  # an expert that no calibration token chose
     return {"rtn": rtn.quantize, "hqq": hqq.quantize}[layers.quantizer](weight, layers.scheme)
 
 

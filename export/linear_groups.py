@@ -49,12 +49,15 @@ def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
     size, wide = decoder.hidden_size, decoder.intermediate_size
     queries = decoder.num_attention_heads * decoder.head_dim
     keys = decoder.num_key_value_heads * decoder.head_dim
+    readers, maker = decoder.mlp_linears
     for index in range(decoder.num_hidden_layers):
-        attn, mlp = f"decoder.layers.{index}.attn", f"decoder.layers.{index}.mlp"
+        attn = f"decoder.layers.{index}.attn"
         yield LinearGroup(_qkv(attn), size, (queries, keys, keys))
         yield LinearGroup((f"{attn}.o_proj",), queries, (size,))
-        yield LinearGroup((f"{mlp}.gate_proj", f"{mlp}.up_proj"), size, (wide, wide))
-        yield LinearGroup((f"{mlp}.down_proj",), wide, (size,))
+        for mlp in decoder.mlp_names(index):
+            names = tuple(f"{mlp}.{reader}" for reader in readers)
+            yield LinearGroup(names, size, (wide,) * len(names))
+            yield LinearGroup((f"{mlp}.{maker}",), wide, (size,))
     yield LinearGroup(("decoder.lm_head",), size, (decoder.vocab_size,))
 
 

@@ -71,6 +71,8 @@ def search_recipe(
         decoder=common,
         lm_head=found.layers["decoder.lm_head"],
         layers={**base.layers, **found.layers},
+        # One operator for all experts would take one format.
+        experts="plain" if model.spec.decoder.experts else base.experts,
     )
     arguments = [str(checkpoint), "-o", path.name, *str(goal).split(), "--recipe", recipe]
     arguments += ["--quantizer", quantizer, "--calibration", base.calibration, "--data", data]

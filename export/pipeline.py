@@ -76,9 +76,9 @@ def export(
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
     ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4`` or a TOML file. ``vision_tower``: the
-    tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1`` or
-    ``llava_v1``, where the family's default is wrong. ``measure``: compare the result with the
-    float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
+    tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1``,
+    ``llava_v1``, ``phi`` …, where the family's default is wrong. ``measure``: compare the result
+    with the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
     ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
     (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
@@ -144,6 +144,7 @@ def export_imatrix(
     try:
         from mobilevlm.export.gguf.imatrix import check_imatrix_target, write_imatrix
         from mobilevlm.export.gguf.importance import calibrated_importance
+        from mobilevlm.gguf_names import check_decoder
     except ImportError as error:
         purpose = "collecting an importance matrix"
         raise require(error.name or "gguf", "reference", purpose) from None
@@ -152,6 +153,7 @@ def export_imatrix(
     check_imatrix_target(target)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     model = open_checkpoint(Path(checkpoint), options)
+    check_decoder(model.spec.decoder)
     matrix = calibrated_importance(model, str(calibration)).load()
     write_imatrix(matrix, target)
     progress.say(
@@ -232,11 +234,13 @@ def _make(job: Job, work: Workspace) -> Artifact:
     if job.prepare is not None:
         job.prepare()
     with progress.track(stage, job.size) as advance:
-        errors = job.author(path, advance)
+        written = job.author(path, advance)
+    errors = written.errors
     worst = max(errors, key=errors.__getitem__) if errors else None
     artifact = dataclasses.replace(
         job.artifact,
         largest_weight_error=WeightError(worst, round(errors[worst], 6)) if worst else None,
+        bytes_per_token=written.bytes_per_token if job.artifact.stage == "decoder" else None,
     )
     size = note_finished(work, artifact)
     progress.say(

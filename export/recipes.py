@@ -141,6 +141,8 @@ class Recipe:
     """Of single layers instead of their part's: by canonical name, which stands for the layers that
     are one product with it too, or by a pattern with ``*`` (export/layer_formats.py). GGUF files
     have one type for all."""
+    experts: Literal["fused", "plain"] = "fused"
+    """Sparse experts as one operator of ONNX Runtime, or as standard operators around each."""
     calibration: str = "scenes"
     """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration.py)."""
     gguf: GGUFType | None = None

@@ -58,6 +58,8 @@ class Artifact:
     """Mean over the weights of its linear layers, with scales and zero points (ONNX)"""
     weight_bits: int | None = None
     """7 or 8, the most of a weight that meets 8-bit activations in ONNX; none where none does."""
+    bytes_per_token: int | None = None
+    """Of a decoder: bytes of weights that one token needs, of sparse experts only those it uses."""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -256,11 +256,31 @@ class TensorSource(Protocol):
 
 
 @dataclass(frozen=True)
+class RowRange:
+    """Some rows of a stored tensor."""
+
+    start: int
+    stop: int
+    total: int
+    """Rows that the stored tensor has."""
+
+
+@dataclass(frozen=True)
 class TensorRef:
     """Where a canonical tensor is stored."""
 
     files: TensorSource
     name: str
+    rows: RowRange | None = None
+    """Where it is a part of the stored one."""
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Of the whole stored tensor, given the shape of this one."""
+        return shape if self.rows is None else (self.rows.total, *shape[1:])
+
+    def cut(self, stored: Float32) -> Float32:
+        """This tensor, given the whole stored one."""
+        return stored if self.rows is None else stored[self.rows.start : self.rows.stop]
 
 
 @dataclass(frozen=True)
@@ -304,6 +324,11 @@ class Weights:
         """The same tensors, those that ``refs`` names from elsewhere."""
         return Weights({**self._refs, **refs}, self._factors)
 
+    def first_rows(self, names: Iterable[str], rows: int, total: int) -> Weights:
+        """The same tensors, of these only the first ``rows`` of ``total``."""
+        cut = {name: replace(self._refs[name], rows=RowRange(0, rows, total)) for name in names}
+        return Weights({**self._refs, **cut}, self._factors)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._refs)
 
@@ -315,17 +340,17 @@ class Weights:
         """
         ref = self._refs[name]
         found = ref.files.shape(ref.name)
-        if found != shape:
+        if found != ref.stored_shape(shape):
             raise CheckpointError(
                 f"{ref.files.folder}: tensor {ref.name!r} has shape {list(found)}, "
-                f"expected {list(shape)} from config.json"
+                f"expected {list(ref.stored_shape(shape))} from config.json"
             )
         if (kind := ref.files.dtype(ref.name)) not in FLOATS:
             raise CheckpointError(
                 f"{ref.files.folder}: tensor {ref.name!r} is stored as {kind}, expected floats: "
                 f"give the checkpoint as it was before quantization"
             )
-        array = ref.files.read(ref.name)
+        array = ref.cut(ref.files.read(ref.name))
         with np.errstate(invalid="ignore"):  # infinities of both signs
             total = np.sum(array, dtype=np.float64)
         if not np.isfinite(total):
@@ -339,7 +364,7 @@ class Weights:
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
         """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""
         ref = self._refs[name]
-        return None if name in self._factors else ref.files.q4_0(ref.name)
+        return None if name in self._factors or ref.rows else ref.files.q4_0(ref.name)
 
     @property
     def stored_bytes(self) -> int:
@@ -350,7 +375,8 @@ class Weights:
     def size(self, name: str) -> int:
         """How many numbers the tensor holds."""
         ref = self._refs[name]
-        return math.prod(ref.files.shape(ref.name))
+        rows, *rest = ref.files.shape(ref.name)
+        return math.prod(rest) * (ref.rows.stop - ref.rows.start if ref.rows else rows)
 
     def sha256(self, prefix: str) -> str:
         """Digest of everything the tensors under ``prefix`` depend on (whole files)."""

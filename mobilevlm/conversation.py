@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, TypedDict
 
@@ -31,13 +32,24 @@ class Message(TypedDict):
     content: str | list[dict[str, Any]]
 
 
-def two_separator_template(system: str, image_mark: str = IMAGE_PLACEHOLDER) -> str:
-    """The template of LLaVA's ``SeparatorStyle.TWO``: Vicuna's USER and ASSISTANT turns.
+@dataclass(frozen=True)
+class TwoSeparators:
+    """LLaVA's ``SeparatorStyle.TWO``: Vicuna's USER and ASSISTANT turns."""
+
+    system: str
+    end: str = "</s>"
+    """After each answer."""
+
+
+def two_separator_template(style: TwoSeparators, image_mark: str = IMAGE_PLACEHOLDER) -> str:
+    """The Jinja template of such a conversation.
 
     A picture given as a part stands first in its turn, followed by a line break. ``image_mark`` is
     what the checkpoint was trained to see in its place (``<im_start><image><im_end>`` for some).
     """
-    return _TWO_SEPARATORS.replace("SYSTEM", system.replace("'", "\\'")).replace("MARK", image_mark)
+    system = style.system.replace("'", "\\'")
+    template = _TWO_SEPARATORS.replace("SYSTEM", system).replace("MARK", image_mark)
+    return template.replace("END", style.end)
 
 
 _TWO_SEPARATORS = """\
@@ -57,7 +69,7 @@ _TWO_SEPARATORS = """\
       {{- marked(part['text']) -}}
     {%- endfor -%}
   {%- endif -%}
-  {{- ' ' if message['role'] == 'user' else '</s>' -}}
+  {{- ' ' if message['role'] == 'user' else 'END' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
@@ -66,11 +78,16 @@ _ASSISTANT = (
     "an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
     "answers to the"
 )
-SYSTEM_PROMPTS = {
-    "v1": f"A chat between a curious user and {_ASSISTANT} user's questions.",
-    "llava_v1": f"A chat between a curious human and {_ASSISTANT} human's questions.",
+_USER = f"A chat between a curious user and {_ASSISTANT} user's questions."
+_HUMAN = f"A chat between a curious human and {_ASSISTANT} human's questions."
+CONVERSATIONS = {
+    "v1": TwoSeparators(_USER),
+    "llava_v1": TwoSeparators(_HUMAN),
+    "phi": TwoSeparators(_USER, "<|endoftext|>"),
+    "stablelm": TwoSeparators(_USER, "<|endoftext|>"),
+    "qwen": TwoSeparators(_USER, "<|endoftext|>"),
 }
-"""System prompts by the reference code's name of the conversation."""
+"""By the reference code's names."""
 
 
 def user_message(prompt: str, num_images: int) -> Message:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.bundle import SCHEMA_VERSION, Artifact, Bundle, FileEntry, Manifest, Quality
-from mobilevlm.conversation import SYSTEM_PROMPTS, two_separator_template
+from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import GgufFile, read_gguf
 from mobilevlm.gguf_spec import decoder_spec
@@ -96,7 +96,7 @@ def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
 def _conversation(file: GgufFile) -> ConversationSpec:
     template = str(file.metadata.get("tokenizer.chat_template", ""))
     if "image" not in template:
-        template = two_separator_template(SYSTEM_PROMPTS["v1"])
+        template = two_separator_template(CONVERSATIONS["v1"])
     eos = file.metadata.get("tokenizer.ggml.eos_token_id", 2)
     return ConversationSpec(template, (int(eos),), ("</s>",))
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.spec import DecoderSpec, ProjectorSpec, VisionSpec
 
 
@@ -28,6 +29,28 @@ class Entry:
     def fits(self, found: tuple[int, ...]) -> bool:
         """Whether a file's shape is the stored one; it may write or omit dimensions of one."""
         return [size for size in found if size > 1] == [size for size in self.stored if size > 1]
+
+
+def check_decoder(spec: DecoderSpec) -> None:
+    """Refuses decoders that are no plain Llama: no other architecture is written yet.
+
+    Raises:
+        MobileVLMError: says which property.
+    """
+    obstacles = {
+        "sparse experts": spec.experts is not None,
+        "layer norms": spec.norm != "rms",
+        "partial rotary embeddings": spec.rotary_channels != spec.head_dim,
+        "a parallel residual": spec.parallel_residual,
+        "an MLP without gate": spec.mlp != "gated" or spec.hidden_act != "silu",
+        "biases": spec.qkv_bias or spec.o_bias or spec.mlp_bias or spec.lm_head_bias,
+    }
+    found = [name for name, is_there in obstacles.items() if is_there]
+    if found:
+        raise MobileVLMError(
+            f"this decoder has {' and '.join(found)}, which the GGUF writer does not know: use "
+            f"--format onnx"
+        )
 
 
 def decoder_entries(spec: DecoderSpec) -> Iterator[Entry]:

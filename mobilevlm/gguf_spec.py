@@ -39,7 +39,7 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
         num_attention_heads=heads,
         num_key_value_heads=_value(file, "attention.head_count_kv", int, heads),
         head_dim=_value(file, "attention.key_length", int, hidden // heads),
-        rms_norm_eps=_value(file, "attention.layer_norm_rms_epsilon", float),
+        norm_eps=_value(file, "attention.layer_norm_rms_epsilon", float),
         rope_theta=_value(file, "rope.freq_base", float, 10000.0),
         rope_scaling=_value(file, "rope.scaling.factor", float, 1.0),
         context_length=_value(file, "context_length", int),

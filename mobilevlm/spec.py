@@ -74,7 +74,8 @@ class ProjectorSpec:
     """Patch features ``(num_patches, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
 
     kind: Literal["mlp", "ldp", "ldpv2"]
-    """``mlp`` with depth 1 is LLaVA's linear projector."""
+    """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
+    it averages squares of them first."""
     in_size: int
     out_size: int
     depth: int
@@ -98,8 +99,28 @@ class ProjectorSpec:
 
 
 @dataclass(frozen=True)
+class ExpertsSpec:
+    """Sparse experts in place of the MLP of some decoder layers (MoE-LLaVA, section 3.2).
+
+    Router logits → softmax over all experts → the best ``top_k``; nothing is dropped.
+    """
+
+    layers: tuple[int, ...]
+    """Decoder layers that have them, in ascending order."""
+    num_experts: tuple[int, ...]
+    """Of each of these layers."""
+    top_k: int
+    """Experts that a token uses."""
+    renormalize: bool = True
+    """Weights of the chosen experts are divided by their sum."""
+    use_residual: bool = False
+    """A dense MLP beside the experts, both weighted by a softmax of two (DeepSpeed's Residual-MoE,
+    Rajbhandari et al. 2022)."""
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
-    """A Llama decoder."""
+    """A decoder-only transformer; with all defaults a Llama."""
 
     vocab_size: int
     hidden_size: int
@@ -108,12 +129,55 @@ class DecoderSpec:
     num_attention_heads: int
     num_key_value_heads: int
     head_dim: int
-    rms_norm_eps: float
+    norm_eps: float = dataclasses.field(metadata={"formerly": "rms_norm_eps"})
     rope_theta: float
     rope_scaling: float
     """Linear position interpolation: positions are divided by this factor (1.0: none)."""
     context_length: int
     tie_word_embeddings: bool
+    norm: Literal["rms", "layer"] = "rms"
+    """Root-mean-square norms without bias, or layer norms with."""
+    rotary_dim: int | None = None
+    """Channels of each head that are rotated, the first ones; all of them when none is given."""
+    qkv_bias: bool = False
+    o_bias: bool = False
+    mlp: Literal["gated", "plain"] = "gated"
+    """``gated``: ``down_proj(act(gate_proj x) · up_proj x)``; ``plain``: ``fc2(act(fc1 x))``."""
+    hidden_act: Literal["silu", "gelu_new"] = "silu"
+    """``gelu_new`` is GELU by its tanh approximation."""
+    mlp_bias: bool = False
+    parallel_residual: bool = False
+    """Attention and MLP read the same norm, and both are added to the residual stream at once."""
+    lm_head_bias: bool = False
+    experts: ExpertsSpec | None = None
+
+    @property
+    def rotary_channels(self) -> int:
+        """Channels of each head that are rotated."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def mlp_linears(self) -> tuple[tuple[str, ...], str]:
+        """Canonical names of the linear layers of an MLP: those that read its input, and the one
+        that makes its output."""
+        if self.mlp == "gated":
+            return ("gate_proj", "up_proj"), "down_proj"
+        return ("fc1",), "fc2"
+
+    def mlp_names(self, layer: int) -> list[str]:
+        """Canonical names of a layer's MLPs: its experts and the dense one beside them, or one."""
+        mlp = f"decoder.layers.{layer}.mlp"
+        count = self.num_experts(layer)
+        names = [f"{mlp}.experts.{index}" for index in range(count)] or [mlp]
+        if count and self.experts is not None and self.experts.use_residual:
+            names.append(f"{mlp}.residual")
+        return names
+
+    def num_experts(self, layer: int) -> int:
+        """Experts of a decoder layer; 0 where it has one dense MLP."""
+        if self.experts is None or layer not in self.experts.layers:
+            return 0
+        return self.experts.num_experts[self.experts.layers.index(layer)]
 
 
 @dataclass(frozen=True)
@@ -180,9 +244,12 @@ def _convert(expected: Any, data: Any, where: str, strict: bool) -> Any:
             )
         values = {}
         for field in dataclasses.fields(expected):
-            if field.name in data:
+            key = field.name
+            if key not in data and field.metadata.get("formerly") in data:
+                key = field.metadata["formerly"]  # written by an earlier version
+            if key in data:
                 values[field.name] = _convert(
-                    hints[field.name], data[field.name], f"{where}.{field.name}", strict
+                    hints[field.name], data[key], f"{where}.{key}", strict
                 )
             elif field.default is field.default_factory is dataclasses.MISSING:
                 raise MobileVLMError(f"{where}: key {field.name!r} is missing")

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.synth_tokenizer import tokenizer_model
+from mobilevlm.synth_tokenizer import tiktoken_ranks, tokenizer_model
 
 Progress = Callable[[int, int], None]
 """Called with ``(done_bytes, total_bytes)``."""
@@ -28,6 +28,8 @@ Shapes = dict[str, tuple[int, ...]]
 SHARD_BYTES = 512 * 10**6
 _CHUNK = 2**21
 """Values drawn at once."""
+ARCADE_RANKS = 100256
+"""Tokens of StableLM's vocabulary, the special ones aside."""
 _HALF = 2
 """Bytes of a float16."""
 
@@ -59,10 +61,13 @@ class Configuration:
     max_position_embeddings: int
     rms_norm_eps: float
     tower: Tower
+    experts: int = 0
+    """Of every second layer, from the first on; each token uses two."""
 
 
 _CLIP_LARGE = Tower(1024, 4096, 24, 16)
 _MOBILEVLM = ("mobilevlm", "MobileLlamaForCausalLM", "ldpnetv2")
+_MOE_LLAVA = ("moe_llava_stablelm", "MoELLaVAStablelmForCausalLM", "mlp2x_gelu")
 _LLAVA = ("llava_llama", "LlavaLlamaForCausalLM", "mlp2x_gelu")
 
 CONFIGURATIONS = {
@@ -73,6 +78,10 @@ CONFIGURATIONS = {
         *_MOBILEVLM, 32000, 2560, 6912, 32, 32, 2048, 1e-6, _CLIP_LARGE
     ),
     "llava_v1.5_7b": Configuration(*_LLAVA, 32000, 4096, 11008, 32, 32, 4096, 1e-5, _CLIP_LARGE),
+    # Sizes of StableLM-2 1.6B and of MoE-LLaVA's experts in it: 2.9 billion parameters, 2 in use.
+    "moe_llava_stablelm_1.6b_4e": Configuration(
+        *_MOE_LLAVA, 100352, 2048, 5632, 24, 32, 4096, 1e-5, _CLIP_LARGE, 4
+    ),
     "tiny": Configuration(*_MOBILEVLM, 512, 64, 160, 3, 4, 2048, 1e-6, Tower(64, 128, 3, 4)),
 }
 
@@ -123,19 +132,29 @@ def write_checkpoint(
 def decoder_shapes(configuration: Configuration) -> Shapes:
     """Tensors of the checkpoint itself: decoder and projector."""
     hidden, wide = configuration.hidden_size, configuration.intermediate_size
+    count = configuration.experts
+    norm = _norm if count else _weight  # StableLM has biases, Llama has none
+    query = _linear if count else _matrix
     shapes: Shapes = {"model.embed_tokens.weight": (configuration.vocab_size, hidden)}
     for index in range(configuration.num_hidden_layers):
         layer = f"model.layers.{index}"
-        for part in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            shapes[f"{layer}.self_attn.{part}.weight"] = (hidden, hidden)
-        shapes[f"{layer}.mlp.gate_proj.weight"] = (wide, hidden)
-        shapes[f"{layer}.mlp.up_proj.weight"] = (wide, hidden)
-        shapes[f"{layer}.mlp.down_proj.weight"] = (hidden, wide)
-        shapes[f"{layer}.input_layernorm.weight"] = (hidden,)
-        shapes[f"{layer}.post_attention_layernorm.weight"] = (hidden,)
-    shapes["model.norm.weight"] = (hidden,)
-    shapes["lm_head.weight"] = (configuration.vocab_size, hidden)
-    projector = "model.mm_projector"
+        for part in ("q_proj", "k_proj", "v_proj"):
+            shapes |= query(f"{layer}.self_attn.{part}", hidden, hidden)
+        shapes |= _matrix(f"{layer}.self_attn.o_proj", hidden, hidden)
+        mlps = [f"{layer}.mlp"]
+        if count and index % 2 == 0:
+            sparse = f"{layer}.mlp.deepspeed_moe"
+            shapes |= _matrix(f"{sparse}.gate.wg", hidden, count)
+            mlps = [f"{sparse}.experts.deepspeed_experts.{expert}" for expert in range(count)]
+        for mlp in mlps:
+            shapes |= _matrix(f"{mlp}.gate_proj", hidden, wide)
+            shapes |= _matrix(f"{mlp}.up_proj", hidden, wide)
+            shapes |= _matrix(f"{mlp}.down_proj", wide, hidden)
+        shapes |= norm(f"{layer}.input_layernorm", hidden)
+        shapes |= norm(f"{layer}.post_attention_layernorm", hidden)
+    shapes |= norm("model.norm", hidden)
+    shapes |= _matrix("lm_head", hidden, configuration.vocab_size)
+    projector = "model.mm_projector.image_spatial_proj" if count else "model.mm_projector"
     pooled = configuration.mm_projector_type == "ldpnetv2"
     mlp = f"{projector}.mlp.mlp" if pooled else projector
     shapes |= _linear(f"{mlp}.0", configuration.tower.hidden_size, hidden)
@@ -165,6 +184,14 @@ def tower_shapes(tower: Tower) -> Shapes:
         shapes |= _linear(f"{layer}.mlp.fc2", tower.intermediate_size, hidden)
         shapes |= _norm(f"{layer}.layer_norm2", hidden)
     return shapes | _norm("vision_model.post_layernorm", hidden)
+
+
+def _matrix(name: str, in_size: int, out_size: int) -> Shapes:
+    return {f"{name}.weight": (out_size, in_size)}
+
+
+def _weight(name: str, size: int) -> Shapes:
+    return {f"{name}.weight": (size,)}
 
 
 def _linear(name: str, in_size: int, out_size: int) -> Shapes:
@@ -302,20 +329,16 @@ def _write_settings(folder: Path, name: str, configuration: Configuration) -> No
         "use_mm_proj": True,
         "vocab_size": configuration.vocab_size,
     }
-    _write_json(folder / "config.json", config)
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    _write_json(folder / "generation_config.json", ids)
-    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    _write_json(folder / "special_tokens_map.json", {**special, "pad_token": "<unk>"})
-    tokenizer = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "legacy": True,
-        "model_max_length": configuration.max_position_embeddings,
-        "tokenizer_class": "LlamaTokenizer",
-    }
-    _write_json(folder / "tokenizer_config.json", {**special, **tokenizer})
-    (folder / "tokenizer.model").write_bytes(tokenizer_model(configuration.vocab_size))
+    if configuration.experts:
+        _write_json(folder / "config.json", config | _stablelm_settings(configuration))
+        (folder / "arcade100k.tiktoken").write_bytes(tiktoken_ranks(ARCADE_RANKS))
+        end = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+        _write_json(folder / "special_tokens_map.json", end)
+        kind = {"tokenizer_class": "Arcade100kTokenizer"}
+        _write_json(folder / "tokenizer_config.json", {**end, **kind})
+    else:
+        _write_json(folder / "config.json", config)
+        _write_llama_tokenizer(folder, configuration)
     _write_json(
         folder / "vision_tower" / "config.json",
         {
@@ -347,6 +370,49 @@ def _write_settings(folder: Path, name: str, configuration: Configuration) -> No
             "size": tower.image_size,
         },
     )
+
+
+def _stablelm_settings(configuration: Configuration) -> dict[str, Any]:
+    """What MoE-LLaVA's config.json of StableLM says otherwise or besides."""
+    layers = list(range(0, configuration.num_hidden_layers, 2))
+    return {
+        "bos_token_id": ARCADE_RANKS + 1,
+        "eos_token_id": ARCADE_RANKS + 1,
+        "image_projector_type": configuration.mm_projector_type,
+        "mm_image_tower": "openai/clip-vit-large-patch14-336",
+        "moe": {
+            "capacity_factor": 1.5,
+            "ep_size": 1,
+            "eval_capacity_factor": 2.0,
+            "min_capacity": 0,
+            "moe_enable": True,
+            "moe_layers_idx": layers,
+            "moe_mode": "sparse",
+            "num_experts": [configuration.experts] * len(layers),
+            "router_aux_loss_coef": 0.01,
+            "top_k_experts": 2,
+            "use_residual": False,
+        },
+        "norm_eps": configuration.rms_norm_eps,
+        "rope_pct": 0.25,
+        "use_qkv_bias": True,
+    }
+
+
+def _write_llama_tokenizer(folder: Path, configuration: Configuration) -> None:
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    _write_json(folder / "generation_config.json", ids)
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    _write_json(folder / "special_tokens_map.json", {**special, "pad_token": "<unk>"})
+    tokenizer = {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "legacy": True,
+        "model_max_length": configuration.max_position_embeddings,
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    _write_json(folder / "tokenizer_config.json", {**special, **tokenizer})
+    (folder / "tokenizer.model").write_bytes(tokenizer_model(configuration.vocab_size))
 
 
 def _write_json(path: Path, data: dict[str, Any]) -> None:

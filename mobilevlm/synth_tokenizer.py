@@ -1,10 +1,12 @@
-"""A made-up sentencepiece BPE tokenizer of any size: English words, then invented ones.
+"""Made-up BPE tokenizers of any size, sentencepiece's or tiktoken's: English words, then invented
+ones.
 
 Every piece is reachable: its own text is encoded as that one piece.
 """
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Iterator
 from itertools import pairwise, product
@@ -69,6 +71,16 @@ def tokenizer_model(vocab_size: int) -> bytes:
     rules.remove_extra_whitespaces, rules.escape_whitespaces = False, True
     serialized: bytes = model.SerializeToString(deterministic=True)
     return serialized
+
+
+def tiktoken_ranks(count: int) -> bytes:
+    """A tiktoken file of ``count`` ranks: the bytes, then the same words as above."""
+    letters = ord("~") - ord(" ") + 1
+    words = [piece for piece in _pieces(count - 256 + letters) if len(piece) > 1]
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += [word.replace(SPACE, " ").encode() for word in words]
+    lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
+    return b"".join(lines)
 
 
 def _pieces(count: int) -> list[str]:

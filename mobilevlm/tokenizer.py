@@ -1,4 +1,5 @@
-"""sentencepiece ``tokenizer.model`` to ``tokenizer.json``, with the same ids.
+"""The tokenizer of a checkpoint as ``tokenizer.json``, with the same ids; here that of a
+sentencepiece ``tokenizer.model`` (byte-level ones: ``tokenizer_bytes.py``).
 
 The runtime then needs only the tokenizers library. Source of the rules: sentencepiece's BPE
 (merge the pair whose piece has the highest score) and transformers' LlamaTokenizer (added tokens,
@@ -23,6 +24,13 @@ from tokenizers.models import BPE
 
 from mobilevlm.checkpoint import read_json
 from mobilevlm.errors import CheckpointError, require
+from mobilevlm.tokenizer_bytes import (
+    MERGES,
+    VOCAB,
+    find_ranks,
+    from_tiktoken,
+    from_vocab_and_merges,
+)
 
 SPACE = "\u2581"
 """The character that stands for a space inside pieces."""
@@ -34,20 +42,33 @@ _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint folder: ``tokenizer.model``, else ``tokenizer.json``.
+    """The tokenizer of a checkpoint folder: ``tokenizer.model``, ranks of tiktoken, ``vocab.json``
+    with ``merges.txt``, else ``tokenizer.json``.
 
     Raises:
-        CheckpointError: no tokenizer, a damaged one, or one that is not a sentencepiece BPE model.
+        CheckpointError: no tokenizer, a damaged one, or a sentencepiece model that is not BPE.
     """
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder)
+    if (ranks := find_ranks(folder)) is not None:
+        return from_tiktoken(ranks)
+    if (folder / VOCAB).is_file() and (folder / MERGES).is_file():
+        return from_vocab_and_merges(folder, tokenizer_settings(folder))
     ready = folder / "tokenizer.json"
     if not ready.is_file():
-        raise CheckpointError(f"{folder}: no tokenizer: expected tokenizer.model or tokenizer.json")
+        raise CheckpointError(
+            f"{folder}: no tokenizer: expected tokenizer.model, tokenizer.json, {VOCAB} and "
+            f"{MERGES}, arcade100k.tiktoken or qwen.tiktoken"
+        )
     try:
         return Tokenizer.from_file(str(ready))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{ready}: damaged tokenizer: {error}") from None
+
+
+def vocabulary_length(tokenizer: Tokenizer) -> int:
+    """One more than the highest id; some below may be unused."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
 def _from_sentencepiece(folder: Path) -> Tokenizer:

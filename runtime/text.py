@@ -6,9 +6,10 @@ import codecs
 import re
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders
 
 from mobilevlm.tokenizer import SPACE
+from mobilevlm.tokenizer_bytes import token_bytes
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
@@ -24,16 +25,19 @@ codecs.register_error("mobilevlm_replace_each_byte", _replace_each_byte)
 class Detokenizer:
     """Text of a growing list of tokens. Bytes of an unfinished character are held back.
 
-    Each byte that belongs to no character comes out as U+FFFD, as sentencepiece has it. (The
-    tokenizers library decodes a run of byte tokens all or nothing, so its text can change after the
-    fact, and its DecodeStream raises an error then.)
+    What belongs to no character comes out as U+FFFD: each byte, as sentencepiece has it, or where
+    every token is bytes (byte-level BPE) each broken character. (The tokenizers library decodes a
+    run of byte tokens all or nothing, so its text can change after the fact, and its DecodeStream
+    raises an error then.)
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         added = tokenizer.get_added_tokens_decoder()
         self._special = {index for index, token in added.items() if token.special}
-        self._bytes = codecs.getincrementaldecoder("utf-8")("mobilevlm_replace_each_byte")
+        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
+        errors = "replace" if self._byte_level else "mobilevlm_replace_each_byte"
+        self._bytes = codecs.getincrementaldecoder("utf-8")(errors)
         self._begun = self._unfinished = False
 
     def add(self, token: int) -> str:
@@ -41,6 +45,8 @@ class Detokenizer:
         piece = self._tokenizer.id_to_token(token)
         if piece is None or token in self._special:
             return self.finish()
+        if self._byte_level:
+            return self._bytes.decode(token_bytes(piece))
         first, self._begun = not self._begun, True
         if piece[0] == "<" and (match := _BYTE.fullmatch(piece)):
             self._unfinished = True

@@ -1,4 +1,4 @@
-"""What the tests share: the reference data of five tiny checkpoints.
+"""What the tests share: the reference data of eight tiny checkpoints.
 
 Each folder of tests/data holds a random-weight checkpoint in an official on-disk layout, a picture,
 and the numbers that the model's official code gives for it; its README.md says how they were made.
@@ -31,6 +31,9 @@ DATA = Path(__file__).parent / "data"
 FLOAT32 = 2e-5
 """Relative error that float32 in another order of summation may make (tests/parity says why)."""
 FIXTURES = ("mobilevlm_v2", "mobilevlm_v1", "llava_v15", "llava_v1", "llava_v1_im_start_end")
+"""Plain Llama decoders, a sentencepiece vocabulary."""
+MOE_FIXTURES = ("moe_llava_stablelm", "moe_llava_phi2", "moe_llava_qwen")
+"""Sparse experts in other decoders, byte-level vocabularies."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,32 @@ class Fixture:
         ``inputs_embeds``, ``logits``, ``generated_ids`` and ``step_logits``."""
         with np.load(self.folder / "expected.npz") as arrays:
             return dict(arrays)
+
+    @property
+    def logits(self) -> NDArray[Any]:
+        """``(length, vocab_size)`` of the prompt; of experts without capacity (docs/moe.md)."""
+        logits: NDArray[Any] = self.arrays.get("logits_nodrop", self.arrays["logits"])[0]
+        return logits
+
+    @property
+    def generated_ids(self) -> list[int]:
+        """The greedy answer, from the same."""
+        ids: list[int] = self.arrays.get(
+            "generated_ids_nodrop", self.arrays["generated_ids"]
+        ).tolist()
+        return ids
+
+    @property
+    def chosen_experts(self) -> NDArray[Any] | None:
+        """``(layers, length, top_k)``, best first; none of a dense decoder."""
+        return self.arrays.get("topk_experts_nodrop", self.arrays.get("topk_experts"))
+
+    @property
+    def text(self) -> str:
+        """The greedy answer, special tokens left out."""
+        if "logits_nodrop" in self.arrays:
+            return str(self.expected["decoded_text_nodrop"])
+        return str(self.expected.get("decoded_text_skip_special", self.expected["decoded_text"]))
 
     @cached_property
     def expected(self) -> dict[str, Any]:
@@ -106,7 +135,13 @@ def memory_weights(shapes: dict[str, tuple[int, ...]], folder: Path, seed: int =
 
 @pytest.fixture(scope="session", params=FIXTURES)
 def fixture(request: pytest.FixtureRequest) -> Fixture:
-    """Each of the five in turn."""
+    """Each of the dense ones in turn."""
+    return fixture_named(request.param)
+
+
+@pytest.fixture(scope="session", params=(*FIXTURES, *MOE_FIXTURES))
+def any_fixture(request: pytest.FixtureRequest) -> Fixture:
+    """Each of all in turn."""
     return fixture_named(request.param)
 
 

@@ -88,7 +88,7 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     writer.add_feed_forward_length(decoder.intermediate_size)
     writer.add_head_count(decoder.num_attention_heads)
     writer.add_head_count_kv(decoder.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(decoder.rms_norm_eps)
+    writer.add_layer_norm_rms_eps(decoder.norm_eps)
     writer.add_rope_dimension_count(decoder.head_dim)
     writer.add_rope_freq_base(decoder.rope_theta)
     if decoder.rope_scaling != 1.0:

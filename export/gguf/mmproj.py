@@ -49,6 +49,8 @@ def check_support(spec: ModelSpec) -> None:
         raise MobileVLMError(
             f"llama.cpp has no MLP projector with {projector.depth} layers: use --format onnx"
         )
+    if projector.kind == "mlp" and projector.out_grid != projector.grid:
+        raise MobileVLMError("llama.cpp has no MLP projector that pools: use --format onnx")
     if projector.kind != "mlp" and projector.grid != LDP_GRID:
         raise MobileVLMError(
             f"llama.cpp's {projector.kind.upper()} projector takes {LDP_GRID} × {LDP_GRID} patches,"

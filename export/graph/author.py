@@ -17,6 +17,7 @@ from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.recipes import Recipe
+from mobilevlm.export.written import Written
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.spec import ModelSpec
 
@@ -33,8 +34,8 @@ def author_vision(
     path: Path,
     advance: Advance = ignore,
     hessian: HessianOf = no_hessian,
-) -> dict[str, float]:
-    """Writes the vision stage. Returns each quantized tensor's relative error."""
+) -> Written:
+    """Writes the vision stage."""
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
         stage = VisionStage(file, spec)
@@ -60,8 +61,8 @@ def author_decoder(
     path: Path,
     advance: Advance = ignore,
     hessian: HessianOf = no_hessian,
-) -> dict[str, float]:
-    """Writes the decoder stage. Returns each quantized tensor's relative error."""
+) -> Written:
+    """Writes the decoder stage."""
     decoder = spec.decoder
     buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.head_dim]
 
@@ -89,7 +90,7 @@ def author_decoder(
 
 def author_embeddings(
     weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path, advance: Advance = ignore
-) -> dict[str, float]:
+) -> Written:
     """Writes the embedding table as a graph of one Gather. The runtime maps the data file itself
     instead, so that only the rows in use become resident."""
     decoder = spec.decoder
@@ -110,7 +111,7 @@ def author_embeddings(
 
 def _author(
     name: str, path: Path, file: WeightFile, build: Callable[[GraphBuilder, WeightFile], None]
-) -> dict[str, float]:
+) -> Written:
     graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name=name)
     try:
         build(GraphBuilder(graph), file)
@@ -119,7 +120,7 @@ def _author(
     for node in graph:
         node.metadata_props.clear()  # where in the modules it was made: bytes a device never needs
     ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="mobilevlm"), path)
-    return file.errors
+    return Written(file.errors, round(file.bytes_per_token))
 
 
 def _data_path(path: Path) -> Path:

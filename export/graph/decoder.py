@@ -9,9 +9,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 from onnxscript import nn
 
+from mobilevlm.export.graph.experts import SparseMLP
 from mobilevlm.export.graph.layers import CONTRIB, Linear
+from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import DecoderSpec
 
@@ -22,10 +25,10 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
         super().__init__("decoder")
-        self.epsilon = spec.rms_norm_eps
+        self.fused_rotary = has_fused_rotary(spec)
         cos, sin = rotary_tables(spec)
         self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
-        self.input_norm = RMSNorm(weights, "decoder.layers.0.input_norm", spec)
+        self.input_norm = Norm(weights, "decoder.layers.0.input_norm", spec)
         self.layers = nn.ModuleList(
             [DecoderLayer(weights, index, spec) for index in range(spec.num_hidden_layers)]
         )
@@ -34,7 +37,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             "decoder.lm_head",
             spec.hidden_size,
             spec.vocab_size,
-            bias=False,
+            bias=spec.lm_head_bias,
         )
 
     def forward(
@@ -46,7 +49,11 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         past: list[tuple[Any, Any]],
     ) -> tuple[Any, list[tuple[Any, Any]]]:
         seqlens = op.Sub(total_length, 1)
-        rotary = (self.cos_cache, self.sin_cache)
+        start = None
+        if not self.fused_rotary:
+            length = op.Shape(embeds, start=1, end=2)
+            start = op.Sub(op.Cast(total_length, to=ir.DataType.INT64), length)
+        rotary = (self.cos_cache, self.sin_cache, start)
         residual, normed = embeds, self.input_norm(op, embeds)
         presents = []
         for index, (layer, key_value) in enumerate(zip(self.layers, past, strict=True)):
@@ -70,15 +77,20 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         next_norm = "decoder.norm" if last else f"decoder.layers.{index + 1}.input_norm"
         self.num_heads, self.num_kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         heads, kv_heads = self.num_heads * spec.head_dim, self.num_kv_heads * spec.head_dim
-        hidden, wide = spec.hidden_size, spec.intermediate_size
+        hidden = spec.hidden_size
         qkv = [f"{name}.attn.{part}_proj" for part in "qkv"]
-        self.qkv = Linear(weights, qkv, hidden, [heads, kv_heads, kv_heads], bias=False)
-        self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=False)
-        self.post_attention_norm = SkipRMSNorm(weights, f"{name}.post_attention_norm", spec)
-        gate_up = [f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"]
-        self.gate_up = Linear(weights, gate_up, hidden, [wide, wide], bias=False)
-        self.down_proj = Linear(weights, f"{name}.mlp.down_proj", wide, hidden, bias=False)
-        self.next_norm = SkipRMSNorm(weights, next_norm, spec)
+        self.qkv_sizes = (heads, kv_heads, kv_heads)
+        self.fused_rotary, self.rotary_channels = has_fused_rotary(spec), spec.rotary_channels
+        self.qkv = Linear(weights, qkv, hidden, self.qkv_sizes, bias=spec.qkv_bias)
+        self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=spec.o_bias)
+        self.post_attention_norm = None
+        if not spec.parallel_residual:
+            self.post_attention_norm = SkipNorm(weights, f"{name}.post_attention_norm", spec)
+        if spec.num_experts(index):
+            self.mlp = SparseMLP(weights, f"{name}.mlp", spec, index)
+        else:
+            self.mlp = build_mlp(weights, f"{name}.mlp", spec)
+        self.next_norm = SkipNorm(weights, next_norm, spec)
 
     def forward(
         self,
@@ -87,66 +99,101 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         normed: Any,
         seqlens: Any,
         total_length: Any,
-        rotary: tuple[Any, Any],
+        rotary: tuple[Any, Any, Any],
         past: tuple[Any, Any],
         positions: Any | None,
     ) -> tuple[Any, Any, tuple[Any, Any]]:
         mixed, key, value = op.GroupQueryAttention(
-            self.qkv(op, normed),
-            None,
-            None,
+            *self._rotated(op, self.qkv(op, normed), rotary),
             *past,
             seqlens,
             total_length,
-            *rotary,
+            *(rotary[:2] if self.fused_rotary else (None, None)),
             num_heads=self.num_heads,
             kv_num_heads=self.num_kv_heads,
-            do_rotary=1,
+            do_rotary=int(self.fused_rotary),
             _domain=CONTRIB,
             _outputs=3,
         )
         if positions is not None:
-            mixed, residual = (
-                op.Gather(mixed, positions, axis=1),
-                op.Gather(residual, positions, axis=1),
-            )
-        residual, normed = self.post_attention_norm(op, self.o_proj(op, mixed), residual)
-        gate, up = op.Split(self.gate_up(op, normed), axis=-1, num_outputs=2, _outputs=2)
-        activated = op.Mul(op.Mul(gate, op.Sigmoid(gate)), up)
-        residual, normed = self.next_norm(op, self.down_proj(op, activated), residual)
+            mixed = op.Gather(mixed, positions, axis=1)
+            residual = op.Gather(residual, positions, axis=1)
+        attended = self.o_proj(op, mixed)
+        if self.post_attention_norm is not None:
+            residual, normed = self.post_attention_norm(op, attended, residual)
+        else:
+            residual = op.Add(residual, attended)
+            normed = normed if positions is None else op.Gather(normed, positions, axis=1)
+        residual, normed = self.next_norm(op, self.mlp(op, normed), residual)
         return residual, normed, (key, value)
 
+    def _rotated(self, op: Any, qkv: Any, rotary: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """Query, key and value as attention takes them: all in the first where it rotates."""
+        if self.fused_rotary:
+            return qkv, None, None
+        query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
+        cos, sin, start = rotary
+        settings = {"rotary_embedding_dim": self.rotary_channels, "_domain": CONTRIB}
+        query, key = (
+            op.RotaryEmbedding(states, start, cos, sin, num_heads=heads, **settings)
+            for states, heads in ((query, self.num_heads), (key, self.num_kv_heads))
+        )
+        return query, key, value
 
-class RMSNorm(nn.Module):  # type: ignore[misc]
+
+class Norm(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
         super().__init__()
-        self.epsilon = spec.rms_norm_eps
-        self.weight = weights.parameter(weights.read(f"{name}.weight", spec.hidden_size))
+        self.epsilon = spec.norm_eps
+        self.weight, self.bias = _norm_parameters(weights, name, spec)
 
     def forward(self, op: Any, x: Any) -> Any:
-        return op.SimplifiedLayerNormalization(x, self.weight, axis=-1, epsilon=self.epsilon)
+        settings = {"axis": -1, "epsilon": self.epsilon}
+        if self.bias is None:
+            return op.SimplifiedLayerNormalization(x, self.weight, **settings)
+        return op.LayerNormalization(x, self.weight, self.bias, **settings)
 
 
-class SkipRMSNorm(nn.Module):  # type: ignore[misc]
+class SkipNorm(nn.Module):  # type: ignore[misc]
     """Adds to the residual stream; gives the sum and its norm."""
 
     def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
         super().__init__()
-        self.epsilon = spec.rms_norm_eps
-        self.weight = weights.parameter(weights.read(f"{name}.weight", spec.hidden_size))
+        self.epsilon = spec.norm_eps
+        self.weight, self.bias = _norm_parameters(weights, name, spec)
 
     def forward(self, op: Any, x: Any, residual: Any) -> tuple[Any, Any]:
-        normed, _, _, total = op.SkipSimplifiedLayerNormalization(
-            x, residual, self.weight, epsilon=self.epsilon, _domain=CONTRIB, _outputs=4
-        )
+        settings = {"epsilon": self.epsilon, "_domain": CONTRIB, "_outputs": 4}
+        if self.bias is None:
+            made = op.SkipSimplifiedLayerNormalization(x, residual, self.weight, **settings)
+        else:
+            made = op.SkipLayerNormalization(x, residual, self.weight, self.bias, **settings)
+        normed, _, _, total = made
         return total, normed
+
+
+def _norm_parameters(
+    weights: WeightFile, name: str, spec: DecoderSpec
+) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Weight, and bias where the norm has one."""
+    weight = weights.parameter(weights.read(f"{name}.weight", spec.hidden_size))
+    if spec.norm == "rms":
+        return weight, None
+    return weight, weights.parameter(weights.read(f"{name}.bias", spec.hidden_size))
+
+
+def has_fused_rotary(spec: DecoderSpec) -> bool:
+    """Whether GroupQueryAttention can rotate: it takes multiples of 8 pairs of channels."""
+    return spec.rotary_channels % 16 == 0
 
 
 def rotary_tables(
     spec: DecoderSpec,
 ) -> tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]:
-    """Cosine and sine ``(context_length, head_dim / 2)``, in float32 as in the reference code."""
-    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float32) / np.float32(spec.head_dim)
+    """Cosine and sine ``(context_length, rotary_channels / 2)``, in float32 as in the reference
+    code."""
+    channels = spec.rotary_channels
+    exponent = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
     frequency = (np.float32(1) / np.float32(spec.rope_theta) ** exponent).astype(np.float32)
     positions = np.arange(spec.context_length, dtype=np.float32) / np.float32(spec.rope_scaling)
     angle = np.outer(positions, frequency).astype(np.float32)

@@ -61,7 +61,7 @@ class Linear(nn.Module):  # type: ignore[misc]
                     self.zero_points = weights.parameter(quantized.zero_points)
         elif self.format.precision == "fp16":
             half = to_half(weight)
-            weights.errors[label] = _relative_error(half, weight)
+            weights.errors[label] = relative_error(half, weight)
             self.weight = weights.parameter(half.T)
         else:
             self.weight = weights.parameter(weight.T)
@@ -134,6 +134,7 @@ def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
-def _relative_error(stored: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> float:
+def relative_error(stored: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> float:
+    """Of the whole, as a ratio of Euclidean norms."""
     norm = float(np.linalg.norm(exact))
     return float(np.linalg.norm(stored.astype(np.float32) - exact)) / norm if norm else 0.0

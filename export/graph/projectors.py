@@ -17,17 +17,37 @@ from mobilevlm.spec import ProjectorSpec
 
 
 class MLPProjector(nn.Module):  # type: ignore[misc]
-    """Linears with exact GELU between."""
+    """Linears with exact GELU between, for some after average pooling."""
 
     def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
         super().__init__()
+        self.pooling = None
+        if spec.out_grid < spec.grid:
+            self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.in_size)
         self.mlp = _linears(weights, spec)
 
     def forward(self, op: Any, features: Any) -> Any:
-        hidden = features
+        hidden = features if self.pooling is None else self.pooling(op, features)
         for index, linear in enumerate(self.mlp):
             hidden = linear(op, hidden if index == 0 else op.Gelu(hidden))
         return hidden
+
+
+class AveragePooling(nn.Module):  # type: ignore[misc]
+    """Adaptive average pooling of ``(1, grid², size)``; a matrix product where its bins overlap."""
+
+    def __init__(self, weights: WeightFile, grid: int, out_grid: int, size: int) -> None:
+        super().__init__()
+        self.grid, self.out_grid, self.size = grid, out_grid, size
+        if grid % out_grid:
+            self.matrix = weights.parameter(_pooling_matrix(grid, out_grid))
+
+    def forward(self, op: Any, hidden: Any) -> Any:
+        out = self.out_grid
+        if self.grid % out:
+            return op.MatMul(self.matrix, hidden)
+        rows = op.Reshape(hidden, [1, out, self.grid // out, out, self.grid // out, self.size])
+        return op.Reshape(op.ReduceMean(rows, [2, 4], keepdims=0), [1, out * out, self.size])
 
 
 class LDPv2Projector(nn.Module):  # type: ignore[misc]
@@ -37,8 +57,7 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
         super().__init__()
         self.spec = spec
         self.mlp = _linears(weights, spec)
-        if spec.grid % spec.out_grid:
-            self.pooling = weights.parameter(_pooling_matrix(spec.grid, spec.out_grid))
+        self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.out_size)
         self.kernel = weights.parameter(
             weights.read("projector.peg.weight", spec.out_size, 1, 3, 3)
         )
@@ -46,21 +65,10 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, features: Any) -> Any:
         spec = self.spec
-        hidden = self._pool(op, op.Gelu(self.mlp[0](op, features)))
+        hidden = self.pooling(op, op.Gelu(self.mlp[0](op, features)))
         hidden = _to_grid(op, self.mlp[1](op, hidden), spec.out_size, spec.out_grid)
         mixed = op.Conv(hidden, self.kernel, self.bias, group=spec.out_size, pads=[1, 1, 1, 1])
         return _to_tokens(op, op.Add(mixed, hidden), spec.out_size, spec.num_tokens)
-
-    def _pool(self, op: Any, hidden: Any) -> Any:
-        """Adaptive average pooling over the grid; a matrix product where its bins overlap."""
-        spec = self.spec
-        if spec.grid % spec.out_grid:
-            return op.MatMul(self.pooling, hidden)
-        step = spec.grid // spec.out_grid
-        rows = op.Reshape(hidden, [1, spec.out_grid, step, spec.out_grid, step, spec.out_size])
-        return op.Reshape(
-            op.ReduceMean(rows, [2, 4], keepdims=0), [1, spec.num_tokens, spec.out_size]
-        )
 
 
 class LDPProjector(nn.Module):  # type: ignore[misc]

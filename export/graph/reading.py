@@ -3,6 +3,7 @@ folder wrote."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,17 @@ _PARTS = {"vision": "vision.tower", "projector": "vision.projector", "decoder": 
 _VISION = ("vision.", "projector.")
 _STACKS = {"q_proj": "qkv", "gate_proj": "gate_up"}
 """What a stack of layers is called, by its first."""
+_EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)")
+_FIRST = ("gate_proj", "fc1")
+"""What reads an expert's input."""
+_ROUTERS = (".router.weight", ".coefficient.weight")
+"""Stored ``(in_size, out_size)`` and float in every recipe."""
+
+_BITS = {
+    "MatMulNBits": ((1, "bits"),),
+    "QMoE": ((2, "expert_weight_bits"), (5, "expert_weight_bits")),
+}
+"""Inputs of operators that are weights in blocks, and the attribute that tells their bits."""
 
 
 class OnnxTensors:
@@ -43,9 +55,10 @@ class OnnxTensors:
             raise BundleError(f"{path}: damaged ONNX file: {error}: export it again") from None
         self._stored = graph.initializers
         self._bits = {
-            str(node.inputs[1].name): int(node.attributes["bits"].value)
+            str(node.inputs[place].name): int(node.attributes[attribute].value)
             for node in graph
-            if node.op_type == "MatMulNBits" and node.inputs[1] is not None
+            for place, attribute in _BITS.get(node.op_type, ())
+            if node.inputs[place] is not None
         }
         self._groups = {name: group for group in linear_groups(spec) for name in group.names}
         self._layers = spec.decoder.num_hidden_layers
@@ -66,7 +79,8 @@ class OnnxTensors:
         if group is None:
             shape = self._stored[self._stored_name(name)].shape
             assert shape is not None
-            return tuple(int(size) for size in shape)
+            sizes = tuple(int(size) for size in shape)
+            return sizes[::-1] if name.endswith(_ROUTERS) else sizes
         out_size = group.out_sizes[group.names.index(layer)]
         return (out_size, group.in_size) if leaf == "weight" else (out_size,)
 
@@ -79,7 +93,7 @@ class OnnxTensors:
         group = self._groups.get(layer)
         if group is None:
             whole: Float32 = self._array(self._stored_name(name)).astype(np.float32)
-            return whole
+            return np.ascontiguousarray(whole.T) if name.endswith(_ROUTERS) else whole
         index = group.names.index(layer)
         start = sum(group.out_sizes[:index])
         here = slice(start, start + group.out_sizes[index])
@@ -114,7 +128,11 @@ class OnnxTensors:
 
     def _dequantized(self, group: LinearGroup) -> Float32:
         """``(out_size, in_size)``"""
-        name = self._stored_name(f"{group.name}.weight").removesuffix(".weight")
+        expert = _EXPERT.fullmatch(group.name)
+        stored = self._stored_name(f"{group.name}.weight")
+        if expert is not None and stored.endswith(".table"):
+            return self._expert(group, stored.removesuffix(".table"), int(expert[2]))
+        name = stored.removesuffix(".weight")
         weight = self._array(f"{name}.weight")
         if weight.dtype.kind == "f":
             return np.ascontiguousarray(weight.T, np.float32)
@@ -122,24 +140,55 @@ class OnnxTensors:
         if weight.dtype == np.int8:
             values: Float32 = weight.T.astype(np.float32) * scales[:, None]
             return values
-        bits = self._bits[f"{name}.weight"]
         zero_points = f"{name}.zero_points"
         zeros = self._array(zero_points) if zero_points in self._stored else None
-        scheme = Scheme(bits, weight.shape[2] * 8 // bits, symmetric=zeros is None)
-        return dequantize(Quantized(scheme, group.in_size, weight, scales, zeros, 0.0))
+        return _from_blocks(weight, scales, zeros, self._bits[f"{name}.weight"], group.in_size)
+
+    def _expert(self, group: LinearGroup, name: str, index: int) -> Float32:
+        """``(out_size, in_size)`` of an expert among those of one operator, where rows of gate and
+        up take turns."""
+        table = self._array(f"{name}.table")[index]
+        if table.dtype.kind == "f":
+            rows: Float32 = table.astype(np.float32)
+        else:
+            scales = self._array(f"{name}.scales")[index]
+            zero_points = f"{name}.zero_points"
+            zeros = self._array(zero_points)[index] if zero_points in self._stored else None
+            blocked = table.reshape(*scales.shape, -1)
+            bits = self._bits[f"{name}.table"]
+            rows = _from_blocks(blocked, scales, zeros, bits, group.in_size)
+        count = len(group.names)
+        return np.concatenate([rows[start::count] for start in range(count)])
 
     def _stored_name(self, name: str) -> str:
         """A tensor's name in the graph: modules are flatter there, and stacks have one name."""
+        if name.endswith(_ROUTERS):
+            return name.removesuffix(".weight")
         layer, _, kind = name.rpartition(".")
+        if layer.endswith(".mlp.coefficient"):
+            return f"{layer.removesuffix('.coefficient')}.{kind}"
         if layer in self._groups:
             layer = self._groups[layer].name
+        expert = _EXPERT.fullmatch(layer)
+        if expert is not None:
+            return self._expert_name(expert[1], expert[2], expert[3], kind)
         part, _, path = layer.partition(".")
         if part == "decoder":
             path = self._norm_path(path)
         path, _, leaf = path.rpartition(".")
         if part != "projector":
-            path = path.removesuffix(".attn").removesuffix(".mlp")
+            path = path.removesuffix(".attn")
+        if part == "vision":
+            path = path.removesuffix(".mlp")
         return ".".join(filter(None, (_PARTS[part], path, _STACKS.get(leaf, leaf), kind)))
+
+    def _expert_name(self, experts: str, index: str, leaf: str, kind: str) -> str:
+        """Of all experts in one operator the table, else the expert's own tensor. (Biases of the
+        former, which lose nothing, are not read.)"""
+        table = f"{experts}.{'first' if leaf in _FIRST else 'second'}.table"
+        if kind == "weight" and table in self._stored:
+            return table
+        return f"{experts}.experts.{index}.{_STACKS.get(leaf, leaf)}.{kind}"
 
     def _norm_path(self, path: str) -> str:
         """The operator that adds the residual normalises too, so a norm belongs to the layer before
@@ -151,3 +200,15 @@ class OnnxTensors:
             return path
         index = int(before.rpartition(".")[2])
         return f"layers.{index - 1}.next_norm" if index else leaf
+
+
+def _from_blocks(
+    packed: NDArray[np.uint8],
+    scales: Float32,
+    zeros: NDArray[np.uint8] | None,
+    bits: int,
+    in_size: int,
+) -> Float32:
+    """``(out_size, in_size)`` of blocks ``(out_size, blocks, bytes)``."""
+    scheme = Scheme(bits, packed.shape[2] * 8 // bits, symmetric=zeros is None)
+    return dequantize(Quantized(scheme, in_size, packed, scales, zeros, 0.0))

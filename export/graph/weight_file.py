@@ -7,7 +7,9 @@ memory holds one tensor at a time. The file order is the order of use.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -32,7 +34,8 @@ class WeightFile:
     """Parameters of a graph under construction. Open until :meth:`close`.
 
     ``source`` gives the canonical tensors, ``recipe`` their formats, ``hessian`` what
-    GPTQ needs; ``errors`` collects the relative error that quantization made in each.
+    GPTQ needs; ``errors`` collects the relative error that quantization made in each, and
+    ``bytes_per_token`` what a decoding step reads.
     """
 
     def __init__(
@@ -47,6 +50,8 @@ class WeightFile:
         self._advance = advance
         self.path = path
         self.errors: dict[str, float] = {}
+        self.bytes_per_token = 0.0
+        self._share = 1.0
         self._file: BinaryIO = path.open("wb")
 
     def parameter(self, array: np.ndarray[Any, Any], name: str | None = None) -> nn.Parameter:
@@ -54,21 +59,47 @@ class WeightFile:
         the attribute name when not given."""
         array = np.ascontiguousarray(array)
         if array.nbytes < _INLINE_BYTES:
+            self.bytes_per_token += array.nbytes * self._share
             return nn.Parameter(array.shape, name=name, data=ir.tensor(array))
-        padding = -self._file.tell() % _ALIGNMENT
-        self._file.write(b"\0" * padding)
+        return self._external([array], array.shape, array.dtype, name)
+
+    def stacked(self, parts: Iterator[np.ndarray[Any, Any]], count: int) -> nn.Parameter:
+        """A parameter ``(count, …)`` of parts that are made one by one: memory holds one."""
+        first = next(parts)
+        return self._external(chain([first], parts), (count, *first.shape), first.dtype, None)
+
+    def _external(
+        self,
+        parts: Iterable[np.ndarray[Any, Any]],
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        name: str | None,
+    ) -> nn.Parameter:
+        self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
         offset = self._file.tell()
-        self._file.write(array.data.cast("B"))
+        for part in parts:
+            self._file.write(np.ascontiguousarray(part).data.cast("B"))
+        length = self._file.tell() - offset
+        self.bytes_per_token += length * self._share
         tensor = ir.ExternalTensor(
             self.path.name,
             offset,
-            array.nbytes,
-            ir.DataType.from_numpy(array.dtype),
-            shape=ir.Shape(array.shape),
+            length,
+            ir.DataType.from_numpy(dtype),
+            shape=ir.Shape(shape),
             name=name or "",
             base_dir=str(self.path.parent),
         )
-        return nn.Parameter(array.shape, name=name, data=tensor)
+        return nn.Parameter(shape, name=name, data=tensor)
+
+    @contextmanager
+    def read_in_part(self, share: float) -> Iterator[None]:
+        """Of the parameters that are made inside, a token uses this share."""
+        self._share = share
+        try:
+            yield
+        finally:
+            self._share = 1.0
 
     def read(self, name: str, *shape: int) -> np.ndarray[Any, np.dtype[np.float32]]:
         """The canonical tensor ``name`` as float32."""

@@ -10,20 +10,9 @@ from typing import Any
 import numpy as np
 
 from mobilevlm.checkpoint import Rescaling, Weights
-from mobilevlm.export.linear_groups import linear_groups
+from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.spec import ModelSpec
-
-_PRODUCERS = {
-    "vision": {"attn.q_proj": "norm1", "attn.out_proj": "attn.v_proj", "mlp.fc1": "norm2"},
-    "decoder": {
-        "attn.q_proj": "input_norm",
-        "attn.o_proj": "attn.v_proj",
-        "mlp.gate_proj": "post_attention_norm",
-        "mlp.down_proj": "mlp.up_proj",
-    },
-}
-"""What makes the inputs of a layer, both by their names inside a transformer layer."""
+from mobilevlm.spec import DecoderSpec, ModelSpec
 
 
 @dataclass(frozen=True)
@@ -58,16 +47,39 @@ class Fold:
 def find_folds(spec: ModelSpec) -> Iterator[Fold]:
     """All folds of a model, in the order of use. Not here: what reads an activation function or the
     tower's features, which nothing linear makes."""
-    heads, kv_heads = spec.decoder.num_attention_heads, spec.decoder.num_key_value_heads
-    for group in linear_groups(spec):
-        stage, _, place = group.name.partition(".layers.")
-        index, _, reader = place.partition(".")
-        if group.name == "decoder.lm_head":
-            yield Fold(group.names, "decoder.norm", group.in_size, group.out_sizes)
-        elif reader in _PRODUCERS.get(stage, {}):
-            producer = f"{stage}.layers.{index}.{_PRODUCERS[stage][reader]}"
-            shared = (kv_heads, heads // kv_heads) if reader == "attn.o_proj" else (1, 1)
-            yield Fold(group.names, producer, group.in_size, group.out_sizes, shared)
+    vision, decoder = spec.vision, spec.decoder
+    groups = {group.name: group for group in (*linear_groups(spec), *_routers(decoder))}
+
+    def place(producer: str, *readers: str, heads: tuple[int, int] = (1, 1)) -> Fold:
+        found = [groups[name] for name in readers]
+        names = tuple(name for group in found for name in group.names)
+        sizes = tuple(size for group in found for size in group.out_sizes)
+        return Fold(names, producer, found[0].in_size, sizes, heads)
+
+    for index in range(vision.num_hidden_layers):
+        name = f"vision.layers.{index}"
+        yield place(f"{name}.norm1", f"{name}.attn.q_proj")
+        yield place(f"{name}.attn.v_proj", f"{name}.attn.out_proj")
+        yield place(f"{name}.norm2", f"{name}.mlp.fc1")
+    kv_heads = decoder.num_key_value_heads
+    shared = (kv_heads, decoder.num_attention_heads // kv_heads)
+    first, last = decoder.mlp_linears[0][0], decoder.mlp_linears[1]
+    for index in range(decoder.num_hidden_layers):
+        name = f"decoder.layers.{index}"
+        # The router comes first: unlike an expert it sees every token.
+        readers = _router_names(decoder, index)
+        readers += [f"{mlp}.{first}" for mlp in decoder.mlp_names(index)]
+        if decoder.parallel_residual:
+            yield place(f"{name}.input_norm", f"{name}.attn.q_proj", *readers)
+        else:
+            yield place(f"{name}.input_norm", f"{name}.attn.q_proj")
+        yield place(f"{name}.attn.v_proj", f"{name}.attn.o_proj", heads=shared)
+        if not decoder.parallel_residual:
+            yield place(f"{name}.post_attention_norm", *readers)
+        if decoder.mlp == "gated":
+            for mlp in decoder.mlp_names(index):
+                yield place(f"{mlp}.up_proj", f"{mlp}.{last}")
+    yield place("decoder.norm", "decoder.lm_head")
 
 
 def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
@@ -84,3 +96,19 @@ def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
     return weights.rescaled(
         {name: Rescaling(rows.get(name), columns.get(name)) for name in {**rows, **columns}}
     )
+
+
+def _routers(decoder: DecoderSpec) -> Iterator[LinearGroup]:
+    """What reads the input of a layer's experts and chooses among them. It stays float."""
+    for index in range(decoder.num_hidden_layers):
+        sizes = (decoder.num_experts(index), 2)
+        for name, size in zip(_router_names(decoder, index), sizes, strict=False):
+            yield LinearGroup((name,), decoder.hidden_size, (size,))
+
+
+def _router_names(decoder: DecoderSpec, index: int) -> list[str]:
+    """The router of a layer, and what weighs its experts against the dense MLP beside them."""
+    mlp = f"decoder.layers.{index}.mlp"
+    if decoder.experts is None or not decoder.num_experts(index):
+        return []
+    return [f"{mlp}.router", *([f"{mlp}.coefficient"] if decoder.experts.use_residual else [])]

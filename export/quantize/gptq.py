@@ -27,8 +27,9 @@ from mobilevlm.export.quantize.blocks import (
 )
 
 Float64 = NDArray[np.float64]
-HessianOf: TypeAlias = Callable[[str], Float32]
-"""``Xᵀ X`` up to a factor ``(in_size, in_size)`` of a layer's inputs, by its canonical name."""
+HessianOf: TypeAlias = Callable[[str], Float32 | None]
+"""``Xᵀ X`` up to a factor ``(in_size, in_size)`` of a layer's inputs, by its canonical name; none
+where no token reached it."""
 
 DAMPING = 0.01
 """Added to the diagonal, as a share of its mean."""

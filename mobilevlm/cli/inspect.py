@@ -12,6 +12,8 @@ from mobilevlm.cli import show_json
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mobilevlm.families import Model
+
 
 @click.command("inspect")
 @click.argument("path", type=click.Path(path_type=Path))
@@ -62,6 +64,10 @@ def _show_bundle(path: Path, as_json: bool) -> None:
     console.print(table)
     total = sum(entry.size for entry in manifest.files.values())
     console.print(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all")
+    for artifact in manifest.artifacts:
+        if artifact.bytes_per_token is not None:
+            read = artifact.bytes_per_token / 1e6
+            console.print(f"a token reads {read:.1f} MB of weights in {artifact.path}")
     if not manifest.quality.measured:
         console.print(f"quality not measured: {manifest.quality.note}")
         return
@@ -146,15 +152,29 @@ def _show_checkpoint(path: Path, vision_tower: Path | None, as_json: bool) -> No
         stage: sum(model.weights.size(name) for name in model.weights if name.startswith(stage))
         for stage in ("vision", "projector", "decoder")
     }
+    activated = _activated(model)
     if as_json:
-        show_json({"spec": to_dict(model.spec), "parameters": sizes})
+        parameters = {**sizes, "activated": activated}
+        show_json({"spec": to_dict(model.spec), "parameters": parameters})
         return
     console = Console()
     console.print(_spec_table(to_dict(model.spec)))
     table = _table("part", "parameters")
-    for part, size in {**sizes, "total": sum(sizes.values())}.items():
+    for part, size in {**sizes, "total": sum(sizes.values()), "activated": activated}.items():
         table.add_row(part, f"{size / 1e6:.1f} M")
     console.print(table)
+
+
+def _activated(model: Model) -> int:
+    """Parameters that one token needs, all stages: of sparse experts those that it uses."""
+    decoder, total = model.spec.decoder, 0
+    for name in model.weights:
+        size = model.weights.size(name)
+        if decoder.experts is not None and ".mlp.experts." in name:
+            layer = int(name.split(".")[2])
+            size = size * decoder.experts.top_k // decoder.num_experts(layer)
+        total += size
+    return total
 
 
 def _spec_table(spec: dict[str, Any]) -> Table:

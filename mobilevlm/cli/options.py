@@ -21,7 +21,7 @@ def checkpoint_options(function: F) -> F:
     """CHECKPOINT, ``--vision-tower`` and ``--conversation``."""
     for decorate in (
         click.option("--conversation", metavar="NAME",
-                     help="Conversation v1 or llava_v1, if the family's default is not right."),
+                     help="Conversation: v1, llava_v1, phi …, if the family's default is wrong."),
         click.option("--vision-tower", type=click.Path(path_type=Path),
                      help="Folder of the CLIP tower, if it is not beside the checkpoint."),
         click.argument("checkpoint", type=click.Path(path_type=Path)),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
 
@@ -42,13 +42,27 @@ class Model:
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a family reads a model from."""
+
+    folder: Path
+    config: dict[str, Any]
+    """Content of config.json."""
+    options: OpenOptions
+    tokenizer: Tokenizer
+
+
+Read: TypeAlias = Callable[[Source], tuple[ModelSpec, Weights]]
+
+
+@dataclass(frozen=True)
 class Family:
     """How to recognise a family's checkpoints and how to read one."""
 
     name: str
     model_types: frozenset[str]
     projector_types: re.Pattern[str]
-    read: Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]]
+    read: Read
 
     def claims(self, config: dict[str, Any]) -> bool:
         model_type = config.get("model_type")
@@ -64,17 +78,10 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def register(
-    name: str, model_types: set[str], projector_types: str
-) -> Callable[
-    [Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]]],
-    Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]],
-]:
+def register(name: str, model_types: set[str], projector_types: str) -> Callable[[Read], Read]:
     """Registers the decorated reader as a family. ``projector_types`` is a regular expression."""
 
-    def add(
-        read: Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]],
-    ) -> Callable[[Path, dict[str, Any], OpenOptions], tuple[ModelSpec, Weights]]:
+    def add(read: Read) -> Read:
         FAMILIES[name] = Family(name, frozenset(model_types), re.compile(projector_types), read)
         return read
 
@@ -92,8 +99,8 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     config = read_json(folder / "config.json", required_for="every checkpoint has one")
     family = _find_family(folder, config)
-    spec, weights = family.read(folder, config, options or OpenOptions())
     tokenizer = read_tokenizer(folder)
+    spec, weights = family.read(Source(folder, config, options or OpenOptions(), tokenizer))
     pieces = tokenizer.get_vocab_size(with_added_tokens=False)
     if pieces > spec.decoder.vocab_size:
         raise CheckpointError(
@@ -124,4 +131,8 @@ def _find_family(folder: Path, config: dict[str, Any]) -> Family:
     )
 
 
-from mobilevlm.families import llava, mobilevlm  # noqa: E402, F401  (they register themselves)
+from mobilevlm.families import (  # noqa: E402  (they register themselves)
+    llava,  # noqa: F401
+    mobilevlm,  # noqa: F401
+    moe_llava,  # noqa: F401
+)

@@ -5,11 +5,10 @@ Official code: github.com/Meituan-AutoML/MobileVLM (mobilevlm/model/vision_proje
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from mobilevlm.checkpoint import Weights
-from mobilevlm.families import OpenOptions, register
+from mobilevlm.families import Source, register
 from mobilevlm.families.llava_layout import ProjectorLayout, mlp_projector, read_layout
 from mobilevlm.spec import ModelSpec, ProjectorSpec, VisionSpec
 
@@ -19,17 +18,13 @@ LDPV2_GRID = 12
 
 @register("mobilevlm", {"mobilevlm"}, r"ldpnet|ldpnetv2|linear|mlp[1-9]\d*x_gelu")
 @register("mobilevlm-llava", {"llava", "llava_llama"}, r"ldpnet|ldpnetv2")
-def read_mobilevlm(
-    folder: Path, config: dict[str, Any], options: OpenOptions
-) -> tuple[ModelSpec, Weights]:
+def read_mobilevlm(source: Source) -> tuple[ModelSpec, Weights]:
     """Reads a MobileVLM checkpoint. With LDPv2 the tower was trained too, so the checkpoint's own
     tower weights win over the tower folder; otherwise the folder wins, as in the official loader.
     """
-    kind = config.get("mm_projector_type") or "linear"
+    kind = source.config.get("mm_projector_type") or "linear"
     return read_layout(
-        folder,
-        config,
-        options,
+        source,
         family="mobilevlm",
         conversation="v1",
         projector=_PROJECTORS.get(kind, mlp_projector),

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevlm.conversation import SYSTEM_PROMPTS, two_separator_template
+from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
 from mobilevlm.nano.packed_attention import PackedAttention, Packing
 from mobilevlm.nano.window import attentions, install, keep_codes
 from mobilevlm.reference.clip import ClipLayer, ClipMLP
-from mobilevlm.reference.llama import LlamaAttention, LlamaMLP, rotary_tables
+from mobilevlm.reference.decoder import Attention, rotary_tables
+from mobilevlm.reference.experts import SparseMLP
+from mobilevlm.reference.mlp import GatedMLP
 from mobilevlm.reference.model import ReferenceModel
 from mobilevlm.spec import (
     ConversationSpec,
     DecoderSpec,
+    ExpertsSpec,
     ImageSpec,
     ModelSpec,
     ProjectorSpec,
@@ -61,9 +64,13 @@ class NanoConfig:
 
 
 def model_spec(config: NanoConfig, name: str = "nano") -> ModelSpec:
-    """The spec of a model of these sizes (its experts aside, which specs do not know yet)."""
+    """The spec of a model of these sizes."""
     grid = config.image_size // config.patch_size
     edge = config.image_size
+    experts = None
+    if config.num_experts:
+        counts = (config.num_experts,) * len(config.moe_layers)
+        experts = ExpertsSpec(config.moe_layers, counts, config.experts_per_token)
     return ModelSpec(
         family="mobilevlm",
         name=name,
@@ -89,51 +96,43 @@ def model_spec(config: NanoConfig, name: str = "nano") -> ModelSpec:
             num_attention_heads=config.num_attention_heads,
             num_key_value_heads=config.num_attention_heads,
             head_dim=config.hidden_size // config.num_attention_heads,
-            rms_norm_eps=config.rms_norm_eps,
+            norm_eps=config.rms_norm_eps,
             rope_theta=config.rope_theta,
             rope_scaling=1.0,
             context_length=CONTEXT,
             tie_word_embeddings=False,
+            experts=experts,
         ),
         conversation=ConversationSpec(
-            chat_template=two_separator_template(SYSTEM_PROMPTS["v1"]),
+            chat_template=two_separator_template(CONVERSATIONS["v1"]),
             eos_token_ids=(EOS,),
             stop_strings=("</s>",),
         ),
     )
 
 
-class SparseMLP(nn.Module):
-    """Several MLPs of which each token uses the best ``experts_per_token`` (MoE-LLaVA, 3.2).
-
-    Softmax over all experts in float32, weights of the chosen ones renormalised; no token is ever
-    dropped. A pass leaves ``balance_loss`` and each expert's ``share`` of first choices.
-    """
-
-    def __init__(self, spec: DecoderSpec, num_experts: int, experts_per_token: int) -> None:
-        super().__init__()
-        self.router = nn.Linear(spec.hidden_size, num_experts, bias=False)
-        self.experts = nn.ModuleList(LlamaMLP(spec) for _ in range(num_experts))
-        self.experts_per_token = experts_per_token
-        self.balance_loss = torch.zeros(())
-        self.chosen = torch.zeros(0, experts_per_token, dtype=torch.long)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        flat = hidden.flatten(0, -2)
-        with torch.autocast(flat.device.type, enabled=False):
-            probabilities = self.router(flat.float()).softmax(dim=-1)
-        weights, chosen = probabilities.topk(self.experts_per_token, dim=-1)
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-        out = torch.zeros_like(flat, dtype=torch.float32)
-        for index, expert in enumerate(self.experts):
-            token, rank = (chosen == index).nonzero(as_tuple=True)
-            gain = weights[token, rank, None]
-            out = out.index_add(0, token, gain * expert(flat[token]).float())
-        first = F.one_hot(chosen[:, 0], probabilities.shape[-1]).float().mean(dim=0)
-        # Switch Transformer (Fedus et al. 2022), eq. 4; 1 when the load is even.
-        self.balance_loss = len(first) * (first * probabilities.mean(dim=0)).sum()
-        self.chosen = chosen.detach()
-        return out.view(hidden.shape)
+def config_of(spec: ModelSpec) -> NanoConfig:
+    """The sizes that :func:`model_spec` made a spec of."""
+    vision, decoder = spec.vision, spec.decoder
+    experts = decoder.experts or ExpertsSpec((), (0,), NanoConfig.experts_per_token)
+    return NanoConfig(
+        vocab_size=decoder.vocab_size,
+        hidden_size=decoder.hidden_size,
+        intermediate_size=decoder.intermediate_size,
+        num_hidden_layers=decoder.num_hidden_layers,
+        num_attention_heads=decoder.num_attention_heads,
+        rms_norm_eps=decoder.norm_eps,
+        rope_theta=decoder.rope_theta,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        vision_hidden_size=vision.hidden_size,
+        vision_intermediate_size=vision.intermediate_size,
+        vision_layers=vision.num_hidden_layers,
+        vision_heads=vision.num_attention_heads,
+        num_experts=experts.num_experts[0],
+        moe_layers=experts.layers,
+        experts_per_token=experts.top_k,
+    )
 
 
 class NanoModel(ReferenceModel):
@@ -148,9 +147,6 @@ class NanoModel(ReferenceModel):
         install(self.vision, spec.vision)
         for layer in self.decoder.layers:
             layer.attn = PackedAttention(spec.decoder)
-        for index in config.moe_layers if config.num_experts else ():
-            sparse = SparseMLP(spec.decoder, config.num_experts, config.experts_per_token)
-            self.decoder.layers[index].mlp = sparse
         initialize(self)
 
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -185,9 +181,12 @@ class NanoModel(ReferenceModel):
         out: Tensor = self.decoder.norm(embeds)
         return out
 
-    def sparse_layers(self) -> list[SparseMLP]:
-        """The layers' sparse MLPs, first to last."""
-        return [module for module in self.modules() if isinstance(module, SparseMLP)]
+
+def balance_loss(sparse: SparseMLP) -> Tensor:
+    """How unevenly the last pass used the experts (Switch Transformer, Fedus et al. 2022, eq. 4): 1
+    when the load is even."""
+    first = F.one_hot(sparse.chosen[:, 0], len(sparse.experts)).float().mean(dim=0)
+    return len(first) * (first * sparse.probabilities.mean(dim=0)).sum()
 
 
 def initialize(model: NanoModel) -> None:
@@ -211,9 +210,9 @@ def initialize(model: NanoModel) -> None:
                 assert isinstance(module.mlp, ClipMLP)
                 module.attn.out_proj.weight.mul_(tower_gain)
                 module.mlp.fc2.weight.mul_(tower_gain)
-            elif isinstance(module, LlamaAttention):
+            elif isinstance(module, Attention):
                 module.o_proj.weight.mul_(decoder_gain)
-            elif isinstance(module, LlamaMLP):
+            elif isinstance(module, GatedMLP):
                 module.down_proj.weight.mul_(decoder_gain)
             elif isinstance(module, SparseMLP):
                 module.router.weight.mul_(0.1)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mobilevlm.reference.llama import LlamaAttention, rotate
+from mobilevlm.reference.decoder import Attention, rotate
 
 CHUNK = 80
 """Places; no question with its answer is longer."""
@@ -63,7 +63,7 @@ def packed_mask(blocks: Tensor, prefix: int) -> Tensor | Packing:
     return packing(blocks, prefix) if blocks.device.type == "cpu" else attention_mask(blocks)
 
 
-class PackedAttention(LlamaAttention):
+class PackedAttention(Attention):
     """The reference's attention, which also takes a ``Packing`` for a mask."""
 
     def forward(

@@ -37,7 +37,7 @@ def routing(model: NanoModel, batch: Batch) -> tuple[LayerRouting, ...]:
         model.hidden_states(group.ids, group.slots, group.positions, mask, visual)
         used = (group.blocks >= 0).flatten()
         is_visual = (group.slots >= 0).flatten()
-        for layer, sparse in enumerate(model.sparse_layers()):
+        for layer, sparse in enumerate(model.decoder.sparse_layers.values()):
             for kind, places in enumerate((is_visual & used, ~is_visual & used)):
                 chosen = sparse.chosen[places].flatten()
                 counts[layer, kind] += torch.bincount(chosen, minlength=experts).cpu()

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mobilevlm.errors import CheckpointError
+from mobilevlm.families import open_checkpoint
 from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
-from mobilevlm.nano.model import CONTEXT, EOS, NanoConfig, NanoModel
+from mobilevlm.nano.model import CONTEXT, EOS, NanoConfig, NanoModel, config_of
 from mobilevlm.nano.tokenizer import BOS, NanoTokenizer, load_tokenizer
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
@@ -102,39 +103,15 @@ def load_checkpoint(folder: Path) -> tuple[NanoModel, NanoTokenizer]:
         CheckpointError: a file is missing or does not fit.
     """
     try:
-        config = read_config(folder)
-        weights = load_file(str(folder / "model.safetensors"))
-        model = NanoModel(config)
-        names = {name: official_name(name) for name in model.state_dict()}
-        model.load_state_dict({name: weights[key].float() for name, key in names.items()})
+        opened = open_checkpoint(folder)
+        model = NanoModel(config_of(opened.spec))
+        shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        model.load_state_dict(
+            {name: torch.tensor(opened.weights.read(name, shapes[name])) for name in shapes}
+        )
         return model, load_tokenizer(folder / "tokenizer.model")
     except (OSError, KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{folder}: not a nano checkpoint ({error})") from error
-
-
-def read_config(folder: Path) -> NanoConfig:
-    """The sizes in a checkpoint's configuration files."""
-    config = json.loads((folder / "config.json").read_text())
-    tower = json.loads((folder / "vision_tower" / "config.json").read_text())
-    moe = config.get("moe", {})
-    return NanoConfig(
-        vocab_size=config["vocab_size"],
-        hidden_size=config["hidden_size"],
-        intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"],
-        num_attention_heads=config["num_attention_heads"],
-        rms_norm_eps=config["rms_norm_eps"],
-        rope_theta=config["rope_theta"],
-        image_size=tower["image_size"],
-        patch_size=tower["patch_size"],
-        vision_hidden_size=tower["hidden_size"],
-        vision_intermediate_size=tower["intermediate_size"],
-        vision_layers=tower["num_hidden_layers"] - 1,
-        vision_heads=tower["num_attention_heads"],
-        num_experts=moe.get("num_experts", [0])[0],
-        moe_layers=tuple(moe.get("moe_layers_idx", ())),
-        experts_per_token=moe.get("top_k_experts", 2),
-    )
 
 
 def model_config(config: NanoConfig, name: str) -> dict[str, Any]:

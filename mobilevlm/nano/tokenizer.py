@@ -12,7 +12,7 @@ from pathlib import Path
 
 import sentencepiece
 
-from mobilevlm.conversation import SYSTEM_PROMPTS
+from mobilevlm.conversation import CONVERSATIONS
 from mobilevlm.nano.model import EOS
 from mobilevlm.nano.pairs import INTERLEAVED, STACKED, pair_questions
 from mobilevlm.nano.questions import caption, caption_question, questions
@@ -26,7 +26,7 @@ BOS = 1
 def prompt_text(question: str, images: int) -> str:
     """A user's text in conversation template v1; pictures without a place come first."""
     first = f"{IMAGE_PLACEHOLDER}\n" * (images - question.count(IMAGE_PLACEHOLDER))
-    return f"{SYSTEM_PROMPTS['v1']} USER: {first}{question} ASSISTANT:"
+    return f"{CONVERSATIONS['v1'].system} USER: {first}{question} ASSISTANT:"
 
 
 class NanoTokenizer:

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from mobilevlm.errors import CheckpointError
 from mobilevlm.nano.dense import CLASSES
 from mobilevlm.nano.grounding import CELLS
-from mobilevlm.nano.model import NanoConfig, NanoModel
+from mobilevlm.nano.model import NanoConfig, NanoModel, balance_loss
 from mobilevlm.nano.optimizer import MuonAdamW
 from mobilevlm.nano.packed_attention import packed_mask
 from mobilevlm.nano.packing import Batch, StepDataset, normalized
@@ -121,9 +121,9 @@ def decode(model: NanoModel, batch: Batch, visual: Tensor) -> Outputs:
         states = model.hidden_states(group.ids, group.slots, group.positions, mask, visual)
         logits.append(model.decoder.lm_head(states.flatten(0, 1)[group.places]).float())
         halfway.append(model.halfway.flatten(0, 1)[group.phrases].float())
-        for layer in model.sparse_layers():
+        for sparse in model.decoder.sparse_layers.values():
             share = len(group.ids) / rows / len(model.config.moe_layers)
-            balance = balance + share * layer.balance_loss
+            balance = balance + share * balance_loss(sparse)
     return Outputs(torch.cat(logits), torch.cat(halfway), balance)
 
 

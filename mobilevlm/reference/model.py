@@ -15,7 +15,8 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.families import Model
 from mobilevlm.image import normalize
 from mobilevlm.reference.clip import ClipLayer, ClipTower
-from mobilevlm.reference.llama import LlamaDecoder, LlamaLayer
+from mobilevlm.reference.decoder import Decoder, DecoderLayer
+from mobilevlm.reference.experts import Capacity
 from mobilevlm.reference.projectors import build_projector
 from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
 
@@ -31,7 +32,7 @@ class ReferenceModel(nn.Module):
         self.spec = spec
         self.vision = ClipTower(spec.vision)
         self.projector = build_projector(spec.projector)
-        self.decoder = LlamaDecoder(spec.decoder)
+        self.decoder = Decoder(spec.decoder)
 
     def features(self, pixels: NDArray[np.uint8]) -> Tensor:
         """uint8 ``(size, size, 3)`` to tower features ``(num_patches, vision hidden_size)``."""
@@ -70,14 +71,19 @@ class ReferenceModel(nn.Module):
         return tokens
 
 
-def load_reference(model: Model, streamed: bool = False) -> ReferenceModel:
+def load_reference(
+    model: Model, streamed: bool = False, capacity: Capacity | None = None
+) -> ReferenceModel:
     """The reference with a checkpoint's weights.
 
     ``streamed``: each layer's weights are read when it runs and dropped after, so that a model
-    larger than memory can be measured; one pass then reads the whole checkpoint.
+    larger than memory can be measured; one pass then reads the whole checkpoint. ``capacity``: of
+    experts, as the official gate has it; what runs on devices has none.
     """
     with torch.device("meta"):
         reference = ReferenceModel(model.spec)
+    for sparse in reference.decoder.sparse_layers.values():
+        sparse.capacity = capacity
     reference.vision.class_embedding = nn.Parameter(
         _read(model.weights, "vision.class_embedding", reference.vision.class_embedding),
         requires_grad=False,
@@ -107,7 +113,7 @@ def _blocks(reference: ReferenceModel) -> Iterator[tuple[str, nn.Module]]:
     for name, module in reference.named_modules():
         if any(name.startswith(f"{outer}.") for outer in whole):
             continue
-        if isinstance(module, (ClipLayer, LlamaLayer)) or name == "projector":
+        if isinstance(module, (ClipLayer, DecoderLayer)) or name == "projector":
             whole.append(name)
             yield name, module
         elif not list(module.children()):

@@ -23,13 +23,18 @@ class MLP(nn.ModuleList):
 
 
 class MLPProjector(nn.Module):
-    """``linear`` and ``mlpNx_gelu`` (LLaVA, Liu et al. 2023)."""
+    """``linear`` and ``mlpNx_gelu`` (LLaVA, Liu et al. 2023), MoE-LLaVA's ``pool_mlpNx_gelu``."""
 
     def __init__(self, spec: ProjectorSpec) -> None:
         super().__init__()
+        self.grid, self.out_grid = spec.grid, spec.out_grid
         self.mlp = MLP(spec)
 
     def forward(self, features: Tensor) -> Tensor:
+        if self.out_grid < self.grid:
+            patches: Tensor = features.transpose(1, 2)
+            patches = patches.reshape(*patches.shape[:2], self.grid, self.grid)
+            features = F.avg_pool2d(patches, self.grid // self.out_grid).flatten(2).transpose(1, 2)
         out: Tensor = self.mlp(features)
         return out
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from mobilevlm.reference.llama import rotary_tables
+from mobilevlm.reference.decoder import rotary_tables
 from mobilevlm.reference.model import ReferenceModel, held
 
 

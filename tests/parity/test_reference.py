@@ -7,22 +7,29 @@ wrong choice known (LDP's norms with eps 1e-6 instead of 1e-5) makes 4.7e-5 in t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from conftest import FLOAT32, Fixture, relative_error
+from conftest import FLOAT32, MOE_FIXTURES, Fixture, fixture_named, relative_error
 
 from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.image import normalize, open_image, preprocess
 from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.reference.experts import Capacity, SparseMLP
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(scope="module")
+def fixture(any_fixture: Fixture) -> Fixture:
+    return any_fixture
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +81,7 @@ def test_logits_of_every_prompt_position_are_the_official_ones(
     fixture: Fixture, reference: ReferenceModel, pixels: np.ndarray
 ) -> None:
     logits = reference.logits(embed_prompt(fixture, reference, pixels)).numpy()
-    expected = fixture.arrays["logits"][0]
+    expected = fixture.logits
     assert relative_error(logits, expected) <= FLOAT32
     assert (logits.argmax(-1) == expected.argmax(-1)).all()
 
@@ -83,10 +90,10 @@ def test_greedy_answer_is_the_official_one(
     fixture: Fixture, reference: ReferenceModel, pixels: np.ndarray
 ) -> None:
     embeds = embed_prompt(fixture, reference, pixels)
-    expected = fixture.arrays["generated_ids"].tolist()
+    expected = fixture.generated_ids
     assert len(expected) == 24
     assert reference.greedy(embeds, len(expected)) == expected
-    assert fixture.model.tokenizer.decode(expected) == fixture.expected["decoded_text"]
+    assert fixture.model.tokenizer.decode(expected) == fixture.text
 
 
 def test_streamed_reference_equals_the_resident_one_bit_for_bit(
@@ -99,3 +106,51 @@ def test_streamed_reference_equals_the_resident_one_bit_for_bit(
     assert torch.equal(streamed.logits(embeds), reference.logits(embeds))
     # Weights are dropped after use: that is what streaming is for.
     assert all(parameter.is_meta for parameter in streamed.decoder.layers.parameters())
+
+
+# Experts: what the router decides, and the official gate's capacity, an option of the reference.
+
+
+@pytest.fixture(scope="module", params=MOE_FIXTURES)
+def sparse(request: pytest.FixtureRequest) -> Fixture:
+    return fixture_named(request.param)
+
+
+def routing(fixture: Fixture, capacity: Capacity | None) -> tuple[np.ndarray, dict[int, SparseMLP]]:
+    """Logits of the prompt, and the experts of each layer after that pass."""
+    reference = load_reference(fixture.model, capacity=capacity)
+    embeds = torch.from_numpy(fixture.arrays["inputs_embeds"][0])
+    return reference.logits(embeds).numpy(), reference.decoder.sparse_layers
+
+
+def combine_weights(experts: SparseMLP) -> np.ndarray:
+    """``(tokens, experts)``: what each expert's output is multiplied by."""
+    weights = torch.zeros(len(experts.chosen), len(experts.experts))
+    return weights.scatter(1, experts.chosen, experts.weights).numpy()
+
+
+def test_each_token_chooses_the_official_experts(sparse: Fixture) -> None:
+    _, layers = routing(sparse, None)
+    assert list(layers) == sparse.arrays["moe_layers"].tolist()
+    chosen = np.stack([experts.chosen.numpy() for experts in layers.values()])
+    assert np.array_equal(chosen, sparse.chosen_experts)
+    probabilities = np.stack([experts.probabilities.numpy() for experts in layers.values()])
+    expected = sparse.arrays.get("router_probs_nodrop", sparse.arrays["router_probs"])
+    assert np.abs(probabilities - expected).max() <= 1e-5  # float32 noise was 2e-6
+
+
+# A run that drops, as configured (Phi-2: 34 choices; the others have room for all) and with an even
+# share of places only (`_ecf1`: all three drop).
+@pytest.mark.parametrize("suffix", ["", "_ecf1"])
+def test_with_capacity_the_logits_and_weights_are_those_of_the_official_gate(
+    sparse: Fixture, suffix: str
+) -> None:
+    moe = json.loads((sparse.checkpoint / "config.json").read_text())["moe"]
+    capacity = Capacity(moe["eval_capacity_factor"], moe["min_capacity"])
+    logits, layers = routing(sparse, Capacity(1.0, 0) if suffix else capacity)
+    assert relative_error(logits, sparse.arrays[f"logits{suffix}"][0]) <= FLOAT32
+    expected = sparse.arrays[f"combine_weights{suffix}"]
+    found = np.stack([combine_weights(experts) for experts in layers.values()])
+    assert np.abs(found - expected).max() <= 1e-5
+    if suffix:
+        assert ((found > 0).sum(axis=-1) < 2).any()

@@ -20,10 +20,10 @@ def conversation() -> ConversationSpec:
     return fixture_named("mobilevlm_v2").model.spec.conversation
 
 
-def test_prompt_equals_the_official_template(fixture: Fixture) -> None:
-    message = user_message(fixture.expected["user_prompt"], 1)
-    found = render(fixture.model.spec.conversation, [message])
-    assert found == fixture.expected["templated_prompt"]
+def test_prompt_equals_the_official_template(any_fixture: Fixture) -> None:
+    message = user_message(any_fixture.expected["user_prompt"], 1)
+    found = render(any_fixture.model.spec.conversation, [message])
+    assert found == any_fixture.expected["templated_prompt"]
 
 
 def test_stop_string_and_end_id_are_the_official_ones(fixture: Fixture) -> None:

@@ -64,9 +64,9 @@ def folded(model: Model) -> Model:
     return replace(model, weights=fold(model.weights, folds))
 
 
-def test_factors_in_all_folds_leave_every_float_output_as_it_was(fixture: Fixture) -> None:
-    model, arrays = fixture.model, fixture.arrays
-    pixels = preprocess(open_image(fixture.image), model.spec.image)
+def test_factors_in_all_folds_leave_every_float_output_as_it_was(any_fixture: Fixture) -> None:
+    model, arrays = any_fixture.model, any_fixture.arrays
+    pixels = preprocess(open_image(any_fixture.image), model.spec.image)
     embeds = torch.from_numpy(arrays["inputs_embeds"][0])
     with torch.no_grad():
         plain, changed = load_reference(model), load_reference(folded(model))
@@ -96,8 +96,8 @@ def test_factors_are_shared_by_the_queries_of_a_key_head(tmp_path: Path) -> None
         assert relative_error(load_reference(folded(model)).logits(embeds).numpy(), expected) < 1e-5
 
 
-def test_every_fold_names_tensors_that_exist_once(fixture: Fixture) -> None:
-    model = fixture.model
+def test_every_fold_names_tensors_that_exist_once(any_fixture: Fixture) -> None:
+    model = any_fixture.model
     places = list(find_folds(model.spec))
     consumers = [name for place in places for name in place.consumers]
     assert len(consumers) == len(set(consumers))

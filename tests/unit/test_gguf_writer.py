@@ -115,7 +115,7 @@ def test_metadata_says_what_the_spec_says(fixture: Fixture, decoder_file: Path) 
     }
     assert {name: fields[name] for name in expected} == expected
     epsilon = fields["llama.attention.layer_norm_rms_epsilon"]
-    assert epsilon == np.float32(spec.rms_norm_eps)
+    assert epsilon == np.float32(spec.norm_eps)
     assert not [name for name in fields if name.startswith("llama.rope.scaling")]
     tokens = fields["tokenizer.ggml.tokens"]
     assert isinstance(tokens, list) and len(tokens) == spec.vocab_size
@@ -235,7 +235,7 @@ def _parts(name: str) -> list[str]:
     """GGUF tensors that a MatMulNBits weight is made of."""
     if "lm_head" in name:
         return ["output.weight"]
-    _, _, layer, linear, _ = name.split(".")
+    _, _, layer, *_, linear, _ = name.split(".")
     names = {
         "qkv": ("attn_q", "attn_k", "attn_v"),
         "o_proj": ("attn_output",),

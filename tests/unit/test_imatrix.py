@@ -53,7 +53,7 @@ def squared_inputs(weights: Weights, spec: DecoderSpec, embeds: Float64) -> dict
 
     def norm(values: Float64, name: str) -> Float64:
         mean = np.square(values).mean(axis=-1, keepdims=True)
-        return values / np.sqrt(mean + spec.rms_norm_eps) * read(name, spec.hidden_size)
+        return values / np.sqrt(mean + spec.norm_eps) * read(name, spec.hidden_size)
 
     def product(values: Float64, ours: str, theirs: str, out_size: int) -> Float64:
         sums[f"{theirs}.weight"] = np.square(values).sum(axis=0)

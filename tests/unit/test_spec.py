@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from conftest import Fixture
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.spec import ModelSpec, ProjectorSpec, from_dict, to_dict
+from mobilevlm.spec import DecoderSpec, ModelSpec, ProjectorSpec, from_dict, to_dict
 
 
-def test_a_spec_comes_back_from_json_unchanged(fixture: Fixture) -> None:
-    spec = fixture.model.spec
+def test_a_spec_comes_back_from_json_unchanged(any_fixture: Fixture) -> None:
+    spec = any_fixture.model.spec
     assert from_dict(ModelSpec, json.loads(json.dumps(to_dict(spec))), "spec") == spec
+
+
+def test_a_spec_of_an_earlier_version_is_read(mobilevlm_v2: Fixture) -> None:
+    """Before sparse experts: another name for the epsilon, and nothing beyond Llama."""
+    spec = mobilevlm_v2.model.spec
+    data = to_dict(spec)
+    decoder = data["decoder"]
+    names = [field.name for field in fields(DecoderSpec)]
+    for name in names[names.index("norm") :]:
+        del decoder[name]
+    decoder["rms_norm_eps"] = decoder.pop("norm_eps")
+    assert from_dict(ModelSpec, data, "spec") == spec
 
 
 def test_unknown_keys_of_a_later_version_are_ignored(mobilevlm_v2: Fixture) -> None:

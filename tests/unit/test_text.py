@@ -38,8 +38,8 @@ def byte_ids(tokenizer: Tokenizer, content: bytes) -> list[int]:
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
-def test_pieces_together_are_the_text(text: str, fixture: Fixture) -> None:
-    tokenizer = fixture.model.tokenizer
+def test_pieces_together_are_the_text(text: str, any_fixture: Fixture) -> None:
+    tokenizer = any_fixture.model.tokenizer
     ids = tokenizer.encode(text, add_special_tokens=False).ids
     whole = "".join(pieces_of(tokenizer, ids))
     assert whole == tokenizer.decode(ids)

@@ -1,0 +1,238 @@
+"""Sparse experts of a decoder layer in two forms.
+
+``fused``: one operator, ONNX Runtime's MoE for float weights and QMoE for integers in blocks.
+``plain``: standard operators around each expert's own layers, for targets that lack the first; an
+expert that no token chose multiplies nothing, so its weights are not read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from onnxscript import nn
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.graph.layers import CONTRIB, FLOAT, relative_error
+from mobilevlm.export.graph.mlp import build_mlp, linear_names
+from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.export.layer_formats import quantize, to_half
+from mobilevlm.export.quantize.blocks import Float32, Quantized
+from mobilevlm.export.recipes import BLOCK_BITS, LinearFormat
+from mobilevlm.spec import DecoderSpec
+
+_ACTIVATIONS = {
+    ("gated", "silu"): "swiglu",
+    ("plain", "silu"): "silu",
+    ("plain", "gelu_new"): "gelu",
+}
+"""What the fused operators call them; their GELU is the tanh approximation."""
+
+
+class SparseMLP(nn.Module):  # type: ignore[misc]
+    """Router, experts and, where there is one, the dense MLP beside them: ``(1, length,
+    hidden_size)`` to the same."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec, layer: int) -> None:
+        super().__init__()
+        assert spec.experts is not None
+        count, hidden = spec.num_experts(layer), spec.hidden_size
+        router = weights.read(f"{name}.router.weight", count, hidden)
+        self.router = weights.parameter(router.T)  # float32 in every recipe: it decides
+        form = FusedExperts if weights.recipe.experts == "fused" else PlainExperts
+        with weights.read_in_part(spec.experts.top_k / count):
+            self.experts = form(weights, f"{name}.experts", spec, count)
+        self.residual = None
+        if spec.experts.use_residual:
+            self.residual = build_mlp(weights, f"{name}.residual", spec)
+            coefficient = weights.read(f"{name}.coefficient.weight", 2, hidden)
+            self.coefficient = weights.parameter(coefficient.T)
+            self.bias = weights.parameter(weights.read(f"{name}.coefficient.bias", 2))
+
+    def forward(self, op: Any, x: Any) -> Any:
+        out = self.experts(op, x, op.MatMul(x, self.router))
+        if self.residual is None:
+            return out
+        shares = op.Softmax(op.Add(op.MatMul(x, self.coefficient), self.bias), axis=-1)
+        sparse, dense = op.Split(shares, axis=-1, num_outputs=2, _outputs=2)
+        return op.Add(op.Mul(out, sparse), op.Mul(self.residual(op, x), dense))
+
+
+class FusedExperts(nn.Module):  # type: ignore[misc]
+    """All experts of a layer in one operator, which routes too."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec, count: int) -> None:
+        super().__init__()
+        assert spec.experts is not None
+        self.routing = {
+            "k": spec.experts.top_k,
+            "normalize_routing_weights": int(spec.experts.renormalize),
+        }
+        self.num_experts = count
+        self.format = _common_format(weights, name, spec, count)
+        pairs = [linear_names(f"{name}.{index}", spec) for index in range(count)]
+        hidden, wide = spec.hidden_size, spec.intermediate_size
+        stack = _Stack(weights, self.format, spec.mlp_bias)
+        self.first = Stacked(stack, [first for first, _ in pairs], hidden, wide)
+        self.second = Stacked(stack, [[second] for _, second in pairs], wide, hidden)
+        self.activation: dict[str, Any] = {
+            "activation_type": _ACTIVATIONS[spec.mlp, spec.hidden_act]
+        }
+        if spec.mlp == "gated":  # rows of gate and up take turns; silu(g) · u
+            self.activation |= {
+                "swiglu_fusion": 1,
+                "activation_alpha": 1.0,
+                "activation_beta": 0.0,
+            }
+
+    def forward(self, op: Any, x: Any, logits: Any) -> Any:
+        logits = op.Reshape(logits, [-1, self.num_experts])
+        table, scales, zeros, bias = self.first(op)
+        table2, scales2, zeros2, bias2 = self.second(op)
+        settings = {**self.routing, **self.activation, "_domain": CONTRIB}
+        if self.format.scheme is None:
+            return op.MoE(x, logits, table, bias, table2, bias2, **settings)
+        inputs = (x, logits, table, scales, bias, table2, scales2, bias2, None, None, None)
+        return op.QMoE(
+            *(*inputs, zeros, zeros2),
+            **settings,
+            expert_weight_bits=BLOCK_BITS[self.format.precision],
+            block_size=self.format.block_size,
+            accuracy_level=4,
+            weights_prepacked=0,
+        )
+
+
+class PlainExperts(nn.Module):  # type: ignore[misc]
+    """Each expert on the tokens that chose it."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec, count: int) -> None:
+        super().__init__()
+        assert spec.experts is not None
+        self.spec, self.hidden_size = spec.experts, spec.hidden_size
+        self.experts = nn.ModuleList(
+            [build_mlp(weights, f"{name}.{index}", spec) for index in range(count)]
+        )
+
+    def forward(self, op: Any, x: Any, logits: Any) -> Any:
+        tokens = op.Reshape(x, [-1, self.hidden_size])
+        probabilities = op.Softmax(op.Reshape(logits, [-1, len(self.experts)]), axis=-1)
+        weights, chosen = op.TopK(probabilities, [self.spec.top_k], axis=-1, _outputs=2)
+        if self.spec.renormalize:
+            weights = op.Div(weights, op.ReduceSum(weights, [-1], keepdims=1))
+        out = op.Sub(tokens, tokens)
+        for index, expert in enumerate(self.experts):
+            places = op.Transpose(op.NonZero(op.Equal(chosen, index)), perm=[1, 0])  # token, rank
+            token = op.Slice(places, [0], [1], [1])
+            gain = op.Unsqueeze(op.GatherND(weights, places), [1])
+            made = op.Mul(expert(op, op.GatherND(tokens, token)), gain)
+            out = op.ScatterND(out, token, made, reduction="add")
+        return op.Reshape(out, op.Shape(x))
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """How the weights of a layer's experts are stored."""
+
+    weights: WeightFile
+    format: LinearFormat
+    biased: bool
+
+
+class Stacked(nn.Module):  # type: ignore[misc]
+    """One linear layer of all experts: ``table (experts, rows, …)`` and what belongs to it. Where
+    an expert has two, ``names`` are gate and up, and their rows take turns."""
+
+    def __init__(self, stack: _Stack, names: list[list[str]], in_size: int, out_size: int) -> None:
+        super().__init__()
+        weights = stack.weights
+        self.bias = self.scales = self.zero_points = None
+        tables = _tables(stack, names, in_size, out_size)
+        if stack.format.scheme is None:
+            self.table = weights.stacked(tables, len(names))
+        else:
+            parts = [
+                quantize(table, stack.format, group[0], weights.hessian)
+                for group, table in zip(names, tables, strict=True)
+            ]
+            for group, part in zip(names, parts, strict=True):
+                weights.errors[",".join(group)] = part.relative_error
+            self.table = weights.parameter(np.stack([_rows(part) for part in parts]))
+            self.scales = weights.parameter(np.stack([part.scales for part in parts]))
+            zeros = [part.zero_points for part in parts if part.zero_points is not None]
+            self.zero_points = weights.parameter(np.stack(zeros)) if zeros else None
+        if stack.biased:
+            vectors = [
+                _interleaved([weights.read(f"{name}.bias", out_size) for name in group])
+                for group in names
+            ]
+            self.bias = weights.parameter(np.stack(vectors))
+        self.half = stack.format.precision == "fp16"
+
+    def forward(self, op: Any) -> tuple[Any, Any, Any, Any]:
+        table = op.Cast(self.table, to=FLOAT) if self.half else self.table
+        return table, self.scales, self.zero_points, self.bias
+
+
+def _tables(
+    stack: _Stack, names: list[list[str]], in_size: int, out_size: int
+) -> Iterator[np.ndarray[Any, Any]]:
+    """Expert by expert, in the type that is stored or, for integers, in float32."""
+    for group in names:
+        read = [stack.weights.read(f"{name}.weight", out_size, in_size) for name in group]
+        table = _interleaved(read)
+        del read
+        if stack.format.precision == "fp16":
+            half = to_half(table)
+            stack.weights.errors[",".join(group)] = relative_error(half, table)
+            yield half
+        else:
+            yield table
+
+
+def _interleaved(parts: list[Float32]) -> Float32:
+    """Rows of several arrays in turns."""
+    if len(parts) == 1:
+        return parts[0]
+    return np.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])
+
+
+def _rows(part: Quantized) -> np.ndarray[Any, Any]:
+    return part.packed.reshape(len(part.packed), -1)
+
+
+def _common_format(weights: WeightFile, name: str, spec: DecoderSpec, count: int) -> LinearFormat:
+    """The one format that the operator takes for all experts. With quantized activations
+    (``int8``) the operator has 8-bit weights in blocks.
+
+    Raises:
+        MobileVLMError: the recipe has several, or sizes or activation do not fit the operator.
+    """
+    remedy = 'set experts = "plain" in the recipe'
+    linears = [linear_names(f"{name}.{index}", spec) for index in range(count)]
+    formats = {
+        weights.recipe.format_of(linear) for first, second in linears for linear in (*first, second)
+    }
+    if len(formats) > 1:
+        raise MobileVLMError(
+            f"{name}: these experts have several formats, and the operator for all of them takes "
+            f"one: give them the same, or {remedy}"
+        )
+    if (spec.mlp, spec.hidden_act) not in _ACTIVATIONS:
+        raise MobileVLMError(
+            f"{name}: the operator for all experts has no {spec.mlp} MLP with {spec.hidden_act}: "
+            f"{remedy}"
+        )
+    common = formats.pop()
+    if common.precision == "int8":
+        common = replace(common, precision="q8")
+    block = common.block_size
+    if common.scheme is not None and (spec.hidden_size % block or spec.intermediate_size % block):
+        raise MobileVLMError(
+            f"{name}: blocks of {block} do not divide {spec.hidden_size} and "
+            f"{spec.intermediate_size} channels, as the operator for all experts needs it: choose "
+            f"another block_size, or {remedy}"
+        )
+    return common

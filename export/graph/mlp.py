@@ -1,0 +1,57 @@
+"""The dense MLPs of decoders; an expert is one of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from onnxscript import nn
+
+from mobilevlm.export.graph.layers import Linear
+from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.spec import DecoderSpec
+
+
+class GatedMLP(nn.Module):  # type: ignore[misc]
+    """``(…, hidden_size)`` to the same. Gate and up are one product."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.activation = spec.hidden_act
+        hidden, wide = spec.hidden_size, spec.intermediate_size
+        (gate, up), down = linear_names(name, spec)
+        self.gate_up = Linear(weights, [gate, up], hidden, [wide, wide], bias=spec.mlp_bias)
+        self.down_proj = Linear(weights, down, wide, hidden, bias=spec.mlp_bias)
+
+    def forward(self, op: Any, x: Any) -> Any:
+        gate, up = op.Split(self.gate_up(op, x), axis=-1, num_outputs=2, _outputs=2)
+        return self.down_proj(op, op.Mul(_activate(op, self.activation, gate), up))
+
+
+class PlainMLP(nn.Module):  # type: ignore[misc]
+    """``(…, hidden_size)`` to the same."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
+        super().__init__()
+        self.activation = spec.hidden_act
+        (fc1,), fc2 = linear_names(name, spec)
+        hidden, wide = spec.hidden_size, spec.intermediate_size
+        self.fc1 = Linear(weights, fc1, hidden, wide, bias=spec.mlp_bias)
+        self.fc2 = Linear(weights, fc2, wide, hidden, bias=spec.mlp_bias)
+
+    def forward(self, op: Any, x: Any) -> Any:
+        return self.fc2(op, _activate(op, self.activation, self.fc1(op, x)))
+
+
+def build_mlp(weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
+    """The kind of MLP that the spec names."""
+    return {"gated": GatedMLP, "plain": PlainMLP}[spec.mlp](weights, name, spec)
+
+
+def linear_names(name: str, spec: DecoderSpec) -> tuple[list[str], str]:
+    """Canonical names of what reads an MLP's input, and of what makes its output."""
+    readers, maker = spec.mlp_linears
+    return [f"{name}.{reader}" for reader in readers], f"{name}.{maker}"
+
+
+def _activate(op: Any, name: str, x: Any) -> Any:
+    return op.Mul(x, op.Sigmoid(x)) if name == "silu" else op.Gelu(x, approximate="tanh")

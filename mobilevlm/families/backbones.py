@@ -1,0 +1,305 @@
+"""Language models that checkpoints are built on: their keys in config.json and their tensor names.
+
+Sparse experts may take the place of an MLP in any of them (MoE-LLaVA's ``moe`` block, DeepSpeed's
+names).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobilevlm.checkpoint import RowRange, TensorFiles, TensorRef
+from mobilevlm.errors import CheckpointError
+from mobilevlm.families.config import config_value, rope_scaling
+from mobilevlm.spec import DecoderSpec, ExpertsSpec
+
+ReadDecoder = Callable[[Path, dict[str, Any]], DecoderSpec]
+
+_MOE_LAYERS: dict[str, Callable[[int], range]] = {
+    "sparse": lambda layers: range(0, layers, 2),
+    "dense": range,
+    "first_half": lambda layers: range(layers // 2),
+    "second_half": lambda layers: range(layers // 2, layers),
+}
+"""Layers that ``moe_mode`` stands for, where they are not listed."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """One language model. Names are without ``.weight`` and ``.bias``; what is not listed in
+    ``parts`` and ``mlp`` is called as we call it."""
+
+    read: ReadDecoder
+    root: str = "model"
+    """What embeddings and layers are under; ``mm_projector`` too."""
+    embed_tokens: str = "embed_tokens"
+    layers: str = "layers"
+    norm: str = "norm"
+    parts: Mapping[str, str] | None = None
+    """Of a layer, the MLP aside."""
+    mlp: Mapping[str, str] | None = None
+    fused_qkv: str | None = None
+    """Query, key and value are the rows of one tensor."""
+
+
+def decoder_refs(files: TensorFiles, spec: DecoderSpec, backbone: Backbone) -> dict[str, TensorRef]:
+    """Where the tensors of a decoder are, by canonical name."""
+    refs = {}
+    for module, biased in _modules(spec):
+        name, rows = _stored(module, spec, backbone)
+        for part in ("weight", "bias") if biased else ("weight",):
+            refs[f"decoder.{module}.{part}"] = TensorRef(files, f"{name}.{part}", rows)
+    if spec.tie_word_embeddings:
+        refs["decoder.lm_head.weight"] = refs["decoder.embed_tokens.weight"]
+    return refs
+
+
+def _modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
+    """Canonical names below ``decoder.``, each with whether it has a bias."""
+    normed = spec.norm == "layer"
+    yield "embed_tokens", False
+    yield "norm", normed
+    yield "lm_head", spec.lm_head_bias
+    for index in range(spec.num_hidden_layers):
+        layer = f"layers.{index}"
+        yield f"{layer}.input_norm", normed
+        if not spec.parallel_residual:
+            yield f"{layer}.post_attention_norm", normed
+        for part in "qkv":
+            yield f"{layer}.attn.{part}_proj", spec.qkv_bias
+        yield f"{layer}.attn.o_proj", spec.o_bias
+        if spec.num_experts(index):
+            yield f"{layer}.mlp.router", False
+        if spec.num_experts(index) and spec.experts is not None and spec.experts.use_residual:
+            yield f"{layer}.mlp.coefficient", True
+        readers, maker = spec.mlp_linears
+        for name in spec.mlp_names(index):
+            for linear in (*readers, maker):
+                yield f"{name.removeprefix('decoder.')}.{linear}", spec.mlp_bias
+
+
+def _stored(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, RowRange | None]:
+    """The checkpoint's name of a module, and the rows that it is, where it is a part."""
+    if module == "lm_head":
+        return module, None
+    if not module.startswith("layers."):
+        return f"{backbone.root}.{getattr(backbone, module)}", None
+    _, index, part = module.split(".", 2)
+    layer = f"{backbone.root}.{backbone.layers}.{index}"
+    if backbone.fused_qkv is not None and part in _QKV:
+        return f"{layer}.{backbone.fused_qkv}", _qkv_rows(spec, _QKV.index(part))
+    if not part.startswith("mlp."):
+        return f"{layer}.{(backbone.parts or {}).get(part, part)}", None
+    place, _, linear = part.removeprefix("mlp.").rpartition(".")
+    if linear == "router":
+        return f"{layer}.mlp.deepspeed_moe.gate.wg", None
+    outer = ["mlp"]
+    if place.startswith("experts."):
+        outer.append(f"deepspeed_moe.experts.deepspeed_experts.{place.removeprefix('experts.')}")
+    elif place == "residual":
+        outer.append("mlp")
+    return ".".join([layer, *outer, (backbone.mlp or {}).get(linear, linear)]), None
+
+
+_QKV = ("attn.q_proj", "attn.k_proj", "attn.v_proj")
+
+
+def _qkv_rows(spec: DecoderSpec, part: int) -> RowRange:
+    heads = (spec.num_attention_heads, spec.num_key_value_heads, spec.num_key_value_heads)
+    sizes = [count * spec.head_dim for count in heads]
+    return RowRange(sum(sizes[:part]), sum(sizes[: part + 1]), sum(sizes))
+
+
+def _experts(path: Path, config: dict[str, Any], layers: int) -> ExpertsSpec | None:
+    """The ``moe`` block of MoE-LLaVA's config.json; capacities and noise are not read: they are
+    for training (docs/moe.md)."""
+    moe = config.get("moe")
+    if moe is None:
+        return None
+    if not isinstance(moe, dict):
+        raise CheckpointError(f"{path}: 'moe' is {moe!r:.60}, expected an object")
+    if moe.get("moe_enable") is False:
+        return None
+    places: Any = moe.get("moe_layers_idx")
+    counts: Any = moe.get("num_experts")
+    if places is None:
+        mode = moe.get("moe_mode")
+        if mode not in _MOE_LAYERS:
+            known = ", ".join(_MOE_LAYERS)
+            raise CheckpointError(f"{path}: 'moe.moe_mode' is {mode!r}, expected one of {known}")
+        places = list(_MOE_LAYERS[mode](layers))
+    if not _are_numbers(places, 0, layers - 1) or len(set(places)) < len(places):
+        raise CheckpointError(
+            f"{path}: 'moe.moe_layers_idx' is {places!r:.60}, expected layers from 0 to "
+            f"{layers - 1}"
+        )
+    top_k = config_value(path, moe, "top_k_experts", int, 2)
+    if isinstance(counts, list) and len(counts) == 1:
+        counts = counts * len(places)
+    if not _are_numbers(counts, top_k, 1 << 10) or len(counts) != len(places):
+        raise CheckpointError(
+            f"{path}: 'moe.num_experts' is {counts!r:.60}, expected a number for each of "
+            f"{len(places)} layers, none below {top_k} ('top_k_experts')"
+        )
+    ordered = sorted(zip(places, counts, strict=True))
+    return ExpertsSpec(
+        layers=tuple(place for place, _ in ordered),
+        num_experts=tuple(count for _, count in ordered),
+        top_k=top_k,
+        renormalize=top_k > 1,  # DeepSpeed's top-1 gate leaves the probability as it is
+        use_residual=bool(moe.get("use_residual", False)),
+    )
+
+
+def _are_numbers(value: Any, lowest: int, highest: int) -> bool:
+    """Whether it is a list of integers in a range, not an empty one."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(type(item) is int and lowest <= item <= highest for item in value)
+    )
+
+
+def _attention_sizes(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """``hidden_size`` and heads, checked to divide."""
+    hidden = config_value(path, config, "hidden_size", int)
+    heads = config_value(path, config, "num_attention_heads", int)
+    key_value_heads = config_value(path, config, "num_key_value_heads", int, heads)
+    if hidden % heads or heads % key_value_heads:
+        raise CheckpointError(
+            f"{path}: 'hidden_size' {hidden}, 'num_attention_heads' {heads} and "
+            f"'num_key_value_heads' {key_value_heads} do not divide"
+        )
+    return {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": key_value_heads,
+        "head_dim": hidden // heads,
+    }
+
+
+def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, Any]:
+    """What every backbone's configuration says in the same words."""
+    found = config_value(path, config, "hidden_act", str, activation)
+    if found != activation:
+        raise CheckpointError(f"{path}: 'hidden_act' is {found!r}, expected {activation!r}")
+    layers = config_value(path, config, "num_hidden_layers", int)
+    scaling = rope_scaling(path, config)
+    return {
+        **_attention_sizes(path, config),
+        "vocab_size": config_value(path, config, "vocab_size", int),
+        "intermediate_size": config_value(path, config, "intermediate_size", int),
+        "num_hidden_layers": layers,
+        "rope_theta": config_value(path, config, "rope_theta", float, 10000.0),
+        "rope_scaling": scaling,
+        "context_length": int(config_value(path, config, "max_position_embeddings", int) * scaling),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "hidden_act": activation,
+        "experts": _experts(path, config, layers),
+    }
+
+
+def _rotary_dim(path: Path, config: dict[str, Any], key: str, head_dim: int) -> int:
+    """Rotated channels of a head: an even number of them."""
+    share = config_value(path, config, key, float)
+    channels = int(head_dim * share)
+    if channels % 2 or channels > head_dim:
+        raise CheckpointError(
+            f"{path}: {key!r} {share} of {head_dim} channels are {channels}, expected an even "
+            f"number up to {head_dim}"
+        )
+    return channels
+
+
+def _read_llama(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    biased = bool(config.get("attention_bias", False))
+    return DecoderSpec(
+        **_common(path, config, "silu"),
+        norm_eps=config_value(path, config, "rms_norm_eps", float, 1e-6),
+        qkv_bias=biased,
+        o_bias=biased,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+    )
+
+
+def _read_stablelm(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    """``StableLMEpochConfig``."""
+    common = _common(path, config, "silu")
+    return DecoderSpec(
+        **common,
+        norm_eps=config_value(path, config, "norm_eps", float, 1e-5),
+        norm="layer",
+        rotary_dim=_rotary_dim(path, config, "rope_pct", common["head_dim"]),
+        qkv_bias=config_value(path, config, "use_qkv_bias", bool, True),
+    )
+
+
+def _read_phi(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    """``PhiConfig`` as of Phi-2; MoE-LLaVA's class leaves the bias of ``lm_head`` out."""
+    if config.get("qk_layernorm"):
+        raise CheckpointError(
+            f"{path}: norms of queries and keys ('qk_layernorm') are not known here"
+        )
+    common = _common(path, config, "gelu_new")
+    return DecoderSpec(
+        **common,
+        norm_eps=config_value(path, config, "layer_norm_eps", float, 1e-5),
+        norm="layer",
+        rotary_dim=_rotary_dim(path, config, "partial_rotary_factor", common["head_dim"]),
+        qkv_bias=True,
+        o_bias=True,
+        mlp="plain",
+        mlp_bias=True,
+        parallel_residual=True,
+    )
+
+
+def _read_qwen(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    """``QWenConfig`` of the first generation. Beyond ``seq_length`` its rotary base and scores
+    change (dynamic NTK, log-n), so the context ends there."""
+    common = _common(path, config, "silu")
+    head_dim = config_value(path, config, "kv_channels", int, common["head_dim"])
+    stretched = config.get("use_dynamic_ntk") or config.get("use_logn_attn")
+    trained = config_value(path, config, "seq_length", int, common["context_length"])
+    biased = config_value(path, config, "no_bias", bool, True) is False
+    return DecoderSpec(
+        **common
+        | {
+            "head_dim": head_dim,
+            "intermediate_size": common["intermediate_size"] // 2,
+            "rope_theta": config_value(path, config, "rotary_emb_base", float, 10000.0),
+            "context_length": min(trained, common["context_length"])
+            if stretched
+            else common["context_length"],
+        },
+        norm_eps=config_value(path, config, "layer_norm_epsilon", float, 1e-6),
+        rotary_dim=_rotary_dim(path, {"rotary_pct": 1.0, **config}, "rotary_pct", head_dim),
+        qkv_bias=True,
+        o_bias=biased,
+        mlp_bias=biased,
+    )
+
+
+_LLAMA_PARTS = {
+    "input_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    **{f"attn.{part}_proj": f"self_attn.{part}_proj" for part in "qkvo"},
+}
+LLAMA = Backbone(_read_llama, parts=_LLAMA_PARTS)
+STABLELM = Backbone(_read_stablelm, parts=_LLAMA_PARTS)
+PHI = Backbone(
+    _read_phi, norm="final_layernorm", parts={**_LLAMA_PARTS, "attn.o_proj": "self_attn.dense"}
+)
+QWEN = Backbone(
+    _read_qwen,
+    root="transformer",
+    embed_tokens="wte",
+    layers="h",
+    norm="ln_f",
+    parts={"input_norm": "ln_1", "post_attention_norm": "ln_2", "attn.o_proj": "attn.c_proj"},
+    mlp={"gate_proj": "w2", "up_proj": "w1", "down_proj": "c_proj"},
+    fused_qkv="attn.c_attn",
+)

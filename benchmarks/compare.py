@@ -143,7 +143,8 @@ def show(result: Comparison, folder: Path) -> None:
 
 def _schedule(arguments: argparse.Namespace) -> Schedule:
     base = QUICK if arguments.quick else Schedule(lengths=LENGTHS)
-    if arguments.threads < 1 or (arguments.rounds or 1) < 1 or (arguments.load_rounds or 1) < 1:
+    counts = (arguments.threads, arguments.rounds, arguments.load_rounds)
+    if any(count is not None and count < 1 for count in counts):
         raise MobileVLMError("--threads, --rounds and --load-rounds must be 1 or more")
     return Schedule(
         rounds=arguments.rounds or base.rounds,

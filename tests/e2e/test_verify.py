@@ -68,6 +68,7 @@ def exported_nano(folder: Path, recipe: Path) -> Path:
 
 def verified(capsys: Capture, *arguments: object, code: int = 0) -> dict[str, Any]:
     """What ``verify --json`` prints; it must end with this exit code."""
+    capsys.readouterr()  # of the export, if the bundle was made for this test
     try:
         main(["verify", *map(str, arguments), "--json", "--quiet"])
         ended = 0

@@ -14,26 +14,19 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
 import mobilevlm
-from mobilevlm.nano.evaluate import SuiteResult, evaluate
+from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
 from mobilevlm.nano.suite import Example, evaluation_set
 from mobilevlm.plan import engine_files
 
 RECIPES = ("fp32", "int8", "int4")
 TYPES = ("f32", "f16", "q8_0", "q6_k", "q5_k_m", "q4_k_m", "q4_0")
-LONGEST_ANSWER = 24
 
 
 def score(bundle: Path, engine: str, examples: Sequence[Example]) -> SuiteResult:
     """Accuracy of a bundle in one engine."""
     with mobilevlm.load(bundle, engine) as vlm:
-
-        def answer(prompt: str, pictures: list[Image.Image]) -> str:
-            return vlm.generate(prompt, pictures, max_new_tokens=LONGEST_ANSWER).text
-
-        return evaluate(answer, examples, blind=False)
+        return evaluate_vlm(vlm, examples, blind=False)[0]
 
 
 def row(cells: Sequence[object]) -> str:

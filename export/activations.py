@@ -94,7 +94,7 @@ def watch_vision(
         ImageError: a picture cannot be read.
     """
     reference = load_reference(model, streamed=True)
-    hidden = _embed_pictures(reference, _usable_pictures(model, samples))
+    hidden = embed_pictures(reference, _usable_pictures(model, samples))
     if not hidden:
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
     for index, layer in enumerate(reference.vision.layers):
@@ -122,7 +122,7 @@ def watch_decoder(
         yield _pass(
             layer,
             f"decoder.layers.{index}",
-            partial(_run_layer, layer, model.spec.decoder),
+            partial(run_decoder_layer, layer, model.spec.decoder),
             hidden,
             wanted,
             hessian,
@@ -156,7 +156,8 @@ def expert_usage(model: Model, samples: Sequence[Sample]) -> dict[int, tuple[flo
     return shares
 
 
-def _run_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:
+def run_decoder_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:
+    """Runs whole samples ``(batch, length, hidden_size)`` from position 0 on."""
     out: Tensor = layer(hidden, rotary_tables(spec, torch.arange(hidden.shape[1])))
     return out
 
@@ -220,7 +221,7 @@ def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
 
 
 @torch.no_grad()
-def _embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[Tensor]:
+def embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[Tensor]:
     """Input of the first layer ``(1, num_patches + 1, hidden_size)`` of each."""
     tower, spec = reference.vision, reference.spec.image
     with ExitStack() as stack:
@@ -232,14 +233,18 @@ def _embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[
         ]
 
 
-def sample_groups(model: Model, samples: Sequence[Sample]) -> Iterator[list[Sample]]:
-    """The samples in groups of neighbours that the decoder can be watched on at once.
+def sample_groups(
+    model: Model, samples: Sequence[Sample], positions: int | None = None
+) -> Iterator[list[Sample]]:
+    """The samples in groups of neighbours of so many positions in the decoder, by default
+    ``MAX_POSITIONS``; a longer sample is a group of its own.
 
     Raises:
         PromptError: a sample does not fit into the context.
     """
     group: list[Sample] = []
-    room = MAX_POSITIONS
+    limit = positions or MAX_POSITIONS
+    room = limit
     for number, sample in enumerate(samples, 1):
         ids = sample_ids(model, sample)
         length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.projector.num_tokens - 1)
@@ -250,7 +255,7 @@ def sample_groups(model: Model, samples: Sequence[Sample]) -> Iterator[list[Samp
             )
         if group and length > room:
             yield group
-            group, room = [], MAX_POSITIONS
+            group, room = [], limit
         group.append(sample)
         room -= length
     yield group
@@ -264,7 +269,7 @@ def _embed_samples(
     used = next(sample_groups(model, samples))
     if len(used) < len(samples):
         progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
-    visual = _embed_pictures(reference, [item for sample in used for item in sample.images])
+    visual = embed_pictures(reference, [item for sample in used for item in sample.images])
     for index, layer in enumerate(reference.vision.layers):
         _pass(layer, f"vision.layers.{index}", layer, visual, lambda _: False, False)
     with held(reference.projector):

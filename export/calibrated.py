@@ -79,7 +79,15 @@ def calibrate(
     def wanted(name: str) -> bool:
         return recipe.format_of(name).quantizer == "gptq"
 
-    return Calibrated(weights, _Hessians(_watch(scaled, samples, stage, wanted, True)).find)
+    return Calibrated(weights, hessians(scaled, samples, stage, wanted))
+
+
+def hessians(
+    model: Model, samples: Sequence[Sample], stage: CalibratedStage, wanted: Wanted
+) -> HessianOf:
+    """Hessians of the wanted layers, to be asked in the order of use: the samples run as far as the
+    layer that is asked for."""
+    return _Hessians(_watch(model, samples, stage, wanted, True)).find
 
 
 class _Hessians:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,18 @@ from mobilevlm.conversation import input_ids, render, user_message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.families import Model
 from mobilevlm.nano.drawing import render as draw
-from mobilevlm.nano.questions import caption_question, questions
-from mobilevlm.nano.scenes import sample_scene
-from mobilevlm.spec import from_dict
+from mobilevlm.nano.questions import KINDS, caption_question, questions
+from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
+from mobilevlm.nano.text_only import text_questions
+from mobilevlm.spec import ModelSpec, from_dict
 
 SCENES = "scenes"
 """Names the default data."""
 
-NUM_SCENES = 32
+_TASKS = ("caption", *KINDS, "text")
+NUM_SCENES = 3 * len(_TASKS)
+_HELD_OUT = TRAINING_SEEDS + 10**9
+"""Far behind the seeds that ``mobilevlm eval`` comes to."""
 MAX_BYTES = 1 << 26
 """Of a JSONL file."""
 
@@ -66,15 +70,43 @@ def find_samples(name: str) -> list[Sample]:
     return scene_samples() if name == SCENES else read_samples(Path(name))
 
 
-def scene_samples(count: int = NUM_SCENES) -> list[Sample]:
-    """Drawn scenes: each second one is described, the others get a question of any kind. None of
-    them is in the scenes that ``mobilevlm eval`` asks about."""
-    samples = []
-    for seed in range(count):
-        scene = sample_scene(seed)
-        asked = caption_question(scene) if seed % 2 == 0 else questions(scene)[0]
-        samples.append(Sample(asked.text, asked.answer, (draw(scene),)))
-    return samples
+def measuring_samples(name: str) -> list[Sample]:
+    """What to measure on: for ``scenes`` others than those that calibrate, else the JSONL file.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: a picture file is missing.
+    """
+    return scene_samples(first=NUM_SCENES) if name == SCENES else read_samples(Path(name))
+
+
+def held_out_samples(name: str) -> list[Sample]:
+    """What to judge on: for ``scenes`` drawn ones that neither calibrate nor measure and that no
+    model was trained on, else the JSONL file.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: a picture file is missing.
+    """
+    return scene_samples(first=_HELD_OUT) if name == SCENES else read_samples(Path(name))
+
+
+def scene_samples(count: int = NUM_SCENES, first: int = 0) -> list[Sample]:
+    """Drawn scenes, each with something else to do: to be described, to be asked about in each way
+    that ``mobilevlm eval`` asks, and a question without a picture. None of them is in the scenes
+    that ``eval`` asks about."""
+    return [_scene_sample(first + index, _TASKS[index % len(_TASKS)]) for index in range(count)]
+
+
+def _scene_sample(seed: int, task: str) -> Sample:
+    """``task``: a kind of question; another kind where the scene has nothing to ask for that."""
+    if task == "text":
+        asked = text_questions(seed, 1)[0]
+        return Sample(asked.text, asked.answer, ())
+    scene = sample_scene(seed, "train" if seed < TRAINING_SEEDS else "evaluation")
+    found = () if task == "caption" else questions(scene, 1, [task]) or questions(scene, 1)
+    asked = found[0] if found else caption_question(scene)
+    return Sample(asked.text, asked.answer, (draw(scene),))
 
 
 def read_samples(path: Path) -> list[Sample]:
@@ -129,11 +161,23 @@ def sample_ids(model: Model, sample: Sample) -> list[int]:
     Raises:
         PromptError: a token that the model has no embedding for.
     """
-    spec = model.spec
+    text = sample_text(model.spec, sample)
+    vocab_size = model.spec.decoder.vocab_size
+    return input_ids(model.tokenizer, text, len(sample.images), vocab_size)
+
+
+def sample_text(spec: ModelSpec, sample: Sample) -> str:
+    """Prompt and answer in the model's template."""
     text = render(spec.conversation, [user_message(sample.prompt, len(sample.images))])
-    if sample.answer:
-        text = f"{text} {sample.answer}"
-    return input_ids(model.tokenizer, text, len(sample.images), spec.decoder.vocab_size)
+    return f"{text} {sample.answer}" if sample.answer else text
+
+
+def answer_ids(model: Model, sample: Sample) -> list[int]:
+    """What follows the prompt in :func:`sample_ids`, where a tokenizer may join the end of the one
+    with the beginning of the other."""
+    ids, prompt = sample_ids(model, sample), sample_ids(model, replace(sample, answer=""))
+    pairs = enumerate(zip(ids, prompt, strict=False))
+    return ids[next((place for place, (a, b) in pairs if a != b), len(prompt)) :]
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

@@ -17,7 +17,9 @@ from mobilevlm.bundle import Artifact
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibrated import calibrate, calibration_key, check_torch
 from mobilevlm.export.calibration import Sample, find_samples
-from mobilevlm.export.recipes import LinearFormat, Recipe
+from mobilevlm.export.layer_formats import bits_per_weight
+from mobilevlm.export.linear_groups import linear_groups
+from mobilevlm.export.recipes import Recipe
 from mobilevlm.export.written import Written
 from mobilevlm.families import Model
 from mobilevlm.gguf_file import read_gguf
@@ -64,15 +66,16 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     def job(
         stage: StageName,
         name: str,
-        parts: tuple[LinearFormat, ...],
         precision: str,
         prefixes: tuple[str, ...],
         settings: list[Any],
         write: Callable[..., Written],
     ) -> Job:
         path = f"onnx/{name}{SUFFIXES[precision]}.onnx"
-        settings = [path, precision, *map(to_dict, parts), *settings]
-        calibrated = any(part.is_calibrated for part in parts)
+        groups = [group for group in linear_groups(spec) if f"{group.name}.".startswith(prefixes)]
+        formats = [recipe.format_of(group.name) for group in groups]
+        settings = [path, precision, *map(to_dict, formats), *settings]
+        calibrated = any(layers.is_calibrated for layers in formats)
         if calibrated:
             settings.append(calibration_key(model, samples))
 
@@ -83,14 +86,22 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             return write(ready.weights, spec, recipe, file, advance, ready.hessian)
 
         key = _key(model, "onnx", prefixes, settings)
-        artifact = Artifact(stage, "onnx", precision, path, (f"{path}_data",), key)
+        artifact = Artifact(
+            stage,
+            "onnx",
+            precision,
+            path,
+            (f"{path}_data",),
+            key,
+            bits_per_weight=round(bits_per_weight(recipe, groups), 4) if groups else None,
+            weight_bits=max((layers.int8_weight_bits for layers in formats), default=0) or None,
+        )
         return Job(artifact, _size(model, prefixes), author)
 
     return [
         job(
             "vision",
             "vision_encoder",
-            (recipe.tower, recipe.projector),
             recipe.tower.precision,
             ("vision.", "projector."),
             [to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)],
@@ -99,7 +110,6 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         job(
             "embeddings",
             "embed_tokens",
-            (),
             recipe.embeddings,
             ("decoder.embed_tokens.",),
             [to_dict(spec.decoder)],
@@ -108,7 +118,6 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         job(
             "decoder",
             "decoder_model_merged",
-            (recipe.decoder, recipe.lm_head),
             recipe.decoder.precision,
             ("decoder.layers.", "decoder.norm.", "decoder.lm_head."),
             [to_dict(spec.decoder), recipe.experts],

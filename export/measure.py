@@ -1,98 +1,142 @@
 """How far the artifacts of a bundle are from the float32 reference (needs torch).
 
-The reference is streamed layer by layer, so this needs no more memory than the export itself. The
-pictures are made here from a fixed seed.
+The reference is streamed layer by layer over a group of samples, and logits are compared sample by
+sample, so this needs no more memory than the export itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
 from mobilevlm.bundle import Bundle, StageQuality
-from mobilevlm.errors import QualityError
-from mobilevlm.export.recipes import Recipe
+from mobilevlm.export.activations import embed_pictures, sample_groups
+from mobilevlm.export.calibration import Sample, answer_ids, sample_ids, sample_text
+from mobilevlm.export.figures import (
+    Float32,
+    TextFigures,
+    TokenFigures,
+    VectorFigures,
+    compare_logits,
+    compare_vectors,
+    greedy_figures,
+    greedy_match,
+    perplexity_figures,
+    text_figures,
+    token_figures,
+    vision_figures,
+)
 from mobilevlm.families import Model
-from mobilevlm.image import open_image, preprocess
-from mobilevlm.reference import load_reference
-from mobilevlm.runtime.vlm import open_model
-
-Float32 = NDArray[np.float32]
+from mobilevlm.plan import stage_formats, stage_names
+from mobilevlm.progress import Advance, ignore
+from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.reference.model import held
+from mobilevlm.reference.streaming import (
+    decoder_states,
+    last_states,
+    project,
+    tower_states,
+)
+from mobilevlm.runtime.vlm import VLM, open_model
 
 PROMPTS = (
     "Describe the picture.",
     "What colour is the largest shape?\nAnswer the question using a single word or phrase.",
 )
 GREEDY_TOKENS = 16
-
-MTMD_ERROR = 2e-3
-"""What llama.cpp's vision stage may be off at least: whatever the type, its activations are
-tables in float16."""
+POSITIONS = 1 << 12
+"""Of a group's prompts and answers: their states stay in memory while the layers stream by."""
 
 
-def measure_format(model: Model, bundle: Bundle, form: str) -> dict[str, StageQuality]:
-    """Runs a bundle's artifacts of one format, and the reference, on the same pictures and prompts.
-
-    ``vision``: of the visual tokens, ``cosine`` (least over tokens) and ``relative_error``.
-    ``decoder``, given the reference's visual tokens: ``kl`` (mean, in nats) and ``top1_agreement``
-    over all positions. ``end_to_end``: ``greedy_match``, the share of greedy tokens up to the first
-    one that the reference would not have chosen.
-    """
-    vision: list[dict[str, float]] = []
-    decoder: list[dict[str, float]] = []
-    matches: list[float] = []
-    artifacts = tuple(part for part in bundle.manifest.artifacts if part.format == form)
-    alone = replace(bundle, manifest=replace(bundle.manifest, artifacts=artifacts))
-    with open_model(alone) as vlm, torch.no_grad():
-        reference = load_reference(model, streamed=True)
-        for seed, prompt in enumerate(PROMPTS):
-            image = calibration_image(seed, model.spec.image.size)
-            pixels = preprocess(open_image(image), model.spec.image)
-            exact = reference.visual_tokens(pixels)
-            vision.append(compare_vectors(vlm.encode_image(image), exact.numpy()))
-            answer = vlm.generate(prompt, [image], max_new_tokens=GREEDY_TOKENS, ignore_eos=True)
-            ids = [*vlm.prompt_ids(prompt, 1), *answer.token_ids]
-            embeds = reference.embed(ids, [exact])
-            logits = reference.logits(embeds).numpy()
-            decoder.append(compare_logits(vlm.embeds_logits(embeds.numpy()), logits))
-            matches.append(_greedy_match(answer.token_ids, logits))
-    found = {
-        "vision": _worst(vision),
-        "decoder": _worst(decoder),
-        "end_to_end": {"greedy_match": _rounded(min(matches))},
-    }
-    return {stage_name(stage, form): StageQuality(figures) for stage, figures in found.items()}
+_Seen: TypeAlias = tuple[tuple[VectorFigures, ...], tuple[VectorFigures, ...]]
+"""Of a sample's pictures: the tower's features (none where the engine keeps them inside), and the
+visual tokens."""
 
 
-def stage_name(stage: str, form: str) -> str:
-    """A stage as the manifest names it: ``vision`` for the ONNX artifact, ``vision_gguf`` …"""
-    return stage if form == "onnx" else f"{stage}_{form}"
+@dataclass(frozen=True)
+class SampleFigures:
+    """What one sample showed."""
+
+    sample: Sample
+    features: tuple[VectorFigures, ...]
+    """Of the tower's output, a picture each; empty where the engine does not give it"""
+    visual: tuple[VectorFigures, ...]
+    """Of the visual tokens, a picture each"""
+    decoder: TokenFigures
+    """Given the reference's visual tokens, where the model answers"""
+    whole: TokenFigures | None
+    """Given the bundle's own visual tokens; where the sample has an answer"""
+    text: TextFigures | None
+    """Of the sample's answer, given the bundle's own visual tokens"""
+    greedy: tuple[int, ...]
+    """Tokens that the bundle answers with, up to the end-of-text token"""
+    match: float
+    """Share of them before the first that the reference would not have chosen"""
 
 
-def check_limits(stages: dict[str, StageQuality], recipe: Recipe, form: str) -> None:
-    """Fails when a figure is beyond what the recipe allows.
+@dataclass(frozen=True)
+class Measurement:
+    """A bundle in one engine, beside the reference."""
+
+    stages: dict[str, StageQuality]
+    samples: tuple[SampleFigures, ...]
+
+
+def measure(
+    model: Model,
+    bundle: Bundle,
+    engine: str,
+    samples: Sequence[Sample],
+    max_new_tokens: int = GREEDY_TOKENS,
+    threads: int | None = None,
+    advance: Advance = ignore,
+) -> Measurement:
+    """Runs bundle and reference on the same samples. docs/quality.md says what the figures mean.
+
+    ``max_new_tokens``: of each greedy answer. ``advance`` hears of each sample.
 
     Raises:
-        QualityError: names stage, figure and limit.
+        PromptError: a sample does not fit into the context.
+        ImageError: a picture cannot be read.
     """
-    vision = recipe.limits.vision_relative_error
-    if form == "gguf":
-        vision = max(vision, MTMD_ERROR)
-    checks = (
-        (stage_name("vision", form), "relative_error", vision),
-        (stage_name("decoder", form), "kl", recipe.limits.decoder_kl),
-    )
-    for stage, figure, limit in checks:
-        value = stages[stage].figures[figure]
-        if not value <= limit:
-            raise QualityError(
-                f"quality of recipe {recipe.name!r}: {stage} {figure} is {value:.4g}, the limit is "
-                f"{limit:.4g}: choose a finer recipe, or raise the limit in a recipe file"
-            )
+    found: list[SampleFigures] = []
+    with open_model(bundle, engine, threads) as vlm, torch.no_grad():
+        reference = load_reference(model, streamed=True)
+        for group in sample_groups(model, samples, POSITIONS):
+            found += _measure_group(model, reference, vlm, group, max_new_tokens, advance)
+    return Measurement(_stages(found, stage_names(bundle, engine)), tuple(found))
+
+
+def synthetic_samples(size: int) -> list[Sample]:
+    """What an export is measured on: pictures with edges ``size``, the same ones every time."""
+    return [
+        Sample(prompt, "", (Image.fromarray(calibration_image(seed, size)),))
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+
+
+def with_own_answers(model: Model, measured: Measurement) -> list[Sample]:
+    """The samples, those without an answer with the bundle's own."""
+    return [
+        item.sample
+        if item.sample.answer
+        else dataclasses.replace(item.sample, answer=greedy_text(model, item.greedy))
+        for item in measured.samples
+    ]
+
+
+def greedy_text(model: Model, tokens: Sequence[int]) -> str:
+    """Tokens of an answer as a person sees them."""
+    text: str = model.tokenizer.decode(list(tokens))
+    return text.strip()
 
 
 def calibration_image(seed: int, size: int) -> NDArray[np.uint8]:
@@ -112,44 +156,168 @@ def calibration_image(seed: int, size: int) -> NDArray[np.uint8]:
     return (picture.clip(0, 1) * 255).astype(np.uint8)
 
 
-def compare_vectors(found: Float32, exact: Float32) -> dict[str, float]:
-    """``cosine`` (least over rows) and ``relative_error`` (of the whole) of ``(rows, size)``."""
-    norms = np.linalg.norm(found, axis=-1) * np.linalg.norm(exact, axis=-1)
-    cosine = (found * exact).sum(axis=-1) / np.maximum(norms, 1e-30)
-    error = np.linalg.norm(found - exact) / max(float(np.linalg.norm(exact)), 1e-30)
-    return {"cosine": float(cosine.min()), "relative_error": float(error)}
+def reference_answers(
+    model: Model, figures: Sequence[SampleFigures], max_new_tokens: int
+) -> list[list[int]]:
+    """The greedy tokens of the reference itself, where a bundle's were measured: from the first
+    token on that differs a full pass for each, with no cache to be wrong."""
+    reference = load_reference(model, streamed=True)
+    samples = [item.sample for item in figures]
+    ends = model.spec.conversation.eos_token_ids
+    answers = [list(item.greedy[: round(item.match * len(item.greedy))]) for item in figures]
+    visual = _visual_tokens(reference, samples)
+    prompts = [_prompt_ids(model, sample) for sample in samples]
+
+    def is_open(index: int) -> bool:
+        tokens = answers[index]
+        return len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends)
+
+    with torch.no_grad():
+        while going := [index for index in range(len(figures)) if is_open(index)]:
+            ids = [[*prompts[index], *answers[index]] for index in going]
+            embeds = _embed(reference, ids, [visual[index] for index in going])
+            states = last_states(decoder_states(reference, embeds), embeds)
+            for index, state in zip(going, states, strict=True):
+                answers[index].append(int(_logits(reference, state[:, -1:])[0].argmax()))
+    return answers
 
 
-def compare_logits(found: Float32, exact: Float32) -> dict[str, float]:
-    """``kl`` (exact from found, mean over positions) and ``top1_agreement`` of
-    ``(positions, vocab_size)``."""
-    p, q = _log_softmax(exact), _log_softmax(found)
-    kl = (np.exp(p) * (p - q)).sum(axis=-1)
-    agreement = (found.argmax(axis=-1) == exact.argmax(axis=-1)).mean()
-    return {"kl": float(kl.mean()), "top1_agreement": float(agreement)}
+def _measure_group(
+    model: Model,
+    reference: ReferenceModel,
+    vlm: VLM,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    advance: Advance,
+) -> list[SampleFigures]:
+    visual, seen = _measure_pictures(reference, vlm, samples)
+    greedy = [_greedy(vlm, sample, max_new_tokens) for sample in samples]
+    # Each sample's prompt with the bundle's own answer, then those with the sample's answer.
+    answered = [index for index, sample in enumerate(samples) if sample.answer]
+    ids = [
+        [*_prompt_ids(model, sample), *tokens]
+        for sample, tokens in zip(samples, greedy, strict=True)
+    ] + [sample_ids(model, samples[index]) for index in answered]
+    embeds = _embed(reference, ids, [*visual, *(visual[index] for index in answered)])
+    states = last_states(decoder_states(reference, embeds), embeds)
+    found: list[SampleFigures] = []
+    with held(reference.decoder.norm), held(reference.decoder.lm_head):
+        for index, sample in enumerate(samples):
+            tokens = greedy[index]
+            exact = _logits(reference, states[index][:, -len(tokens) - 1 :])
+            match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
+            given, whole, text = index, None, None
+            if sample.answer:
+                given = len(samples) + answered.index(index)
+                answer = answer_ids(model, sample)
+                exact = _logits(reference, states[given][:, -len(answer) - 1 :])
+                prompt = sample_text(model.spec, sample)
+                own = vlm.prompt_logits(prompt, sample.images, raw=True)[-len(exact) :]
+                whole = compare_logits(own, exact)
+                text = text_figures(own[:-1], exact[:-1], answer)
+            near = vlm.embeds_logits(embeds[given][0].numpy())[-len(exact) :]
+            decoder = compare_logits(near, exact)
+            found.append(
+                SampleFigures(sample, *seen[index], decoder, whole, text, tuple(tokens), match)
+            )
+            advance(1)
+    return found
 
 
-def _log_softmax(logits: Float32) -> NDArray[np.float64]:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    out: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+def _measure_pictures(
+    reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
+) -> tuple[list[list[Tensor]], list[_Seen]]:
+    """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
+    has_features = stage_formats(vlm.bundle, vlm.engine)["vision"] == "onnx"
+    exact = exact_pictures(reference, samples)
+    visual: list[list[Tensor]] = []
+    seen: list[_Seen] = []
+    for sample in samples:
+        features: list[VectorFigures] = []
+        tokens: list[VectorFigures] = []
+        visual.append([])
+        for image in sample.images:
+            state, projected = next(exact)
+            visual[-1].append(projected)
+            tokens.append(compare_vectors(vlm.encode_image(image), projected.numpy()))
+            if has_features:
+                features.append(compare_vectors(vlm.image_features(image), state.numpy()))
+        seen.append((tuple(features), tuple(tokens)))
+    return visual, seen
+
+
+def exact_pictures(
+    reference: ReferenceModel, samples: Sequence[Sample]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tower's features and the visual tokens of all pictures."""
+    states = embed_pictures(reference, [image for sample in samples for image in sample.images])
+    states = last_states(tower_states(reference, states), states)
+    features = (state[0, 1:] for state in states)
+    return zip(features, project(reference, states), strict=True)
+
+
+def reference_embeds(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> list[Tensor]:
+    """What the reference's decoder is given ``(1, length, hidden_size)``, of each sample."""
+    ids = [sample_ids(model, sample) for sample in samples]
+    return _embed(reference, ids, _visual_tokens(reference, samples))
+
+
+def _visual_tokens(reference: ReferenceModel, samples: Sequence[Sample]) -> list[list[Tensor]]:
+    pictures = exact_pictures(reference, samples)
+    return [[next(pictures)[1] for _ in sample.images] for sample in samples]
+
+
+def _embed(
+    reference: ReferenceModel, ids: Sequence[Sequence[int]], visual: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """``(1, length, hidden_size)`` each."""
+    with torch.no_grad(), held(reference.decoder.embed_tokens):
+        return [
+            reference.embed(tokens, images)[None]
+            for tokens, images in zip(ids, visual, strict=True)
+        ]
+
+
+def _logits(reference: ReferenceModel, state: Tensor) -> Float32:
+    """States after the last layer ``(1, length, hidden_size)`` to ``(length, vocab_size)``."""
+    decoder = reference.decoder
+    out: Float32 = decoder.lm_head(decoder.norm(state))[0].numpy()
     return out
 
 
-def _greedy_match(tokens: Sequence[int], logits: Float32) -> float:
-    """``logits``: of the prompt and the tokens; token i was chosen at the position before it."""
-    expected = logits[-len(tokens) - 1 : -1].argmax(axis=-1)
-    wrong = np.flatnonzero(expected != np.asarray(tokens))
-    return float(wrong[0] if len(wrong) else len(tokens)) / len(tokens)
+def _prompt_ids(model: Model, sample: Sample) -> list[int]:
+    return sample_ids(model, dataclasses.replace(sample, answer=""))
 
 
-def _worst(samples: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The worst sample of each figure: errors at their largest, agreement at its least."""
-    return {
-        name: _rounded((max if name in ("kl", "relative_error") else min)(s[name] for s in samples))
-        for name in samples[0]
+def _greedy(vlm: VLM, sample: Sample, max_new_tokens: int) -> list[int]:
+    """The bundle's answer, with the end-of-text token where it comes to one."""
+    tokens = vlm.generate(
+        sample.prompt, sample.images, max_new_tokens=max_new_tokens, ignore_eos=True
+    ).token_ids
+    ends = vlm.spec.conversation.eos_token_ids
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
+
+
+def _stages(found: Sequence[SampleFigures], names: Mapping[str, str]) -> dict[str, StageQuality]:
+    vision: dict[str, float] = {}
+    visual = [part for item in found for part in item.visual]
+    features = [part for item in found for part in item.features]
+    if visual:
+        vision = vision_figures(visual)
+    if features:
+        near = vision_figures(features)
+        vision |= {f"features_{name}": near[name] for name in ("cosine", "relative_error")}
+    whole = [item.whole for item in found if item.whole is not None]
+    texts = [item.text for item in found if item.text is not None]
+    end_to_end = greedy_figures([item.match for item in found])
+    if whole:
+        end_to_end |= {"kl": token_figures(whole)["kl"], **perplexity_figures(texts)}
+    stages = {
+        "vision": vision,
+        "decoder": token_figures([item.decoder for item in found]),
+        "end_to_end": end_to_end,
     }
-
-
-def _rounded(value: float) -> float:
-    """Four significant digits: beyond them lies the noise of summation order."""
-    return float(f"{value:.4g}")
+    return {names[stage]: StageQuality(figures) for stage, figures in stages.items() if figures}

@@ -19,13 +19,19 @@ from mobilevlm.bundle import (
     Manifest,
     Quality,
     StageQuality,
+    SystemPrompt,
     WeightError,
     describe_files,
+    named_files,
     write_manifest,
 )
+from mobilevlm.conversation import system_ids
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, tool_versions
-from mobilevlm.export.recipes import Recipe, find_recipe
+from mobilevlm.export.layer_formats import expand_layers
+from mobilevlm.export.limits import check_limits, quality_error
+from mobilevlm.export.recipes import Recipe, WeightBits, find_recipe
+from mobilevlm.export.system_prompt import write_system_prompt
 from mobilevlm.export.workspace import (
     Workspace,
     check_target,
@@ -37,6 +43,8 @@ from mobilevlm.export.workspace import (
 )
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.gguf_names import gguf_architecture, is_own
+from mobilevlm.plan import choose_engine, stage_names
+from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import GGUFType
 
 FORMATS = tuple(JOBS)
@@ -65,6 +73,7 @@ def export(
     imatrix: str | PathLike[str] | None = None,
     calibration: str | PathLike[str] | None = None,
     mmproj: str | PathLike[str] | None = None,
+    weight_bits: WeightBits | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
@@ -75,7 +84,8 @@ def export(
     ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
     (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
-    recipe's methods need data.
+    recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
+    machine: 7 for x86 without VNNI, 8 for all others.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -91,16 +101,19 @@ def export(
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
     if imatrix is not None or calibration is not None:
         chosen = _with_data(chosen, imatrix, calibration, formats)
+    chosen = _with_weight_bits(chosen, weight_bits, formats)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
+    chosen = expand_layers(chosen, model.spec)
     jobs = [job for form in formats for job in JOBS[form](model, chosen)]
     with open_workspace(target) as work:
         artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
         draft = _manifest(model, chosen, artifacts)
+        draft = dataclasses.replace(draft, system_prompt=_system_prompt(model, work, draft))
         quality = _measure(model, chosen, work, draft, measure)
-        keep_only(work, [TOKENIZER, *(name for artifact in artifacts for name in artifact.files)])
+        keep_only(work, named_files(draft))
         files = describe_files(work.folder)
         manifest = dataclasses.replace(draft, quality=quality, files=files)
         write_manifest(work.folder, manifest)
@@ -178,6 +191,18 @@ def _with_data(
     )
 
 
+def _with_weight_bits(recipe: Recipe, wanted: WeightBits | None, formats: Sequence[str]) -> Recipe:
+    """The recipe with the bits of its ``int8`` weights settled."""
+    if wanted is None:
+        return recipe.with_weight_bits(int8_weight_bits() or 7, auto_only=True)
+    if "onnx" not in formats or not recipe.has_int8:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r} has no int8 weights in ONNX that --weight-bits {wanted} could "
+            f"be about: leave it out"
+        )
+    return recipe.with_weight_bits(wanted, auto_only=False)
+
+
 def _open(
     checkpoint: Path, options: OpenOptions, mmproj: Path | None, formats: Sequence[str]
 ) -> Model:
@@ -230,28 +255,50 @@ def _make(job: Job, work: Workspace) -> Artifact:
     return artifact
 
 
+def _system_prompt(model: Model, work: Workspace, draft: Manifest) -> SystemPrompt | None:
+    """Stores the system prompt's keys and values, if there is one and an ONNX decoder."""
+    ids = system_ids(model.tokenizer, model.spec.conversation)
+    parts = [part for part in draft.artifacts if (part.format, part.stage) == ("onnx", "decoder")]
+    if not ids or not parts:
+        return None
+    obstacle = _run_obstacle(model, work, parts)
+    if obstacle:
+        progress.say(f"system      keys and values not stored ({obstacle})")
+        return None
+    return write_system_prompt(Bundle(work.folder, draft, digest=""), ids)
+
+
 def _measure(
     model: Model, recipe: Recipe, work: Workspace, draft: Manifest, wanted: bool
 ) -> Quality:
     """Figures against the float32 reference, or the reason why there are none."""
     stages: dict[str, StageQuality] = {}
     obstacles: dict[str, str] = {}
-    bundle = Bundle(work.folder, draft, digest="")
     for form in _formats_of(draft.artifacts):
-        obstacle = _obstacle(model, work, draft, form) if wanted else "not wanted"
+        artifacts = tuple(part for part in draft.artifacts if part.format == form)
+        obstacle = _obstacle(model, work, artifacts) if wanted else "not wanted"
         if obstacle:
             obstacles[form] = obstacle
             continue
-        from mobilevlm.export.measure import check_limits, measure_format
+        from mobilevlm.export.artifact_weights import artifact_weights
+        from mobilevlm.export.layer_effects import layer_effects, worst_layers
+        from mobilevlm.export.measure import measure, synthetic_samples, with_own_answers
 
         start = time.perf_counter()
-        found = measure_format(model, bundle, form)
-        for name, stage in found.items():
+        bundle = Bundle(work.folder, dataclasses.replace(draft, artifacts=artifacts), digest="")
+        engine = choose_engine(bundle, "auto")
+        measured = measure(model, bundle, engine, synthetic_samples(model.spec.image.size))
+        for name, stage in measured.stages.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
             progress.say(f"quality     {name}: {figures}")
         progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
-        check_limits(found, recipe, form)
-        stages |= found
+        checks = check_limits(measured.stages, recipe.limits, stage_names(bundle, engine))
+        failed = [check for check in checks if not check.passed]
+        if failed:
+            stored = artifact_weights(model, bundle, engine)
+            effects = layer_effects(model, stored, with_own_answers(model, measured))
+            raise quality_error(recipe.name, failed, worst_layers(effects))
+        stages |= measured.stages
     note = _note(obstacles, alike=not stages)
     if note:
         progress.say(f"quality     not measured ({note})")
@@ -266,12 +313,12 @@ def _note(obstacles: dict[str, str], alike: bool) -> str:
     return "; ".join(f"{form}: {reason}" for form, reason in obstacles.items())
 
 
-def _obstacle(model: Model, work: Workspace, draft: Manifest, form: str) -> str:
-    """Why a format's quality cannot be measured here; empty when it can."""
+def _obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> str:
+    """Why the quality of these, all of one format, cannot be measured here; empty when it can."""
     try:
         import torch  # noqa: F401
 
-        if form == "gguf":
+        if artifacts[0].format == "gguf":
             from mobilevlm.runtime.engines.llama_native import llama_library
 
             llama_library()
@@ -279,10 +326,16 @@ def _obstacle(model: Model, work: Workspace, draft: Manifest, form: str) -> str:
         return "torch is not installed: pip install 'mobilevlm-edge[reference]'"
     except MissingExtraError as error:
         return str(error)
+    return _run_obstacle(model, work, artifacts)
+
+
+def _run_obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> str:
+    """Why these cannot be run during an export of this checkpoint; empty when they can."""
+    if int8_weight_bits() == 7 and any(part.weight_bits == 8 for part in artifacts):
+        return "8-bit weights saturate on this processor: --weight-bits 7 would not"
     needed = MEMORY_LIBRARIES + sum(
         RESIDENT.get(artifact.precision, RESIDENT_GGUF) * work.path(name).stat().st_size
-        for artifact in draft.artifacts
-        if artifact.format == form
+        for artifact in artifacts
         for name in artifact.files
     )
     allowed = MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE

@@ -1,18 +1,20 @@
 """Recipes: which precision each part of a model is exported in, and how far it may drift.
 
 A recipe is named (``int4``) or read from a TOML file with the same fields as the dataclass; a part
-that is a text there (``decoder = "q4"``) means that precision with everything else left as it is.
+or layer that is a text there (``decoder = "q4"``) means that precision with everything else left as
+it is.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.quantize.blocks import INT8, Scheme
+from mobilevlm.export.quantize.blocks import Scheme
 from mobilevlm.spec import GGUFType, from_dict
 
 if sys.version_info >= (3, 11):
@@ -29,6 +31,7 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2"]
 
 QuantizerName: TypeAlias = Literal["rtn", "hqq", "gptq"]
 ScalingName: TypeAlias = Literal["none", "awq", "smoothquant"]
+WeightBits: TypeAlias = Literal[7, 8]
 
 BLOCK_BITS: dict[Precision, int] = {"q8": 8, "q4": 4, "q2": 2}
 """Bits of the precisions whose weights are in blocks."""
@@ -49,6 +52,8 @@ _USES: dict[str, tuple[Precision, ...]] = {
     "quantizer": ("int8", *BLOCK_BITS),
     "block_size": tuple(BLOCK_BITS),
     "symmetric": tuple(BLOCK_BITS),
+    "activations": ("int8",),
+    "weight_bits": ("int8",),
 }
 """Precisions that a setting has a meaning for."""
 _SCALED: dict[ScalingName, tuple[Precision, ...]] = {
@@ -73,16 +78,28 @@ class LinearFormat:
     """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
     symmetric: bool = True
     """Without, each of those blocks has a zero point too."""
+    activations: Literal["token", "tensor"] = "token"
+    """What shares a scale of the 8-bit activations of ``int8``: each token by itself, or all."""
+    weight_bits: Literal["auto", 7, 8] = "auto"
+    """Of ``int8``: 7 where sums of products saturate (x86 without VNNI), 8 elsewhere. ``auto``: as
+    the exporting machine needs it; until that is settled 7, which is right everywhere."""
 
     @property
     def is_calibrated(self) -> bool:
         return self.quantizer == "gptq" or self.scaling != "none"
 
     @property
+    def int8_weight_bits(self) -> int:
+        """7 or 8 of ``int8``, else 0."""
+        if self.precision != "int8":
+            return 0
+        return 8 if self.weight_bits == 8 else 7
+
+    @property
     def scheme(self) -> Scheme | None:
         """The integers that stand for weights; none for floats."""
         if self.precision == "int8":
-            return INT8
+            return Scheme(8, None, half_range=self.int8_weight_bits == 7)
         if self.precision in BLOCK_BITS:
             return Scheme(BLOCK_BITS[self.precision], self.block_size, self.symmetric)
         return None
@@ -96,6 +113,16 @@ class Limits:
     """Of the visual tokens, as a ratio of Euclidean norms."""
     decoder_kl: float
     """Mean Kullback–Leibler divergence of the next-token distributions, in nats."""
+    vision_cosine: float | None = None
+    """Least cosine of a visual token."""
+    top1_agreement: float | None = None
+    """Least share of positions where the likeliest token is the reference's."""
+    perplexity_ratio: float | None = None
+    """Of the samples' answers, over the reference's."""
+    greedy_match: float | None = None
+    """Least mean share of a greedy answer before it leaves the reference's."""
+    accuracy_loss: float | None = None
+    """Share of a suite's questions that the reference answers right, less the bundle's."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +137,10 @@ class Recipe:
     lm_head: LinearFormat
     embeddings: Literal["fp32", "fp16"]
     limits: Limits
+    layers: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
+    """Of single layers instead of their part's: by canonical name, which stands for the layers that
+    are one product with it too, or by a pattern with ``*`` (export/layer_formats.py). GGUF files
+    have one type for all."""
     experts: Literal["fused", "plain"] = "fused"
     """Sparse experts as one operator of ONNX Runtime, or as standard operators around each."""
     calibration: str = "scenes"
@@ -133,18 +164,46 @@ class Recipe:
     @property
     def is_calibrated(self) -> bool:
         """Whether a method of the ONNX artifacts needs data."""
-        return any(layers.is_calibrated for layers in self.parts)
+        return any(layers.is_calibrated for layers in (*self.parts, *self.layers.values()))
 
     @property
     def parts(self) -> tuple[LinearFormat, ...]:
         return self.tower, self.projector, self.decoder, self.lm_head
 
     def format_of(self, name: str) -> LinearFormat:
-        """The format of the linear layer with this canonical name."""
+        """The format of the linear layer with this canonical name. Patterns have no effect here:
+        :func:`mobilevlm.export.layer_formats.expand_layers` comes before."""
+        if name in self.layers:
+            return self.layers[name]
         part, _, rest = name.partition(".")
         if part == "decoder":
             return self.lm_head if rest.startswith("lm_head") else self.decoder
         return self.tower if part == "vision" else self.projector
+
+    @property
+    def has_int8(self) -> bool:
+        """Whether a layer is multiplied with 8-bit activations."""
+        formats = (*self.parts, *self.layers.values())
+        return any(layers.precision == "int8" for layers in formats)
+
+    def with_weight_bits(self, bits: WeightBits, *, auto_only: bool) -> Recipe:
+        """With these bits of ``int8`` weights everywhere, or only where they are ``auto``."""
+
+        def settled(layers: LinearFormat) -> LinearFormat:
+            if layers.precision != "int8" or (auto_only and layers.weight_bits != "auto"):
+                return layers
+            return replace(layers, weight_bits=bits)
+
+        tower, projector, decoder, lm_head = map(settled, self.parts)
+        singles = {name: settled(layers) for name, layers in self.layers.items()}
+        return replace(
+            self,
+            tower=tower,
+            projector=projector,
+            decoder=decoder,
+            lm_head=lm_head,
+            layers=singles,
+        )
 
     @property
     def gguf_type(self) -> GGUFType:
@@ -166,13 +225,21 @@ def _uniform(
     return Recipe(name, tower, tower, layers, layers, embeddings, limits)
 
 
+def _limits(vision: float, kl: float, perplexity: float, accuracy: float) -> Limits:
+    """The first two are wide enough for random weights, which quantize worse than any trained
+    model: they find a broken artifact. The others are for answers that mean something: int8 may
+    cost half a point of accuracy and int4 one, and nano loses less than a tenth of the perplexity
+    that is allowed here (docs/quality.md)."""
+    return Limits(vision, kl, perplexity_ratio=perplexity, accuracy_loss=accuracy)
+
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
-        _uniform("fp32", "fp32", "fp32", "fp32", Limits(1e-4, 1e-6)),
-        _uniform("fp16-weights", "fp16", "fp16", "fp16", Limits(5e-3, 1e-4)),
-        _uniform("int8", "int8", "int8", "fp16", Limits(0.15, 0.1)),
-        _uniform("int4", "int8", "q4", "fp16", Limits(0.15, 0.5)),
+        _uniform("fp32", "fp32", "fp32", "fp32", _limits(1e-4, 1e-6, 1.001, 0.001)),
+        _uniform("fp16-weights", "fp16", "fp16", "fp16", _limits(5e-3, 1e-4, 1.01, 0.002)),
+        _uniform("int8", "int8", "int8", "fp16", _limits(0.15, 0.1, 1.05, 0.005)),
+        _uniform("int4", "int8", "q4", "fp16", _limits(0.15, 0.5, 1.1, 0.01)),
     )
 }
 
@@ -197,11 +264,16 @@ def find_recipe(name: str) -> Recipe:
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
     for part in PARTS:
-        if isinstance(data.get(part), str):
-            data[part] = {"precision": data[part]}
+        data |= _spelled_out(data, part)
+    layers = data.get("layers")
+    if isinstance(layers, dict):
+        for key in layers:
+            layers |= _spelled_out(layers, key)
     recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
     for part in PARTS:
         _check(getattr(recipe, part), f"{path}.{part}")
+    for key, single in recipe.layers.items():
+        _check(single, f"{path}.layers.{key}")
     if recipe.projector.scaling != "none":
         raise MobileVLMError(
             f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
@@ -214,6 +286,11 @@ def find_recipe(name: str) -> Recipe:
     if recipe.gguf_calibration not in (None, "scenes"):
         recipe = replace(recipe, gguf_calibration=str(path.parent / str(recipe.gguf_calibration)))
     return recipe
+
+
+def _spelled_out(table: dict[str, Any], key: str) -> dict[str, Any]:
+    """The entry with a precision for a text; empty where it is no text."""
+    return {key: {"precision": table[key]}} if isinstance(table.get(key), str) else {}
 
 
 def _check(layers: LinearFormat, where: str) -> None:

@@ -54,6 +54,10 @@ class Artifact:
     key: str
     """Digest of everything it was made of."""
     largest_weight_error: WeightError | None = None
+    bits_per_weight: float | None = None
+    """Mean over the weights of its linear layers, with scales and zero points (ONNX)"""
+    weight_bits: int | None = None
+    """7 or 8, the most of a weight that meets 8-bit activations in ONNX; none where none does."""
     bytes_per_token: int | None = None
     """Of a decoder: bytes of weights that one token needs, of sparse experts only those it uses."""
 
@@ -72,6 +76,16 @@ class EmbeddingTable:
     dtype: Literal["float16", "float32"]
     rows: int
     columns: int
+
+
+@dataclass(frozen=True)
+class SystemPrompt:
+    """Keys and values of what prompts begin with, as the ONNX decoder computes them: float32
+    ``(2 · layers, num_key_value_heads, len(ids), head_dim)``, each layer's keys before its
+    values."""
+
+    path: str
+    ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -103,6 +117,7 @@ class Manifest:
     quality: Quality
     files: dict[str, FileEntry]
     tools: dict[str, str]
+    system_prompt: SystemPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -187,7 +202,7 @@ def open_bundle(folder: Path) -> Bundle:
     """
     manifest, digest = read_manifest(folder)
     bundle = Bundle(folder, manifest, digest)
-    for name in _named_files(manifest):
+    for name in named_files(manifest):
         if name not in manifest.files:
             raise BundleError(
                 f"{folder}: the manifest has no size and digest for {name!r}: export the bundle "
@@ -217,11 +232,11 @@ def open_bundle(folder: Path) -> Bundle:
     return bundle
 
 
-def _named_files(manifest: Manifest) -> list[str]:
+def named_files(manifest: Manifest) -> list[str]:
     """Files that something in the manifest refers to."""
-    table = [manifest.embeddings.path] if manifest.embeddings else []
+    singles = [part.path for part in (manifest.embeddings, manifest.system_prompt) if part]
     parts = [name for artifact in manifest.artifacts for name in artifact.files]
-    return [TOKENIZER, *table, *parts]
+    return [TOKENIZER, *singles, *parts]
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

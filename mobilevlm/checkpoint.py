@@ -320,6 +320,10 @@ class Weights:
             merged[name] = (*merged.get(name, ()), factor)
         return Weights(self._refs, merged)
 
+    def replaced(self, refs: Mapping[str, TensorRef]) -> Weights:
+        """The same tensors, those that ``refs`` names from elsewhere."""
+        return Weights({**self._refs, **refs}, self._factors)
+
     def first_rows(self, names: Iterable[str], rows: int, total: int) -> Weights:
         """The same tensors, of these only the first ``rows`` of ``total``."""
         cut = {name: replace(self._refs[name], rows=RowRange(0, rows, total)) for name in names}

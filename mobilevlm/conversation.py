@@ -6,6 +6,7 @@ the rendered text becomes the id -200; the text between images is tokenized piec
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,6 +18,10 @@ from tokenizers import Tokenizer
 
 from mobilevlm.errors import PromptError
 from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec
+
+SHORTEST_SYSTEM_PROMPT = 16
+"""Tokens. Computing a piece of a prompt apart costs a pass over the weights, about as much as
+computing some more tokens."""
 
 
 class Message(TypedDict):
@@ -142,6 +147,23 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
         piece = tokenizer.encode(chunk, add_special_tokens=index == 0).ids
         ids += piece if index == 0 else [IMAGE_TOKEN_ID, *piece]
     return ids
+
+
+def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int]:
+    """The ids that every prompt begins with, whatever is asked: the system prompt and what comes
+    before the user's words. Empty where these are so few that keeping them apart is not worth it.
+
+    Raises:
+        PromptError: the chat template failed.
+    """
+    questions = [("What is it?", 0), ("What is it?", 1), ("0", 0), ("été", 1)]
+    prompts = [
+        tokenize(tokenizer, render(conversation, [user_message(text, images)]))
+        for text, images in questions
+    ]
+    agreed = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
+    shared = [ids[0] for ids in agreed]
+    return shared if len(shared) >= SHORTEST_SYSTEM_PROMPT else []
 
 
 def input_ids(tokenizer: Tokenizer, text: str, images: int, vocab_size: int) -> list[int]:

@@ -33,6 +33,10 @@ class QualityError(MobileVLMError):
     """An artifact is further from the reference than its recipe allows (exit code 1)."""
 
 
+class PrecisionWarning(UserWarning):
+    """A bundle that runs here, but another export of it would be more exact."""
+
+
 def require(module: str, extra: str, purpose: str) -> MissingExtraError:
     """The error for a missing optional package, worded the same everywhere."""
     return MissingExtraError(

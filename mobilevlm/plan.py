@@ -22,6 +22,10 @@ graph of the decoder on the kernels of llama.cpp."""
 _LLAMA_CPP = ("gguf", "hybrid")
 """Engines whose decoder is llama.cpp's own."""
 
+DRAFTING_ENGINES = ("gguf", "hybrid")
+"""Where drafts are tried without being asked for: llama.cpp's quantized kernels give a position the
+same bits alone and among others. ONNX Runtime's attention and 4-bit kernels do not."""
+
 ENGINE_CHOICES = ("auto", *ENGINES)
 """``auto`` is the first of them that finds its artifacts."""
 
@@ -70,6 +74,13 @@ def stage_formats(bundle: Bundle, engine: str) -> dict[str, str]:
         for stage, kinds in ENGINES[engine].items()
         for kind in [kind for kind in kinds if (stage, kind) in present][:1]
     }
+
+
+def stage_names(bundle: Bundle, engine: str) -> dict[str, str]:
+    """The stages in an engine as the manifest's quality names them: ``vision`` for the ONNX
+    artifact, ``vision_gguf``, ``end_to_end_hybrid`` …"""
+    forms = {**stage_formats(bundle, engine), "end_to_end": engine}
+    return {stage: stage if form == "onnx" else f"{stage}_{form}" for stage, form in forms.items()}
 
 
 def engine_files(bundle: Bundle, engine: str) -> list[str]:

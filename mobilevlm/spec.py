@@ -251,7 +251,7 @@ def _convert(expected: Any, data: Any, where: str, strict: bool) -> Any:
                 values[field.name] = _convert(
                     hints[field.name], data[key], f"{where}.{key}", strict
                 )
-            elif field.default is dataclasses.MISSING:
+            elif field.default is field.default_factory is dataclasses.MISSING:
                 raise MobileVLMError(f"{where}: key {field.name!r} is missing")
         return expected(**values)  # type: ignore[operator]
     if origin is tuple:

@@ -61,15 +61,28 @@ def run_bench(
     text_tokens: int = 56,
     new_tokens: int = 64,
     runs: int = 5,
+    draft_tokens: int = 0,
     advance: Advance = ignore,
 ) -> BenchResult:
     """Runs the same prompt ``runs`` times, after one run that does not count. The conversation is
-    left out, so that ``text_tokens`` is what the decoder sees."""
+    left out, so that ``text_tokens`` is what the decoder sees. Each run begins with empty caches;
+    then comes another question of that length about the same picture. ``draft_tokens``: guessed at
+    a time, see runtime/drafting.py."""
     images = [] if image is None else [image]
     prompt = prompt_of_length(vlm, text_tokens, len(images))
+    other = prompt_of_length(vlm, text_tokens, len(images), word=" b")
     samples: dict[str, list[float]] = {}
     for run in range(runs + 1):
-        answer = vlm.generate(prompt, images, max_new_tokens=new_tokens, ignore_eos=True, raw=True)
+        vlm.clear_caches()
+        answer = vlm.generate(
+            prompt,
+            images,
+            max_new_tokens=new_tokens,
+            draft_tokens=draft_tokens,
+            ignore_eos=True,
+            raw=True,
+        )
+        second = vlm.generate(other, images, max_new_tokens=1, raw=True)
         advance(1)
         if run == 0:
             continue
@@ -81,6 +94,12 @@ def run_bench(
             ("first token", times.ttft),
         ):
             samples.setdefault(f"{name}/ms", []).append(1e3 * value)
+        if images:
+            first_token = 1e3 * second.timings.ttft
+            samples.setdefault("first token, second question/ms", []).append(first_token)
+        if answer.drafts.proposed:
+            share = 100 * answer.drafts.accepted / answer.drafts.proposed
+            samples.setdefault("guesses that were right/%", []).append(share)
         samples.setdefault("next token/ms", []).extend(1e3 * s for s in answer.token_seconds)
         samples.setdefault("prefill/tokens/s", []).append(answer.prompt_tokens / times.prefill)
         samples.setdefault("decode/tokens/s", []).append(times.tokens_per_second)
@@ -110,11 +129,12 @@ def run_bench(
     )
 
 
-def prompt_of_length(vlm: VLM, text_tokens: int, images: int) -> str:
-    """A raw prompt of exactly this many text tokens (pictures not counted), if its pieces allow."""
+def prompt_of_length(vlm: VLM, text_tokens: int, images: int, word: str = " a") -> str:
+    """A raw prompt of exactly this many text tokens (pictures not counted), if its pieces allow:
+    one word over and over."""
     prompt = IMAGE_PLACEHOLDER * images
     while len(vlm.prompt_ids(prompt, images, raw=True)) - images < text_tokens:
-        prompt += " a"
+        prompt += word
     return prompt
 
 
@@ -148,6 +168,6 @@ def _row(label: str, samples: Sequence[float]) -> Row:
     """``label``: name and unit, as in ``vision/ms``. ``p90`` and ``p99`` are on the slow side: high
     times, low rates."""
     name, unit = label.split("/", 1)
-    slow = (10, 1) if unit.endswith("/s") else (90, 99)
+    slow = (90, 99) if unit == "ms" else (10, 1)
     p50, p90, p99 = (float(np.percentile(samples, q)) for q in (50, *slow))
     return Row(name, unit, p50, p90, p99, [round(sample, 4) for sample in samples])

@@ -9,8 +9,10 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.runtime.drafting import Drafting, Drafts, Lookup, drafted_tokens
+from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.sampling import Sampler, SamplingOptions
-from mobilevlm.runtime.session import Clock, Prompt, Session
+from mobilevlm.runtime.session import Clock, Fill, Prompt, Session
 from mobilevlm.runtime.text import Detokenizer, StopStrings
 
 
@@ -33,6 +35,16 @@ class Timings:
 
 
 @dataclass(frozen=True)
+class Reused:
+    """What of the prompt was there already, from earlier ones or from the bundle."""
+
+    tokens: int = 0
+    """Positions that were not computed, pictures expanded."""
+    images: int = 0
+    """Pictures that were not encoded."""
+
+
+@dataclass(frozen=True)
 class Generation:
     """A finished answer."""
 
@@ -46,7 +58,9 @@ class Generation:
     visual_tokens: int
     timings: Timings
     token_seconds: list[float]
-    """Of each token after the first."""
+    """Of each token after the first; guessed ones take next to nothing after the one before."""
+    reused: Reused
+    drafts: Drafts
 
 
 class TextStream(Iterator[str]):
@@ -106,9 +120,12 @@ def generate_text(
     sampling: SamplingOptions,
     rules: StopRules,
     load_seconds: float,
+    drafting: Drafting,
+    draft_tokens: int = 0,
 ) -> Generator[str, None, Generation]:
-    """Yields pieces of text; its return value is the finished answer."""
-    vision, prefill, decode = Clock(), Clock(), Clock()
+    """Yields pieces of text; its return value is the finished answer. ``draft_tokens``: guessed at
+    a time."""
+    fill, decode, drafts = Fill(), Clock(), Drafts()
     sampler, detokenizer, stops = (
         Sampler(sampling),
         Detokenizer(tokenizer),
@@ -117,11 +134,19 @@ def generate_text(
     tokens: list[int] = []
     shown: list[str] = []
     finish: Literal["stop", "length"] = "length"
-    logits = session.fill(prompt, vision, prefill)
+    logits = session.fill(prompt, fill)
     prompt_tokens, stopped = session.length, False
-    with prefill:
-        token = sampler(logits, tokens)
-    while True:
+    if draft_tokens:
+        lookup = Lookup(prompt.ids)
+        limit = rules.max_new_tokens
+        source = drafted_tokens(
+            session, logits, sampler, tokens, lookup, draft_tokens, limit, drafting, drafts
+        )
+    else:
+        source = single_tokens(session, logits, sampler, tokens)
+    with fill.prefill:
+        token = next(source, None)
+    while token is not None:
         if token in rules.eos_token_ids:
             finish = "stop"
             break
@@ -133,10 +158,13 @@ def generate_text(
         if stopped:
             finish = "stop"
             break
-        if len(tokens) == rules.max_new_tokens or session.full:
+        if len(tokens) == rules.max_new_tokens:
             break
         with decode:
-            token = sampler(session.step(token), tokens)
+            token = next(source, None)
+    source.close()
+    if token is None:
+        decode.samples.pop()  # the context is full: nothing came
     if not stopped:
         piece, stopped = stops.add(detokenizer.finish())
         piece += "" if stopped else stops.finish()
@@ -146,13 +174,31 @@ def generate_text(
     timings = Timings(
         load=load_seconds,
         preprocess=prompt.seconds,
-        vision=vision.seconds,
-        prefill=prefill.seconds,
-        ttft=prompt.seconds + vision.seconds + prefill.seconds,
+        vision=fill.vision.seconds,
+        prefill=fill.prefill.seconds,
+        ttft=prompt.seconds + fill.vision.seconds + fill.prefill.seconds,
         decode=decode.seconds,
         tokens_per_second=len(decode.samples) / decode.seconds if decode.samples else 0.0,
     )
     visual = len(prompt.pixels) * session.tokens_per_image
     return Generation(
-        "".join(shown), tokens, finish, prompt_tokens, visual, timings, decode.samples
+        "".join(shown),
+        tokens,
+        finish,
+        prompt_tokens,
+        visual,
+        timings,
+        decode.samples,
+        Reused(fill.reused_tokens, fill.reused_images),
+        drafts,
     )
+
+
+def single_tokens(
+    session: Session, logits: Float32, sampler: Sampler, produced: Sequence[int]
+) -> Generator[int, None, None]:
+    """Tokens one after another until the context is full, from the logits after the prompt on. The
+    caller appends each to ``produced``."""
+    yield sampler(logits, produced)
+    while not session.full:
+        yield sampler(session.step(produced[-1]), produced)

@@ -7,13 +7,16 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 FEATURES = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8",
     "asimd", "asimddp", "i8mm", "sve",
 )  # fmt: skip
 """Processor features that the kernels care about, as Linux names them."""
+VNNI = frozenset(("avx512_vnni", "avx_vnni", "amx_int8"))
+"""With one of these, x86 adds products of u8 and s8 in 32 bits."""
+X86 = ("x86_64", "amd64", "i386", "i686")
 
 EXTRAS = {
     "export": ("onnxscript", "onnx_ir", "safetensors", "sentencepiece", "google.protobuf"),
@@ -37,7 +40,7 @@ def describe_machine() -> dict[str, Any]:
     from mobilevlm._version import __version__
 
     cpu = _cpu_info()
-    present = set(cpu.get("flags", cpu.get("Features", "")).split())
+    present = _features(cpu)
     return {
         "mobilevlm": __version__,
         "python": platform.python_version(),
@@ -49,6 +52,21 @@ def describe_machine() -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "providers": onnxruntime.get_available_providers(),
     }
+
+
+def int8_weight_bits() -> Literal[7, 8] | None:
+    """Bits that weights may have here which meet 8-bit activations; none where the system does not
+    tell.
+
+    8 unless sums of two products saturate in 16 bits, as they do on x86 without VNNI
+    (onnxruntime's documentation, "Quantize ONNX models", on ``reduce_range``).
+    """
+    if platform.machine().lower() not in X86:
+        return 8
+    present = _features(_cpu_info())
+    if not present:
+        return None
+    return 8 if present & VNNI else 7
 
 
 def installed_extras() -> dict[str, list[str]]:
@@ -74,6 +92,10 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:
         return False
+
+
+def _features(cpu: dict[str, str]) -> set[str]:
+    return set(cpu.get("flags", cpu.get("Features", "")).split())
 
 
 def _cpu_info() -> dict[str, str]:

@@ -5,20 +5,25 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from types import TracebackType
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError
+from mobilevlm.runtime.cache import Border, PositionKey, PromptCache, borders, pieces
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
 from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
 
 Pixels: TypeAlias = "NDArray[np.uint8]"
-PositionKey: TypeAlias = "int | tuple[bytes, int]"
-"""What stands at a position: a token id, or row i of the picture with this digest."""
+Reuse: TypeAlias = Literal["nothing", "pieces", "everything"]
+"""What a prompt may take over from the sequence that is there, and from the cache. ``pieces``:
+whole pieces, so that its logits are those of a fresh sequence bit for bit (runtime/cache.py).
+``everything``: answers too (the turns of a chat). Their tokens came one by one, for which kernels
+sum in another order than for a prompt, so the last digits may differ."""
 
 
 class Clock:
@@ -54,26 +59,56 @@ class Prompt:
     seconds: float
     """What it took to make them."""
 
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """Of each picture."""
+        return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in self.pixels]
+
+    def position_keys(self, tokens_per_image: int) -> list[PositionKey]:
+        """What stands at each position, pictures expanded."""
+        keys: list[PositionKey] = []
+        images = iter(self.digests)
+        for token in self.ids:
+            if token == IMAGE_TOKEN_ID:
+                digest = next(images)
+                keys += [(digest, row) for row in range(tokens_per_image)]
+            else:
+                keys.append(token)
+        return keys
+
+
+@dataclass
+class Fill:
+    """What it took to make a sequence equal to a prompt."""
+
+    vision: Clock = field(default_factory=Clock)
+    prefill: Clock = field(default_factory=Clock)
+    reused_tokens: int = 0
+    """Positions whose keys and values were there."""
+    reused_images: int = 0
+    """Pictures of the prompt that were not encoded."""
+
 
 class Session:
-    """A sequence and its KV state. Used by one thread at a time.
-
-    ``reuse_prefix``: a prompt that begins like the sequence that is there keeps that beginning and
-    computes only the rest (the turns of a chat). Dynamic int8 quantization then sees other groups
-    of rows than it would in a fresh sequence, so its results may differ in the last digits.
-    """
+    """A sequence and its KV state. Used by one thread at a time."""
 
     def __init__(
-        self, spec: ModelSpec, vision: VisionEngine, decoder: DecoderEngine, reuse_prefix: bool
+        self,
+        spec: ModelSpec,
+        vision: VisionEngine,
+        decoder: DecoderEngine,
+        cache: PromptCache,
+        reuse: Reuse,
     ) -> None:
         self.tokens_per_image = spec.projector.num_tokens
         self._context = spec.decoder.context_length
         self._hidden_size = spec.decoder.hidden_size
         self._vision, self._decoder = vision, decoder
-        self._reuse_prefix = reuse_prefix
+        self._cache, self._reuse = cache, reuse
         self._state = decoder.new_state()
         self._keys: list[PositionKey] = []
-        self._seen: dict[bytes, Float32] = {}
+        self._borders: list[Border] = []
+        """Of the sequence, up to where it was computed in whole pieces."""
 
     @property
     def length(self) -> int:
@@ -81,23 +116,47 @@ class Session:
         return self._state.length
 
     @property
+    def room(self) -> int:
+        """Tokens that the context has room for."""
+        return self._context - self._state.length
+
+    @property
     def full(self) -> bool:
         """Whether the context has no room for another token."""
-        return self._state.length >= self._context
+        return self.room <= 0
 
-    def fill(self, prompt: Prompt, vision: Clock, prefill: Clock) -> Float32:
+    def fill(self, prompt: Prompt, note: Fill) -> Float32:
         """Makes the sequence equal to the prompt; logits after it ``(vocab_size,)``.
 
         Raises:
             PromptError: it does not fit into the context.
         """
-        logits: Float32 = self._extend(prompt, vision, prefill, all_logits=False)[-1]
+        keys = self._checked_keys(prompt)
+        ends = borders(keys, self._cache.system)
+        with note.prefill:
+            whole = self._take_over(keys, ends)
+            start = note.reused_tokens = self.length
+        embeds = self._embed(keys[start:], prompt, note)
+        with note.prefill:
+            *before, (first, _) = pieces(start, ends, len(keys))
+            for here, there in before:
+                self._decoder.extend(self._state, embeds[here - start : there - start])
+            logits: Float32 = self._decoder.prefill(self._state, embeds[first - start :])[-1]
+        self._keys = keys
+        if whole:
+            self._borders = ends
         return logits
 
     def all_logits(self, prompt: Prompt) -> Float32:
-        """Logits after every position of the prompt ``(length, vocab_size)``."""
-        self._keys.clear()
-        return self._extend(prompt, Clock(), Clock(), all_logits=True)
+        """Logits after every position of the prompt ``(length, vocab_size)``, in a fresh sequence
+        and in the same pieces."""
+        keys = self._checked_keys(prompt)
+        self.rewind(0)
+        embeds = self._embed(keys, prompt, Fill())
+        spans = pieces(0, borders(keys, self._cache.system), len(keys))
+        return np.concatenate(
+            [self._decoder.prefill(self._state, embeds[here:there], True) for here, there in spans]
+        )
 
     def step(self, token: int) -> Float32:
         """Appends a token; logits ``(vocab_size,)``, valid until the next call."""
@@ -105,69 +164,92 @@ class Session:
         self._keys.append(token)
         return logits
 
-    def _extend(self, prompt: Prompt, vision: Clock, prefill: Clock, all_logits: bool) -> Float32:
-        digests = [
-            hashlib.blake2b(pixels.tobytes(), digest_size=16).digest() for pixels in prompt.pixels
-        ]
-        keys = self._position_keys(prompt.ids, digests)
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        """Appends tokens in one run; logits after each ``(len(tokens), vocab_size)``."""
+        logits = self._decoder.prefill(self._state, self._decoder.embed(tokens), True)
+        self._keys += tokens
+        return logits
+
+    def rewind(self, length: int) -> None:
+        """Goes back to where the sequence had this length."""
+        self._state.length = length
+        del self._keys[length:]
+        self._borders = [border for border in self._borders if border.position <= length]
+
+    def shared(self, prompt: Prompt) -> int:
+        """How many positions of a prompt are here already."""
+        return self._common_prefix(prompt.position_keys(self.tokens_per_image))
+
+    def save(self, kept: int = 0) -> None:
+        """Leaves to the cache what it has not yet of the pieces behind position ``kept``; the
+        sequence may end there then."""
+        start, missing = 0, []
+        for border in self._borders:
+            if not self._cache.wants(border):
+                start = border.position
+            elif border.position > kept:
+                missing.append((border, start))
+                start = border.position
+        for border, start in reversed(missing):
+            self.rewind(border.position)
+            self._cache.keep(border, self._decoder.save(self._state, start))
+
+    def _take_over(self, keys: Sequence[PositionKey], ends: Sequence[Border]) -> bool:
+        """Shortens the sequence to what it has in common with ``keys``, and lengthens it from the
+        cache. Whether it consists of whole pieces then."""
+        common = 0 if self._reuse == "nothing" else self._common_prefix(keys)
+        ours = [0, *(border.position for border in self._borders if border.position <= common)]
+        kept = common if self._reuse == "everything" else ours[-1]
+        chain = self._cache.find(ends, kept)
+        self.save(kept)
+        self.rewind(kept)
+        for segment in chain:
+            self._decoder.restore(self._state, segment)
+        self._keys = list(keys[: self.length])
+        whole = (chain[0].start if chain else kept) in ours
+        if whole:
+            self._borders = [border for border in ends if border.position <= self.length]
+        return whole
+
+    def _checked_keys(self, prompt: Prompt) -> list[PositionKey]:
+        keys = prompt.position_keys(self.tokens_per_image)
         if len(keys) >= self._context:
-            pictures = f", {self.tokens_per_image} for each picture" if digests else ""
+            pictures = f", {self.tokens_per_image} for each picture" if prompt.pixels else ""
             raise PromptError(
                 f"the prompt takes {len(keys)} tokens{pictures}, the context holds "
                 f"{self._context} with the answer: shorten it"
             )
-        kept = self._common_prefix(keys) if self._reuse_prefix else 0
-        self._state.length = kept
-        self._keys = keys[:kept]
-        with vision:
-            images = self._visual_tokens(
-                keys[kept:], dict(zip(digests, prompt.pixels, strict=True))
-            )
-        with prefill:
-            embeds = self._embed(keys[kept:], images)
-            logits = self._decoder.prefill(self._state, embeds, all_logits)
-        self._keys = keys
-        return logits
-
-    def _position_keys(self, ids: Sequence[int], digests: Sequence[bytes]) -> list[PositionKey]:
-        keys: list[PositionKey] = []
-        images = iter(digests)
-        for token in ids:
-            if token == IMAGE_TOKEN_ID:
-                digest = next(images)
-                keys += [(digest, row) for row in range(self.tokens_per_image)]
-            else:
-                keys.append(token)
         return keys
 
     def _common_prefix(self, keys: Sequence[PositionKey]) -> int:
-        """How much of the present sequence stays; at least one position is computed."""
+        """How much of the present sequence may stay; at least one position is computed."""
         count = 0
-        for ours, theirs in zip(self._keys[: self._state.length], keys[:-1], strict=False):
+        for ours, theirs in zip(self._keys[: self.length], keys[:-1], strict=False):
             if ours != theirs:
                 break
             count += 1
         return count
 
-    def _visual_tokens(
-        self, keys: Sequence[PositionKey], pixels: dict[bytes, Pixels]
-    ) -> dict[bytes, Float32]:
-        """Visual tokens of the pictures among ``keys``; a chat's pictures are encoded once."""
-        for digest in {key[0]: None for key in keys if isinstance(key, tuple)}:
-            if digest not in self._seen:
-                self._seen[digest] = self._vision.encode(pixels[digest])
-        if not self._reuse_prefix:
-            seen, self._seen = self._seen, {}
-            return seen
-        self._seen = {digest: self._seen[digest] for digest in pixels if digest in self._seen}
-        return self._seen
-
-    def _embed(self, keys: Sequence[PositionKey], images: dict[bytes, Float32]) -> Float32:
-        embeds = np.empty((len(keys), self._hidden_size), np.float32)
-        tokens = [index for index, key in enumerate(keys) if isinstance(key, int)]
-        if tokens:
-            embeds[tokens] = self._decoder.embed([key for key in keys if isinstance(key, int)])
-        for index, key in enumerate(keys):
-            if isinstance(key, tuple):
-                embeds[index] = images[key[0]][key[1]]
+    def _embed(self, keys: Sequence[PositionKey], prompt: Prompt, note: Fill) -> Float32:
+        """Embeddings ``(len(keys), hidden_size)``: of tokens, and of pictures the visual tokens."""
+        with note.vision:
+            pixels = dict(zip(prompt.digests, prompt.pixels, strict=True))
+            images: dict[bytes, Float32] = {}
+            encoded = set()
+            for digest in {key[0]: None for key in keys if isinstance(key, tuple)}:
+                known = self._cache.images.get(digest)
+                if known is None:
+                    known = self._vision.encode(pixels[digest])
+                    self._cache.images.put(digest, known, known.nbytes)
+                    encoded.add(digest)
+                images[digest] = known
+            note.reused_images = sum(digest not in encoded for digest in prompt.digests)
+        with note.prefill:
+            embeds = np.empty((len(keys), self._hidden_size), np.float32)
+            tokens = [index for index, key in enumerate(keys) if isinstance(key, int)]
+            if tokens:
+                embeds[tokens] = self._decoder.embed([key for key in keys if isinstance(key, int)])
+            for index, key in enumerate(keys):
+                if isinstance(key, tuple):
+                    embeds[index] = images[key[0]][key[1]]
         return embeds

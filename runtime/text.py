@@ -38,7 +38,7 @@ class Detokenizer:
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
         errors = "replace" if self._byte_level else "mobilevlm_replace_each_byte"
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors)
-        self._begun = False
+        self._begun = self._unfinished = False
 
     def add(self, token: int) -> str:
         """The text that this token completes (often a word, sometimes nothing)."""
@@ -48,15 +48,17 @@ class Detokenizer:
         if self._byte_level:
             return self._bytes.decode(token_bytes(piece))
         first, self._begun = not self._begun, True
-        if match := _BYTE.fullmatch(piece):
+        if piece[0] == "<" and (match := _BYTE.fullmatch(piece)):
+            self._unfinished = True
             return self._bytes.decode(bytes([int(match[1], 16)]))
         text = self._tokenizer.decode([token]) if first else piece.replace(SPACE, " ")
-        return self.finish() + text
+        return self.finish() + text if self._unfinished else text
 
     def finish(self) -> str:
         """What was held back: an unfinished character comes out as U+FFFD."""
         held = self._bytes.decode(b"", final=True)
         self._bytes.reset()
+        self._unfinished = False
         return held
 
 
@@ -69,7 +71,7 @@ class StopStrings:
 
     def add(self, piece: str) -> tuple[str, bool]:
         """Text that may be shown, and whether a stop string was reached."""
-        text = self._held + piece
+        text = self._held + piece if self._held else piece
         found = [index for index in (text.find(stop) for stop in self._stops) if index >= 0]
         if found:
             self._held = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
@@ -15,20 +15,25 @@ from tokenizers import Tokenizer
 
 from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
-from mobilevlm.conversation import Message, input_ids, render, user_message
-from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.conversation import Message, input_ids, render, system_ids, user_message
+from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, open_image, preprocess
-from mobilevlm.plan import check_engine, choose_engine
+from mobilevlm.plan import DRAFTING_ENGINES, check_engine, choose_engine
+from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
+from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
-from mobilevlm.runtime.engines.opening import open_engines
+from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.machine import default_threads
 from mobilevlm.runtime.sampling import SamplingOptions
-from mobilevlm.runtime.session import Prompt, Session
+from mobilevlm.runtime.session import Prompt, Reuse, Session
 
 DEFAULT_MAX_NEW_TOKENS = 256
+IDLE_SESSIONS = 2
+"""Sequences that are kept when their answers are finished; the others leave their beginnings to the
+cache."""
 
 Images = Sequence[ImageInput]
 
@@ -38,6 +43,7 @@ def load(
     engine: str = "auto",
     threads: int | None = None,
     mmproj: str | PathLike[str] | None = None,
+    cache_mb: float = DEFAULT_CACHE_MB,
 ) -> VLM:
     """Opens a bundle for running.
 
@@ -45,7 +51,9 @@ def load(
     file made elsewhere, with its image encoder in ``mmproj``. ``engine``: ``onnx`` (ONNX Runtime),
     ``gguf`` (llama.cpp), ``hybrid`` (ONNX Runtime for the picture, llama.cpp for the text) or
     ``auto``: the first of them that the bundle has artifacts for. ``threads``: for both stages, by
-    default as many as this process may use.
+    default as many as this process may use. ``cache_mb``: megabytes for what later requests can
+    take over from earlier ones (pictures, beginnings of prompts), besides the sequences themselves;
+    0: each request is computed from its first token.
 
     Raises:
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
@@ -59,20 +67,21 @@ def load(
                 f"{path}: its image encoder is in a file of its own: give it with --mmproj FILE"
             )
         described, header = gguf_bundle(path, Path(mmproj))
-        return open_model(described, engine, threads, start, gguf_tokenizer(header))
+        return open_model(described, engine, threads, cache_mb, start, gguf_tokenizer(header))
     if mmproj is not None:
         raise BundleError(f"{path}: --mmproj belongs to a .gguf file: a bundle has its encoder")
     if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
         raise BundleError(
             f"{path}: a checkpoint, not a bundle: run 'mobilevlm export {path} -o BUNDLE' first"
         )
-    return open_model(open_bundle(path), engine, threads, start)
+    return open_model(open_bundle(path), engine, threads, cache_mb, start)
 
 
 def open_model(
     bundle: Bundle,
     engine: str = "auto",
     threads: int | None = None,
+    cache_mb: float = DEFAULT_CACHE_MB,
     start: float | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> VLM:
@@ -82,16 +91,19 @@ def open_model(
     threads = threads or default_threads()
     engine = choose_engine(bundle, engine)
     tokenizer = tokenizer or _read_tokenizer(bundle)
+    cache = _open_cache(bundle, tokenizer, engine, cache_mb)
     vision, decoder = open_engines(bundle, engine, threads)
     seconds = time.perf_counter() - start
-    return VLM(bundle, tokenizer, vision, decoder, engine, threads, seconds)
+    return VLM(bundle, tokenizer, vision, decoder, cache, engine, threads, seconds)
 
 
 class VLM:
     """A vision-language model, ready to run.
 
-    Weights are shared by all threads and each thread has a sequence of its own, so one object may
-    be used from several threads. ``close`` (or leaving a ``with`` block) frees the memory.
+    Weights and caches are shared by all threads and each answer has a sequence of its own, so one
+    object may be used from several threads. What a prompt has in common with earlier ones is not
+    computed again; the answers are the same. ``close`` (or leaving a ``with`` block) frees the
+    memory.
     """
 
     def __init__(
@@ -100,6 +112,7 @@ class VLM:
         tokenizer: Tokenizer,
         vision: VisionEngine,
         decoder: DecoderEngine,
+        cache: PromptCache,
         engine: str,
         threads: int,
         load_seconds: float,
@@ -112,7 +125,11 @@ class VLM:
         self.load_seconds = load_seconds
         self._vision: VisionEngine | None = vision
         self._decoder: DecoderEngine | None = decoder
-        self._local = threading.local()
+        self._cache = cache
+        self._drafting = Drafting()
+        self._idle: list[Session] = []
+        """Sessions of finished answers, the one used last at the end."""
+        self._lock = threading.Lock()
 
     def stream(
         self,
@@ -129,6 +146,7 @@ class VLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         raw: bool = False,
+        draft_tokens: int | None = None,
         session: Session | None = None,
     ) -> TextStream:
         """Answers piece by piece.
@@ -136,13 +154,19 @@ class VLM:
         ``prompt``: the user's text, or the messages of a chat; ``raw``: the text is the whole
         prompt, no template around it. ``images`` go where ``<image>`` stands, else before the text.
         ``stop``: further strings that end the answer. ``ignore_eos``: go on where the model would
-        end (for measuring). One stream at a time per thread and session.
+        end (for measuring). ``draft_tokens``: tokens to guess and check at a time (see
+        runtime/drafting.py; the answer is the same), 0 for none; by default where the engine can.
+        One stream at a time per session.
 
         Raises:
             PromptError, ImageError, MobileVLMError: before the first piece, if the input is wrong;
                 a prompt too long for the context with the first piece.
         """
+        self._engines()
         sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        if draft_tokens is None and self.engine not in DRAFTING_ENGINES:
+            draft_tokens = 0
+        draft_tokens = check_draft_tokens(draft_tokens, temperature)
         stops = (stop,) if isinstance(stop, str) else tuple(stop)
         conversation = self.spec.conversation
         rules = StopRules(
@@ -151,15 +175,7 @@ class VLM:
             (*(() if ignore_eos else conversation.stop_strings), *stops),
         )
         ready = self._prepare(prompt, images, raw)
-        pieces = generate_text(
-            session or self._thread_session(),
-            self.tokenizer,
-            ready,
-            sampling,
-            rules,
-            self.load_seconds,
-        )
-        return TextStream(pieces)
+        return TextStream(self._answer(ready, sampling, rules, draft_tokens, session))
 
     def generate(
         self,
@@ -176,6 +192,7 @@ class VLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         raw: bool = False,
+        draft_tokens: int | None = None,
         session: Session | None = None,
     ) -> Generation:
         """The whole answer; arguments as in :meth:`stream`."""
@@ -192,12 +209,21 @@ class VLM:
             stop=stop,
             ignore_eos=ignore_eos,
             raw=raw,
+            draft_tokens=draft_tokens,
             session=session,
         ).finish()
 
     def new_session(self, reuse_prefix: bool = True) -> Session:
-        """A sequence of its own, which keeps what turns of a chat have in common."""
-        return Session(self.spec, *self._engines(), reuse_prefix)
+        """A sequence of its own, which keeps what turns of a chat have in common, answers too.
+        Without ``reuse_prefix`` it computes each prompt from its first token."""
+        return self._session("everything" if reuse_prefix else "nothing")
+
+    def clear_caches(self) -> None:
+        """Forgets earlier requests, for measuring. What the bundle brings stays."""
+        with self._lock:
+            for session in self._idle:
+                session.rewind(0)
+        self._cache.clear()
 
     def encode_image(self, image: ImageInput) -> Float32:
         """Visual tokens ``(num_tokens, hidden_size)``: the projector's output."""
@@ -225,7 +251,7 @@ class VLM:
     ) -> Float32:
         """Logits after every position, pictures expanded ``(length, vocab_size)``; for
         verification."""
-        return self.new_session(reuse_prefix=False).all_logits(self._prepare(prompt, images, raw))
+        return self._session("nothing").all_logits(self._prepare(prompt, images, raw))
 
     def embeds_logits(self, embeds: Float32) -> Float32:
         """Logits after every position of ``(length, hidden_size)``; for verification of the decoder
@@ -239,7 +265,8 @@ class VLM:
             if engine is not None:
                 engine.close()
         self._vision = self._decoder = None
-        self._local = threading.local()
+        self._idle.clear()
+        self._cache.clear()
 
     def __enter__(self) -> VLM:
         return self
@@ -257,12 +284,55 @@ class VLM:
             raise MobileVLMError("this model was closed: load it again")
         return self._vision, self._decoder
 
-    def _thread_session(self) -> Session:
-        self._engines()
-        session: Session | None = getattr(self._local, "session", None)
-        if session is None:
-            session = self._local.session = self.new_session(reuse_prefix=False)
-        return session
+    def _session(self, reuse: Reuse) -> Session:
+        nothing = PromptCache(0, self._cache.system)
+        cache = nothing if reuse == "nothing" else self._cache
+        return Session(self.spec, *self._engines(), cache, reuse)
+
+    def _answer(
+        self,
+        prompt: Prompt,
+        sampling: SamplingOptions,
+        rules: StopRules,
+        draft_tokens: int,
+        session: Session | None,
+    ) -> Generator[str, None, Generation]:
+        """Pieces of an answer, in a session of one's own or in one that is free."""
+        ours = session or self._take_session(prompt)
+        try:
+            return (
+                yield from generate_text(
+                    ours,
+                    self.tokenizer,
+                    prompt,
+                    sampling,
+                    rules,
+                    self.load_seconds,
+                    self._drafting,
+                    draft_tokens,
+                )
+            )
+        finally:
+            if session is None:
+                self._give_back(ours)
+
+    def _take_session(self, prompt: Prompt) -> Session:
+        """The free session that has most of the prompt; of equals the one not used for longest."""
+        with self._lock:
+            if self._idle:
+                best = max(self._idle, key=lambda session: session.shared(prompt))
+                self._idle.remove(best)
+                return best
+        return self._session("pieces" if self._cache.enabled else "nothing")
+
+    def _give_back(self, session: Session) -> None:
+        with self._lock:
+            if self._decoder is None:
+                return
+            self._idle.append(session)
+            surplus = self._idle.pop(0) if len(self._idle) > IDLE_SESSIONS else None
+        if surplus is not None:
+            surplus.save()
 
     def _prepare(self, prompt: str | Sequence[Message], images: Images, raw: bool) -> Prompt:
         start = time.perf_counter()
@@ -271,6 +341,17 @@ class VLM:
         ids = self.prompt_ids(prompt, len(images), raw)
         pixels = [preprocess(open_image(image), self.spec.image) for image in images]
         return Prompt(ids, pixels, time.perf_counter() - start)
+
+
+def _open_cache(bundle: Bundle, tokenizer: Tokenizer, engine: str, megabytes: float) -> PromptCache:
+    system = bundle.manifest.system_prompt
+    if engine == "onnx" and system is not None:
+        return PromptCache(megabytes, system.ids, stored_system_prompt(bundle))
+    try:
+        ids = system_ids(tokenizer, bundle.manifest.spec.conversation)
+    except PromptError:  # questions will say so; raw prompts can do without a template
+        ids = []
+    return PromptCache(megabytes, ids)
 
 
 def _read_tokenizer(bundle: Bundle) -> Tokenizer:

@@ -25,7 +25,7 @@ from mobilevlm.gguf_names import (
     tower_entries,
 )
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
-from mobilevlm.spec import ProjectorSpec
+from mobilevlm.spec import ModelSpec, ProjectorSpec
 
 _READABLE = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
 """Types that become float32; to a Weights they are as good as floats."""
@@ -99,7 +99,7 @@ def open_gguf(path: Path, mmproj: Path) -> Model:
     if _is_one_linear(vision, spec.projector):
         spec = dataclasses.replace(spec, projector=dataclasses.replace(spec.projector, depth=1))
     language = list(decoder_entries(spec.decoder))
-    picture = [*tower_entries(spec.vision), *_projector_entries(spec.projector)]
+    picture = vision_entries(spec)
     refs = {
         name: TensorRef(source, name)
         for source, entries in (
@@ -124,6 +124,11 @@ def _is_one_linear(file: GgufFile, spec: ProjectorSpec) -> bool:
     return second.shape(name) == shape == file.tensors[name].shape and np.allclose(
         second.read(name), signed_difference(size), rtol=1e-2, atol=1e-4 / LINEAR_SCALE
     )
+
+
+def vision_entries(spec: ModelSpec) -> list[Entry]:
+    """All tensors of an mmproj file that a canonical tensor can be read from."""
+    return [*tower_entries(spec.vision), *_projector_entries(spec.projector)]
 
 
 def _projector_entries(spec: ProjectorSpec) -> list[Entry]:

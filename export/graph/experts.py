@@ -15,9 +15,10 @@ import numpy as np
 from onnxscript import nn
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.graph.layers import CONTRIB, FLOAT, quantize, relative_error, to_half
+from mobilevlm.export.graph.layers import CONTRIB, FLOAT, relative_error
 from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.export.layer_formats import quantize, to_half
 from mobilevlm.export.quantize.blocks import Float32, Quantized
 from mobilevlm.export.recipes import BLOCK_BITS, LinearFormat
 from mobilevlm.spec import DecoderSpec

@@ -35,8 +35,8 @@ class Scheme:
     symmetric: bool = True
     """The zero point is in mid-range, else each block has its own."""
     half_range: bool = False
-    """Only the inner half of the codes, ±64 of 8 bits: AVX2 without VNNI adds pairs of u8 × s8
-    products in 16 bits, and 2 · 255 · 64 is the most that fits."""
+    """Only the inner half of the codes, ±64 of 8 bits: x86 without VNNI adds pairs of u8 × s8
+    products in 16 bits (``vpmaddubsw``), and 2 · 255 · 64 is the most that fits."""
 
     @property
     def middle(self) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from mobilevlm.checkpoint import Rescaling, Weights
+from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.spec import DecoderSpec, ModelSpec
 
@@ -47,31 +48,38 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
     """All folds of a model, in the order of use. Not here: what reads an activation function or the
     tower's features, which nothing linear makes."""
     vision, decoder = spec.vision, spec.decoder
-    size, wide = vision.hidden_size, vision.intermediate_size
+    groups = {group.name: group for group in (*linear_groups(spec), *_routers(decoder))}
+
+    def place(producer: str, *readers: str, heads: tuple[int, int] = (1, 1)) -> Fold:
+        found = [groups[name] for name in readers]
+        names = tuple(name for group in found for name in group.names)
+        sizes = tuple(size for group in found for size in group.out_sizes)
+        return Fold(names, producer, found[0].in_size, sizes, heads)
+
     for index in range(vision.num_hidden_layers):
         name = f"vision.layers.{index}"
-        yield Fold(_qkv(name), f"{name}.norm1", size, (size,) * 3)
-        yield Fold((f"{name}.attn.out_proj",), f"{name}.attn.v_proj", size, (size,))
-        yield Fold((f"{name}.mlp.fc1",), f"{name}.norm2", size, (wide,))
-    size, wide = decoder.hidden_size, decoder.intermediate_size
-    heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
-    queries, keys = heads * decoder.head_dim, kv_heads * decoder.head_dim
-    shared = (kv_heads, heads // kv_heads)
+        yield place(f"{name}.norm1", f"{name}.attn.q_proj")
+        yield place(f"{name}.attn.v_proj", f"{name}.attn.out_proj")
+        yield place(f"{name}.norm2", f"{name}.mlp.fc1")
+    kv_heads = decoder.num_key_value_heads
+    shared = (kv_heads, decoder.num_attention_heads // kv_heads)
+    first, last = decoder.mlp_linears[0][0], decoder.mlp_linears[1]
     for index in range(decoder.num_hidden_layers):
         name = f"decoder.layers.{index}"
-        qkv, sizes = _qkv(name), (queries, keys, keys)
-        readers, reader_sizes = _mlp_readers(decoder, index)
+        # The router comes first: unlike an expert it sees every token.
+        readers = _router_names(decoder, index)
+        readers += [f"{mlp}.{first}" for mlp in decoder.mlp_names(index)]
         if decoder.parallel_residual:
-            yield Fold((*qkv, *readers), f"{name}.input_norm", size, (*sizes, *reader_sizes))
+            yield place(f"{name}.input_norm", f"{name}.attn.q_proj", *readers)
         else:
-            yield Fold(qkv, f"{name}.input_norm", size, sizes)
-        yield Fold((f"{name}.attn.o_proj",), f"{name}.attn.v_proj", queries, (size,), shared)
+            yield place(f"{name}.input_norm", f"{name}.attn.q_proj")
+        yield place(f"{name}.attn.v_proj", f"{name}.attn.o_proj", heads=shared)
         if not decoder.parallel_residual:
-            yield Fold(readers, f"{name}.post_attention_norm", size, reader_sizes)
+            yield place(f"{name}.post_attention_norm", *readers)
         if decoder.mlp == "gated":
             for mlp in decoder.mlp_names(index):
-                yield Fold((f"{mlp}.down_proj",), f"{mlp}.up_proj", wide, (size,))
-    yield Fold(("decoder.lm_head",), "decoder.norm", size, (decoder.vocab_size,))
+                yield place(f"{mlp}.up_proj", f"{mlp}.{last}")
+    yield place("decoder.norm", "decoder.lm_head")
 
 
 def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
@@ -90,21 +98,17 @@ def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
     )
 
 
-def _mlp_readers(decoder: DecoderSpec, index: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """What reads the input of a layer's MLP or experts, and output sizes. The router comes first:
-    unlike an expert it sees every token."""
-    names, sizes = [], []
-    if count := decoder.num_experts(index):
-        names.append(f"decoder.layers.{index}.mlp.router")
-        sizes.append(count)
-        if decoder.experts is not None and decoder.experts.use_residual:
-            names.append(f"decoder.layers.{index}.mlp.coefficient")
-            sizes.append(2)
-    readers, _ = decoder.mlp_linears
-    linears = [f"{mlp}.{reader}" for mlp in decoder.mlp_names(index) for reader in readers]
-    sizes += [decoder.intermediate_size] * len(linears)
-    return (*names, *linears), tuple(sizes)
+def _routers(decoder: DecoderSpec) -> Iterator[LinearGroup]:
+    """What reads the input of a layer's experts and chooses among them. It stays float."""
+    for index in range(decoder.num_hidden_layers):
+        sizes = (decoder.num_experts(index), 2)
+        for name, size in zip(_router_names(decoder, index), sizes, strict=False):
+            yield LinearGroup((name,), decoder.hidden_size, (size,))
 
 
-def _qkv(name: str) -> tuple[str, ...]:
-    return tuple(f"{name}.attn.{part}_proj" for part in "qkv")
+def _router_names(decoder: DecoderSpec, index: int) -> list[str]:
+    """The router of a layer, and what weighs its experts against the dense MLP beside them."""
+    mlp = f"decoder.layers.{index}.mlp"
+    if decoder.experts is None or not decoder.num_experts(index):
+        return []
+    return [f"{mlp}.router", *([f"{mlp}.coefficient"] if decoder.experts.use_residual else [])]

@@ -8,22 +8,25 @@ import io
 import os
 import sys
 import traceback
+import warnings
 from typing import Any
 
 import click
 
 from mobilevlm._version import __version__
-from mobilevlm.errors import MobileVLMError, QualityError
+from mobilevlm.errors import MobileVLMError, PrecisionWarning, QualityError
 
 VERBS = {
     "demo": "Let the built-in model answer questions about a new picture.",
     "export": "Turn a checkpoint into a bundle.",
+    "search": "Find how many bits each layer needs.",
     "imatrix": "Measure which weights matter, for GGUF files.",
     "run": "Ask one question about pictures.",
     "chat": "Talk about pictures.",
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine.",
     "eval": "Measure how many questions are answered right.",
+    "verify": "Compare a bundle with its checkpoint.",
     "doctor": "Show what this machine can run.",
     "synth": "Write a checkpoint with random weights.",
 }
@@ -65,6 +68,7 @@ def main(arguments: list[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # an answer may hold what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
+    warnings.formatwarning = _format_warning
     try:
         # Not program.main: that one turns a closed pipe into exit code 1.
         with program.make_context("mobilevlm", list(arguments)) as context:
@@ -85,8 +89,23 @@ def main(arguments: list[str] | None = None) -> None:
     except (MobileVLMError, OSError, MemoryError) as error:
         if debug:
             traceback.print_exc()
-        print(f"mobilevlm: error: {_describe(error)}", file=sys.stderr)
+        lines = str(error).splitlines() if isinstance(error, QualityError) else [_describe(error)]
+        for line in lines:
+            print(f"mobilevlm: error: {line}", file=sys.stderr)
         sys.exit(1 if isinstance(error, QualityError) else 2)
+
+
+def _format_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    line: str | None = None,
+) -> str:
+    """Ours as a line for people, others with the place that they come from."""
+    if issubclass(category, PrecisionWarning):
+        return f"mobilevlm: warning: {message}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _show_usage_error(error: click.ClickException) -> None:

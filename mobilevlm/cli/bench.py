@@ -24,6 +24,13 @@ from mobilevlm.cli.options import model_options
     help="Length of the prompt without the picture.",
 )
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
+@click.option(
+    "--draft-tokens",
+    type=click.IntRange(0, 64),
+    default=0,
+    show_default=True,
+    help="Tokens to guess and check at once.",
+)
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
     "-o",
@@ -43,6 +50,7 @@ def command(
     no_image: bool,
     text_tokens: int,
     new_tokens: int,
+    draft_tokens: int,
     runs: int,
     form: str,
     as_json: bool,
@@ -64,6 +72,7 @@ def command(
                 text_tokens=text_tokens,
                 new_tokens=new_tokens,
                 runs=runs,
+                draft_tokens=draft_tokens,
                 advance=advance,
             )
     if as_json or form == "json":

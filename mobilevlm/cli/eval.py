@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import model_options
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-LONGEST_ANSWER = 24
-"""Tokens; the longest true answers of the suite take fewer."""
 
 
 @click.command(
@@ -47,23 +40,13 @@ def command(
     """Measure how many questions about drawn scenes BUNDLE answers right, per kind of question with
     95% intervals, beside the same questions with noise for pictures."""
     progress.enable()
-    from mobilevlm.nano.evaluate import evaluate, table
+    from mobilevlm.nano.evaluate import evaluate_vlm, table
     from mobilevlm.nano.suite import evaluation_set
     from mobilevlm.runtime import load
 
     examples = evaluation_set(questions)
     with load(bundle, engine, threads, mmproj) as vlm, progress.track_share("questions") as show:
-        tokens, seconds = 0, 0.0
-
-        def answer(prompt: str, pictures: list[Image.Image]) -> str:
-            nonlocal tokens, seconds
-            said = vlm.generate(prompt, pictures, max_new_tokens=LONGEST_ANSWER)
-            tokens += len(said.token_seconds)
-            seconds += sum(said.token_seconds)
-            return said.text
-
-        result = evaluate(answer, examples, not no_blind, show)
-        rate = tokens / seconds if seconds else 0.0
+        result, rate = evaluate_vlm(vlm, examples, not no_blind, show)
     if as_json:
         show_json({**result.to_dict(), "tokens_per_second": rate})
         return

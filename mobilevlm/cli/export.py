@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import checkpoint_options
+from mobilevlm.cli.options import checkpoint_options, goal_options
 from mobilevlm.spec import GGUF_TYPES, GGUFType
 
 EXAMPLES = """\b
 Examples:
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-int4
   mobilevlm export llava-v1.5-7b -o llava-int8 --recipe int8 --vision-tower clip-vit-l-336
+  mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-arm64 --weight-bits 8
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m \\
     --calibration scenes
+  mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-mixed --budget 3.5bpw --plan-out plan.toml
 """
 
 
@@ -36,6 +39,13 @@ Examples:
     show_default=True,
     metavar="NAME|FILE.toml",
     help="Precision: fp32, fp16-weights, int8, int4, or a recipe file.",
+)
+@goal_options
+@click.option(
+    "--plan-out",
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Recipe file that --budget and --max-kl write (default: BUNDLE.toml).",
 )
 @click.option(
     "--format",
@@ -62,6 +72,14 @@ Examples:
     help="Data for an importance matrix, and for gptq, awq and smoothquant (needs torch).",
 )
 @click.option(
+    "--weight-bits",
+    type=click.Choice(["auto", "7", "8"]),
+    default="auto",
+    show_default=True,
+    help="Of int8 weights: 7 for x86 without VNNI, where 8 saturate, 8 for other devices; "
+    "auto: what the recipe says, else what is right on this machine.",
+)
+@click.option(
     "--mmproj",
     type=click.Path(path_type=Path),
     help="Image encoder, where CHECKPOINT is a GGUF file.",
@@ -76,10 +94,14 @@ def command(
     checkpoint: Path,
     bundle: Path,
     recipe: str,
+    budget: float | None,
+    max_kl: float | None,
+    plan_out: Path | None,
     form: str,
     gguf_type: GGUFType | None,
     imatrix: Path | None,
     calibration: str | None,
+    weight_bits: Literal["auto", "7", "8"],
     vision_tower: Path | None,
     mmproj: Path | None,
     conversation: str | None,
@@ -92,6 +114,24 @@ def command(
     from mobilevlm.export.pipeline import FORMATS, export
     from mobilevlm.spec import to_dict
 
+    if budget is not None or max_kl is not None:
+        if form == "gguf":
+            raise click.UsageError("--budget and --max-kl are for ONNX: GGUF has a type for all")
+        from mobilevlm.export.mixed_recipe import search_recipe
+        from mobilevlm.export.search import Goal
+        from mobilevlm.families import OpenOptions
+
+        plan = plan_out or bundle.with_name(f"{bundle.name}.toml")
+        options = OpenOptions(vision_tower, conversation)
+        goal = Goal(budget, max_kl)
+        search_recipe(
+            checkpoint, plan, goal, recipe=recipe, calibration=calibration, options=options
+        )
+        recipe = str(plan)
+        if form == "onnx":
+            calibration = None  # the plan names it
+    elif plan_out is not None:
+        raise click.UsageError("--plan-out goes with --budget or --max-kl")
     manifest = export(
         checkpoint,
         bundle,
@@ -104,6 +144,7 @@ def command(
         imatrix=imatrix,
         calibration=calibration,
         mmproj=mmproj,
+        weight_bits={"auto": None, "7": 7, "8": 8}[weight_bits],
     )
     if as_json:
         show_json(

@@ -50,12 +50,17 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         return
     console = Console()
     console.print(_spec_table(to_dict(manifest.spec)))
-    table = _table("stage", "artifact", "precision", "MB", "largest weight error")
+    table = _table("stage", "artifact", "precision", "bits", "MB", "largest weight error")
     for artifact in manifest.artifacts:
         size = sum(manifest.files[file].size for file in artifact.files)
         worst = artifact.largest_weight_error
         error = f"{worst.relative_error:.2%} {worst.tensor}" if worst else ""
-        table.add_row(artifact.stage, artifact.path, artifact.precision, f"{size / 1e6:.1f}", error)
+        bits = f"{artifact.bits_per_weight:.2f}" if artifact.bits_per_weight else ""
+        megabytes = f"{size / 1e6:.1f}"
+        precision = artifact.precision
+        if artifact.weight_bits is not None:
+            precision = f"{precision} ({artifact.weight_bits}-bit weights)"
+        table.add_row(artifact.stage, artifact.path, precision, bits, megabytes, error)
     console.print(table)
     total = sum(entry.size for entry in manifest.files.values())
     console.print(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +21,7 @@ def checkpoint_options(function: F) -> F:
     """CHECKPOINT, ``--vision-tower`` and ``--conversation``."""
     for decorate in (
         click.option("--conversation", metavar="NAME",
-                     help="Conversation (v1, llava_v1, phi …), if the family's default is wrong."),
+                     help="Conversation: v1, llava_v1, phi …, if the family's default is wrong."),
         click.option("--vision-tower", type=click.Path(path_type=Path),
                      help="Folder of the CLIP tower, if it is not beside the checkpoint."),
         click.argument("checkpoint", type=click.Path(path_type=Path)),
@@ -46,6 +47,9 @@ def model_options(function: F) -> F:
 def sampling_options(function: F) -> F:
     """How tokens are chosen and when the answer ends."""
     for decorate in (
+        click.option("--draft-tokens", type=int, metavar="N",
+                     help="Tokens to guess from the text so far and to check at once; the answer "
+                     "stays the same. 0: none. Default: 4 with llama.cpp and --temperature 0."),
         click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here."),
         click.option("--seed", type=int, help="Makes drawing repeatable."),
         click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
@@ -63,16 +67,45 @@ def sampling_options(function: F) -> F:
     return function
 
 
+def _bits_per_weight(context: Any, option: Any, value: str | None) -> float | None:
+    """``4.5bpw`` as a number."""
+    if value is None:
+        return None
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)bpw", value)
+    if number is None:
+        raise click.BadParameter(f"{value!r}: expected bits per weight, as in 4.5bpw")
+    return float(number[1])
+
+
+def goal_options(function: F) -> F:
+    """``--budget`` and ``--max-kl``: what a search for mixed precision must reach."""
+    for decorate in (
+        click.option("--max-kl", type=click.FloatRange(0, min_open=True), metavar="NATS",
+                     help="Give the decoder's layers as few bits as keep the divergence of its "
+                          "answers below this."),
+        click.option("--budget", callback=_bits_per_weight, metavar="BITSbpw",
+                     help="Give the decoder's layers so many bits per weight on average, scales "
+                          "included, where they matter most."),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
+
+
 def show_timings(answer: Generation) -> None:
     """One line on stderr."""
-    times = answer.timings
+    times, drafts = answer.timings, answer.drafts
+    known = f", {answer.reused.tokens} known" if answer.reused.tokens else ""
     parts = [
         f"load {times.load:.2f} s",
         f"vision {times.vision:.2f} s",
-        f"prefill {times.prefill:.2f} s ({answer.prompt_tokens} tokens)",
+        f"prefill {times.prefill:.2f} s ({answer.prompt_tokens} tokens{known})",
         f"first token after {times.ttft:.2f} s",
         f"{len(answer.token_ids)} tokens",
     ]
     if times.tokens_per_second:
         parts.append(f"{times.tokens_per_second:.1f} tokens/s")
+    if drafts.proposed:
+        parts.append(f"{drafts.accepted} of {drafts.proposed} guesses right")
+    if drafts.note:
+        parts.append(f"nothing guessed: {drafts.note}")
     click.secho("; ".join(parts), err=True, dim=True)  # no colour codes but on a terminal

@@ -10,13 +10,16 @@ import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 from rich.table import Table
 
 from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import SUITE_KINDS, Example, noise, pictures
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime import VLM
 
 Answerer = Callable[[str, list[Image.Image]], str]
 """Takes the user's text and the pictures, gives the model's text."""
@@ -28,6 +31,8 @@ NUMBERS = {
     )
 }
 SYNONYMS = {"colour": "color", "centre": "center", "middle": "center", "gray": "grey"}
+LONGEST_ANSWER = 24
+"""Tokens; the longest true answers of the suite take fewer."""
 DROPPED = frozenset(("a", "an", "the"))
 
 
@@ -137,6 +142,26 @@ def evaluate(
         if progress is not None:
             progress(done + 1, len(examples))
     return result_of(seen, unseen if blind else None)
+
+
+def evaluate_vlm(
+    vlm: VLM,
+    examples: Sequence[Example],
+    blind: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[SuiteResult, float]:
+    """Scores of a loaded bundle, and the tokens per second of its decoding (0 without any)."""
+    tokens, seconds = 0, 0.0
+
+    def answer(prompt: str, images: list[Image.Image]) -> str:
+        nonlocal tokens, seconds
+        said = vlm.generate(prompt, images, max_new_tokens=LONGEST_ANSWER)
+        tokens += len(said.token_seconds)
+        seconds += sum(said.token_seconds)
+        return said.text
+
+    result = evaluate(answer, examples, blind, progress)
+    return result, tokens / seconds if seconds else 0.0
 
 
 def result_of(

@@ -92,7 +92,7 @@ def load_reference(
         if streamed:
             _stream(block, model.weights, name)
         else:
-            _fill(block, model.weights, name)
+            fill_block(block, model.weights, name)
     return reference.eval()
 
 
@@ -120,7 +120,8 @@ def _blocks(reference: ReferenceModel) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _fill(block: nn.Module, weights: Weights, prefix: str) -> None:
+def fill_block(block: nn.Module, weights: Weights, prefix: str) -> None:
+    """Reads all parameters of a block with this canonical name."""
     for name, parameter in list(block.named_parameters()):
         owner, _, leaf = name.rpartition(".")
         value = _read(weights, f"{prefix}.{name}", parameter)
@@ -130,7 +131,7 @@ def _fill(block: nn.Module, weights: Weights, prefix: str) -> None:
 def _stream(block: nn.Module, weights: Weights, prefix: str) -> None:
     def load(module: nn.Module, _: Any) -> None:
         if next(module.parameters()).is_meta:
-            _fill(module, weights, prefix)
+            fill_block(module, weights, prefix)
 
     def drop(module: nn.Module, *_: Any) -> None:
         if module not in _HELD:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
+
+PREFILL_CHUNK = 512
+"""Positions per run: bounds the attention scores, which grow with length × total length, and
+llama.cpp's buffers."""
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
@@ -34,6 +39,16 @@ class DecoderState(Protocol):
     """Positions that are filled; lowering it goes back."""
 
 
+@dataclass(frozen=True)
+class Segment:
+    """Keys and values of the positions from ``start`` to ``end``, as the engine that made them
+    keeps them. Never written to."""
+
+    start: int
+    end: int
+    data: NDArray[Any]
+
+
 class DecoderEngine(Protocol):
     """Runs the decoder stage. May be used by several threads, each with a state of its own."""
 
@@ -47,11 +62,31 @@ class DecoderEngine(Protocol):
         """Appends ``(length, hidden_size)``; logits of the last position ``(1, vocab_size)``, or of
         all ``(length, vocab_size)``."""
 
+    def extend(self, state: DecoderState, embeds: Float32) -> None:
+        """Appends ``(length, hidden_size)`` where no logits are needed."""
+
     def step(self, state: DecoderState, token: int) -> Float32:
         """Appends one token; logits ``(vocab_size,)``, valid until the next call."""
 
+    def save(self, state: DecoderState, start: int) -> Segment:
+        """A copy of the positions from ``start``, or from an earlier one, to the state's length."""
+
+    def restore(self, state: DecoderState, segment: Segment) -> None:
+        """Makes the state end with a segment of this engine; before it stands what stood there."""
+
     def close(self) -> None:
         """Frees the weights."""
+
+
+def in_chunks(append: Callable[[Float32, int], Float32], embeds: Float32, count: int) -> Float32:
+    """Appends ``(length, hidden_size)`` chunk by chunk. Returns the logits of the last ``count``
+    positions; ``append`` does so for one chunk."""
+    logits = []
+    for start in range(0, len(embeds), PREFILL_CHUNK):
+        chunk = embeds[start : start + PREFILL_CHUNK]
+        behind = len(embeds) - start - len(chunk)
+        logits.append(append(chunk, min(max(count - behind, 0), len(chunk))))
+    return np.concatenate(logits)
 
 
 def still_open(part: T | None) -> T:

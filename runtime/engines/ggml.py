@@ -6,13 +6,15 @@ It runs what llama.cpp has no architecture for, and everything else as a second 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
-from mobilevlm.runtime.engines import DecoderState, Float32, still_open
+from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks, still_open
 from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
 from mobilevlm.runtime.engines.ggml_graph import DecoderGraph
 from mobilevlm.runtime.engines.ggml_layers import GraphShape, KeyValues
@@ -20,8 +22,6 @@ from mobilevlm.runtime.engines.ggml_native import MappedTensors, Processor
 from mobilevlm.runtime.engines.gguf_check import check_decoder, check_decoder_tensors
 from mobilevlm.spec import DecoderSpec
 
-PREFILL_CHUNK = 512
-"""Positions per run: bounds the intermediate results."""
 _VISIBLE_STEP = 256
 """Attention reads the sequence rounded up to this, so that a graph serves many steps."""
 
@@ -51,6 +51,17 @@ class GgmlState:
         logits = self._graph(shape).run(self._processor, embeds, self.length)
         self.length += count
         return logits
+
+    def save(self, start: int) -> NDArray[np.uint8]:
+        """Keys and values of the positions from ``start`` on, see ``KeyValues.rows``."""
+        data = self._cache.rows[:, start : self.length].copy()
+        data.flags.writeable = False
+        return data
+
+    def restore(self, segment: Segment) -> None:
+        """Puts saved keys and values where they were; the sequence ends with them."""
+        self._cache.rows[:, segment.start : segment.end] = segment.data
+        self.length = segment.end
 
     def _graph(self, shape: GraphShape) -> DecoderGraph:
         single = shape.length == 1
@@ -86,19 +97,34 @@ class GgmlDecoder:
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        count = len(embeds) if all_logits else 1
+        return in_chunks(partial(self._append, state), embeds, count)
+
+    def extend(self, state: DecoderState, embeds: Float32) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        in_chunks(partial(self._append, state), embeds, 0)
+
+    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
+        """Appends a chunk; logits of its last ``count`` positions. A graph makes one at least."""
         assert isinstance(state, GgmlState)
         still_open(self._weights)
-        pieces = []
-        for start in range(0, len(embeds), PREFILL_CHUNK):
-            chunk = embeds[start : start + PREFILL_CHUNK]
-            pieces.append(state.append(chunk, len(chunk) if all_logits else 1).copy())
-        return np.concatenate(pieces) if all_logits else pieces[-1]
+        return state.append(embeds, max(count, 1))[:count].copy()
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, GgmlState)
         result: Float32 = state.append(self.embed([token]), 1)[0]
         return result
+
+    def save(self, state: DecoderState, start: int) -> Segment:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, GgmlState)
+        return Segment(start, state.length, state.save(start))
+
+    def restore(self, state: DecoderState, segment: Segment) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, GgmlState)
+        state.restore(segment)
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

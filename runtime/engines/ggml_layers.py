@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.runtime.engines.ggml_native import (
@@ -48,6 +49,9 @@ class KeyValues:
         for index, tensor in enumerate(tensors):
             self._memory.place(tensor, index * step)
         self.keys, self.values = tensors[::2], tensors[1::2]
+        lines = self._memory.content.reshape(count, step)[:, : spec.context_length * self.row_size]
+        self.rows: NDArray[np.uint8] = lines.reshape(count, spec.context_length, self.row_size)
+        """The same as bytes: keys and values of one layer after the other."""
 
 
 @dataclass(frozen=True)

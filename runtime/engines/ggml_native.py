@@ -151,9 +151,9 @@ class Memory:
 
     def __init__(self, content: mmap.mmap) -> None:
         native = ggml()
-        self._bytes: NDArray[np.uint8] = np.frombuffer(content, np.uint8)
-        self._address = self._bytes.ctypes.data
-        self._buffer = native.backend_cpu_buffer_from_ptr(self._address, self._bytes.size)
+        self.content: NDArray[np.uint8] = np.frombuffer(content, np.uint8)
+        self._address = self.content.ctypes.data
+        self._buffer = native.backend_cpu_buffer_from_ptr(self._address, self.content.size)
         if not self._buffer:
             raise out_of_memory("a buffer")
         weakref.finalize(self, native.backend_buffer_free, self._buffer)

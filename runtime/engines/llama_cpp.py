@@ -5,21 +5,27 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
-from mobilevlm.runtime.engines import DecoderState, Float32, still_open
+from mobilevlm.runtime.engines import (
+    PREFILL_CHUNK,
+    DecoderState,
+    Float32,
+    Segment,
+    in_chunks,
+    still_open,
+)
 from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
 from mobilevlm.runtime.engines.gguf_check import check_decoder
 from mobilevlm.runtime.engines.llama_native import NativeModel, address, llama_library
 from mobilevlm.spec import DecoderSpec
-
-PREFILL_CHUNK = 512
-"""Positions per call: bounds llama.cpp's buffers."""
 
 
 class LlamaState:
@@ -71,6 +77,28 @@ class LlamaState:
             )
         self._length += batch.n_tokens
 
+    def save(self) -> NDArray[np.uint8]:
+        """The whole sequence in llama.cpp's own format."""
+        library = llama_library()
+        data = np.empty(library.llama_state_seq_get_size(self.pointer, 0), np.uint8)
+        written = library.llama_state_seq_get_data(
+            self.pointer, address(data, ctypes.c_uint8), data.size, 0
+        )
+        if written != data.size:
+            raise MobileVLMError("llama.cpp cannot save this sequence")
+        data.flags.writeable = False
+        return data
+
+    def restore(self, data: NDArray[np.uint8], length: int) -> None:
+        """Replaces the sequence by a saved one of ``length`` positions."""
+        library = llama_library()
+        self.length = 0
+        if not library.llama_state_seq_set_data(
+            self.pointer, address(data, ctypes.c_uint8), data.size, 0
+        ):
+            raise MobileVLMError("llama.cpp cannot take a saved sequence back")
+        self._length = length
+
     def logits(self, index: int, count: int, vocab_size: int) -> Float32:
         """Logits of ``count`` positions of the last batch, from ``index`` on: a view
         ``(count, vocab_size)``, valid until the next batch."""
@@ -108,23 +136,29 @@ class LlamaDecoder:
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        count = len(embeds) if all_logits else 1
+        return in_chunks(partial(self._append, state), embeds, count)
+
+    def extend(self, state: DecoderState, embeds: Float32) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        in_chunks(partial(self._append, state), embeds, 0)
+
+    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
+        """Appends a chunk; logits of its last ``count`` positions."""
         assert isinstance(state, LlamaState)
         still_open(self._model)
-        library = llama_library()
-        pieces = []
-        for start in range(0, len(embeds), PREFILL_CHUNK):
-            chunk = np.ascontiguousarray(embeds[start : start + PREFILL_CHUNK], np.float32)
-            wanted = np.full(len(chunk), all_logits, np.int8)
-            wanted[-1] = 1
-            batch = library.llama_batch(
-                n_tokens=len(chunk),
-                embd=address(chunk, ctypes.c_float),
-                logits=address(wanted, ctypes.c_int8),
-            )
-            state.append(batch)
-            first, count = (0, len(chunk)) if all_logits else (len(chunk) - 1, 1)
-            pieces.append(state.logits(first, count, self._spec.vocab_size).copy())
-        return np.concatenate(pieces) if all_logits else pieces[-1]
+        chunk = np.ascontiguousarray(embeds, np.float32)
+        wanted = np.zeros(len(chunk), np.int8)
+        wanted[len(chunk) - count :] = 1
+        batch = llama_library().llama_batch(
+            n_tokens=len(chunk),
+            embd=address(chunk, ctypes.c_float),
+            logits=address(wanted, ctypes.c_int8),
+        )
+        state.append(batch)
+        if count == 0:
+            return np.empty((0, self._spec.vocab_size), np.float32)
+        return state.logits(len(chunk) - count, count, self._spec.vocab_size).copy()
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -135,6 +169,16 @@ class LlamaDecoder:
         state.append(batch)
         result: Float32 = state.logits(0, 1, self._spec.vocab_size)[0]
         return result
+
+    def save(self, state: DecoderState, start: int) -> Segment:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. llama.cpp saves from position 0."""
+        assert isinstance(state, LlamaState)
+        return Segment(0, state.length, state.save())
+
+    def restore(self, state: DecoderState, segment: Segment) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, LlamaState)
+        state.restore(segment.data, segment.end)
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError
-from mobilevlm.runtime.engines import DecoderState, Float32, still_open
+from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks, still_open
 from mobilevlm.spec import DecoderSpec
-
-PREFILL_CHUNK = 512
-"""Positions per run: bounds the attention scores, which grow with length × total length."""
 
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
@@ -69,7 +67,7 @@ class OnnxState:
     def __init__(self, spec: DecoderSpec, session: ort.InferenceSession) -> None:
         self.length = 0
         shape = (1, spec.num_key_value_heads, spec.context_length, spec.head_dim)
-        self._buffers = {
+        self.buffers = {
             f"{index}.{kind}": _lazy_zeros(shape)
             for index in range(spec.num_hidden_layers)
             for kind in ("key", "value")
@@ -96,7 +94,7 @@ class OnnxState:
         _bind_input(binding, "total_length", self.total_length)
         _bind_input(binding, "logits_positions", positions)
         _bind_output(binding, "logits", logits)
-        for name, buffer in self._buffers.items():
+        for name, buffer in self.buffers.items():
             _bind_input(binding, f"past_key_values.{name}", buffer)
             _bind_output(binding, f"present.{name}", buffer)
         return binding
@@ -110,13 +108,14 @@ class OnnxDecoder:
     ) -> None:
         self._spec = spec
         self._session: ort.InferenceSession | None = open_session(path, threads)
-        self._table: NDArray[Any] | None = np.memmap(
+        mapped = np.memmap(
             table,
             dtype=embeddings.dtype,
             mode="r",
             offset=embeddings.offset,
             shape=(embeddings.rows, embeddings.columns),
         )
+        self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing that takes a tenth
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -128,20 +127,26 @@ class OnnxDecoder:
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        count = len(embeds) if all_logits else 1
+        return in_chunks(partial(self._append, state), embeds, count)
+
+    def extend(self, state: DecoderState, embeds: Float32) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        in_chunks(partial(self._append, state), embeds, 0)
+
+    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
+        """Appends a chunk; logits of its last ``count`` positions."""
         assert isinstance(state, OnnxState)
         session = still_open(self._session)
-        pieces = []
-        for start in range(0, len(embeds), PREFILL_CHUNK):
-            chunk = np.ascontiguousarray(embeds[None, start : start + PREFILL_CHUNK])
-            count = chunk.shape[1]
-            positions = np.arange(0 if all_logits else count - 1, count, dtype=np.int64)
-            logits = np.empty((1, len(positions), self._spec.vocab_size), np.float32)
-            binding = state.bind(session, chunk, positions, logits)
-            state.total_length[0] = state.length + count
-            session.run_with_iobinding(binding)
-            state.length += count
-            pieces.append(logits[0])
-        return np.concatenate(pieces) if all_logits else pieces[-1]
+        chunk = np.ascontiguousarray(embeds[None])
+        positions = np.arange(len(embeds) - count, len(embeds))
+        logits = np.empty((1, count, self._spec.vocab_size), np.float32)
+        binding = state.bind(session, chunk, positions, logits)
+        state.total_length[0] = state.length + len(embeds)
+        session.run_with_iobinding(binding)
+        state.length += len(embeds)
+        result: Float32 = logits[0]
+        return result
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -153,6 +158,21 @@ class OnnxDecoder:
         state.length += 1
         result: Float32 = state.step_logits[0, 0]
         return result
+
+    def save(self, state: DecoderState, start: int) -> Segment:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``: float32
+        ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
+        assert isinstance(state, OnnxState)
+        data = np.stack([buffer[0, :, start : state.length] for buffer in state.buffers.values()])
+        data.flags.writeable = False
+        return Segment(start, state.length, data)
+
+    def restore(self, state: DecoderState, segment: Segment) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, OnnxState)
+        for buffer, part in zip(state.buffers.values(), segment.data, strict=True):
+            buffer[0, :, segment.start : segment.end] = part
+        state.length = segment.end
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -2,47 +2,74 @@
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from mobilevlm.bundle import Bundle
-from mobilevlm.errors import BundleError
+from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import stage_formats
-from mobilevlm.runtime.engines import DecoderEngine, VisionEngine
+from mobilevlm.runtime.engines import DecoderEngine, Segment, VisionEngine
+from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import ModelSpec
 
 if TYPE_CHECKING:
+    from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
     from mobilevlm.runtime.engines.llama_native import NativeModel
 
 
 def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngine, DecoderEngine]:
-    """Opens both stages. ``engine``: one that the bundle has artifacts for.
+    """Opens both stages. ``engine``: one that the bundle has artifacts for. An ONNX vision stage is
+    opened beside the decoder: onnxruntime reorders weights on one thread per session, and that is
+    most of a load.
 
     Raises:
         BundleError: an artifact cannot be loaded.
         MissingExtraError: llama-cpp-python is needed and not installed.
     """
     spec, formats = bundle.manifest.spec, stage_formats(bundle, engine)
+    _check_weight_bits(bundle, engine)
     vision, decoder = (
         bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")
     )
-    if engine == "onnx":
-        return _onnx_vision(vision, threads), _onnx_decoder(bundle, decoder, threads)
-    if engine == "ggml":
-        from mobilevlm.runtime.engines.ggml import GgmlDecoder
-
-        own = GgmlDecoder(decoder, spec.decoder, threads)
-        if formats["vision"] == "onnx":
-            return _onnx_vision(vision, threads), own
+    if engine == "gguf":
+        language = _llama_decoder(bundle, decoder, threads)
+        return _mtmd_vision(vision, spec, language.model, threads), language
+    if formats["vision"] == "gguf":
         from mobilevlm.runtime.engines.stand_in import stand_in
 
+        own = _ggml_decoder(bundle, decoder, threads)
         return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
-    from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
+    openers: dict[str, Callable[[Bundle, Path, int], DecoderEngine]] = {
+        "onnx": onnx_decoder,
+        "hybrid": _llama_decoder,
+        "ggml": _ggml_decoder,
+    }
+    with ThreadPoolExecutor(1) as beside:
+        opened = beside.submit(_onnx_vision, vision, threads)
+        language_stage = openers[engine](bundle, decoder, threads)
+        return opened.result(), language_stage
 
-    language = LlamaDecoder(decoder, spec.decoder, threads)
-    if engine == "hybrid":
-        return _onnx_vision(vision, threads), language
-    return _mtmd_vision(vision, spec, language.model, threads), language
+
+def _check_weight_bits(bundle: Bundle, engine: str) -> None:
+    """Warns where other int8 weights than those of the artifacts in use fit this machine."""
+    best = int8_weight_bits()
+    used = (bundle.artifact(*part) for part in stage_formats(bundle, engine).items())
+    found = max((artifact.weight_bits or 0 for artifact in used), default=0)
+    if best is None or found in (0, best):
+        return
+    what = (
+        "8-bit weights saturate on this processor, answers may be wrong"
+        if found > best
+        else "this processor takes 8-bit weights at the same speed, the bundle has 7-bit ones"
+    )
+    remedy = f"export it with --weight-bits {best}"
+    warnings.warn(f"{bundle.folder}: {what}: {remedy}", PrecisionWarning, stacklevel=2)
 
 
 def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> VisionEngine:
@@ -57,10 +84,43 @@ def _onnx_vision(path: Path, threads: int) -> VisionEngine:
     return OnnxVision(path, threads)
 
 
-def _onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
+def _llama_decoder(bundle: Bundle, path: Path, threads: int) -> LlamaDecoder:
+    from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
+
+    return LlamaDecoder(path, bundle.manifest.spec.decoder, threads)
+
+
+def _ggml_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
+    from mobilevlm.runtime.engines.ggml import GgmlDecoder
+
+    return GgmlDecoder(path, bundle.manifest.spec.decoder, threads)
+
+
+def onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
+    """Opens the decoder stage from an ONNX file of the bundle."""
     from mobilevlm.runtime.engines.onnx import OnnxDecoder
 
     spec, table = bundle.manifest.spec, bundle.manifest.embeddings
     if table is None:
         raise BundleError(f"{bundle.folder}: no embedding table: export the bundle again")
     return OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, threads)
+
+
+def stored_system_prompt(bundle: Bundle) -> Segment | None:
+    """Keys and values of the system prompt for the ONNX decoder, mapped.
+
+    Raises:
+        BundleError: the file has not the size that the spec asks for.
+    """
+    system, spec = bundle.manifest.system_prompt, bundle.manifest.spec.decoder
+    if system is None:
+        return None
+    path, count = bundle.path(system.path), len(system.ids)
+    shape = (2 * spec.num_hidden_layers, spec.num_key_value_heads, count, spec.head_dim)
+    expected = 4 * math.prod(shape)
+    if not 0 < count < spec.context_length or path.stat().st_size != expected:
+        raise BundleError(
+            f"{path}: {path.stat().st_size} bytes, {count} tokens of this model take {expected}: "
+            f"export the bundle again"
+        )
+    return Segment(0, count, np.memmap(path, np.float32, "r", shape=shape))

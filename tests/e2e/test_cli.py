@@ -94,7 +94,9 @@ def test_run_json_is_one_object_with_these_keys(bundle: Path) -> None:
     assert all(type(value) is float and value > 0 for value in times.values())
     assert set(answer) == {
         "text", "token_ids", "finish_reason", "prompt_tokens", "visual_tokens", "token_seconds",
+        "reused", "drafts",
     }  # fmt: skip
+    assert answer["reused"]["tokens"] > 0 == answer["reused"]["images"]  # the system prompt
     assert answer["text"] and answer["finish_reason"] == "length"
     assert len(answer["token_ids"]) == 12 == len(answer["token_seconds"]) + 1
     assert answer["visual_tokens"] == 144 < answer["prompt_tokens"]
@@ -208,7 +210,7 @@ def test_bench_reports_every_stage(bundle: Path) -> None:
     assert set(rows) == {
         ("preprocess", "ms"), ("vision", "ms"), ("prefill", "ms"), ("first token", "ms"),
         ("next token", "ms"), ("prefill", "tokens/s"), ("decode", "tokens/s"),
-        ("weights read", "GB/s"),
+        ("first token, second question", "ms"), ("weights read", "GB/s"),
     }  # fmt: skip
     rates = rows["decode", "tokens/s"]["samples"], rows["weights read", "GB/s"]["samples"]
     for tokens, read in zip(*rates, strict=True):

@@ -8,7 +8,9 @@ convolves patches and applies GELU in float16 even for a float32 mmproj, hence g
 from __future__ import annotations
 
 import gc
+import itertools
 import os
+import platform
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -25,6 +27,8 @@ import mobilevlm
 from mobilevlm.errors import MobileVLMError, PromptError
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.chat import Chat
+from mobilevlm.runtime.drafting import INEXACT, Drafting, Drafts
+from mobilevlm.runtime.session import Fill
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
@@ -272,6 +276,57 @@ def test_two_threads_answer_as_one_after_another(vlm: VLM) -> None:
             assert answers == [expected] * 4
 
 
+QUESTIONS = (("Who?", IMAGE), ("What is it?", IMAGE), ("Who?", OTHER), ("Where?", IMAGE))
+
+
+@pytest.mark.parametrize("recipe", ["int4", "fp32"])
+@pytest.mark.parametrize("engine", ["hybrid", "ggml"])
+def test_what_is_kept_of_prompts_leaves_their_logits_as_they_are_bit_for_bit(
+    engine: str, recipe: str, export_all: ExportAll
+) -> None:
+    """One sequence in turn with two pictures: from itself, and from what the engine saved."""
+    with mobilevlm.load(export_all("mobilevlm_v2", recipe), engine, threads=1) as vlm:
+        kept = vlm._session("pieces")
+        reused = []
+        for question, image in QUESTIONS:
+            prompt, note = vlm._prepare(question, [image], False), Fill()
+            fresh = vlm._session("nothing")
+            assert np.array_equal(kept.fill(prompt, note), fresh.fill(prompt, Fill()))
+            assert np.array_equal(kept.step(300), fresh.step(300))
+            reused.append(note.reused_tokens)
+        system, picture = len(vlm._cache.system), vlm.spec.projector.num_tokens
+        ahead = vlm.prompt_ids("Who?", 1).index(-200)
+        assert reused == [0, ahead + picture, system, ahead + picture]
+
+
+@pytest.mark.parametrize("recipe", ["fp32", "fp16-weights", "int8", "int4"])
+@pytest.mark.parametrize("engine", ["onnx", "gguf"])
+def test_drafts_leave_the_answer_as_it_is(engine: str, recipe: str, export_all: ExportAll) -> None:
+    """A penalty below 1 makes a random model repeat itself, so there is much to guess."""
+    with mobilevlm.load(export_all("mobilevlm_v2", recipe), engine, threads=1) as vlm:
+        clock = itertools.cycle((0, 1, 6))  # a run over five positions takes as long as a step
+        vlm._drafting = Drafting(lambda: next(clock))
+        drafts = []
+        for prompt, penalty in (("Who?", 1.0), ("What is it?", 0.3), ("Who are they?", 1.1)):
+            plain, drafted = (
+                vlm.generate(
+                    prompt,
+                    max_new_tokens=100,
+                    ignore_eos=True,
+                    repetition_penalty=penalty,
+                    draft_tokens=count,
+                )
+                for count in (0, 4)
+            )
+            assert drafted.token_ids == plain.token_ids
+            assert plain.drafts == Drafts()
+            drafts.append(drafted.drafts)
+        assert any(found.accepted or found.note == INEXACT for found in drafts), drafts
+        # Integer kernels with a scale for each row; of float ones nothing is promised.
+        if engine == "gguf" and recipe in ("int8", "int4") and platform.machine() == "x86_64":
+            assert sum(found.accepted for found in drafts) > 0
+
+
 @pytest.mark.parametrize("engine", ["gguf", "hybrid", "ggml"])
 def test_closing_frees_model_and_contexts_and_later_use_says_so(
     engine: str, export_all: ExportAll
@@ -279,7 +334,7 @@ def test_closing_frees_model_and_contexts_and_later_use_says_so(
     vlm = mobilevlm.load(export_all("mobilevlm_v2", "fp32"), engine)
     vlm.generate("Who?", [IMAGE], max_new_tokens=2)
     vision, decoder = vlm._engines()
-    held: list[Any] = [vlm._thread_session()._state]
+    held: list[Any] = [vlm._idle[0]._state]
     held += [decoder._weights if engine == "ggml" else decoder.model]  # type: ignore[attr-defined]
     held += [vision._context] if engine == "gguf" else []  # type: ignore[attr-defined]
     watched = [weakref.ref(part) for part in held]

@@ -1,26 +1,39 @@
 """Activation outliers, planted where the float function stays as it is: one scale for all 8-bit
-activations fails, SmoothQuant mends it."""
+activations fails; a scale per token and SmoothQuant mend it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import onnxruntime
+import torch
 from conftest import Fixture, relative_error
 from numpy.typing import NDArray
 
+from mobilevlm.builtin import checkpoint_path
 from mobilevlm.export.calibrated import calibrate
 from mobilevlm.export.calibration import scene_samples
-from mobilevlm.export.graph.author import author_vision
+from mobilevlm.export.graph.author import author_decoder, author_vision
+from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.quantize.folding import find_folds, fold
 from mobilevlm.export.recipes import RECIPES, LinearFormat
-from mobilevlm.families import Model
+from mobilevlm.families import Model, open_checkpoint
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.nano.drawing import render as draw
+from mobilevlm.nano.scenes import sample_scene
+from mobilevlm.reference import load_reference
 
+Float32 = NDArray[np.float32]
 OUTLIER = 60
 """How much larger two channels are: trained towers have factors of 50 to 100."""
+UNSEEN = 1000
+"""A scene that calibration does not draw."""
 
 
 def with_outliers(model: Model) -> Model:
@@ -28,33 +41,104 @@ def with_outliers(model: Model) -> Model:
     for place in find_folds(model.spec):
         factors = np.ones(place.in_size, np.float32)
         factors[[3, 17]] = 1 / OUTLIER
-        folds[place] = factors
+        folds[place] = place.tie(factors, np.min)
     return replace(model, weights=fold(model.weights, folds))
 
 
-def features(model: Model, tower: LinearFormat, image: Path, folder: Path) -> NDArray[np.float32]:
-    recipe = replace(RECIPES["fp32"], tower=tower)
+FLOAT_ATTENTION = {"vision.layers.*.attn.q_proj": LinearFormat("fp32")}
+"""Keeps what makes queries, keys and values float."""
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def features(
+    model: Model,
+    tower: LinearFormat,
+    image: Any,
+    folder: Path,
+    layers: Mapping[str, LinearFormat] = MappingProxyType({}),
+) -> Float32:
+    recipe = expand_layers(replace(RECIPES["fp32"], tower=tower, layers=dict(layers)), model.spec)
     ready = calibrate(model, recipe, scene_samples(4), "vision")
     file = folder / "vision.onnx"
     author_vision(ready.weights, model.spec, recipe, file, hessian=ready.hessian)
-    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
     pixels = preprocess(open_image(image), model.spec.image)
-    found: NDArray[np.float32] = session.run(["features"], {"pixels": pixels[None]})[0][0]
+    found: Float32 = session(file).run(["features"], {"pixels": pixels[None]})[0][0]
     return found
 
 
-def test_smoothquant_mends_what_outliers_break(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
-    """Measured: 0.032 without outliers; with them 0.64, and 0.042 once smoothed."""
+TENSOR = LinearFormat("int8", activations="tensor")
+SMOOTHED = LinearFormat("int8", scaling="smoothquant")
+
+
+def test_a_scale_per_token_and_smoothquant_mend_what_outliers_break(
+    mobilevlm_v2: Fixture, tmp_path: Path
+) -> None:
+    """Random weights. Measured: 0.029 per token without outliers; with them 0.64 per tensor, 0.34
+    per token, and 0.039 once smoothed."""
     exact = mobilevlm_v2.arrays["vision_features"][0]
     model = with_outliers(mobilevlm_v2.model)
     errors = [
         relative_error(features(model, tower, mobilevlm_v2.image, tmp_path), exact)
-        for tower in (
-            LinearFormat("fp32"),
-            LinearFormat("int8"),
-            LinearFormat("int8", scaling="smoothquant"),
-        )
+        for tower in (LinearFormat("fp32"), TENSOR, LinearFormat("int8"), SMOOTHED)
     ]
     assert errors[0] < 1e-4
-    assert errors[1] > 0.1
-    assert errors[2] < 0.06
+    assert errors[1] > 0.5
+    assert 0.1 < errors[2] < 0.5
+    assert errors[3] < 0.05
+
+
+@cache
+def nano() -> Model:
+    """Trained, with outliers in tower and decoder."""
+    return with_outliers(open_checkpoint(checkpoint_path(Path("nano"))))
+
+
+def test_features_of_a_trained_tower_with_outliers_stay_within_one_percent(tmp_path: Path) -> None:
+    """Measured: 0.009 with smoothed inputs and GPTQ, 0.29 with one scale per tensor. Queries and
+    keys are float in both: nano's attention is sharp, and rounding those alone to 8 bits, in blocks
+    or not, costs 3.5% with or without outliers; each of the other layers costs 0.3%."""
+    model, picture = nano(), draw(sample_scene(UNSEEN))
+    exact = features(model, LinearFormat("fp32"), picture, tmp_path)
+    kept = replace(SMOOTHED, quantizer="gptq")
+    found = features(model, kept, picture, tmp_path, FLOAT_ATTENTION)
+    broken = features(model, TENSOR, picture, tmp_path, FLOAT_ATTENTION)
+    assert relative_error(found, exact) <= 0.01
+    assert relative_error(broken, exact) > 0.2
+
+
+def decoder_logits(model: Model, decoder: LinearFormat, embeds: Float32, folder: Path) -> Float32:
+    recipe = replace(RECIPES["fp32"], decoder=decoder)
+    ready = calibrate(model, recipe, scene_samples(4), "decoder")
+    file = folder / "decoder.onnx"
+    author_decoder(ready.weights, model.spec, recipe, file, hessian=ready.hessian)
+    spec, length = model.spec.decoder, len(embeds)
+    buffer = np.zeros((1, spec.num_key_value_heads, length, spec.head_dim), np.float32)
+    inputs: dict[str, NDArray[Any]] = {
+        "inputs_embeds": embeds[None],
+        "total_length": np.array([length], np.int32),
+        "logits_positions": np.arange(length),
+    }
+    for index in range(spec.num_hidden_layers):
+        for part in ("key", "value"):
+            inputs[f"past_key_values.{index}.{part}"] = buffer.copy()
+    found: Float32 = session(file).run(["logits"], inputs)[0][0]
+    return found
+
+
+def token_embeddings(model: Model, ids: Sequence[int]) -> Float32:
+    with torch.no_grad():
+        found: Float32 = load_reference(model).embed(list(ids), []).numpy()
+    return found
+
+
+def test_a_decoder_with_outliers_keeps_its_logits(tmp_path: Path) -> None:
+    """Measured: 0.81 with one scale per tensor, 0.086 smoothed (tokens of no scene)."""
+    model = nano()
+    embeds = token_embeddings(model, range(10, 40))
+    exact = decoder_logits(model, LinearFormat("fp32"), embeds, tmp_path)
+    broken, found = (decoder_logits(model, part, embeds, tmp_path) for part in (TENSOR, SMOOTHED))
+    assert relative_error(broken, exact) > 0.5
+    assert relative_error(found, exact) < 0.1

@@ -24,6 +24,7 @@ FILES = [
     "onnx/embed_tokens_fp16.onnx_data",
     "onnx/decoder_model_merged_q4.onnx",
     "onnx/decoder_model_merged_q4.onnx_data",
+    "onnx/system_prompt.bin",
 ]
 """Everything in an int4 bundle but the manifest."""
 
@@ -175,7 +176,7 @@ def test_a_manifest_that_lists_a_file_outside(name: str, bundle: Path, capsys: C
     assert f"the manifest names {name!r}, which leaves the bundle" in run(capsys, bundle)
 
 
-@pytest.mark.parametrize("place", ["artifact", "data", "embeddings"])
+@pytest.mark.parametrize("place", ["artifact", "data", "embeddings", "system_prompt"])
 def test_an_artifact_that_the_list_of_files_does_not_have(
     place: str, bundle: Path, capsys: Capture
 ) -> None:
@@ -188,7 +189,7 @@ def test_an_artifact_that_the_list_of_files_does_not_have(
         elif place == "data":
             artifact["data"] = ["../outside"]
         else:
-            data["embeddings"]["path"] = "../outside"
+            data[place]["path"] = "../outside"
 
     change_manifest(bundle, point_outside)
     assert "no size and digest for '../outside'" in run(capsys, bundle)

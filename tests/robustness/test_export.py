@@ -385,6 +385,12 @@ def without_torch(tmp_path: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(folder)}
 
 
+def test_verify_without_torch_says_what_to_install(without_torch: dict[str, str]) -> None:
+    done = run_program("verify", "nano", "nano", **without_torch)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "pip install 'mobilevlm-edge[reference]'" in done.stderr
+
+
 def test_a_safetensors_checkpoint_exports_without_torch(
     llava_v1: Fixture, without_torch: dict[str, str], tmp_path: Path
 ) -> None:

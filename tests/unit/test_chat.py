@@ -59,6 +59,7 @@ def test_a_turn_answers_as_a_single_question_with_the_whole_text_does(vlm: VLM) 
 def test_pictures_are_encoded_once_in_a_conversation(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    vlm.clear_caches()
     vision, _ = vlm._engines()
     count, original = [], vision.encode
     monkeypatch.setattr(vision, "encode", lambda pixels: (count.append(1), original(pixels))[1])

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError
 from mobilevlm.runtime import VLM, Session
-from mobilevlm.runtime.engines import DecoderEngine, DecoderState, Float32, VisionEngine
-from mobilevlm.runtime.session import Clock, Prompt
+from mobilevlm.runtime.cache import PromptCache
+from mobilevlm.runtime.engines import DecoderEngine, DecoderState, Float32, Segment, VisionEngine
+from mobilevlm.runtime.session import Fill, Prompt, Reuse
 
 
 @dataclass
@@ -39,7 +40,7 @@ class CountedVision:
 
 @dataclass
 class CountedDecoder:
-    """Passes calls on and notes how many positions each prefill computed."""
+    """Passes calls on and notes how many positions each of them computed."""
 
     engine: DecoderEngine
     prefills: list[int] = field(default_factory=list)
@@ -54,8 +55,18 @@ class CountedDecoder:
         self.prefills.append(len(embeds))
         return self.engine.prefill(state, embeds, all_logits)
 
+    def extend(self, state: DecoderState, embeds: Float32) -> None:
+        self.prefills.append(len(embeds))
+        self.engine.extend(state, embeds)
+
     def step(self, state: DecoderState, token: int) -> Float32:
         return self.engine.step(state, token)
+
+    def save(self, state: DecoderState, start: int) -> Segment:
+        return self.engine.save(state, start)
+
+    def restore(self, state: DecoderState, segment: Segment) -> None:
+        self.engine.restore(state, segment)
 
     def close(self) -> None:
         raise AssertionError("a session does not close the engines")
@@ -66,15 +77,22 @@ class Counted:
     session: Session
     vision: CountedVision
     decoder: CountedDecoder
+    note: Fill = field(default_factory=Fill)
+    fills: list[int] = field(default_factory=list)
+    """Positions that each prompt computed."""
 
     def fill(self, prompt: Prompt) -> Float32:
-        return self.session.fill(prompt, Clock(), Clock()).copy()
+        self.note, before = Fill(), len(self.decoder.prefills)
+        logits = self.session.fill(prompt, self.note).copy()
+        self.fills.append(sum(self.decoder.prefills[before:]))
+        return logits
 
 
-def counted(vlm: VLM, reuse_prefix: bool = True) -> Counted:
+def counted(vlm: VLM, reuse: Reuse = "everything", cache: PromptCache | None = None) -> Counted:
     vision, decoder = vlm._engines()
     spies = CountedVision(vision), CountedDecoder(decoder)
-    return Counted(Session(vlm.spec, *spies, reuse_prefix), *spies)
+    cache = PromptCache(0 if reuse == "nothing" else 64) if cache is None else cache
+    return Counted(Session(vlm.spec, *spies, cache, reuse), *spies)
 
 
 def picture(seed: int, vlm: VLM) -> NDArray[np.uint8]:
@@ -118,7 +136,7 @@ def test_each_mark_takes_its_own_image(vlm: VLM) -> None:
 
 
 def test_the_same_picture_twice_is_encoded_once(vlm: VLM) -> None:
-    run = counted(vlm, reuse_prefix=False)
+    run = counted(vlm, reuse="nothing")
     prompt = prompt_of(vlm, "<image> or <image>?", picture(1, vlm), picture(1, vlm))
     assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
     assert run.vision.pictures == 1
@@ -135,7 +153,7 @@ def test_a_prompt_that_goes_on_computes_only_what_is_new_with_the_same_logits(vl
     more = vlm.prompt_ids("And then?", raw=True)[1:]
     prompt = Prompt([*start.ids, *answer, *more], [pixels], 0.0)
     assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
-    assert run.decoder.prefills == [filled, len(more)]
+    assert run.fills == [filled, len(more)]
     assert run.vision.pictures == 1
 
 
@@ -148,7 +166,7 @@ def test_a_prompt_that_parts_from_the_last_one_goes_back_to_where_it_does(vlm: V
         run.session.step(token)
     prompt = Prompt([*start.ids[:-4], 305, 306], [pixels], 0.0)
     assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
-    assert run.decoder.prefills == [filled, 2]
+    assert run.fills == [filled, 2]
     assert run.session.length == filled - 4 + 2
 
 
@@ -157,7 +175,7 @@ def test_the_same_prompt_again_computes_one_position(vlm: VLM) -> None:
     first = run.fill(prompt)
     run.session.step(300)
     assert relative_error(run.fill(prompt), first) <= FLOAT32
-    assert run.decoder.prefills == [len(prompt.ids), 1]
+    assert run.fills == [len(prompt.ids), 1]
 
 
 def test_a_shorter_prompt_goes_back(vlm: VLM) -> None:
@@ -175,15 +193,15 @@ def test_another_picture_is_not_taken_for_the_one_before(vlm: VLM) -> None:
     assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
     assert run.vision.pictures == 2
     before = len(vlm.prompt_ids("Look: ", raw=True))
-    assert run.decoder.prefills[1] == run.session.length - before
+    assert run.fills[1] == run.session.length - before
 
 
 def test_without_reuse_everything_is_computed_anew(vlm: VLM) -> None:
-    run, pixels = counted(vlm, reuse_prefix=False), picture(1, vlm)
+    run, pixels = counted(vlm, reuse="nothing"), picture(1, vlm)
     prompt = prompt_of(vlm, f"<image>{TEXT}", pixels)
     first, second = run.fill(prompt), run.fill(prompt)
     assert np.array_equal(first, second)
-    assert run.decoder.prefills == [run.session.length] * 2
+    assert run.fills == [run.session.length] * 2
     assert run.vision.pictures == 2
 
 

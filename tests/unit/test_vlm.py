@@ -170,7 +170,7 @@ def test_closing_frees_weights_and_buffers_and_later_use_says_so(bundle_of: Bund
     vlm = mobilevlm.load(bundle_of("tiny", "fp32"))
     ask(vlm, *QUESTIONS[0])
     vision, decoder = vlm._engines()
-    session = vlm._thread_session()
+    [session] = vlm._idle
     held: dict[str, Any] = {
         "vision weights": vision._session,  # type: ignore[attr-defined]
         "decoder weights": decoder._session,  # type: ignore[attr-defined]

@@ -1,0 +1,215 @@
+"""This runtime and its peers side by side: the same work, in turn, in one run.
+
+    python benchmarks/compare.py nano --quick
+    python benchmarks/compare.py mobilevlm_v2_1.7b --threads 2 --rounds 5 -o results/
+    python benchmarks/compare.py synth17 --python openvino=/venvs/ov/bin/python --only openvino
+    python benchmarks/compare.py --plots results/compare.json
+
+Prints the tables and writes compare.json, compare.md and, where matplotlib is installed, pictures
+and index.html. benchmarks/README.md says how things are measured. Needs the [export] extra.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from comparison.artifacts import Artifacts
+from comparison.candidates import OURS, PACKAGES, Candidate, LineUp, line_up
+from comparison.measure import LENGTHS, Samples, Schedule, measure
+from comparison.profiling import profile
+from comparison.report import as_markdown
+from comparison.results import Comparison, Entry, read_result, write_result
+from comparison.roofline import Work, decode_work, measure_peaks, prefill_work, vision_work
+from comparison.work import PROMPT_TOKENS, Shapes
+
+from mobilevlm import progress
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.runtime.machine import default_threads, describe_machine
+from mobilevlm.spec import ModelSpec
+
+QUICK = Schedule(rounds=1, load_rounds=1, curve_rounds=1, lengths=(64, 256), new_tokens=16)
+
+
+def main() -> int:
+    """Exit status 2 for wrong input, with one line that says what."""
+    arguments = parse_arguments()
+    progress.enable(not arguments.quiet)
+    try:
+        if arguments.plots:
+            show(read_result(arguments.plots), arguments.plots.parent)
+        elif arguments.checkpoint is None:
+            raise MobileVLMError("which checkpoint? Give a folder, 'nano', or a name of synth")
+        else:
+            arguments.output.mkdir(parents=True, exist_ok=True)
+            result = compare(arguments)
+            write_result(result, arguments.output / "compare.json")
+            show(result, arguments.output)
+    except MobileVLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        epilog=__doc__.split("\n\n", 1)[1],
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "checkpoint", nargs="?", type=Path,
+        help="folder, built-in model, or a name that 'mobilevlm synth' knows",
+    )  # fmt: skip
+    parser.add_argument("-o", "--output", type=Path, default=Path("results"), metavar="FOLDER")
+    parser.add_argument("--threads", type=int, default=default_threads())
+    parser.add_argument("--rounds", type=int, metavar="N", help="of the stages (5)")
+    parser.add_argument("--load-rounds", type=int, metavar="N", help="of loads and memory (3)")
+    parser.add_argument("--quick", action="store_true", help="one round, short curves")
+    parser.add_argument("--recipes", nargs="+", default=["int4"], help="ONNX bundles of ours")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PEER", choices=[OURS, *PACKAGES],
+        help=f"of {OURS}, {', '.join(PACKAGES)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--python", action="append", default=[], metavar="PEER=PYTHON",
+        help="the interpreter that has a peer's package",
+    )  # fmt: skip
+    parser.add_argument(
+        "--memory", type=float, default=8.0, metavar="GB",
+        help="for all processes together; larger candidates are left out (8)",
+    )  # fmt: skip
+    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="for the files that are made")
+    parser.add_argument(
+        "--plots", type=Path, metavar="JSON", help="only draw again what an earlier run measured"
+    )
+    parser.add_argument("--quiet", action="store_true")
+    return parser.parse_args()
+
+
+def compare(arguments: argparse.Namespace) -> Comparison:
+    """Makes the files, measures everything."""
+    schedule = _schedule(arguments)
+    artifacts = Artifacts(arguments.checkpoint, arguments.cache)
+    spec = artifacts.spec
+    lined = line_up(
+        artifacts,
+        arguments.recipes,
+        arguments.threads,
+        _pythons(arguments.python),
+        lambda name: not arguments.only or name in arguments.only,
+        schedule.memory,
+    )
+    _announce(lined)
+    if not lined.present:
+        raise MobileVLMError("nobody takes part: " + "; ".join(a.reason for a in lined.absent))
+    peaks = measure_peaks(arguments.threads)
+    samples = measure(lined.present, _shapes(spec), schedule)
+    bundle = artifacts.onnx(arguments.recipes[0])
+    return Comparison(
+        model=artifacts.name,
+        command=shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]]),
+        threads=arguments.threads,
+        rounds=schedule.rounds,
+        machine=describe_machine(),
+        peaks=peaks,
+        entries=tuple(_entry(c, samples[c.name], spec, schedule) for c in lined.present),
+        absent={absent.name: absent.reason for absent in lined.absent},
+        profiles=profile(bundle.folder, arguments.threads),
+        profiled=f"mobilevlm onnx {arguments.recipes[0]}",
+    )
+
+
+def show(result: Comparison, folder: Path) -> None:
+    """Tables to stdout and compare.md; pictures and a page where matplotlib is installed."""
+    text = as_markdown(result)
+    (folder / "compare.md").write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if importlib.util.find_spec("matplotlib") is None:
+        progress.say("pictures    need matplotlib (pip install 'mobilevlm-edge[plots]'): "
+                     f"then --plots {folder / 'compare.json'}")  # fmt: skip
+        return
+    from comparison.plots import write_plots
+
+    for path in write_plots(result, folder):
+        progress.say(f"written     {path}")
+
+
+def _schedule(arguments: argparse.Namespace) -> Schedule:
+    base = QUICK if arguments.quick else Schedule(lengths=LENGTHS)
+    counts = (arguments.threads, arguments.rounds, arguments.load_rounds)
+    if any(count is not None and count < 1 for count in counts):
+        raise MobileVLMError("--threads, --rounds and --load-rounds must be 1 or more")
+    return Schedule(
+        rounds=arguments.rounds or base.rounds,
+        load_rounds=arguments.load_rounds or base.load_rounds,
+        curve_rounds=base.curve_rounds,
+        lengths=base.lengths,
+        new_tokens=base.new_tokens,
+        threads=arguments.threads,
+        memory=arguments.memory * 1e9,
+    )
+
+
+def _pythons(given: list[str]) -> dict[str, str]:
+    found = {}
+    for item in given:
+        name, _, path = item.partition("=")
+        if name not in PACKAGES or not Path(path).is_file():
+            raise MobileVLMError(
+                f"--python {item}: expected PEER=PYTHON, an interpreter for one of "
+                f"{', '.join(PACKAGES)}"
+            )
+        found[name] = path
+    return found
+
+
+def _announce(lined: LineUp) -> None:
+    for candidate in lined.present:
+        progress.say(f"takes part  {candidate.name}")
+    for absent in lined.absent:
+        progress.say(f"absent      {absent.name}: {absent.reason}")
+
+
+def _shapes(spec: ModelSpec) -> Shapes:
+    return Shapes(
+        image_size=spec.image.size,
+        visual_tokens=spec.projector.num_tokens,
+        hidden_size=spec.decoder.hidden_size,
+        vocab_size=spec.decoder.vocab_size,
+        context_length=spec.decoder.context_length,
+    )
+
+
+def _entry(candidate: Candidate, found: Samples, spec: ModelSpec, schedule: Schedule) -> Entry:
+    middle = PROMPT_TOKENS + schedule.new_tokens // 2
+    work: dict[str, Work] = {}
+    if candidate.vision_bytes:
+        work["encode"] = vision_work(spec, candidate.vision_bytes)
+    if candidate.decoder_bytes:
+        work["prefill"] = prefill_work(spec.decoder, PROMPT_TOKENS, candidate.decoder_bytes)
+        work["decode"] = decode_work(spec.decoder, middle, candidate.decoder_bytes)
+    return Entry(
+        name=candidate.name,
+        group=candidate.group,
+        rows=_fixed({**found.rows, "size": [candidate.size / 1e6]}),
+        prefill=_fixed(found.prefill),
+        decode=_fixed(found.decode),
+        work=work,
+        notes=tuple(found.notes),
+    )
+
+
+def _fixed(samples: Mapping[Any, list[float]]) -> dict[str, tuple[float, ...]]:
+    """As they are stored: JSON's keys are strings."""
+    return {str(key): tuple(values) for key, values in samples.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

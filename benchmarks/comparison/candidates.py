@@ -1,0 +1,256 @@
+"""Who takes part: which files each candidate runs in which worker, and who cannot, and why."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from comparison.artifacts import Artifacts
+from mobilevlm.bundle import Bundle
+from mobilevlm.gguf_file import read_gguf
+from mobilevlm.plan import engine_files
+
+OURS, LLAMA = "mobilevlm", "llama.cpp"
+"""Groups whose figures are set against each other. This runtime's ``gguf`` engine is llama.cpp's
+kernels behind our interface, so it counts as llama.cpp: what we are compared with is its best."""
+
+
+@dataclass(frozen=True)
+class PeerPackage:
+    """Where a peer comes from."""
+
+    module: str
+    """Worker module in comparison/peers."""
+    package: str
+    """What must be importable."""
+    install: str
+
+
+PACKAGES = {
+    "llama.cpp": PeerPackage("llama_cpp", "llama_cpp", "llama-cpp-python"),
+    "onnxruntime-genai": PeerPackage("genai", "onnxruntime_genai", "onnxruntime-genai"),
+    "transformers": PeerPackage("transformers", "transformers", "transformers torch"),
+    "openvino": PeerPackage("openvino", "openvino", "openvino"),
+    "mnn": PeerPackage("mnn", "MNN", "MNN"),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One column of the comparison."""
+
+    name: str
+    group: str
+    module: str
+    options: dict[str, Any]
+    files: tuple[Path, ...]
+    """What it reads; their size is the artifact size."""
+    vision_bytes: int = 0
+    """Weights read for one picture."""
+    decoder_bytes: int = 0
+    """Weights read for one token."""
+    python: str | None = None
+    memory: float = 0.0
+    """Bytes that it is expected to need, to refuse it in time."""
+
+    @property
+    def size(self) -> int:
+        return sum(path.stat().st_size for path in self.files)
+
+
+@dataclass(frozen=True)
+class Absent:
+    """A candidate that does not take part."""
+
+    name: str
+    reason: str
+
+
+@dataclass
+class LineUp:
+    """The candidates of a run."""
+
+    present: list[Candidate] = field(default_factory=list)
+    absent: list[Absent] = field(default_factory=list)
+
+
+def line_up(
+    artifacts: Artifacts,
+    recipes: Sequence[str],
+    threads: int,
+    pythons: dict[str, str],
+    wanted: Callable[[str], bool],
+    memory_limit: float,
+) -> LineUp:
+    """Makes the files of every candidate that is wanted and can run."""
+    result = LineUp()
+    makers: dict[str, Callable[[], Iterator[Candidate]]] = {
+        OURS: lambda: _ours(artifacts, recipes, "llama.cpp" in found),
+        LLAMA: lambda: _llama(artifacts, found[LLAMA]),
+        "onnxruntime-genai": lambda: _genai(artifacts, threads, found["onnxruntime-genai"]),
+        "transformers": lambda: _transformers(artifacts, found["transformers"]),
+        "openvino": lambda: _openvino(artifacts, found["openvino"]),
+        "mnn": lambda: _mnn(artifacts, found["mnn"]),
+    }
+    found = {
+        name: python
+        for name, package in PACKAGES.items()
+        if (python := pythons.get(name, sys.executable)) and has_package(python, package.package)
+    }
+    for name, make in makers.items():
+        if not wanted(name):
+            continue
+        if name != OURS and name not in found:
+            hint = f"pip install {PACKAGES[name].install}"
+            result.absent.append(Absent(name, f"not installed: {hint}, or --python {name}=PYTHON"))
+            continue
+        for candidate in make():
+            if candidate.memory > memory_limit:
+                need, limit = candidate.memory / 1e9, memory_limit / 1e9
+                reason = f"needs about {need:.1f} GB, the limit is {limit:.1f} (--memory)"
+                result.absent.append(Absent(candidate.name, reason))
+            else:
+                result.present.append(candidate)
+    return result
+
+
+def has_package(python: str, package: str) -> bool:
+    """Whether an interpreter finds a package."""
+    check = f"import importlib.util as u; raise SystemExit(u.find_spec({package!r}) is None)"
+    return subprocess.run([python, "-c", check], capture_output=True).returncode == 0
+
+
+def _ours(artifacts: Artifacts, recipes: Sequence[str], llama: bool) -> Iterator[Candidate]:
+    for recipe in recipes:
+        yield _engine(f"onnx {recipe}", OURS, artifacts.onnx(recipe), "onnx")
+    if llama:
+        bundle = artifacts.both("q4_0")
+        yield _engine("hybrid q4_0", OURS, bundle, "hybrid")
+        yield _engine("gguf q4_0", LLAMA, bundle, "gguf")
+
+
+def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
+    files = tuple(bundle.path(file) for file in engine_files(bundle, engine))
+    return Candidate(
+        name=f"mobilevlm {name}",
+        group=group,
+        module="ours",
+        options={"bundle": str(bundle.folder), "engine": engine},
+        files=files,
+        vision_bytes=stage_bytes(bundle, "vision", "gguf" if engine == "gguf" else "onnx"),
+        decoder_bytes=stage_bytes(bundle, "decoder", "onnx" if engine == "onnx" else "gguf"),
+        memory=2.2 * sum(file.stat().st_size for file in files),
+    )
+
+
+def _llama(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
+    q4_0, q4_k_m = artifacts.both("q4_0"), artifacts.both("q4_k_m")
+    for bundle, decoder, encoder in (
+        (q4_0, "q4_0", "f16"),
+        (q4_0, "q4_0", "q8_0"),
+        (q4_k_m, "q4_k_m", "f16"),
+    ):
+        model = bundle.path(bundle.artifact("decoder", "gguf").path)
+        mmproj = (
+            bundle.path(bundle.artifact("vision", "gguf").path)
+            if encoder == "f16"
+            else artifacts.mmproj("q8_0")
+        )
+        yield Candidate(
+            name=f"llama.cpp {decoder} + {encoder}",
+            group=LLAMA,
+            module=PACKAGES[LLAMA].module,
+            options={"model": str(model), "mmproj": str(mmproj)},
+            files=(model, mmproj),
+            vision_bytes=mmproj.stat().st_size,
+            decoder_bytes=stage_bytes(bundle, "decoder", "gguf"),
+            python=python,
+            memory=2.2 * (model.stat().st_size + mmproj.stat().st_size),
+        )
+
+
+def _genai(artifacts: Artifacts, threads: int, python: str) -> Iterator[Candidate]:
+    folder, bundle = artifacts.genai(threads), artifacts.onnx("int4")
+    files = tuple(path for path in folder.iterdir() if path.is_file())
+    yield Candidate(
+        name="onnxruntime-genai int4",
+        group="onnxruntime-genai",
+        module=PACKAGES["onnxruntime-genai"].module,
+        options={"folder": str(folder)},
+        files=files,
+        decoder_bytes=stage_bytes(bundle, "decoder", "onnx"),
+        python=python,
+        memory=2.2 * sum(file.stat().st_size for file in files),
+    )
+
+
+def _transformers(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
+    files = tuple(artifacts.checkpoint.glob("**/*.safetensors"))
+    stored = sum(file.stat().st_size for file in files)
+    spec = artifacts.spec
+    embeddings = 2 * spec.decoder.vocab_size * spec.decoder.hidden_size
+    tower = 2 * 12 * spec.vision.num_hidden_layers * spec.vision.hidden_size**2
+    for dtype, size in (("bfloat16", 1), ("float32", 2)):  # the checkpoint is float16
+        yield Candidate(
+            name=f"transformers {dtype}",
+            group="transformers",
+            module=PACKAGES["transformers"].module,
+            options={"checkpoint": str(artifacts.checkpoint), "dtype": dtype},
+            files=files,
+            vision_bytes=size * tower,
+            decoder_bytes=size * (stored - tower - embeddings),
+            python=python,
+            memory=size * stored * 1.15 + 0.7e9,
+        )
+
+
+def _openvino(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
+    bundle = artifacts.onnx("int4")
+    table = bundle.manifest.embeddings
+    assert table is not None
+    files = tuple(bundle.path(file) for file in engine_files(bundle, "onnx"))
+    yield Candidate(
+        name="openvino int4",
+        group="openvino",
+        module=PACKAGES["openvino"].module,
+        options={
+            "vision": str(bundle.path(bundle.artifact("vision", "onnx").path)),
+            "decoder": str(bundle.path(bundle.artifact("decoder", "onnx").path)),
+            "embeddings": str(bundle.path(table.path)),
+        },
+        files=files,
+        vision_bytes=stage_bytes(bundle, "vision", "onnx"),
+        decoder_bytes=stage_bytes(bundle, "decoder", "onnx"),
+        python=python,
+        memory=3.0 * sum(file.stat().st_size for file in files),
+    )
+
+
+def _mnn(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
+    for bits, settings in ((None, {}), (8, {"memory": "low", "precision": "low"})):
+        path = artifacts.mnn(python, bits)
+        yield Candidate(
+            name=f"mnn int{bits}" if bits else "mnn float32",
+            group="mnn",
+            module=PACKAGES["mnn"].module,
+            options={"vision": str(path), "settings": settings},
+            files=(path,),
+            vision_bytes=path.stat().st_size,
+            python=python,
+            memory=3.0 * path.stat().st_size,
+        )
+
+
+def stage_bytes(bundle: Bundle, stage: str, kind: str) -> int:
+    """Bytes of a stage's weights, embedding rows left out: only one row of them is read."""
+    artifact = bundle.artifact(stage, kind)
+    if kind == "onnx":
+        return sum(bundle.path(name).stat().st_size for name in artifact.data)
+    tensors = read_gguf(bundle.path(artifact.path)).tensors
+    tied = "output.weight" not in tensors  # then the table is the output matrix too, and is read
+    unread = 0 if tied or stage != "decoder" else tensors["token_embd.weight"].size
+    return sum(tensor.size for tensor in tensors.values()) - unread

@@ -1,0 +1,141 @@
+"""From samples to figures: medians and spread, ratios, and the targets they are held against."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Rows = Mapping[str, Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A column of the table. ``scale``: from the samples' unit to the shown one."""
+
+    key: str
+    title: str
+    unit: str
+    scale: float = 1.0
+    better: Literal["less", "more"] = "less"
+    digits: int = 0
+
+
+MEASURES = (
+    Measure("encode", "image encode", "ms", 1e3),
+    Measure("prefill", "prefill, 200 tokens", "ms", 1e3),
+    Measure("first", "first token, image + 56", "ms", 1e3),
+    Measure("decode", "decode", "tokens/s", 1.0, "more", 1),
+    Measure("second", "second question, first token", "ms", 1e3),
+    Measure("cold_load", "cold load", "s", 1.0, digits=2),
+    Measure("warm_load", "warm load", "s", 1.0, digits=2),
+    Measure("load_and_first", "warm load and first token", "s", 1.0, digits=2),
+    Measure("import", "import", "s", 1.0, digits=2),
+    Measure("peak", "peak memory", "MB"),
+    Measure("own", "of it not shared", "MB"),
+    Measure("size", "artifacts", "MB"),
+)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """Samples of one quantity in short."""
+
+    median: float
+    low: float
+    high: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """A quantity of ours over llama.cpp's best (``peer``), or over another of our own."""
+
+    key: str
+    limit: float
+    better: Literal["less", "more"] = "less"
+    peer: bool = True
+
+
+TARGETS = (
+    Target("encode", 0.55),
+    Target("prefill", 0.55),
+    Target("first", 0.55),
+    Target("decode", 1.15, "more"),
+    Target("warm_load", 0.8),
+    Target("second_share", 0.15, peer=False),
+)
+MEMORY_ALLOWANCE = 350.0
+"""Megabytes that the peak of int4 may lie over the size of its artifacts."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A target and what was reached."""
+
+    key: str
+    ours: str
+    value: float
+    peer: str | None
+    peer_value: float | None
+    ratio: float
+    limit: float
+    met: bool
+
+
+def summarize(samples: Sequence[float]) -> Figure | None:
+    """Median, least, most; none without samples."""
+    if not samples:
+        return None
+    return Figure(statistics.median(samples), min(samples), max(samples), len(samples))
+
+
+def best(
+    rows: Mapping[str, Rows], names: Sequence[str], key: str, better: str
+) -> tuple[str, float] | None:
+    """The candidate with the best median of a row."""
+    medians = {name: statistics.median(rows[name][key]) for name in names if rows[name].get(key)}
+    if not medians:
+        return None
+    choose = max if better == "more" else min
+    name = choose(medians, key=lambda name: medians[name])
+    return name, medians[name]
+
+
+def verdicts(rows: Mapping[str, Rows], ours: Sequence[str], peers: Sequence[str]) -> list[Verdict]:
+    """Each target whose figures were measured: our best against the best of ``peers``, row by row.
+    (A person picks one candidate; which ones are compared is in each line.)"""
+    result = []
+    for target in TARGETS:
+        mine = best(rows, ours, target.key, target.better)
+        other = best(rows, peers, target.key, target.better) if target.peer else None
+        if mine is None or (target.peer and other is None):
+            continue
+        ratio = mine[1] / other[1] if other else mine[1]
+        met = ratio >= target.limit if target.better == "more" else ratio <= target.limit
+        result.append(
+            Verdict(
+                target.key,
+                mine[0],
+                mine[1],
+                other[0] if other else None,
+                other[1] if other else None,
+                ratio,
+                target.limit,
+                met,
+            )
+        )
+    return result
+
+
+def memory_verdict(rows: Mapping[str, Rows], name: str) -> Verdict | None:
+    """Peak memory of a candidate over the size of its artifacts, in megabytes."""
+    peak, size = summarize(rows[name].get("peak", ())), summarize(rows[name].get("size", ()))
+    if peak is None or size is None:
+        return None
+    over = peak.median - size.median
+    return Verdict(
+        "peak_over_size", name, peak.median, None, None, over, MEMORY_ALLOWANCE,
+        over <= MEMORY_ALLOWANCE,
+    )  # fmt: skip

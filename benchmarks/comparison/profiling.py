@@ -1,0 +1,146 @@
+"""Where the time of our ONNX stages goes, by operator: onnxruntime's own profile, summed.
+
+Run in a process of its own (``python -m comparison.profiling BUNDLE THREADS``), since a profile
+covers a session's whole life. Prints JSON: stage → rows, each an operator's share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from comparison.process import ROOT
+from mobilevlm.errors import MobileVLMError
+
+RUNS = 3
+DECODE_STEPS = 16
+
+
+@dataclass(frozen=True)
+class OperatorTime:
+    """An operator of a stage. ``what``: its name, and for products the shape of the weights."""
+
+    what: str
+    count: int
+    """Calls in one run of the stage."""
+    milliseconds: float
+    """Of one run."""
+    share: float
+
+
+def profile(bundle: Path, threads: int) -> dict[str, tuple[OperatorTime, ...]]:
+    """The table of a bundle's ONNX stages, from a subprocess."""
+    done = subprocess.run(
+        [sys.executable, "-m", "comparison.profiling", str(bundle), str(threads)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "benchmarks",
+    )
+    if done.returncode:
+        raise MobileVLMError(f"{bundle}: profiling failed: {done.stderr.strip()[-200:]}")
+    return {
+        stage: tuple(OperatorTime(**row) for row in rows)
+        for stage, rows in json.loads(done.stdout).items()
+    }
+
+
+def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
+    """Runs vision, prefill and decode in sessions that keep a profile."""
+    import onnxruntime as ort
+
+    from comparison.work import PROMPT_TOKENS, picture
+    from mobilevlm.bundle import open_bundle
+    from mobilevlm.runtime.engines import onnx as engine
+
+    bundle = open_bundle(folder)
+    spec, table = bundle.manifest.spec, bundle.manifest.embeddings
+    assert table is not None
+    sessions: list[ort.InferenceSession] = []
+
+    with tempfile.TemporaryDirectory() as logs:
+
+        def open_profiled(path: Path, threads: int) -> ort.InferenceSession:
+            options = ort.SessionOptions()
+            options.intra_op_num_threads = threads
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(logs) / path.stem)
+            sessions.append(ort.InferenceSession(str(path), options))
+            return sessions[-1]
+
+        engine.open_session = open_profiled  # this process does nothing else
+
+        def stage(run: Callable[[], Any], runs: int) -> list[OperatorTime]:
+            """Profile of the last session opened; the first run is left out."""
+            for _ in range(runs + 1):
+                run()
+            events = json.loads(Path(sessions[-1].end_profiling()).read_text(encoding="utf-8"))
+            return operator_times(events, runs)
+
+        def decoder() -> engine.OnnxDecoder:
+            path = bundle.path(bundle.artifact("decoder", "onnx").path)
+            return engine.OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, threads)
+
+        def prefill_on(model: engine.OnnxDecoder, state: Any) -> None:
+            state.length = 0
+            model.prefill(state, prompt)
+
+        random = np.random.default_rng(0)
+        prompt = random.standard_normal((PROMPT_TOKENS, spec.decoder.hidden_size), np.float32) * 0.1
+        vision = engine.OnnxVision(bundle.path(bundle.artifact("vision", "onnx").path), threads)
+        found = {"image encode": stage(lambda: vision.encode(picture(spec.image.size, 0)), RUNS)}
+        vision.close()
+        model = decoder()
+        state = model.new_state()
+        found["prefill"] = stage(lambda: prefill_on(model, state), RUNS)
+        model.close()
+        del state
+        model = decoder()
+        state = model.new_state()
+        state.length = PROMPT_TOKENS  # what stands there does not change the time
+        found["decode, one token"] = stage(lambda: model.step(state, 5), DECODE_STEPS)
+        return found
+
+
+def operator_times(events: Iterable[dict[str, Any]], runs: int) -> list[OperatorTime]:
+    """Kernel times of the last ``runs`` runs in onnxruntime's trace, summed, largest first."""
+    kernels: dict[str, list[tuple[str, float]]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            kernels[event["name"]].append((_what(event["args"]), event["dur"] / 1e3))
+    counts: dict[str, int] = defaultdict(int)
+    times: dict[str, float] = defaultdict(float)
+    for calls in kernels.values():  # one list per node, in the order of the runs
+        for what, milliseconds in calls[-runs:]:
+            counts[what] += 1
+            times[what] += milliseconds
+    total = sum(times.values())
+    rows = [
+        OperatorTime(what, round(counts[what] / runs), times[what] / runs, times[what] / total)
+        for what in times
+    ]
+    return sorted(rows, key=lambda row: -row.milliseconds)
+
+
+def _what(arguments: dict[str, Any]) -> str:
+    """``MatMulNBits → 5632``: products differ by how many outputs they have."""
+    name = str(arguments["op_name"])
+    if "MatMul" not in name and name != "Gemm":
+        return name
+    shapes = arguments.get("output_type_shape") or []
+    widths = [shape[-1] for output in shapes for shape in output.values() if shape]
+    return f"{name} → {widths[0]}" if widths else name
+
+
+if __name__ == "__main__":
+    tables = profile_here(Path(sys.argv[1]), int(sys.argv[2]))
+    print(json.dumps({k: [dataclasses.asdict(row) for row in v] for k, v in tables.items()}))

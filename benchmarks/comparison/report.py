@@ -1,0 +1,174 @@
+"""The result as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from comparison.figures import MEASURES, Figure, Measure, Verdict
+from comparison.results import Comparison, Entry
+from comparison.roofline import Peaks, share_of_roof
+
+PROFILE_ROWS = 8
+TITLES = {measure.key: measure.title for measure in MEASURES} | {
+    "second_share": "second question over its own first",
+    "peak_over_size": "peak memory over artifacts, MB",
+}
+
+
+def as_markdown(result: Comparison) -> str:
+    """Tables: all figures, targets, roofline, operators."""
+    return "\n".join(
+        [
+            f"## {result.model}, {result.threads} threads, {result.rounds} rounds",
+            "",
+            f"`{result.command}`",
+            "",
+            _machine(result),
+            "",
+            "Median, in brackets least and most.",
+            "",
+            *_figures(result),
+            "",
+            *_notes(result),
+            "### Targets: our best over llama.cpp's best",
+            "",
+            *_table(
+                ("", "ours", "llama.cpp", "ratio", "target", "met"),
+                (_verdict_row(verdict) for verdict in result.verdicts()),
+            ),
+            "",
+            *_roofline(result),
+            "",
+            *_profiles(result),
+        ]
+    )
+
+
+def cell(figure: Figure | None, measure: Measure) -> str:
+    """``812 (790–1043)``, or a dash."""
+    if figure is None:
+        return "–"
+    median, low, high = (
+        f"{value * measure.scale:.{measure.digits}f}"
+        for value in (figure.median, figure.low, figure.high)
+    )
+    return median if low == high else f"{median} ({low}–{high})"
+
+
+def _machine(result: Comparison) -> str:
+    facts = result.machine
+    peaks = result.peaks
+    return (
+        f"{facts['processor']}, {' '.join(facts['features'])}, {facts['memory_gb']} GB; "
+        f"{facts['system']}; Python {facts['python']}, onnxruntime {facts['onnxruntime']}, "
+        f"mobilevlm {facts['mobilevlm']}. Measured in this run: reads {peaks.read / 1e9:.1f} GB/s, "
+        f"float32 products {peaks.float32 / 1e9:.0f} GFLOP/s, int8 products "
+        f"{peaks.int8 / 1e9:.0f} Gop/s."
+    )
+
+
+def _figures(result: Comparison) -> list[str]:
+    shown = [
+        measure
+        for measure in MEASURES
+        if any(entry.rows.get(measure.key) for entry in result.entries)
+    ]
+    return _table(
+        ("", *(f"{measure.title}, {measure.unit}" for measure in shown)),
+        (
+            (entry.name, *(cell(entry.figure(measure.key), measure) for measure in shown))
+            for entry in result.entries
+        ),
+    )
+
+
+def _notes(result: Comparison) -> list[str]:
+    notes = [f"{name}: {reason}" for name, reason in result.absent.items()]
+    notes += [f"{entry.name}: {note}" for entry in result.entries for note in entry.notes]
+    return [f"- {note}" for note in notes] + ([""] if notes else [])
+
+
+def _verdict_row(verdict: Verdict) -> tuple[str, ...]:
+    measure = next((m for m in MEASURES if m.key == verdict.key), None)
+
+    def shown(value: float) -> str:
+        if measure is None:
+            return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+        return f"{value * measure.scale:.{measure.digits}f} {measure.unit}"
+
+    peer = "–"
+    if verdict.peer is not None and verdict.peer_value is not None:
+        peer = f"{shown(verdict.peer_value)} ({verdict.peer})"
+    sign = "≥" if verdict.key == "decode" else "≤"
+    digits = 0 if verdict.key == "peak_over_size" else 2
+    return (
+        TITLES[verdict.key],
+        f"{shown(verdict.value)} ({verdict.ours})",
+        peer,
+        f"{verdict.ratio:.{digits}f}",
+        f"{sign} {verdict.limit:.{digits}f}",
+        "yes" if verdict.met else "no",
+    )
+
+
+def _roofline(result: Comparison) -> list[str]:
+    header = (
+        "", "stage", "Gop/s", "weights and KV, GB/s",
+        "of the int8 roof", "of the float32 roof",
+    )  # fmt: skip
+    rows = [
+        roof
+        for entry in result.entries
+        for stage in ("encode", "prefill", "decode")
+        if (roof := roofline_row(entry, stage, result.peaks))
+    ]
+    return [
+        "### Distance from the roofline",
+        "",
+        "The roof is the least time that the stage's operations take at the peak of the matrix "
+        "products, or its weights at the reading speed, whichever is more; the share says how much "
+        "of the time taken that is.",
+        "",
+        *_table(header, rows),
+    ]
+
+
+def roofline_row(entry: Entry, stage: str, peaks: Peaks) -> tuple[str, ...] | None:
+    """A stage of a candidate against the machine's peaks; none where it was not measured."""
+    figure, work = entry.figure(stage), entry.work.get(stage)
+    if figure is None or work is None:
+        return None
+    seconds = 1 / figure.median if stage == "decode" else figure.median
+    return (
+        entry.name,
+        stage,
+        f"{work.operations / seconds / 1e9:.0f}",
+        f"{work.bytes_read / seconds / 1e9:.1f}",
+        f"{share_of_roof(work, seconds, peaks.int8, peaks.read):.0%}",
+        f"{share_of_roof(work, seconds, peaks.float32, peaks.read):.0%}",
+    )
+
+
+def _profiles(result: Comparison) -> list[str]:
+    lines = [f"### Where the time goes: {result.profiled}, by operator", ""]
+    for stage, rows in result.profiles.items():
+        rest = rows[PROFILE_ROWS:]
+        cells = [
+            (row.what, row.count, f"{row.milliseconds:.2f}", f"{row.share:.1%}")
+            for row in rows[:PROFILE_ROWS]
+        ]
+        if rest:
+            sums = sum(r.count for r in rest), sum(r.milliseconds for r in rest)
+            share = sum(row.share for row in rest)
+            cells.append(("other", sums[0], f"{sums[1]:.2f}", f"{share:.1%}"))
+        total = sum(row.milliseconds for row in rows)
+        lines += [f"{stage}: {total:.1f} ms in operators", ""]
+        lines += [*_table(("operator → outputs", "calls", "ms", "share"), cells), ""]
+    return lines if result.profiles else []
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> list[str]:
+    return [
+        "| " + " | ".join(map(str, cells)) + " |"
+        for cells in (header, ["---"] * len(header), *rows)
+    ]

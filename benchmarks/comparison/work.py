@@ -1,0 +1,80 @@
+"""The work that every peer does, and what a peer must be able to do.
+
+Read by the worker processes too, whose interpreters may have nothing but numpy and their peer's
+own package: nothing else is imported here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+TEXT_TOKENS = 56
+"""Text tokens beside a picture: a short question with a conversation around it."""
+PROMPT_TOKENS = 200
+NEW_TOKENS = 64
+BOS = 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a worker needs to know of the model."""
+
+    image_size: int
+    visual_tokens: int
+    hidden_size: int
+    vocab_size: int
+    context_length: int
+
+
+class Peer(Protocol):
+    """A loaded model. Every method starts from an empty sequence and returns seconds.
+
+    ``variation``: another one asks about another picture and other tokens, so that no cache can
+    answer what should be computed.
+    """
+
+    def encode(self, variation: int) -> float:
+        """One picture, as uint8 pixels of the tower's size, to visual tokens."""
+
+    def generate(self, length: int, count: int, variation: int) -> tuple[float, float]:
+        """A prompt of ``length`` tokens up to its first greedy token, then ``count`` more."""
+
+    def ask(self, variation: int) -> tuple[float, float]:
+        """A picture and ``TEXT_TOKENS`` text tokens up to the first greedy token; then another
+        question, as long, about the same picture."""
+
+
+class NotSupportedError(Exception):
+    """This peer has no such stage."""
+
+
+def picture(size: int, variation: int) -> NDArray[np.uint8]:
+    """Noise ``(size, size, 3)``."""
+    return np.random.default_rng(variation).integers(0, 256, (size, size, 3), np.uint8)
+
+
+def token_ids(length: int, vocab_size: int, variation: int) -> list[int]:
+    """Ordinary tokens (special and byte tokens come first in a vocabulary), BOS before them."""
+    random = np.random.default_rng(variation)
+    return [BOS, *random.integers(min(300, vocab_size // 2), vocab_size, length - 1).tolist()]
+
+
+def questions(vocab_size: int, variation: int) -> tuple[list[int], list[int]]:
+    """Ids of two questions about one picture."""
+    first, second = (token_ids(TEXT_TOKENS, vocab_size, 2 * variation + turn) for turn in (0, 1))
+    return first, second
+
+
+def timed(action: Callable[..., T], *arguments: Any) -> tuple[float, T]:
+    """Seconds that a call took, and its result."""
+    start = time.perf_counter()
+    result = action(*arguments)
+    return time.perf_counter() - start, result

@@ -1,0 +1,214 @@
+"""Weights out of an ONNX file as float32, under their canonical names: what the stages of this
+folder wrote."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from mobilevlm.checkpoint import file_sha256
+from mobilevlm.errors import BundleError
+from mobilevlm.export.linear_groups import LinearGroup, linear_groups
+from mobilevlm.export.quantize.blocks import Float32, Quantized, Scheme, dequantize
+from mobilevlm.spec import ModelSpec
+
+_PARTS = {"vision": "vision.tower", "projector": "vision.projector", "decoder": "decoder"}
+"""Modules of the graphs by the first part of a canonical name."""
+_VISION = ("vision.", "projector.")
+_STACKS = {"q_proj": "qkv", "gate_proj": "gate_up"}
+"""What a stack of layers is called, by its first."""
+_EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)")
+_FIRST = ("gate_proj", "fc1")
+"""What reads an expert's input."""
+_ROUTERS = (".router.weight", ".coefficient.weight")
+"""Stored ``(in_size, out_size)`` and float in every recipe."""
+
+_BITS = {
+    "MatMulNBits": ((1, "bits"),),
+    "QMoE": ((2, "expert_weight_bits"), (5, "expert_weight_bits")),
+}
+"""Inputs of operators that are weights in blocks, and the attribute that tells their bits."""
+
+
+class OnnxTensors:
+    """Linear layers and norms in the file of a stage, dequantized one stack at a time. See
+    :class:`mobilevlm.checkpoint.TensorSource`.
+
+    ``names``: of a model's tensors; those that the graph holds in another form (the patch
+    embedding, convolutions with folded factors) are not here.
+
+    Raises:
+        BundleError: the file cannot be read, or lacks a linear layer.
+    """
+
+    def __init__(self, path: Path, spec: ModelSpec, names: Iterable[str]) -> None:
+        self.folder, self.files = path, [path]
+        try:
+            graph = ir.load(path).graph
+        except Exception as error:  # protobuf and onnx-ir raise many kinds
+            raise BundleError(f"{path}: damaged ONNX file: {error}: export it again") from None
+        self._stored = graph.initializers
+        self._bits = {
+            str(node.inputs[place].name): int(node.attributes[attribute].value)
+            for node in graph
+            for place, attribute in _BITS.get(node.op_type, ())
+            if node.inputs[place] is not None
+        }
+        self._groups = {name: group for group in linear_groups(spec) for name in group.names}
+        self._layers = spec.decoder.num_hidden_layers
+        self._last: tuple[str, Float32] | None = None
+        prefixes = ("decoder.",) if "decoder.lm_head.weight" in self._stored else _VISION
+        wanted = [name for name in names if name.startswith(prefixes)]
+        self.names = [name for name in wanted if self._stored_name(name) in self._stored]
+        for name in wanted:
+            if name.removesuffix(".weight") in self._groups and name not in self.names:
+                raise BundleError(f"{path}: {name!r} is not in it: export it again")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        layer, _, leaf = name.rpartition(".")
+        group = self._groups.get(layer)
+        if group is None:
+            shape = self._stored[self._stored_name(name)].shape
+            assert shape is not None
+            sizes = tuple(int(size) for size in shape)
+            return sizes[::-1] if name.endswith(_ROUTERS) else sizes
+        out_size = group.out_sizes[group.names.index(layer)]
+        return (out_size, group.in_size) if leaf == "weight" else (out_size,)
+
+    def dtype(self, name: str) -> str:
+        return "f32"
+
+    def read(self, name: str) -> Float32:
+        """The values that the file's numbers stand for; linear weights ``(out_size, in_size)``."""
+        layer, _, leaf = name.rpartition(".")
+        group = self._groups.get(layer)
+        if group is None:
+            whole: Float32 = self._array(self._stored_name(name)).astype(np.float32)
+            return np.ascontiguousarray(whole.T) if name.endswith(_ROUTERS) else whole
+        index = group.names.index(layer)
+        start = sum(group.out_sizes[:index])
+        here = slice(start, start + group.out_sizes[index])
+        if leaf == "bias":
+            bias: Float32 = self._array(self._stored_name(name))[here].astype(np.float32)
+            return bias
+        if self._last is None or self._last[0] != group.name:
+            self._last = group.name, self._dequantized(group)
+        return self._last[1][here]
+
+    def q4_0(self, name: str) -> NDArray[np.uint8] | None:
+        """None: nothing here is in llama.cpp's form."""
+        return None
+
+    @property
+    def sha256(self) -> str:
+        return file_sha256(self.files[0])
+
+    def _array(self, name: str) -> NDArray[Any]:
+        value = self._stored[name].const_value
+        assert value is not None
+        if not isinstance(value, ir.ExternalTensor):
+            return np.asarray(value.numpy())
+        # Not through onnx-ir: it refuses files with two names, and an export that takes an artifact
+        # over from the bundle before links it.
+        data = self.folder.parent / Path(value.location).name
+        shape = tuple(int(size) for size in value.shape)
+        try:
+            return np.memmap(data, value.dtype.numpy(), "r", value.offset or 0, shape)
+        except (OSError, ValueError) as error:
+            raise BundleError(f"{data}: cannot be read: {error}: export it again") from None
+
+    def _dequantized(self, group: LinearGroup) -> Float32:
+        """``(out_size, in_size)``"""
+        expert = _EXPERT.fullmatch(group.name)
+        stored = self._stored_name(f"{group.name}.weight")
+        if expert is not None and stored.endswith(".table"):
+            return self._expert(group, stored.removesuffix(".table"), int(expert[2]))
+        name = stored.removesuffix(".weight")
+        weight = self._array(f"{name}.weight")
+        if weight.dtype.kind == "f":
+            return np.ascontiguousarray(weight.T, np.float32)
+        scales = self._array(f"{name}.scale")
+        if weight.dtype == np.int8:
+            values: Float32 = weight.T.astype(np.float32) * scales[:, None]
+            return values
+        zero_points = f"{name}.zero_points"
+        zeros = self._array(zero_points) if zero_points in self._stored else None
+        return _from_blocks(weight, scales, zeros, self._bits[f"{name}.weight"], group.in_size)
+
+    def _expert(self, group: LinearGroup, name: str, index: int) -> Float32:
+        """``(out_size, in_size)`` of an expert among those of one operator, where rows of gate and
+        up take turns."""
+        table = self._array(f"{name}.table")[index]
+        if table.dtype.kind == "f":
+            rows: Float32 = table.astype(np.float32)
+        else:
+            scales = self._array(f"{name}.scales")[index]
+            zero_points = f"{name}.zero_points"
+            zeros = self._array(zero_points)[index] if zero_points in self._stored else None
+            blocked = table.reshape(*scales.shape, -1)
+            bits = self._bits[f"{name}.table"]
+            rows = _from_blocks(blocked, scales, zeros, bits, group.in_size)
+        count = len(group.names)
+        return np.concatenate([rows[start::count] for start in range(count)])
+
+    def _stored_name(self, name: str) -> str:
+        """A tensor's name in the graph: modules are flatter there, and stacks have one name."""
+        if name.endswith(_ROUTERS):
+            return name.removesuffix(".weight")
+        layer, _, kind = name.rpartition(".")
+        if layer.endswith(".mlp.coefficient"):
+            return f"{layer.removesuffix('.coefficient')}.{kind}"
+        if layer in self._groups:
+            layer = self._groups[layer].name
+        expert = _EXPERT.fullmatch(layer)
+        if expert is not None:
+            return self._expert_name(expert[1], expert[2], expert[3], kind)
+        part, _, path = layer.partition(".")
+        if part == "decoder":
+            path = self._norm_path(path)
+        path, _, leaf = path.rpartition(".")
+        if part != "projector":
+            path = path.removesuffix(".attn")
+        if part == "vision":
+            path = path.removesuffix(".mlp")
+        return ".".join(filter(None, (_PARTS[part], path, _STACKS.get(leaf, leaf), kind)))
+
+    def _expert_name(self, experts: str, index: str, leaf: str, kind: str) -> str:
+        """Of all experts in one operator the table, else the expert's own tensor. (Biases of the
+        former, which lose nothing, are not read.)"""
+        table = f"{experts}.{'first' if leaf in _FIRST else 'second'}.table"
+        if kind == "weight" and table in self._stored:
+            return table
+        return f"{experts}.experts.{index}.{_STACKS.get(leaf, leaf)}.{kind}"
+
+    def _norm_path(self, path: str) -> str:
+        """The operator that adds the residual normalises too, so a norm belongs to the layer before
+        it."""
+        if path == "norm":
+            return f"layers.{self._layers - 1}.next_norm"
+        before, _, leaf = path.rpartition(".")
+        if leaf != "input_norm":
+            return path
+        index = int(before.rpartition(".")[2])
+        return f"layers.{index - 1}.next_norm" if index else leaf
+
+
+def _from_blocks(
+    packed: NDArray[np.uint8],
+    scales: Float32,
+    zeros: NDArray[np.uint8] | None,
+    bits: int,
+    in_size: int,
+) -> Float32:
+    """``(out_size, in_size)`` of blocks ``(out_size, blocks, bytes)``."""
+    scheme = Scheme(bits, packed.shape[2] * 8 // bits, symmetric=zeros is None)
+    return dequantize(Quantized(scheme, in_size, packed, scales, zeros, 0.0))

@@ -1,0 +1,65 @@
+"""The linear layers of a model as its graphs hold them: those that read the same input are one
+product, with one format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from mobilevlm.spec import ModelSpec
+
+
+@dataclass(frozen=True)
+class LinearGroup:
+    """Layers that are stacked along the output."""
+
+    names: tuple[str, ...]
+    """Canonical names without ``.weight``"""
+    in_size: int
+    out_sizes: tuple[int, ...]
+
+    @property
+    def name(self) -> str:
+        """Its first layer's, which stands for all."""
+        return self.names[0]
+
+    @property
+    def out_size(self) -> int:
+        return sum(self.out_sizes)
+
+    @property
+    def size(self) -> int:
+        """Weights."""
+        return self.in_size * self.out_size
+
+
+def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
+    """All linear layers that a recipe has a format for, in the order of use."""
+    vision, projector, decoder = spec.vision, spec.projector, spec.decoder
+    size, wide = vision.hidden_size, vision.intermediate_size
+    for index in range(vision.num_hidden_layers):
+        attn, mlp = f"vision.layers.{index}.attn", f"vision.layers.{index}.mlp"
+        yield LinearGroup(_qkv(attn), size, (size,) * 3)
+        yield LinearGroup((f"{attn}.out_proj",), size, (size,))
+        yield LinearGroup((f"{mlp}.fc1",), size, (wide,))
+        yield LinearGroup((f"{mlp}.fc2",), wide, (size,))
+    for index in range(projector.depth):
+        in_size = projector.in_size if index == 0 else projector.out_size
+        yield LinearGroup((f"projector.mlp.{index}",), in_size, (projector.out_size,))
+    size, wide = decoder.hidden_size, decoder.intermediate_size
+    queries = decoder.num_attention_heads * decoder.head_dim
+    keys = decoder.num_key_value_heads * decoder.head_dim
+    readers, maker = decoder.mlp_linears
+    for index in range(decoder.num_hidden_layers):
+        attn = f"decoder.layers.{index}.attn"
+        yield LinearGroup(_qkv(attn), size, (queries, keys, keys))
+        yield LinearGroup((f"{attn}.o_proj",), queries, (size,))
+        for mlp in decoder.mlp_names(index):
+            names = tuple(f"{mlp}.{reader}" for reader in readers)
+            yield LinearGroup(names, size, (wide,) * len(names))
+            yield LinearGroup((f"{mlp}.{maker}",), wide, (size,))
+    yield LinearGroup(("decoder.lm_head",), size, (decoder.vocab_size,))
+
+
+def _qkv(attn: str) -> tuple[str, ...]:
+    return tuple(f"{attn}.{part}_proj" for part in "qkv")

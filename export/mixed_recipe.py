@@ -1,0 +1,161 @@
+"""From a checkpoint to a recipe file with mixed precision, and a picture of what was to choose from
+(needs torch)."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import time
+from collections import Counter
+from pathlib import Path
+
+from mobilevlm import progress
+from mobilevlm.errors import MobileVLMError, require
+from mobilevlm.export.calibration import find_samples, measuring_samples
+from mobilevlm.export.layer_formats import expand_layers
+from mobilevlm.export.recipe_file import recipe_text
+from mobilevlm.export.recipes import QuantizerName, find_recipe
+from mobilevlm.export.search import Data, Found, Goal, candidates, search
+from mobilevlm.families import OpenOptions, open_checkpoint
+
+MARK = "# Mixed precision by sensitivity"
+"""How the files of a search begin."""
+
+
+def search_recipe(
+    checkpoint: Path,
+    path: Path,
+    goal: Goal,
+    *,
+    recipe: str = "int4",
+    quantizer: QuantizerName = "gptq",
+    calibration: str | None = None,
+    data: str = "scenes",
+    options: OpenOptions = OpenOptions(),  # noqa: B008
+    plot: Path | None = None,
+) -> Found:
+    """Searches formats for the decoder of a checkpoint folder and writes a recipe file; everything
+    else is as in ``recipe``.
+
+    ``calibration``: data for GPTQ instead of the recipe's; ``data``: what to measure on. Both are
+    ``scenes`` (for measuring others than for calibration) or a JSONL file (export/calibration.py).
+    ``plot``: picture file to draw divergence over size into.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        QualityError: no choice of formats stays within the divergence.
+        MobileVLMError: the budget is too small, a sample is wrong, or the target is in the way.
+    """
+    start = time.perf_counter()
+    check_target(path)
+    if checkpoint.suffix == ".gguf":
+        raise MobileVLMError(f"{checkpoint}: quantized already: a search needs a checkpoint folder")
+    if plot is not None:
+        check_matplotlib()
+    base = find_recipe(recipe)
+    if calibration is not None:
+        base = dataclasses.replace(base, calibration=calibration)
+    samples = Data(find_samples(base.calibration), measuring_samples(data))
+    model = open_checkpoint(checkpoint, options)
+    base = expand_layers(base, model.spec)
+    if any(name.startswith("decoder.") for name in base.layers):
+        raise MobileVLMError(
+            f"recipe {recipe!r} gives layers of the decoder a format, which is what the search "
+            f"is for: leave these entries out"
+        )
+    found = search(model, goal, candidates(quantizer), samples)
+    common = Counter(found.layers.values()).most_common(1)[0][0]
+    mixed = dataclasses.replace(
+        base,
+        name=path.stem,
+        decoder=common,
+        lm_head=found.layers["decoder.lm_head"],
+        layers={**base.layers, **found.layers},
+        # One operator for all experts would take one format.
+        experts="plain" if model.spec.decoder.experts else base.experts,
+    )
+    arguments = [str(checkpoint), "-o", path.name, *str(goal).split(), "--recipe", recipe]
+    arguments += ["--quantizer", quantizer, "--calibration", base.calibration, "--data", data]
+    command = shlex.join(["mobilevlm", "search", *arguments])
+    _write(path, recipe_text(mixed, path.parent, _header(found, command, data), _comments(found)))
+    if plot is not None:
+        draw_front(found, plot, f"{model.spec.name}, {quantizer}")
+    progress.say(
+        f"recipe      {path}  {found.bits_per_weight:.2f} bits per weight, "
+        f"{found.allocation.size / 1e6:.1f} MB, KL {found.effect.kl:.4g}, "
+        f"{time.perf_counter() - start:.1f} s"
+    )
+    return found
+
+
+def check_target(path: Path) -> None:
+    """Refuses to write over anything but the recipe of an earlier search.
+
+    Raises:
+        MobileVLMError: something else is in the way, or there is no such folder.
+    """
+    if path.suffix != ".toml":
+        raise MobileVLMError(f"{path}: a recipe file's name ends with .toml")
+    if not path.parent.is_dir():
+        raise MobileVLMError(f"{path.parent}: no such folder: make it first")
+    if path.exists():
+        is_ours = path.is_file() and path.read_bytes().startswith(MARK.encode())
+        if not is_ours:
+            raise MobileVLMError(f"{path}: not written by a search, and in the way: choose another")
+
+
+def _header(found: Found, command: str, data: str) -> list[str]:
+    weights = sum(group.size for group in found.groups)
+    effect, allocation = found.effect, found.allocation
+    return [
+        f"{MARK[2:]}: {command}",
+        f"{found.bits_per_weight:.3f} bits per weight of the decoder's {weights / 1e6:.1f} M "
+        f"(scales and zero points included), {allocation.size / 1e6:.2f} MB.",
+        f"All layers together: KL {effect.kl:.4g} nats, top-1 agreement "
+        f"{effect.top1_agreement:.1%}; the sum of the layers alone: {allocation.kl:.4g}.",
+        f"Measured where the model answers, on {found.num_samples} samples of "
+        f"{Path(data).name} ({found.num_positions} positions), with float activations.",
+        "Behind each layer: its KL alone, bits per weight, kB.",
+        "",
+    ]
+
+
+def _comments(found: Found) -> dict[str, str]:
+    return {
+        group.name: f"{option.kl:.2g}, {8 * option.size / group.size:.2f}, {option.size / 1e3:.1f}"
+        for group, option in zip(found.groups, found.allocation.options, strict=True)
+    }
+
+
+def _write(path: Path, text: str) -> None:
+    """In one step."""
+    draft = path.with_name(f"{path.name}.partial")
+    try:
+        draft.write_text(text, encoding="utf-8")
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def check_matplotlib() -> None:
+    """Raises MissingExtraError: matplotlib is not installed."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise require("matplotlib", "plots", "drawing divergence over size") from None
+
+
+def draw_front(found: Found, path: Path, title: str) -> None:
+    """Predicted divergence over bits per weight, and what was chosen and measured."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.subplots()
+    bits = [found.bits_of(allocation) for allocation in found.front]
+    axes.plot(bits, [point.kl for point in found.front], ".-", label="best choices, predicted")
+    axes.plot([found.bits_per_weight], [found.effect.kl], "o", label="chosen, measured")
+    axes.set(title=title, xlabel="bits per weight, scales included", ylabel="KL, nats")
+    axes.set_yscale("log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path)

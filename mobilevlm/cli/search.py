@@ -1,0 +1,118 @@
+"""``mobilevlm search``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mobilevlm import progress
+from mobilevlm.cli import show_json
+from mobilevlm.cli.options import checkpoint_options, goal_options
+
+EXAMPLES = """\b
+Examples:
+  mobilevlm search MobileVLM_V2-1.7B -o plan.toml --budget 3.5bpw
+  mobilevlm search MobileVLM_V2-1.7B -o plan.toml --max-kl 0.02 --data samples.jsonl
+  mobilevlm export MobileVLM_V2-1.7B -o bundle --recipe plan.toml
+"""
+
+
+@click.command("search", epilog=EXAMPLES)
+@click.option(
+    "-o",
+    "--output",
+    "path",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FILE.toml",
+    help="Recipe file to write.",
+)
+@click.option(
+    "--recipe",
+    default="int4",
+    show_default=True,
+    metavar="NAME|FILE.toml",
+    help="What everything but the decoder's layers is taken from.",
+)
+@goal_options
+@click.option(
+    "--quantizer",
+    type=click.Choice(["rtn", "hqq", "gptq"]),
+    default="gptq",
+    show_default=True,
+    help="What rounds weights to 2 and 4 bits.",
+)
+@click.option(
+    "--calibration",
+    metavar="scenes|FILE.jsonl",
+    help="Data for gptq, instead of the recipe's.",
+)
+@click.option(
+    "--data",
+    default="scenes",
+    show_default=True,
+    metavar="scenes|FILE.jsonl",
+    help="What to measure on; answers in it are what counts.",
+)
+@checkpoint_options
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="FILE.png",
+    help="Draw divergence over size ([plots] extra).",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print what was found as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    checkpoint: Path,
+    path: Path,
+    recipe: str,
+    budget: float | None,
+    max_kl: float | None,
+    quantizer: Any,
+    calibration: str | None,
+    data: str,
+    plot: Path | None,
+    vision_tower: Path | None,
+    conversation: str | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Find how many bits each layer of the decoder of a CHECKPOINT needs, and write a recipe file
+    (needs torch)."""
+    progress.enable(not quiet)
+    from mobilevlm.export.mixed_recipe import search_recipe
+    from mobilevlm.export.search import Goal
+    from mobilevlm.families import OpenOptions
+    from mobilevlm.spec import to_dict
+
+    found = search_recipe(
+        checkpoint,
+        path,
+        Goal(budget, max_kl),
+        recipe=recipe,
+        quantizer=quantizer,
+        calibration=calibration,
+        data=data,
+        options=OpenOptions(vision_tower, conversation),
+        plot=plot,
+    )
+    if as_json:
+        show_json(
+            {
+                "recipe": str(path),
+                "bits_per_weight": found.bits_per_weight,
+                "bytes": found.allocation.size,
+                "kl": found.effect.kl,
+                "predicted_kl": found.allocation.kl,
+                "top1_agreement": found.effect.top1_agreement,
+                "layers": {
+                    group.name: {**to_dict(option.layers), "kl": option.kl, "bytes": option.size}
+                    for group, option in zip(found.groups, found.allocation.options, strict=True)
+                },
+            }
+        )
+    else:
+        progress.say(f"next        mobilevlm export {checkpoint} -o BUNDLE --recipe {path}")

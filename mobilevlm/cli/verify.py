@@ -1,0 +1,148 @@
+"""``mobilevlm verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from mobilevlm import progress
+from mobilevlm.cli import show_json
+from mobilevlm.cli.options import checkpoint_options
+from mobilevlm.plan import ENGINE_CHOICES
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mobilevlm.export.verify import Verification
+
+EXAMPLES = """\b
+Examples:
+  mobilevlm verify bundle/ MobileVLM_V2-1.7B
+  mobilevlm verify bundle/ MobileVLM_V2-1.7B --data samples.jsonl --html report.html
+  mobilevlm verify nano nano --suite scenes --questions 600 --json
+"""
+
+
+@click.command("verify", epilog=EXAMPLES)
+@click.argument("bundle", type=click.Path(path_type=Path))
+@checkpoint_options
+@click.option(
+    "--data",
+    default="scenes",
+    show_default=True,
+    metavar="scenes|FILE.jsonl",
+    help="Pictures, prompts and answers to measure on.",
+)
+@click.option("--suite", type=click.Choice(["scenes"]), help="Ask its questions too.")
+@click.option("--questions", type=click.IntRange(12), help="How many of a suite.  [default: 2000]")
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINE_CHOICES),
+    default="auto",
+    show_default=True,
+    help="What runs the stages.",
+)
+@click.option("--threads", type=click.IntRange(1), help="Default: all of this process.")
+@click.option(
+    "--layers", is_flag=True, help="Measure each layer alone too (--html does in any case)."
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write a report with plots and the worst answers.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option("--quiet", is_flag=True, help="No progress on stderr.")
+def command(
+    bundle: Path,
+    checkpoint: Path,
+    data: str,
+    suite: str | None,
+    questions: int | None,
+    engine: str,
+    threads: int | None,
+    vision_tower: Path | None,
+    conversation: str | None,
+    layers: bool,
+    html: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Compare BUNDLE with the float32 reference of the CHECKPOINT that it was exported from. Fails
+    with exit code 1 when a figure is beyond a limit of the bundle's recipe, and says which layer
+    hurts most."""
+    if questions and not suite:
+        raise click.UsageError("--questions goes with --suite")
+    progress.enable(not quiet)
+    from mobilevlm.export.verify import verify
+
+    if html is not None:
+        from mobilevlm.export.report import check_report_target, write_report
+
+        check_report_target(html)
+    found = verify(
+        bundle,
+        checkpoint,
+        data=data,
+        engine=engine,
+        questions=(questions or 2000) if suite else 0,
+        threads=threads,
+        vision_tower=vision_tower,
+        conversation=conversation,
+        layers=layers or html is not None,
+    )
+    if html is not None:
+        write_report(found, html)
+        progress.say(f"report      {html}")
+    if as_json:
+        show_json(found.to_dict())
+    else:
+        from rich.console import Console
+
+        console = Console()
+        console.print(_figures_table(found))
+        if found.layers:
+            console.print(_layers_table(found))
+    if found.error is not None:
+        raise found.error
+
+
+def _figures_table(found: Verification) -> Table:
+    from rich.table import Table
+
+    name = found.bundle.manifest.spec.name
+    view = Table(
+        title=f"{name}, recipe {found.recipe.name}, engine {found.engine}, "
+        f"{found.num_samples} samples of {found.data}"
+    )
+    for column in ("stage", "figure", "value", "limit", ""):
+        view.add_column(column, justify="right" if column in ("value", "limit") else "left")
+    checks = {(check.stage, check.figure): check for check in found.checks}
+    for stage, quality in found.stages.items():
+        for figure, value in quality.figures.items():
+            check = checks.get((stage, figure))
+            sign = {"most": "≤", "least": "≥"}[check.sense] if check else ""
+            limit = f"{sign} {check.limit:.4g}" if check else ""
+            verdict = ("ok" if check.passed else "missed") if check else ""
+            style = "bold red" if verdict == "missed" else None
+            view.add_row(stage, figure, f"{value:.4g}", limit, verdict, style=style)
+        view.add_section()
+    return view
+
+
+def _layers_table(found: Verification) -> Table:
+    """The layers that hurt most."""
+    from rich.table import Table
+
+    view = Table(title="layers that hurt most, each alone")
+    for column in ("layer", "weight error", "kl", "visual tokens off"):
+        left = column == "layer"
+        view.add_column(column, justify="left" if left else "right", overflow="fold")
+    tried = [(item, item.effect) for item in found.layers if item.effect is not None]
+    for item, effect in sorted(tried, key=lambda pair: -pair[1].kl)[:8]:
+        off = "" if effect.visual_error is None else f"{effect.visual_error:.2%}"
+        view.add_row(item.label, f"{item.weight_error:.2%}", f"{effect.kl:.3g}", off)
+    return view

@@ -1,0 +1,144 @@
+"""The arithmetic of benchmarks/compare.py: figures, targets, roofline, operator tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from comparison.figures import TARGETS, Figure, memory_verdict, summarize, verdicts
+from comparison.measure import drop_from_cache
+from comparison.plots import markdown_to_html
+from comparison.profiling import operator_times
+from comparison.roofline import (
+    Work,
+    decode_work,
+    layer_operations,
+    prefill_work,
+    projector_operations,
+    share_of_roof,
+    tower_operations,
+)
+from comparison.work import BOS, picture, token_ids
+
+from mobilevlm.spec import DecoderSpec, ProjectorSpec, VisionSpec
+
+DECODER = DecoderSpec(100, 8, 24, 3, 2, 1, 4, 1e-6, 1e4, 1.0, 64, False)
+WEIGHTS_OF_A_LAYER = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 24
+"""q; k and v with one head of 4; o; gate, up and down."""
+
+
+def test_a_figure_is_the_median_with_least_and_most() -> None:
+    assert summarize([3.0, 1.0, 10.0]) == Figure(median=3.0, low=1.0, high=10.0, count=3)
+    assert summarize([]) is None
+
+
+def test_targets_set_our_best_against_their_best() -> None:
+    rows = {
+        "ours a": {"encode": [1.0, 1.2, 9.0], "decode": [23.0]},
+        "ours b": {"encode": [2.0], "decode": [10.0]},
+        "theirs a": {"encode": [4.0], "decode": [20.0]},
+        "theirs b": {"encode": [2.0], "decode": [5.0]},
+    }
+    found = {v.key: v for v in verdicts(rows, ["ours a", "ours b"], ["theirs a", "theirs b"])}
+    assert set(found) == {"encode", "decode"}  # what nobody measured has no verdict
+    encode, decode = found["encode"], found["decode"]
+    assert (encode.ours, encode.peer, encode.ratio, encode.met) == (
+        "ours a", "theirs b", pytest.approx(0.6), False,
+    )  # fmt: skip
+    # more is better here: their best is the highest, and 23 / 20 is exactly the limit
+    assert (decode.ours, decode.peer, decode.ratio, decode.met) == (
+        "ours a", "theirs a", pytest.approx(1.15), True,
+    )  # fmt: skip
+
+
+def test_the_second_question_is_held_against_our_own_first() -> None:
+    rows = {"ours": {"second_share": [0.2, 0.1, 0.14]}, "theirs": {"second_share": [0.01]}}
+    (verdict,) = verdicts(rows, ["ours"], ["theirs"])
+    assert (verdict.ratio, verdict.limit, verdict.met, verdict.peer) == (0.14, 0.15, True, None)
+
+
+def test_every_target_of_the_table_is_a_ratio_below_or_above_its_limit() -> None:
+    for target in TARGETS:
+        assert (target.limit > 1) == (target.better == "more")
+
+
+def test_memory_may_lie_350_mb_over_the_artifacts() -> None:
+    for peak, met in ((1350.0, True), (1351.0, False)):
+        verdict = memory_verdict({"a": {"peak": [peak], "size": [1000.0]}}, "a")
+        assert verdict is not None and verdict.met is met
+    assert memory_verdict({"a": {"size": [1000.0]}}, "a") is None
+
+
+def test_operations_of_a_decoder_layer_are_two_per_weight() -> None:
+    assert layer_operations(DECODER) == 2 * WEIGHTS_OF_A_LAYER
+
+
+def test_a_prompt_of_one_token_is_a_decode_step_after_none() -> None:
+    """Its attention sees itself, that of a step after none sees nothing older: 4 heads × head_dim
+    operations per layer of difference."""
+    prompt, step = prefill_work(DECODER, 1, 7), decode_work(DECODER, 0, 7)
+    assert prompt.operations - step.operations == 3 * 4 * 2 * 4
+    assert (prompt.bytes_read, step.bytes_read) == (7, 7)
+
+
+def test_a_decode_step_reads_keys_and_values_of_its_context() -> None:
+    # 2 (keys, values) × 3 layers × 1 head × 4 × 10 positions × 4 bytes
+    assert decode_work(DECODER, 10, 0).bytes_read == 2 * 3 * 1 * 4 * 10 * 4
+
+
+def test_operations_of_the_tower_and_projectors() -> None:
+    tower = VisionSpec(8, 16, 2, 2, 12, 4, "quick_gelu", 1e-5)  # 9 patches and the class token
+    weights = 4 * 8 * 8 + 2 * 8 * 16
+    expected = 2 * 9 * 48 * 8 + 2 * (2 * 10 * weights + 4 * 10 * 10 * 8)
+    assert tower_operations(tower) == expected
+    linear = ProjectorSpec("mlp", 8, 6, 1, 3, 3)
+    assert projector_operations(linear) == 2 * 9 * 8 * 6
+    pooled = ProjectorSpec("ldpv2", 8, 6, 2, 4, 2)  # 16 patches, 4 tokens
+    assert projector_operations(pooled) == 2 * 16 * 8 * 6 + 4 * (2 * 6 * 6 + 2 * 9 * 6)
+
+
+def test_the_roof_is_the_slower_of_computing_and_reading() -> None:
+    work = Work(operations=100.0, bytes_read=30.0)
+    assert share_of_roof(work, 4.0, operations_peak=50.0, read_peak=30.0) == 0.5  # 2 s computing
+    assert share_of_roof(work, 4.0, operations_peak=100.0, read_peak=10.0) == 0.75  # 3 s reading
+
+
+def test_operators_are_summed_over_the_last_runs() -> None:
+    def call(node: str, operator: str, microseconds: int, width: int) -> dict[str, object]:
+        shape = [{"float": [1, 2, width]}]
+        arguments = {"op_name": operator, "output_type_shape": shape}
+        name = f"{node}_kernel_time"
+        return {"cat": "Node", "name": name, "dur": microseconds, "args": arguments}
+
+    run = [call("a", "MatMul", 3000, 8), call("b", "MatMul", 3000, 8), call("c", "Add", 2000, 8)]
+    slow_first = [call("a", "MatMul", 99000, 8), *run[1:]]
+    session = {"cat": "Session", "name": "model_run", "dur": 5, "args": {}}
+    rows = operator_times([*slow_first, session, *run, *run], runs=2)
+    assert [(row.what, row.count) for row in rows] == [("MatMul → 8", 2), ("Add", 1)]
+    assert [row.milliseconds for row in rows] == [6.0, 2.0]
+    assert rows[0].share == 0.75
+
+
+def test_variations_differ_and_repeat() -> None:
+    assert token_ids(20, 1000, 1) == token_ids(20, 1000, 1) != token_ids(20, 1000, 2)
+    ids = token_ids(20, 1000, 1)
+    assert len(ids) == 20 and ids[0] == BOS and max(ids) < 1000
+    assert not np.array_equal(picture(8, 1), picture(8, 2))
+
+
+def test_dropped_files_are_known_to_be_dropped(tmp_path: Path) -> None:
+    """A mapped file's pages stay; the share that stays is told, so no warm load passes as cold."""
+    path = tmp_path / "weights"
+    path.write_bytes(bytes(2**20))
+    held = np.memmap(path, np.uint8, "r")
+    assert int(held.sum()) == 0  # every page is read
+    assert drop_from_cache([path]) > 0.9
+    del held
+
+
+def test_tables_survive_the_way_to_html() -> None:
+    page = markdown_to_html("## A & B\n\n| x | y |\n| --- | --- |\n| 1 | < 2 |\n\ntext")
+    assert "<h2>A &amp; B</h2>" in page
+    assert page.count("<tr>") == 2 and "<td>&lt; 2</td>" in page
+    assert page.index("</table>") < page.index("<p>text</p>")

@@ -1,0 +1,81 @@
+"""Limits of a recipe: every one that is missed is told, with its stage, figure and layer."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+
+from mobilevlm.bundle import StageQuality
+from mobilevlm.export.limits import LIMITED, MTMD_ERROR, check_limits, quality_error
+from mobilevlm.export.recipes import RECIPES, Limits
+
+STAGES = {
+    "vision": StageQuality({"relative_error": 0.1, "cosine": 0.9}),
+    "decoder": StageQuality({"kl": 0.2, "top1_agreement": 0.8}),
+    "end_to_end": StageQuality(
+        {"perplexity_ratio": 1.1, "greedy_match": 0.7, "accuracy_loss": 0.02}
+    ),
+}
+ONNX = {stage: stage for stage in STAGES}
+GENEROUS = Limits(1, 1, 0.1, 0.1, 2, 0.1, 0.5)
+
+
+def test_every_field_of_limits_has_a_figure() -> None:
+    assert set(LIMITED) == {field.name for field in dataclasses.fields(Limits)}
+
+
+def test_limits_that_are_met_pass() -> None:
+    checks = check_limits(STAGES, GENEROUS, ONNX)
+    assert len(checks) == len(LIMITED) and all(check.passed for check in checks)
+
+
+@pytest.mark.parametrize("field", LIMITED)
+def test_each_limit_can_be_missed_on_its_own_side(field: str) -> None:
+    _, figure, sense = LIMITED[field]
+    beyond = 0.0 if sense == "most" else 0.99
+    limits = dataclasses.replace(GENEROUS, **{field: beyond})
+    missed = [check for check in check_limits(STAGES, limits, ONNX) if not check.passed]
+    assert [check.figure for check in missed] == [figure]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_figure_that_is_no_number_misses_its_limit(value: float) -> None:
+    stages = {**STAGES, "decoder": StageQuality({"kl": value})}
+    (check,) = [item for item in check_limits(stages, Limits(1, 1), ONNX) if item.figure == "kl"]
+    assert not check.passed
+
+
+def test_figures_that_were_not_measured_are_not_checked() -> None:
+    limits = Limits(1, 1, accuracy_loss=0.0)
+    stages = {**STAGES, "end_to_end": StageQuality({"greedy_match": 1.0})}
+    assert "accuracy_loss" not in {check.figure for check in check_limits(stages, limits, ONNX)}
+
+
+def test_a_hybrid_is_checked_by_the_artifacts_that_it_runs() -> None:
+    names = {**ONNX, "decoder": "decoder_gguf", "end_to_end": "end_to_end_hybrid"}
+    stages = {names[stage]: quality for stage, quality in STAGES.items()}
+    found = {check.stage for check in check_limits(stages, GENEROUS, names)}
+    assert found == set(stages)
+
+
+def test_llama_cpp_may_be_off_by_what_its_float16_tables_make() -> None:
+    names = {stage: f"{stage}_gguf" for stage in STAGES}
+    stages = {"vision_gguf": StageQuality({"relative_error": MTMD_ERROR})}
+    (check,) = check_limits(stages, Limits(1e-6, 1), names)
+    assert check.passed
+
+
+def test_all_missed_limits_are_told_a_line_each() -> None:
+    missed = check_limits(STAGES, Limits(0.01, 0.02), ONNX)
+    lines = str(quality_error("mine", missed, {"decoder": "layer 3 hurts most: "})).splitlines()
+    assert lines[0].startswith("quality of recipe 'mine': vision relative_error is 0.1, the limit")
+    assert "decoder kl is 0.2, the limit is 0.02: layer 3 hurts most: choose" in lines[1]
+    assert len(lines) == 2
+
+
+def test_built_in_recipes_limit_what_a_person_notices() -> None:
+    for name in ("int8", "int4"):
+        limits = RECIPES[name].limits
+        assert limits.accuracy_loss is not None and limits.perplexity_ratio is not None

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
-from mobilevlm.export.graph.layers import CONTRIB, Linear
+from mobilevlm.export.graph.dialects import CONTRIB
+from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import DecoderSpec
 

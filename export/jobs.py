@@ -8,7 +8,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -16,10 +16,10 @@ from mobilevlm._version import __version__
 from mobilevlm.bundle import Artifact
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibrated import calibrate, calibration_key, check_torch
-from mobilevlm.export.calibration import Sample, find_samples
+from mobilevlm.export.calibration import Sample, find_samples, samples_digest
 from mobilevlm.export.layer_formats import bits_per_weight
 from mobilevlm.export.linear_groups import linear_groups
-from mobilevlm.export.recipes import Recipe
+from mobilevlm.export.recipes import QDQ, Recipe
 from mobilevlm.export.written import Written
 from mobilevlm.families import Model
 from mobilevlm.gguf_file import read_gguf
@@ -28,11 +28,10 @@ from mobilevlm.gguf_spec import bytes_per_token
 from mobilevlm.progress import Advance
 from mobilevlm.spec import GGUFType, to_dict
 
-SUFFIXES = {"fp32": "", "fp16": "_fp16", "int8": "_int8", "q8": "_q8", "q4": "_q4", "q2": "_q2"}
-"""Endings of ONNX files by precision, as the hub's ONNX community names them."""
-
 TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
 """Packages that write the artifacts of a format."""
+QDQ_TOOLS = ("onnx", "onnxruntime")
+"""Those that make fixed-point graphs of float ones."""
 
 StageName: TypeAlias = Literal["vision", "embeddings", "decoder"]
 Author: TypeAlias = Callable[[Path, Advance], Written]
@@ -55,13 +54,17 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     """All stages of a model as ONNX files."""
     try:
         from mobilevlm.export.graph import author
+        from mobilevlm.export.qdq import author_qdq, check_onnx
     except ImportError as error:
         raise require(error.name or "onnxscript", "export", "exporting") from None
     spec = model.spec
     samples: list[Sample] = []
-    if recipe.is_calibrated:
+    if recipe.needs_reference:
         check_torch("a calibrated recipe")
+    if recipe.is_calibrated:
         samples = find_samples(recipe.calibration)
+    if recipe.tower.precision in QDQ:
+        check_onnx()
 
     def job(
         stage: StageName,
@@ -71,16 +74,19 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         settings: list[Any],
         write: Callable[..., Written],
     ) -> Job:
-        path = f"onnx/{name}{SUFFIXES[precision]}.onnx"
+        # As the hub's ONNX community names files.
+        path = f"onnx/{name}{'' if precision == 'fp32' else f'_{precision}'}.onnx"
         groups = [group for group in linear_groups(spec) if f"{group.name}.".startswith(prefixes)]
         formats = [recipe.format_of(group.name) for group in groups]
         settings = [path, precision, *map(to_dict, formats), *settings]
-        calibrated = any(layers.is_calibrated for layers in formats)
-        if calibrated:
+        referred = any(layers.needs_reference for layers in formats)
+        if referred:
             settings.append(calibration_key(model, samples))
+        if precision in QDQ:
+            settings += [samples_digest(samples), *map(importlib.metadata.version, QDQ_TOOLS)]
 
         def author(file: Path, advance: Advance) -> Written:
-            if not calibrated or stage == "embeddings":
+            if not referred or stage == "embeddings":
                 return write(model.weights, spec, recipe, file, advance)
             ready = calibrate(model, recipe, samples, stage)
             return write(ready.weights, spec, recipe, file, advance, ready.hessian)
@@ -105,7 +111,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             recipe.tower.precision,
             ("vision.", "projector."),
             [to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)],
-            author.author_vision,
+            partial(author_qdq, samples) if recipe.tower.precision in QDQ else author.author_vision,
         ),
         job(
             "embeddings",

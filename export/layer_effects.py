@@ -7,16 +7,15 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.activations import embed_pictures
+from mobilevlm.export.artifact_weights import stacked, weight_error
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.limits import StageKind
 from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.measure import reference_embeds
-from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.sensitivity import Change, Effect, Probe
 from mobilevlm.families import Model
 from mobilevlm.reference import load_reference
@@ -59,7 +58,7 @@ class StateError:
 
 def weight_errors(exact: Weights, stored: Weights, spec: ModelSpec) -> dict[str, float]:
     """Relative error of each group of linear layers, by its name."""
-    return {group.name: _weight_error(exact, stored, group) for group in linear_groups(spec)}
+    return {group.name: weight_error(exact, stored, group) for group in linear_groups(spec)}
 
 
 def layer_effects(
@@ -84,7 +83,7 @@ def layer_effects(
     def changes(group: LinearGroup) -> list[Change]:
         if group.name not in tried:
             return []
-        return [Change("artifact", _stacked(stored, group))]
+        return [Change("artifact", stacked(stored, group))]
 
     probe = Probe(model, samples)
     effects = {group.name: effect for group, _, effect in probe.effects(changes)}
@@ -138,20 +137,6 @@ def _state_errors(
         error = sum(float((a - b).double().square().sum()) for a, b in pairs)
         norm = sum(float(a.double().square().sum()) for a, _ in pairs)
         yield StateError(f"{part}.layers.{index}", (error / norm) ** 0.5)
-
-
-def _weight_error(exact: Weights, stored: Weights, group: LinearGroup) -> float:
-    ours = _stacked(exact, group)
-    norm = float(np.linalg.norm(ours))
-    return float(np.linalg.norm(_stacked(stored, group) - ours)) / norm if norm else 0.0
-
-
-def _stacked(weights: Weights, group: LinearGroup) -> Float32:
-    """``(out_size, in_size)``"""
-    sizes = zip(group.names, group.out_sizes, strict=True)
-    return np.concatenate(
-        [weights.read(f"{name}.weight", (size, group.in_size)) for name, size in sizes]
-    )
 
 
 def _kl(item: LayerEffect) -> float:

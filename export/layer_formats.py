@@ -18,7 +18,7 @@ from mobilevlm.export.quantize import gptq, hqq, rtn
 from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize, packed_size
 from mobilevlm.export.quantize.folding import find_folds
 from mobilevlm.export.quantize.gptq import HessianOf
-from mobilevlm.export.recipes import LinearFormat, Recipe
+from mobilevlm.export.recipes import QDQ, LinearFormat, Recipe
 from mobilevlm.spec import ModelSpec
 
 
@@ -29,8 +29,8 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
     Names go before patterns, and of several patterns the last counts.
 
     Raises:
-        MobileVLMError: a key stands for nothing, layers of one group differ, or nothing can take
-            the factors of a scaling.
+        MobileVLMError: a key stands for nothing, layers of one group differ, nothing can take the
+            factors of a scaling, or a layer is in a stage of fixed point.
     """
     groups = list(linear_groups(spec))
     foldable = {name for place in find_folds(spec) for name in place.consumers}
@@ -48,6 +48,7 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
             raise MobileVLMError(f"{where}: no such layer: {_remedy(key, groups)}")
         if layers.scaling != "none" and foldable.isdisjoint(group.name for group in found):
             raise MobileVLMError(f"{where}.scaling: nothing before takes the factors: leave it out")
+        _check_stage(recipe, found, where)
         for group in found:
             if is_pattern:
                 patterns[group.name] = layers
@@ -62,6 +63,17 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
     members = {group.name: group.names for group in groups}
     expanded = {member: layers for name, layers in chosen.items() for member in members[name]}
     return replace(recipe, layers=expanded)
+
+
+def _check_stage(recipe: Recipe, groups: Iterable[LinearGroup], where: str) -> None:
+    """Raises MobileVLMError: a group is in a stage that is in fixed point as a whole."""
+    for group in groups:
+        here = recipe.projector if group.name.startswith("projector.") else recipe.tower
+        if here.precision in QDQ and not group.name.startswith("decoder."):
+            raise MobileVLMError(
+                f"{where}: {group.name} is in a graph that is {here.precision} as a whole: leave "
+                f"it out"
+            )
 
 
 def _remedy(key: str, groups: Iterable[LinearGroup]) -> str:

@@ -54,8 +54,10 @@ MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 MEMORY_LIBRARIES = 0.5e9
 """What torch and onnxruntime take before they hold any weights."""
 RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3, "q2": 1.3}
+RESIDENT |= {"qdq8": 2.3, "qdq16": 2.3}
 """Memory of a session as a multiple of its weight file: onnxruntime keeps float weights twice, in
-float32, and a part of the quantized ones twice for a moment."""
+float32, and a part of the quantized ones twice for a moment; those of fixed point it packs anew
+while it holds the file's."""
 RESIDENT_GGUF = 2.0
 """The same for GGUF files: llama.cpp maps them, and holds some types once more in another order."""
 

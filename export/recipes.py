@@ -22,16 +22,22 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2"]
+Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2", "qdq8", "qdq16"]
 """How the weights of a linear layer are stored and multiplied.
 
 ``fp32``, ``fp16``: float; ``int8``: 8-bit weights, activations quantized while running;
-``q8``, ``q4``, ``q2``: 8-, 4- or 2-bit weights in blocks (MatMulNBits, which has no 3-bit kernel).
+``q8``, ``q4``, ``q2``: 8-, 4- or 2-bit weights in blocks (MatMulNBits, which has no 3-bit kernel);
+``qdq8``, ``qdq16``: the whole vision stage in fixed point, 8-bit weights and 8- or 16-bit
+activations whose scales are constants (export/qdq.py).
 """
 
 QuantizerName: TypeAlias = Literal["rtn", "hqq", "gptq"]
 ScalingName: TypeAlias = Literal["none", "awq", "smoothquant"]
+CalibratorName: TypeAlias = Literal["minmax", "percentile", "entropy"]
 WeightBits: TypeAlias = Literal[7, 8]
+
+QDQ: tuple[Precision, ...] = ("qdq8", "qdq16")
+"""Precisions of fixed-point graphs: QuantizeLinear and DequantizeLinear around every operator."""
 
 BLOCK_BITS: dict[Precision, int] = {"q8": 8, "q4": 4, "q2": 2}
 """Bits of the precisions whose weights are in blocks."""
@@ -53,12 +59,13 @@ _USES: dict[str, tuple[Precision, ...]] = {
     "block_size": tuple(BLOCK_BITS),
     "symmetric": tuple(BLOCK_BITS),
     "activations": ("int8",),
-    "weight_bits": ("int8",),
+    "weight_bits": ("int8", "qdq8"),
+    "calibrator": QDQ,
 }
 """Precisions that a setting has a meaning for."""
 _SCALED: dict[ScalingName, tuple[Precision, ...]] = {
     "awq": tuple(BLOCK_BITS),
-    "smoothquant": ("int8",),
+    "smoothquant": ("int8", *QDQ),
 }
 PARTS = ("tower", "projector", "decoder", "lm_head")
 """Parts of a model whose linear layers have a format of their own."""
@@ -73,7 +80,7 @@ class LinearFormat:
     """What chooses the integers: ``rtn`` and ``hqq`` need no data, ``gptq`` is calibrated."""
     scaling: ScalingName = "none"
     """What moves between a layer's inputs and its weights before: ``awq`` for weights in blocks,
-    ``smoothquant`` for ``int8``. Both are calibrated."""
+    ``smoothquant`` for ``int8`` and fixed point. Both are calibrated."""
     block_size: int = 32
     """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
     symmetric: bool = True
@@ -81,24 +88,33 @@ class LinearFormat:
     activations: Literal["token", "tensor"] = "token"
     """What shares a scale of the 8-bit activations of ``int8``: each token by itself, or all."""
     weight_bits: Literal["auto", 7, 8] = "auto"
-    """Of ``int8``: 7 where sums of products saturate (x86 without VNNI), 8 elsewhere. ``auto``: as
-    the exporting machine needs it; until that is settled 7, which is right everywhere."""
+    """Of ``int8`` and ``qdq8``: 7 where sums of products saturate (x86 without VNNI), 8 elsewhere.
+    ``auto``: as the exporting machine needs it; until that is settled 7, which is right
+    everywhere."""
+    calibrator: CalibratorName = "minmax"
+    """What chooses the ranges of activations in fixed point: all values on the calibration data,
+    all but the outermost hundred-thousandth, or those that keep most of the distribution."""
 
     @property
     def is_calibrated(self) -> bool:
+        return self.needs_reference or self.precision in QDQ
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether calibration runs the float32 reference, which takes torch."""
         return self.quantizer == "gptq" or self.scaling != "none"
 
     @property
     def int8_weight_bits(self) -> int:
-        """7 or 8 of ``int8``, else 0."""
-        if self.precision != "int8":
+        """7 or 8 of weights that meet 8-bit activations, else 0."""
+        if self.precision not in _USES["weight_bits"]:
             return 0
         return 8 if self.weight_bits == 8 else 7
 
     @property
     def scheme(self) -> Scheme | None:
         """The integers that stand for weights; none for floats."""
-        if self.precision == "int8":
+        if self.precision == "int8" or self.precision in QDQ:
             return Scheme(8, None, half_range=self.int8_weight_bits == 7)
         if self.precision in BLOCK_BITS:
             return Scheme(BLOCK_BITS[self.precision], self.block_size, self.symmetric)
@@ -183,14 +199,19 @@ class Recipe:
     @property
     def has_int8(self) -> bool:
         """Whether a layer is multiplied with 8-bit activations."""
-        formats = (*self.parts, *self.layers.values())
-        return any(layers.precision == "int8" for layers in formats)
+        return any(layers.int8_weight_bits for layers in (*self.parts, *self.layers.values()))
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a calibrated method of the ONNX artifacts takes torch."""
+        return any(layers.needs_reference for layers in (*self.parts, *self.layers.values()))
 
     def with_weight_bits(self, bits: WeightBits, *, auto_only: bool) -> Recipe:
-        """With these bits of ``int8`` weights everywhere, or only where they are ``auto``."""
+        """With these bits of weights that meet 8-bit activations, or only where they are
+        ``auto``."""
 
         def settled(layers: LinearFormat) -> LinearFormat:
-            if layers.precision != "int8" or (auto_only and layers.weight_bits != "auto"):
+            if not layers.int8_weight_bits or (auto_only and layers.weight_bits != "auto"):
                 return layers
             return replace(layers, weight_bits=bits)
 
@@ -274,6 +295,7 @@ def find_recipe(name: str) -> Recipe:
         _check(getattr(recipe, part), f"{path}.{part}")
     for key, single in recipe.layers.items():
         _check(single, f"{path}.layers.{key}")
+    _check_fixed_point(recipe, str(path))
     if recipe.projector.scaling != "none":
         raise MobileVLMError(
             f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
@@ -291,6 +313,31 @@ def find_recipe(name: str) -> Recipe:
 def _spelled_out(table: dict[str, Any], key: str) -> dict[str, Any]:
     """The entry with a precision for a text; empty where it is no text."""
     return {key: {"precision": table[key]}} if isinstance(table.get(key), str) else {}
+
+
+def _check_fixed_point(recipe: Recipe, where: str) -> None:
+    """Fixed point is for the vision stage, and for all of it. That the recipe's ``layers`` leave it
+    alone is known when patterns are expanded (export/layer_formats.py)."""
+    for part in ("decoder", "lm_head"):
+        precision = getattr(recipe, part).precision
+        if precision in QDQ:
+            raise MobileVLMError(
+                f"{where}.{part}.precision: {precision} is for the tower and the projector only"
+            )
+    for key, layers in recipe.layers.items():
+        if layers.precision in QDQ:
+            raise MobileVLMError(
+                f"{where}.layers.{key}.precision: {layers.precision} is for the tower and the "
+                f"projector as a whole: give it to both, not to single layers"
+            )
+    parts = recipe.tower, recipe.projector
+    if any(layers.precision in QDQ for layers in parts) and recipe.projector != replace(
+        recipe.tower, scaling="none"
+    ):
+        raise MobileVLMError(
+            f"{where}.projector: tower and projector are one graph, which is in fixed point as a "
+            f"whole: give the projector the tower's settings, except scaling"
+        )
 
 
 def _check(layers: LinearFormat, where: str) -> None:

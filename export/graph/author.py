@@ -12,7 +12,8 @@ from onnxscript import GraphBuilder
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.decoder import DecoderStage
-from mobilevlm.export.graph.layers import CONTRIB, FLOAT
+from mobilevlm.export.graph.dialects import CPU, Dialect
+from mobilevlm.export.graph.layers import FLOAT
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
@@ -21,7 +22,6 @@ from mobilevlm.export.written import Written
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.spec import ModelSpec
 
-OPSET = 20
 IR_VERSION = 10
 
 Shape = list[int | str]
@@ -34,11 +34,12 @@ def author_vision(
     path: Path,
     advance: Advance = ignore,
     hessian: HessianOf = no_hessian,
+    dialect: Dialect = CPU,
 ) -> Written:
     """Writes the vision stage."""
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        stage = VisionStage(file, spec)
+        stage = VisionStage(file, spec, dialect)
         size, patches = spec.image.size, spec.vision.num_patches
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
         tokens, features = stage(builder.op, pixels)
@@ -50,8 +51,8 @@ def author_vision(
         )
         _output(builder, features, "features", [1, patches, spec.vision.hidden_size])
 
-    file = WeightFile(weights, _data_path(path), recipe, advance, hessian)
-    return _author("vision_encoder", path, file, build)
+    file = WeightFile(weights, data_path(path), recipe, advance, hessian)
+    return _author("vision_encoder", path, file, build, dialect)
 
 
 def author_decoder(
@@ -84,7 +85,7 @@ def author_decoder(
             _output(builder, key, f"present.{index}.key", buffer)
             _output(builder, value, f"present.{index}.value", buffer)
 
-    file = WeightFile(weights, _data_path(path), recipe, advance, hessian)
+    file = WeightFile(weights, data_path(path), recipe, advance, hessian)
     return _author("decoder_model_merged", path, file, build)
 
 
@@ -105,14 +106,18 @@ def author_embeddings(
         embeds = builder.op.Cast(rows, to=FLOAT) if half else rows
         _output(builder, embeds, "inputs_embeds", [1, "length", decoder.hidden_size])
 
-    file = WeightFile(weights, _data_path(path), recipe, advance)
+    file = WeightFile(weights, data_path(path), recipe, advance)
     return _author("embed_tokens", path, file, build)
 
 
 def _author(
-    name: str, path: Path, file: WeightFile, build: Callable[[GraphBuilder, WeightFile], None]
+    name: str,
+    path: Path,
+    file: WeightFile,
+    build: Callable[[GraphBuilder, WeightFile], None],
+    dialect: Dialect = CPU,
 ) -> Written:
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name=name)
+    graph = ir.Graph([], [], nodes=[], opset_imports=dict(dialect.opset_imports), name=name)
     try:
         build(GraphBuilder(graph), file)
     finally:
@@ -123,7 +128,8 @@ def _author(
     return Written(file.errors, round(file.bytes_per_token))
 
 
-def _data_path(path: Path) -> Path:
+def data_path(path: Path) -> Path:
+    """Where the weights of an ONNX file lie."""
     return path.with_name(f"{path.name}_data")
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
+from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.experts import SparseMLP
-from mobilevlm.export.graph.layers import CONTRIB, Linear
+from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import DecoderSpec

@@ -15,7 +15,8 @@ import numpy as np
 from onnxscript import nn
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.graph.layers import CONTRIB, FLOAT, relative_error
+from mobilevlm.export.graph.dialects import CONTRIB
+from mobilevlm.export.graph.layers import FLOAT, relative_error
 from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.layer_formats import quantize, to_half

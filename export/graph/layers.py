@@ -9,13 +9,13 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
+from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.layer_formats import quantize, to_half
 from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.blocks import signed_columns
 from mobilevlm.export.recipes import BLOCK_BITS
 
-CONTRIB = "com.microsoft"
 FLOAT = ir.DataType.FLOAT
 SMALLEST = float(np.finfo(np.float32).tiny)
 """What a row of zeros is divided by."""

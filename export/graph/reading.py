@@ -21,6 +21,8 @@ from mobilevlm.spec import ModelSpec
 _PARTS = {"vision": "vision.tower", "projector": "vision.projector", "decoder": "decoder"}
 """Modules of the graphs by the first part of a canonical name."""
 _VISION = ("vision.", "projector.")
+_FIXED = "_quantized"
+"""What onnxruntime's quantizer adds to a tensor's name."""
 _STACKS = {"q_proj": "qkv", "gate_proj": "gate_up"}
 """What a stack of layers is called, by its first."""
 _EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)")
@@ -60,12 +62,19 @@ class OnnxTensors:
             for place, attribute in _BITS.get(node.op_type, ())
             if node.inputs[place] is not None
         }
+        self._fixed = {
+            str(node.inputs[0].name).removesuffix(_FIXED): node
+            for node in graph
+            if node.op_type == "DequantizeLinear"
+            and node.inputs[0] is not None
+            and node.inputs[0].name in self._stored
+        }
         self._groups = {name: group for group in linear_groups(spec) for name in group.names}
         self._layers = spec.decoder.num_hidden_layers
         self._last: tuple[str, Float32] | None = None
         prefixes = ("decoder.",) if "decoder.lm_head.weight" in self._stored else _VISION
         wanted = [name for name in names if name.startswith(prefixes)]
-        self.names = [name for name in wanted if self._stored_name(name) in self._stored]
+        self.names = [name for name in wanted if self._holds(self._stored_name(name))]
         for name in wanted:
             if name.removesuffix(".weight") in self._groups and name not in self.names:
                 raise BundleError(f"{path}: {name!r} is not in it: export it again")
@@ -77,7 +86,8 @@ class OnnxTensors:
         layer, _, leaf = name.rpartition(".")
         group = self._groups.get(layer)
         if group is None:
-            shape = self._stored[self._stored_name(name)].shape
+            stored = self._stored_name(name)
+            shape = self._stored[f"{stored}{_FIXED}" if stored in self._fixed else stored].shape
             assert shape is not None
             sizes = tuple(int(size) for size in shape)
             return sizes[::-1] if name.endswith(_ROUTERS) else sizes
@@ -112,7 +122,23 @@ class OnnxTensors:
     def sha256(self) -> str:
         return file_sha256(self.files[0])
 
+    def _holds(self, name: str) -> bool:
+        return name in self._stored or name in self._fixed
+
     def _array(self, name: str) -> NDArray[Any]:
+        """The tensor as it is stored; of a fixed-point graph what its numbers stand for."""
+        if name not in self._fixed:
+            return self._read(name)
+        node = self._fixed[name]
+        numbers, scale, zero_point = (self._read(str(value.name)) for value in node.inputs)
+        if scale.size > 1:
+            shape = [1] * numbers.ndim
+            shape[node.attributes["axis"].value] = -1
+            scale, zero_point = scale.reshape(shape), zero_point.reshape(shape)
+        values: Float32 = (numbers.astype(np.int64) - zero_point).astype(np.float32) * scale
+        return values
+
+    def _read(self, name: str) -> NDArray[Any]:
         value = self._stored[name].const_value
         assert value is not None
         if not isinstance(value, ir.ExternalTensor):

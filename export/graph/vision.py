@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
-from mobilevlm.export.graph.layers import CONTRIB, FLOAT, LayerNorm, Linear
+from mobilevlm.export.graph.dialects import CPU, Dialect
+from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import ImageSpec, ModelSpec, VisionSpec
@@ -21,9 +22,9 @@ class VisionStage(nn.Module):  # type: ignore[misc]
     """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and tower
     features ``(1, num_patches, vision hidden_size)``."""
 
-    def __init__(self, weights: WeightFile, spec: ModelSpec) -> None:
+    def __init__(self, weights: WeightFile, spec: ModelSpec, dialect: Dialect = CPU) -> None:
         super().__init__("vision")
-        self.tower = ClipTower(weights, spec.vision, spec.image)
+        self.tower = ClipTower(weights, spec.vision, spec.image, dialect)
         self.projector = build_projector(weights, spec.projector)
 
     def forward(self, op: Any, pixels: Any) -> tuple[Any, Any]:
@@ -32,13 +33,15 @@ class VisionStage(nn.Module):  # type: ignore[misc]
 
 
 class ClipTower(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, spec: VisionSpec, image: ImageSpec) -> None:
+    def __init__(
+        self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, dialect: Dialect
+    ) -> None:
         super().__init__()
         self.embedding = PatchEmbedding(weights, spec, image)
         self.pre_norm = LayerNorm(weights, "vision.pre_norm", spec.hidden_size, spec.layer_norm_eps)
         self.layers = nn.ModuleList(
             [
-                ClipLayer(weights, f"vision.layers.{index}", spec)
+                ClipLayer(weights, f"vision.layers.{index}", spec, dialect)
                 for index in range(spec.num_hidden_layers)
             ]
         )
@@ -82,10 +85,10 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
 
 
 class ClipLayer(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, name: str, spec: VisionSpec) -> None:
+    def __init__(self, weights: WeightFile, name: str, spec: VisionSpec, dialect: Dialect) -> None:
         super().__init__()
         size, wide = spec.hidden_size, spec.intermediate_size
-        self.num_heads, self.quick = spec.num_attention_heads, spec.hidden_act == "quick_gelu"
+        self.spec, self.dialect = spec, dialect
         self.norm1 = LayerNorm(weights, f"{name}.norm1", size, spec.layer_norm_eps)
         parts = [f"{name}.attn.{part}_proj" for part in "qkv"]
         self.qkv = Linear(weights, parts, size, [size] * 3)
@@ -97,8 +100,9 @@ class ClipLayer(nn.Module):  # type: ignore[misc]
     def forward(self, op: Any, hidden: Any) -> Any:
         qkv = self.qkv(op, self.norm1(op, hidden))
         query, key, value = op.Split(qkv, axis=-1, num_outputs=3, _outputs=3)
-        mixed = op.MultiHeadAttention(query, key, value, num_heads=self.num_heads, _domain=CONTRIB)
+        mixed = self.dialect.attention(op, query, key, value, self.spec)
         hidden = op.Add(hidden, self.out_proj(op, mixed))
         wide = self.fc1(op, self.norm2(op, hidden))
-        wide = op.QuickGelu(wide, alpha=1.702, _domain=CONTRIB) if self.quick else op.Gelu(wide)
+        quick = self.spec.hidden_act == "quick_gelu"
+        wide = self.dialect.quick_gelu(op, wide) if quick else op.Gelu(wide)
         return op.Add(hidden, self.fc2(op, wide))

@@ -14,8 +14,9 @@ from conftest import memory_weights
 from numpy.typing import NDArray
 from onnxscript import GraphBuilder
 
-from mobilevlm.export.graph.author import IR_VERSION, OPSET
-from mobilevlm.export.graph.layers import CONTRIB, FLOAT, Linear
+from mobilevlm.export.graph.author import IR_VERSION
+from mobilevlm.export.graph.dialects import CPU
+from mobilevlm.export.graph.layers import FLOAT, Linear
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize import rtn
 from mobilevlm.export.quantize.blocks import (
@@ -89,7 +90,7 @@ def test_an_asymmetric_block_of_one_sign_reaches_down_to_zero() -> None:
 
 def run_linear(layers: LinearFormat, folder: Path, x: Float32, out_size: int) -> Float32:
     """``x (rows, in_size)`` through one linear layer of random weights, with bias."""
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET, CONTRIB: 1}, name="linear")
+    graph = ir.Graph([], [], nodes=[], opset_imports=dict(CPU.opset_imports), name="linear")
     recipe = replace(RECIPES["fp32"], decoder=layers)
     file = WeightFile(weights_of(x.shape[1], out_size, folder), folder / "linear.data", recipe)
     linear = Linear(file, "decoder.layer", x.shape[1], out_size)

@@ -20,7 +20,8 @@ from test_blocks import run_linear, weights_of
 import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import PrecisionWarning
-from mobilevlm.export.graph.author import IR_VERSION, OPSET
+from mobilevlm.export.graph.author import IR_VERSION
+from mobilevlm.export.graph.dialects import CPU
 from mobilevlm.export.quantize import gptq, hqq, rtn
 from mobilevlm.export.quantize.blocks import INT8, Scheme, dequantize, signed_columns
 from mobilevlm.export.recipes import LinearFormat
@@ -64,7 +65,7 @@ def test_rows_of_zeros_give_the_bias(rows: int, tmp_path: Path) -> None:
 
 def integer_product(a: Uint8, weight: Int8) -> NDArray[np.int32]:
     """``(a - 128) · weight`` as ONNX Runtime's u8 × s8 kernel of this machine computes it."""
-    graph = ir.Graph([], [], nodes=[], opset_imports={"": OPSET}, name="product")
+    graph = ir.Graph([], [], nodes=[], opset_imports=dict(CPU.opset_imports), name="product")
     value = ir.Value(name="a", shape=ir.Shape(a.shape), type=ir.TensorType(ir.DataType.UINT8))
     graph.inputs.append(value)
     op = GraphBuilder(graph).op

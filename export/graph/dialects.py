@@ -1,0 +1,62 @@
+"""Which operators a graph may have: those of ONNX Runtime's processors, or only the standard's.
+
+Compilers for fixed-point processors, and quantizers that look into a graph, know no fused ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from mobilevlm.spec import VisionSpec
+
+CONTRIB = "com.microsoft"
+
+Attention: TypeAlias = Callable[[Any, Any, Any, Any, VisionSpec], Any]
+"""Of queries, keys and values ``(1, length, hidden_size)`` each, all positions with all."""
+Activation: TypeAlias = Callable[[Any, Any], Any]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """One way to write what has no single operator in the standard."""
+
+    opset_imports: Mapping[str, int]
+    attention: Attention
+    quick_gelu: Activation
+    """``x · sigmoid(1.702 x)``"""
+
+
+def fused_attention(op: Any, query: Any, key: Any, value: Any, spec: VisionSpec) -> Any:
+    """One operator of ONNX Runtime."""
+    return op.MultiHeadAttention(
+        query, key, value, num_heads=spec.num_attention_heads, _domain=CONTRIB
+    )
+
+
+def standard_attention(op: Any, query: Any, key: Any, value: Any, spec: VisionSpec) -> Any:
+    """Softmax between two products, shapes fixed."""
+    length, heads = spec.num_patches + 1, spec.num_attention_heads
+    head_dim = spec.hidden_size // heads
+    split = [1, length, heads, head_dim]
+    query = op.Transpose(op.Reshape(op.Mul(query, head_dim**-0.5), split), perm=[0, 2, 1, 3])
+    key = op.Transpose(op.Reshape(key, split), perm=[0, 2, 3, 1])
+    value = op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3])
+    mixed = op.MatMul(op.Softmax(op.MatMul(query, key), axis=-1), value)
+    return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [1, length, spec.hidden_size])
+
+
+def fused_quick_gelu(op: Any, x: Any) -> Any:
+    """One operator of ONNX Runtime."""
+    return op.QuickGelu(x, alpha=1.702, _domain=CONTRIB)
+
+
+def standard_quick_gelu(op: Any, x: Any) -> Any:
+    """As it is defined."""
+    return op.Mul(x, op.Sigmoid(op.Mul(x, 1.702)))
+
+
+CPU = Dialect({"": 20, CONTRIB: 1}, fused_attention, fused_quick_gelu)
+STANDARD = Dialect({"": 21}, standard_attention, standard_quick_gelu)
+"""Opset 21 is the first whose QuantizeLinear has 16 bits."""

@@ -6,10 +6,11 @@ from __future__ import annotations
 import io
 import logging
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,14 +25,23 @@ from mobilevlm.export.graph.dialects import STANDARD
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.linear_groups import linear_groups
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
-from mobilevlm.export.recipes import LinearFormat, Recipe
+from mobilevlm.export.recipes import CalibratorName, LinearFormat, Recipe
 from mobilevlm.export.written import Written
 from mobilevlm.image import ImageInput, open_image, preprocess
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.spec import ImageSpec, ModelSpec
 
-CALIBRATORS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
-"""As onnxruntime names them."""
+Inputs: TypeAlias = dict[str, NDArray[np.uint8]]
+
+CALIBRATORS: dict[CalibratorName, tuple[str, dict[str, Any]]] = {
+    "minmax": ("MinMaxCalibrater", {}),
+    "percentile": ("PercentileCalibrater", {"num_bins": 2048, "percentile": 99.999}),
+    "entropy": ("EntropyCalibrater", {"num_bins": 256, "num_quantized_bins": 128}),
+}
+"""Classes of onnxruntime. Its own 128 bins of entropy leave nothing to choose from: the search
+begins with as many as there are quantized ones; its time grows with their cube."""
+_KEPT = {"Cast", "DequantizeLinear", "QuantizeLinear"}
+"""Operators that are not quantized."""
 _FLOAT = LinearFormat("fp32")
 _INLINE_BYTES = 1024
 """Smaller tensors are kept inside the .onnx file."""
@@ -70,11 +80,11 @@ def author_qdq(
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
     floats = replace(recipe, tower=_FLOAT, projector=_FLOAT)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        source, fixed = Path(folder) / "float.onnx", Path(folder) / "fixed.onnx"
+        source = Path(folder) / "float.onnx"
         author_vision(weights, spec, floats, source, advance, hessian, dialect=STANDARD)
-        with progress.track("calibration", len(pictures)) as seen:
-            _quantize(source, fixed, recipe.tower, _Pictures(pictures, spec.image, seen))
-        model = onnx.load(fixed)
+        with progress.track("calibration", len(pictures)) as seen, _silent():
+            inputs = _inputs(pictures, spec.image, seen)
+            model = _quantized(source, recipe.tower, inputs)
     model.producer_name, model.producer_version = "mobilevlm", ""
     location = data_path(path).name
     onnx.save_model(
@@ -83,45 +93,67 @@ def author_qdq(
     return Written(_weight_errors(weights, path, spec))
 
 
-class _Pictures:
-    """Hands pictures to onnxruntime's calibrators (its ``CalibrationDataReader``), one at a time:
-    they forget the activations of one before the next."""
+class _Once:
+    """One input for onnxruntime's calibrators (a ``CalibrationDataReader``), which keep the
+    activations of all that a reader has."""
 
-    def __init__(self, pictures: Sequence[ImageInput], image: ImageSpec, seen: Advance) -> None:
-        self._pictures, self._image, self._seen = pictures, image, seen
-        self.set_range(0, len(pictures))
+    def __init__(self, item: Inputs) -> None:
+        self._left = [item]
 
-    def __len__(self) -> int:
-        return len(self._pictures)
-
-    def set_range(self, start_index: int, end_index: int) -> None:
-        self._left = iter(self._pictures[start_index:end_index])
-
-    def get_next(self) -> dict[str, NDArray[np.uint8]] | None:
-        picture = next(self._left, None)
-        if picture is None:
-            return None
-        self._seen(1)
-        return {"pixels": preprocess(open_image(picture), self._image)[None]}
+    def get_next(self) -> Inputs | None:
+        return self._left.pop() if self._left else None
 
 
-def _quantize(source: Path, fixed: Path, layers: LinearFormat, pictures: _Pictures) -> None:
-    from onnxruntime.quantization import CalibrationMethod, QuantType, quantize
-    from onnxruntime.quantization.quantize import get_qdq_config
+def _inputs(pictures: Sequence[ImageInput], image: ImageSpec, seen: Advance) -> Iterator[Inputs]:
+    for picture in pictures:
+        yield {"pixels": preprocess(open_image(picture), image)[None]}
+        seen(1)
 
-    config = get_qdq_config(
-        source,
-        pictures,
-        calibrate_method=CalibrationMethod[CALIBRATORS[layers.calibrator]],
-        activation_type=QuantType.QUInt8 if layers.precision == "qdq8" else QuantType.QUInt16,
-        weight_type=QuantType.QInt8,
-        weight_symmetric=True,
+
+def _quantized(source: Path, layers: LinearFormat, inputs: Iterable[Inputs]) -> Any:
+    """The graph of a file as an ``onnx.ModelProto`` in fixed point."""
+    import onnx
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+
+    onnx.shape_inference.infer_shapes_path(source)  # in place
+    model = onnx.load(source)
+    operators = sorted({node.op_type for node in model.graph.node} - _KEPT)
+    ranges = _ranges(source, layers.calibrator, operators, inputs)
+    quantizer = QDQQuantizer(
+        model,
         per_channel=True,
         reduce_range=layers.int8_weight_bits == 7,
-        extra_options={"CalibStridedMinMax": 1},  # pictures at once, of all calibrators
+        weight_qType=QuantType.QInt8,
+        activation_qType=QuantType.QUInt8 if layers.precision == "qdq8" else QuantType.QUInt16,
+        tensors_range=ranges,
+        nodes_to_quantize=[],
+        nodes_to_exclude=[],
+        op_types_to_quantize=operators,
+        extra_options={"WeightSymmetric": True, "ForceQuantizeNoInputCheck": True},
     )
-    with _silent():
-        quantize(source, fixed, config)
+    quantizer.quantize_model()
+    return quantizer.model.model
+
+
+def _ranges(
+    source: Path, calibrator: CalibratorName, operators: list[str], inputs: Iterable[Inputs]
+) -> Any:
+    """What each activation reaches to, as onnxruntime's ``TensorsData``."""
+    from onnxruntime.quantization import calibrate
+
+    kind, settings = CALIBRATORS[calibrator]
+    calibrater = getattr(calibrate, kind)(
+        source,
+        operators,
+        augmented_model_path=str(source.with_name("watched.onnx")),
+        use_external_data_format=True,
+        **settings,
+    )
+    calibrater.augment_graph()
+    calibrater.create_inference_session()
+    for item in inputs:
+        calibrater.collect_data(_Once(item))
+    return calibrater.compute_data()
 
 
 @contextmanager

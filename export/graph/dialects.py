@@ -26,6 +26,9 @@ class Dialect:
     attention: Attention
     quick_gelu: Activation
     """``x · sigmoid(1.702 x)``"""
+    pixel_offset: int = 0
+    """Subtracted from pixels before the first product, and exact there: what they have in common
+    would multiply the rounding of its weights."""
 
 
 def fused_attention(op: Any, query: Any, key: Any, value: Any, spec: VisionSpec) -> Any:
@@ -58,5 +61,5 @@ def standard_quick_gelu(op: Any, x: Any) -> Any:
 
 
 CPU = Dialect({"": 20, CONTRIB: 1}, fused_attention, fused_quick_gelu)
-STANDARD = Dialect({"": 21}, standard_attention, standard_quick_gelu)
+STANDARD = Dialect({"": 21}, standard_attention, standard_quick_gelu, pixel_offset=114)
 """Opset 21 is the first whose QuantizeLinear has 16 bits."""

@@ -37,7 +37,7 @@ class ClipTower(nn.Module):  # type: ignore[misc]
         self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, dialect: Dialect
     ) -> None:
         super().__init__()
-        self.embedding = PatchEmbedding(weights, spec, image)
+        self.embedding = PatchEmbedding(weights, spec, image, dialect)
         self.pre_norm = LayerNorm(weights, "vision.pre_norm", spec.hidden_size, spec.layer_norm_eps)
         self.layers = nn.ModuleList(
             [
@@ -56,13 +56,16 @@ class ClipTower(nn.Module):  # type: ignore[misc]
 class PatchEmbedding(nn.Module):  # type: ignore[misc]
     """Patches times the convolution's weights, with class token and positions."""
 
-    def __init__(self, weights: WeightFile, spec: VisionSpec, image: ImageSpec) -> None:
+    def __init__(
+        self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, dialect: Dialect
+    ) -> None:
         super().__init__()
+        self.pixel_offset = dialect.pixel_offset
         self.grid, self.patch = spec.grid, spec.patch_size
         hidden, patch = spec.hidden_size, spec.patch_size
         stored = weights.read("vision.patch_embedding.weight", hidden, 3, patch, patch)
         kernel = stored.astype(np.float64).transpose(2, 3, 1, 0)  # (patch, patch, 3, hidden)
-        mean, std = np.asarray(image.mean), np.asarray(image.std)
+        mean, std = np.asarray(image.mean) - self.pixel_offset / 255, np.asarray(image.std)
         bias = -(kernel / std[:, None] * mean[:, None]).sum(axis=(0, 1, 2))
         kernel = (kernel / (255.0 * std)[:, None]).reshape(-1, hidden)
         positions = weights.read(
@@ -80,7 +83,10 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         patches = op.Reshape(pixels, [1, grid, patch, grid, patch, 3])
         patches = op.Transpose(patches, perm=[0, 1, 3, 2, 4, 5])
         patches = op.Reshape(patches, [1, grid * grid, patch * patch * 3])
-        hidden = op.MatMul(op.Cast(patches, to=FLOAT), self.weight)
+        patches = op.Cast(patches, to=FLOAT)
+        if self.pixel_offset:
+            patches = op.Sub(patches, float(self.pixel_offset))
+        hidden = op.MatMul(patches, self.weight)
         return op.Concat(self.class_token, op.Add(hidden, self.positions), axis=1)
 
 

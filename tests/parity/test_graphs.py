@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import onnx_ir
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.author import author_decoder, author_embeddings, author_vision
+from mobilevlm.export.graph.dialects import STANDARD
 from mobilevlm.export.quantize import rtn
 from mobilevlm.export.quantize.blocks import INT8, Scheme, dequantize
 from mobilevlm.export.recipes import RECIPES, Recipe
@@ -143,6 +144,19 @@ def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 # Limits of the float32 graphs: as for the torch reference (test_reference.py).
+
+
+def test_the_vision_graph_in_standard_operators_gives_the_same(
+    exact: Authored, tmp_path: Path
+) -> None:
+    model = exact.model
+    path = tmp_path / "vision.onnx"
+    author_vision(model.weights, model.spec, exact.recipe, path, dialect=STANDARD)
+    assert {node.domain for node in ir.load(path).graph} == {""}
+    pixels = preprocess(open_image(exact.fixture.image), model.spec.image)
+    # Float32 sums in another order.
+    for found, expected in zip(run_vision(path, pixels), exact.vision(), strict=True):
+        assert relative_error(found, expected) <= 1e-5
 
 
 def test_fp32_vision_graph_gives_the_official_features_and_visual_tokens(exact: Authored) -> None:
@@ -268,7 +282,7 @@ def test_experts_in_one_operator_and_one_by_one_are_the_same_integers(
     for form in ("fused", "plain"):
         (tmp_path / form).mkdir()
         author(fixture_named(name), "int4", tmp_path / form, form)
-        graph = onnx_ir.load(tmp_path / form / "decoder.onnx").graph
+        graph = ir.load(tmp_path / form / "decoder.onnx").graph
         for key, value in graph.initializers.items():
             if key.startswith(f"decoder.layers.{layer}.mlp.experts."):
                 assert value.const_value is not None

@@ -55,6 +55,18 @@ def test_names_go_before_patterns_and_the_last_pattern_counts(mobilevlm_v2: Fixt
     assert recipe.format_of("decoder.lm_head") is recipe.lm_head
 
 
+@pytest.mark.parametrize("name", ["vision.layers.0.mlp.fc1", "projector.*", "*"])
+def test_no_layer_of_a_fixed_point_stage_has_a_format_of_its_own(
+    mobilevlm_v2: Fixture, name: str
+) -> None:
+    fixed = LinearFormat("qdq8")
+    recipe = replace(RECIPES["int4"], tower=fixed, projector=fixed, layers={name: Q8})
+    with pytest.raises(MobileVLMError, match="is in a graph that is qdq8 as a whole"):
+        expand_layers(recipe, mobilevlm_v2.model.spec)
+    decoder = replace(recipe, layers={"decoder.*": Q8})
+    assert expand_layers(decoder, mobilevlm_v2.model.spec).layers
+
+
 def test_layers_of_one_product_must_agree(mobilevlm_v2: Fixture) -> None:
     same = {"decoder__layers__0__attn__q_proj": Q8, "decoder__layers__0__attn__v_proj": Q8}
     assert expanded(mobilevlm_v2, **same).layers == dict.fromkeys(QKV, Q8)

@@ -1,0 +1,173 @@
+"""The vision stage in fixed point through plain ONNX Runtime sessions of the runtime, against the
+reference with the graph's own weights: what is left is the rounding of activations."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import Fixture, relative_error
+from numpy.typing import NDArray
+from PIL import Image
+from test_graphs import in_memory, vision_spec
+
+from mobilevlm.checkpoint import TensorRef
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.calibration import Sample
+from mobilevlm.export.graph.reading import OnnxTensors
+from mobilevlm.export.qdq import author_qdq
+from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe
+from mobilevlm.families import Model
+from mobilevlm.image import open_image, preprocess
+from mobilevlm.reference import load_reference
+from mobilevlm.runtime.engines.onnx import OnnxVision
+
+Array = NDArray[np.float32]
+
+
+def recipe(precision: str, calibrator: str = "minmax") -> Recipe:
+    layers = LinearFormat(precision, calibrator=calibrator)  # type: ignore[arg-type]
+    return replace(RECIPES["fp32"], tower=layers, projector=layers)
+
+
+def author(
+    model: Model, image: Path | Image.Image, settings: Recipe, path: Path
+) -> dict[str, float]:
+    samples = [Sample("", "", (image,))]
+    return author_qdq(samples, model.weights, model.spec, settings, path)
+
+
+def run(path: Path, pixels: NDArray[np.uint8]) -> tuple[Array, Array]:
+    """Features and visual tokens."""
+    engine = OnnxVision(path, threads=2)
+    return engine.features(pixels), engine.encode(pixels)
+
+
+def with_stored_weights(model: Model, path: Path) -> Model:
+    stored = OnnxTensors(path, model.spec, model.weights)
+    refs = {name: TensorRef(stored, name) for name in stored.names}
+    return replace(model, weights=model.weights.replaced(refs))
+
+
+def reference(model: Model, pixels: NDArray[np.uint8]) -> tuple[Array, Array]:
+    ready = load_reference(model)
+    with torch.no_grad():
+        return ready.features(pixels).numpy(), ready.visual_tokens(pixels).numpy()
+
+
+# Measured on the five fixtures (largest): MEASURED16 and MEASURED8. The patch embedding and the
+# projector's convolutions are not read back, so their weights' 8 bits are in it.
+@pytest.mark.parametrize(("precision", "limit"), [("qdq16", 0.01), ("qdq8", 0.1)])
+def test_a_fixed_point_graph_equals_the_reference_with_its_weights(
+    fixture: Fixture, precision: str, limit: float, tmp_path: Path
+) -> None:
+    model, path = fixture.model, tmp_path / "vision.onnx"
+    author(model, fixture.image, recipe(precision), path)
+    pixels = preprocess(open_image(fixture.image), model.spec.image)
+    expected = reference(with_stored_weights(model, path), pixels)
+    for found, wanted in zip(run(path, pixels), expected, strict=True):
+        print("MEASURED", precision, fixture.name, relative_error(found, wanted))
+        assert relative_error(found, wanted) <= limit
+
+
+@pytest.mark.parametrize("kind", ["ldpv2 bins overlap", "ldp odd grid", "exact gelu"])
+def test_a_fixed_point_graph_of_an_unusual_grid_equals_the_reference_with_its_weights(
+    kind: str, tmp_path: Path
+) -> None:
+    specs = {
+        "ldpv2 bins overlap": vision_spec("ldpv2", 16, 12),
+        "ldp odd grid": vision_spec("ldp", 15, 8),
+        "exact gelu": vision_spec("mlp", 6, 6, border=5),
+    }
+    spec = specs[kind]
+    model, path = in_memory(spec, tmp_path), tmp_path / "vision.onnx"
+    edge = spec.image.size
+    pixels = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
+    author(model, Image.fromarray(pixels), recipe("qdq16"), path)
+    expected = reference(with_stored_weights(model, path), pixels)
+    for found, wanted in zip(run(path, pixels), expected, strict=True):
+        assert relative_error(found, wanted) <= 0.01
+
+
+@pytest.mark.parametrize("precision", ["qdq8", "qdq16"])
+def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
+    mobilevlm_v2: Fixture, precision: str, tmp_path: Path
+) -> None:
+    model, path = mobilevlm_v2.model, tmp_path / "vision.onnx"
+    errors = author(model, mobilevlm_v2.image, recipe(precision), path)
+    graph = ir.load(path).graph
+    assert {node.domain for node in graph} == {""}
+    bits = 7 if precision == "qdq8" else 8  # what is right everywhere, as long as none are chosen
+    products = [node for node in graph if node.op_type == "MatMul"]
+    products = [node for node in products if node.inputs[1].producer().inputs[0].is_initializer()]
+    assert len(products) == 1 + 4 * model.spec.vision.num_hidden_layers + model.spec.projector.depth
+    for node in products:
+        numbers, scale = (value.const_value for value in node.inputs[1].producer().inputs[:2])
+        assert numbers.dtype == ir.DataType.INT8 and scale.shape == numbers.shape[1:]
+        assert np.abs(numbers.numpy().astype(int)).max() == 2 ** (bits - 1) - (bits == 8)
+    assert all(0 < error < 0.05 for error in errors.values())
+    assert "projector.mlp.0" in errors
+
+
+def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
+    for precision, dtype in (("qdq8", ir.DataType.UINT8), ("qdq16", ir.DataType.UINT16)):
+        path = tmp_path / f"{precision}.onnx"
+        author(mobilevlm_v2.model, mobilevlm_v2.image, recipe(precision), path)
+        graph = ir.load(path).graph
+        zero_points = [node.inputs[2] for node in graph if node.op_type == "QuantizeLinear"]
+        assert zero_points and {value.const_value.dtype for value in zero_points} == {dtype}
+
+
+def test_calibrators_choose_ranges_of_their_own(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
+    model = mobilevlm_v2.model
+    ranges = {}
+    for calibrator in ("minmax", "percentile", "entropy"):
+        path = tmp_path / f"{calibrator}.onnx"
+        author(model, mobilevlm_v2.image, recipe("qdq8", calibrator), path)
+        nodes = [node for node in ir.load(path).graph if node.op_type == "QuantizeLinear"]
+        ranges[calibrator] = np.array([node.inputs[1].const_value.numpy() for node in nodes])
+    # None is wider than that of all values (1e-6: float32), and clipping makes some narrower.
+    for calibrator in ("percentile", "entropy"):
+        assert (ranges[calibrator] <= ranges["minmax"] * (1 + 1e-6)).all(), calibrator
+        assert (ranges[calibrator] < ranges["minmax"] * 0.999).any(), calibrator
+    assert (ranges["percentile"] != ranges["entropy"]).any()
+
+
+def test_ranges_cover_all_calibration_pictures(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
+    """A bright picture after a black one widens the range of the pixels."""
+    model, size = mobilevlm_v2.model, mobilevlm_v2.model.spec.image.size
+    black, white = (Image.new("RGB", (size, size), (value,) * 3) for value in (0, 255))
+    path = tmp_path / "vision.onnx"
+    samples = [Sample("", "", (black,)), Sample("", "", (white, black))]
+    author_qdq(samples, model.weights, model.spec, recipe("qdq8"), path)
+    first = next(node for node in ir.load(path).graph if node.op_type == "QuantizeLinear")
+    assert float(first.inputs[1].const_value.numpy()) == pytest.approx(1)  # 255 in 8 bits
+
+
+def test_authoring_twice_gives_the_same_bytes_and_leaves_nothing_else(
+    mobilevlm_v2: Fixture, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = []
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        folder.mkdir()
+        settings = recipe("qdq16", "percentile")
+        author(mobilevlm_v2.model, mobilevlm_v2.image, settings, folder / "vision.onnx")
+        found.append({path.name: path.read_bytes() for path in folder.iterdir()})
+    assert found[0] == found[1]
+    assert sorted(found[0]) == ["vision.onnx", "vision.onnx_data"]
+    assert capfd.readouterr() == ("", "")  # onnxruntime's quantizer prints
+    assert logging.root.manager.disable == logging.NOTSET
+
+
+def test_samples_without_pictures_are_refused(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
+    model = mobilevlm_v2.model
+    with pytest.raises(MobileVLMError, match="no sample has a picture"):
+        author_qdq(
+            [Sample("Hi", "", ())], model.weights, model.spec, recipe("qdq8"), tmp_path / "v.onnx"
+        )
+    assert not list(tmp_path.iterdir())

@@ -248,9 +248,9 @@ def _uniform(
 
 def _limits(vision: float, kl: float, perplexity: float, accuracy: float) -> Limits:
     """The first two are wide enough for random weights, which quantize worse than any trained
-    model: they find a broken artifact. The others are for answers that mean something: int8 may
-    cost half a point of accuracy and int4 one, and nano loses less than a tenth of the perplexity
-    that is allowed here (docs/quality.md)."""
+    model (with experts in 4 bits a KL of 0.52): they find a broken artifact. The others are for
+    answers that mean something: int8 may cost half a point of accuracy and int4 one, and nano loses
+    less than a tenth of the perplexity that is allowed here (docs/quality.md)."""
     return Limits(vision, kl, perplexity_ratio=perplexity, accuracy_loss=accuracy)
 
 
@@ -260,7 +260,7 @@ RECIPES = {
         _uniform("fp32", "fp32", "fp32", "fp32", _limits(1e-4, 1e-6, 1.001, 0.001)),
         _uniform("fp16-weights", "fp16", "fp16", "fp16", _limits(5e-3, 1e-4, 1.01, 0.002)),
         _uniform("int8", "int8", "int8", "fp16", _limits(0.15, 0.1, 1.05, 0.005)),
-        _uniform("int4", "int8", "q4", "fp16", _limits(0.15, 0.5, 1.1, 0.01)),
+        _uniform("int4", "int8", "q4", "fp16", _limits(0.15, 0.6, 1.1, 0.01)),
     )
 }
 

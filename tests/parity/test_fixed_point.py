@@ -60,9 +60,10 @@ def reference(model: Model, pixels: NDArray[np.uint8]) -> tuple[Array, Array]:
         return ready.features(pixels).numpy(), ready.visual_tokens(pixels).numpy()
 
 
-# Measured on the five fixtures (largest): MEASURED16 and MEASURED8. The patch embedding and the
-# projector's convolutions are not read back, so their weights' 8 bits are in it.
-@pytest.mark.parametrize(("precision", "limit"), [("qdq16", 0.01), ("qdq8", 0.1)])
+# Measured on the five fixtures (largest): 0.0164 and 0.21; random weights pass on each layer's
+# rounding in full. The patch embedding and the projector's convolutions are not read back, so their
+# weights' 8 bits are in it.
+@pytest.mark.parametrize(("precision", "limit"), [("qdq16", 0.02), ("qdq8", 0.26)])
 def test_a_fixed_point_graph_equals_the_reference_with_its_weights(
     fixture: Fixture, precision: str, limit: float, tmp_path: Path
 ) -> None:
@@ -71,7 +72,6 @@ def test_a_fixed_point_graph_equals_the_reference_with_its_weights(
     pixels = preprocess(open_image(fixture.image), model.spec.image)
     expected = reference(with_stored_weights(model, path), pixels)
     for found, wanted in zip(run(path, pixels), expected, strict=True):
-        print("MEASURED", precision, fixture.name, relative_error(found, wanted))
         assert relative_error(found, wanted) <= limit
 
 

@@ -123,18 +123,21 @@ def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_p
         assert zero_points and {value.const_value.dtype for value in zero_points} == {dtype}
 
 
-def test_calibrators_choose_ranges_of_their_own(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
-    model = mobilevlm_v2.model
+def test_calibrators_choose_ranges_of_their_own(tmp_path: Path) -> None:
+    spec = vision_spec("mlp", 6, 6)
+    model, edge = in_memory(spec, tmp_path), spec.image.size
+    noise = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
     ranges = {}
     for calibrator in ("minmax", "percentile", "entropy"):
         path = tmp_path / f"{calibrator}.onnx"
-        author(model, mobilevlm_v2.image, recipe("qdq8", calibrator), path)
+        author(model, Image.fromarray(noise), recipe("qdq8", calibrator), path)
         nodes = [node for node in ir.load(path).graph if node.op_type == "QuantizeLinear"]
         ranges[calibrator] = np.array([node.inputs[1].const_value.numpy() for node in nodes])
-    # None is wider than that of all values (1e-6: float32), and clipping makes some narrower.
+    # None is wider than that of all values (1e-6: float32), and clipping makes some narrower:
+    # by a bin of 2048 and of 256 at least.
     for calibrator in ("percentile", "entropy"):
         assert (ranges[calibrator] <= ranges["minmax"] * (1 + 1e-6)).all(), calibrator
-        assert (ranges[calibrator] < ranges["minmax"] * 0.999).any(), calibrator
+        assert (ranges[calibrator] < ranges["minmax"] * (1 - 2e-4)).any(), calibrator
     assert (ranges["percentile"] != ranges["entropy"]).any()
 
 

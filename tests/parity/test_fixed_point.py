@@ -99,7 +99,7 @@ def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
     mobilevlm_v2: Fixture, precision: str, tmp_path: Path
 ) -> None:
     model, path = mobilevlm_v2.model, tmp_path / "vision.onnx"
-    errors = author(model, mobilevlm_v2.image, recipe(precision), path)
+    written = author(model, mobilevlm_v2.image, recipe(precision), path)
     graph = ir.load(path).graph
     assert {node.domain for node in graph} == {""}
     bits = 7 if precision == "qdq8" else 8  # what is right everywhere, as long as none are chosen
@@ -110,7 +110,7 @@ def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
         numbers, scale = (value.const_value for value in node.inputs[1].producer().inputs[:2])
         assert numbers.dtype == ir.DataType.INT8 and scale.shape == numbers.shape[1:]
         assert np.abs(numbers.numpy().astype(int)).max() == 2 ** (bits - 1) - (bits == 8)
-    assert all(0 < error < 0.05 for error in errors.values())
+    assert all(0 < error < 0.05 for error in written.errors.values())
     assert "projector.mlp.0" in errors
 
 

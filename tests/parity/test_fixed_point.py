@@ -111,7 +111,7 @@ def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
         assert numbers.dtype == ir.DataType.INT8 and scale.shape == numbers.shape[1:]
         assert np.abs(numbers.numpy().astype(int)).max() == 2 ** (bits - 1) - (bits == 8)
     assert all(0 < error < 0.05 for error in written.errors.values())
-    assert "projector.mlp.0" in errors
+    assert "projector.mlp.0" in written.errors
 
 
 def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
@@ -133,11 +133,11 @@ def test_calibrators_choose_ranges_of_their_own(tmp_path: Path) -> None:
         author(model, Image.fromarray(noise), recipe("qdq8", calibrator), path)
         nodes = [node for node in ir.load(path).graph if node.op_type == "QuantizeLinear"]
         ranges[calibrator] = np.array([node.inputs[1].const_value.numpy() for node in nodes])
-    # None is wider than that of all values (1e-6: float32), and clipping makes some narrower:
-    # by a bin of 2048 and of 256 at least.
+    # None is wider than that of all values (1e-6: float32). Percentiles always clip something;
+    # entropy need not where values have no tails, as with random weights.
     for calibrator in ("percentile", "entropy"):
         assert (ranges[calibrator] <= ranges["minmax"] * (1 + 1e-6)).all(), calibrator
-        assert (ranges[calibrator] < ranges["minmax"] * (1 - 2e-4)).any(), calibrator
+    assert (ranges["percentile"] < ranges["minmax"] * (1 - 2e-4)).any()
     assert (ranges["percentile"] != ranges["entropy"]).any()
 
 

@@ -100,7 +100,7 @@ def watch_vision(
     for index, layer in enumerate(reference.vision.layers):
         name = f"vision.layers.{index}"
         yield _pass(layer, name, layer, hidden, wanted, hessian)
-    features = [item[:, 1:] for item in hidden]
+    features = [reference.vision.features(item) for item in hidden]
     del hidden
     yield _pass(reference.projector, "projector", reference.projector, features, wanted, hessian)
 
@@ -214,7 +214,7 @@ def _finished(sums: dict[str, _Sums]) -> Block:
 def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
     """Pictures of the samples, as many as there is room for."""
     pictures = [picture for sample in samples for picture in sample.images]
-    room = max(1, MAX_POSITIONS // (model.spec.vision.num_patches + 1))
+    room = max(1, MAX_POSITIONS // model.spec.vision.num_positions)
     if len(pictures) > room:
         progress.say(f"calibration the tower sees {room} of {len(pictures)} pictures")
     return pictures[:room]
@@ -222,7 +222,7 @@ def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
 
 @torch.no_grad()
 def embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[Tensor]:
-    """Input of the first layer ``(1, num_patches + 1, hidden_size)`` of each."""
+    """Input of the first layer ``(1, num_positions, hidden_size)`` of each."""
     tower, spec = reference.vision, reference.spec.image
     with ExitStack() as stack:
         for block in (tower.patch_embedding, tower.position_embedding, tower.pre_norm):
@@ -273,7 +273,7 @@ def _embed_samples(
     for index, layer in enumerate(reference.vision.layers):
         _pass(layer, f"vision.layers.{index}", layer, visual, lambda _: False, False)
     with held(reference.projector):
-        tokens = iter([reference.projector(item[:, 1:])[0] for item in visual])
+        tokens = iter([reference.projector(reference.vision.features(item))[0] for item in visual])
     with held(reference.decoder.embed_tokens):
         return [
             reference.embed(sample_ids(model, sample), [next(tokens) for _ in sample.images])[None]

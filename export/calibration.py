@@ -161,9 +161,9 @@ def sample_ids(model: Model, sample: Sample) -> list[int]:
     Raises:
         PromptError: a token that the model has no embedding for.
     """
-    text = sample_text(model.spec, sample)
-    vocab_size = model.spec.decoder.vocab_size
-    return input_ids(model.tokenizer, text, len(sample.images), vocab_size)
+    spec, text = model.spec, sample_text(model.spec, sample)
+    images, vocab_size = len(sample.images), spec.decoder.vocab_size
+    return input_ids(model.tokenizer, spec.conversation, text, images, vocab_size)
 
 
 def sample_text(spec: ModelSpec, sample: Sample) -> str:

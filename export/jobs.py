@@ -133,18 +133,18 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
 
 def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
-    """Both stages of a model as GGUF files, named by the convention of the format."""
+    """Both stages of a model as GGUF files, named by the convention of the format; only the decoder
+    where llama.cpp has no graph for the other."""
     try:
         from mobilevlm.export.gguf.decoder import write_decoder
         from mobilevlm.export.gguf.importance import find_importance
         from mobilevlm.export.gguf.llama_quantizer import quantizer_version
-        from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
+        from mobilevlm.export.gguf.mmproj import obstacle, write_mmproj
         from mobilevlm.export.gguf.tensors import TYPES
     except ImportError as error:
         raise require(error.name or "gguf", "export", "exporting to GGUF") from None
     spec = model.spec
     architecture = gguf_architecture(spec.decoder)
-    check_support(spec)
     name = re.sub(r"[^\w.-]+", "-", spec.name)
 
     def job(
@@ -211,6 +211,8 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
             decoder,
         ),
     ]
+    if obstacle(spec):
+        jobs = jobs[-1:]
     if importance is not None:
         jobs[-1] = replace(jobs[-1], prepare=importance.load)
     return jobs

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from mobilevlm.spec import ModelSpec
 
@@ -43,9 +44,8 @@ def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
         yield LinearGroup((f"{attn}.out_proj",), size, (size,))
         yield LinearGroup((f"{mlp}.fc1",), size, (wide,))
         yield LinearGroup((f"{mlp}.fc2",), wide, (size,))
-    for index in range(projector.depth):
-        in_size = projector.in_size if index == 0 else projector.out_size
-        yield LinearGroup((f"projector.mlp.{index}",), in_size, (projector.out_size,))
+    for index, (in_size, out_size) in enumerate(pairwise(projector.mlp_sizes)):
+        yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,))
     size, wide = decoder.hidden_size, decoder.intermediate_size
     queries = decoder.num_attention_heads * decoder.head_dim
     keys = decoder.num_key_value_heads * decoder.head_dim

@@ -252,7 +252,7 @@ def exact_pictures(
     """The tower's features and the visual tokens of all pictures."""
     states = embed_pictures(reference, [image for sample in samples for image in sample.images])
     states = last_states(tower_states(reference, states), states)
-    features = (state[0, 1:] for state in states)
+    features = (reference.vision.features(state)[0] for state in states)
     return zip(features, project(reference, states), strict=True)
 
 

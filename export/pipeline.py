@@ -70,6 +70,7 @@ def export(
     formats: Sequence[str] = ("onnx",),
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
+    variant: str | None = None,
     measure: bool = True,
     gguf_type: GGUFType | None = None,
     imatrix: str | PathLike[str] | None = None,
@@ -81,12 +82,13 @@ def export(
 
     ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4`` or a TOML file. ``vision_tower``: the
     tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1``,
-    ``llava_v1``, ``phi`` …, where the family's default is wrong. ``measure``: compare the result
-    with the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
-    ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
-    importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
-    (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
-    recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
+    ``llava_v1``, ``phi`` …, where the family's default is wrong. ``variant``: which official
+    behaviour, where there are several and the checkpoint tells the wrong one. ``measure``: compare
+    the result with the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf``
+    or both; ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of
+    an importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL
+    file (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where
+    the recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
     machine: 7 for x86 without VNNI, 8 for all others.
 
     Raises:
@@ -104,11 +106,12 @@ def export(
     if imatrix is not None or calibration is not None:
         chosen = _with_data(chosen, imatrix, calibration, formats)
     chosen = _with_weight_bits(chosen, weight_bits, formats)
-    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
+    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation, variant)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
     chosen = expand_layers(chosen, model.spec)
     jobs = [job for form in formats for job in JOBS[form](model, chosen)]
+    _check_vision(model, jobs)
     with open_workspace(target) as work:
         artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
@@ -134,6 +137,7 @@ def export_imatrix(
     calibration: str | PathLike[str] = "scenes",
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
+    variant: str | None = None,
 ) -> None:
     """Collects an importance matrix of a checkpoint folder and writes it in llama.cpp's format.
 
@@ -154,7 +158,7 @@ def export_imatrix(
     start = time.perf_counter()
     target = Path(path)
     check_imatrix_target(target)
-    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
+    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation, variant)
     model = open_checkpoint(Path(checkpoint), options)
     architecture = gguf_architecture(model.spec.decoder)
     if is_own(architecture):
@@ -218,13 +222,25 @@ def _open(
     if options != OpenOptions() or "gguf" in formats:
         raise MobileVLMError(
             f"{checkpoint}: a GGUF file becomes ONNX only, and carries its tower and conversation: "
-            f"leave --format, --vision-tower and --conversation out"
+            f"leave --format, --vision-tower, --conversation and --variant out"
         )
     try:
         from mobilevlm.export.gguf.source import open_gguf
     except ImportError as error:
         raise require(error.name or "gguf", "export", f"reading {checkpoint}") from None
     return open_gguf(checkpoint, mmproj)
+
+
+def _check_vision(model: Model, jobs: Sequence[Job]) -> None:
+    """Raises MobileVLMError: nothing would see the pictures, since llama.cpp cannot."""
+    forms = {(job.artifact.stage, job.artifact.format) for job in jobs}
+    if ("decoder", "gguf") not in forms or ("vision", "gguf") in forms:
+        return
+    from mobilevlm.export.gguf.mmproj import check_support, obstacle
+
+    if ("vision", "onnx") not in forms:
+        check_support(model.spec)
+    progress.say(f"vision      no GGUF file ({obstacle(model.spec)}): engine hybrid uses ONNX")
 
 
 def _make(job: Job, work: Workspace) -> Artifact:
@@ -278,6 +294,9 @@ def _measure(
     obstacles: dict[str, str] = {}
     for form in _formats_of(draft.artifacts):
         artifacts = tuple(part for part in draft.artifacts if part.format == form)
+        if all(part.stage != "vision" for part in artifacts):  # llama.cpp cannot see: hybrid
+            seeing = (part for part in draft.artifacts if part.stage == "vision")
+            artifacts = (*artifacts, *seeing)
         obstacle = _obstacle(model, work, artifacts) if wanted else "not wanted"
         if obstacle:
             obstacles[form] = obstacle

@@ -170,7 +170,7 @@ class Probe:
         def project(number: int, state: Tensor) -> Tensor:
             embeds = self._templates[number].clone()
             if len(state):
-                tokens: Tensor = reference.projector(state[:, 1:])
+                tokens: Tensor = reference.projector(tower.features(state))
                 embeds[self._places[number]] = tokens.flatten(0, 1)
             return embeds[None]
 

@@ -150,6 +150,7 @@ def verify(
     threads: int | None = None,
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
+    variant: str | None = None,
     layers: bool = False,
 ) -> Verification:
     """Compares a bundle with the float32 reference of the checkpoint that it was made from.
@@ -165,7 +166,8 @@ def verify(
     """
     ready = open_bundle(bundle_path(Path(bundle), engine))
     engine = choose_engine(ready, engine)
-    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
+    variant = variant or ready.manifest.spec.variant or None
+    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation, variant)
     model = open_checkpoint(Path(checkpoint), options)
     _check_spec(ready, model)
     stored = artifact_weights(model, ready, engine)
@@ -253,6 +255,7 @@ def _run_suite(
             measure=False,
             vision_tower=options.vision_tower,
             conversation=options.conversation,
+            variant=options.variant,
         )
         results = []
         for ready, runs in ((bundle, engine), (open_bundle(path), "onnx")):

@@ -386,3 +386,18 @@ class Weights:
                 ref = self._refs[name]
                 digest.update(f"{name} {ref.name} {ref.files.sha256}\n".encode())
         return digest.hexdigest()
+
+
+def check_presence(refs: Mapping[str, TensorRef]) -> None:
+    """Names a missing tensor before any work begins.
+
+    Raises:
+        CheckpointError: the files lack some.
+    """
+    missing = [ref for ref in refs.values() if ref.name not in ref.files]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CheckpointError(
+            f"{missing[0].files.folder}: tensor {missing[0].name!r} is missing{more}: the weights "
+            f"do not fit config.json"
+        )

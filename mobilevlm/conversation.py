@@ -41,15 +41,19 @@ class TwoSeparators:
     """After each answer."""
 
 
-def two_separator_template(style: TwoSeparators, image_mark: str = IMAGE_PLACEHOLDER) -> str:
+def two_separator_template(
+    style: TwoSeparators, image_mark: str = IMAGE_PLACEHOLDER, line_break: bool = True
+) -> str:
     """The Jinja template of such a conversation.
 
-    A picture given as a part stands first in its turn, followed by a line break. ``image_mark`` is
-    what the checkpoint was trained to see in its place (``<im_start><image><im_end>`` for some).
+    A picture given as a part stands first in its turn, followed by a line break where the
+    checkpoint was trained with one. ``image_mark`` is what it was trained to see in the picture's
+    place (``<im_start><image><im_end>`` for some).
     """
     system = style.system.replace("'", "\\'")
+    part = image_mark + ("\\n" if line_break else "")
     template = _TWO_SEPARATORS.replace("SYSTEM", system).replace("MARK", image_mark)
-    return template.replace("END", style.end)
+    return template.replace("PART", part).replace("END", style.end)
 
 
 _TWO_SEPARATORS = """\
@@ -64,7 +68,7 @@ _TWO_SEPARATORS = """\
   {%- if message['content'] is string -%}
     {{- marked(message['content']) -}}
   {%- else -%}
-    {%- for part in message['content'] if part['type'] == 'image' -%}{{- 'MARK\\n' -}}{%- endfor -%}
+    {%- for part in message['content'] if part['type'] == 'image' -%}{{- 'PART' -}}{%- endfor -%}
     {%- for part in message['content'] if part['type'] == 'text' -%}
       {{- marked(part['text']) -}}
     {%- endfor -%}
@@ -125,12 +129,14 @@ def _template(source: str) -> Template:
     return ImmutableSandboxedEnvironment().from_string(source)
 
 
-def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
+def tokenize(
+    tokenizer: Tokenizer, text: str, conversation: ConversationSpec | None = None
+) -> list[int]:
     """Prompt text to input ids, -200 where ``<image>`` stands.
 
-    Each piece of text between images is tokenized alone, so it begins with the tokenizer's
-    leading space piece; the beginning-of-text id is kept in front of the first only
-    (``tokenizer_image_token`` of the reference code).
+    Unless the conversation says otherwise, each piece of text between images is tokenized alone, so
+    it begins with the tokenizer's leading space piece; the beginning-of-text id is kept in front of
+    the first only (``tokenizer_image_token`` of the reference code).
 
     Raises:
         PromptError: the text holds what is no character (from a command line that is not UTF-8).
@@ -142,11 +148,37 @@ def tokenize(tokenizer: Tokenizer, text: str) -> list[int]:
             f"the prompt holds {text[error.start]!r} at character {error.start}, which is not "
             f"text: give it in UTF-8"
         ) from None
+    if conversation is not None and conversation.tokenization == "joined":
+        image = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
+        ids = [IMAGE_TOKEN_ID if token == image else token for token in tokenizer.encode(text).ids]
+    else:
+        ids = _tokenize_apart(tokenizer, text)
+    after = conversation.image_end_ids if conversation is not None else ()
+    if not after:
+        return ids
+    return [part for token in ids for part in ((token, *after) if token < 0 else (token,))]
+
+
+def _tokenize_apart(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: list[int] = []
     for index, chunk in enumerate(text.split(IMAGE_PLACEHOLDER)):
         piece = tokenizer.encode(chunk, add_special_tokens=index == 0).ids
         ids += piece if index == 0 else [IMAGE_TOKEN_ID, *piece]
     return ids
+
+
+def official_ids(ids: Sequence[int], conversation: ConversationSpec) -> list[int]:
+    """Ids of :func:`tokenize` as the official code has them, with its own mark for an image."""
+    found: list[int] = []
+    place = 0
+    while place < len(ids):
+        if ids[place] == IMAGE_TOKEN_ID:
+            found += conversation.placeholder_ids
+            place += len(conversation.image_end_ids)
+        else:
+            found.append(ids[place])
+        place += 1
+    return found
 
 
 def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int]:
@@ -158,7 +190,7 @@ def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int
     """
     questions = [("What is it?", 0), ("What is it?", 1), ("0", 0), ("été", 1)]
     prompts = [
-        tokenize(tokenizer, render(conversation, [user_message(text, images)]))
+        tokenize(tokenizer, render(conversation, [user_message(text, images)]), conversation)
         for text, images in questions
     ]
     agreed = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
@@ -166,14 +198,16 @@ def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int
     return shared if len(shared) >= SHORTEST_SYSTEM_PROMPT else []
 
 
-def input_ids(tokenizer: Tokenizer, text: str, images: int, vocab_size: int) -> list[int]:
+def input_ids(
+    tokenizer: Tokenizer, conversation: ConversationSpec, text: str, images: int, vocab_size: int
+) -> list[int]:
     """Prompt text to input ids that the model can take: see :func:`tokenize`.
 
     Raises:
         PromptError: a token that the model has no embedding for, or the number of ``<image>`` is
             not the number of images.
     """
-    ids = tokenize(tokenizer, text)
+    ids = tokenize(tokenizer, text, conversation)
     beyond = [token for token in ids if token >= vocab_size]
     if beyond:
         raise PromptError(

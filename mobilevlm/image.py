@@ -1,8 +1,9 @@
 """Picture file to the uint8 pixels that the vision stage takes.
 
-The same steps as the reference code's CLIP image processor, with Pillow: pad to a square with the
-mean colour (or not), resize the shortest edge with bicubic filtering, crop the centre. The last
-step, ``(pixel / 255 - mean) / std``, is folded into the first layer of the exported graph.
+The same steps as the reference code's image processors, with Pillow: pad to a square with the mean
+colour (or not), resize the shortest edge with bicubic filtering, crop the centre; or resize
+straight to the square (SigLIP's and BLIP's). The last step, ``(pixel / 255 - mean) / std``, is
+folded into the first layer of the exported graph.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def preprocess(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
     Raises:
         ImageError: the picture is too long to be padded to a square.
     """
-    if spec.aspect == "pad":
+    if spec.aspect == "resize":
+        image = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
+    elif spec.aspect == "pad":
         image = _pad_and_resize(image, spec.pad_color, spec.shortest_edge)
     else:
         image = _resize_shortest_edge(image, spec.shortest_edge)

@@ -29,8 +29,9 @@ class ImageSpec:
     """Edge of the square that the tower takes, in pixels."""
     shortest_edge: int
     """The shorter edge is resized to this before the centre crop."""
-    aspect: Literal["pad", "crop"]
-    """``pad``: first pad to a square with the mean colour; ``crop``: centre crop cuts the rest."""
+    aspect: Literal["pad", "crop", "resize"]
+    """``pad``: first pad to a square with the mean colour; ``crop``: centre crop cuts the rest;
+    ``resize``: straight to the square, whatever the shape."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
@@ -43,7 +44,11 @@ class ImageSpec:
 
 @dataclass(frozen=True)
 class VisionSpec:
-    """A CLIP vision transformer, cut after the layer whose features are used."""
+    """A vision transformer, cut after the layer whose features are used; with all defaults CLIP's.
+
+    SigLIP's (VILA) has no class token; BLIP-2's (of EVA's shape) gives its class token on, after
+    the final norm.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -52,8 +57,19 @@ class VisionSpec:
     num_attention_heads: int
     image_size: int
     patch_size: int
-    hidden_act: Literal["quick_gelu", "gelu"]
+    hidden_act: Literal["quick_gelu", "gelu", "gelu_tanh"]
+    """``gelu_tanh`` is GELU by its tanh approximation."""
     layer_norm_eps: float
+    class_token: bool = True
+    """A learned token before those of the patches, with a position of its own."""
+    patch_bias: bool = False
+    """Of the patch embedding."""
+    pre_norm: bool = True
+    """A norm before the first layer."""
+    post_norm: bool = False
+    """The features are those after the tower's final norm."""
+    class_feature: bool = False
+    """The class token's state is among the features, first; else it is dropped."""
 
     @property
     def grid(self) -> int:
@@ -65,17 +81,28 @@ class VisionSpec:
         return self.grid * self.grid
 
     @property
+    def num_positions(self) -> int:
+        """Tokens inside the tower."""
+        return self.num_patches + self.class_token
+
+    @property
+    def num_features(self) -> int:
+        """Tokens that come out of it."""
+        return self.num_patches + self.class_feature
+
+    @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
 
 
 @dataclass(frozen=True)
 class ProjectorSpec:
-    """Patch features ``(num_patches, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
+    """Tower features ``(num_features, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
 
-    kind: Literal["mlp", "ldp", "ldpv2"]
+    kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample"]
     """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
-    it averages squares of them first."""
+    it averages squares of them first. ``mlp_downsample`` (VILA) joins the four patches of such a
+    square in one vector, which a norm and the MLP follow."""
     in_size: int
     out_size: int
     depth: int
@@ -84,6 +111,14 @@ class ProjectorSpec:
     """Patches per edge that come in."""
     out_grid: int
     """Visual tokens per edge that go out."""
+    order: Literal["rows", "columns"] = "rows"
+    """How ``mlp_downsample`` gives its squares out: row by row or column by column."""
+
+    @property
+    def mlp_sizes(self) -> list[int]:
+        """Sizes before, between and after the Linears of the MLP."""
+        in_size = self.in_size * (4 if self.kind == "mlp_downsample" else 1)
+        return [in_size] + [self.out_size] * self.depth
 
     @property
     def num_tokens(self) -> int:
@@ -188,6 +223,13 @@ class ConversationSpec:
     """Jinja template over ``messages``, as in tokenizer_config.json of the Hugging Face hub."""
     eos_token_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
+    tokenization: Literal["apart", "joined"] = "apart"
+    """``apart``: text between images is tokenized piece by piece; ``joined``: as one string, where
+    ``<image>`` is a token of the tokenizer."""
+    image_end_ids: tuple[int, ...] = ()
+    """Follow each image's visual tokens."""
+    placeholder_ids: tuple[int, ...] = (IMAGE_TOKEN_ID,)
+    """What the official code's ids have for an image, visual tokens and ``image_end_ids``."""
 
 
 @dataclass(frozen=True)
@@ -201,6 +243,8 @@ class ModelSpec:
     projector: ProjectorSpec
     decoder: DecoderSpec
     conversation: ConversationSpec
+    variant: str = ""
+    """Which of several official behaviours, for families that have them."""
 
 
 GGUFType: TypeAlias = Literal[

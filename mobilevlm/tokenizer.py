@@ -41,15 +41,16 @@ _BPE = 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 
-def read_tokenizer(folder: Path) -> Tokenizer:
+def read_tokenizer(folder: Path, legacy: bool | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint folder: ``tokenizer.model``, ranks of tiktoken, ``vocab.json``
-    with ``merges.txt``, else ``tokenizer.json``.
+    with ``merges.txt``, else ``tokenizer.json``. ``legacy``: as the official loader sets it for a
+    ``tokenizer.model``, by default as tokenizer_config.json has it.
 
     Raises:
         CheckpointError: no tokenizer, a damaged one, or a sentencepiece model that is not BPE.
     """
     if (folder / "tokenizer.model").is_file():
-        return _from_sentencepiece(folder)
+        return _from_sentencepiece(folder, legacy)
     if (ranks := find_ranks(folder)) is not None:
         return from_tiktoken(ranks)
     if (folder / VOCAB).is_file() and (folder / MERGES).is_file():
@@ -71,13 +72,15 @@ def vocabulary_length(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def _from_sentencepiece(folder: Path) -> Tokenizer:
+def _from_sentencepiece(folder: Path, legacy: bool | None) -> Tokenizer:
     path = folder / "tokenizer.model"
     model = parse_sentencepiece(path)
     if model.trainer_spec.model_type != _BPE:
         raise CheckpointError(f"{path}: expected a sentencepiece BPE model (LLaMA's kind)")
     settings = tokenizer_settings(folder)
-    tokenizer = build_tokenizer(model, legacy=bool(settings.get("legacy", True)))
+    if legacy is None:
+        legacy = bool(settings.get("legacy", True))
+    tokenizer = build_tokenizer(model, legacy)
     _add_file_tokens(tokenizer, folder, len(model.pieces))
     if settings.get("add_bos_token", True):
         begin_with(tokenizer, token_text(settings.get("bos_token")) or "<s>")

@@ -133,7 +133,7 @@ def prompt_of_length(vlm: VLM, text_tokens: int, images: int, word: str = " a") 
     """A raw prompt of exactly this many text tokens (pictures not counted), if its pieces allow:
     one word over and over."""
     prompt = IMAGE_PLACEHOLDER * images
-    while len(vlm.prompt_ids(prompt, images, raw=True)) - images < text_tokens:
+    while vlm.count_text_tokens(prompt, images, raw=True) < text_tokens:
         prompt += word
     return prompt
 

@@ -15,7 +15,14 @@ from tokenizers import Tokenizer
 
 from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
-from mobilevlm.conversation import Message, input_ids, render, system_ids, user_message
+from mobilevlm.conversation import (
+    Message,
+    input_ids,
+    official_ids,
+    render,
+    system_ids,
+    user_message,
+)
 from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
@@ -231,20 +238,22 @@ class VLM:
         return vision.encode(preprocess(open_image(image), self.spec.image))
 
     def image_features(self, image: ImageInput) -> Float32:
-        """The tower's features ``(num_patches, vision hidden_size)``; for verification."""
+        """The tower's features ``(num_features, vision hidden_size)``; for verification."""
         vision, _ = self._engines()
         return vision.features(preprocess(open_image(image), self.spec.image))
 
     def prompt_ids(
         self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False
     ) -> list[int]:
-        """Input ids, -200 where an image goes."""
-        if raw:
-            text = str(prompt)
-        else:
-            messages = [user_message(prompt, images)] if isinstance(prompt, str) else prompt
-            text = render(self.spec.conversation, messages)
-        return input_ids(self.tokenizer, text, images, self.spec.decoder.vocab_size)
+        """Input ids as the official code has them: where an image goes its mark, which is -200 in
+        most."""
+        return official_ids(self._input_ids(prompt, images, raw), self.spec.conversation)
+
+    def count_text_tokens(
+        self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False
+    ) -> int:
+        """Positions that a prompt takes beside the visual tokens of its images."""
+        return len(self._input_ids(prompt, images, raw)) - images
 
     def prompt_logits(
         self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False
@@ -278,6 +287,16 @@ class VLM:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _input_ids(self, prompt: str | Sequence[Message], images: int, raw: bool) -> list[int]:
+        """-200 where visual tokens of an image go."""
+        conversation, vocab_size = self.spec.conversation, self.spec.decoder.vocab_size
+        if raw:
+            text = str(prompt)
+        else:
+            messages = [user_message(prompt, images)] if isinstance(prompt, str) else prompt
+            text = render(conversation, messages)
+        return input_ids(self.tokenizer, conversation, text, images, vocab_size)
 
     def _engines(self) -> tuple[VisionEngine, DecoderEngine]:
         if self._vision is None or self._decoder is None:
@@ -338,7 +357,7 @@ class VLM:
         start = time.perf_counter()
         if isinstance(images, (str, bytes, PathLike, np.ndarray, Image.Image)):
             raise MobileVLMError("images: expected a list of pictures, found a single one")
-        ids = self.prompt_ids(prompt, len(images), raw)
+        ids = self._input_ids(prompt, len(images), raw)
         pixels = [preprocess(open_image(image), self.spec.image) for image in images]
         return Prompt(ids, pixels, time.perf_counter() - start)
 

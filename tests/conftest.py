@@ -1,4 +1,4 @@
-"""What the tests share: the reference data of eight tiny checkpoints.
+"""What the tests share: the reference data of tiny checkpoints.
 
 Each folder of tests/data holds a random-weight checkpoint in an official on-disk layout, a picture,
 and the numbers that the model's official code gives for it; its README.md says how they were made.
@@ -34,6 +34,9 @@ FIXTURES = ("mobilevlm_v2", "mobilevlm_v1", "llava_v15", "llava_v1", "llava_v1_i
 """Plain Llama decoders, a sentencepiece vocabulary."""
 MOE_FIXTURES = ("moe_llava_stablelm", "moe_llava_phi2", "moe_llava_qwen")
 """Sparse experts in other decoders, byte-level vocabularies."""
+FAMILY_FIXTURES = ("vila", "vila_v15")
+"""Other towers and projectors, other places of images. ``vila_v15`` is ``vila`` in its other
+official behaviour."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,9 @@ class Fixture:
 
     name: str
     folder: Path
+    variant: str | None = None
+    suffix: str = ""
+    """Ends the names of arrays that are of this variant."""
 
     @property
     def checkpoint(self) -> Path:
@@ -53,14 +59,28 @@ class Fixture:
 
     @property
     def image(self) -> Path:
-        return self.folder / "image.png"
+        return self.images[0]
+
+    @property
+    def images(self) -> list[Path]:
+        """Of the prompt."""
+        return [self.folder / name for name in self.expected.get("image_files", ["image.png"])]
+
+    @property
+    def prompt(self) -> str:
+        """The user's words, ``<image>`` where the pictures are not the first."""
+        return str(self.expected.get("user_prompt") or "".join(self.expected["prompt_parts"]))
 
     @cached_property
     def arrays(self) -> dict[str, NDArray[Any]]:
         """``pixel_values``, ``vision_features``, ``projector_output``, ``input_ids``,
         ``inputs_embeds``, ``logits``, ``generated_ids`` and ``step_logits``."""
-        with np.load(self.folder / "expected.npz") as arrays:
-            return dict(arrays)
+        with np.load(self.folder / "expected.npz") as stored:
+            arrays = dict(stored)
+        return arrays | {name: arrays[f"{name}{self.suffix}"] for name in self._of_variant(arrays)}
+
+    def _of_variant(self, arrays: dict[str, NDArray[Any]]) -> list[str]:
+        return [name for name in arrays if self.suffix and f"{name}{self.suffix}" in arrays]
 
     @property
     def logits(self) -> NDArray[Any]:
@@ -92,15 +112,22 @@ class Fixture:
     def expected(self) -> dict[str, Any]:
         """Prompt, templated prompt, generated text …"""
         data: dict[str, Any] = json.loads((self.folder / "expected.json").read_text())
-        return data
+        return data | data.get(self.suffix.lstrip("_"), {})
+
+    @property
+    def options(self) -> OpenOptions:
+        tower = self.tower if self.tower.is_dir() else None
+        return OpenOptions(tower, variant=self.variant)
 
     @cached_property
     def model(self) -> Model:
         """The opened checkpoint."""
-        return open_checkpoint(self.checkpoint, OpenOptions(self.tower))
+        return open_checkpoint(self.checkpoint, self.options)
 
 
 def fixture_named(name: str) -> Fixture:
+    if name == "vila_v15":
+        return Fixture(name, DATA / "vila", "vila1.5", "_v15")
     return Fixture(name, DATA / name)
 
 
@@ -139,7 +166,7 @@ def fixture(request: pytest.FixtureRequest) -> Fixture:
     return fixture_named(request.param)
 
 
-@pytest.fixture(scope="session", params=(*FIXTURES, *MOE_FIXTURES))
+@pytest.fixture(scope="session", params=(*FIXTURES, *MOE_FIXTURES, *FAMILY_FIXTURES))
 def any_fixture(request: pytest.FixtureRequest) -> Fixture:
     """Each of all in turn."""
     return fixture_named(request.param)
@@ -190,10 +217,18 @@ def bundle_of(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
         key = checkpoint, recipe, measure
         if key not in made:
             folder = base / "-".join(map(str, key))
-            source, tower = tiny_checkpoint, None
+            source, options = tiny_checkpoint, OpenOptions()
             if checkpoint != "tiny":
-                source, tower = DATA / checkpoint / "checkpoint", DATA / checkpoint / "vision_tower"
-            mobilevlm.export(source, folder, recipe=recipe, vision_tower=tower, measure=measure)
+                fixture = fixture_named(checkpoint)
+                source, options = fixture.checkpoint, fixture.options
+            mobilevlm.export(
+                source,
+                folder,
+                recipe=recipe,
+                vision_tower=options.vision_tower,
+                variant=options.variant,
+                measure=measure,
+            )
             made[key] = folder
         return made[key]
 

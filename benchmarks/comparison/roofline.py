@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -139,7 +140,7 @@ def layer_operations(spec: DecoderSpec) -> float:
 
 def tower_operations(spec: VisionSpec) -> float:
     """Patch embedding, and for each layer four projections, attention and the MLP."""
-    tokens = spec.num_patches + 1
+    tokens = spec.num_positions
     size, wide = spec.hidden_size, spec.intermediate_size
     patches = 2.0 * spec.num_patches * 3 * spec.patch_size**2 * size
     products = 2.0 * tokens * (4 * size * size + 2 * size * wide)
@@ -150,9 +151,12 @@ def tower_operations(spec: VisionSpec) -> float:
 def projector_operations(spec: ProjectorSpec) -> float:
     """The least that gives the exact result: LDPv2's second product comes after its pooling."""
     patches, tokens = spec.grid**2, spec.num_tokens
-    first, square = 2.0 * spec.in_size * spec.out_size, 2.0 * spec.out_size**2
+    products = sum(2.0 * inner * outer for inner, outer in pairwise(spec.mlp_sizes))
     if spec.kind == "mlp":
-        return patches * (first + (spec.depth - 1) * square)
+        return patches * products
+    if spec.kind == "mlp_downsample":
+        return tokens * products
+    first, square = 2.0 * spec.in_size * spec.out_size, 2.0 * spec.out_size**2
     if spec.kind == "ldpv2":
         return patches * first + tokens * (square + 18.0 * spec.out_size)
     # LDP: an MLP, then two blocks of depthwise and pointwise convolution, the second of stride 2

@@ -44,23 +44,32 @@ def check_support(spec: ModelSpec) -> None:
     Raises:
         MobileVLMError: says which property.
     """
+    if reason := obstacle(spec):
+        raise MobileVLMError(f"{reason}: use --format onnx")
+
+
+def obstacle(spec: ModelSpec) -> str:
+    """Why llama.cpp has no graph for tower and projector; empty where it has one."""
     projector, vision = spec.projector, spec.vision
+    if projector.kind not in ("mlp", "ldp", "ldpv2"):
+        return f"llama.cpp has no projector of the kind {projector.kind}"
+    if not (vision.class_token and vision.pre_norm) or vision.post_norm or vision.class_feature:
+        return "llama.cpp's tower for such projectors is CLIP's, this model has another"
     if projector.kind == "mlp" and projector.depth > 2:
-        raise MobileVLMError(
-            f"llama.cpp has no MLP projector with {projector.depth} layers: use --format onnx"
-        )
+        return f"llama.cpp has no MLP projector with {projector.depth} layers"
     if projector.kind == "mlp" and projector.out_grid != projector.grid:
-        raise MobileVLMError("llama.cpp has no MLP projector that pools: use --format onnx")
+        return "llama.cpp has no MLP projector that pools"
     if projector.kind != "mlp" and projector.grid != LDP_GRID:
-        raise MobileVLMError(
+        return (
             f"llama.cpp's {projector.kind.upper()} projector takes {LDP_GRID} × {LDP_GRID} patches,"
-            f" this model has {projector.grid} × {projector.grid}: use --format onnx"
+            f" this model has {projector.grid} × {projector.grid}"
         )
     if vision.hidden_size == vision.intermediate_size:
-        raise MobileVLMError(
+        return (
             "llama.cpp tells the tower's two MLP layers apart by their sizes, and in this model "
-            "they are equal: use --format onnx"
+            "they are equal"
         )
+    return ""
 
 
 def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:

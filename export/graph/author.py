@@ -40,7 +40,7 @@ def author_vision(
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
         stage = VisionStage(file, spec, dialect)
-        size, patches = spec.image.size, spec.vision.num_patches
+        size, count = spec.image.size, spec.vision.num_features
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
         tokens, features = stage(builder.op, pixels)
         _output(
@@ -49,7 +49,7 @@ def author_vision(
             "visual_tokens",
             [1, spec.projector.num_tokens, spec.projector.out_size],
         )
-        _output(builder, features, "features", [1, patches, spec.vision.hidden_size])
+        _output(builder, features, "features", [1, count, spec.vision.hidden_size])
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
     return _author("vision_encoder", path, file, build, dialect)

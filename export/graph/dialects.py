@@ -40,7 +40,7 @@ def fused_attention(op: Any, query: Any, key: Any, value: Any, spec: VisionSpec)
 
 def standard_attention(op: Any, query: Any, key: Any, value: Any, spec: VisionSpec) -> Any:
     """Softmax between two products, shapes fixed."""
-    length, heads = spec.num_patches + 1, spec.num_attention_heads
+    length, heads = spec.num_positions, spec.num_attention_heads
     head_dim = spec.hidden_size // heads
     split = [1, length, heads, head_dim]
     query = op.Transpose(op.Reshape(op.Mul(query, head_dim**-0.5), split), perm=[0, 2, 1, 3])

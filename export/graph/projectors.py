@@ -6,6 +6,7 @@ first and that Linear does a quarter of the work.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,31 @@ class AveragePooling(nn.Module):  # type: ignore[misc]
             return op.MatMul(self.matrix, hidden)
         rows = op.Reshape(hidden, [1, out, self.grid // out, out, self.grid // out, self.size])
         return op.Reshape(op.ReduceMean(rows, [2, 4], keepdims=0), [1, out * out, self.size])
+
+
+class DownsampleProjector(nn.Module):  # type: ignore[misc]
+    """Squares of 2 × 2 patches as one vector each, norm, Linears with exact GELU between."""
+
+    def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
+        self.mlp = _linears(weights, spec)
+
+    def forward(self, op: Any, features: Any) -> Any:
+        spec, odd = self.spec, self.spec.grid % 2
+        patches = op.Reshape(features, [1, spec.grid, spec.grid, spec.in_size])
+        if odd:
+            patches = op.Pad(patches, [0, 0, 0, 0, 0, odd, odd, 0])
+        squares = op.Reshape(patches, [1, spec.out_grid, 2, spec.out_grid, 2, spec.in_size])
+        by_column = spec.order == "columns"
+        squares = op.Transpose(
+            squares, perm=[0, 3, 1, 2, 4, 5] if by_column else [0, 1, 3, 2, 4, 5]
+        )
+        hidden = self.norm(op, op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]]))
+        for index, linear in enumerate(self.mlp):
+            hidden = linear(op, hidden if index == 0 else op.Gelu(hidden))
+        return hidden
 
 
 class LDPv2Projector(nn.Module):  # type: ignore[misc]
@@ -151,16 +177,20 @@ class ChannelNorm(nn.Module):  # type: ignore[misc]
 
 def build_projector(weights: WeightFile, spec: ProjectorSpec) -> nn.Module:
     """The projector that the spec names."""
-    kinds = {"mlp": MLPProjector, "ldp": LDPProjector, "ldpv2": LDPv2Projector}
+    kinds = {
+        "mlp": MLPProjector,
+        "ldp": LDPProjector,
+        "ldpv2": LDPv2Projector,
+        "mlp_downsample": DownsampleProjector,
+    }
     return kinds[spec.kind](weights, spec)
 
 
 def _linears(weights: WeightFile, spec: ProjectorSpec) -> nn.ModuleList:
-    sizes = [spec.in_size] + [spec.out_size] * spec.depth
     return nn.ModuleList(
         [
-            Linear(weights, f"projector.mlp.{index}", sizes[index], sizes[index + 1])
-            for index in range(spec.depth)
+            Linear(weights, f"projector.mlp.{index}", *sizes)
+            for index, sizes in enumerate(pairwise(spec.mlp_sizes))
         ]
     )
 

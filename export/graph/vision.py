@@ -20,7 +20,7 @@ from mobilevlm.spec import ImageSpec, ModelSpec, VisionSpec
 
 class VisionStage(nn.Module):  # type: ignore[misc]
     """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and tower
-    features ``(1, num_patches, vision hidden_size)``."""
+    features ``(1, num_features, vision hidden_size)``."""
 
     def __init__(self, weights: WeightFile, spec: ModelSpec, dialect: Dialect = CPU) -> None:
         super().__init__("vision")
@@ -37,24 +37,34 @@ class ClipTower(nn.Module):  # type: ignore[misc]
         self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, dialect: Dialect
     ) -> None:
         super().__init__()
+        self.dropped = spec.num_positions - spec.num_features
         self.embedding = PatchEmbedding(weights, spec, image, dialect)
-        self.pre_norm = LayerNorm(weights, "vision.pre_norm", spec.hidden_size, spec.layer_norm_eps)
+        self.pre_norm = self.post_norm = None
+        sizes = (spec.hidden_size, spec.layer_norm_eps)
+        if spec.pre_norm:
+            self.pre_norm = LayerNorm(weights, "vision.pre_norm", *sizes)
         self.layers = nn.ModuleList(
             [
                 ClipLayer(weights, f"vision.layers.{index}", spec, dialect)
                 for index in range(spec.num_hidden_layers)
             ]
         )
+        if spec.post_norm:
+            self.post_norm = LayerNorm(weights, "vision.post_norm", *sizes)
 
     def forward(self, op: Any, pixels: Any) -> Any:
-        hidden = self.pre_norm(op, self.embedding(op, pixels))
+        hidden = self.embedding(op, pixels)
+        if self.pre_norm is not None:
+            hidden = self.pre_norm(op, hidden)
         for layer in self.layers:
             hidden = layer(op, hidden)
-        return op.Slice(hidden, [1], [2**31], [1])  # the class token is dropped
+        if self.dropped:
+            hidden = op.Slice(hidden, [self.dropped], [2**31], [1])  # the class token
+        return hidden if self.post_norm is None else self.post_norm(op, hidden)
 
 
 class PatchEmbedding(nn.Module):  # type: ignore[misc]
-    """Patches times the convolution's weights, with class token and positions."""
+    """Patches times the convolution's weights, with positions and a class token if there is one."""
 
     def __init__(
         self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, dialect: Dialect
@@ -68,13 +78,18 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         mean, std = np.asarray(image.mean) - self.pixel_offset / 255, np.asarray(image.std)
         bias = -(kernel / std[:, None] * mean[:, None]).sum(axis=(0, 1, 2))
         kernel = (kernel / (255.0 * std)[:, None]).reshape(-1, hidden)
+        if spec.patch_bias:
+            bias = bias + weights.read("vision.patch_embedding.bias", hidden).astype(np.float64)
         positions = weights.read(
-            "vision.position_embedding.weight", spec.num_patches + 1, hidden
+            "vision.position_embedding.weight", spec.num_positions, hidden
         ).astype(np.float64)
-        token = weights.read("vision.class_embedding", hidden).astype(np.float64)
         self.weight = weights.parameter(kernel.astype(np.float32))
-        self.positions = weights.parameter((positions[1:] + bias).astype(np.float32)[None])
-        self.class_token = weights.parameter((positions[0] + token).astype(np.float32)[None, None])
+        patches = positions[spec.num_positions - spec.num_patches :] + bias
+        self.positions = weights.parameter(patches.astype(np.float32)[None])
+        self.class_token = None
+        if spec.class_token:
+            token = positions[0] + weights.read("vision.class_embedding", hidden).astype(np.float64)
+            self.class_token = weights.parameter(token.astype(np.float32)[None, None])
 
     def forward(self, op: Any, pixels: Any) -> Any:
         grid, patch = self.grid, self.patch
@@ -86,8 +101,8 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         patches = op.Cast(patches, to=FLOAT)
         if self.pixel_offset:
             patches = op.Sub(patches, float(self.pixel_offset))
-        hidden = op.MatMul(patches, self.weight)
-        return op.Concat(self.class_token, op.Add(hidden, self.positions), axis=1)
+        hidden = op.Add(op.MatMul(patches, self.weight), self.positions)
+        return hidden if self.class_token is None else op.Concat(self.class_token, hidden, axis=1)
 
 
 class ClipLayer(nn.Module):  # type: ignore[misc]
@@ -108,7 +123,10 @@ class ClipLayer(nn.Module):  # type: ignore[misc]
         query, key, value = op.Split(qkv, axis=-1, num_outputs=3, _outputs=3)
         mixed = self.dialect.attention(op, query, key, value, self.spec)
         hidden = op.Add(hidden, self.out_proj(op, mixed))
-        wide = self.fc1(op, self.norm2(op, hidden))
-        quick = self.spec.hidden_act == "quick_gelu"
-        wide = self.dialect.quick_gelu(op, wide) if quick else op.Gelu(wide)
+        wide = self._activate(op, self.fc1(op, self.norm2(op, hidden)))
         return op.Add(hidden, self.fc2(op, wide))
+
+    def _activate(self, op: Any, wide: Any) -> Any:
+        if self.spec.hidden_act == "quick_gelu":
+            return self.dialect.quick_gelu(op, wide)
+        return op.Gelu(wide, approximate="tanh" if self.spec.hidden_act == "gelu_tanh" else "none")

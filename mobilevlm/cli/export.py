@@ -105,6 +105,7 @@ def command(
     vision_tower: Path | None,
     mmproj: Path | None,
     conversation: str | None,
+    variant: str | None,
     no_measure: bool,
     as_json: bool,
     quiet: bool,
@@ -122,7 +123,7 @@ def command(
         from mobilevlm.families import OpenOptions
 
         plan = plan_out or bundle.with_name(f"{bundle.name}.toml")
-        options = OpenOptions(vision_tower, conversation)
+        options = OpenOptions(vision_tower, conversation, variant)
         goal = Goal(budget, max_kl)
         search_recipe(
             checkpoint, plan, goal, recipe=recipe, calibration=calibration, options=options
@@ -139,6 +140,7 @@ def command(
         formats=FORMATS if form == "all" else (form,),
         vision_tower=vision_tower,
         conversation=conversation,
+        variant=variant,
         measure=not no_measure,
         gguf_type=gguf_type,
         imatrix=imatrix,

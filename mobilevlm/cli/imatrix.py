@@ -47,6 +47,7 @@ def command(
     calibration: str,
     vision_tower: Path | None,
     conversation: str | None,
+    variant: str | None,
     quiet: bool,
 ) -> None:
     """Run a CHECKPOINT on calibration data and write how strong each input of the decoder's
@@ -60,4 +61,5 @@ def command(
         calibration=calibration,
         vision_tower=vision_tower,
         conversation=conversation,
+        variant=variant,
     )

@@ -18,12 +18,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def checkpoint_options(function: F) -> F:
-    """CHECKPOINT, ``--vision-tower`` and ``--conversation``."""
+    """CHECKPOINT, ``--vision-tower``, ``--conversation`` and ``--variant``."""
     for decorate in (
+        click.option("--variant", metavar="NAME",
+                     help="Which official behaviour, where a family has several (VILA: vila1.5, "
+                     "current), if the checkpoint does not tell the right one."),
         click.option("--conversation", metavar="NAME",
                      help="Conversation: v1, llava_v1, phi …, if the family's default is wrong."),
         click.option("--vision-tower", type=click.Path(path_type=Path),
-                     help="Folder of the CLIP tower, if it is not beside the checkpoint."),
+                     help="Folder of the vision tower, if it is not beside the checkpoint."),
         click.argument("checkpoint", type=click.Path(path_type=Path)),
     ):  # fmt: skip
         function = decorate(function)

@@ -77,6 +77,7 @@ def command(
     plot: Path | None,
     vision_tower: Path | None,
     conversation: str | None,
+    variant: str | None,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -96,7 +97,7 @@ def command(
         quantizer=quantizer,
         calibration=calibration,
         data=data,
-        options=OpenOptions(vision_tower, conversation),
+        options=OpenOptions(vision_tower, conversation, variant),
         plot=plot,
     )
     if as_json:

@@ -66,6 +66,7 @@ def command(
     threads: int | None,
     vision_tower: Path | None,
     conversation: str | None,
+    variant: str | None,
     layers: bool,
     html: Path | None,
     as_json: bool,
@@ -92,6 +93,7 @@ def command(
         threads=threads,
         vision_tower=vision_tower,
         conversation=conversation,
+        variant=variant,
         layers=layers or html is not None,
     )
     if html is not None:

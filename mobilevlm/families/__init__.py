@@ -29,6 +29,8 @@ class OpenOptions:
     """Folder of the vision tower, where config.json only has its name on a hub."""
     conversation: str | None = None
     """Name of the conversation, where the family's default is not what the model was trained on."""
+    variant: str | None = None
+    """Which of several official behaviours, where the checkpoint does not tell the right one."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,8 @@ class Model:
     spec: ModelSpec
     weights: Weights
     tokenizer: Tokenizer
+    language_folder: Path | None = None
+    """Of the tokenizer's files, where it is another."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class Source:
     """Content of config.json."""
     options: OpenOptions
     tokenizer: Tokenizer
+    """Its own: a family may add tokens to it."""
 
 
 Read: TypeAlias = Callable[[Source], tuple[ModelSpec, Weights]]
@@ -62,6 +67,14 @@ class Family:
     name: str
     model_types: frozenset[str]
     projector_types: re.Pattern[str]
+    keys: frozenset[str]
+    """Of config.json, which tell its layout from that of other families."""
+    language_model: str
+    """Folder of the language model and its tokenizer, inside the checkpoint; empty: itself."""
+    legacy: bool | None
+    """What its loader tells a sentencepiece tokenizer, see :func:`read_tokenizer`."""
+    variants: tuple[str, ...]
+    """Official behaviours that it knows, where there are several."""
     read: Read
 
     def claims(self, config: dict[str, Any]) -> bool:
@@ -71,6 +84,7 @@ class Family:
             isinstance(model_type, str)
             and isinstance(projector, str)
             and model_type in self.model_types
+            and self.keys <= config.keys()
             and self.projector_types.fullmatch(projector) is not None
         )
 
@@ -78,11 +92,30 @@ class Family:
 FAMILIES: dict[str, Family] = {}
 
 
-def register(name: str, model_types: set[str], projector_types: str) -> Callable[[Read], Read]:
-    """Registers the decorated reader as a family. ``projector_types`` is a regular expression."""
+def register(
+    name: str,
+    model_types: set[str],
+    projector_types: str = ".*",
+    *,
+    keys: set[str] | None = None,
+    language_model: str = "",
+    legacy: bool | None = None,
+    variants: tuple[str, ...] = (),
+) -> Callable[[Read], Read]:
+    """Registers the decorated reader as a family. ``projector_types`` is a regular expression; the
+    others are fields of :class:`Family`."""
 
     def add(read: Read) -> Read:
-        FAMILIES[name] = Family(name, frozenset(model_types), re.compile(projector_types), read)
+        FAMILIES[name] = Family(
+            name,
+            frozenset(model_types),
+            re.compile(projector_types),
+            frozenset(keys or ()),
+            language_model,
+            legacy,
+            variants,
+            read,
+        )
         return read
 
     return add
@@ -99,26 +132,35 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
         raise CheckpointError(f"{folder}: no such checkpoint folder")
     config = read_json(folder / "config.json", required_for="every checkpoint has one")
     family = _find_family(folder, config)
-    tokenizer = read_tokenizer(folder)
-    spec, weights = family.read(Source(folder, config, options or OpenOptions(), tokenizer))
+    options = options or OpenOptions()
+    if options.variant is not None and options.variant not in family.variants:
+        known = f"expected {' or '.join(family.variants)}" if family.variants else "leave it out"
+        raise CheckpointError(
+            f"{folder}: variant {options.variant!r} is not known for {family.name}: {known}"
+        )
+    tokenizer = read_tokenizer(folder / family.language_model, family.legacy)
+    spec, weights = family.read(Source(folder, config, options, tokenizer))
     pieces = tokenizer.get_vocab_size(with_added_tokens=False)
     if pieces > spec.decoder.vocab_size:
         raise CheckpointError(
             f"{folder}: the tokenizer has {pieces} pieces, but 'vocab_size' in config.json is "
             f"{spec.decoder.vocab_size}: these files are of different models"
         )
-    return Model(folder, spec, weights, tokenizer)
+    return Model(folder, spec, weights, tokenizer, folder / family.language_model)
 
 
 def _find_family(folder: Path, config: dict[str, Any]) -> Family:
     path, model_type = folder / "config.json", config.get("model_type")
+    for family in FAMILIES.values():
+        if family.keys and family.claims(config):
+            return family
     if "text_config" in config and "vision_config" in config:
         raise CheckpointError(
             f"{path}: the transformers re-packaging of a model ('text_config'): give the original "
             f"checkpoint (for example liuhaotian/llava-v1.5-7b, not llava-hf/…)"
         )
     for family in FAMILIES.values():
-        if family.claims(config):
+        if not family.keys and family.claims(config):
             return family
     known = sorted(kind for family in FAMILIES.values() for kind in family.model_types)
     if model_type not in known:
@@ -135,4 +177,5 @@ from mobilevlm.families import (  # noqa: E402  (they register themselves)
     llava,  # noqa: F401
     mobilevlm,  # noqa: F401
     moe_llava,  # noqa: F401
+    vila,  # noqa: F401
 )

@@ -35,6 +35,7 @@ class Backbone:
     read: ReadDecoder
     root: str = "model"
     """What embeddings and layers are under; ``mm_projector`` too."""
+    lm_head: str = "lm_head"
     embed_tokens: str = "embed_tokens"
     layers: str = "layers"
     norm: str = "norm"
@@ -84,7 +85,7 @@ def _modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
 def _stored(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, RowRange | None]:
     """The checkpoint's name of a module, and the rows that it is, where it is a part."""
     if module == "lm_head":
-        return module, None
+        return backbone.lm_head, None
     if not module.startswith("layers."):
         return f"{backbone.root}.{getattr(backbone, module)}", None
     _, index, part = module.split(".", 2)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
-from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
+from mobilevlm.families.towers import CLIP_MEAN, CLIP_STD
 from mobilevlm.nano.packed_attention import PackedAttention, Packing
 from mobilevlm.nano.window import attentions, install, keep_codes
 from mobilevlm.reference.clip import ClipLayer, ClipMLP

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
+from mobilevlm.families.towers import CLIP_MEAN, CLIP_STD
 from mobilevlm.nano.dense import dense_targets
 from mobilevlm.nano.drawing import render
 from mobilevlm.nano.grounding import CELLS, Cells, cells_of, phrases

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families import open_checkpoint
-from mobilevlm.families.llava_layout import CLIP_MEAN, CLIP_STD
+from mobilevlm.families.towers import CLIP_MEAN, CLIP_STD
 from mobilevlm.nano.model import CONTEXT, EOS, NanoConfig, NanoModel, config_of
 from mobilevlm.nano.tokenizer import BOS, NanoTokenizer, load_tokenizer
 

@@ -1,4 +1,5 @@
-"""CLIP vision transformer (Radford et al. 2021), patch features of a chosen layer."""
+"""Vision transformers, features of a chosen layer: CLIP's (Radford et al. 2021), and those that
+differ from it in tokens and norms as the spec says."""
 
 from __future__ import annotations
 
@@ -32,14 +33,12 @@ class ClipAttention(nn.Module):
 class ClipMLP(nn.Module):
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
-        self.quick = spec.hidden_act == "quick_gelu"
+        self.activation = spec.hidden_act
         self.fc1 = nn.Linear(spec.hidden_size, spec.intermediate_size)
         self.fc2 = nn.Linear(spec.intermediate_size, spec.hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        hidden = self.fc1(hidden)
-        hidden = hidden * torch.sigmoid(1.702 * hidden) if self.quick else F.gelu(hidden)
-        out: Tensor = self.fc2(hidden)
+        out: Tensor = self.fc2(_activate(self.activation, self.fc1(hidden)))
         return out
 
 
@@ -56,30 +55,50 @@ class ClipLayer(nn.Module):
         return hidden + self.mlp(self.norm2(hidden))  # type: ignore[no-any-return]
 
 
+def _activate(name: str, hidden: Tensor) -> Tensor:
+    if name == "quick_gelu":
+        return hidden * torch.sigmoid(1.702 * hidden)
+    return F.gelu(hidden, approximate="tanh" if name == "gelu_tanh" else "none")
+
+
 class ClipTower(nn.Module):
-    """Normalised pixels ``(batch, 3, size, size)`` to patch features
-    ``(batch, num_patches, hidden_size)``; the class token is dropped at the end."""
+    """Normalised pixels ``(batch, 3, size, size)`` to features
+    ``(batch, num_features, hidden_size)``."""
 
     def __init__(self, spec: VisionSpec) -> None:
         super().__init__()
-        self.class_embedding = nn.Parameter(torch.zeros(spec.hidden_size))
+        self.spec = spec
+        if spec.class_token:
+            self.class_embedding = nn.Parameter(torch.zeros(spec.hidden_size))
         self.patch_embedding = nn.Conv2d(
-            3, spec.hidden_size, spec.patch_size, stride=spec.patch_size, bias=False
+            3, spec.hidden_size, spec.patch_size, stride=spec.patch_size, bias=spec.patch_bias
         )
-        self.position_embedding = nn.Embedding(spec.num_patches + 1, spec.hidden_size)
-        self.pre_norm = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
+        self.position_embedding = nn.Embedding(spec.num_positions, spec.hidden_size)
+        self.pre_norm = _norm(spec) if spec.pre_norm else nn.Identity()
         self.layers = nn.ModuleList(ClipLayer(spec) for _ in range(spec.num_hidden_layers))
+        self.post_norm = _norm(spec) if spec.post_norm else nn.Identity()
 
     def embed(self, pixels: Tensor) -> Tensor:
-        patches = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        token = self.class_embedding.expand(len(pixels), 1, -1)
-        hidden = torch.cat([token, patches], dim=1)
+        """Input of the first layer ``(batch, num_positions, hidden_size)``."""
+        hidden = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        if self.spec.class_token:
+            token = self.class_embedding.expand(len(pixels), 1, -1)
+            hidden = torch.cat([token, hidden], dim=1)
         hidden = hidden + self.position_embedding(torch.arange(hidden.shape[1]).to(hidden.device))
         out: Tensor = self.pre_norm(hidden)
         return out
+
+    def features(self, state: Tensor) -> Tensor:
+        """What the projector gets of the state after the last layer."""
+        out: Tensor = self.post_norm(state)
+        return out[:, self.spec.num_positions - self.spec.num_features :]
 
     def forward(self, pixels: Tensor) -> Tensor:
         hidden = self.embed(pixels)
         for layer in self.layers:
             hidden = layer(hidden)
-        return hidden[:, 1:]
+        return self.features(hidden)
+
+
+def _norm(spec: VisionSpec) -> nn.LayerNorm:
+    return nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)

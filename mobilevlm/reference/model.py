@@ -35,7 +35,7 @@ class ReferenceModel(nn.Module):
         self.decoder = Decoder(spec.decoder)
 
     def features(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """uint8 ``(size, size, 3)`` to tower features ``(num_patches, vision hidden_size)``."""
+        """uint8 ``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""
         values = torch.from_numpy(normalize(pixels, self.spec.image))
         out: Tensor = self.vision(values[None])[0]
         return out
@@ -84,10 +84,11 @@ def load_reference(
         reference = ReferenceModel(model.spec)
     for sparse in reference.decoder.sparse_layers.values():
         sparse.capacity = capacity
-    reference.vision.class_embedding = nn.Parameter(
-        _read(model.weights, "vision.class_embedding", reference.vision.class_embedding),
-        requires_grad=False,
-    )
+    if model.spec.vision.class_token:
+        reference.vision.class_embedding = nn.Parameter(
+            _read(model.weights, "vision.class_embedding", reference.vision.class_embedding),
+            requires_grad=False,
+        )
     for name, block in _blocks(reference):
         if streamed:
             _stream(block, model.weights, name)
@@ -116,7 +117,7 @@ def _blocks(reference: ReferenceModel) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, (ClipLayer, DecoderLayer)) or name == "projector":
             whole.append(name)
             yield name, module
-        elif not list(module.children()):
+        elif list(module.parameters(recurse=False)) and not list(module.children()):
             yield name, module
 
 

@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -13,8 +16,7 @@ class MLP(nn.ModuleList):
     """Linears with exact GELU between; one Linear is LLaVA's first projector."""
 
     def __init__(self, spec: ProjectorSpec) -> None:
-        sizes = [spec.in_size] + [spec.out_size] * spec.depth
-        super().__init__(nn.Linear(sizes[i], sizes[i + 1]) for i in range(spec.depth))
+        super().__init__(nn.Linear(*sizes) for sizes in pairwise(spec.mlp_sizes))
 
     def forward(self, hidden: Tensor) -> Tensor:
         for index, linear in enumerate(self):
@@ -36,6 +38,28 @@ class MLPProjector(nn.Module):
             patches = patches.reshape(*patches.shape[:2], self.grid, self.grid)
             features = F.avg_pool2d(patches, self.grid // self.out_grid).flatten(2).transpose(1, 2)
         out: Tensor = self.mlp(features)
+        return out
+
+
+class DownsampleProjector(nn.Module):
+    """VILA's ``mlp_downsample`` (Lin et al. 2023): squares of 2 × 2 patches as one vector each,
+    norm, MLP. An odd grid is padded with zeros below and on the right."""
+
+    def __init__(self, spec: ProjectorSpec) -> None:
+        super().__init__()
+        self.grid, self.by_column = spec.grid, spec.order == "columns"
+        self.norm = nn.LayerNorm(spec.mlp_sizes[0], eps=1e-5)
+        self.mlp = MLP(spec)
+
+    def forward(self, features: Tensor) -> Tensor:
+        patches = features.unflatten(1, (self.grid, self.grid))
+        odd = self.grid % 2
+        patches = F.pad(patches, (0, 0, 0, odd, 0, odd))
+        corners = [patches[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
+        squares = torch.cat(corners, dim=-1)
+        if self.by_column:
+            squares = squares.transpose(1, 2)
+        out: Tensor = self.mlp(self.norm(squares.flatten(1, 2)))
         return out
 
 
@@ -102,4 +126,10 @@ def _channel_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
 
 def build_projector(spec: ProjectorSpec) -> nn.Module:
     """The projector that the spec names."""
-    return {"mlp": MLPProjector, "ldp": LDPProjector, "ldpv2": LDPv2Projector}[spec.kind](spec)
+    kinds = {
+        "mlp": MLPProjector,
+        "ldp": LDPProjector,
+        "ldpv2": LDPv2Projector,
+        "mlp_downsample": DownsampleProjector,
+    }
+    return kinds[spec.kind](spec)

@@ -17,7 +17,7 @@ from mobilevlm.reference.model import ReferenceModel, held
 
 @torch.no_grad()
 def tower_states(reference: ReferenceModel, states: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """The states of all pictures after each layer of the tower, class token first."""
+    """The states of all pictures after each layer of the tower."""
     for layer in reference.vision.layers:
         with held(layer):
             states = [layer(state) for state in states]
@@ -28,7 +28,7 @@ def tower_states(reference: ReferenceModel, states: Sequence[Tensor]) -> Iterato
 def project(reference: ReferenceModel, states: Sequence[Tensor]) -> list[Tensor]:
     """States after the tower's last layer to visual tokens ``(num_tokens, hidden_size)``."""
     with held(reference.projector):
-        return [reference.projector(state[:, 1:])[0] for state in states]
+        return [reference.projector(reference.vision.features(state))[0] for state in states]
 
 
 @torch.no_grad()

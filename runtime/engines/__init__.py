@@ -26,7 +26,7 @@ class VisionEngine(Protocol):
         """``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``."""
 
     def features(self, pixels: NDArray[np.uint8]) -> Float32:
-        """``(size, size, 3)`` to tower features ``(num_patches, vision hidden_size)``."""
+        """``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""
 
     def close(self) -> None:
         """Frees the weights."""

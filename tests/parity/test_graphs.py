@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import (
+    FAMILY_FIXTURES,
     FIXTURES,
     FLOAT32,
     MOE_FIXTURES,
@@ -132,7 +133,7 @@ def fixture(any_fixture: Fixture) -> Fixture:
 @pytest.fixture(
     scope="module",
     params=[
-        *((name, "fused") for name in (*FIXTURES, *MOE_FIXTURES)),
+        *((name, "fused") for name in (*FIXTURES, *MOE_FIXTURES, *FAMILY_FIXTURES)),
         *((name, "plain") for name in MOE_FIXTURES),
     ],
     ids=lambda case: "-".join(case),
@@ -189,8 +190,8 @@ def test_fp32_graphs_answer_with_the_official_greedy_tokens(exact: Authored) -> 
 
 def test_embedding_graph_gives_the_rows_of_the_table(exact: Authored, tmp_path: Path) -> None:
     ids = exact.fixture.arrays["input_ids"][0]
-    ids = ids[ids >= 0]
     decoder = exact.model.spec.decoder
+    ids = ids[(ids >= 0) & (ids < decoder.vocab_size)]
     shape = (decoder.vocab_size, decoder.hidden_size)
     rows = exact.model.weights.read("decoder.embed_tokens.weight", shape)[ids]
     session = open_session(exact.folder / "embeddings.onnx")
@@ -205,20 +206,26 @@ def test_embedding_graph_gives_the_rows_of_the_table(exact: Authored, tmp_path: 
 # Relative error of visual tokens and of logits, and KL of the logits. Measured (largest): on the
 # five dense fixtures fp16-weights 3e-6, 8e-7, 2e-12, since they are stored in float16 already; int8
 # 0.042, 0.067, 0.013; int4 0.042, 0.33, 0.30. On the three sparse ones, where up to a quarter of
-# the tokens then choose another expert, int8 0.034, 0.113, 0.014; int4 0.034, 0.55, 0.33. Gaussian
-# weights lose 9% in every 4-bit product, trained ones less. The limits leave a quarter for other
+# the tokens then choose another expert, int8 0.034, 0.113, 0.014; int4 0.034, 0.55, 0.33. On VILA's,
+# whose decoder has a layer more, int8 0.035, 0.103, 0.012; int4 0.035, 0.57, 0.36. Gaussian weights
+# lose 9% in every 4-bit product, trained ones less. The limits leave a quarter for other
 # processors; that the error is rounding and nothing else is what the next test shows.
 LIMITS = {
     ("fp16-weights", "dense"): (1e-4, 1e-4, 1e-6),
     ("fp16-weights", "sparse"): (1e-4, 1e-4, 1e-6),
     ("int8", "dense"): (0.055, 0.085, 0.02),
+    ("fp16-weights", "family"): (1e-4, 1e-4, 1e-6),
     ("int8", "sparse"): (0.055, 0.14, 0.02),
+    ("int8", "family"): (0.055, 0.13, 0.02),
     ("int4", "dense"): (0.055, 0.42, 0.40),
     ("int4", "sparse"): (0.055, 0.69, 0.41),
+    ("int4", "family"): (0.055, 0.71, 0.45),
 }
 
 
 def kind_of(fixture: Fixture) -> str:
+    if fixture.name in FAMILY_FIXTURES:
+        return "family"
     return "sparse" if fixture.name in MOE_FIXTURES else "dense"
 
 
@@ -254,12 +261,13 @@ class RoundedWeights(Weights):
 # What is left when the weights are equal is the rounding of activations to 8 bits: half a step of
 # 1/127 of the largest of 32 (int4) or 1/255 of the range of the whole tensor (int8), in each of
 # three layers. Measured (largest): 0.022 and 0.048; of the sparse fixtures, where it changes the
-# experts of a few tokens, 0.064 and 0.087.
+# experts of a few tokens, 0.064 and 0.087; in VILA's four layers 0.043 and 0.051 (with float
+# activations 1.2e-6).
 @pytest.mark.parametrize(
     ("recipe", "scheme", "limits"),
     [
-        ("int4", Scheme(4, 32), {"dense": 0.03, "sparse": 0.08}),
-        ("int8", INT8, {"dense": 0.06, "sparse": 0.11}),
+        ("int4", Scheme(4, 32), {"dense": 0.03, "sparse": 0.08, "family": 0.055}),
+        ("int8", INT8, {"dense": 0.06, "sparse": 0.11, "family": 0.065}),
     ],
 )
 def test_quantized_decoder_graph_equals_the_reference_with_its_rounded_weights(

@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import FLOAT32, MOE_FIXTURES, Fixture, fixture_named, relative_error
 
-from mobilevlm.conversation import render, tokenize, user_message
+from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.image import normalize, open_image, preprocess
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.experts import Capacity, SparseMLP
@@ -38,47 +38,56 @@ def reference(fixture: Fixture) -> ReferenceModel:
 
 
 @pytest.fixture(scope="module")
-def pixels(fixture: Fixture) -> np.ndarray:
-    return preprocess(open_image(fixture.image), fixture.model.spec.image)
+def pixels(fixture: Fixture) -> list[np.ndarray]:
+    """Of each picture."""
+    return [preprocess(open_image(image), fixture.model.spec.image) for image in fixture.images]
 
 
-def embed_prompt(fixture: Fixture, reference: ReferenceModel, pixels: np.ndarray) -> torch.Tensor:
-    return reference.embed(
-        fixture.arrays["input_ids"][0].tolist(), [reference.visual_tokens(pixels)]
-    )
+def prompt_ids(fixture: Fixture) -> list[int]:
+    model = fixture.model
+    text = fixture.expected["templated_prompt"]
+    return tokenize(model.tokenizer, text, model.spec.conversation)
+
+
+def embed_prompt(
+    fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
+) -> torch.Tensor:
+    return reference.embed(prompt_ids(fixture), [reference.visual_tokens(item) for item in pixels])
 
 
 def test_pixel_values_equal_the_official_preprocessing(
-    fixture: Fixture, pixels: np.ndarray
+    fixture: Fixture, pixels: list[np.ndarray]
 ) -> None:
-    found = normalize(pixels, fixture.model.spec.image)
+    found = np.stack([normalize(item, fixture.model.spec.image) for item in pixels])
     # One 8-bit step is 1 / 255 / std = 0.014: the limit allows float rounding, not one wrong pixel.
-    assert np.abs(found - fixture.arrays["pixel_values"][0]).max() <= 1e-5
+    assert np.abs(found - fixture.arrays["pixel_values"]).max() <= 1e-5
 
 
 def test_prompt_text_and_ids_equal_the_official_ones(fixture: Fixture) -> None:
     model = fixture.model
-    text = render(model.spec.conversation, [user_message(fixture.expected["user_prompt"], 1)])
+    message = user_message(fixture.prompt, len(fixture.images))
+    text = render(model.spec.conversation, [message])
     assert text == fixture.expected["templated_prompt"]
-    assert tokenize(model.tokenizer, text) == fixture.arrays["input_ids"][0].tolist()
+    found = official_ids(prompt_ids(fixture), model.spec.conversation)
+    assert found == fixture.arrays["input_ids"][0].tolist()
 
 
 def test_features_are_those_of_the_official_tower(
-    fixture: Fixture, reference: ReferenceModel, pixels: np.ndarray
+    fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> None:
-    features = reference.features(pixels).numpy()
-    assert relative_error(features, fixture.arrays["vision_features"][0]) <= FLOAT32
+    features = np.stack([reference.features(item).numpy() for item in pixels])
+    assert relative_error(features, fixture.arrays["vision_features"]) <= FLOAT32
 
 
 def test_visual_tokens_are_those_of_the_official_projector(
-    fixture: Fixture, reference: ReferenceModel, pixels: np.ndarray
+    fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> None:
-    tokens = reference.visual_tokens(pixels).numpy()
-    assert relative_error(tokens, fixture.arrays["projector_output"][0]) <= FLOAT32
+    tokens = np.stack([reference.visual_tokens(item).numpy() for item in pixels])
+    assert relative_error(tokens, fixture.arrays["projector_output"]) <= FLOAT32
 
 
 def test_logits_of_every_prompt_position_are_the_official_ones(
-    fixture: Fixture, reference: ReferenceModel, pixels: np.ndarray
+    fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> None:
     logits = reference.logits(embed_prompt(fixture, reference, pixels)).numpy()
     expected = fixture.logits
@@ -87,7 +96,7 @@ def test_logits_of_every_prompt_position_are_the_official_ones(
 
 
 def test_greedy_answer_is_the_official_one(
-    fixture: Fixture, reference: ReferenceModel, pixels: np.ndarray
+    fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> None:
     embeds = embed_prompt(fixture, reference, pixels)
     expected = fixture.generated_ids
@@ -97,10 +106,10 @@ def test_greedy_answer_is_the_official_one(
 
 
 def test_streamed_reference_equals_the_resident_one_bit_for_bit(
-    fixture: Fixture, reference: ReferenceModel, pixels: np.ndarray
+    fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> None:
     streamed = load_reference(fixture.model, streamed=True)
-    assert torch.equal(streamed.features(pixels), reference.features(pixels))
+    assert torch.equal(streamed.features(pixels[0]), reference.features(pixels[0]))
     embeds = embed_prompt(fixture, streamed, pixels)
     assert torch.equal(embeds, embed_prompt(fixture, reference, pixels))
     assert torch.equal(streamed.logits(embeds), reference.logits(embeds))

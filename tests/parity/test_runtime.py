@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
+from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.export.measure import GREEDY_TOKENS, PROMPTS, calibration_image
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import load_reference
@@ -40,26 +41,27 @@ def exact(fixture: Fixture, bundle_of: BundleOf) -> Iterator[VLM]:
 
 
 def test_fp32_image_features_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
-    found = exact.image_features(fixture.image)
+    found = np.stack([exact.image_features(image) for image in fixture.images])
     assert found.dtype == np.float32
-    assert relative_error(found, fixture.arrays["vision_features"][0]) <= 1e-4
+    assert relative_error(found, fixture.arrays["vision_features"]) <= 1e-4
 
 
 def test_fp32_visual_tokens_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
-    found = exact.encode_image(fixture.image)
+    found = np.stack([exact.encode_image(image) for image in fixture.images])
     assert found.dtype == np.float32
-    assert relative_error(found, fixture.arrays["projector_output"][0]) <= 1e-4
+    assert relative_error(found, fixture.arrays["projector_output"]) <= 1e-4
 
 
 def test_prompt_ids_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
-    found = exact.prompt_ids(fixture.expected["user_prompt"], images=1)
+    found = exact.prompt_ids(fixture.prompt, images=len(fixture.images))
     assert found == fixture.arrays["input_ids"][0].tolist()
-    raw = exact.prompt_ids(fixture.expected["templated_prompt"], images=1, raw=True)
+    count = len(fixture.images)
+    raw = exact.prompt_ids(fixture.expected["templated_prompt"], images=count, raw=True)
     assert raw == found
 
 
 def test_fp32_prompt_logits_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
-    found = exact.prompt_logits(fixture.expected["user_prompt"], [fixture.image])
+    found = exact.prompt_logits(fixture.prompt, fixture.images)
     expected = fixture.logits
     assert relative_error(found, expected) <= 1e-3
     assert (found.argmax(-1) == expected.argmax(-1)).all()
@@ -67,8 +69,8 @@ def test_fp32_prompt_logits_are_the_official_ones(fixture: Fixture, exact: VLM) 
 
 def test_fp32_greedy_tokens_and_text_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
     stream = exact.stream(
-        fixture.expected["user_prompt"],
-        [fixture.image],
+        fixture.prompt,
+        fixture.images,
         max_new_tokens=NEW_TOKENS,
         ignore_eos=True,
     )
@@ -79,18 +81,18 @@ def test_fp32_greedy_tokens_and_text_are_the_official_ones(fixture: Fixture, exa
     assert answer.text == fixture.text
     assert answer.finish_reason == "length"
     assert answer.prompt_tokens == fixture.expected["prompt_length_embeds"]
-    assert answer.visual_tokens == fixture.expected["num_image_tokens"]
+    assert answer.visual_tokens == fixture.expected["num_image_tokens"] * len(fixture.images)
 
 
 def test_fp16_weights_answer_like_fp32(fixture: Fixture, exact: VLM, bundle_of: BundleOf) -> None:
-    prompt = fixture.expected["user_prompt"]
+    prompt = fixture.prompt
     with mobilevlm.load(bundle_of(fixture.name, "fp16-weights")) as half:
         # Most fixtures store float16, so nothing is lost; bfloat16 keeps 8 bits, float16 has 11.
         visual = relative_error(half.encode_image(fixture.image), exact.encode_image(fixture.image))
         assert visual <= 1e-3
-        found, expected = (m.prompt_logits(prompt, [fixture.image]) for m in (half, exact))
+        found, expected = (m.prompt_logits(prompt, fixture.images) for m in (half, exact))
         assert relative_error(found, expected) <= 1e-3
-        answer = half.generate(prompt, [fixture.image], max_new_tokens=NEW_TOKENS, ignore_eos=True)
+        answer = half.generate(prompt, fixture.images, max_new_tokens=NEW_TOKENS, ignore_eos=True)
     assert answer.token_ids == fixture.generated_ids
 
 
@@ -130,7 +132,9 @@ def measured_again(fixture: Fixture, folder: object) -> dict[str, float]:
                 said.append(token)
                 if token in ends:
                     break
-            embeds = reference.embed([*vlm.prompt_ids(prompt, 1), *said], [exact[-1]])
+            text = render(vlm.spec.conversation, [user_message(prompt, 1)])
+            ids = tokenize(vlm.tokenizer, text, vlm.spec.conversation)
+            embeds = reference.embed([*ids, *said], [exact[-1]])
             after = len(said) + 1
             wanted = reference.logits(embeds).double()[-after:]
             found = torch.from_numpy(vlm.embeds_logits(embeds.numpy())).double()[-after:]

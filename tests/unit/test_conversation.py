@@ -21,7 +21,7 @@ def conversation() -> ConversationSpec:
 
 
 def test_prompt_equals_the_official_template(any_fixture: Fixture) -> None:
-    message = user_message(any_fixture.expected["user_prompt"], 1)
+    message = user_message(any_fixture.prompt, len(any_fixture.images))
     found = render(any_fixture.model.spec.conversation, [message])
     assert found == any_fixture.expected["templated_prompt"]
 

@@ -63,9 +63,9 @@ class Ours:
     def _prompt(self, text_tokens: int, images: int, variation: int) -> str:
         """A raw prompt of exactly this many text tokens: words of one token each."""
         start = IMAGE_PLACEHOLDER * images
-        around = self._length(start + self._words[0], images) - images - 1
+        around = self._vlm.count_text_tokens(start + self._words[0], images, raw=True) - 1
         words = np.random.default_rng(variation).choice(self._words, text_tokens - around)
         return start + "".join(words)
 
-    def _length(self, text: str, images: int = 0) -> int:
-        return len(self._vlm.prompt_ids(text, images, raw=True))
+    def _length(self, text: str) -> int:
+        return self._vlm.count_text_tokens(text, raw=True)

@@ -1,0 +1,210 @@
+"""Vision towers that checkpoints come with, in a folder of their own or as a part of config.json:
+shape, image preprocessing, tensor names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mobilevlm.errors import CheckpointError
+from mobilevlm.families.config import config_value
+from mobilevlm.spec import ImageSpec, VisionSpec
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3
+
+_CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "hidden_act": "quick_gelu",
+    "layer_norm_eps": 1e-5,
+}
+KNOWN_TOWERS = {
+    "openai/clip-vit-large-patch14": {**_CLIP_LARGE, "image_size": 224},
+    "openai/clip-vit-large-patch14-336": {**_CLIP_LARGE, "image_size": 336},
+}
+"""Configurations of published towers, for checkpoints that carry the tower's weights themselves."""
+_ACTIVATIONS: dict[str, Literal["quick_gelu", "gelu", "gelu_tanh"]] = {
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+"""By their names in config.json."""
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A vision tower: its configuration, and its folder where there is one."""
+
+    where: str
+    """For messages: the file of the configuration, or the tower's name."""
+    config: dict[str, Any]
+    preprocessor: dict[str, Any]
+    folder: Path | None
+
+
+def vision_spec(
+    path: Path,
+    config: dict[str, Any],
+    tower: Tower,
+    key: str,
+    activation: str = "quick_gelu",
+    **traits: bool,
+) -> VisionSpec:
+    """The tower as far as the layer that ``mm_vision_select_layer`` names in the checkpoint's
+    config.json (``path``, ``config``).
+
+    ``key``: of the tower's name there; ``activation``: where the tower's configuration names none;
+    ``traits``: fields of VisionSpec in which it is unlike CLIP.
+
+    Raises:
+        CheckpointError: a value is missing or wrong, or does not fit the others.
+    """
+    layers = config_value(Path(tower.where), tower.config, "num_hidden_layers", int)
+    select = config.get("mm_vision_select_layer", -2)
+    if not isinstance(select, int) or not -layers - 1 <= select <= layers:
+        raise CheckpointError(
+            f"{path}: 'mm_vision_select_layer' is {select!r}, but the tower {tower.where} "
+            f"has {layers} layers"
+        )
+    kept = select if select >= 0 else layers + 1 + select
+    vision = transformer_spec(Path(tower.where), tower.config, kept, activation, **traits)
+    expected = config_value(path, config, "mm_hidden_size", int, vision.hidden_size)
+    if vision.hidden_size != expected:
+        raise CheckpointError(
+            f"{tower.where}: the vision tower has hidden_size {vision.hidden_size}, but the "
+            f"checkpoint was trained with {expected} (mm_hidden_size in {path}): pass the folder "
+            f"of {config.get(key)!r} with --vision-tower"
+        )
+    return vision
+
+
+def transformer_spec(
+    where: Path, config: dict[str, Any], layers: int, activation: str, **traits: bool
+) -> VisionSpec:
+    """A tower's own configuration, cut after so many layers.
+
+    Raises:
+        CheckpointError: a value is missing or wrong, or does not fit the others.
+    """
+    name = config_value(where, config, "hidden_act", str, activation)
+    if name not in _ACTIVATIONS:
+        *most, last = _ACTIVATIONS
+        raise CheckpointError(
+            f"{where}: 'hidden_act' is {name!r}, expected {', '.join(most)} or {last}"
+        )
+    vision = VisionSpec(
+        hidden_size=config_value(where, config, "hidden_size", int),
+        intermediate_size=config_value(where, config, "intermediate_size", int),
+        num_hidden_layers=layers,
+        num_attention_heads=config_value(where, config, "num_attention_heads", int),
+        image_size=config_value(where, config, "image_size", int),
+        patch_size=config_value(where, config, "patch_size", int),
+        hidden_act=_ACTIVATIONS[name],
+        layer_norm_eps=config_value(where, config, "layer_norm_eps", float, 1e-5),
+        **traits,
+    )
+    if vision.grid == 0:
+        raise CheckpointError(
+            f"{where}: 'patch_size' {vision.patch_size} is larger than 'image_size' "
+            f"{vision.image_size}"
+        )
+    if vision.hidden_size % vision.num_attention_heads:
+        raise CheckpointError(
+            f"{where}: 'hidden_size' {vision.hidden_size} is not a multiple of "
+            f"'num_attention_heads' {vision.num_attention_heads}"
+        )
+    return vision
+
+
+def image_spec(
+    tower: Tower, vision: VisionSpec, aspect: Literal["pad", "crop", "resize"]
+) -> ImageSpec:
+    """Preprocessing as preprocessor_config.json has it; CLIP's where it says nothing.
+
+    Raises:
+        CheckpointError: a value is wrong, or asks for what is not known here.
+    """
+    where = f"{tower.where} (preprocessor_config.json)"
+    settings = tower.preprocessor
+    size = _edge(settings.get("size"), vision.image_size, where, "size")
+    cut = "size" if aspect == "resize" else "crop_size"
+    crop = _edge(settings.get(cut), vision.image_size, where, cut)
+    if crop != vision.image_size:
+        raise CheckpointError(
+            f"{where}: {cut!r} is {crop}, but the tower takes {vision.image_size} pixels"
+        )
+    if settings.get("resample", BICUBIC) != BICUBIC:
+        raise CheckpointError(
+            f"{where}: 'resample' is {settings['resample']!r}, expected 3 (bicubic)"
+        )
+    return ImageSpec(
+        size=crop,
+        shortest_edge=size,
+        aspect=aspect,
+        mean=_channels(settings.get("image_mean"), CLIP_MEAN, where, "image_mean"),
+        std=_channels(settings.get("image_std"), CLIP_STD, where, "image_std"),
+    )
+
+
+def tower_names(spec: VisionSpec) -> dict[str, str]:
+    """Our names and those of a CLIPVisionModel or SiglipVisionModel (``pre_layrnorm`` is spelled so
+    in every release)."""
+    embeddings = "vision_model.embeddings"
+    names = {
+        "vision.patch_embedding.weight": f"{embeddings}.patch_embedding.weight",
+        "vision.position_embedding.weight": f"{embeddings}.position_embedding.weight",
+    }
+    if spec.class_token:
+        names["vision.class_embedding"] = f"{embeddings}.class_embedding"
+    if spec.patch_bias:
+        names["vision.patch_embedding.bias"] = f"{embeddings}.patch_embedding.bias"
+    for part in ("weight", "bias"):
+        if spec.pre_norm:
+            names[f"vision.pre_norm.{part}"] = f"vision_model.pre_layrnorm.{part}"
+        for index in range(spec.num_hidden_layers):
+            for ours, theirs in _LAYER_PARTS.items():
+                names[f"vision.layers.{index}.{ours}.{part}"] = (
+                    f"vision_model.encoder.layers.{index}.{theirs}.{part}"
+                )
+    return names
+
+
+_LAYER_PARTS = {
+    "norm1": "layer_norm1",
+    "norm2": "layer_norm2",
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
+
+
+def _edge(value: Any, default: int, where: str, key: str) -> int:
+    """An edge in pixels: an integer, or an object with ``shortest_edge`` or ``height``."""
+    if isinstance(value, dict):
+        value = value.get("shortest_edge", value.get("height"))
+    if value is None:
+        return default
+    if type(value) is not int or value <= 0:
+        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a number of pixels")
+    return value
+
+
+def _channels(
+    value: Any, default: tuple[float, float, float], where: str, key: str
+) -> tuple[float, float, float]:
+    if value is None:
+        return default
+    numbers = isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    if not numbers or len(value) != 3 or (key == "image_std" and min(value) <= 0):
+        raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected three numbers")
+    red, green, blue = (float(channel) for channel in value)
+    return red, green, blue

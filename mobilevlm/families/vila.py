@@ -1,0 +1,207 @@
+"""VILA: a SigLIP or CLIP tower, a downsampling MLP, and a Llama; images anywhere in the text.
+
+Official code: github.com/NVlabs/VILA (llava/model/llava_arch.py and
+multimodal_projector/base_projector.py), its main branch and its release branch vila1.5.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tokenizers import AddedToken
+
+from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights, check_presence, read_json
+from mobilevlm.conversation import CONVERSATIONS, two_separator_template
+from mobilevlm.errors import CheckpointError
+from mobilevlm.families import Source, register
+from mobilevlm.families.backbones import LLAMA, decoder_refs
+from mobilevlm.families.config import config_value, end_ids
+from mobilevlm.families.towers import Tower, image_spec, tower_names, vision_spec
+from mobilevlm.spec import (
+    IMAGE_PLACEHOLDER,
+    IMAGE_TOKEN_ID,
+    ConversationSpec,
+    ModelSpec,
+    ProjectorSpec,
+    VisionSpec,
+)
+
+
+@dataclass(frozen=True)
+class _Variant:
+    """In what the two branches of the official code differ."""
+
+    order: Literal["rows", "columns"]
+    """Of the visual tokens."""
+    tokenization: Literal["apart", "joined"]
+    image_end: str
+    """Text whose ids follow each image, those that begin a text included."""
+    line_break: bool
+    """After images that the prompt does not place."""
+
+
+_VARIANTS = {
+    "vila1.5": _Variant("columns", "apart", "", True),
+    "current": _Variant("rows", "joined", "\n", False),
+}
+_FIRST_CURRENT = (4, 46)
+"""Version of transformers that the main branch has asked for since it replaced vila1.5."""
+_MEDIA_TOKENS = ("<vila/sentinel>", IMAGE_PLACEHOLDER, "<vila/video>")
+"""What the main branch adds to the tokenizer, in its order."""
+_FOLDERS = ("llm", "vision_tower", "mm_projector")
+_TRAITS = {
+    "siglip_vision_model": {"class_token": False, "patch_bias": True, "pre_norm": False},
+    "clip_vision_model": {},
+}
+"""In what a tower is unlike CLIP, by its ``model_type``."""
+
+
+@register(
+    "vila",
+    {"llava_llama"},
+    keys={"llm_cfg", "vision_tower_cfg", "mm_projector_cfg"},
+    language_model="llm",
+    legacy=False,
+    variants=tuple(_VARIANTS),
+)
+def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
+    """Reads a VILA checkpoint: config.json and three folders, each a model of its own. Without
+    ``--variant`` it behaves as the code that it was saved with."""
+    path, config = source.folder / "config.json", source.config
+    name = source.options.variant or _saved_with(path, config)
+    variant = _VARIANTS[name]
+    language, pictures, between = (source.folder / folder for folder in _FOLDERS)
+    tower = _tower(source.options.vision_tower or pictures)
+    kind = tower.config.get("model_type")
+    if kind not in _TRAITS:
+        raise CheckpointError(
+            f"{tower.where}: model_type is {kind!r:.60}, expected {' or '.join(_TRAITS)}"
+        )
+    vision = vision_spec(path, config, tower, "vision_tower_cfg", **_TRAITS[kind])
+    _check_features(path, config, vision)
+    projector = _projector(between / "config.json", config, vision, variant)
+    decoder = LLAMA.read(language / "config.json", _language_config(path, language, config))
+    spec = ModelSpec(
+        family="vila",
+        name=source.folder.resolve().name,
+        image=image_spec(tower, vision, _aspect(path, config)),
+        vision=vision,
+        projector=projector,
+        decoder=decoder,
+        conversation=_conversation(source, language, variant),
+        variant=name,
+    )
+    if decoder.hidden_size != projector.out_size:
+        raise CheckpointError(
+            f"{path}: 'hidden_size' is {projector.out_size}, but the language model in {language} "
+            f"has {decoder.hidden_size}"
+        )
+    assert tower.folder is not None
+    refs = decoder_refs(TensorFiles(language), decoder, LLAMA)
+    images, links = TensorFiles(tower.folder), TensorFiles(between)
+    refs |= {ours: TensorRef(images, theirs) for ours, theirs in tower_names(vision).items()}
+    for ours, place in {"norm": 1, "mlp.0": 2, "mlp.1": 4}.items():
+        for part in ("weight", "bias"):
+            refs[f"projector.{ours}.{part}"] = TensorRef(links, f"layers.{place}.{part}")
+    check_presence(refs)
+    return spec, Weights(refs)
+
+
+def _saved_with(path: Path, config: dict[str, Any]) -> str:
+    """The branch whose code saved a checkpoint, by its version of transformers."""
+    version = config_value(path, config, "transformers_version", str, "")
+    match = re.match(r"(\d+)\.(\d+)", version)
+    if match is None:
+        raise CheckpointError(
+            f"{path}: 'transformers_version' is {version!r:.40}, which does not tell the version "
+            f"of VILA: pass --variant {' or '.join(_VARIANTS)}"
+        )
+    return "current" if (int(match[1]), int(match[2])) >= _FIRST_CURRENT else "vila1.5"
+
+
+def _tower(folder: Path) -> Tower:
+    where = folder / "config.json"
+    tower = read_json(where, required_for="the vision tower of a VILA checkpoint")
+    preprocessor = folder / "preprocessor_config.json"
+    settings = read_json(preprocessor) if preprocessor.is_file() else {}
+    return Tower(str(where), tower, settings, folder)
+
+
+def _check_features(path: Path, config: dict[str, Any], vision: VisionSpec) -> None:
+    """Refuses tiled pictures, and a class token among the features."""
+    if config.get("s2") or config.get("dynamic_s2"):
+        raise CheckpointError(f"{path}: pictures in several scales ('s2') are not known here")
+    feature = config_value(path, config, "mm_vision_select_feature", str, "patch")
+    expected = ("patch",) if vision.class_token else ("patch", "cls_patch")
+    if feature not in expected:
+        raise CheckpointError(
+            f"{path}: 'mm_vision_select_feature' is {feature!r}, expected {' or '.join(expected)}"
+        )
+
+
+def _aspect(path: Path, config: dict[str, Any]) -> Literal["pad", "resize"]:
+    aspect = config_value(path, config, "image_aspect_ratio", str, "resize")
+    if aspect not in ("pad", "resize"):
+        raise CheckpointError(
+            f"{path}: 'image_aspect_ratio' is {aspect!r}, expected 'resize' or 'pad' (not tiles)"
+        )
+    return "pad" if aspect == "pad" else "resize"
+
+
+def _projector(
+    where: Path, config: dict[str, Any], vision: VisionSpec, variant: _Variant
+) -> ProjectorSpec:
+    kind = read_json(where, required_for="the projector of a VILA checkpoint").get(
+        "mm_projector_type"
+    )
+    if kind != "mlp_downsample":
+        raise CheckpointError(
+            f"{where}: mm_projector_type is {kind!r:.60}, expected 'mlp_downsample'"
+        )
+    hidden = config_value(where.parent.parent / "config.json", config, "hidden_size", int)
+    grid, out_grid = vision.grid, -(-vision.grid // 2)
+    return ProjectorSpec(
+        "mlp_downsample", vision.hidden_size, hidden, 2, grid, out_grid, variant.order
+    )
+
+
+def _language_config(path: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Of the language model. Where the whole model was trained on longer texts, the official loader
+    interpolates positions."""
+    where = folder / "config.json"
+    language = read_json(where, required_for="the language model of a VILA checkpoint")
+    if language.get("model_type") != "llama":
+        raise CheckpointError(
+            f"{where}: model_type is {language.get('model_type')!r:.60}, expected 'llama'"
+        )
+    context = config_value(where, language, "max_position_embeddings", int)
+    longest = config_value(path, config, "model_max_length", int, context)
+    if longest <= context:
+        return language
+    return {**language, "rope_scaling": {"type": "linear", "factor": -(-longest // context)}}
+
+
+def _conversation(source: Source, language: Path, variant: _Variant) -> ConversationSpec:
+    name = source.options.conversation or "v1"
+    if name not in CONVERSATIONS:
+        raise CheckpointError(
+            f"conversation {name!r} is not known: expected {', '.join(CONVERSATIONS)}"
+        )
+    style, tokenizer = CONVERSATIONS[name], source.tokenizer
+    after = tuple(tokenizer.encode(variant.image_end).ids) if variant.image_end else ()
+    mark = IMAGE_TOKEN_ID
+    if variant.tokenization == "joined":
+        tokens = [AddedToken(text, normalized=False, special=True) for text in _MEDIA_TOKENS]
+        tokenizer.add_special_tokens(tokens)
+        mark = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
+    return ConversationSpec(
+        two_separator_template(style, line_break=variant.line_break),
+        end_ids(language, read_json(language / "config.json")),
+        (style.end,),
+        variant.tokenization,
+        after,
+        (mark,),
+    )

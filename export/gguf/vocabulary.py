@@ -44,7 +44,7 @@ def vocabulary_of(model: Model) -> Callable[[gguf.GGUFWriter], None]:
     if (state.get("decoder") or {}).get("type") == "ByteLevel":
         return partial(_describe_byte_level, model=model, state=state)
     return partial(
-        _describe_pieces, vocabulary=read_vocabulary(model.language_folder or model.folder, size)
+        _describe_pieces, vocabulary=read_vocabulary(model.folder / model.language_model, size)
     )
 
 

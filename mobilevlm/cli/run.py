@@ -16,6 +16,7 @@ EXAMPLES = """\b
 Examples:
   mobilevlm run bundle/ --image photo.jpg --prompt "What is in the picture?"
   mobilevlm run bundle/ --image a.jpg --image b.jpg --prompt "<image> or <image>: which is older?"
+  mobilevlm run bundle/ --video clip.mp4 --frames 8 --prompt "What happens?"
   cat photo.jpg | mobilevlm run bundle/ --image - --prompt "Describe the picture." --json
   mobilevlm run model.gguf --mmproj mmproj.gguf --image photo.jpg --prompt "What is this?"
 """
@@ -30,6 +31,15 @@ Examples:
     metavar="FILE",
     help="A picture; repeat for more; - reads it from standard input.",
 )
+@click.option(
+    "--video",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A video: some of its frames, as pictures after the others ([video] extra).",
+)
+@click.option(
+    "--frames", type=click.IntRange(1, 256), default=8, show_default=True, help="How many."
+)
 @click.option("--prompt", required=True, help="The question. <image> in it places a picture.")
 @click.option("--raw", is_flag=True, help="The prompt is complete: no conversation around it.")
 @sampling_options
@@ -42,6 +52,8 @@ def command(
     engine: str,
     threads: int | None,
     images: tuple[str, ...],
+    video: Path | None,
+    frames: int,
     prompt: str,
     raw: bool,
     as_json: bool,
@@ -50,7 +62,11 @@ def command(
     """Ask one question about pictures and stream the answer of the model in BUNDLE."""
     from mobilevlm.runtime import load
 
-    pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    pictures: list[Any] = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    if video is not None:
+        from mobilevlm.runtime.video import sample_frames
+
+        pictures += sample_frames(video, frames)
     with load(bundle, engine, threads, mmproj) as vlm:
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:

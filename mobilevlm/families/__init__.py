@@ -41,8 +41,8 @@ class Model:
     spec: ModelSpec
     weights: Weights
     tokenizer: Tokenizer
-    language_folder: Path | None = None
-    """Of the tokenizer's files, where it is another."""
+    language_model: str = ""
+    """Folder of the tokenizer's files, inside ``folder``."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
             f"{folder}: the tokenizer has {pieces} pieces, but 'vocab_size' in config.json is "
             f"{spec.decoder.vocab_size}: these files are of different models"
         )
-    return Model(folder, spec, weights, tokenizer, folder / family.language_model)
+    return Model(folder, spec, weights, tokenizer, family.language_model)
 
 
 def _find_family(folder: Path, config: dict[str, Any]) -> Family:

@@ -24,13 +24,13 @@ IMAGE = fixture_named("llava_v1").image
 def asked(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The ids of every prompt from now on."""
     sent: list[list[int]] = []
-    original = vlm.prompt_ids
+    original = vlm._input_ids
 
-    def note(prompt: str | list[Message], images: int = 0, raw: bool = False) -> list[int]:
+    def note(prompt: str | list[Message], images: int, raw: bool) -> list[int]:
         sent.append(original(prompt, images, raw))
         return sent[-1]
 
-    monkeypatch.setattr(vlm, "prompt_ids", note)
+    monkeypatch.setattr(vlm, "_input_ids", note)
     return sent
 
 

@@ -18,12 +18,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.synth_families import LAYOUTS
+from mobilevlm.synth_shapes import Layout, Part, Shapes, linear, matrix, norm, weight, write_json
 from mobilevlm.synth_tokenizer import tiktoken_ranks, tokenizer_model
 
 Progress = Callable[[int, int], None]
 """Called with ``(done_bytes, total_bytes)``."""
-
-Shapes = dict[str, tuple[int, ...]]
 
 SHARD_BYTES = 512 * 10**6
 _CHUNK = 2**21
@@ -32,6 +32,15 @@ ARCADE_RANKS = 100256
 """Tokens of StableLM's vocabulary, the special ones aside."""
 _HALF = 2
 """Bytes of a float16."""
+_EMBEDDINGS = (
+    *("embed_tokens.weight", "embed_positions.weight", "query_tokens"),
+    *("class_embedding", "position_embedding.weight", "position_embedding"),
+)
+_TO_RESIDUAL = (
+    *("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight"),
+    "self_attn.projection.weight",
+)
+"""What adds to a residual stream."""
 
 
 @dataclass(frozen=True)
@@ -86,11 +95,14 @@ CONFIGURATIONS = {
 }
 
 
+NAMES = (*CONFIGURATIONS, *LAYOUTS)
+
+
 def write_checkpoint(
     name: str, folder: Path, seed: int = 0, progress: Progress | None = None
 ) -> None:
-    """Writes the checkpoint ``name`` of :data:`CONFIGURATIONS` to ``folder``, its vision tower in
-    ``folder/vision_tower``. The same name and seed give the same bytes.
+    """Writes the checkpoint ``name``, one of :data:`NAMES`, to ``folder``. The same name and seed
+    give the same bytes.
 
     The folder appears when it is complete (it is written beside as ``<folder>.partial``).
 
@@ -98,15 +110,12 @@ def write_checkpoint(
         MobileVLMError: unknown name, the folder is not empty, or the disk is too small.
         MissingExtraError: sentencepiece is not installed.
     """
-    if name not in CONFIGURATIONS:
-        raise MobileVLMError(
-            f"configuration {name!r} is not known: expected {', '.join(CONFIGURATIONS)}"
-        )
+    if name not in NAMES:
+        raise MobileVLMError(f"configuration {name!r} is not known: expected {', '.join(NAMES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MobileVLMError(f"{folder}: exists and is not an empty folder: name another one")
-    configuration = CONFIGURATIONS[name]
-    decoder, tower = decoder_shapes(configuration), tower_shapes(configuration.tower)
-    total = sum(_size(shape) for shape in (*decoder.values(), *tower.values()))
+    layout = layout_of(name)
+    total = sum(_size(shape) for part in layout.parts for shape in part.shapes.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder.parent).free
     if free < total:
@@ -117,48 +126,64 @@ def write_checkpoint(
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        (partial / "vision_tower").mkdir(parents=True)
-        _write_settings(partial, name, configuration)
+        for part in layout.parts:
+            (partial / part.folder).mkdir(parents=True, exist_ok=True)
+        layout.write_settings(partial, name)
         count = _Counter(total, progress)
-        depth = configuration.num_hidden_layers, configuration.tower.num_hidden_layers
-        _write_weights(partial, decoder, f"{name} {seed}", depth[0], count)
-        _write_weights(partial / "vision_tower", tower, f"{name} {seed} tower", depth[1], count)
+        for part in layout.parts:
+            words = f"{name} {seed} {part.seed}".strip()
+            _write_weights(partial / part.folder, part.shapes, words, part.depth, count)
         partial.rename(folder)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
+def layout_of(name: str) -> Layout:
+    """The files of a checkpoint."""
+    if name in LAYOUTS:
+        return LAYOUTS[name]()
+    configuration = CONFIGURATIONS[name]
+    tower = configuration.tower
+    return Layout(
+        (
+            Part("", decoder_shapes(configuration), configuration.num_hidden_layers, ""),
+            Part("vision_tower", tower_shapes(tower), tower.num_hidden_layers, "tower"),
+        ),
+        lambda folder, name: _write_settings(folder, name, configuration),
+    )
+
+
 def decoder_shapes(configuration: Configuration) -> Shapes:
     """Tensors of the checkpoint itself: decoder and projector."""
     hidden, wide = configuration.hidden_size, configuration.intermediate_size
     count = configuration.experts
-    norm = _norm if count else _weight  # StableLM has biases, Llama has none
-    query = _linear if count else _matrix
+    normed = norm if count else weight  # StableLM has biases, Llama has none
+    query = linear if count else matrix
     shapes: Shapes = {"model.embed_tokens.weight": (configuration.vocab_size, hidden)}
     for index in range(configuration.num_hidden_layers):
         layer = f"model.layers.{index}"
         for part in ("q_proj", "k_proj", "v_proj"):
             shapes |= query(f"{layer}.self_attn.{part}", hidden, hidden)
-        shapes |= _matrix(f"{layer}.self_attn.o_proj", hidden, hidden)
+        shapes |= matrix(f"{layer}.self_attn.o_proj", hidden, hidden)
         mlps = [f"{layer}.mlp"]
         if count and index % 2 == 0:
             sparse = f"{layer}.mlp.deepspeed_moe"
-            shapes |= _matrix(f"{sparse}.gate.wg", hidden, count)
+            shapes |= matrix(f"{sparse}.gate.wg", hidden, count)
             mlps = [f"{sparse}.experts.deepspeed_experts.{expert}" for expert in range(count)]
         for mlp in mlps:
-            shapes |= _matrix(f"{mlp}.gate_proj", hidden, wide)
-            shapes |= _matrix(f"{mlp}.up_proj", hidden, wide)
-            shapes |= _matrix(f"{mlp}.down_proj", wide, hidden)
-        shapes |= norm(f"{layer}.input_layernorm", hidden)
-        shapes |= norm(f"{layer}.post_attention_layernorm", hidden)
-    shapes |= norm("model.norm", hidden)
-    shapes |= _matrix("lm_head", hidden, configuration.vocab_size)
+            shapes |= matrix(f"{mlp}.gate_proj", hidden, wide)
+            shapes |= matrix(f"{mlp}.up_proj", hidden, wide)
+            shapes |= matrix(f"{mlp}.down_proj", wide, hidden)
+        shapes |= normed(f"{layer}.input_layernorm", hidden)
+        shapes |= normed(f"{layer}.post_attention_layernorm", hidden)
+    shapes |= normed("model.norm", hidden)
+    shapes |= matrix("lm_head", hidden, configuration.vocab_size)
     projector = "model.mm_projector.image_spatial_proj" if count else "model.mm_projector"
     pooled = configuration.mm_projector_type == "ldpnetv2"
     mlp = f"{projector}.mlp.mlp" if pooled else projector
-    shapes |= _linear(f"{mlp}.0", configuration.tower.hidden_size, hidden)
-    shapes |= _linear(f"{mlp}.2", hidden, hidden)
+    shapes |= linear(f"{mlp}.0", configuration.tower.hidden_size, hidden)
+    shapes |= linear(f"{mlp}.2", hidden, hidden)
     if pooled:
         shapes[f"{projector}.peg.peg.0.weight"] = (hidden, 1, 3, 3)
         shapes[f"{projector}.peg.peg.0.bias"] = (hidden,)
@@ -173,33 +198,17 @@ def tower_shapes(tower: Tower) -> Shapes:
         f"{embeddings}.class_embedding": (hidden,),
         f"{embeddings}.patch_embedding.weight": (hidden, 3, patch, patch),
         f"{embeddings}.position_embedding.weight": ((tower.image_size // patch) ** 2 + 1, hidden),
-        **_norm("vision_model.pre_layrnorm", hidden),
+        **norm("vision_model.pre_layrnorm", hidden),
     }
     for index in range(tower.num_hidden_layers):
         layer = f"vision_model.encoder.layers.{index}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= _linear(f"{layer}.self_attn.{part}", hidden, hidden)
-        shapes |= _norm(f"{layer}.layer_norm1", hidden)
-        shapes |= _linear(f"{layer}.mlp.fc1", hidden, tower.intermediate_size)
-        shapes |= _linear(f"{layer}.mlp.fc2", tower.intermediate_size, hidden)
-        shapes |= _norm(f"{layer}.layer_norm2", hidden)
-    return shapes | _norm("vision_model.post_layernorm", hidden)
-
-
-def _matrix(name: str, in_size: int, out_size: int) -> Shapes:
-    return {f"{name}.weight": (out_size, in_size)}
-
-
-def _weight(name: str, size: int) -> Shapes:
-    return {f"{name}.weight": (size,)}
-
-
-def _linear(name: str, in_size: int, out_size: int) -> Shapes:
-    return {f"{name}.weight": (out_size, in_size), f"{name}.bias": (out_size,)}
-
-
-def _norm(name: str, size: int) -> Shapes:
-    return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+            shapes |= linear(f"{layer}.self_attn.{part}", hidden, hidden)
+        shapes |= norm(f"{layer}.layer_norm1", hidden)
+        shapes |= linear(f"{layer}.mlp.fc1", hidden, tower.intermediate_size)
+        shapes |= linear(f"{layer}.mlp.fc2", tower.intermediate_size, hidden)
+        shapes |= norm(f"{layer}.layer_norm2", hidden)
+    return shapes | norm("vision_model.post_layernorm", hidden)
 
 
 def _size(shape: tuple[int, ...]) -> int:
@@ -239,7 +248,7 @@ def _write_weights(folder: Path, shapes: Shapes, seed: str, depth: int, count: _
         weight_map |= dict.fromkeys(shard, file)
     total = sum(_size(shape) for shape in shapes.values())
     data = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    _write_json(folder / "model.safetensors.index.json", data)
+    write_json(folder / "model.safetensors.index.json", data)
 
 
 def _write_shard(path: Path, shapes: Shapes, seed: str, depth: int, count: _Counter) -> None:
@@ -284,14 +293,14 @@ def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float,
     sqrt(2 · layers), as in GPT-2, so that the stream does not grow; embeddings have the variance
     of the visual tokens beside them.
     """
-    if "norm" in name or "layrnorm" in name:
+    if "norm" in name.lower() or "layrnorm" in name:
         return (1.0, 0.0) if name.endswith("weight") else (0.0, 0.0)
-    if name.endswith(("embed_tokens.weight", "class_embedding", "position_embedding.weight")):
+    if name.endswith(_EMBEDDINGS):
         return 0.0, 1.0
     if name.endswith("bias"):
         return 0.0, 0.02
     deviation = 1 / math.sqrt(math.prod(shape[1:]))
-    if name.endswith(("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight")):
+    if name.endswith(_TO_RESIDUAL):
         deviation /= math.sqrt(2 * depth)
     return 0.0, deviation
 
@@ -330,16 +339,16 @@ def _write_settings(folder: Path, name: str, configuration: Configuration) -> No
         "vocab_size": configuration.vocab_size,
     }
     if configuration.experts:
-        _write_json(folder / "config.json", config | _stablelm_settings(configuration))
+        write_json(folder / "config.json", config | _stablelm_settings(configuration))
         (folder / "arcade100k.tiktoken").write_bytes(tiktoken_ranks(ARCADE_RANKS))
         end = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
-        _write_json(folder / "special_tokens_map.json", end)
+        write_json(folder / "special_tokens_map.json", end)
         kind = {"tokenizer_class": "Arcade100kTokenizer"}
-        _write_json(folder / "tokenizer_config.json", {**end, **kind})
+        write_json(folder / "tokenizer_config.json", {**end, **kind})
     else:
-        _write_json(folder / "config.json", config)
+        write_json(folder / "config.json", config)
         _write_llama_tokenizer(folder, configuration)
-    _write_json(
+    write_json(
         folder / "vision_tower" / "config.json",
         {
             "architectures": ["CLIPVisionModel"],
@@ -356,7 +365,7 @@ def _write_settings(folder: Path, name: str, configuration: Configuration) -> No
             "torch_dtype": "float16",
         },
     )
-    _write_json(
+    write_json(
         folder / "vision_tower" / "preprocessor_config.json",
         {
             "crop_size": tower.image_size,
@@ -401,9 +410,9 @@ def _stablelm_settings(configuration: Configuration) -> dict[str, Any]:
 
 def _write_llama_tokenizer(folder: Path, configuration: Configuration) -> None:
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    _write_json(folder / "generation_config.json", ids)
+    write_json(folder / "generation_config.json", ids)
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    _write_json(folder / "special_tokens_map.json", {**special, "pad_token": "<unk>"})
+    write_json(folder / "special_tokens_map.json", {**special, "pad_token": "<unk>"})
     tokenizer = {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -411,9 +420,5 @@ def _write_llama_tokenizer(folder: Path, configuration: Configuration) -> None:
         "model_max_length": configuration.max_position_embeddings,
         "tokenizer_class": "LlamaTokenizer",
     }
-    _write_json(folder / "tokenizer_config.json", {**special, **tokenizer})
+    write_json(folder / "tokenizer_config.json", {**special, **tokenizer})
     (folder / "tokenizer.model").write_bytes(tokenizer_model(configuration.vocab_size))
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

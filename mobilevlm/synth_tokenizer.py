@@ -11,8 +11,12 @@ import random
 from collections.abc import Iterator
 from itertools import pairwise, product
 
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+
 from mobilevlm.errors import require
-from mobilevlm.tokenizer import SPACE
+from mobilevlm.tokenizer import SPACE, begin_with
+from mobilevlm.tokenizer_bytes import byte_level_name
 
 _SPECIAL = (("<unk>", 2), ("<s>", 3), ("</s>", 3))
 _NORMAL, _BYTE = 1, 6
@@ -81,6 +85,34 @@ def tiktoken_ranks(count: int) -> bytes:
     tokens += [word.replace(SPACE, " ").encode() for word in words]
     lines = [b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)]
     return b"".join(lines)
+
+
+def byte_level_tokenizer(size: int) -> Tokenizer:
+    """A tokenizer of GPT-2's kind with OPT's special tokens, ``size`` tokens and ``<image>``."""
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    letters = [byte_level_name(bytes([byte])) for byte in range(256)]
+    words, merges = list(letters), []
+    ranks = {letter: rank for rank, letter in enumerate(letters)}
+    for word in _words():
+        parts = _split(byte_level_name(word.replace(SPACE, " ").encode()), ranks)
+        for end in range(2, len(parts) + 1):
+            if len(special) + len(words) == size:
+                break
+            left, whole = "".join(parts[: end - 1]), "".join(parts[:end])
+            merges.append((left, parts[end - 1]))
+            ranks[whole] = len(ranks)
+            words.append(whole)
+        if len(special) + len(words) == size:
+            break
+    vocabulary = {text: index for index, text in enumerate([*special, *words])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in [*special, "<image>"]]
+    )
+    begin_with(tokenizer, "</s>")
+    return tokenizer
 
 
 def _pieces(count: int) -> list[str]:

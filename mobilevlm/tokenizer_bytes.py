@@ -75,7 +75,7 @@ def from_tiktoken(path: Path) -> Tokenizer:
     layout = _TIKTOKEN[path.name]
     start = len(ranks) + layout.unused
     special = {text: start + index for index, text in enumerate(layout.special)}
-    names = {token: "".join(_LETTERS[byte] for byte in token) for token in ranks}
+    names = {token: byte_level_name(token) for token in ranks}
     merges = [
         (names[parts[0]], names[parts[1]])
         for token in ranks
@@ -126,6 +126,11 @@ def from_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
                 f"expected {tokenizer.token_to_id(token.content)}: ids go on from {VOCAB}"
             )
     return tokenizer
+
+
+def byte_level_name(text: bytes) -> str:
+    """What a byte-level vocabulary calls a token of these bytes."""
+    return "".join(_LETTERS[byte] for byte in text)
 
 
 def token_bytes(token: str) -> bytes:

@@ -207,8 +207,9 @@ def test_embedding_graph_gives_the_rows_of_the_table(exact: Authored, tmp_path: 
 # five dense fixtures fp16-weights 3e-6, 8e-7, 2e-12, since they are stored in float16 already; int8
 # 0.042, 0.067, 0.013; int4 0.042, 0.33, 0.30. On the three sparse ones, where up to a quarter of
 # the tokens then choose another expert, int8 0.034, 0.113, 0.014; int4 0.034, 0.55, 0.33. On VILA's
-# four layers int8 0.035, 0.103, 0.012; int4 0.035, 0.57, 0.36. Gaussian weights lose 9% in every 4-bit product, trained ones less. The limits leave a quarter for other
-# processors; that the error is rounding and nothing else is what the next test shows.
+# four layers int8 0.035, 0.103, 0.012; int4 0.035, 0.57, 0.36. Gaussian weights lose 9% in every
+# 4-bit product, trained ones less. The limits leave a quarter for other processors; that the error
+# is rounding and nothing else is what the next test shows.
 LIMITS = {
     ("fp16-weights", "dense"): (1e-4, 1e-4, 1e-6),
     ("fp16-weights", "sparse"): (1e-4, 1e-4, 1e-6),

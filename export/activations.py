@@ -18,13 +18,14 @@ from torch import Tensor, nn
 
 from mobilevlm import progress
 from mobilevlm.errors import MobileVLMError, PromptError
-from mobilevlm.export.calibration import Sample, sample_ids
+from mobilevlm.export.calibration import Sample, instruction_ids, sample_ids
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
 from mobilevlm.image import normalize, open_image, preprocess
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.decoder import rotary_tables
 from mobilevlm.reference.model import held
+from mobilevlm.reference.streaming import project
 from mobilevlm.spec import IMAGE_TOKEN_ID, DecoderSpec
 
 MAX_POSITIONS = 1 << 14
@@ -102,7 +103,15 @@ def watch_vision(
         yield _pass(layer, name, layer, hidden, wanted, hessian)
     features = [reference.vision.features(item) for item in hidden]
     del hidden
-    yield _pass(reference.projector, "projector", reference.projector, features, wanted, hessian)
+    asked = iter(_instructions(model, samples))
+    yield _pass(
+        reference.projector,
+        "projector",
+        lambda item: reference.project(item, next(asked)),
+        features,
+        wanted,
+        hessian,
+    )
 
 
 def watch_decoder(
@@ -116,8 +125,8 @@ def watch_decoder(
         MobileVLMError: an activation is infinite or no number.
     """
     reference = load_reference(model, streamed=True)
-    hidden = _embed_samples(reference, model, samples)
     decoder = reference.decoder
+    hidden = [decoder.begin(item) for item in _embed_samples(reference, model, samples)]
     for index, layer in enumerate(decoder.layers):
         yield _pass(
             layer,
@@ -211,6 +220,11 @@ def _finished(sums: dict[str, _Sums]) -> Block:
     return {name: done[id(item)] for name, item in sums.items()}
 
 
+def _instructions(model: Model, samples: Sequence[Sample]) -> list[list[int]]:
+    """For each picture of the samples, what a Q-Former reads beside it."""
+    return [instruction_ids(model, sample) for sample in samples for _ in sample.images]
+
+
 def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
     """Pictures of the samples, as many as there is room for."""
     pictures = [picture for sample in samples for picture in sample.images]
@@ -272,8 +286,7 @@ def _embed_samples(
     visual = embed_pictures(reference, [item for sample in used for item in sample.images])
     for index, layer in enumerate(reference.vision.layers):
         _pass(layer, f"vision.layers.{index}", layer, visual, lambda _: False, False)
-    with held(reference.projector):
-        tokens = iter([reference.projector(reference.vision.features(item))[0] for item in visual])
+    tokens = iter(project(reference, visual, _instructions(model, used)))
     with held(reference.decoder.embed_tokens):
         return [
             reference.embed(sample_ids(model, sample), [next(tokens) for _ in sample.images])[None]

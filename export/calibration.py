@@ -21,7 +21,7 @@ from typing import Any
 from PIL import Image
 
 from mobilevlm.checkpoint import file_sha256
-from mobilevlm.conversation import input_ids, render, user_message
+from mobilevlm.conversation import input_ids, render, tokenize_instruction, user_message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.families import Model
 from mobilevlm.nano.drawing import render as draw
@@ -164,6 +164,12 @@ def sample_ids(model: Model, sample: Sample) -> list[int]:
     spec, text = model.spec, sample_text(model.spec, sample)
     images, vocab_size = len(sample.images), spec.decoder.vocab_size
     return input_ids(model.tokenizer, spec.conversation, text, images, vocab_size)
+
+
+def instruction_ids(model: Model, sample: Sample) -> list[int]:
+    """What a Q-Former reads beside a picture: the prompt; empty where it reads none."""
+    text = sample_text(model.spec, replace(sample, answer=""))
+    return tokenize_instruction(model.instruction_tokenizer, text, model.spec.projector)
 
 
 def sample_text(spec: ModelSpec, sample: Sample) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mobilevlm.spec import ModelSpec
+from mobilevlm.spec import ModelSpec, QFormerSpec
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,8 @@ def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
         yield LinearGroup((f"{attn}.out_proj",), size, (size,))
         yield LinearGroup((f"{mlp}.fc1",), size, (wide,))
         yield LinearGroup((f"{mlp}.fc2",), wide, (size,))
+    if projector.qformer is not None:
+        yield from _qformer_groups(projector.qformer, vision.hidden_size)
     for index, (in_size, out_size) in enumerate(pairwise(projector.mlp_sizes)):
         yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,))
     size, wide = decoder.hidden_size, decoder.intermediate_size
@@ -59,6 +61,24 @@ def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
             yield LinearGroup(names, size, (wide,) * len(names))
             yield LinearGroup((f"{mlp}.{maker}",), wide, (size,))
     yield LinearGroup(("decoder.lm_head",), size, (decoder.vocab_size,))
+
+
+def _qformer_groups(spec: QFormerSpec, source_size: int) -> Iterator[LinearGroup]:
+    size, wide = spec.hidden_size, spec.intermediate_size
+    for index in range(spec.num_hidden_layers):
+        name = f"projector.layers.{index}"
+        yield LinearGroup(_qkv(f"{name}.attn"), size, (size,) * 3)
+        yield LinearGroup((f"{name}.attn.out_proj",), size, (size,))
+        if spec.has_text(index):
+            yield LinearGroup((f"{name}.text_mlp.fc1",), size, (wide,))
+            yield LinearGroup((f"{name}.text_mlp.fc2",), wide, (size,))
+        if spec.has_cross_attention(index):
+            pair = (f"{name}.cross.key_proj", f"{name}.cross.value_proj")
+            yield LinearGroup(pair, source_size, (size,) * 2)
+            yield LinearGroup((f"{name}.cross.query_proj",), size, (size,))
+            yield LinearGroup((f"{name}.cross.out_proj",), size, (size,))
+        yield LinearGroup((f"{name}.mlp.fc1",), size, (wide,))
+        yield LinearGroup((f"{name}.mlp.fc2",), wide, (size,))
 
 
 def _qkv(attn: str) -> tuple[str, ...]:

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from mobilevlm.bundle import Bundle, StageQuality
 from mobilevlm.export.activations import embed_pictures, sample_groups
-from mobilevlm.export.calibration import Sample, answer_ids, sample_ids, sample_text
+from mobilevlm.export.calibration import (
+    Sample,
+    answer_ids,
+    instruction_ids,
+    sample_ids,
+    sample_text,
+)
 from mobilevlm.export.figures import (
     Float32,
     TextFigures,
@@ -165,7 +171,7 @@ def reference_answers(
     samples = [item.sample for item in figures]
     ends = model.spec.conversation.eos_token_ids
     answers = [list(item.greedy[: round(item.match * len(item.greedy))]) for item in figures]
-    visual = _visual_tokens(reference, samples)
+    visual = _visual_tokens(model, reference, samples)
     prompts = [_prompt_ids(model, sample) for sample in samples]
 
     def is_open(index: int) -> bool:
@@ -190,7 +196,7 @@ def _measure_group(
     max_new_tokens: int,
     advance: Advance,
 ) -> list[SampleFigures]:
-    visual, seen = _measure_pictures(reference, vlm, samples)
+    visual, seen = _measure_pictures(model, reference, vlm, samples)
     greedy = [_greedy(vlm, sample, max_new_tokens) for sample in samples]
     # Each sample's prompt with the bundle's own answer, then those with the sample's answer.
     answered = [index for index, sample in enumerate(samples) if sample.answer]
@@ -225,11 +231,11 @@ def _measure_group(
 
 
 def _measure_pictures(
-    reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
+    model: Model, reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
 ) -> tuple[list[list[Tensor]], list[_Seen]]:
     """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
     has_features = stage_formats(vlm.bundle, vlm.engine)["vision"] == "onnx"
-    exact = exact_pictures(reference, samples)
+    exact = exact_pictures(model, reference, samples)
     visual: list[list[Tensor]] = []
     seen: list[_Seen] = []
     for sample in samples:
@@ -239,7 +245,8 @@ def _measure_pictures(
         for image in sample.images:
             state, projected = next(exact)
             visual[-1].append(projected)
-            tokens.append(compare_vectors(vlm.encode_image(image), projected.numpy()))
+            found = vlm.encode_image(image, sample.prompt)
+            tokens.append(compare_vectors(found, projected.numpy()))
             if has_features:
                 features.append(compare_vectors(vlm.image_features(image), state.numpy()))
         seen.append((tuple(features), tuple(tokens)))
@@ -247,13 +254,14 @@ def _measure_pictures(
 
 
 def exact_pictures(
-    reference: ReferenceModel, samples: Sequence[Sample]
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The tower's features and the visual tokens of all pictures."""
     states = embed_pictures(reference, [image for sample in samples for image in sample.images])
     states = last_states(tower_states(reference, states), states)
     features = (reference.vision.features(state)[0] for state in states)
-    return zip(features, project(reference, states), strict=True)
+    asked = [instruction_ids(model, sample) for sample in samples for _ in sample.images]
+    return zip(features, project(reference, states, asked), strict=True)
 
 
 def reference_embeds(
@@ -261,11 +269,13 @@ def reference_embeds(
 ) -> list[Tensor]:
     """What the reference's decoder is given ``(1, length, hidden_size)``, of each sample."""
     ids = [sample_ids(model, sample) for sample in samples]
-    return _embed(reference, ids, _visual_tokens(reference, samples))
+    return _embed(reference, ids, _visual_tokens(model, reference, samples))
 
 
-def _visual_tokens(reference: ReferenceModel, samples: Sequence[Sample]) -> list[list[Tensor]]:
-    pictures = exact_pictures(reference, samples)
+def _visual_tokens(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> list[list[Tensor]]:
+    pictures = exact_pictures(model, reference, samples)
     return [[next(pictures)[1] for _ in sample.images] for sample in samples]
 
 

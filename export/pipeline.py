@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mobilevlm import progress
 from mobilevlm.bundle import (
+    INSTRUCTION_TOKENIZER,
     SCHEMA_VERSION,
     TOKENIZER,
     Artifact,
@@ -115,6 +116,8 @@ def export(
     with open_workspace(target) as work:
         artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
+        if model.instruction_tokenizer is not None:
+            model.instruction_tokenizer.save(str(work.path(INSTRUCTION_TOKENIZER)))
         draft = _manifest(model, chosen, artifacts)
         draft = dataclasses.replace(draft, system_prompt=_system_prompt(model, work, draft))
         quality = _measure(model, chosen, work, draft, measure)

@@ -75,6 +75,11 @@ def author_qdq(
     """
     import onnx
 
+    if spec.projector.reads_text:
+        raise MobileVLMError(
+            f"a fixed-point recipe: the vision stage of {spec.name} reads text beside the picture, "
+            f"which has no fixed shape: use int8 for tower and projector"
+        )
     pictures = [picture for sample in samples for picture in sample.images]
     if not pictures:
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from mobilevlm import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.activations import embed_pictures, run_decoder_layer, sample_groups
-from mobilevlm.export.calibration import Sample, answer_ids, sample_ids
+from mobilevlm.export.calibration import Sample, answer_ids, instruction_ids, sample_ids
 from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
@@ -91,6 +91,7 @@ class Probe:
         used = _usable_samples(model, samples)
         self.num_samples = len(used)
         self._answers = [answer_positions(model, sample) for sample in used]
+        self._instructions = [instruction_ids(model, sample) for sample in used]
         self.num_positions = sum(self._answers)
         self._groups = list(linear_groups(model.spec))
         with torch.no_grad():
@@ -170,7 +171,7 @@ class Probe:
         def project(number: int, state: Tensor) -> Tensor:
             embeds = self._templates[number].clone()
             if len(state):
-                tokens: Tensor = reference.projector(tower.features(state))
+                tokens = reference.project(tower.features(state), self._instructions[number])
                 embeds[self._places[number]] = tokens.flatten(0, 1)
             return embeds[None]
 
@@ -181,8 +182,12 @@ class Probe:
         def tower_layer(layer: nn.Module) -> Callable[[int, Tensor], Tensor]:
             return lambda _, state: layer(state) if len(state) else state
 
-        def decoder_layer(layer: nn.Module) -> Callable[[int, Tensor], Tensor]:
-            return lambda _, state: run_decoder_layer(layer, spec.decoder, state)
+        def decoder_layer(index: int, layer: nn.Module) -> Callable[[int, Tensor], Tensor]:
+            def run(number: int, state: Tensor) -> Tensor:
+                state = state if index else decoder.begin(state)
+                return run_decoder_layer(layer, spec.decoder, state)
+
+            return run
 
         return [
             *(
@@ -191,7 +196,7 @@ class Probe:
             ),
             _Step("projector", reference.projector, project),
             *(
-                _Step(f"decoder.layers.{index}", layer, decoder_layer(layer))
+                _Step(f"decoder.layers.{index}", layer, decoder_layer(index, layer))
                 for index, layer in enumerate(decoder.layers)
             ),
             _Step("decoder.lm_head", decoder.lm_head, head),

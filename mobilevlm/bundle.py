@@ -21,6 +21,8 @@ from mobilevlm.spec import ModelSpec, from_dict, to_dict
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+INSTRUCTION_TOKENIZER = "qformer_tokenizer.json"
+"""Of a Q-Former that reads the prompt too."""
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ def named_files(manifest: Manifest) -> list[str]:
     """Files that something in the manifest refers to."""
     singles = [part.path for part in (manifest.embeddings, manifest.system_prompt) if part]
     parts = [name for artifact in manifest.artifacts for name in artifact.files]
-    return [TOKENIZER, *singles, *parts]
+    asked = [INSTRUCTION_TOKENIZER] if manifest.spec.projector.reads_text else []
+    return [TOKENIZER, *asked, *singles, *parts]
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

@@ -273,13 +273,17 @@ class TensorRef:
     name: str
     rows: RowRange | None = None
     """Where it is a part of the stored one."""
+    outer: int = 0
+    """Leading dimensions of one that are stored and not ours."""
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the whole stored tensor, given the shape of this one."""
-        return shape if self.rows is None else (self.rows.total, *shape[1:])
+        whole = shape if self.rows is None else (self.rows.total, *shape[1:])
+        return (1,) * self.outer + whole
 
     def cut(self, stored: Float32) -> Float32:
         """This tensor, given the whole stored one."""
+        stored = stored.reshape(stored.shape[self.outer :])
         return stored if self.rows is None else stored[self.rows.start : self.rows.stop]
 
 

@@ -17,7 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from mobilevlm.errors import PromptError
-from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec
+from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec, ProjectorSpec
 
 SHORTEST_SYSTEM_PROMPT = 16
 """Tokens. Computing a piece of a prompt apart costs a pass over the weights, about as much as
@@ -77,6 +77,33 @@ _TWO_SEPARATORS = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
+
+_TURNS = """\
+{%- for message in messages -%}
+  {%- if not loop.first -%}{{- ' ' -}}{%- endif -%}
+  {{- BEFORE if message['role'] == 'user' else '' -}}
+  {%- if message['content'] is string -%}
+    {{- message['content'] -}}
+  {%- else -%}
+    {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- AFTER if message['role'] == 'user' else '' -}}
+{%- endfor -%}
+"""
+_IMAGES_FIRST = """\
+{%- for message in messages if message['content'] is not string -%}
+  {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+{%- endfor -%}
+"""
+
+
+def turns_template(before: str = "", after: str = "") -> str:
+    """The Jinja template of a conversation without roles: pictures that are parts first of all,
+    then the turns, the user's between ``before`` and ``after``."""
+    turns = _TURNS.replace("BEFORE", repr(before)).replace("AFTER", repr(after))
+    return _IMAGES_FIRST + turns
+
 
 _ASSISTANT = (
     "an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
@@ -152,7 +179,11 @@ def tokenize(
         image = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
         ids = [IMAGE_TOKEN_ID if token == image else token for token in tokenizer.encode(text).ids]
     else:
-        ids = _tokenize_apart(tokenizer, text)
+        rest, first = text, 0
+        if conversation is not None and conversation.tokenization == "images_first":
+            while rest.startswith(IMAGE_PLACEHOLDER):
+                rest, first = rest.removeprefix(IMAGE_PLACEHOLDER), first + 1
+        ids = [IMAGE_TOKEN_ID] * first + _tokenize_apart(tokenizer, rest)
     after = conversation.image_end_ids if conversation is not None else ()
     if not after:
         return ids
@@ -179,6 +210,26 @@ def official_ids(ids: Sequence[int], conversation: ConversationSpec) -> list[int
             found.append(ids[place])
         place += 1
     return found
+
+
+def tokenize_instruction(
+    tokenizer: Tokenizer | None, text: str, projector: ProjectorSpec
+) -> list[int]:
+    """Prompt text as the ids that a Q-Former reads beside each image (BERT's, with those that begin
+    and end a text); empty where it reads none.
+
+    Raises:
+        PromptError: the text is too long for it.
+    """
+    if tokenizer is None or projector.qformer is None or not projector.reads_text:
+        return []
+    ids: list[int] = tokenizer.encode(text.replace(IMAGE_PLACEHOLDER, "")).ids
+    if len(ids) > projector.qformer.max_positions:
+        raise PromptError(
+            f"the prompt takes {len(ids)} tokens of the Q-Former, which reads up to "
+            f"{projector.qformer.max_positions}: shorten it"
+        )
+    return ids
 
 
 def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int]:

@@ -96,13 +96,45 @@ class VisionSpec:
 
 
 @dataclass(frozen=True)
+class QFormerSpec:
+    """Learned queries that read the tower's features by cross-attention (BLIP-2, section 3.1): a
+    BERT with norms behind the sums, of which only the queries' states come out."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    cross_attention_frequency: int
+    """Layers whose index is a multiple of this have cross-attention."""
+    num_queries: int
+    layer_norm_eps: float
+    vocab_size: int = 0
+    """Of the instruction, which queries see by self-attention (InstructBLIP); 0: it reads none."""
+    max_positions: int = 0
+    """Tokens that an instruction may have."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def has_cross_attention(self, layer: int) -> bool:
+        return layer % self.cross_attention_frequency == 0
+
+    def has_text(self, layer: int) -> bool:
+        """Whether the instruction's states go on after a layer's self-attention: nobody reads those
+        of the last."""
+        return self.vocab_size > 0 and layer < self.num_hidden_layers - 1
+
+
+@dataclass(frozen=True)
 class ProjectorSpec:
     """Tower features ``(num_features, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
 
-    kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample"]
+    kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer"]
     """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
     it averages squares of them first. ``mlp_downsample`` (VILA) joins the four patches of such a
-    square in one vector, which a norm and the MLP follow."""
+    square in one vector, which a norm and the MLP follow. ``qformer`` has an MLP of depth 1 behind
+    the Q-Former."""
     in_size: int
     out_size: int
     depth: int
@@ -110,19 +142,29 @@ class ProjectorSpec:
     grid: int
     """Patches per edge that come in."""
     out_grid: int
-    """Visual tokens per edge that go out."""
+    """Visual tokens per edge that go out; 0 where they form no grid."""
     order: Literal["rows", "columns"] = "rows"
     """How ``mlp_downsample`` gives its squares out: row by row or column by column."""
+    qformer: QFormerSpec | None = None
 
     @property
     def mlp_sizes(self) -> list[int]:
         """Sizes before, between and after the Linears of the MLP."""
         in_size = self.in_size * (4 if self.kind == "mlp_downsample" else 1)
+        if self.qformer is not None:
+            in_size = self.qformer.hidden_size
         return [in_size] + [self.out_size] * self.depth
 
     @property
     def num_tokens(self) -> int:
+        if self.qformer is not None:
+            return self.qformer.num_queries
         return self.out_grid * self.out_grid
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the visual tokens depend on what is asked."""
+        return self.qformer is not None and self.qformer.vocab_size > 0
 
     @property
     def squeeze_size(self) -> int:
@@ -174,11 +216,13 @@ class DecoderSpec:
     """Root-mean-square norms without bias, or layer norms with."""
     rotary_dim: int | None = None
     """Channels of each head that are rotated, the first ones; all of them when none is given."""
+    learned_positions: bool = False
+    """A learned vector for each position is added to the embeddings."""
     qkv_bias: bool = False
     o_bias: bool = False
     mlp: Literal["gated", "plain"] = "gated"
     """``gated``: ``down_proj(act(gate_proj x) · up_proj x)``; ``plain``: ``fc2(act(fc1 x))``."""
-    hidden_act: Literal["silu", "gelu_new"] = "silu"
+    hidden_act: Literal["silu", "gelu_new", "relu"] = "silu"
     """``gelu_new`` is GELU by its tanh approximation."""
     mlp_bias: bool = False
     parallel_residual: bool = False
@@ -223,9 +267,10 @@ class ConversationSpec:
     """Jinja template over ``messages``, as in tokenizer_config.json of the Hugging Face hub."""
     eos_token_ids: tuple[int, ...]
     stop_strings: tuple[str, ...]
-    tokenization: Literal["apart", "joined"] = "apart"
+    tokenization: Literal["apart", "joined", "images_first"] = "apart"
     """``apart``: text between images is tokenized piece by piece; ``joined``: as one string, where
-    ``<image>`` is a token of the tokenizer."""
+    ``<image>`` is a token of the tokenizer; ``images_first``: apart, and images that begin the text
+    stand before the ids that begin a text."""
     image_end_ids: tuple[int, ...] = ()
     """Follow each image's visual tokens."""
     placeholder_ids: tuple[int, ...] = (IMAGE_TOKEN_ID,)

@@ -41,30 +41,37 @@ _BPE = 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 
-def read_tokenizer(folder: Path, legacy: bool | None = None) -> Tokenizer:
+def read_tokenizer(folder: Path, legacy: bool | None = None, ready: bool = False) -> Tokenizer:
     """The tokenizer of a checkpoint folder: ``tokenizer.model``, ranks of tiktoken, ``vocab.json``
     with ``merges.txt``, else ``tokenizer.json``. ``legacy``: as the official loader sets it for a
-    ``tokenizer.model``, by default as tokenizer_config.json has it.
+    ``tokenizer.model``, by default as tokenizer_config.json has it. ``ready``: ``tokenizer.json``
+    goes first.
 
     Raises:
         CheckpointError: no tokenizer, a damaged one, or a sentencepiece model that is not BPE.
     """
+    if ready and (folder / "tokenizer.json").is_file():
+        return _from_json(folder / "tokenizer.json")
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder, legacy)
     if (ranks := find_ranks(folder)) is not None:
         return from_tiktoken(ranks)
     if (folder / VOCAB).is_file() and (folder / MERGES).is_file():
         return from_vocab_and_merges(folder, tokenizer_settings(folder))
-    ready = folder / "tokenizer.json"
-    if not ready.is_file():
+    path = folder / "tokenizer.json"
+    if not path.is_file():
         raise CheckpointError(
             f"{folder}: no tokenizer: expected tokenizer.model, tokenizer.json, {VOCAB} and "
             f"{MERGES}, arcade100k.tiktoken or qwen.tiktoken"
         )
+    return _from_json(path)
+
+
+def _from_json(path: Path) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(ready))
+        return Tokenizer.from_file(str(path))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(f"{ready}: damaged tokenizer: {error}") from None
+        raise CheckpointError(f"{path}: damaged tokenizer: {error}") from None
 
 
 def vocabulary_length(tokenizer: Tokenizer) -> int:

@@ -58,11 +58,17 @@ class Prompt:
     pixels: list[Pixels]
     seconds: float
     """What it took to make them."""
+    instruction: list[int] = field(default_factory=list)
+    """What a Q-Former that reads text is given beside each picture."""
 
     @cached_property
     def digests(self) -> list[bytes]:
-        """Of each picture."""
-        return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in self.pixels]
+        """Of each picture, and of all that its visual tokens depend on."""
+        asked = np.asarray(self.instruction, np.int64).tobytes()
+        return [
+            hashlib.blake2b(image.tobytes() + asked, digest_size=16).digest()
+            for image in self.pixels
+        ]
 
     def position_keys(self, tokens_per_image: int) -> list[PositionKey]:
         """What stands at each position, pictures expanded."""
@@ -234,12 +240,13 @@ class Session:
         """Embeddings ``(len(keys), hidden_size)``: of tokens, and of pictures the visual tokens."""
         with note.vision:
             pixels = dict(zip(prompt.digests, prompt.pixels, strict=True))
+            asked = [prompt.instruction] if prompt.instruction else []
             images: dict[bytes, Float32] = {}
             encoded = set()
             for digest in {key[0]: None for key in keys if isinstance(key, tuple)}:
                 known = self._cache.images.get(digest)
                 if known is None:
-                    known = self._vision.encode(pixels[digest])
+                    known = self._vision.encode(pixels[digest], *asked)
                     self._cache.images.put(digest, known, known.nbytes)
                     encoded.add(digest)
                 images[digest] = known

@@ -14,13 +14,14 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from mobilevlm.builtin import bundle_path
-from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
+from mobilevlm.bundle import INSTRUCTION_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from mobilevlm.conversation import (
     Message,
     input_ids,
     official_ids,
     render,
     system_ids,
+    tokenize_instruction,
     user_message,
 )
 from mobilevlm.errors import BundleError, MobileVLMError, PromptError
@@ -97,7 +98,7 @@ def open_model(
     start = time.perf_counter() if start is None else start
     threads = threads or default_threads()
     engine = choose_engine(bundle, engine)
-    tokenizer = tokenizer or _read_tokenizer(bundle)
+    tokenizer = tokenizer or _read_tokenizer(bundle, TOKENIZER)
     cache = _open_cache(bundle, tokenizer, engine, cache_mb)
     vision, decoder = open_engines(bundle, engine, threads)
     seconds = time.perf_counter() - start
@@ -129,6 +130,9 @@ class VLM:
         self.threads = threads
         self.spec = bundle.manifest.spec
         self.tokenizer = tokenizer
+        self._instruction_tokenizer: Tokenizer | None = None
+        if self.spec.projector.reads_text:
+            self._instruction_tokenizer = _read_tokenizer(bundle, INSTRUCTION_TOKENIZER)
         self.load_seconds = load_seconds
         self._vision: VisionEngine | None = vision
         self._decoder: DecoderEngine | None = decoder
@@ -232,10 +236,16 @@ class VLM:
                 session.rewind(0)
         self._cache.clear()
 
-    def encode_image(self, image: ImageInput) -> Float32:
-        """Visual tokens ``(num_tokens, hidden_size)``: the projector's output."""
+    def encode_image(self, image: ImageInput, prompt: str = "") -> Float32:
+        """Visual tokens ``(num_tokens, hidden_size)``: the projector's output. ``prompt``: what is
+        asked about the image, where a Q-Former reads it (InstructBLIP)."""
         vision, _ = self._engines()
-        return vision.encode(preprocess(open_image(image), self.spec.image))
+        pixels = preprocess(open_image(image), self.spec.image)
+        if self._instruction_tokenizer is None:
+            return vision.encode(pixels)
+        parts = [{"type": "text", "text": prompt}]
+        text = render(self.spec.conversation, [{"role": "user", "content": parts}])
+        return vision.encode(pixels, self._instruction(text))
 
     def image_features(self, image: ImageInput) -> Float32:
         """The tower's features ``(num_features, vision hidden_size)``; for verification."""
@@ -290,13 +300,21 @@ class VLM:
 
     def _input_ids(self, prompt: str | Sequence[Message], images: int, raw: bool) -> list[int]:
         """-200 where visual tokens of an image go."""
-        conversation, vocab_size = self.spec.conversation, self.spec.decoder.vocab_size
+        return self._text_ids(self._text(prompt, images, raw), images)
+
+    def _text(self, prompt: str | Sequence[Message], images: int, raw: bool) -> str:
+        """The prompt in its template."""
         if raw:
-            text = str(prompt)
-        else:
-            messages = [user_message(prompt, images)] if isinstance(prompt, str) else prompt
-            text = render(conversation, messages)
+            return str(prompt)
+        messages = [user_message(prompt, images)] if isinstance(prompt, str) else prompt
+        return render(self.spec.conversation, messages)
+
+    def _text_ids(self, text: str, images: int) -> list[int]:
+        conversation, vocab_size = self.spec.conversation, self.spec.decoder.vocab_size
         return input_ids(self.tokenizer, conversation, text, images, vocab_size)
+
+    def _instruction(self, text: str) -> list[int]:
+        return tokenize_instruction(self._instruction_tokenizer, text, self.spec.projector)
 
     def _engines(self) -> tuple[VisionEngine, DecoderEngine]:
         if self._vision is None or self._decoder is None:
@@ -357,9 +375,10 @@ class VLM:
         start = time.perf_counter()
         if isinstance(images, (str, bytes, PathLike, np.ndarray, Image.Image)):
             raise MobileVLMError("images: expected a list of pictures, found a single one")
-        ids = self._input_ids(prompt, len(images), raw)
+        text = self._text(prompt, len(images), raw)
+        ids = self._text_ids(text, len(images))
         pixels = [preprocess(open_image(image), self.spec.image) for image in images]
-        return Prompt(ids, pixels, time.perf_counter() - start)
+        return Prompt(ids, pixels, time.perf_counter() - start, self._instruction(text))
 
 
 def _open_cache(bundle: Bundle, tokenizer: Tokenizer, engine: str, megabytes: float) -> PromptCache:
@@ -373,8 +392,8 @@ def _open_cache(bundle: Bundle, tokenizer: Tokenizer, engine: str, megabytes: fl
     return PromptCache(megabytes, ids)
 
 
-def _read_tokenizer(bundle: Bundle) -> Tokenizer:
+def _read_tokenizer(bundle: Bundle, name: str) -> Tokenizer:
     try:
-        return Tokenizer.from_file(str(bundle.path(TOKENIZER)))
+        return Tokenizer.from_file(str(bundle.path(name)))
     except Exception as error:  # the tokenizers library raises plain Exception
-        raise BundleError(f"{bundle.path(TOKENIZER)}: damaged tokenizer: {error}") from None
+        raise BundleError(f"{bundle.path(name)}: damaged tokenizer: {error}") from None

@@ -34,7 +34,7 @@ FIXTURES = ("mobilevlm_v2", "mobilevlm_v1", "llava_v15", "llava_v1", "llava_v1_i
 """Plain Llama decoders, a sentencepiece vocabulary."""
 MOE_FIXTURES = ("moe_llava_stablelm", "moe_llava_phi2", "moe_llava_qwen")
 """Sparse experts in other decoders, byte-level vocabularies."""
-FAMILY_FIXTURES = ("vila", "vila_v15")
+FAMILY_FIXTURES = ("vila", "vila_v15", "blip2", "instructblip")
 """Other towers and projectors, other places of images. ``vila_v15`` is ``vila`` in its other
 official behaviour."""
 
@@ -70,6 +70,19 @@ class Fixture:
     def prompt(self) -> str:
         """The user's words, ``<image>`` where the pictures are not the first."""
         return str(self.expected.get("user_prompt") or "".join(self.expected["prompt_parts"]))
+
+    @property
+    def templated_prompt(self) -> str:
+        """The prompt in its conversation; BLIP's processors have none, and write images as so many
+        placeholders before it."""
+        placed = f"<image>{self.prompt}"
+        return placed if "num_query_tokens" in self.expected else self.expected["templated_prompt"]
+
+    @property
+    def instruction(self) -> list[int]:
+        """What a Q-Former reads of it."""
+        ids: list[int] = self.arrays.get("qformer_input_ids", np.zeros((1, 0), int))[0].tolist()
+        return ids
 
     @cached_property
     def arrays(self) -> dict[str, NDArray[Any]]:

@@ -42,7 +42,11 @@ def author_vision(
         stage = VisionStage(file, spec, dialect)
         size, count = spec.image.size, spec.vision.num_features
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
-        tokens, features = stage(builder.op, pixels)
+        instruction = None
+        if spec.projector.reads_text:
+            kind, length = ir.DataType.INT64, "instruction_length"
+            instruction = _input(builder, "instruction_ids", kind, [1, length])
+        tokens, features = stage(builder.op, pixels, instruction)
         _output(
             builder,
             tokens,

@@ -27,8 +27,15 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
         super().__init__("decoder")
         self.fused_rotary = has_fused_rotary(spec)
-        cos, sin = rotary_tables(spec)
-        self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
+        self.cos_cache = self.sin_cache = self.positions = None
+        if spec.rotary_channels:
+            cos, sin = rotary_tables(spec)
+            self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
+        if spec.learned_positions:
+            sizes = (spec.context_length, spec.hidden_size)
+            table = weights.read("decoder.position_embedding.weight", *sizes)
+            with weights.read_in_part(1 / spec.context_length):
+                self.positions = weights.parameter(table)
         self.input_norm = Norm(weights, "decoder.layers.0.input_norm", spec)
         self.layers = nn.ModuleList(
             [DecoderLayer(weights, index, spec) for index in range(spec.num_hidden_layers)]
@@ -51,9 +58,11 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
     ) -> tuple[Any, list[tuple[Any, Any]]]:
         seqlens = op.Sub(total_length, 1)
         start = None
-        if not self.fused_rotary:
-            length = op.Shape(embeds, start=1, end=2)
-            start = op.Sub(op.Cast(total_length, to=ir.DataType.INT64), length)
+        if not self.fused_rotary or self.positions is not None:
+            end = op.Cast(total_length, to=ir.DataType.INT64)
+            start = op.Sub(end, op.Shape(embeds, start=1, end=2))
+            if self.positions is not None:
+                embeds = op.Add(embeds, op.Slice(self.positions, start, end, [0]))
         rotary = (self.cos_cache, self.sin_cache, start)
         residual, normed = embeds, self.input_norm(op, embeds)
         presents = []
@@ -112,7 +121,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             *(rotary[:2] if self.fused_rotary else (None, None)),
             num_heads=self.num_heads,
             kv_num_heads=self.num_kv_heads,
-            do_rotary=int(self.fused_rotary),
+            do_rotary=int(self.fused_rotary and self.rotary_channels > 0),
             _domain=CONTRIB,
             _outputs=3,
         )
@@ -184,7 +193,7 @@ def _norm_parameters(
 
 
 def has_fused_rotary(spec: DecoderSpec) -> bool:
-    """Whether GroupQueryAttention can rotate: it takes multiples of 8 pairs of channels."""
+    """Whether GroupQueryAttention can rotate: it takes multiples of 8 pairs of channels, also 0."""
     return spec.rotary_channels % 16 == 0
 
 

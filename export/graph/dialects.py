@@ -9,12 +9,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from mobilevlm.spec import VisionSpec
-
 CONTRIB = "com.microsoft"
 
-Attention: TypeAlias = Callable[[Any, Any, Any, Any, VisionSpec], Any]
-"""Of queries, keys and values ``(1, length, hidden_size)`` each, all positions with all."""
+Attention: TypeAlias = Callable[[Any, Any, Any, Any, int, int], Any]
+"""All queries with all keys: of queries, keys and values ``(1, length, heads * head_dim)``, the
+number of heads, and ``head_dim``."""
 Activation: TypeAlias = Callable[[Any, Any], Any]
 
 
@@ -31,23 +30,19 @@ class Dialect:
     would multiply the rounding of its weights."""
 
 
-def fused_attention(op: Any, query: Any, key: Any, value: Any, spec: VisionSpec) -> Any:
+def fused_attention(op: Any, query: Any, key: Any, value: Any, heads: int, head_dim: int) -> Any:
     """One operator of ONNX Runtime."""
-    return op.MultiHeadAttention(
-        query, key, value, num_heads=spec.num_attention_heads, _domain=CONTRIB
-    )
+    return op.MultiHeadAttention(query, key, value, num_heads=heads, _domain=CONTRIB)
 
 
-def standard_attention(op: Any, query: Any, key: Any, value: Any, spec: VisionSpec) -> Any:
-    """Softmax between two products, shapes fixed."""
-    length, heads = spec.num_positions, spec.num_attention_heads
-    head_dim = spec.hidden_size // heads
-    split = [1, length, heads, head_dim]
+def standard_attention(op: Any, query: Any, key: Any, value: Any, heads: int, head_dim: int) -> Any:
+    """Softmax between two products."""
+    split = [1, -1, heads, head_dim]
     query = op.Transpose(op.Reshape(op.Mul(query, head_dim**-0.5), split), perm=[0, 2, 1, 3])
     key = op.Transpose(op.Reshape(key, split), perm=[0, 2, 3, 1])
     value = op.Transpose(op.Reshape(value, split), perm=[0, 2, 1, 3])
     mixed = op.MatMul(op.Softmax(op.MatMul(query, key), axis=-1), value)
-    return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [1, length, spec.hidden_size])
+    return op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [1, -1, heads * head_dim])
 
 
 def fused_quick_gelu(op: Any, x: Any) -> Any:

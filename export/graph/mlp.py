@@ -54,4 +54,6 @@ def linear_names(name: str, spec: DecoderSpec) -> tuple[list[str], str]:
 
 
 def _activate(op: Any, name: str, x: Any) -> Any:
+    if name == "relu":
+        return op.Relu(x)
     return op.Mul(x, op.Sigmoid(x)) if name == "silu" else op.Gelu(x, approximate="tanh")

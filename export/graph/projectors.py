@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
+from mobilevlm.export.graph.dialects import CPU, Dialect
 from mobilevlm.export.graph.layers import LayerNorm, Linear
+from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import ProjectorSpec
 
@@ -175,8 +177,10 @@ class ChannelNorm(nn.Module):  # type: ignore[misc]
         return op.Transpose(hidden, perm=[0, 3, 1, 2])
 
 
-def build_projector(weights: WeightFile, spec: ProjectorSpec) -> nn.Module:
+def build_projector(weights: WeightFile, spec: ProjectorSpec, dialect: Dialect = CPU) -> nn.Module:
     """The projector that the spec names."""
+    if spec.kind == "qformer":
+        return QFormerProjector(weights, spec, dialect)
     kinds = {
         "mlp": MLPProjector,
         "ldp": LDPProjector,

@@ -23,7 +23,7 @@ _PARTS = {"vision": "vision.tower", "projector": "vision.projector", "decoder": 
 _VISION = ("vision.", "projector.")
 _FIXED = "_quantized"
 """What onnxruntime's quantizer adds to a tensor's name."""
-_STACKS = {"q_proj": "qkv", "gate_proj": "gate_up"}
+_STACKS = {"q_proj": "qkv", "gate_proj": "gate_up", "key_proj": "key_value"}
 """What a stack of layers is called, by its first."""
 _EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)")
 _FIRST = ("gate_proj", "fc1")

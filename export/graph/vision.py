@@ -20,15 +20,19 @@ from mobilevlm.spec import ImageSpec, ModelSpec, VisionSpec
 
 class VisionStage(nn.Module):  # type: ignore[misc]
     """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and tower
-    features ``(1, num_features, vision hidden_size)``."""
+    features ``(1, num_features, vision hidden_size)``. ``instruction``: ids ``(1, length)`` for a
+    Q-Former that reads text."""
 
     def __init__(self, weights: WeightFile, spec: ModelSpec, dialect: Dialect = CPU) -> None:
         super().__init__("vision")
         self.tower = ClipTower(weights, spec.vision, spec.image, dialect)
-        self.projector = build_projector(weights, spec.projector)
+        self.projector = build_projector(weights, spec.projector, dialect)
+        self.reads_text = spec.projector.reads_text
 
-    def forward(self, op: Any, pixels: Any) -> tuple[Any, Any]:
+    def forward(self, op: Any, pixels: Any, instruction: Any | None = None) -> tuple[Any, Any]:
         features = self.tower(op, pixels)
+        if self.reads_text:
+            return self.projector(op, features, instruction), features
         return self.projector(op, features), features
 
 
@@ -121,7 +125,8 @@ class ClipLayer(nn.Module):  # type: ignore[misc]
     def forward(self, op: Any, hidden: Any) -> Any:
         qkv = self.qkv(op, self.norm1(op, hidden))
         query, key, value = op.Split(qkv, axis=-1, num_outputs=3, _outputs=3)
-        mixed = self.dialect.attention(op, query, key, value, self.spec)
+        heads, head_dim = self.spec.num_attention_heads, self.spec.head_dim
+        mixed = self.dialect.attention(op, query, key, value, heads, head_dim)
         hidden = op.Add(hidden, self.out_proj(op, mixed))
         wide = self._activate(op, self.fc1(op, self.norm2(op, hidden)))
         return op.Add(hidden, self.fc2(op, wide))

@@ -20,6 +20,9 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizer import read_tokenizer
 
+_INSTRUCTION_TOKENIZER = "qformer_tokenizer"
+"""Folder of the tokenizer of a Q-Former that reads text."""
+
 
 @dataclass(frozen=True)
 class OpenOptions:
@@ -43,6 +46,8 @@ class Model:
     tokenizer: Tokenizer
     language_model: str = ""
     """Folder of the tokenizer's files, inside ``folder``."""
+    instruction_tokenizer: Tokenizer | None = None
+    """Of a Q-Former that reads text."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +78,8 @@ class Family:
     """Folder of the language model and its tokenizer, inside the checkpoint; empty: itself."""
     legacy: bool | None
     """What its loader tells a sentencepiece tokenizer, see :func:`read_tokenizer`."""
+    ready_tokenizer: bool
+    """tokenizer.json, where there is one, goes before the files that it was made of."""
     variants: tuple[str, ...]
     """Official behaviours that it knows, where there are several."""
     read: Read
@@ -100,6 +107,7 @@ def register(
     keys: set[str] | None = None,
     language_model: str = "",
     legacy: bool | None = None,
+    ready_tokenizer: bool = False,
     variants: tuple[str, ...] = (),
 ) -> Callable[[Read], Read]:
     """Registers the decorated reader as a family. ``projector_types`` is a regular expression; the
@@ -113,6 +121,7 @@ def register(
             frozenset(keys or ()),
             language_model,
             legacy,
+            ready_tokenizer,
             variants,
             read,
         )
@@ -138,7 +147,9 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
         raise CheckpointError(
             f"{folder}: variant {options.variant!r} is not known for {family.name}: {known}"
         )
-    tokenizer = read_tokenizer(folder / family.language_model, family.legacy)
+    tokenizer = read_tokenizer(
+        folder / family.language_model, family.legacy, family.ready_tokenizer
+    )
     spec, weights = family.read(Source(folder, config, options, tokenizer))
     pieces = tokenizer.get_vocab_size(with_added_tokens=False)
     if pieces > spec.decoder.vocab_size:
@@ -146,7 +157,10 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
             f"{folder}: the tokenizer has {pieces} pieces, but 'vocab_size' in config.json is "
             f"{spec.decoder.vocab_size}: these files are of different models"
         )
-    return Model(folder, spec, weights, tokenizer, family.language_model)
+    asked = None
+    if spec.projector.reads_text:
+        asked = read_tokenizer(folder / _INSTRUCTION_TOKENIZER, ready=True)
+    return Model(folder, spec, weights, tokenizer, family.language_model, asked)
 
 
 def _find_family(folder: Path, config: dict[str, Any]) -> Family:
@@ -174,6 +188,7 @@ def _find_family(folder: Path, config: dict[str, Any]) -> Family:
 
 
 from mobilevlm.families import (  # noqa: E402  (they register themselves)
+    blip,  # noqa: F401
     llava,  # noqa: F401
     mobilevlm,  # noqa: F401
     moe_llava,  # noqa: F401

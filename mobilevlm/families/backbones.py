@@ -7,7 +7,7 @@ names).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +42,18 @@ class Backbone:
     parts: Mapping[str, str] | None = None
     """Of a layer, the MLP aside."""
     mlp: Mapping[str, str] | None = None
+    mlp_root: str = "mlp"
+    """What an MLP is under; empty: the layer itself."""
+    position_embedding: str = "embed_positions"
+    position_offset: int = 0
+    """Rows of that table before the first position's."""
     fused_qkv: str | None = None
     """Query, key and value are the rows of one tensor."""
+
+
+def inside(backbone: Backbone, model: str) -> Backbone:
+    """The same where the language model is a module ``model`` of a larger one."""
+    return replace(backbone, root=f"{model}.{backbone.root}", lm_head=f"{model}.{backbone.lm_head}")
 
 
 def decoder_refs(files: TensorFiles, spec: DecoderSpec, backbone: Backbone) -> dict[str, TensorRef]:
@@ -62,6 +72,8 @@ def _modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
     """Canonical names below ``decoder.``, each with whether it has a bias."""
     normed = spec.norm == "layer"
     yield "embed_tokens", False
+    if spec.learned_positions:
+        yield "position_embedding", False
     yield "norm", normed
     yield "lm_head", spec.lm_head_bias
     for index in range(spec.num_hidden_layers):
@@ -86,6 +98,10 @@ def _stored(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, Ro
     """The checkpoint's name of a module, and the rows that it is, where it is a part."""
     if module == "lm_head":
         return backbone.lm_head, None
+    if module == "position_embedding":
+        first = backbone.position_offset
+        stop = first + spec.context_length
+        return f"{backbone.root}.{backbone.position_embedding}", RowRange(first, stop, stop)
     if not module.startswith("layers."):
         return f"{backbone.root}.{getattr(backbone, module)}", None
     _, index, part = module.split(".", 2)
@@ -97,7 +113,7 @@ def _stored(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, Ro
     place, _, linear = part.removeprefix("mlp.").rpartition(".")
     if linear == "router":
         return f"{layer}.mlp.deepspeed_moe.gate.wg", None
-    outer = ["mlp"]
+    outer = [backbone.mlp_root] if backbone.mlp_root else []
     if place.startswith("experts."):
         outer.append(f"deepspeed_moe.experts.deepspeed_experts.{place.removeprefix('experts.')}")
     elif place == "residual":
@@ -184,6 +200,7 @@ def _attention_sizes(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, Any]:
     """What every backbone's configuration says in the same words."""
+    config = _with_rope_parameters(path, config)
     found = config_value(path, config, "hidden_act", str, activation)
     if found != activation:
         raise CheckpointError(f"{path}: 'hidden_act' is {found!r}, expected {activation!r}")
@@ -201,6 +218,14 @@ def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, An
         "hidden_act": activation,
         "experts": _experts(path, config, layers),
     }
+
+
+def _with_rope_parameters(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """With the keys that transformers 5 has joined in one, as they were before."""
+    joined = config_value(path, config, "rope_parameters", dict, {"rope_type": "default"})
+    if joined.get("rope_type", "default") == "default":
+        return {**config, **{key: joined[key] for key in ("rope_theta",) if key in joined}}
+    return {**config, "rope_scaling": joined, "rope_theta": joined.get("rope_theta")}
 
 
 def _rotary_dim(path: Path, config: dict[str, Any], key: str, head_dim: int) -> int:
@@ -284,6 +309,40 @@ def _read_qwen(path: Path, config: dict[str, Any]) -> DecoderSpec:
     )
 
 
+def _read_opt(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    """``OPTConfig`` of all sizes but 350M, whose norms stand elsewhere."""
+    hidden = config_value(path, config, "hidden_size", int)
+    expected: dict[str, Any] = {
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "enable_bias": True,
+        "layer_norm_elementwise_affine": True,
+        "word_embed_proj_dim": hidden,
+    }
+    for key, value in expected.items():
+        if config.get(key, value) != value:
+            raise CheckpointError(f"{path}: {key!r} is {config[key]!r:.60}, expected {value!r}")
+    return DecoderSpec(
+        **_attention_sizes(path, config),
+        vocab_size=config_value(path, config, "vocab_size", int),
+        intermediate_size=config_value(path, config, "ffn_dim", int),
+        num_hidden_layers=config_value(path, config, "num_hidden_layers", int),
+        norm_eps=1e-5,
+        rope_theta=10000.0,
+        rope_scaling=1.0,
+        context_length=config_value(path, config, "max_position_embeddings", int),
+        tie_word_embeddings=config_value(path, config, "tie_word_embeddings", bool, True),
+        norm="layer",
+        rotary_dim=0,
+        learned_positions=True,
+        qkv_bias=True,
+        o_bias=True,
+        mlp="plain",
+        hidden_act="relu",
+        mlp_bias=True,
+    )
+
+
 _LLAMA_PARTS = {
     "input_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
@@ -293,6 +352,19 @@ LLAMA = Backbone(_read_llama, parts=_LLAMA_PARTS)
 STABLELM = Backbone(_read_stablelm, parts=_LLAMA_PARTS)
 PHI = Backbone(
     _read_phi, norm="final_layernorm", parts={**_LLAMA_PARTS, "attn.o_proj": "self_attn.dense"}
+)
+OPT = Backbone(
+    _read_opt,
+    root="model.decoder",
+    norm="final_layer_norm",
+    parts={
+        "input_norm": "self_attn_layer_norm",
+        "post_attention_norm": "final_layer_norm",
+        **{f"attn.{part}_proj": f"self_attn.{part}_proj" for part in "qkv"},
+        "attn.o_proj": "self_attn.out_proj",
+    },
+    mlp_root="",
+    position_offset=2,
 )
 QWEN = Backbone(
     _read_qwen,

@@ -104,6 +104,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.spec = spec
         self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        if spec.learned_positions:
+            self.position_embedding = nn.Embedding(spec.context_length, spec.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(spec, index) for index in range(spec.num_hidden_layers)
         )
@@ -111,6 +113,14 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(spec.hidden_size, spec.vocab_size, bias=spec.lm_head_bias)
         if spec.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
+
+    def begin(self, embeds: Tensor, positions: Tensor | None = None) -> Tensor:
+        """Embeddings ``(batch, length, hidden_size)`` as the first layer takes them."""
+        if not self.spec.learned_positions:
+            return embeds
+        if positions is None:
+            positions = torch.arange(embeds.shape[1], device=embeds.device)
+        return embeds + self.position_embedding(positions)  # type: ignore[no-any-return]
 
     def forward(
         self, embeds: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
@@ -121,7 +131,7 @@ class Decoder(nn.Module):
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)
         rotary = rotary_tables(self.spec, positions)
-        hidden = embeds
+        hidden = self.begin(embeds, positions)
         for layer in self.layers:
             hidden = layer(hidden, rotary, mask)
         out: Tensor = self.lm_head(self.norm(hidden))

@@ -44,4 +44,6 @@ def build_mlp(spec: DecoderSpec) -> nn.Module:
 
 def activate(name: str, hidden: Tensor) -> Tensor:
     """The activation function that a spec names."""
+    if name == "relu":
+        return F.relu(hidden)
     return F.silu(hidden) if name == "silu" else F.gelu(hidden, approximate="tanh")

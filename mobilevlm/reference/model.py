@@ -40,9 +40,18 @@ class ReferenceModel(nn.Module):
         out: Tensor = self.vision(values[None])[0]
         return out
 
-    def visual_tokens(self, pixels: NDArray[np.uint8]) -> Tensor:
+    def visual_tokens(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Tensor:
         """uint8 ``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``."""
-        out: Tensor = self.projector(self.features(pixels)[None])[0]
+        return self.project(self.features(pixels)[None], instruction)[0]
+
+    def project(self, features: Tensor, instruction: Sequence[int] = ()) -> Tensor:
+        """``(batch, num_features, vision hidden_size)`` to ``(batch, num_tokens, hidden_size)``.
+        ``instruction``: ids for a Q-Former that reads text."""
+        out: Tensor
+        if self.spec.projector.reads_text:
+            out = self.projector(features, torch.tensor(instruction).long())
+        else:
+            out = self.projector(features)
         return out
 
     def embed(self, ids: Sequence[int], images: Sequence[Tensor]) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.reference.qformer import QFormer
 from mobilevlm.spec import ProjectorSpec
 
 
@@ -119,6 +120,19 @@ class LDPProjector(nn.Module):
         return hidden.flatten(2).transpose(1, 2)
 
 
+class QFormerProjector(QFormer):
+    """A Q-Former and the Linear behind it (BLIP-2, Li et al. 2023; InstructBLIP, Dai et al.)."""
+
+    def __init__(self, spec: ProjectorSpec) -> None:
+        assert spec.qformer is not None
+        super().__init__(spec.qformer, spec.in_size)
+        self.mlp = MLP(spec)
+
+    def forward(self, features: Tensor, instruction: Tensor | None = None) -> Tensor:
+        out: Tensor = self.mlp(super().forward(features, instruction))
+        return out
+
+
 def _channel_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     out: Tensor = norm(hidden.movedim(1, -1)).movedim(-1, 1)
     return out
@@ -131,5 +145,6 @@ def build_projector(spec: ProjectorSpec) -> nn.Module:
         "ldp": LDPProjector,
         "ldpv2": LDPv2Projector,
         "mlp_downsample": DownsampleProjector,
+        "qformer": QFormerProjector,
     }
     return kinds[spec.kind](spec)

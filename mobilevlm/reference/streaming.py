@@ -25,10 +25,16 @@ def tower_states(reference: ReferenceModel, states: Sequence[Tensor]) -> Iterato
 
 
 @torch.no_grad()
-def project(reference: ReferenceModel, states: Sequence[Tensor]) -> list[Tensor]:
-    """States after the tower's last layer to visual tokens ``(num_tokens, hidden_size)``."""
+def project(
+    reference: ReferenceModel, states: Sequence[Tensor], instructions: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """States after the tower's last layer to visual tokens ``(num_tokens, hidden_size)``;
+    ``instructions``: of each."""
     with held(reference.projector):
-        return [reference.projector(reference.vision.features(state))[0] for state in states]
+        return [
+            reference.project(reference.vision.features(state), instruction)[0]
+            for state, instruction in zip(states, instructions, strict=True)
+        ]
 
 
 @torch.no_grad()
@@ -36,6 +42,7 @@ def decoder_states(reference: ReferenceModel, states: Sequence[Tensor]) -> Itera
     """The states ``(1, length, hidden_size)`` of all sequences after each decoder layer;
     ``states``: their embeddings."""
     spec = reference.spec.decoder
+    states = [reference.decoder.begin(state) for state in states]
     for layer in reference.decoder.layers:
         with held(layer):
             states = [

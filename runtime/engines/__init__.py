@@ -22,8 +22,9 @@ Float32 = NDArray[np.float32]
 class VisionEngine(Protocol):
     """Runs the vision stage. May be used by several threads."""
 
-    def encode(self, pixels: NDArray[np.uint8]) -> Float32:
-        """``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``."""
+    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
+        """``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``. ``instruction``: ids
+        for a Q-Former that reads text, none for all others."""
 
     def features(self, pixels: NDArray[np.uint8]) -> Float32:
         """``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""

@@ -6,6 +6,7 @@ import ctypes
 import os
 import threading
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class MtmdVision:
             raise load_error(path)
         self._context: _Context | None = _Context(mtmd_cpp, pointer, (model, order))
 
-    def encode(self, pixels: NDArray[np.uint8]) -> Float32:
+    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`. One picture at a time: mtmd keeps
         the result inside."""
         context = still_open(self._context)

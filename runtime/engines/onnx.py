@@ -17,6 +17,9 @@ from mobilevlm.errors import BundleError
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks, still_open
 from mobilevlm.spec import DecoderSpec
 
+_NO_WORDS = (0,)
+"""An instruction where none is needed: the tower's features do not depend on it."""
+
 
 def open_session(path: Path, threads: int) -> ort.InferenceSession:
     """A session on an ONNX file.
@@ -41,18 +44,23 @@ class OnnxVision:
     """The vision stage: tower and projector in one graph."""
 
     def __init__(self, path: Path, threads: int) -> None:
-        self._session: ort.InferenceSession | None = open_session(path, threads)
+        session = open_session(path, threads)
+        self._reads_text = len(session.get_inputs()) > 1
+        self._session: ort.InferenceSession | None = session
 
-    def encode(self, pixels: NDArray[np.uint8]) -> Float32:
+    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
-        return self._run("visual_tokens", pixels)
+        return self._run("visual_tokens", pixels, instruction)
 
     def features(self, pixels: NDArray[np.uint8]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
-        return self._run("features", pixels)
+        return self._run("features", pixels, _NO_WORDS if self._reads_text else ())
 
-    def _run(self, output: str, pixels: NDArray[np.uint8]) -> Float32:
-        result: Float32 = still_open(self._session).run([output], {"pixels": pixels[None]})[0][0]
+    def _run(self, output: str, pixels: NDArray[np.uint8], instruction: Sequence[int]) -> Float32:
+        inputs: dict[str, NDArray[Any]] = {"pixels": pixels[None]}
+        if instruction:
+            inputs["instruction_ids"] = np.asarray([instruction], np.int64)
+        result: Float32 = still_open(self._session).run([output], inputs)[0][0]
         return result
 
     def close(self) -> None:

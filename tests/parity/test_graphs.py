@@ -4,6 +4,7 @@ that no fixture has against the torch reference, KV buffers against themselves."
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -80,11 +81,14 @@ def open_decoder(path: Path, spec: DecoderSpec) -> Decoder:
     return Decoder(open_session(path), buffers)
 
 
-def run_vision(path: Path, pixels: NDArray[np.uint8]) -> tuple[Array, Array]:
+def run_vision(
+    path: Path, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()
+) -> tuple[Array, Array]:
     """Visual tokens and features."""
-    tokens, features = open_session(path).run(
-        ["visual_tokens", "features"], {"pixels": pixels[None]}
-    )
+    inputs: dict[str, NDArray[np.generic]] = {"pixels": pixels[None]}
+    if instruction:
+        inputs["instruction_ids"] = np.array([instruction], np.int64)
+    tokens, features = open_session(path).run(["visual_tokens", "features"], inputs)
     return tokens[0], features[0]
 
 
@@ -109,7 +113,7 @@ class Authored:
 
     def vision(self) -> tuple[Array, Array]:
         pixels = preprocess(open_image(self.fixture.image), self.model.spec.image)
-        return run_vision(self.folder / "vision.onnx", pixels)
+        return run_vision(self.folder / "vision.onnx", pixels, self.fixture.instruction)
 
     def logits(self) -> Array:
         decoder = open_decoder(self.folder / "decoder.onnx", self.model.spec.decoder)
@@ -156,7 +160,8 @@ def test_the_vision_graph_in_standard_operators_gives_the_same(
     assert {node.domain for node in ir.load(path).graph} == {""}
     pixels = preprocess(open_image(exact.fixture.image), model.spec.image)
     # Float32 sums in another order.
-    for found, expected in zip(run_vision(path, pixels), exact.vision(), strict=True):
+    outputs = run_vision(path, pixels, exact.fixture.instruction)
+    for found, expected in zip(outputs, exact.vision(), strict=True):
         assert relative_error(found, expected) <= 1e-5
 
 
@@ -206,20 +211,21 @@ def test_embedding_graph_gives_the_rows_of_the_table(exact: Authored, tmp_path: 
 # Relative error of visual tokens and of logits, and KL of the logits. Measured (largest): on the
 # five dense fixtures fp16-weights 3e-6, 8e-7, 2e-12, since they are stored in float16 already; int8
 # 0.042, 0.067, 0.013; int4 0.042, 0.33, 0.30. On the three sparse ones, where up to a quarter of
-# the tokens then choose another expert, int8 0.034, 0.113, 0.014; int4 0.034, 0.55, 0.33. On VILA's
-# four layers int8 0.035, 0.103, 0.012; int4 0.035, 0.57, 0.36. Gaussian weights lose 9% in every
-# 4-bit product, trained ones less. The limits leave a quarter for other processors; that the error
-# is rounding and nothing else is what the next test shows.
+# the tokens then choose another expert, int8 0.034, 0.113, 0.014; int4 0.034, 0.55, 0.33. On the
+# other families int8 0.063 (behind a tower and a Q-Former of four layers), 0.103, 0.012; int4 0.063,
+# 0.57 (VILA's four layers), 0.36. Gaussian weights lose 9% in every 4-bit product, trained ones
+# less. The limits leave a quarter for other processors; that the error is rounding and nothing else
+# is what the next test shows.
 LIMITS = {
     ("fp16-weights", "dense"): (1e-4, 1e-4, 1e-6),
     ("fp16-weights", "sparse"): (1e-4, 1e-4, 1e-6),
     ("int8", "dense"): (0.055, 0.085, 0.02),
     ("fp16-weights", "family"): (1e-4, 1e-4, 1e-6),
     ("int8", "sparse"): (0.055, 0.14, 0.02),
-    ("int8", "family"): (0.055, 0.13, 0.02),
+    ("int8", "family"): (0.08, 0.13, 0.02),
     ("int4", "dense"): (0.055, 0.42, 0.40),
     ("int4", "sparse"): (0.055, 0.69, 0.41),
-    ("int4", "family"): (0.055, 0.71, 0.45),
+    ("int4", "family"): (0.08, 0.71, 0.45),
 }
 
 
@@ -458,17 +464,23 @@ def decoder(exact: Authored) -> Decoder:
 def test_prefill_in_chunks_equals_prefill_in_one_piece(
     exact: Authored, decoder: Decoder, chunk: int
 ) -> None:
-    embeds = exact.fixture.arrays["inputs_embeds"][0][:150]
+    embeds = embeds_of(exact, 150)
     whole = decoder.step(embeds, 0)
     again = open_decoder(exact.folder / "decoder.onnx", exact.model.spec.decoder)
     pieces = [again.step(embeds[i : i + chunk], i) for i in range(0, len(embeds), chunk)]
     assert relative_error(np.concatenate(pieces), whole) <= 1e-5
 
 
+def embeds_of(exact: Authored, length: int) -> Array:
+    """The prompt's, over and over where it is shorter."""
+    embeds = exact.fixture.arrays["inputs_embeds"][0]
+    return np.resize(embeds, (length, embeds.shape[1]))
+
+
 def test_going_back_by_total_length_forgets_what_came_after(
     exact: Authored, decoder: Decoder
 ) -> None:
-    embeds = exact.fixture.arrays["inputs_embeds"][0]
+    embeds = embeds_of(exact, 95)
     decoder.step(embeds[:30], 0)
     expected = decoder.step(embeds[30:50], 30)
     decoder.step(embeds[60:95], 30)  # something else in the same place, and longer
@@ -476,7 +488,7 @@ def test_going_back_by_total_length_forgets_what_came_after(
 
 
 def test_logits_of_chosen_positions_are_those_of_all(exact: Authored, decoder: Decoder) -> None:
-    embeds = exact.fixture.arrays["inputs_embeds"][0][:40]
+    embeds = embeds_of(exact, 40)
     everywhere = decoder.step(embeds, 0)
     feeds = {f"past_key_values.{name}": value.numpy() for name, value in decoder.buffers.items()}
     chosen = decoder.session.run(

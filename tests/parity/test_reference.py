@@ -15,7 +15,13 @@ import pytest
 import torch
 from conftest import FLOAT32, MOE_FIXTURES, Fixture, fixture_named, relative_error
 
-from mobilevlm.conversation import official_ids, render, tokenize, user_message
+from mobilevlm.conversation import (
+    official_ids,
+    render,
+    tokenize,
+    tokenize_instruction,
+    user_message,
+)
 from mobilevlm.image import normalize, open_image, preprocess
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.experts import Capacity, SparseMLP
@@ -45,14 +51,14 @@ def pixels(fixture: Fixture) -> list[np.ndarray]:
 
 def prompt_ids(fixture: Fixture) -> list[int]:
     model = fixture.model
-    text = fixture.expected["templated_prompt"]
-    return tokenize(model.tokenizer, text, model.spec.conversation)
+    return tokenize(model.tokenizer, fixture.templated_prompt, model.spec.conversation)
 
 
 def embed_prompt(
     fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> torch.Tensor:
-    return reference.embed(prompt_ids(fixture), [reference.visual_tokens(item) for item in pixels])
+    tokens = [reference.visual_tokens(item, fixture.instruction) for item in pixels]
+    return reference.embed(prompt_ids(fixture), tokens)
 
 
 def test_pixel_values_equal_the_official_preprocessing(
@@ -67,7 +73,9 @@ def test_prompt_text_and_ids_equal_the_official_ones(fixture: Fixture) -> None:
     model = fixture.model
     message = user_message(fixture.prompt, len(fixture.images))
     text = render(model.spec.conversation, [message])
-    assert text == fixture.expected["templated_prompt"]
+    assert text == fixture.templated_prompt
+    instruction = tokenize_instruction(model.instruction_tokenizer, text, model.spec.projector)
+    assert instruction == fixture.instruction
     found = official_ids(prompt_ids(fixture), model.spec.conversation)
     assert found == fixture.arrays["input_ids"][0].tolist()
 
@@ -82,7 +90,8 @@ def test_features_are_those_of_the_official_tower(
 def test_visual_tokens_are_those_of_the_official_projector(
     fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> None:
-    tokens = np.stack([reference.visual_tokens(item).numpy() for item in pixels])
+    found = [reference.visual_tokens(item, fixture.instruction) for item in pixels]
+    tokens = np.stack(found)
     assert relative_error(tokens, fixture.arrays["projector_output"]) <= FLOAT32
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.conversation import render, tokenize, user_message
+from mobilevlm.conversation import render, tokenize, tokenize_instruction, user_message
 from mobilevlm.export.measure import GREEDY_TOKENS, PROMPTS, calibration_image
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import load_reference
@@ -47,7 +47,7 @@ def test_fp32_image_features_are_the_official_ones(fixture: Fixture, exact: VLM)
 
 
 def test_fp32_visual_tokens_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
-    found = np.stack([exact.encode_image(image) for image in fixture.images])
+    found = np.stack([exact.encode_image(image, fixture.prompt) for image in fixture.images])
     assert found.dtype == np.float32
     assert relative_error(found, fixture.arrays["projector_output"]) <= 1e-4
 
@@ -56,7 +56,7 @@ def test_prompt_ids_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
     found = exact.prompt_ids(fixture.prompt, images=len(fixture.images))
     assert found == fixture.arrays["input_ids"][0].tolist()
     count = len(fixture.images)
-    raw = exact.prompt_ids(fixture.expected["templated_prompt"], images=count, raw=True)
+    raw = exact.prompt_ids(fixture.templated_prompt, images=count, raw=True)
     assert raw == found
 
 
@@ -88,8 +88,8 @@ def test_fp16_weights_answer_like_fp32(fixture: Fixture, exact: VLM, bundle_of: 
     prompt = fixture.prompt
     with mobilevlm.load(bundle_of(fixture.name, "fp16-weights")) as half:
         # Most fixtures store float16, so nothing is lost; bfloat16 keeps 8 bits, float16 has 11.
-        visual = relative_error(half.encode_image(fixture.image), exact.encode_image(fixture.image))
-        assert visual <= 1e-3
+        tokens, wanted = (m.encode_image(fixture.image, prompt) for m in (half, exact))
+        assert relative_error(tokens, wanted) <= 1e-3
         found, expected = (m.prompt_logits(prompt, fixture.images) for m in (half, exact))
         assert relative_error(found, expected) <= 1e-3
         answer = half.generate(prompt, fixture.images, max_new_tokens=NEW_TOKENS, ignore_eos=True)
@@ -123,8 +123,12 @@ def measured_again(fixture: Fixture, folder: object) -> dict[str, float]:
         ends = vlm.spec.conversation.eos_token_ids
         for seed, prompt in enumerate(PROMPTS):
             image = calibration_image(seed, vlm.spec.image.size)
-            exact.append(reference.visual_tokens(preprocess(open_image(image), vlm.spec.image)))
-            tokens.append(torch.from_numpy(vlm.encode_image(image)))
+            pixels = preprocess(open_image(image), vlm.spec.image)
+            asked = tokenize_instruction(
+                fixture.model.instruction_tokenizer, prompt, vlm.spec.projector
+            )
+            exact.append(reference.visual_tokens(pixels, asked))
+            tokens.append(torch.from_numpy(vlm.encode_image(image, prompt)))
             cosines.append(torch.nn.functional.cosine_similarity(tokens[-1], exact[-1], dim=-1))
             answer = vlm.generate(prompt, [image], max_new_tokens=GREEDY_TOKENS, ignore_eos=True)
             said: list[int] = []

@@ -9,7 +9,6 @@ import pytest
 from conftest import BundleOf, fixture_named
 
 import mobilevlm
-from mobilevlm.conversation import Message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.chat import Chat
@@ -24,13 +23,13 @@ IMAGE = fixture_named("llava_v1").image
 def asked(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The ids of every prompt from now on."""
     sent: list[list[int]] = []
-    original = vlm._input_ids
+    original = vlm._text_ids
 
-    def note(prompt: str | list[Message], images: int, raw: bool) -> list[int]:
-        sent.append(original(prompt, images, raw))
+    def note(text: str, images: int) -> list[int]:
+        sent.append(original(text, images))
         return sent[-1]
 
-    monkeypatch.setattr(vlm, "_input_ids", note)
+    monkeypatch.setattr(vlm, "_text_ids", note)
     return sent
 
 

@@ -23,7 +23,7 @@ def conversation() -> ConversationSpec:
 def test_prompt_equals_the_official_template(any_fixture: Fixture) -> None:
     message = user_message(any_fixture.prompt, len(any_fixture.images))
     found = render(any_fixture.model.spec.conversation, [message])
-    assert found == any_fixture.expected["templated_prompt"]
+    assert found == any_fixture.templated_prompt
 
 
 def test_stop_string_and_end_id_are_the_official_ones(fixture: Fixture) -> None:

@@ -46,6 +46,8 @@ def test_pieces_together_are_the_text(text: str, any_fixture: Fixture) -> None:
     assert whole == tokenizer.decode(ids)
     # tiktoken's vocabularies compose characters first.
     composed = isinstance(tokenizer.normalizer, normalizers.NFC)
+    if any_fixture.name == "instructblip":  # its tokenizer.json takes a first space for its own
+        text = text.removeprefix(" ")
     assert whole == (unicodedata.normalize("NFC", text) if composed else text)
 
 

@@ -1,0 +1,114 @@
+"""Q-Former: learned queries that read a picture's features (BLIP-2, Li et al. 2023), and the
+instruction too (InstructBLIP, Dai et al. 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mobilevlm.spec import QFormerSpec
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, spec: QFormerSpec) -> None:
+        super().__init__()
+        self.num_heads = spec.num_attention_heads
+        self.q_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.k_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.v_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.out_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        query, key, value = self.q_proj(hidden), self.k_proj(hidden), self.v_proj(hidden)
+        out: Tensor = self.out_proj(_attend(query, key, value, self.num_heads))
+        return out
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, spec: QFormerSpec, source_size: int) -> None:
+        super().__init__()
+        self.num_heads = spec.num_attention_heads
+        self.query_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.key_proj = nn.Linear(source_size, spec.hidden_size)
+        self.value_proj = nn.Linear(source_size, spec.hidden_size)
+        self.out_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+
+    def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
+        query, key, value = self.query_proj(hidden), self.key_proj(source), self.value_proj(source)
+        out: Tensor = self.out_proj(_attend(query, key, value, self.num_heads))
+        return out
+
+
+class FeedForward(nn.Module):
+    def __init__(self, spec: QFormerSpec) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(spec.hidden_size, spec.intermediate_size)
+        self.fc2 = nn.Linear(spec.intermediate_size, spec.hidden_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(hidden)))
+        return out
+
+
+class QFormerLayer(nn.Module):
+    """Self-attention over queries and text, cross-attention of the queries, and a feed-forward of
+    its own for each; a norm behind every sum."""
+
+    def __init__(self, spec: QFormerSpec, index: int, source_size: int) -> None:
+        super().__init__()
+        self.num_queries = spec.num_queries
+        self.has_cross, self.has_text = spec.has_cross_attention(index), spec.has_text(index)
+        self.attn, self.attn_norm = SelfAttention(spec), _norm(spec)
+        if self.has_cross:
+            self.cross, self.cross_norm = CrossAttention(spec, source_size), _norm(spec)
+        self.mlp, self.mlp_norm = FeedForward(spec), _norm(spec)
+        if self.has_text:
+            self.text_mlp, self.text_mlp_norm = FeedForward(spec), _norm(spec)
+
+    def forward(self, hidden: Tensor, source: Tensor) -> Tensor:
+        hidden = self.attn_norm(hidden + self.attn(hidden))
+        queries, text = hidden[:, : self.num_queries], hidden[:, self.num_queries :]
+        if self.has_cross:
+            queries = self.cross_norm(queries + self.cross(queries, source))
+        queries = self.mlp_norm(queries + self.mlp(queries))
+        if not self.has_text:
+            return queries
+        text = self.text_mlp_norm(text + self.text_mlp(text))
+        return torch.cat([queries, text], dim=1)
+
+
+class QFormer(nn.Module):
+    """Features ``(batch, num_features, source_size)`` to ``(batch, num_queries, hidden_size)``."""
+
+    def __init__(self, spec: QFormerSpec, source_size: int) -> None:
+        super().__init__()
+        self.query_tokens = nn.Parameter(torch.zeros(spec.num_queries, spec.hidden_size))
+        if spec.vocab_size:
+            self.word_embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
+            self.position_embedding = nn.Embedding(spec.max_positions, spec.hidden_size)
+        self.norm = _norm(spec)
+        self.layers = nn.ModuleList(
+            QFormerLayer(spec, index, source_size) for index in range(spec.num_hidden_layers)
+        )
+
+    def forward(self, features: Tensor, instruction: Tensor | None = None) -> Tensor:
+        """``instruction``: ids ``(length,)``, the same for the whole batch."""
+        hidden = self.query_tokens
+        if instruction is not None:
+            places = torch.arange(len(instruction), device=instruction.device)
+            text = self.word_embedding(instruction) + self.position_embedding(places)
+            hidden = torch.cat([hidden, text])
+        hidden = self.norm(hidden).expand(len(features), -1, -1)
+        for layer in self.layers:
+            hidden = layer(hidden, features)
+        return hidden
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
+    parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
+    return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+
+
+def _norm(spec: QFormerSpec) -> nn.LayerNorm:
+    return nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)

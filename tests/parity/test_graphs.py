@@ -212,7 +212,7 @@ def test_embedding_graph_gives_the_rows_of_the_table(exact: Authored, tmp_path: 
 # five dense fixtures fp16-weights 3e-6, 8e-7, 2e-12, since they are stored in float16 already; int8
 # 0.042, 0.067, 0.013; int4 0.042, 0.33, 0.30. On the three sparse ones, where up to a quarter of
 # the tokens then choose another expert, int8 0.034, 0.113, 0.014; int4 0.034, 0.55, 0.33. On the
-# other families int8 0.063 (behind a tower and a Q-Former of four layers), 0.103, 0.012; int4 0.063,
+# other families int8 0.063 (a tower and a Q-Former of four layers), 0.103, 0.012; int4 0.063,
 # 0.57 (VILA's four layers), 0.36. Gaussian weights lose 9% in every 4-bit product, trained ones
 # less. The limits leave a quarter for other processors; that the error is rounding and nothing else
 # is what the next test shows.

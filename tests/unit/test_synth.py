@@ -21,10 +21,17 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import open_checkpoint
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.model import ReferenceModel
-from mobilevlm.synth import CONFIGURATIONS, decoder_shapes, tower_shapes, write_checkpoint
+from mobilevlm.synth import (
+    CONFIGURATIONS,
+    NAMES,
+    decoder_shapes,
+    layout_of,
+    tower_shapes,
+    write_checkpoint,
+)
 from mobilevlm.synth_tokenizer import MIN_VOCABULARY, tokenizer_model
 
-BIG = [name for name in CONFIGURATIONS if name != "tiny"]
+BIG = [name for name in NAMES if name != "tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +161,20 @@ def test_big_configurations_have_the_published_number_of_parameters(
     assert sum(map(math.prod, tower_shapes(configuration.tower).values())) == 303_507_456
 
 
+# Llama 2.7B as above, SigLIP SO400M/14@384 without its pooling head, VILA's projector; BLIP-2 is said
+# to have 3.7 billion.
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("vila_1.5_3b", 2_701_560_320 + 412_987_248 + 18_364_416),
+        ("blip2_opt_2.7b", 3_744_761_856),
+    ],
+)
+def test_other_families_have_the_published_number_of_parameters(name: str, parameters: int) -> None:
+    shapes = [shape for part in layout_of(name).parts for shape in part.shapes.values()]
+    assert sum(map(math.prod, shapes)) == parameters
+
+
 @pytest.mark.parametrize("name", BIG)
 def test_every_tensor_of_a_big_configuration_has_the_shape_that_the_model_expects(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,7 +190,9 @@ def test_every_tensor_of_a_big_configuration_has_the_shape_that_the_model_expect
     model = open_checkpoint(tmp_path / name)
     with torch.device("meta"):
         reference = ReferenceModel(model.spec)
-    expected = {key: tuple(value.shape) for key, value in reference.named_parameters()}
+    expected = {
+        key: tuple(value.shape) for key, value in reference.named_parameters(remove_duplicate=False)
+    }
     refs = model.weights._refs
     assert refs.keys() == expected.keys()
     for key, ref in refs.items():

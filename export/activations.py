@@ -26,7 +26,7 @@ from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.decoder import rotary_tables
 from mobilevlm.reference.model import held
 from mobilevlm.reference.streaming import project
-from mobilevlm.spec import IMAGE_TOKEN_ID, DecoderSpec
+from mobilevlm.spec import IMAGE_TOKEN_ID, DecoderSpec, ModelSpec
 
 MAX_POSITIONS = 1 << 14
 """Of all samples together, in the tower or in the decoder: a layer's inputs stay in memory."""
@@ -124,6 +124,7 @@ def watch_decoder(
         ImageError: a picture cannot be read.
         MobileVLMError: an activation is infinite or no number.
     """
+    check_decoder_only(model.spec, "calibration")
     reference = load_reference(model, streamed=True)
     decoder = reference.decoder
     hidden = [decoder.begin(item) for item in _embed_samples(reference, model, samples)]
@@ -142,6 +143,14 @@ def watch_decoder(
             for item in hidden:
                 sums.add(decoder.norm(item))
         yield _finished({"decoder.lm_head": sums})
+
+
+def check_decoder_only(spec: ModelSpec, purpose: str) -> None:
+    """Raises MobileVLMError: the model has an encoder, through which samples are not run here."""
+    if spec.decoder.encoder_layers:
+        raise MobileVLMError(
+            f"{purpose} is for decoder-only language models, that of {spec.name} has an encoder"
+        )
 
 
 def expert_usage(model: Model, samples: Sequence[Sample]) -> dict[int, tuple[float, ...]]:

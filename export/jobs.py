@@ -33,7 +33,7 @@ TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
 QDQ_TOOLS = ("onnx", "onnxruntime")
 """Those that make fixed-point graphs of float ones."""
 
-StageName: TypeAlias = Literal["vision", "embeddings", "decoder"]
+StageName: TypeAlias = Literal["vision", "embeddings", "encoder", "decoder"]
 Author: TypeAlias = Callable[[Path, Advance], Written]
 """Writes the file at the path."""
 
@@ -61,6 +61,13 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     samples: list[Sample] = []
     if recipe.needs_reference:
         check_torch("a calibrated recipe")
+    if spec.decoder.encoder_layers and any(
+        layers.needs_reference for layers in (recipe.decoder, recipe.lm_head)
+    ):
+        raise MobileVLMError(
+            f"recipe {recipe.name!r}: the decoder of {spec.name} has an encoder, which calibration "
+            f"does not run: use rtn or hqq for it, without scaling"
+        )
     if recipe.is_calibrated:
         samples = find_samples(recipe.calibration)
     if recipe.tower.precision in QDQ:
@@ -104,6 +111,18 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         )
         return Job(artifact, _size(model, prefixes), author)
 
+    encoder = []
+    if spec.decoder.encoder_layers:
+        encoder.append(
+            job(
+                "encoder",
+                "encoder_model",
+                recipe.decoder.precision,
+                ("decoder.encoder.",),
+                [to_dict(spec.decoder)],
+                author.author_encoder,
+            )
+        )
     return [
         job(
             "vision",
@@ -121,6 +140,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             [to_dict(spec.decoder)],
             author.author_embeddings,
         ),
+        *encoder,
         job(
             "decoder",
             "decoder_model_merged",

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mobilevlm.spec import ModelSpec, QFormerSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec, QFormerSpec
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,37 @@ def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
     queries = decoder.num_attention_heads * decoder.head_dim
     keys = decoder.num_key_value_heads * decoder.head_dim
     readers, maker = decoder.mlp_linears
+    if decoder.encoder_layers:
+        yield from _encoder_groups(decoder)
     for index in range(decoder.num_hidden_layers):
-        attn = f"decoder.layers.{index}.attn"
+        attn, cross = f"decoder.layers.{index}.attn", f"decoder.layers.{index}.cross"
         yield LinearGroup(_qkv(attn), size, (queries, keys, keys))
         yield LinearGroup((f"{attn}.o_proj",), queries, (size,))
+        if decoder.encoder_layers:
+            yield LinearGroup((f"{cross}.query_proj",), size, (queries,))
+            yield LinearGroup((f"{cross}.o_proj",), queries, (size,))
         for mlp in decoder.mlp_names(index):
             names = tuple(f"{mlp}.{reader}" for reader in readers)
             yield LinearGroup(names, size, (wide,) * len(names))
             yield LinearGroup((f"{mlp}.{maker}",), wide, (size,))
     yield LinearGroup(("decoder.lm_head",), size, (decoder.vocab_size,))
+
+
+def _encoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
+    """The encoder, and what makes keys and values of its output for each layer of the decoder."""
+    size, wide, width = spec.hidden_size, spec.intermediate_size, spec.num_attention_heads
+    width *= spec.head_dim
+    readers, maker = spec.mlp_linears
+    for index in range(spec.encoder_layers):
+        name = f"decoder.encoder.layers.{index}"
+        yield LinearGroup(_qkv(f"{name}.attn"), size, (width,) * 3)
+        yield LinearGroup((f"{name}.attn.o_proj",), width, (size,))
+        names = tuple(f"{name}.mlp.{reader}" for reader in readers)
+        yield LinearGroup(names, size, (wide,) * len(names))
+        yield LinearGroup((f"{name}.mlp.{maker}",), wide, (size,))
+    for index in range(spec.num_hidden_layers):
+        name = f"decoder.encoder.cross.{index}"
+        yield LinearGroup((f"{name}.key_proj", f"{name}.value_proj"), size, (width,) * 2)
 
 
 def _qformer_groups(spec: QFormerSpec, source_size: int) -> Iterator[LinearGroup]:

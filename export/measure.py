@@ -197,6 +197,11 @@ def _measure_group(
     advance: Advance,
 ) -> list[SampleFigures]:
     visual, seen = _measure_pictures(model, reference, vlm, samples)
+    if model.spec.decoder.encoder_layers:
+        return [
+            _measure_encoded(model, reference, vlm, sample, visual[index], seen[index], advance)
+            for index, sample in enumerate(samples)
+        ]
     greedy = [_greedy(vlm, sample, max_new_tokens) for sample in samples]
     # Each sample's prompt with the bundle's own answer, then those with the sample's answer.
     answered = [index for index, sample in enumerate(samples) if sample.answer]
@@ -228,6 +233,25 @@ def _measure_group(
             )
             advance(1)
     return found
+
+
+def _measure_encoded(
+    model: Model,
+    reference: ReferenceModel,
+    vlm: VLM,
+    sample: Sample,
+    visual: Sequence[Tensor],
+    seen: _Seen,
+    advance: Advance,
+) -> SampleFigures:
+    """Of a model with an encoder, which reads the prompt alone: the bundle's own answer."""
+    tokens = _greedy(vlm, sample, GREEDY_TOKENS)
+    [embeds] = _embed(reference, [_prompt_ids(model, sample)], [visual])
+    exact = reference.answer_logits(embeds[0], tokens).numpy()
+    decoder = compare_logits(vlm.answer_logits(embeds[0].numpy(), tokens), exact)
+    match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
+    advance(1)
+    return SampleFigures(sample, *seen, decoder, None, None, tuple(tokens), match)
 
 
 def _measure_pictures(

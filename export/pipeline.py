@@ -319,6 +319,8 @@ def _measure(
         checks = check_limits(measured.stages, recipe.limits, stage_names(bundle, engine))
         failed = [check for check in checks if not check.passed]
         if failed:
+            if model.spec.decoder.encoder_layers:
+                raise quality_error(recipe.name, failed, {})
             stored = artifact_weights(model, bundle, engine)
             effects = layer_effects(model, stored, with_own_answers(model, measured))
             raise quality_error(recipe.name, failed, worst_layers(effects))

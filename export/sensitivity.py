@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from mobilevlm import progress
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.activations import embed_pictures, run_decoder_layer, sample_groups
+from mobilevlm.export.activations import (
+    check_decoder_only,
+    embed_pictures,
+    run_decoder_layer,
+    sample_groups,
+)
 from mobilevlm.export.calibration import Sample, answer_ids, instruction_ids, sample_ids
 from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.quantize.blocks import Float32
@@ -86,6 +91,7 @@ class Probe:
     """
 
     def __init__(self, model: Model, samples: Sequence[Sample]) -> None:
+        check_decoder_only(model.spec, "measuring single layers")
         self._spec, self._weights = model.spec, model.weights
         self._reference = load_reference(model, streamed=True)
         used = _usable_samples(model, samples)

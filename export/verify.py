@@ -29,6 +29,7 @@ from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.spec import from_dict, to_dict
 
 try:
+    from mobilevlm.export.activations import check_decoder_only
     from mobilevlm.export.layer_effects import (
         LayerEffect,
         StateError,
@@ -169,6 +170,7 @@ def verify(
     variant = variant or ready.manifest.spec.variant or None
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation, variant)
     model = open_checkpoint(Path(checkpoint), options)
+    check_decoder_only(model.spec, "verify")
     _check_spec(ready, model)
     stored = artifact_weights(model, ready, engine)
     _check_weights(ready, model, stored)

@@ -46,7 +46,7 @@ class WeightError:
 class Artifact:
     """One way to run a stage."""
 
-    stage: Literal["vision", "embeddings", "decoder"]
+    stage: Literal["vision", "embeddings", "encoder", "decoder"]
     format: Literal["onnx", "gguf"]
     precision: str
     path: str

@@ -66,12 +66,20 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
     raise BundleError(f"{bundle.folder}: {what}: {remedy}")
 
 
+def _stages(bundle: Bundle, engine: str) -> dict[str, tuple[str, ...]]:
+    """Formats by stage, of the stages that the bundle's model has."""
+    stages = ENGINES[engine]
+    if bundle.manifest.spec.decoder.encoder_layers:
+        return {**stages, "encoder": ("onnx",)}
+    return stages
+
+
 def stage_formats(bundle: Bundle, engine: str) -> dict[str, str]:
     """The format of each stage's artifact that an engine runs; a stage without one is left out."""
     present = {(artifact.stage, artifact.format) for artifact in bundle.manifest.artifacts}
     return {
         stage: kind
-        for stage, kinds in ENGINES[engine].items()
+        for stage, kinds in _stages(bundle, engine).items()
         for kind in [kind for kind in kinds if (stage, kind) in present][:1]
     }
 
@@ -99,6 +107,6 @@ def _lacks(bundle: Bundle, engine: str) -> list[str]:
     found = stage_formats(bundle, engine)
     return [
         f"the {' or '.join(kind.upper() for kind in kinds)} artifact of the {stage} stage"
-        for stage, kinds in ENGINES[engine].items()
+        for stage, kinds in _stages(bundle, engine).items()
         if stage not in found
     ]

@@ -196,8 +196,18 @@ class ExpertsSpec:
 
 
 @dataclass(frozen=True)
+class RelativePositions:
+    """Learned numbers, one for each head and bucket of distances, that are added to attention
+    scores (T5, Raffel et al. 2020, section 2.1). All layers of a stack share them."""
+
+    num_buckets: int
+    max_distance: int
+    """Where the last bucket begins; buckets grow with the logarithm up to there."""
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
-    """A decoder-only transformer; with all defaults a Llama."""
+    """A language model, decoder-only where it has no ``encoder_layers``; by default a Llama."""
 
     vocab_size: int
     hidden_size: int
@@ -218,6 +228,14 @@ class DecoderSpec:
     """Channels of each head that are rotated, the first ones; all of them when none is given."""
     learned_positions: bool = False
     """A learned vector for each position is added to the embeddings."""
+    relative_positions: RelativePositions | None = None
+    attention_scale: float | None = None
+    """Of products of query and key; ``1 / sqrt(head_dim)`` when none is given."""
+    encoder_layers: int = 0
+    """Layers of an encoder, whose positions all see each other. The prompt passes it, and each
+    layer of the decoder reads its output by cross-attention; the answer begins with
+    ``start_token_id``."""
+    start_token_id: int = 0
     qkv_bias: bool = False
     o_bias: bool = False
     mlp: Literal["gated", "plain"] = "gated"
@@ -251,6 +269,11 @@ class DecoderSpec:
         if count and self.experts is not None and self.experts.use_residual:
             names.append(f"{mlp}.residual")
         return names
+
+    @property
+    def score_scale(self) -> float:
+        """What products of query and key are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def num_experts(self, layer: int) -> int:
         """Experts of a decoder layer; 0 where it has one dense MLP."""

@@ -135,7 +135,7 @@ def generate_text(
     shown: list[str] = []
     finish: Literal["stop", "length"] = "length"
     logits = session.fill(prompt, fill)
-    prompt_tokens, stopped = session.length, False
+    prompt_tokens, stopped = session.prompt_tokens, False
     if draft_tokens:
         lookup = Lookup(prompt.ids)
         limit = rules.max_new_tokens

@@ -109,12 +109,15 @@ class Session:
         self.tokens_per_image = spec.projector.num_tokens
         self._context = spec.decoder.context_length
         self._hidden_size = spec.decoder.hidden_size
+        self._start = spec.decoder.start_token_id
         self._vision, self._decoder = vision, decoder
         self._cache, self._reuse = cache, reuse
         self._state = decoder.new_state()
         self._keys: list[PositionKey] = []
         self._borders: list[Border] = []
         """Of the sequence, up to where it was computed in whole pieces."""
+        self.prompt_tokens = 0
+        """Positions of the last prompt, pictures expanded."""
 
     @property
     def length(self) -> int:
@@ -138,6 +141,7 @@ class Session:
             PromptError: it does not fit into the context.
         """
         keys = self._checked_keys(prompt)
+        self.prompt_tokens = len(keys)
         ends = borders(keys, self._cache.system)
         with note.prefill:
             whole = self._take_over(keys, ends)

@@ -31,6 +31,7 @@ from mobilevlm.image import ImageInput, open_image, preprocess
 from mobilevlm.plan import DRAFTING_ENGINES, check_engine, choose_engine
 from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
+from mobilevlm.runtime.encoded_session import EncodedSession
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
@@ -278,6 +279,16 @@ class VLM:
         _, decoder = self._engines()
         return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
 
+    def answer_logits(self, embeds: Float32, answer: Sequence[int]) -> Float32:
+        """Logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the next, are
+        taken from, given a prompt's embeddings; for verification of the decoder alone."""
+        session = self._session("nothing")
+        if isinstance(session, EncodedSession):
+            return session.answer_logits(embeds, answer)
+        _, decoder = self._engines()
+        whole = np.concatenate([embeds, decoder.embed(answer)])
+        return self.embeds_logits(whole)[len(embeds) - 1 :]
+
     def close(self) -> None:
         """Frees weights and buffers. The object cannot be used after."""
         for engine in (self._vision, self._decoder):
@@ -324,7 +335,8 @@ class VLM:
     def _session(self, reuse: Reuse) -> Session:
         nothing = PromptCache(0, self._cache.system)
         cache = nothing if reuse == "nothing" else self._cache
-        return Session(self.spec, *self._engines(), cache, reuse)
+        kind = EncodedSession if self.spec.decoder.encoder_layers else Session
+        return kind(self.spec, *self._engines(), cache, reuse)
 
     def _answer(
         self,

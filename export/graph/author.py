@@ -13,6 +13,7 @@ from onnxscript import GraphBuilder
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.decoder import DecoderStage
 from mobilevlm.export.graph.dialects import CPU, Dialect
+from mobilevlm.export.graph.encoder_decoder import EncodedDecoderStage, EncoderStage
 from mobilevlm.export.graph.layers import FLOAT
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
@@ -70,9 +71,10 @@ def author_decoder(
     """Writes the decoder stage."""
     decoder = spec.decoder
     buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.head_dim]
+    encoded: Shape = [1, decoder.num_attention_heads, "prompt_length", decoder.head_dim]
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        stage = DecoderStage(file, decoder)
+        stage = (EncodedDecoderStage if decoder.encoder_layers else DecoderStage)(file, decoder)
         embeds = _input(builder, "inputs_embeds", FLOAT, [1, "length", decoder.hidden_size])
         total = _input(builder, "total_length", ir.DataType.INT32, [1])
         positions = _input(builder, "logits_positions", ir.DataType.INT64, ["positions"])
@@ -83,7 +85,15 @@ def author_decoder(
             )
             for index in range(decoder.num_hidden_layers)
         ]
-        logits, presents = stage(builder.op, embeds, total, positions, past)
+        cross = [
+            tuple(
+                _input(builder, f"cross.{index}.{kind}", FLOAT, encoded)
+                for kind in ("key", "value")
+            )
+            for index in range(decoder.num_hidden_layers if decoder.encoder_layers else 0)
+        ]
+        further = [cross] if cross else []
+        logits, presents = stage(builder.op, embeds, total, positions, past, *further)
         _output(builder, logits, "logits", [1, "positions", decoder.vocab_size])
         for index, (key, value) in enumerate(presents):
             _output(builder, key, f"present.{index}.key", buffer)
@@ -91,6 +101,31 @@ def author_decoder(
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
     return _author("decoder_model_merged", path, file, build)
+
+
+def author_encoder(
+    weights: Weights,
+    spec: ModelSpec,
+    recipe: Recipe,
+    path: Path,
+    advance: Advance = ignore,
+    hessian: HessianOf = no_hessian,
+) -> Written:
+    """Writes the encoder of a model that has one: the prompt to keys and values for the decoder."""
+    decoder = spec.decoder
+    shape: Shape = [1, "length", decoder.hidden_size]
+    encoded: Shape = [1, decoder.num_attention_heads, "length", decoder.head_dim]
+
+    def build(builder: GraphBuilder, file: WeightFile) -> None:
+        stage = EncoderStage(file, decoder)
+        states, cross = stage(builder.op, _input(builder, "inputs_embeds", FLOAT, shape))
+        _output(builder, states, "encoder_states", shape)
+        for index, (key, value) in enumerate(cross):
+            _output(builder, key, f"cross.{index}.key", encoded)
+            _output(builder, value, f"cross.{index}.value", encoded)
+
+    file = WeightFile(weights, data_path(path), recipe, advance, hessian)
+    return _author("encoder_model", path, file, build)
 
 
 def author_embeddings(

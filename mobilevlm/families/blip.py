@@ -1,5 +1,5 @@
 """BLIP-2 and InstructBLIP: a ViT of EVA's shape, a Q-Former, and a frozen language model (OPT,
-Llama or Vicuna), in the layout of transformers.
+Llama or Vicuna, Flan-T5), in the layout of transformers.
 
 Official code: transformers (models/blip_2, models/instructblip), of LAVIS (Li et al. 2023, Dai et
 al. 2023). Its configurations leave out what is the default, so the defaults are here.
@@ -7,6 +7,7 @@ al. 2023). Its configurations leave out what is the default, so the defaults are
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,22 @@ from mobilevlm.checkpoint import (
 from mobilevlm.conversation import turns_template
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families import Source, register
-from mobilevlm.families.backbones import LLAMA, OPT, Backbone, decoder_refs, inside
+from mobilevlm.families.backbones import (
+    LLAMA,
+    OPT,
+    Backbone,
+    ReadDecoder,
+    decoder_refs,
+    inside,
+)
 from mobilevlm.families.config import config_value, end_ids
+from mobilevlm.families.t5 import DEFAULTS as T5_DEFAULTS
+from mobilevlm.families.t5 import read_t5, t5_refs
 from mobilevlm.families.towers import Tower, image_spec, transformer_spec
 from mobilevlm.spec import (
     IMAGE_PLACEHOLDER,
     ConversationSpec,
+    DecoderSpec,
     ModelSpec,
     ProjectorSpec,
     QFormerSpec,
@@ -59,12 +70,22 @@ _QUERIES = 32
 
 @dataclass(frozen=True)
 class _Language:
-    backbone: Backbone
+    read: ReadDecoder
+    refs: Callable[[TensorFiles, DecoderSpec], dict[str, TensorRef]]
     defaults: dict[str, Any]
 
 
+def _decoder_only(backbone: Backbone, defaults: dict[str, Any]) -> _Language:
+    placed = inside(backbone, _LANGUAGE_MODEL)
+    return _Language(backbone.read, lambda files, spec: decoder_refs(files, spec, placed), defaults)
+
+
+_LANGUAGE_MODEL = "language_model"
 _LANGUAGES = {
-    "opt": _Language(
+    "t5": _Language(
+        read_t5, lambda files, spec: t5_refs(files, spec, _LANGUAGE_MODEL), T5_DEFAULTS
+    ),
+    "opt": _decoder_only(
         OPT,
         {
             "vocab_size": 50272,
@@ -76,7 +97,7 @@ _LANGUAGES = {
             "eos_token_id": 2,
         },
     ),
-    "llama": _Language(
+    "llama": _decoder_only(
         LLAMA,
         {
             "vocab_size": 32000,
@@ -109,7 +130,7 @@ def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
     files = TensorFiles(folder)
     vision = _vision_spec(path, _section(path, config, "vision_config", _VISION))
     language, text = _language(path, config)
-    decoder = language.backbone.read(path, text)
+    decoder = language.read(path, text)
     qformer = _qformer_spec(path, config, vision)
     projector = ProjectorSpec(
         "qformer", vision.hidden_size, decoder.hidden_size, 1, vision.grid, 0, qformer=qformer
@@ -123,7 +144,7 @@ def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
         decoder=decoder,
         conversation=_conversation(source, text, qformer),
     )
-    refs = decoder_refs(files, decoder, inside(language.backbone, "language_model"))
+    refs = language.refs(files, decoder)
     refs |= _tower_refs(files, vision) | _qformer_refs(files, qformer)
     for part in ("weight", "bias"):
         refs[f"projector.mlp.0.{part}"] = TensorRef(files, f"language_projection.{part}")

@@ -16,10 +16,13 @@ from mobilevlm.families import Model
 from mobilevlm.image import normalize
 from mobilevlm.reference.clip import ClipLayer, ClipTower
 from mobilevlm.reference.decoder import Decoder, DecoderLayer
+from mobilevlm.reference.encoder_decoder import EncoderDecoder, EncoderLayer
 from mobilevlm.reference.experts import Capacity
 from mobilevlm.reference.projectors import build_projector
 from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
 
+_LAYERS = (ClipLayer, DecoderLayer, EncoderLayer)
+"""Units of streaming."""
 _HELD: set[nn.Module] = set()
 """Streamed layers that keep their weights."""
 
@@ -32,7 +35,8 @@ class ReferenceModel(nn.Module):
         self.spec = spec
         self.vision = ClipTower(spec.vision)
         self.projector = build_projector(spec.projector)
-        self.decoder = Decoder(spec.decoder)
+        build = EncoderDecoder if spec.decoder.encoder_layers else Decoder
+        self.decoder: Any = build(spec.decoder)
 
     def features(self, pixels: NDArray[np.uint8]) -> Tensor:
         """uint8 ``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""
@@ -66,17 +70,29 @@ class ReferenceModel(nn.Module):
         return torch.cat(pieces)
 
     def logits(self, embeds: Tensor) -> Tensor:
-        """Embeddings ``(length, hidden_size)`` to logits ``(length, vocab_size)``."""
+        """Embeddings ``(length, hidden_size)`` to logits ``(length, vocab_size)``; of a model with
+        an encoder to those of the first token ``(1, vocab_size)``."""
+        if self.spec.decoder.encoder_layers:
+            return self.answer_logits(embeds, [])
         out: Tensor = self.decoder(embeds[None])[0]
         return out
+
+    def answer_logits(self, embeds: Tensor, answer: Sequence[int]) -> Tensor:
+        """Logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the next, are
+        taken from. ``embeds``: of the prompt ``(length, hidden_size)``."""
+        if self.spec.decoder.encoder_layers:
+            tokens = torch.tensor([[self.spec.decoder.start_token_id, *answer]])
+            out: Tensor = self.decoder(embeds[None], tokens)[0]
+            return out
+        tokens = torch.tensor(answer).long()
+        whole = torch.cat([embeds, self.decoder.embed_tokens(tokens)])
+        return self.logits(whole)[len(embeds) - 1 :]
 
     def greedy(self, embeds: Tensor, steps: int) -> list[int]:
         """The next ``steps`` tokens, each from a full pass: slow, and with no cache to be wrong."""
         tokens: list[int] = []
         for _ in range(steps):
-            token = int(self.logits(embeds)[-1].argmax())
-            tokens.append(token)
-            embeds = torch.cat([embeds, self.decoder.embed_tokens(torch.tensor([token]))])
+            tokens.append(int(self.answer_logits(embeds, tokens)[-1].argmax()))
         return tokens
 
 
@@ -91,8 +107,9 @@ def load_reference(
     """
     with torch.device("meta"):
         reference = ReferenceModel(model.spec)
-    for sparse in reference.decoder.sparse_layers.values():
-        sparse.capacity = capacity
+    if capacity is not None:
+        for sparse in reference.decoder.sparse_layers.values():
+            sparse.capacity = capacity
     if model.spec.vision.class_token:
         reference.vision.class_embedding = nn.Parameter(
             _read(model.weights, "vision.class_embedding", reference.vision.class_embedding),
@@ -123,7 +140,7 @@ def _blocks(reference: ReferenceModel) -> Iterator[tuple[str, nn.Module]]:
     for name, module in reference.named_modules():
         if any(name.startswith(f"{outer}.") for outer in whole):
             continue
-        if isinstance(module, (ClipLayer, DecoderLayer)) or name == "projector":
+        if isinstance(module, _LAYERS) or name == "projector":
             whole.append(name)
             yield name, module
         elif list(module.parameters(recurse=False)) and not list(module.children()):

@@ -79,6 +79,14 @@ class DecoderEngine(Protocol):
         """Frees the weights."""
 
 
+class EncoderDecoderEngine(DecoderEngine, Protocol):
+    """Runs the decoder stage of a model with an encoder, and that."""
+
+    def encode(self, state: DecoderState, embeds: Float32) -> None:
+        """Makes ``(length, hidden_size)`` the prompt of an empty sequence, which the other methods
+        append the answer to."""
+
+
 def in_chunks(append: Callable[[Float32, int], Float32], embeds: Float32, count: int) -> Float32:
     """Appends ``(length, hidden_size)`` chunk by chunk. Returns the logits of the last ``count``
     positions; ``append`` does so for one chunk."""

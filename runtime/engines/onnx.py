@@ -87,8 +87,17 @@ class OnnxState:
         self.step_embeds = np.zeros((1, 1, spec.hidden_size), np.float32)
         self.step_positions = np.zeros(1, np.int64)
         self.step_logits = np.zeros((1, 1, spec.vocab_size), np.float32)
+        self.cross: dict[str, Float32] = {}
+        """Keys and values of an encoder's output, by their names in the graph."""
+        self._session = session
+        if not spec.encoder_layers:
+            self.begin({})
+
+    def begin(self, cross: dict[str, Float32]) -> None:
+        """An empty sequence behind a prompt that an encoder has read."""
+        self.length, self.cross = 0, cross
         self.step_binding = self.bind(
-            session, self.step_embeds, self.step_positions, self.step_logits
+            self._session, self.step_embeds, self.step_positions, self.step_logits
         )
 
     def bind(
@@ -105,6 +114,8 @@ class OnnxState:
         _bind_input(binding, "total_length", self.total_length)
         _bind_input(binding, "logits_positions", positions)
         _bind_output(binding, "logits", logits)
+        for name, part in self.cross.items():
+            _bind_input(binding, name, part)
         for name, buffer in self.buffers.items():
             _bind_input(binding, f"past_key_values.{name}", buffer)
             _bind_output(binding, f"present.{name}", buffer)
@@ -115,9 +126,16 @@ class OnnxDecoder:
     """The decoder stage; embedding rows are read from a mapped file."""
 
     def __init__(
-        self, path: Path, table: Path, embeddings: EmbeddingTable, spec: DecoderSpec, threads: int
+        self,
+        path: Path,
+        table: Path,
+        embeddings: EmbeddingTable,
+        spec: DecoderSpec,
+        threads: int,
+        encoder: Path | None = None,
     ) -> None:
         self._spec = spec
+        self._encoder = None if encoder is None else open_session(encoder, threads)
         self._session: ort.InferenceSession | None = open_session(path, threads)
         mapped = np.memmap(
             table,
@@ -135,6 +153,18 @@ class OnnxDecoder:
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
+
+    def encode(self, state: DecoderState, embeds: Float32) -> None:
+        """See :class:`mobilevlm.runtime.engines.EncoderDecoderEngine`."""
+        assert isinstance(state, OnnxState)
+        names = [
+            f"cross.{index}.{kind}"
+            for index in range(self._spec.num_hidden_layers)
+            for kind in ("key", "value")
+        ]
+        inputs = {"inputs_embeds": np.ascontiguousarray(embeds[None])}
+        found = still_open(self._encoder).run(names, inputs)
+        state.begin(dict(zip(names, found, strict=True)))
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -187,7 +217,7 @@ class OnnxDecoder:
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._session = self._table = None
+        self._session = self._table = self._encoder = None
 
 
 def _lazy_zeros(shape: tuple[int, ...]) -> Float32:

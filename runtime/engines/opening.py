@@ -103,7 +103,10 @@ def onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
     spec, table = bundle.manifest.spec, bundle.manifest.embeddings
     if table is None:
         raise BundleError(f"{bundle.folder}: no embedding table: export the bundle again")
-    return OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, threads)
+    encoder = None
+    if spec.decoder.encoder_layers:
+        encoder = bundle.path(bundle.artifact("encoder", "onnx").path)
+    return OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, threads, encoder)
 
 
 def stored_system_prompt(bundle: Bundle) -> Segment | None:

@@ -161,8 +161,8 @@ def test_big_configurations_have_the_published_number_of_parameters(
     assert sum(map(math.prod, tower_shapes(configuration.tower).values())) == 303_507_456
 
 
-# Llama 2.7B as above, SigLIP SO400M/14@384 without its pooling head, VILA's projector; BLIP-2 is said
-# to have 3.7 billion.
+# Llama 2.7B as above, SigLIP SO400M/14@384 without its pooling head, VILA's projector; BLIP-2 is
+# said to have 3.7 billion.
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [

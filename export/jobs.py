@@ -93,7 +93,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             settings += [samples_digest(samples), *map(importlib.metadata.version, QDQ_TOOLS)]
 
         def author(file: Path, advance: Advance) -> Written:
-            if not referred or stage == "embeddings":
+            if not referred or stage == "embeddings" or stage == "encoder":
                 return write(model.weights, spec, recipe, file, advance)
             ready = calibrate(model, recipe, samples, stage)
             return write(ready.weights, spec, recipe, file, advance, ready.hessian)

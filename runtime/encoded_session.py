@@ -35,7 +35,8 @@ class EncodedSession(Session):
             self._prompt = keys
         with note.prefill:
             self.rewind(0)
-            return self.extend([self._start])[-1]
+            logits: Float32 = self.extend([self._start])[-1]
+        return logits
 
     def all_logits(self, prompt: Prompt) -> Float32:
         """Logits of the answer's first token ``(1, vocab_size)``: the prompt has none."""

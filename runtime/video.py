@@ -46,7 +46,7 @@ def _count_frames(av: Any, path: Path) -> int:
     """Frames of the first video stream; counted where the file does not say."""
     with av.open(str(path)) as file:
         stream = file.streams.video[0]
-        return stream.frames or sum(packet.size > 0 for packet in file.demux(stream))
+        return int(stream.frames) or sum(packet.size > 0 for packet in file.demux(stream))
 
 
 def _frames_at(av: Any, path: Path, places: set[int]) -> list[Image.Image]:

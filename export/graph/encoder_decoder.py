@@ -208,14 +208,13 @@ def relative_buckets(
     half of a half for each side, for one distance each, the others logarithmically (Raffel et al.
     2020, section 2.1; in float32 as the official code computes it)."""
     buckets = num_buckets // 2 if both_ways else num_buckets
-    steps = np.abs(distances) if both_ways else np.maximum(-distances, 0)
+    steps: NDArray[np.int64] = np.abs(distances) if both_ways else np.maximum(-distances, 0)
     exact = buckets // 2
     ratio = np.log(np.maximum(steps, 1).astype(np.float32) / np.float32(exact))
     growth = ratio / np.float32(math.log(max_distance / exact)) * np.float32(buckets - exact)
     far = np.minimum(exact + growth.astype(np.int64), buckets - 1)
-    side = np.where(distances > 0, buckets, 0) if both_ways else 0
-    found: NDArray[np.int64] = np.where(steps < exact, steps, far) + side
-    return found
+    found: NDArray[np.int64] = np.where(steps < exact, steps, far)
+    return found + buckets * (distances > 0) if both_ways else found
 
 
 def _attention_products(

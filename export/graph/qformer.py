@@ -171,4 +171,5 @@ def _normed(
     scale = np.sqrt((centred**2).mean(axis=-1, keepdims=True) + spec.layer_norm_eps)
     weight = weights.read("projector.norm.weight", spec.hidden_size)
     bias = weights.read("projector.norm.bias", spec.hidden_size)
-    return (centred / scale * weight + bias).astype(np.float32)
+    normed: NDArray[np.float32] = (centred / scale * weight + bias).astype(np.float32)
+    return normed

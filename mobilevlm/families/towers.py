@@ -53,14 +53,12 @@ def vision_spec(
     config: dict[str, Any],
     tower: Tower,
     key: str,
-    activation: str = "quick_gelu",
     **traits: bool,
 ) -> VisionSpec:
     """The tower as far as the layer that ``mm_vision_select_layer`` names in the checkpoint's
     config.json (``path``, ``config``).
 
-    ``key``: of the tower's name there; ``activation``: where the tower's configuration names none;
-    ``traits``: fields of VisionSpec in which it is unlike CLIP.
+    ``key``: of the tower's name there; ``traits``: fields of VisionSpec in which it is unlike CLIP.
 
     Raises:
         CheckpointError: a value is missing or wrong, or does not fit the others.
@@ -73,7 +71,7 @@ def vision_spec(
             f"has {layers} layers"
         )
     kept = select if select >= 0 else layers + 1 + select
-    vision = transformer_spec(Path(tower.where), tower.config, kept, activation, **traits)
+    vision = transformer_spec(Path(tower.where), tower.config, kept, "quick_gelu", **traits)
     expected = config_value(path, config, "mm_hidden_size", int, vision.hidden_size)
     if vision.hidden_size != expected:
         raise CheckpointError(

@@ -52,7 +52,7 @@ _FIRST_CURRENT = (4, 46)
 _MEDIA_TOKENS = ("<vila/sentinel>", IMAGE_PLACEHOLDER, "<vila/video>")
 """What the main branch adds to the tokenizer, in its order."""
 _FOLDERS = ("llm", "vision_tower", "mm_projector")
-_TRAITS = {
+_TRAITS: dict[Any, dict[str, bool]] = {
     "siglip_vision_model": {"class_token": False, "patch_bias": True, "pre_norm": False},
     "clip_vision_model": {},
 }
@@ -192,11 +192,12 @@ def _conversation(source: Source, language: Path, variant: _Variant) -> Conversa
         )
     style, tokenizer = CONVERSATIONS[name], source.tokenizer
     after = tuple(tokenizer.encode(variant.image_end).ids) if variant.image_end else ()
-    mark = IMAGE_TOKEN_ID
+    mark: int | None = IMAGE_TOKEN_ID
     if variant.tokenization == "joined":
         tokens = [AddedToken(text, normalized=False, special=True) for text in _MEDIA_TOKENS]
         tokenizer.add_special_tokens(tokens)
         mark = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
+    assert mark is not None
     return ConversationSpec(
         two_separator_template(style, line_break=variant.line_break),
         end_ids(language, read_json(language / "config.json")),

@@ -155,7 +155,7 @@ def relative_buckets(spec: RelativePositions, length: int, both_ways: bool) -> T
 
 
 def _heads(spec: DecoderSpec, states: Tensor) -> Tensor:
-    return states.unflatten(-1, (spec.num_attention_heads, -1)).transpose(1, 2)
+    return states.view(*states.shape[:2], spec.num_attention_heads, -1).transpose(1, 2)
 
 
 def _attend(

@@ -53,7 +53,7 @@ class DownsampleProjector(nn.Module):
         self.mlp = MLP(spec)
 
     def forward(self, features: Tensor) -> Tensor:
-        patches = features.unflatten(1, (self.grid, self.grid))
+        patches = features.view(len(features), self.grid, self.grid, -1)
         odd = self.grid % 2
         patches = F.pad(patches, (0, 0, 0, odd, 0, odd))
         corners = [patches[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]

@@ -73,7 +73,7 @@ class QFormerLayer(nn.Module):
             queries = self.cross_norm(queries + self.cross(queries, source))
         queries = self.mlp_norm(queries + self.mlp(queries))
         if not self.has_text:
-            return queries
+            return queries  # type: ignore[no-any-return]
         text = self.text_mlp_norm(text + self.text_mlp(text))
         return torch.cat([queries, text], dim=1)
 
@@ -94,7 +94,7 @@ class QFormer(nn.Module):
 
     def forward(self, features: Tensor, instruction: Tensor | None = None) -> Tensor:
         """``instruction``: ids ``(length,)``, the same for the whole batch."""
-        hidden = self.query_tokens
+        hidden: Tensor = self.query_tokens
         if instruction is not None:
             places = torch.arange(len(instruction), device=instruction.device)
             text = self.word_embedding(instruction) + self.position_embedding(places)
@@ -106,8 +106,10 @@ class QFormer(nn.Module):
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-    parts = (part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (query, key, value))
-    return F.scaled_dot_product_attention(*parts).transpose(1, 2).flatten(2)
+    query, key, value = (
+        part.view(*part.shape[:2], heads, -1).transpose(1, 2) for part in (query, key, value)
+    )
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)
 
 
 def _norm(spec: QFormerSpec) -> nn.LayerNorm:

@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mobilevlm.spec import DecoderSpec, ModelSpec, ProjectorSpec, VisionSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec, ProjectorSpec, QFormerSpec, VisionSpec
 
 BYTES_READ = 2**30
 CHUNK = 2**23
@@ -156,6 +156,8 @@ def projector_operations(spec: ProjectorSpec) -> float:
         return patches * products
     if spec.kind == "mlp_downsample":
         return tokens * products
+    if spec.qformer is not None:
+        return tokens * products + qformer_operations(spec.qformer, spec.in_size, patches)
     first, square = 2.0 * spec.in_size * spec.out_size, 2.0 * spec.out_size**2
     if spec.kind == "ldpv2":
         return patches * first + tokens * (square + 18.0 * spec.out_size)
@@ -163,6 +165,16 @@ def projector_operations(spec: ProjectorSpec) -> float:
     return (
         patches * (first + 2 * square) + tokens * square + 18.0 * spec.out_size * (patches + tokens)
     )
+
+
+def qformer_operations(spec: QFormerSpec, source_size: int, patches: int) -> float:
+    """Of the queries, without an instruction: attention to each other and to the picture, MLP."""
+    size, queries = spec.hidden_size, spec.num_queries
+    own = queries * (4 * size * size + 2 * size * spec.intermediate_size) + 2 * queries**2 * size
+    cross = queries * 2 * size * size + patches * 2 * source_size * size
+    cross += 2 * queries * patches * size
+    layers = range(spec.num_hidden_layers)
+    return 2.0 * sum(own + cross * spec.has_cross_attention(index) for index in layers)
 
 
 def share_of_roof(work: Work, seconds: float, operations_peak: float, read_peak: float) -> float:

@@ -191,6 +191,11 @@ def _conversation(source: Source, language: Path, variant: _Variant) -> Conversa
             f"conversation {name!r} is not known: expected {', '.join(CONVERSATIONS)}"
         )
     style, tokenizer = CONVERSATIONS[name], source.tokenizer
+    if tokenizer.token_to_id(style.end) is None:
+        raise CheckpointError(
+            f"{language}: the tokenizer has no {style.end!r}, which ends an answer in conversation "
+            f"{name!r}: the conversation of this language model (Llama 3?) is not known here"
+        )
     after = tuple(tokenizer.encode(variant.image_end).ids) if variant.image_end else ()
     mark: int | None = IMAGE_TOKEN_ID
     if variant.tokenization == "joined":

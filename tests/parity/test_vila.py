@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import BundleOf, Fixture, fixture_named, refusal, relative_error, run_program
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
@@ -182,6 +184,14 @@ def test_the_variant_of_an_export_is_recorded_and_verified_with(
 
 # What is not known here, one line each.
 
+
+def _rename_end(copy: Path) -> None:
+    """A tokenizer.json of another kind instead of the sentencepiece model."""
+    tokenizer = Tokenizer(BPE(vocab={"a": 0, "b": 1}, merges=[]))
+    tokenizer.save(str(copy / "llm" / "tokenizer.json"))
+    (copy / "llm" / "tokenizer.model").unlink()
+
+
 REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
     "tiles": (lambda copy: change(copy, image_aspect_ratio="dynamic_s2"), "'image_aspect_ratio'"),
     "scales": (lambda copy: change(copy, s2=True), "'s2'"),
@@ -197,6 +207,7 @@ REFUSALS: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda copy: change(copy, "vision_tower/config.json", model_type="intern_vit_6b"),
         "expected siglip_vision_model or clip_vision_model",
     ),
+    "conversation": (lambda copy: _rename_end(copy), "has no '</s>', which ends an answer"),
     "no projector": (lambda copy: shutil.rmtree(copy / "mm_projector"), "the file is missing"),
     "sizes": (lambda copy: change(copy, hidden_size=96), "has 64"),
 }

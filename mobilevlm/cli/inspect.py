@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 @click.option(
     "--vision-tower",
     type=click.Path(path_type=Path),
-    help="Folder of the CLIP tower of a checkpoint.",
+    help="Folder of the vision tower of a checkpoint.",
 )
+@click.option("--variant", metavar="NAME", help="Official behaviour of a checkpoint.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(path: Path, vision_tower: Path | None, as_json: bool) -> None:
+def command(path: Path, vision_tower: Path | None, variant: str | None, as_json: bool) -> None:
     """Show what is in PATH: a bundle (every file is checked), a checkpoint or a GGUF file."""
     from mobilevlm.builtin import checkpoint_path
     from mobilevlm.bundle import is_bundle
@@ -32,7 +33,7 @@ def command(path: Path, vision_tower: Path | None, as_json: bool) -> None:
     if path.suffix == ".gguf":
         _show_gguf(path, as_json)
     elif (path / "config.json").is_file() and not is_bundle(path):
-        _show_checkpoint(path, vision_tower, as_json)
+        _show_checkpoint(path, vision_tower, variant, as_json)
     else:
         _show_bundle(path, as_json)
 
@@ -141,13 +142,15 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
-def _show_checkpoint(path: Path, vision_tower: Path | None, as_json: bool) -> None:
+def _show_checkpoint(
+    path: Path, vision_tower: Path | None, variant: str | None, as_json: bool
+) -> None:
     from rich.console import Console
 
     from mobilevlm.families import OpenOptions, open_checkpoint
     from mobilevlm.spec import to_dict
 
-    model = open_checkpoint(path, OpenOptions(vision_tower))
+    model = open_checkpoint(path, OpenOptions(vision_tower, variant=variant))
     sizes = {
         stage: sum(model.weights.size(name) for name in model.weights if name.startswith(stage))
         for stage in ("vision", "projector", "decoder")

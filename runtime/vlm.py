@@ -28,7 +28,7 @@ from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.machine import default_threads
 from mobilevlm.runtime.sampling import SamplingOptions
-from mobilevlm.runtime.session import Prompt, Reuse, Session
+from mobilevlm.runtime.session import Prompt, PromptChoices, Reuse, Session
 
 DEFAULT_MAX_NEW_TOKENS = 256
 IDLE_SESSIONS = 2
@@ -258,6 +258,16 @@ class VLM:
         alone."""
         _, decoder = self._engines()
         return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
+
+    def expert_choices(
+        self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False
+    ) -> PromptChoices:
+        """Which experts each position is sent to, by layer; for verification.
+
+        Raises:
+            MobileVLMError: the decoder has no experts, or does not say.
+        """
+        return self._session("nothing").expert_choices(self._prepare(prompt, images, raw))
 
     def close(self) -> None:
         """Frees weights and buffers. The object cannot be used after."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ llama.cpp's buffers."""
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
+ExpertChoices: TypeAlias = dict[int, NDArray[np.integer[Any]]]
+"""The experts of each position ``(length, top_k)``, best first, by layer."""
 
 
 class VisionEngine(Protocol):
@@ -62,6 +64,14 @@ class DecoderEngine(Protocol):
         """Appends ``(length, hidden_size)``; logits of the last position ``(1, vocab_size)``, or of
         all ``(length, vocab_size)``."""
 
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """Where the router of each sparse layer sends a sequence ``(length, hidden_size)``; for
+        verification.
+
+        Raises:
+            MobileVLMError: the decoder has no experts, or does not say.
+        """
+
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """Appends ``(length, hidden_size)`` where no logits are needed."""
 
@@ -87,6 +97,11 @@ def in_chunks(append: Callable[[Float32, int], Float32], embeds: Float32, count:
         behind = len(embeds) - start - len(chunk)
         logits.append(append(chunk, min(max(count - behind, 0), len(chunk))))
     return np.concatenate(logits)
+
+
+def no_experts() -> MobileVLMError:
+    """What to raise where a dense decoder is asked for its experts."""
+    return MobileVLMError("this decoder has no experts: nothing is routed")
 
 
 def still_open(part: T | None) -> T:

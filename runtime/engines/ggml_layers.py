@@ -3,10 +3,12 @@ tensors to be. Hidden states are ``(length, hidden_size)``."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +82,11 @@ class Inputs:
     """``(length, visible)``, float16: 0, or −∞ where a position is not seen"""
 
 
+Observe: TypeAlias = Callable[[int, NDArray[np.int32]], None]
+"""Is told of each sparse layer which experts were chosen ``(length, top_k)``, best first, before
+they are used; the array is valid during the call."""
+
+
 @dataclass(frozen=True)
 class Layers:
     """What the layers of one graph are made of and in."""
@@ -92,6 +99,7 @@ class Layers:
     inputs: Inputs
     context: Context
     graph: int
+    observe: Observe | None = None
 
     def logits(self) -> TensorPointer:
         """``(outputs, vocab_size)``, from the embeddings."""
@@ -167,6 +175,8 @@ class Layers:
         length = self.shape.outputs if last else self.shape.length
         probabilities = apply("soft_max", self._linear(f"{prefix}_gate_inp", states))
         chosen = apply("argsort_top_k", probabilities, top_k)  # (length, top_k)
+        if self.observe is not None:
+            chosen = self._observed(layer, chosen, length)
         table = apply("reshape_3d", probabilities, 1, count, length)
         shares = apply("get_rows", table, chosen)  # (length, top_k, 1)
         if experts.renormalize:
@@ -188,6 +198,18 @@ class Layers:
         for part in parts[1:]:
             total = apply("add", total, part)
         return total
+
+    def _observed(self, layer: int, chosen: TensorPointer, length: int) -> TensorPointer:
+        """``chosen`` is the beginning of each row of a sorted ``(length, experts)``."""
+        assert self.observe is not None and self.spec.experts is not None
+        observe, count = self.observe, self.spec.num_experts(layer)
+        top_k = self.spec.experts.top_k
+
+        def show(address: int) -> None:
+            rows = (ctypes.c_int32 * (length * count)).from_address(address)
+            observe(layer, np.frombuffer(rows, np.int32).reshape(length, count)[:, :top_k])
+
+        return self.context.shown(chosen, show)
 
     def _activated(self, read: list[TensorPointer]) -> TensorPointer:
         """The inner state of an MLP, of what its gate and up layers, or its one layer, made."""

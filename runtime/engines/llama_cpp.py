@@ -17,9 +17,11 @@ from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.engines import (
     PREFILL_CHUNK,
     DecoderState,
+    ExpertChoices,
     Float32,
     Segment,
     in_chunks,
+    no_experts,
     still_open,
 )
 from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
@@ -138,6 +140,10 @@ class LlamaDecoder:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         count = len(embeds) if all_logits else 1
         return in_chunks(partial(self._append, state), embeds, count)
+
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. llama.cpp runs dense ones only."""
+        raise no_experts()
 
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -54,6 +54,10 @@ class Segment:
 class DecoderEngine(Protocol):
     """Runs the decoder stage. May be used by several threads, each with a state of its own."""
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """Of experts, since loading, where there is a limit on what is resident."""
+
     def new_state(self) -> DecoderState:
         """An empty sequence."""
 

@@ -104,16 +104,21 @@ class GgmlDecoder:
         self._spec, self._threads = spec, threads
         weights = MappedTensors(header)
         self._weights: MappedTensors | None = weights
-        self.residency: ExpertResidency | None = None
+        self._residency: ExpertResidency | None = None
         if max_resident is not None:
-            self.residency = ExpertResidency(header, weights.content, spec, max_resident)
+            self._residency = ExpertResidency(header, weights.content, spec, max_resident)
         self._rows: EmbeddingRows | None = EmbeddingRows(path, header.tensors["token_embd.weight"])
         exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
         self._kind = "F32" if exact else "F16"
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self._residency.brought_in if self._residency else None
+
     def new_state(self) -> GgmlState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self._observed_state(self.residency.use if self.residency else None)
+        return self._observed_state(self._residency.use if self._residency else None)
 
     def _observed_state(self, observe: Observe | None) -> GgmlState:
         weights = still_open(self._weights)

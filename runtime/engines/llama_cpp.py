@@ -128,6 +128,11 @@ class LlamaDecoder:
         """What an image encoder needs to know its decoder."""
         return still_open(self._model)
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
+        return None
+
     def new_state(self) -> LlamaState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return LlamaState(self.model, self._spec.context_length, self._exact, self._threads)

@@ -130,6 +130,11 @@ class OnnxDecoder:
         )
         self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing that takes a tenth
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
+        return None
+
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return OnnxState(self._spec, still_open(self._session))

@@ -207,7 +207,7 @@ class Layers:
 
         def show(address: int) -> None:
             rows = (ctypes.c_int32 * (length * count)).from_address(address)
-            observe(layer, np.frombuffer(rows, np.int32).reshape(length, count)[:, :top_k])
+            observe(layer, np.ctypeslib.as_array(rows).reshape(length, count)[:, :top_k])
 
         return self.context.shown(chosen, show)
 

@@ -16,7 +16,6 @@ from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
 from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.errors import CheckpointError, MobileVLMError
-from mobilevlm.export.activations import expert_usage
 from mobilevlm.export.calibrated import calibrate
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.graph.author import author_decoder
@@ -106,14 +105,6 @@ def test_rows_of_a_fused_tensor_are_cut_where_query_key_and_value_meet() -> None
 
 
 SAMPLES = [Sample("What is this?", "A house.", ()), Sample("And this?", "", ())]
-
-
-@pytest.mark.parametrize("name", MOE_FIXTURES)
-def test_usage_counts_every_choice_once(name: str) -> None:
-    usage = expert_usage(fixture_named(name).model, SAMPLES)
-    assert list(usage) == [0, 2]
-    for shares in usage.values():
-        assert len(shares) == 4 and sum(shares) == pytest.approx(1)
 
 
 def formats(**changes: Any) -> Recipe:

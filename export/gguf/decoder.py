@@ -111,6 +111,8 @@ def _describe_own(writer: gguf.GGUFWriter, decoder: DecoderSpec, experts: Expert
     writer.add_expert_count(max(experts.num_experts))
     writer.add_expert_used_count(experts.top_k)
     writer.add_expert_weights_norm(experts.renormalize)
+    if experts.use_residual:
+        writer.add_expert_shared_count(1)
     counts = [decoder.num_experts(layer) for layer in range(decoder.num_hidden_layers)]
     writer.add_array(f"{writer.arch}.{EXPERT_COUNTS}", counts)
     for key, field in OWN_FLAGS.items():

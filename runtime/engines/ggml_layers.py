@@ -156,10 +156,34 @@ class Layers:
         )  # fmt: skip
 
     def _mlp_or_experts(self, layer: int, states: TensorPointer) -> TensorPointer:
-        if self.spec.num_experts(layer):
-            return self._experts(layer, states)
-        readers = [self._linear(f"blk.{layer}.ffn_{part}", states) for part in self._readers]
-        return self._linear(f"blk.{layer}.ffn_down", self._activated(readers))
+        experts = self.spec.experts
+        if experts is None or not self.spec.num_experts(layer):
+            return self._mlp(layer, states)
+        made = self._experts(layer, states)
+        return self._with_residual(layer, states, made) if experts.use_residual else made
+
+    def _mlp(self, layer: int, states: TensorPointer, ending: str = "") -> TensorPointer:
+        prefix = f"blk.{layer}.ffn"
+        readers = [self._linear(f"{prefix}_{part}{ending}", states) for part in self._readers]
+        return self._linear(f"{prefix}_down{ending}", self._activated(readers))
+
+    def _with_residual(
+        self, layer: int, states: TensorPointer, made: TensorPointer
+    ) -> TensorPointer:
+        """What the experts made and the dense MLP beside them, by a softmax of two."""
+        apply = self.context.apply
+        length = self._length_of(layer)
+        shares = apply("soft_max", self._linear(f"blk.{layer}.ffn_gate_inp_shexp", states))
+        sparse, dense = (
+            apply("view_2d", shares, 1, length, 2 * _FLOAT, part * _FLOAT) for part in (0, 1)
+        )
+        beside = self._mlp(layer, states, "_shexp")
+        return apply("add", apply("mul", made, sparse), apply("mul", beside, dense))
+
+    def _length_of(self, layer: int) -> int:
+        """Positions that pass a layer's MLP."""
+        last = layer == self.spec.num_hidden_layers - 1
+        return self.shape.outputs if last else self.shape.length
 
     @property
     def _readers(self) -> tuple[str, ...]:
@@ -171,8 +195,7 @@ class Layers:
         apply, experts = self.context.apply, self.spec.experts
         assert experts is not None
         prefix, count, top_k = f"blk.{layer}.ffn", self.spec.num_experts(layer), experts.top_k
-        last = layer == self.spec.num_hidden_layers - 1
-        length = self.shape.outputs if last else self.shape.length
+        length = self._length_of(layer)
         probabilities = apply("soft_max", self._linear(f"{prefix}_gate_inp", states))
         chosen = apply("argsort_top_k", probabilities, top_k)  # (length, top_k)
         if self.observe is not None:

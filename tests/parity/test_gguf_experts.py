@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from conftest import MOE_FIXTURES, Fixture, fixture_named, relative_error
+import torch
+from conftest import MOE_FIXTURES, Fixture, fixture_named, memory_weights, relative_error
 from numpy.typing import NDArray
 
 import mobilevlm
@@ -22,9 +24,10 @@ from mobilevlm.families import Model
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.gguf_model import model_spec
 from mobilevlm.gguf_names import decoder_entries
-from mobilevlm.gguf_spec import bytes_per_token
+from mobilevlm.gguf_spec import bytes_per_token, decoder_spec
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.progress import ignore
+from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines.ggml import GgmlDecoder
 from mobilevlm.spec import GGUFType
@@ -178,6 +181,37 @@ def test_a_token_reads_two_of_four_experts(sparse: Fixture, written: Written, bu
     needed = everything - idle - table.size + table.row_size
     assert bytes_per_token(header, spec) == needed
     assert open_bundle(bundle).artifact("decoder", "gguf").bytes_per_token == needed
+
+
+def test_a_dense_mlp_beside_the_experts_equals_the_reference(
+    sparse: Fixture, tmp_path: Path
+) -> None:
+    """DeepSpeed's Residual-MoE, which no fixture has; random weights, MLPs of all three kinds."""
+    decoder = sparse.model.spec.decoder
+    assert decoder.experts is not None
+    experts = replace(decoder.experts, use_residual=True)
+    spec = replace(sparse.model.spec, decoder=replace(decoder, experts=experts))
+    with torch.device("meta"):
+        shapes = {name: tuple(x.shape) for name, x in ReferenceModel(spec).named_parameters()}
+    model = replace(sparse.model, spec=spec, weights=memory_weights(shapes, tmp_path / "weights"))
+    path = tmp_path / "decoder.gguf"
+    write_decoder(model, "f32", path, ignore)
+    header = read_gguf(path)
+    assert decoder_spec(header).experts == experts
+    shared = [name for name in header.tensors if "_shexp" in name and name.startswith("blk.2.")]
+    readers, maker = decoder.mlp_linears
+    per_linear = 2 if decoder.mlp_bias else 1
+    assert len(shared) == 2 + per_linear * len((*readers, maker))
+    engine = GgmlDecoder(path, spec.decoder, 1)
+    embeds = np.random.default_rng(0).standard_normal((40, decoder.hidden_size), np.float32)
+    state = engine.new_state()
+    found = engine.prefill(state, embeds, all_logits=True)
+    with torch.no_grad():
+        expected = load_reference(model).logits(torch.from_numpy(embeds)).numpy()
+    assert relative_error(found, expected) <= EXACT
+    state.length = 39
+    one = engine.prefill(state, embeds[39:])
+    assert relative_error(one, expected[39:]) <= EXACT
 
 
 # Relative error of a position's logits to those of the same, dequantized weights in float32: that

@@ -125,12 +125,12 @@ def _header(found: Found, command: str, data: str) -> list[str]:
 
 
 def _comments(found: Found) -> dict[str, str]:
-    comments = {}
+    comments: dict[str, str] = {}
     for unit, option in zip(found.units, found.allocation.options, strict=True):
         text = f"{option.kl:.2g}, {8 * option.size / unit.size:.2f}, {option.size / 1e3:.1f}"
         if unit.name in found.usage:
             text += f", {found.usage[unit.name]:.1%}"
-        comments |= {group.name: text for group in unit.groups[:1]}
+        comments[unit.name] = text
     return comments
 
 

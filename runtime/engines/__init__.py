@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -17,7 +17,7 @@ llama.cpp's buffers."""
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
-ExpertChoices: TypeAlias = dict[int, NDArray[np.integer[Any]]]
+ExpertChoices: TypeAlias = Mapping[int, NDArray[np.integer[Any]]]
 """The experts of each position ``(length, top_k)``, best first, by layer."""
 
 

@@ -166,11 +166,11 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
     kind = recipe.gguf_type
     weighted = recipe.gguf_imatrix is not None or recipe.gguf_calibration is not None
-    if is_own(architecture) and (kind not in TYPES or weighted):
+    if is_own(architecture) and weighted:
         raise MobileVLMError(
-            f"GGUF type {kind}{' by importance' if weighted else ''}: llama.cpp, which "
-            f"would make it, does not know the architecture {architecture}: choose --gguf-type "
-            f"{', '.join(TYPES)} without --imatrix and --calibration"
+            f"GGUF type {kind} by importance: importance matrices are for llama.cpp's "
+            f"architectures, this decoder's is {architecture}: leave --imatrix and --calibration "
+            f"out"
         )
     importance = find_importance(model, recipe)
     if kind not in TYPES:

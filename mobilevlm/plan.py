@@ -38,6 +38,22 @@ def check_engine(engine: str) -> None:
         )
 
 
+def engine_for_limit(engine: str, max_resident_mb: float | None) -> str:
+    """The engine that a limit on resident experts asks for: ``ggml`` where any would do.
+
+    Raises:
+        MobileVLMError: another one, which copies all weights.
+    """
+    if max_resident_mb is None or engine == "ggml":
+        return engine
+    if engine != "auto":
+        raise MobileVLMError(
+            f"engine {engine} copies all weights into memory of its own: --max-resident needs "
+            f"--engine ggml"
+        )
+    return "ggml"
+
+
 def choose_engine(bundle: Bundle, engine: str) -> str:
     """The engine that will run the bundle: ``engine`` itself, or what ``auto`` means for it.
 

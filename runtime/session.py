@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError
 from mobilevlm.runtime.cache import Border, PositionKey, PromptCache, borders, pieces
-from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
+from mobilevlm.runtime.engines import DecoderEngine, ExpertChoices, Float32, VisionEngine
 from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
 
 Pixels: TypeAlias = "NDArray[np.uint8]"
@@ -89,6 +89,15 @@ class Fill:
     """Pictures of the prompt that were not encoded."""
 
 
+@dataclass(frozen=True)
+class PromptChoices:
+    """What the routers of a decoder with experts made of a prompt, pictures expanded."""
+
+    layers: ExpertChoices
+    is_visual: NDArray[np.bool_]
+    """Which positions are of pictures ``(length,)``"""
+
+
 class Session:
     """A sequence and its KV state. Used by one thread at a time."""
 
@@ -157,6 +166,13 @@ class Session:
         return np.concatenate(
             [self._decoder.prefill(self._state, embeds[here:there], True) for here, there in spans]
         )
+
+    def expert_choices(self, prompt: Prompt) -> PromptChoices:
+        """Where the routers send each position of the prompt, in a fresh sequence."""
+        keys = self._checked_keys(prompt)
+        embeds = self._embed(keys, prompt, Fill())
+        is_visual = np.array([isinstance(key, tuple) for key in keys])
+        return PromptChoices(self._decoder.expert_choices(embeds), is_visual)
 
     def step(self, token: int) -> Float32:
         """Appends a token; logits ``(vocab_size,)``, valid until the next call."""

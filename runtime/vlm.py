@@ -20,7 +20,7 @@ from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, open_image, preprocess
-from mobilevlm.plan import DRAFTING_ENGINES, check_engine, choose_engine
+from mobilevlm.plan import DRAFTING_ENGINES, check_engine, choose_engine, engine_for_limit
 from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
@@ -28,7 +28,7 @@ from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.machine import default_threads
 from mobilevlm.runtime.sampling import SamplingOptions
-from mobilevlm.runtime.session import Prompt, Reuse, Session
+from mobilevlm.runtime.session import Prompt, PromptChoices, Reuse, Session
 
 DEFAULT_MAX_NEW_TOKENS = 256
 IDLE_SESSIONS = 2
@@ -44,6 +44,7 @@ def load(
     threads: int | None = None,
     mmproj: str | PathLike[str] | None = None,
     cache_mb: float = DEFAULT_CACHE_MB,
+    max_resident_mb: float | None = None,
 ) -> VLM:
     """Opens a bundle for running.
 
@@ -53,12 +54,14 @@ def load(
     ``auto``: the first of them that the bundle has artifacts for. ``threads``: for both stages, by
     default as many as this process may use. ``cache_mb``: megabytes for what later requests can
     take over from earlier ones (pictures, beginnings of prompts), besides the sequences themselves;
-    0: each request is computed from its first token.
+    0: each request is computed from its first token. ``max_resident_mb``: megabytes of sparse
+    experts that may be in memory at a time; it needs, and means, the engine ``ggml``.
 
     Raises:
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
     """
     check_engine(engine)
+    engine = engine_for_limit(engine, max_resident_mb)
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
     if path.suffix == ".gguf":
@@ -67,14 +70,17 @@ def load(
                 f"{path}: its image encoder is in a file of its own: give it with --mmproj FILE"
             )
         described, header = gguf_bundle(path, Path(mmproj))
-        return open_model(described, engine, threads, cache_mb, start, gguf_tokenizer(header))
+        tokenizer = gguf_tokenizer(header)
+        return open_model(described, engine, threads, cache_mb, start, tokenizer, max_resident_mb)
     if mmproj is not None:
         raise BundleError(f"{path}: --mmproj belongs to a .gguf file: a bundle has its encoder")
     if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
         raise BundleError(
             f"{path}: a checkpoint, not a bundle: run 'mobilevlm export {path} -o BUNDLE' first"
         )
-    return open_model(open_bundle(path), engine, threads, cache_mb, start)
+    return open_model(
+        open_bundle(path), engine, threads, cache_mb, start, max_resident_mb=max_resident_mb
+    )
 
 
 def open_model(
@@ -84,6 +90,7 @@ def open_model(
     cache_mb: float = DEFAULT_CACHE_MB,
     start: float | None = None,
     tokenizer: Tokenizer | None = None,
+    max_resident_mb: float | None = None,
 ) -> VLM:
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
     ``tokenizer``: instead of the bundle's."""
@@ -92,7 +99,7 @@ def open_model(
     engine = choose_engine(bundle, engine)
     tokenizer = tokenizer or _read_tokenizer(bundle)
     cache = _open_cache(bundle, tokenizer, engine, cache_mb)
-    vision, decoder = open_engines(bundle, engine, threads)
+    vision, decoder = open_engines(bundle, engine, threads, max_resident_mb)
     seconds = time.perf_counter() - start
     return VLM(bundle, tokenizer, vision, decoder, cache, engine, threads, seconds)
 
@@ -258,6 +265,22 @@ class VLM:
         alone."""
         _, decoder = self._engines()
         return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
+
+    def expert_choices(
+        self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False
+    ) -> PromptChoices:
+        """Which experts each position is sent to, by layer; for verification.
+
+        Raises:
+            MobileVLMError: the decoder has no experts, or does not say.
+        """
+        return self._session("nothing").expert_choices(self._prepare(prompt, images, raw))
+
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """Of experts, since loading, where ``max_resident_mb`` limits what is in memory."""
+        _, decoder = self._engines()
+        return decoder.brought_in_bytes
 
     def close(self) -> None:
         """Frees weights and buffers. The object cannot be used after."""

@@ -46,6 +46,7 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_resident_mb: float | None,
     image: str | None,
     no_image: bool,
     text_tokens: int,
@@ -62,7 +63,7 @@ def command(
     from mobilevlm.runtime import load
     from mobilevlm.runtime.bench import as_markdown, run_bench, summary
 
-    with load(bundle, engine, threads, mmproj) as vlm:
+    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb) as vlm:
         grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
         picture = None if no_image else (image or grey)
         with progress.track("runs", runs + 1) as advance:

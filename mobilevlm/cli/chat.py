@@ -31,6 +31,7 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_resident_mb: float | None,
     images: tuple[str, ...],
     **sampling: Any,
 ) -> None:
@@ -38,7 +39,7 @@ def command(
     from mobilevlm.runtime import load
     from mobilevlm.runtime.chat import Chat
 
-    with load(bundle, engine, threads, mmproj) as vlm:
+    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb) as vlm:
         chat = Chat(vlm, list(images))
         print(f"{vlm.spec.name}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip

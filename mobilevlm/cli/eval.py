@@ -32,6 +32,7 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_resident_mb: float | None,
     suite: str,
     questions: int,
     no_blind: bool,
@@ -45,7 +46,10 @@ def command(
     from mobilevlm.runtime import load
 
     examples = evaluation_set(questions)
-    with load(bundle, engine, threads, mmproj) as vlm, progress.track_share("questions") as show:
+    with (
+        load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb) as vlm,
+        progress.track_share("questions") as show,
+    ):
         result, rate = evaluate_vlm(vlm, examples, not no_blind, show)
     if as_json:
         show_json({**result.to_dict(), "tokens_per_second": rate})

@@ -41,6 +41,7 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_resident_mb: float | None,
     images: tuple[str, ...],
     prompt: str,
     raw: bool,
@@ -51,7 +52,7 @@ def command(
     from mobilevlm.runtime import load
 
     pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
-    with load(bundle, engine, threads, mmproj) as vlm:
+    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb) as vlm:
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,8 @@ llama.cpp's buffers."""
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
+ExpertChoices: TypeAlias = Mapping[int, NDArray[np.integer[Any]]]
+"""The experts of each position ``(length, top_k)``, best first, by layer."""
 
 
 class VisionEngine(Protocol):
@@ -52,6 +54,10 @@ class Segment:
 class DecoderEngine(Protocol):
     """Runs the decoder stage. May be used by several threads, each with a state of its own."""
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """Of experts, since loading, where there is a limit on what is resident."""
+
     def new_state(self) -> DecoderState:
         """An empty sequence."""
 
@@ -61,6 +67,14 @@ class DecoderEngine(Protocol):
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """Appends ``(length, hidden_size)``; logits of the last position ``(1, vocab_size)``, or of
         all ``(length, vocab_size)``."""
+
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """Where the router of each sparse layer sends a sequence ``(length, hidden_size)``; for
+        verification.
+
+        Raises:
+            MobileVLMError: the decoder has no experts, or does not say.
+        """
 
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """Appends ``(length, hidden_size)`` where no logits are needed."""
@@ -87,6 +101,11 @@ def in_chunks(append: Callable[[Float32, int], Float32], embeds: Float32, count:
         behind = len(embeds) - start - len(chunk)
         logits.append(append(chunk, min(max(count - behind, 0), len(chunk))))
     return np.concatenate(logits)
+
+
+def no_experts() -> MobileVLMError:
+    """What to raise where a dense decoder is asked for its experts."""
+    return MobileVLMError("this decoder has no experts: nothing is routed")
 
 
 def still_open(part: T | None) -> T:

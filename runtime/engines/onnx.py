@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,16 @@ from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError
-from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks, still_open
+from mobilevlm.runtime.engines import (
+    PREFILL_CHUNK,
+    DecoderState,
+    ExpertChoices,
+    Float32,
+    Segment,
+    in_chunks,
+    no_experts,
+    still_open,
+)
 from mobilevlm.spec import DecoderSpec
 
 
@@ -120,6 +130,11 @@ class OnnxDecoder:
         )
         self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing that takes a tenth
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
+        return None
+
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return OnnxState(self._spec, still_open(self._session))
@@ -137,19 +152,57 @@ class OnnxDecoder:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         in_chunks(partial(self._append, state), embeds, 0)
 
-    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
-        """Appends a chunk; logits of its last ``count`` positions."""
+    def _append(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        count: int,
+        also: Mapping[str, Float32] = MappingProxyType({}),
+    ) -> Float32:
+        """Appends a chunk; logits of its last ``count`` positions. ``also``: further outputs, to be
+        filled."""
         assert isinstance(state, OnnxState)
         session = still_open(self._session)
         chunk = np.ascontiguousarray(embeds[None])
         positions = np.arange(len(embeds) - count, len(embeds))
         logits = np.empty((1, count, self._spec.vocab_size), np.float32)
         binding = state.bind(session, chunk, positions, logits)
+        for name, values in also.items():
+            _bind_output(binding, name, values)
         state.total_length[0] = state.length + len(embeds)
         session.run_with_iobinding(binding)
         state.length += len(embeds)
         result: Float32 = logits[0]
         return result
+
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. By the routers' logits: the
+        operator for all experts keeps its choice to itself."""
+        experts = self._spec.experts
+        if experts is None:
+            raise no_experts()
+        names = {f"router_logits.{layer}": layer for layer in experts.layers}
+        if not {output.name for output in still_open(self._session).get_outputs()}.issuperset(
+            names
+        ):
+            raise BundleError(
+                "an earlier version made this decoder, which does not say what its routers decide: "
+                "export the bundle again"
+            )
+        state, length = self.new_state(), len(embeds)
+        logits = {
+            name: np.empty((1, length, self._spec.num_experts(layer)), np.float32)
+            for name, layer in names.items()
+        }
+        for start in range(0, length, PREFILL_CHUNK):
+            end = min(start + PREFILL_CHUNK, length)
+            also = {name: values[:, start:end] for name, values in logits.items()}
+            # Of all positions, since the last layer only has those whose logits are asked for.
+            self._append(state, embeds[start:end], end - start, also)
+        return {
+            layer: np.argsort(-logits[name][0], axis=-1, kind="stable")[:, : experts.top_k]
+            for name, layer in names.items()
+        }
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +24,19 @@ if TYPE_CHECKING:
     from mobilevlm.runtime.engines.llama_native import NativeModel
 
 
-def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngine, DecoderEngine]:
+def open_engines(
+    bundle: Bundle, engine: str, threads: int, max_resident_mb: float | None = None
+) -> tuple[VisionEngine, DecoderEngine]:
     """Opens both stages. ``engine``: one that the bundle has artifacts for. An ONNX vision stage is
     opened beside the decoder: onnxruntime reorders weights on one thread per session, and that is
-    most of a load.
+    most of a load. ``max_resident_mb``: of experts, for the engine ``ggml``.
 
     Raises:
         BundleError: an artifact cannot be loaded.
         MissingExtraError: llama-cpp-python is needed and not installed.
     """
     spec, formats = bundle.manifest.spec, stage_formats(bundle, engine)
+    open_ggml = partial(_ggml_decoder, max_resident_mb=max_resident_mb)
     _check_weight_bits(bundle, engine)
     vision, decoder = (
         bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")
@@ -43,12 +47,12 @@ def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngin
     if formats["vision"] == "gguf":
         from mobilevlm.runtime.engines.stand_in import stand_in
 
-        own = _ggml_decoder(bundle, decoder, threads)
+        own = open_ggml(bundle, decoder, threads)
         return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
     openers: dict[str, Callable[[Bundle, Path, int], DecoderEngine]] = {
         "onnx": onnx_decoder,
         "hybrid": _llama_decoder,
-        "ggml": _ggml_decoder,
+        "ggml": open_ggml,
     }
     with ThreadPoolExecutor(1) as beside:
         opened = beside.submit(_onnx_vision, vision, threads)
@@ -90,10 +94,13 @@ def _llama_decoder(bundle: Bundle, path: Path, threads: int) -> LlamaDecoder:
     return LlamaDecoder(path, bundle.manifest.spec.decoder, threads)
 
 
-def _ggml_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
+def _ggml_decoder(
+    bundle: Bundle, path: Path, threads: int, max_resident_mb: float | None
+) -> DecoderEngine:
     from mobilevlm.runtime.engines.ggml import GgmlDecoder
 
-    return GgmlDecoder(path, bundle.manifest.spec.decoder, threads)
+    limit = None if max_resident_mb is None else int(max_resident_mb * 1e6)
+    return GgmlDecoder(path, bundle.manifest.spec.decoder, threads, limit)
 
 
 def onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:

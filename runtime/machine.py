@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from mobilevlm.plan import default_threads
+
 FEATURES = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8",
     "asimd", "asimddp", "i8mm", "sve",
@@ -24,13 +26,6 @@ EXTRAS = {
     "reference": ("torch",),
     "plots": ("matplotlib",),
 }
-
-
-def default_threads() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def describe_machine() -> dict[str, Any]:
@@ -52,6 +47,19 @@ def describe_machine() -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "providers": onnxruntime.get_available_providers(),
     }
+
+
+def processor_key() -> str:
+    """What measurements on this machine are good for: processor, its features, processors in use
+    and onnxruntime's version."""
+    import onnxruntime
+
+    cpu = _cpu_info()
+    present = _features(cpu)
+    name = cpu.get("model name") or platform.processor() or platform.machine() or "unknown"
+    features = " ".join(feature for feature in FEATURES if feature in present)
+    cores = default_threads()
+    return f"{name} | {features} | {cores} | onnxruntime {onnxruntime.__version__}"
 
 
 def int8_weight_bits() -> Literal[7, 8] | None:

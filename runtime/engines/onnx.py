@@ -1,4 +1,8 @@
-"""ONNX Runtime for both stages, on the CPU."""
+"""ONNX Runtime for both stages, on the CPU.
+
+The decoder may have a second graph for prompts, with other weights and the same keys and values:
+which of the two computes a piece of a prompt depends on the length of that piece alone.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +18,17 @@ from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError
+from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks, still_open
 from mobilevlm.spec import DecoderSpec
 
 
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A session on an ONNX file.
+def open_session(
+    path: Path, threads: int, spinning: bool = True, packed: bool = True
+) -> ort.InferenceSession:
+    """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
+    copied in the order that kernels like best, else they are used where they lie in the mapped
+    file.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -27,6 +36,9 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
     # bits the graph asks for, to 8 once more: 13 times the error. 1 is float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
@@ -40,8 +52,8 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
 class OnnxVision:
     """The vision stage: tower and projector in one graph."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self._session: ort.InferenceSession | None = open_session(path, threads)
+    def __init__(self, path: Path, threads: int, spinning: bool = True) -> None:
+        self._session: ort.InferenceSession | None = open_session(path, threads, spinning)
 
     def encode(self, pixels: NDArray[np.uint8]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
@@ -104,13 +116,25 @@ class OnnxState:
 
 
 class OnnxDecoder:
-    """The decoder stage; embedding rows are read from a mapped file."""
+    """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
+    second graph that computes pieces of prompts from ``plan.prefill_from`` positions on."""
 
     def __init__(
-        self, path: Path, table: Path, embeddings: EmbeddingTable, spec: DecoderSpec, threads: int
+        self,
+        path: Path,
+        table: Path,
+        embeddings: EmbeddingTable,
+        spec: DecoderSpec,
+        plan: Plan,
+        prompts: Path | None = None,
     ) -> None:
-        self._spec = spec
-        self._session: ort.InferenceSession | None = open_session(path, threads)
+        self._spec, self._plan = spec, plan
+        threads, spinning = plan.threads_of("decoder"), plan.spinning
+        self._session: ort.InferenceSession | None = open_session(path, threads, spinning)
+        self._prompts: ort.InferenceSession | None = None
+        if prompts is not None:
+            packed = plan.prefill_weights == "packed"
+            self._prompts = open_session(prompts, threads, spinning, packed)
         mapped = np.memmap(
             table,
             dtype=embeddings.dtype,
@@ -131,16 +155,33 @@ class OnnxDecoder:
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         count = len(embeds) if all_logits else 1
-        return in_chunks(partial(self._append, state), embeds, count)
+        return self._append(state, embeds, count, self._prompt_session(len(embeds)))
 
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        in_chunks(partial(self._append, state), embeds, 0)
+        self._append(state, embeds, 0, self._prompt_session(len(embeds)))
 
-    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
-        """Appends a chunk; logits of its last ``count`` positions."""
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self._append(state, embeds, len(embeds), still_open(self._session))
+
+    def _prompt_session(self, length: int) -> ort.InferenceSession:
+        """What computes a piece of a prompt with so many positions."""
+        if self._prompts is not None and length >= self._plan.prefill_from:
+            return self._prompts
+        return still_open(self._session)
+
+    def _append(
+        self, state: DecoderState, embeds: Float32, count: int, session: ort.InferenceSession
+    ) -> Float32:
+        """Appends positions; logits of the last ``count``."""
+        append = partial(self._append_chunk, state, session)
+        return in_chunks(append, embeds, count, self._plan.prefill_chunk)
+
+    def _append_chunk(
+        self, state: DecoderState, session: ort.InferenceSession, embeds: Float32, count: int
+    ) -> Float32:
         assert isinstance(state, OnnxState)
-        session = still_open(self._session)
         chunk = np.ascontiguousarray(embeds[None])
         positions = np.arange(len(embeds) - count, len(embeds))
         logits = np.empty((1, count, self._spec.vocab_size), np.float32)
@@ -179,7 +220,7 @@ class OnnxDecoder:
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._session = self._table = None
+        self._session = self._prompts = self._table = None
 
 
 def _lazy_zeros(shape: tuple[int, ...]) -> Float32:

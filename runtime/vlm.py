@@ -20,7 +20,7 @@ from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, open_image, preprocess
-from mobilevlm.plan import DRAFTING_ENGINES, Plan, check_engine, choose_engine
+from mobilevlm.plan import DRAFTING_ENGINES, Plan, check_engine
 from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine

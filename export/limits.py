@@ -17,11 +17,11 @@ LIMITED: dict[str, tuple[StageKind, str, Literal["most", "least"]]] = {
     "vision_relative_error": ("vision", "relative_error", "most"),
     "vision_cosine": ("vision", "cosine", "least"),
     "decoder_kl": ("decoder", "kl", "most"),
-    "prefill_kl": ("prefill", "kl", "most"),
     "top1_agreement": ("decoder", "top1_agreement", "least"),
     "perplexity_ratio": ("end_to_end", "perplexity_ratio", "most"),
     "greedy_match": ("end_to_end", "greedy_match", "least"),
     "accuracy_loss": ("end_to_end", "accuracy_loss", "most"),
+    "prefill_kl": ("prefill", "kl", "most"),
 }
 """For each field of Limits the stage and figure, and whether it is the most or least allowed."""
 

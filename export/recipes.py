@@ -139,10 +139,10 @@ class Limits:
     """Of the samples' answers, over the reference's."""
     greedy_match: float | None = None
     """Least mean share of a greedy answer before it leaves the reference's."""
-    prefill_kl: float | None = None
-    """As ``decoder_kl``, of a recipe's graph for prompts."""
     accuracy_loss: float | None = None
     """Share of a suite's questions that the reference answers right, less the bundle's."""
+    prefill_kl: float | None = None
+    """As ``decoder_kl``, of the graph for prompts."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from mobilevlm.errors import BundleError, MobileVLMError
@@ -69,6 +69,16 @@ class Plan:
         """Threads of a stage, settled."""
         threads = self.vision_threads if stage == "vision" else self.decoder_threads
         return threads or default_threads()
+
+    def describe(self) -> str:
+        """One line: what differs from the defaults."""
+        defaults = Plan(self.engine)
+        changed = [
+            f"{item.name.replace('_', ' ')} {getattr(self, item.name)}"
+            for item in fields(self)
+            if getattr(self, item.name) != getattr(defaults, item.name)
+        ]
+        return f"plan {self.engine}: {', '.join(changed) or 'the defaults'}"
 
     def computes_prompt_like(self, other: Plan, length: int) -> bool:
         """Whether a piece of a prompt of so many positions has the same bits in both, where there

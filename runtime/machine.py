@@ -95,6 +95,16 @@ def peak_memory_mb() -> float:
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
 
 
+def available_memory() -> float:
+    """Bytes that programs may still take (0 where the system does not tell)."""
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return 0.0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024.0 * int(found[0]) if found else 0.0
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None

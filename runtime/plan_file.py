@@ -19,7 +19,7 @@ from mobilevlm.bundle import Bundle
 from mobilevlm.errors import MobileVLMError, PlanWarning
 from mobilevlm.plan import ENGINES, Plan, choose_engine
 from mobilevlm.runtime.drafting import MAX_DRAFT_TOKENS
-from mobilevlm.runtime.machine import processor_key
+from mobilevlm.runtime.machine import installed_extras, processor_key
 from mobilevlm.spec import from_dict, to_dict
 
 PLAN = "plan.json"
@@ -70,7 +70,7 @@ def settle_plan(bundle: Bundle, engine: str, threads: int | None, plan: Plan | P
         engine = plan.engine if engine == "auto" else engine
     else:
         tuned = read_plan(bundle) if plan == "auto" else None
-        found = (tuned and _plan_for(bundle, tuned, engine)) or Plan()
+        found = (tuned and _plan_for(tuned, engine)) or Plan()
         engine = found.engine if engine == "auto" else engine
     settled = dataclasses.replace(found, engine=choose_engine(bundle, engine))
     if threads is not None:
@@ -146,10 +146,12 @@ def _read_entries(path: Path) -> dict[str, Any] | None:
     return processors
 
 
-def _plan_for(bundle: Bundle, tuned: TunedPlan, engine: str) -> Plan | None:
-    """The fastest that may be used."""
+def _plan_for(tuned: TunedPlan, engine: str) -> Plan | None:
+    """That of the engine; of ``auto`` the fastest whose packages are still there."""
+    lacks_llama = bool(installed_extras()["gguf"])
     for plan in tuned.plans:
-        if engine in ("auto", plan.engine):
+        runs = plan.engine == "onnx" or not lacks_llama
+        if engine == plan.engine or (engine == "auto" and runs):
             return plan
     return None
 

@@ -25,6 +25,7 @@ VERBS = {
     "chat": "Talk about pictures.",
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine.",
+    "tune": "Find the fastest settings for a bundle on this machine.",
     "eval": "Measure how many questions are answered right.",
     "verify": "Compare a bundle with its checkpoint.",
     "doctor": "Show what this machine can run.",

@@ -31,8 +31,10 @@ def checkpoint_options(function: F) -> F:
 
 
 def model_options(function: F) -> F:
-    """BUNDLE, ``--mmproj``, ``--engine`` and ``--threads``."""
+    """BUNDLE, ``--mmproj``, ``--engine``, ``--threads`` and ``--no-plan``."""
     for decorate in (
+        click.option("--no-plan", "plan", flag_value="none", default="auto",
+                     help="Do without the settings that 'mobilevlm tune' found."),
         click.option("--threads", type=click.IntRange(1), help="Default: all of this process."),
         click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",
                      show_default=True, help="What runs the stages."),

@@ -6,6 +6,7 @@ which of the two computes a piece of a prompt depends on the length of that piec
 
 from __future__ import annotations
 
+import copy
 import mmap
 from collections.abc import Sequence
 from functools import partial
@@ -143,6 +144,13 @@ class OnnxDecoder:
             shape=(embeddings.rows, embeddings.columns),
         )
         self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing that takes a tenth
+
+    def planned(self, plan: Plan) -> OnnxDecoder:
+        """The same weights, with the plan's pieces and chunks of prompts. Its other settings are
+        those that the weights were read with."""
+        other = copy.copy(self)
+        other._plan = plan
+        return other
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -59,9 +59,11 @@ class Plan:
     """Positions per run of a long prompt (ONNX Runtime)."""
     prefill_from: int = PREFILL_FROM
     """Positions of a piece of a prompt from which on the graph for prompts computes it."""
-    prefill_weights: Literal["mapped", "packed"] = "mapped"
-    """Of the graph for prompts: used where they lie in the file, whose pages the system can take
-    back and share; or copied in the kernels' order, which is faster and takes memory."""
+    prefill_weights: Literal["mapped", "released", "packed"] = "mapped"
+    """Of the graph for prompts. ``mapped``: used where they lie in the file, whose pages the system
+    can take back and share; ``released``: those pages are given back after each piece of a prompt,
+    which costs the next one some time; ``packed``: copied in the kernels' order, which is faster
+    and takes memory."""
     draft_tokens: int | None = None
     """Tokens to guess and check at a time; none: what the engine does by itself."""
 

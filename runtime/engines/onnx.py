@@ -21,6 +21,7 @@ from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks, still_open
+from mobilevlm.runtime.engines.mapped_pages import give_back
 from mobilevlm.spec import DecoderSpec
 
 
@@ -44,10 +45,18 @@ def open_session(
     # bits the graph asks for, to 8 once more: 13 times the error. 1 is float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds, none of them public
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"{path}: onnxruntime cannot load it: {reason:.200}") from None
+    if packed:
+        give_back(weights_path(path))
+    return session
+
+
+def weights_path(path: Path) -> Path:
+    """Where the weights of an ONNX file lie."""
+    return path.with_name(f"{path.name}_data")
 
 
 class OnnxVision:
@@ -133,6 +142,7 @@ class OnnxDecoder:
         threads, spinning = plan.threads_of("decoder"), plan.spinning
         self._session: ort.InferenceSession | None = open_session(path, threads, spinning)
         self._prompts: ort.InferenceSession | None = None
+        self._prompt_weights = prompts and weights_path(prompts)
         if prompts is not None:
             packed = plan.prefill_weights == "packed"
             self._prompts = open_session(prompts, threads, spinning, packed)
@@ -184,7 +194,11 @@ class OnnxDecoder:
     ) -> Float32:
         """Appends positions; logits of the last ``count``."""
         append = partial(self._append_chunk, state, session)
-        return in_chunks(append, embeds, count, self._plan.prefill_chunk)
+        logits = in_chunks(append, embeds, count, self._plan.prefill_chunk)
+        if session is self._prompts and self._plan.prefill_weights == "released":
+            assert self._prompt_weights is not None
+            give_back(self._prompt_weights)
+        return logits
 
     def _append_chunk(
         self, state: DecoderState, session: ort.InferenceSession, embeds: Float32, count: int

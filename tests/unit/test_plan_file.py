@@ -109,7 +109,7 @@ def test_a_damaged_file_is_passed_over_with_a_line(
         ({"decoder_threads": -1}, "decoder_threads is -1, expected 0 to 1024"),
         ({"decoder_threads": 10**9}, "expected 0 to 1024"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
-        ({"prefill_weights": "gone"}, "expected one of 'mapped', 'packed'"),
+        ({"prefill_weights": "gone"}, "expected one of 'mapped', 'released', 'packed'"),
         ({"engine": "gone"}, "engine 'gone' is not known"),
         ({"spinning": "no"}, "expected bool"),
         ({"draft_tokens": 999}, "draft_tokens is 999"),

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from mobilevlm._version import __version__
-from mobilevlm.bundle import Artifact
+from mobilevlm.bundle import Artifact, StageName
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibrated import calibrate, calibration_key, check_torch
 from mobilevlm.export.calibration import Sample, find_samples, samples_digest
@@ -33,7 +33,6 @@ TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
 QDQ_TOOLS = ("onnx", "onnxruntime")
 """Those that make fixed-point graphs of float ones."""
 
-StageName: TypeAlias = Literal["vision", "embeddings", "decoder"]
 Author: TypeAlias = Callable[[Path, Advance], Written]
 """Writes the file at the path."""
 
@@ -73,6 +72,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         prefixes: tuple[str, ...],
         settings: list[Any],
         write: Callable[..., Written],
+        recipe: Recipe = recipe,
     ) -> Job:
         # As the hub's ONNX community names files.
         path = f"onnx/{name}{'' if precision == 'fp32' else f'_{precision}'}.onnx"
@@ -88,7 +88,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         def author(file: Path, advance: Advance) -> Written:
             if not referred or stage == "embeddings":
                 return write(model.weights, spec, recipe, file, advance)
-            ready = calibrate(model, recipe, samples, stage)
+            ready = calibrate(model, recipe, samples, "vision" if stage == "vision" else "decoder")
             return write(ready.weights, spec, recipe, file, advance, ready.hessian)
 
         key = _key(model, "onnx", prefixes, settings)
@@ -104,7 +104,8 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         )
         return Job(artifact, _size(model, prefixes), author)
 
-    return [
+    decoder = ("decoder.layers.", "decoder.norm.", "decoder.lm_head.")
+    jobs = [
         job(
             "vision",
             "vision_encoder",
@@ -125,11 +126,17 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             "decoder",
             "decoder_model_merged",
             recipe.decoder.precision,
-            ("decoder.layers.", "decoder.norm.", "decoder.lm_head."),
+            decoder,
             [to_dict(spec.decoder), recipe.experts],
             author.author_decoder,
         ),
     ]
+    if recipe.prefill is not None:
+        precision, settings = recipe.prefill.precision, [to_dict(spec.decoder)]
+        prompts = recipe.for_prefill()
+        write = author.author_decoder
+        jobs.append(job("prefill", "decoder_prefill", precision, decoder, settings, write, prompts))
+    return jobs
 
 
 def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:

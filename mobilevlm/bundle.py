@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError, MobileVLMError
@@ -21,6 +21,9 @@ from mobilevlm.spec import ModelSpec, from_dict, to_dict
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
+
+StageName: TypeAlias = Literal["vision", "embeddings", "decoder", "prefill"]
+"""``prefill``: the decoder once more, for prompts; in bundles whose recipe asks for it."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class WeightError:
 class Artifact:
     """One way to run a stage."""
 
-    stage: Literal["vision", "embeddings", "decoder"]
+    stage: StageName
     format: Literal["onnx", "gguf"]
     precision: str
     path: str

@@ -39,6 +39,8 @@ class BenchResult:
     model: str
     recipe: str
     engine: str
+    plan: str
+    """Settings that are not the defaults."""
     runs: int
     text_tokens: int
     visual_tokens: int
@@ -118,6 +120,7 @@ def run_bench(
         model=vlm.spec.name,
         recipe=str(manifest.recipe["name"]),
         engine=vlm.engine,
+        plan=vlm.plan.describe(),
         runs=runs,
         text_tokens=answer.prompt_tokens - answer.visual_tokens,
         visual_tokens=answer.visual_tokens,

@@ -156,16 +156,20 @@ class Session:
             self._borders = ends
         return logits
 
-    def all_logits(self, prompt: Prompt) -> Float32:
+    def all_logits(self, prompt: Prompt, answer: int = 0) -> Float32:
         """Logits after every position of the prompt ``(length, vocab_size)``, in a fresh sequence
-        and in the same pieces."""
+        and in the same pieces. Its last ``answer`` positions are those of an answer."""
         keys = self._checked_keys(prompt)
         self.rewind(0)
         embeds = self._embed(keys, prompt, Fill())
-        spans = pieces(0, borders(keys, self._cache.system), len(keys))
-        return np.concatenate(
-            [self._decoder.prefill(self._state, embeds[here:there], True) for here, there in spans]
-        )
+        asked = len(keys) - answer
+        spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
+        logits = [
+            self._decoder.prefill(self._state, embeds[here:there], True) for here, there in spans
+        ]
+        if answer:
+            logits.append(self._decoder.answer(self._state, embeds[asked:]))
+        return np.concatenate(logits)
 
     def expert_choices(self, prompt: Prompt) -> PromptChoices:
         """Where the routers send each position of the prompt, in a fresh sequence."""
@@ -181,8 +185,9 @@ class Session:
         return logits
 
     def extend(self, tokens: Sequence[int]) -> Float32:
-        """Appends tokens in one run; logits after each ``(len(tokens), vocab_size)``."""
-        logits = self._decoder.prefill(self._state, self._decoder.embed(tokens), True)
+        """Appends tokens of an answer in one run; logits after each ``(len(tokens),
+        vocab_size)``."""
+        logits = self._decoder.answer(self._state, self._decoder.embed(tokens))
         self._keys += tokens
         return logits
 

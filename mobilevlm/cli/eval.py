@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import model_options
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.plan_file import PlanChoice
 
 
 @click.command(
@@ -33,6 +37,7 @@ def command(
     engine: str,
     threads: int | None,
     max_resident_mb: float | None,
+    plan: PlanChoice,
     suite: str,
     questions: int,
     no_blind: bool,
@@ -47,7 +52,7 @@ def command(
 
     examples = evaluation_set(questions)
     with (
-        load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb) as vlm,
+        load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm,
         progress.track_share("questions") as show,
     ):
         result, rate = evaluate_vlm(vlm, examples, not no_blind, show)

@@ -41,8 +41,10 @@ def _megabytes(context: Any, option: Any, value: str | None) -> float | None:
 
 
 def model_options(function: F) -> F:
-    """BUNDLE, ``--mmproj``, ``--engine``, ``--threads`` and ``--max-resident``."""
+    """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-resident`` and ``--no-plan``."""
     for decorate in (
+        click.option("--no-plan", "plan", flag_value="none", default="auto",
+                     help="Do without the settings that 'mobilevlm tune' found."),
         click.option("--max-resident", "max_resident_mb", callback=_megabytes, metavar="800MB",
                      help="Of sparse experts, in memory at a time: the others stay on the disk "
                      "(engine ggml)."),

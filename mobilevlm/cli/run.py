@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import model_options, sampling_options, show_timings
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.plan_file import PlanChoice
 
 EXAMPLES = """\b
 Examples:
@@ -42,6 +45,7 @@ def command(
     engine: str,
     threads: int | None,
     max_resident_mb: float | None,
+    plan: PlanChoice,
     images: tuple[str, ...],
     prompt: str,
     raw: bool,
@@ -52,7 +56,7 @@ def command(
     from mobilevlm.runtime import load
 
     pictures = [sys.stdin.buffer.read() if image == "-" else image for image in images]
-    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb) as vlm:
+    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm:
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

@@ -10,10 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
-
-PREFILL_CHUNK = 512
-"""Positions per run: bounds the attention scores, which grow with length × total length, and
-llama.cpp's buffers."""
+from mobilevlm.plan import PREFILL_CHUNK
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
@@ -79,6 +76,10 @@ class DecoderEngine(Protocol):
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """Appends ``(length, hidden_size)`` where no logits are needed."""
 
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """Appends ``(length, hidden_size)`` in one run, by the weights that :meth:`step` uses;
+        logits of all ``(length, vocab_size)``."""
+
     def step(self, state: DecoderState, token: int) -> Float32:
         """Appends one token; logits ``(vocab_size,)``, valid until the next call."""
 
@@ -92,12 +93,17 @@ class DecoderEngine(Protocol):
         """Frees the weights."""
 
 
-def in_chunks(append: Callable[[Float32, int], Float32], embeds: Float32, count: int) -> Float32:
-    """Appends ``(length, hidden_size)`` chunk by chunk. Returns the logits of the last ``count``
-    positions; ``append`` does so for one chunk."""
+def in_chunks(
+    append: Callable[[Float32, int], Float32],
+    embeds: Float32,
+    count: int,
+    size: int = PREFILL_CHUNK,
+) -> Float32:
+    """Appends ``(length, hidden_size)`` in chunks of ``size``. Returns the logits of the last
+    ``count`` positions; ``append`` does so for one chunk."""
     logits = []
-    for start in range(0, len(embeds), PREFILL_CHUNK):
-        chunk = embeds[start : start + PREFILL_CHUNK]
+    for start in range(0, len(embeds), size):
+        chunk = embeds[start : start + size]
         behind = len(embeds) - start - len(chunk)
         logits.append(append(chunk, min(max(count - behind, 0), len(chunk))))
     return np.concatenate(logits)

@@ -149,6 +149,10 @@ class GgmlDecoder:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         in_chunks(partial(self._append, state), embeds, 0)
 
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self.prefill(state, embeds, all_logits=True)
+
     def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
         """Appends a chunk; logits of its last ``count`` positions. A graph makes one at least."""
         assert isinstance(state, GgmlState)

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
+from mobilevlm.plan import PREFILL_CHUNK
 from mobilevlm.runtime.engines import (
-    PREFILL_CHUNK,
     DecoderState,
     ExpertChoices,
     Float32,
@@ -153,6 +153,10 @@ class LlamaDecoder:
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         in_chunks(partial(self._append, state), embeds, 0)
+
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self.prefill(state, embeds, all_logits=True)
 
     def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
         """Appends a chunk; logits of its last ``count`` positions."""

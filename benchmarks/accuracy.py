@@ -1,7 +1,7 @@
 """Accuracy of a trained checkpoint in every precision and engine, as a Markdown table.
 
     python benchmarks/accuracy.py nano --questions 2000
-    python benchmarks/accuracy.py nano --recipes fp32 int4 --types f32 q4_0 --questions 600
+    python benchmarks/accuracy.py nano-moe --recipes fp32 int4 --types f32 q4_0 --questions 600
 
 Needs the [export] extra, and [gguf] for GGUF types.
 """
@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import mobilevlm
+from mobilevlm.bundle import open_bundle
 from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
 from mobilevlm.nano.suite import Example, evaluation_set
 from mobilevlm.plan import engine_files
@@ -27,6 +28,12 @@ def score(bundle: Path, engine: str, examples: Sequence[Example]) -> SuiteResult
     """Accuracy of a bundle in one engine."""
     with mobilevlm.load(bundle, engine) as vlm:
         return evaluate_vlm(vlm, examples, blind=False)[0]
+
+
+def gguf_engines(bundle: Path) -> tuple[str, ...]:
+    """What runs the GGUF decoder of a bundle: llama.cpp, of experts our own graph."""
+    sparse = open_bundle(bundle).manifest.spec.decoder.experts is not None
+    return ("ggml",) if sparse else ("gguf", "hybrid")
 
 
 def row(cells: Sequence[object]) -> str:
@@ -60,7 +67,7 @@ def main() -> None:
                 gguf_type=kind,
                 measure=False,
             )
-            show(kind, bundle, ("gguf", "hybrid"), examples)
+            show(kind, bundle, gguf_engines(bundle), examples)
 
 
 def show(precision: str, bundle: Path, engines: Sequence[str], examples: Sequence[Example]) -> None:

@@ -30,7 +30,8 @@ from comparison.work import PROMPT_TOKENS, Shapes
 
 from mobilevlm import progress
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.runtime.machine import default_threads, describe_machine
+from mobilevlm.plan import default_threads
+from mobilevlm.runtime.machine import describe_machine
 from mobilevlm.spec import ModelSpec
 
 QUICK = Schedule(rounds=1, load_rounds=1, curve_rounds=1, lengths=(64, 256), new_tokens=16)

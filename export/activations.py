@@ -153,27 +153,6 @@ def check_decoder_only(spec: ModelSpec, purpose: str) -> None:
         )
 
 
-def expert_usage(model: Model, samples: Sequence[Sample]) -> dict[int, tuple[float, ...]]:
-    """Share of all choices that each expert of a layer gets, by layer; each tuple sums to 1.
-
-    Raises:
-        As :func:`watch_decoder`.
-    """
-    decoder = model.spec.decoder
-    reader = decoder.mlp_linears[0][0]
-
-    def wanted(name: str) -> bool:
-        return ".experts." in name and name.endswith(reader)
-
-    shares = {}
-    for index, block in enumerate(watch_decoder(model, samples, wanted, hessian=False)):
-        if count := decoder.num_experts(index):
-            names = [f"{mlp}.{reader}" for mlp in decoder.mlp_names(index)[:count]]
-            total = sum(block[name].count for name in names)
-            shares[index] = tuple(block[name].count / total for name in names)
-    return shares
-
-
 def run_decoder_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:
     """Runs whole samples ``(batch, length, hidden_size)`` from position 0 on."""
     out: Tensor = layer(hidden, rotary_tables(spec, torch.arange(hidden.shape[1])))

@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 from mobilevlm._version import __version__
-from mobilevlm.bundle import Artifact
+from mobilevlm.bundle import Artifact, StageName
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibrated import calibrate, calibration_key, check_torch
 from mobilevlm.export.calibration import Sample, find_samples, samples_digest
@@ -33,7 +33,6 @@ TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
 QDQ_TOOLS = ("onnx", "onnxruntime")
 """Those that make fixed-point graphs of float ones."""
 
-StageName: TypeAlias = Literal["vision", "embeddings", "encoder", "decoder"]
 Author: TypeAlias = Callable[[Path, Advance], Written]
 """Writes the file at the path."""
 
@@ -68,6 +67,11 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             f"recipe {recipe.name!r}: the decoder of {spec.name} has an encoder, which calibration "
             f"does not run: use rtn or hqq for it, without scaling"
         )
+    if spec.decoder.encoder_layers and recipe.prefill is not None:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r}: the decoder of {spec.name} has an encoder that reads "
+            f"prompts: choose a recipe without 'prefill'"
+        )
     if recipe.is_calibrated:
         samples = find_samples(recipe.calibration)
     if recipe.tower.precision in QDQ:
@@ -80,6 +84,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         prefixes: tuple[str, ...],
         settings: list[Any],
         write: Callable[..., Written],
+        recipe: Recipe = recipe,
     ) -> Job:
         # As the hub's ONNX community names files.
         path = f"onnx/{name}{'' if precision == 'fp32' else f'_{precision}'}.onnx"
@@ -95,7 +100,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         def author(file: Path, advance: Advance) -> Written:
             if not referred or stage == "embeddings" or stage == "encoder":
                 return write(model.weights, spec, recipe, file, advance)
-            ready = calibrate(model, recipe, samples, stage)
+            ready = calibrate(model, recipe, samples, "vision" if stage == "vision" else "decoder")
             return write(ready.weights, spec, recipe, file, advance, ready.hessian)
 
         key = _key(model, "onnx", prefixes, settings)
@@ -123,7 +128,8 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
                 author.author_encoder,
             )
         )
-    return [
+    decoder = ("decoder.layers.", "decoder.norm.", "decoder.lm_head.")
+    jobs = [
         job(
             "vision",
             "vision_encoder",
@@ -145,11 +151,17 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             "decoder",
             "decoder_model_merged",
             recipe.decoder.precision,
-            ("decoder.layers.", "decoder.norm.", "decoder.lm_head."),
+            decoder,
             [to_dict(spec.decoder), recipe.experts],
             author.author_decoder,
         ),
     ]
+    if recipe.prefill is not None:
+        precision, settings = recipe.prefill.precision, [to_dict(spec.decoder)]
+        prompts = recipe.for_prefill()
+        write = author.author_decoder
+        jobs.append(job("prefill", "decoder_prefill", precision, decoder, settings, write, prompts))
+    return jobs
 
 
 def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
@@ -186,11 +198,11 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
     kind = recipe.gguf_type
     weighted = recipe.gguf_imatrix is not None or recipe.gguf_calibration is not None
-    if is_own(architecture) and (kind not in TYPES or weighted):
+    if is_own(architecture) and weighted:
         raise MobileVLMError(
-            f"GGUF type {kind}{' by importance' if weighted else ''}: llama.cpp, which "
-            f"would make it, does not know the architecture {architecture}: choose --gguf-type "
-            f"{', '.join(TYPES)} without --imatrix and --calibration"
+            f"GGUF type {kind} by importance: importance matrices are for llama.cpp's "
+            f"architectures, this decoder's is {architecture}: leave --imatrix and --calibration "
+            f"out"
         )
     importance = find_importance(model, recipe)
     if kind not in TYPES:

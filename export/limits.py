@@ -11,7 +11,7 @@ from mobilevlm.bundle import StageQuality
 from mobilevlm.errors import QualityError
 from mobilevlm.export.recipes import Limits
 
-StageKind = Literal["vision", "decoder", "end_to_end"]
+StageKind = Literal["vision", "decoder", "prefill", "end_to_end"]
 
 LIMITED: dict[str, tuple[StageKind, str, Literal["most", "least"]]] = {
     "vision_relative_error": ("vision", "relative_error", "most"),
@@ -21,6 +21,7 @@ LIMITED: dict[str, tuple[StageKind, str, Literal["most", "least"]]] = {
     "perplexity_ratio": ("end_to_end", "perplexity_ratio", "most"),
     "greedy_match": ("end_to_end", "greedy_match", "least"),
     "accuracy_loss": ("end_to_end", "accuracy_loss", "most"),
+    "prefill_kl": ("prefill", "kl", "most"),
 }
 """For each field of Limits the stage and figure, and whether it is the most or least allowed."""
 
@@ -58,8 +59,10 @@ def check_limits(
     checks = []
     for field, (kind, figure, sense) in LIMITED.items():
         limit: float | None = getattr(limits, field)
-        stage = names[kind]
-        if limit is None or stage not in stages or figure not in stages[stage].figures:
+        stage = names.get(kind)
+        if limit is None or stage is None or stage not in stages:
+            continue
+        if figure not in stages[stage].figures:
             continue
         if stage == "vision_gguf" and field == "vision_relative_error":
             limit = max(limit, MTMD_ERROR)

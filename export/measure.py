@@ -78,6 +78,8 @@ class SampleFigures:
     """Of the visual tokens, a picture each"""
     decoder: TokenFigures
     """Given the reference's visual tokens, where the model answers"""
+    prefill: TokenFigures | None
+    """The same of the graph for prompts, where there is one"""
     whole: TokenFigures | None
     """Given the bundle's own visual tokens; where the sample has an answer"""
     text: TextFigures | None
@@ -211,6 +213,7 @@ def _measure_group(
     ] + [sample_ids(model, samples[index]) for index in answered]
     embeds = _embed(reference, ids, [*visual, *(visual[index] for index in answered)])
     states = last_states(decoder_states(reference, embeds), embeds)
+    has_prefill = "prefill" in stage_formats(vlm.bundle, vlm.engine)
     found: list[SampleFigures] = []
     with held(reference.decoder.norm), held(reference.decoder.lm_head):
         for index, sample in enumerate(samples):
@@ -223,13 +226,22 @@ def _measure_group(
                 answer = answer_ids(model, sample)
                 exact = _logits(reference, states[given][:, -len(answer) - 1 :])
                 prompt = sample_text(model.spec, sample)
-                own = vlm.prompt_logits(prompt, sample.images, raw=True)[-len(exact) :]
+                # As in use: the graph for prompts, if there is one, does not see the answer.
+                own = vlm.prompt_logits(prompt, sample.images, raw=True, answer_tokens=len(answer))
+                own = own[-len(exact) :]
                 whole = compare_logits(own, exact)
                 text = text_figures(own[:-1], exact[:-1], answer)
-            near = vlm.embeds_logits(embeds[given][0].numpy())[-len(exact) :]
-            decoder = compare_logits(near, exact)
+            decoder, *prompts = (
+                compare_logits(
+                    vlm.embeds_logits(embeds[given][0].numpy(), as_prompt)[-len(exact) :], exact
+                )
+                for as_prompt in ((False, True) if has_prefill else (False,))
+            )
+            prefill = prompts[0] if prompts else None
             found.append(
-                SampleFigures(sample, *seen[index], decoder, whole, text, tuple(tokens), match)
+                SampleFigures(
+                    sample, *seen[index], decoder, prefill, whole, text, tuple(tokens), match
+                )
             )
             advance(1)
     return found
@@ -251,7 +263,7 @@ def _measure_encoded(
     decoder = compare_logits(vlm.answer_logits(embeds[0].numpy(), tokens), exact)
     match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
     advance(1)
-    return SampleFigures(sample, *seen, decoder, None, None, tuple(tokens), match)
+    return SampleFigures(sample, *seen, decoder, None, None, None, tuple(tokens), match)
 
 
 def _measure_pictures(
@@ -349,9 +361,11 @@ def _stages(found: Sequence[SampleFigures], names: Mapping[str, str]) -> dict[st
     end_to_end = greedy_figures([item.match for item in found])
     if whole:
         end_to_end |= {"kl": token_figures(whole)["kl"], **perplexity_figures(texts)}
+    prefill = [item.prefill for item in found if item.prefill is not None]
     stages = {
         "vision": vision,
         "decoder": token_figures([item.decoder for item in found]),
+        "prefill": token_figures(prefill) if prefill else {},
         "end_to_end": end_to_end,
     }
     return {names[stage]: StageQuality(figures) for stage, figures in stages.items() if figures}

@@ -8,6 +8,7 @@ import shlex
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Literal
 
 from mobilevlm import progress
 from mobilevlm.errors import MobileVLMError, require
@@ -29,6 +30,7 @@ def search_recipe(
     *,
     recipe: str = "int4",
     quantizer: QuantizerName = "gptq",
+    experts: Literal["fused", "plain"] = "plain",
     calibration: str | None = None,
     data: str = "scenes",
     options: OpenOptions = OpenOptions(),  # noqa: B008
@@ -39,7 +41,8 @@ def search_recipe(
 
     ``calibration``: data for GPTQ instead of the recipe's; ``data``: what to measure on. Both are
     ``scenes`` (for measuring others than for calibration) or a JSONL file (export/calibration.py).
-    ``plot``: picture file to draw divergence over size into.
+    ``plot``: picture file to draw divergence over size into. ``experts``: formats for each of the
+    sparse experts (``plain``), or one for all of a layer (``fused``).
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -63,7 +66,7 @@ def search_recipe(
             f"recipe {recipe!r} gives layers of the decoder a format, which is what the search "
             f"is for: leave these entries out"
         )
-    found = search(model, goal, candidates(quantizer), samples)
+    found = search(model, goal, candidates(quantizer), samples, experts)
     common = Counter(found.layers.values()).most_common(1)[0][0]
     mixed = dataclasses.replace(
         base,
@@ -71,11 +74,11 @@ def search_recipe(
         decoder=common,
         lm_head=found.layers["decoder.lm_head"],
         layers={**base.layers, **found.layers},
-        # One operator for all experts would take one format.
-        experts="plain" if model.spec.decoder.experts else base.experts,
+        experts=experts if model.spec.decoder.experts else base.experts,
     )
     arguments = [str(checkpoint), "-o", path.name, *str(goal).split(), "--recipe", recipe]
     arguments += ["--quantizer", quantizer, "--calibration", base.calibration, "--data", data]
+    arguments += ["--experts", experts] if model.spec.decoder.experts else []
     command = shlex.join(["mobilevlm", "search", *arguments])
     _write(path, recipe_text(mixed, path.parent, _header(found, command, data), _comments(found)))
     if plot is not None:
@@ -105,7 +108,7 @@ def check_target(path: Path) -> None:
 
 
 def _header(found: Found, command: str, data: str) -> list[str]:
-    weights = sum(group.size for group in found.groups)
+    weights = sum(unit.size for unit in found.units)
     effect, allocation = found.effect, found.allocation
     return [
         f"{MARK[2:]}: {command}",
@@ -115,16 +118,20 @@ def _header(found: Found, command: str, data: str) -> list[str]:
         f"{effect.top1_agreement:.1%}; the sum of the layers alone: {allocation.kl:.4g}.",
         f"Measured where the model answers, on {found.num_samples} samples of "
         f"{Path(data).name} ({found.num_positions} positions), with float activations.",
-        "Behind each layer: its KL alone, bits per weight, kB.",
+        "Behind each layer: its KL alone, bits per weight, kB"
+        + (", share of the layer's choices that the expert gets." if found.usage else "."),
         "",
     ]
 
 
 def _comments(found: Found) -> dict[str, str]:
-    return {
-        group.name: f"{option.kl:.2g}, {8 * option.size / group.size:.2f}, {option.size / 1e3:.1f}"
-        for group, option in zip(found.groups, found.allocation.options, strict=True)
-    }
+    comments: dict[str, str] = {}
+    for unit, option in zip(found.units, found.allocation.options, strict=True):
+        text = f"{option.kl:.2g}, {8 * option.size / unit.size:.2f}, {option.size / 1e3:.1f}"
+        if unit.name in found.usage:
+            text += f", {found.usage[unit.name]:.1%}"
+        comments[unit.name] = text
+    return comments
 
 
 def _write(path: Path, text: str) -> None:

@@ -81,16 +81,16 @@ def export(
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
-    ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4`` or a TOML file. ``vision_tower``: the
-    tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1``,
-    ``llava_v1``, ``phi`` …, where the family's default is wrong. ``variant``: which official
-    behaviour, where there are several and the checkpoint tells the wrong one. ``measure``: compare
-    the result with the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf``
-    or both; ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of
-    an importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL
-    file (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where
-    the recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
-    machine: 7 for x86 without VNNI, 8 for all others.
+    ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4``, ``fast`` or a TOML file.
+    ``vision_tower``: the tower's folder, where it is not found beside the checkpoint.
+    ``conversation``: ``v1``, ``llava_v1``, ``phi`` …, where the family's default is wrong.
+    ``variant``: which official behaviour, where there are several and the checkpoint tells the
+    wrong one. ``measure``: compare the result with the float32 reference when torch is installed.
+    ``formats``: ``onnx``, ``gguf`` or both; ``gguf_type``: type of the GGUF decoder, instead of the
+    recipe's. ``imatrix``: file of an importance matrix to round the GGUF decoder with, or
+    ``calibration``: ``scenes`` or a JSONL file (export/calibration.py) to collect one from, and to
+    calibrate the ONNX artifacts with where the recipe's methods need data. ``weight_bits``: of
+    ``int8`` weights, for a device unlike this machine: 7 for x86 without VNNI, 8 for all others.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -267,7 +267,7 @@ def _make(job: Job, work: Workspace) -> Artifact:
     artifact = dataclasses.replace(
         job.artifact,
         largest_weight_error=WeightError(worst, round(errors[worst], 6)) if worst else None,
-        bytes_per_token=written.bytes_per_token if job.artifact.stage == "decoder" else None,
+        bytes_per_token=written.bytes_per_token if stage == "decoder" else None,
     )
     size = note_finished(work, artifact)
     progress.say(
@@ -279,7 +279,8 @@ def _make(job: Job, work: Workspace) -> Artifact:
 def _system_prompt(model: Model, work: Workspace, draft: Manifest) -> SystemPrompt | None:
     """Stores the system prompt's keys and values, if there is one and an ONNX decoder."""
     ids = system_ids(model.tokenizer, model.spec.conversation)
-    parts = [part for part in draft.artifacts if (part.format, part.stage) == ("onnx", "decoder")]
+    stages = "decoder", "prefill"
+    parts = [part for part in draft.artifacts if part.format == "onnx" and part.stage in stages]
     if not ids or not parts:
         return None
     obstacle = _run_obstacle(model, work, parts)

@@ -20,6 +20,8 @@ def recipe_text(
     lines = [f"# {line}" if line else "" for line in header]
     lines += [f"{part} = {_format(getattr(recipe, part))}" for part in PARTS]
     lines.append(f"embeddings = {json.dumps(recipe.embeddings)}")
+    if recipe.experts != "fused":
+        lines.append(f"experts = {_value(recipe.experts)}")
     for name in ("calibration", "gguf", "gguf_mmproj", "gguf_imatrix", "gguf_calibration"):
         value = getattr(recipe, name)
         if value is not None:

@@ -69,6 +69,8 @@ _SCALED: dict[ScalingName, tuple[Precision, ...]] = {
 }
 PARTS = ("tower", "projector", "decoder", "lm_head")
 """Parts of a model whose linear layers have a format of their own."""
+PREFILL = "prefill"
+"""The decoder's layers once more, for prompts."""
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,8 @@ class Limits:
     """Least mean share of a greedy answer before it leaves the reference's."""
     accuracy_loss: float | None = None
     """Share of a suite's questions that the reference answers right, less the bundle's."""
+    prefill_kl: float | None = None
+    """As ``decoder_kl``, of the graph for prompts."""
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,9 @@ class Recipe:
     lm_head: LinearFormat
     embeddings: Literal["fp32", "fp16"]
     limits: Limits
+    prefill: LinearFormat | None = None
+    """The decoder's linear layers and the head in a second graph that computes prompts; none: one
+    graph does both. It has no single ``layers`` of other formats."""
     layers: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
     """Of single layers instead of their part's: by canonical name, which stands for the layers that
     are one product with it too, or by a pattern with ``*`` (export/layer_formats.py). GGUF files
@@ -180,11 +187,22 @@ class Recipe:
     @property
     def is_calibrated(self) -> bool:
         """Whether a method of the ONNX artifacts needs data."""
-        return any(layers.is_calibrated for layers in (*self.parts, *self.layers.values()))
+        return any(layers.is_calibrated for layers in self._formats)
 
     @property
-    def parts(self) -> tuple[LinearFormat, ...]:
-        return self.tower, self.projector, self.decoder, self.lm_head
+    def _formats(self) -> tuple[LinearFormat, ...]:
+        """All that the ONNX artifacts are made in."""
+        prefill = () if self.prefill is None else (self.prefill,)
+        parts = self.tower, self.projector, self.decoder, self.lm_head
+        return *parts, *prefill, *self.layers.values()
+
+    def for_prefill(self) -> Recipe:
+        """What the second graph of the decoder is made by. Each of its experts multiplies the
+        tokens that chose it, since the operator for all of them has no 8-bit activations."""
+        assert self.prefill is not None
+        tower = {name: item for name, item in self.layers.items() if not _is_decoder(name)}
+        formats = {"decoder": self.prefill, "lm_head": self.prefill, "layers": tower}
+        return replace(self, **formats, experts="plain", prefill=None)  # type: ignore[arg-type]
 
     def format_of(self, name: str) -> LinearFormat:
         """The format of the linear layer with this canonical name. Patterns have no effect here:
@@ -199,12 +217,12 @@ class Recipe:
     @property
     def has_int8(self) -> bool:
         """Whether a layer is multiplied with 8-bit activations."""
-        return any(layers.int8_weight_bits for layers in (*self.parts, *self.layers.values()))
+        return any(layers.int8_weight_bits for layers in self._formats)
 
     @property
     def needs_reference(self) -> bool:
         """Whether a calibrated method of the ONNX artifacts takes torch."""
-        return any(layers.needs_reference for layers in (*self.parts, *self.layers.values()))
+        return any(layers.needs_reference for layers in self._formats)
 
     def with_weight_bits(self, bits: WeightBits, *, auto_only: bool) -> Recipe:
         """With these bits of weights that meet 8-bit activations, or only where they are
@@ -215,15 +233,14 @@ class Recipe:
                 return layers
             return replace(layers, weight_bits=bits)
 
-        tower, projector, decoder, lm_head = map(settled, self.parts)
-        singles = {name: settled(layers) for name, layers in self.layers.items()}
         return replace(
             self,
-            tower=tower,
-            projector=projector,
-            decoder=decoder,
-            lm_head=lm_head,
-            layers=singles,
+            tower=settled(self.tower),
+            projector=settled(self.projector),
+            decoder=settled(self.decoder),
+            lm_head=settled(self.lm_head),
+            prefill=self.prefill and settled(self.prefill),
+            layers={name: settled(layers) for name, layers in self.layers.items()},
         )
 
     @property
@@ -246,6 +263,11 @@ def _uniform(
     return Recipe(name, tower, tower, layers, layers, embeddings, limits)
 
 
+def _is_decoder(name: str) -> bool:
+    """Of a layer's canonical name."""
+    return name.startswith("decoder.")
+
+
 def _limits(vision: float, kl: float, perplexity: float, accuracy: float) -> Limits:
     """The first two are wide enough for random weights, which quantize worse than any trained
     model (with experts in 4 bits a KL of 0.52): they find a broken artifact. The others are for
@@ -254,13 +276,21 @@ def _limits(vision: float, kl: float, perplexity: float, accuracy: float) -> Lim
     return Limits(vision, kl, perplexity_ratio=perplexity, accuracy_loss=accuracy)
 
 
+_INT4 = _uniform("int4", "int8", "q4", "fp16", _limits(0.15, 0.6, 1.1, 0.01))
+
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         _uniform("fp32", "fp32", "fp32", "fp32", _limits(1e-4, 1e-6, 1.001, 0.001)),
         _uniform("fp16-weights", "fp16", "fp16", "fp16", _limits(5e-3, 1e-4, 1.01, 0.002)),
         _uniform("int8", "int8", "int8", "fp16", _limits(0.15, 0.1, 1.05, 0.005)),
-        _uniform("int4", "int8", "q4", "fp16", _limits(0.15, 0.6, 1.1, 0.01)),
+        _INT4,
+        replace(
+            _INT4,
+            name="fast",
+            prefill=LinearFormat("int8"),
+            limits=replace(_INT4.limits, prefill_kl=0.1),
+        ),
     )
 }
 
@@ -284,7 +314,7 @@ def find_recipe(name: str) -> Recipe:
         raise MobileVLMError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
-    for part in PARTS:
+    for part in (*PARTS, PREFILL):
         data |= _spelled_out(data, part)
     layers = data.get("layers")
     if isinstance(layers, dict):
@@ -293,6 +323,8 @@ def find_recipe(name: str) -> Recipe:
     recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
     for part in PARTS:
         _check(getattr(recipe, part), f"{path}.{part}")
+    if recipe.prefill is not None:
+        _check(recipe.prefill, f"{path}.{PREFILL}")
     for key, single in recipe.layers.items():
         _check(single, f"{path}.layers.{key}")
     _check_fixed_point(recipe, str(path))
@@ -318,8 +350,9 @@ def _spelled_out(table: dict[str, Any], key: str) -> dict[str, Any]:
 def _check_fixed_point(recipe: Recipe, where: str) -> None:
     """Fixed point is for the vision stage, and for all of it. That the recipe's ``layers`` leave it
     alone is known when patterns are expanded (export/layer_formats.py)."""
-    for part in ("decoder", "lm_head"):
-        precision = getattr(recipe, part).precision
+    for part in ("decoder", "lm_head", PREFILL):
+        layers = getattr(recipe, part)
+        precision = layers and layers.precision
         if precision in QDQ:
             raise MobileVLMError(
                 f"{where}.{part}.precision: {precision} is for the tower and the projector only"

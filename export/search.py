@@ -5,13 +5,17 @@ Each group of layers is stored alone in each candidate format, and what that doe
 measured (export/sensitivity.py); bits then go where they save most (export/bit_allocation.py). That
 the effects of layers add up is an assumption: the finished choice is measured as a whole, and made
 finer where it misses a limit.
+
+Sparse experts get formats of their own (``plain``), or one for all experts of a layer (``fused``),
+as the operator for all of them takes it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -20,12 +24,14 @@ from mobilevlm.errors import MobileVLMError, QualityError, require
 from mobilevlm.export.bit_allocation import Allocation, Option, front, within_kl, within_size
 from mobilevlm.export.calibrated import hessians
 from mobilevlm.export.calibration import Sample
+from mobilevlm.export.expert_bits import by_usage, expert_uses
 from mobilevlm.export.layer_formats import restored, stored_bytes
 from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.recipes import LinearFormat, QuantizerName
 from mobilevlm.families import Model
+from mobilevlm.spec import ModelSpec
 
 try:
     from mobilevlm.export.sensitivity import Change, Effect, Probe
@@ -70,16 +76,40 @@ class Data:
 
 
 @dataclass(frozen=True)
-class Found:
-    """Formats for the groups, and what they do together."""
+class Unit:
+    """Groups that get one format: one, or all experts of a layer."""
 
     groups: tuple[LinearGroup, ...]
+
+    @property
+    def name(self) -> str:
+        """Its first group's."""
+        return self.groups[0].name
+
+    @property
+    def size(self) -> int:
+        """Weights."""
+        return sum(group.size for group in self.groups)
+
+    def stored_bytes(self, layers: LinearFormat) -> int:
+        """In this format."""
+        return sum(stored_bytes(layers, group) for group in self.groups)
+
+
+@dataclass(frozen=True)
+class Found:
+    """Formats for the units, and what they do together."""
+
+    units: tuple[Unit, ...]
     allocation: Allocation
     effect: Effect
     front: tuple[Allocation, ...]
     """The best allocations of all sizes, with predicted divergences"""
     num_samples: int
     num_positions: int
+    usage: dict[str, float]
+    """Share of a layer's choices that goes to the expert of a unit, by its name; of experts that
+    have formats of their own"""
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,13 +117,13 @@ class Found:
 
     def bits_of(self, allocation: Allocation) -> float:
         """Mean bits of a weight, scales and zero points included."""
-        return 8 * allocation.size / sum(group.size for group in self.groups)
+        return 8 * allocation.size / sum(unit.size for unit in self.units)
 
     @property
     def layers(self) -> dict[str, LinearFormat]:
         """By the name of each group."""
-        pairs = zip(self.groups, self.allocation.options, strict=True)
-        return {group.name: option.layers for group, option in pairs}
+        pairs = zip(self.units, self.allocation.options, strict=True)
+        return {group.name: option.layers for unit, option in pairs for group in unit.groups}
 
 
 def candidates(quantizer: QuantizerName) -> tuple[LinearFormat, ...]:
@@ -106,29 +136,45 @@ def candidates(quantizer: QuantizerName) -> tuple[LinearFormat, ...]:
     return (*blocks, LinearFormat("q8", block_size=128))
 
 
-def search(model: Model, goal: Goal, formats: Sequence[LinearFormat], data: Data) -> Found:
-    """The best formats of these for the decoder's layers.
+def search(
+    model: Model,
+    goal: Goal,
+    formats: Sequence[LinearFormat],
+    data: Data,
+    experts: Literal["fused", "plain"] = "plain",
+) -> Found:
+    """The best formats of these for the decoder's layers. ``experts``: as in a recipe.
 
     Raises:
         QualityError: no choice stays within the divergence.
         MobileVLMError: the budget is too small, or a sample is wrong.
     """
-    groups = tuple(group for group in linear_groups(model.spec) if _is_searched(group))
-    _check_budget(goal, groups, formats)
+    units = tuple(_units(model.spec, experts))
+    allowed = [_allowed(unit, formats) for unit in units]
+    _check_budget(goal, units, allowed)
     probe = Probe(model, data.measuring)
-    choices = _measure(model, groups, formats, data, probe)
+    choices = _measure(model, units, allowed, data, probe)
+    usage: dict[str, float] = {}
+    if model.spec.decoder.experts is not None and experts == "plain":
+        uses = expert_uses(model, data.calibration, data.measuring)
+        choices = by_usage([unit.name for unit in units], choices, uses)
+        usage = {
+            unit.name: uses[mlp].expected
+            for unit in units
+            if (mlp := unit.name.rpartition(".")[0]) in uses
+        }
     corners = tuple(front(choices))
     limit = goal.max_kl
     for _ in range(TRIES):
         if limit is None:
             assert goal.bits_per_weight is not None
-            size = int(goal.bits_per_weight * sum(group.size for group in groups) / 8 + 0.5)
+            size = int(goal.bits_per_weight * sum(unit.size for unit in units) / 8 + 0.5)
             allocation = within_size(choices, size)
         else:
             allocation = within_kl(choices, limit)
         if allocation is None:
             break
-        effect = _joint_effect(model, groups, allocation, data, probe)
+        effect = _joint_effect(model, units, allocation, data, probe)
         progress.say(
             f"search      {allocation.size / 1e6:.1f} MB: KL {effect.kl:.4g} measured, "
             f"{allocation.kl:.4g} predicted"
@@ -140,27 +186,54 @@ def search(model: Model, goal: Goal, formats: Sequence[LinearFormat], data: Data
         allocation = None
     if allocation is None:  # the predictions are of no use here
         allocation = corners[-1]
-        effect = _joint_effect(model, groups, allocation, data, probe)
+        effect = _joint_effect(model, units, allocation, data, probe)
     if goal.max_kl is not None and effect.kl > goal.max_kl:
         raise QualityError(
             f"{goal}: not reached: with the finest candidates ({allocation.size / 1e6:.1f} MB) KL "
             f"is {effect.kl:.4g}: allow more than that"
         )
-    return Found(groups, allocation, effect, corners, probe.num_samples, probe.num_positions)
+    return Found(units, allocation, effect, corners, probe.num_samples, probe.num_positions, usage)
 
 
-def _is_searched(group: LinearGroup) -> bool:
-    return group.name.startswith("decoder.")
+def _units(spec: ModelSpec, experts: str) -> Iterator[Unit]:
+    """Of the decoder, in the order of use."""
+    together: dict[str, list[LinearGroup]] = {}
+    for group in linear_groups(spec):
+        if group.name.startswith("decoder."):
+            before, mark, _ = group.name.partition(".experts.")
+            key = before if mark and experts == "fused" else group.name
+            together.setdefault(key, []).append(group)
+    return (Unit(tuple(groups)) for groups in together.values())
+
+
+def _allowed(unit: Unit, formats: Sequence[LinearFormat]) -> list[LinearFormat]:
+    """The formats that a unit can have: the operator for all experts takes whole blocks only.
+
+    Raises:
+        MobileVLMError: there is none.
+    """
+    if len(unit.groups) == 1:
+        return list(formats)
+    sizes = {group.in_size for group in unit.groups}
+    found = [layers for layers in formats if not any(size % layers.block_size for size in sizes)]
+    if not found:
+        raise MobileVLMError(
+            f"{unit.name}: no candidate's blocks divide {sizes} channels, as the operator for all "
+            f"experts needs it: search with --experts plain"
+        )
+    return found
 
 
 def _check_budget(
-    goal: Goal, groups: Sequence[LinearGroup], formats: Sequence[LinearFormat]
+    goal: Goal, units: Sequence[Unit], allowed: Sequence[Sequence[LinearFormat]]
 ) -> None:
     """Refuses a size below the smallest formats before anything is measured."""
-    weights = sum(group.size for group in groups)
+    weights = sum(unit.size for unit in units)
     least, most = (
-        8 * sum(choose(stored_bytes(layers, group) for layers in formats) for group in groups)
-        / weights
+        8 * sum(
+            choose(unit.stored_bytes(layers) for layers in formats)
+            for unit, formats in zip(units, allowed, strict=True)
+        ) / weights
         for choose in (min, max)
     )  # fmt: skip
     if goal.bits_per_weight is not None and goal.bits_per_weight < least:
@@ -172,29 +245,37 @@ def _check_budget(
 
 def _measure(
     model: Model,
-    groups: Sequence[LinearGroup],
-    formats: Sequence[LinearFormat],
+    units: Sequence[Unit],
+    allowed: Sequence[Sequence[LinearFormat]],
     data: Data,
     probe: Probe,
 ) -> list[list[Option]]:
-    """The options of each group."""
-    hessian = _hessians(model, formats, data)
-    found: dict[str, list[Option]] = {group.name: [] for group in groups}
-    start = time.perf_counter()
+    """The options of each unit."""
+    pairs = {unit.name: (unit, formats) for unit, formats in zip(units, allowed, strict=True)}
+    hessian = _hessians(model, [layers for formats in allowed for layers in formats], data)
+    found: dict[str, list[Option]] = {name: [] for name in pairs}
+    start, count = time.perf_counter(), sum(map(len, allowed))
 
     def changes(group: LinearGroup) -> Iterable[Change]:
-        if _is_searched(group):
-            weight = _stacked(model, group)
-            for index, layers in enumerate(formats):
-                yield Change(str(index), restored(weight, layers, group.name, hessian))
+        if group.name not in pairs:
+            return
+        unit, formats = pairs[group.name]
+        weights = [_stacked(model, member) for member in unit.groups]
+        for index, layers in enumerate(formats):
+            first, *others = (
+                restored(weight, layers, member.name, hessian)
+                for member, weight in zip(unit.groups, weights, strict=True)
+            )
+            yield Change(str(index), first, tuple(zip(unit.groups[1:], others, strict=True)))
 
-    with progress.track("sensitivity", len(groups) * len(formats)) as advance:
+    with progress.track("sensitivity", count) as advance:
         for group, label, effect in probe.effects(changes):
+            unit, formats = pairs[group.name]
             layers = formats[int(label)]
-            found[group.name].append(Option(layers, stored_bytes(layers, group), effect.kl))
+            found[unit.name].append(Option(layers, unit.stored_bytes(layers), effect.kl))
             advance(1)
     progress.say(
-        f"sensitivity {len(groups)} products, {len(formats)} formats, {probe.num_samples} samples "
+        f"sensitivity {len(units)} products, {count} changes, {probe.num_samples} samples "
         f"({probe.num_positions} positions), {time.perf_counter() - start:.1f} s"
     )
     return list(found.values())
@@ -202,13 +283,13 @@ def _measure(
 
 def _joint_effect(
     model: Model,
-    groups: Sequence[LinearGroup],
+    units: Sequence[Unit],
     allocation: Allocation,
     data: Data,
     probe: Probe,
 ) -> Effect:
-    pairs = zip(groups, allocation.options, strict=True)
-    chosen = {group.name: option.layers for group, option in pairs}
+    pairs = zip(units, allocation.options, strict=True)
+    chosen = {group.name: option.layers for unit, option in pairs for group in unit.groups}
     hessian = _hessians(model, list(chosen.values()), data)
 
     def replacement(group: LinearGroup) -> Float32 | None:

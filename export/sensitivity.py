@@ -45,6 +45,8 @@ class Change:
     """Tells the changes of a group apart."""
     weight: Float32
     """Stacked, ``(out_size, in_size)``"""
+    also: tuple[tuple[LinearGroup, Float32], ...] = ()
+    """Groups of the same layer that change with it, and their weights."""
 
 
 @dataclass(frozen=True)
@@ -137,7 +139,7 @@ class Probe:
                 states: list[_State] = []
                 for group in self._groups_of(step):
                     for change in changes(group):
-                        with _replaced(step, group, change.weight):
+                        with _replaced(step, [(group, change.weight), *change.also]):
                             states.append(_run(step, state))
                         labels.append((group, change.label))
                         if sum(map(_bytes, states)) + _bytes(states[-1]) > STATE_BYTES:
@@ -274,11 +276,13 @@ def _put(step: _Step, group: LinearGroup, weight: Float32) -> None:
 
 
 @contextmanager
-def _replaced(step: _Step, group: LinearGroup, weight: Float32) -> Iterator[None]:
+def _replaced(step: _Step, changed: Sequence[tuple[LinearGroup, Float32]]) -> Iterator[None]:
     """Other weights while the block runs; the step's own are in memory."""
-    layers = [step.module.get_submodule(name[len(step.name) + 1 :]) for name in group.names]
+    names = [name for group, _ in changed for name in group.names]
+    layers = [step.module.get_submodule(name[len(step.name) + 1 :]) for name in names]
     own = [layer.weight for layer in layers]
-    _put(step, group, weight)
+    for group, weight in changed:
+        _put(step, group, weight)
     try:
         yield
     finally:

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mobilevlm.bundle import Bundle, SystemPrompt
+from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines.opening import onnx_decoder
-from mobilevlm.runtime.machine import default_threads
 
 PATH = "onnx/system_prompt.bin"
 
 
 def write_system_prompt(bundle: Bundle, ids: Sequence[int]) -> SystemPrompt:
-    """Runs the ONNX decoder over ``ids`` as the runtime would, and writes what it leaves in the KV
-    buffers: little-endian float32, see :class:`mobilevlm.bundle.SystemPrompt`. (float16 would take
-    half the bytes, 1 % of a large model's bundle, and change the answers.)"""
+    """Runs the ONNX decoder over ``ids`` as the runtime would without a plan, and writes what it
+    leaves in the KV buffers: little-endian float32, see :class:`mobilevlm.bundle.SystemPrompt`.
+    (float16 would take half the bytes, 1 % of a large model's bundle, and change the answers.)"""
     path = bundle.path(bundle.artifact("decoder", "onnx").path)
-    decoder = onnx_decoder(bundle, path, default_threads())
+    decoder = onnx_decoder(bundle, path, Plan())
     state = decoder.new_state()
     decoder.extend(state, decoder.embed(ids))
     decoder.save(state, 0).data.astype("<f4").tofile(bundle.path(PATH))

@@ -12,7 +12,7 @@ import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError, MobileVLMError
@@ -23,6 +23,10 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 INSTRUCTION_TOKENIZER = "qformer_tokenizer.json"
 """Of a Q-Former that reads the prompt too."""
+
+StageName: TypeAlias = Literal["vision", "embeddings", "encoder", "decoder", "prefill"]
+"""``encoder``: of a language model that has one; ``prefill``: the decoder once more, for prompts,
+in bundles whose recipe asks for it."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class WeightError:
 class Artifact:
     """One way to run a stage."""
 
-    stage: Literal["vision", "embeddings", "encoder", "decoder"]
+    stage: StageName
     format: Literal["onnx", "gguf"]
     precision: str
     path: str

@@ -37,6 +37,10 @@ class PrecisionWarning(UserWarning):
     """A bundle that runs here, but another export of it would be more exact."""
 
 
+class PlanWarning(UserWarning):
+    """A plan that cannot be used: the bundle runs without it."""
+
+
 def require(module: str, extra: str, purpose: str) -> MissingExtraError:
     """The error for a missing optional package, worded the same everywhere."""
     return MissingExtraError(

@@ -60,11 +60,6 @@ def gguf_architecture(spec: DecoderSpec) -> str:
         MobileVLMError: there is none for it; says why.
     """
     backbone = _BACKBONES.get((spec.norm, spec.qkv_bias, spec.parallel_residual))
-    if spec.experts is not None and spec.experts.use_residual:
-        raise MobileVLMError(
-            "this decoder has a dense MLP beside its experts (use_residual), which GGUF files have "
-            "no names for: use --format onnx"
-        )
     if spec.experts is not None and backbone is not None:
         return OWN_PREFIX + backbone
     rotated = spec.rotary_channels == spec.head_dim
@@ -111,21 +106,32 @@ def decoder_entries(spec: DecoderSpec) -> Iterator[Entry]:
 
 
 def _mlp_entries(spec: DecoderSpec, index: int) -> Iterator[Entry]:
-    """A layer's MLP, or its router and experts, which lie one behind the other in one tensor."""
+    """A layer's MLP, or its router and experts, which lie one behind the other in one tensor, and
+    the dense MLP beside them, which is named as llama.cpp names experts that all tokens share."""
     ours, theirs, count = f"decoder.layers.{index}.mlp", f"blk.{index}.ffn", spec.num_experts(index)
-    ending = ""
-    if count:
-        shape = (count, spec.hidden_size)
-        name = f"{ours}.router.weight"
-        yield Entry(f"{theirs}_gate_inp.weight", name, shape, shape, "float")
-        ours, ending = f"{ours}.experts.{{}}", "_exps"
+    if not count:
+        yield from _mlp_linears(spec, theirs, ours)
+        return
+    shape = (count, spec.hidden_size)
+    yield Entry(f"{theirs}_gate_inp.weight", f"{ours}.router.weight", shape, shape, "float")
+    yield from _mlp_linears(spec, theirs, f"{ours}.experts.{{}}", "_exps", count)
+    if spec.experts is not None and spec.experts.use_residual:
+        name, shape = f"{ours}.coefficient", (2, spec.hidden_size)
+        yield Entry(f"{theirs}_gate_inp_shexp.weight", f"{name}.weight", shape, shape, "float")
+        yield Entry(f"{theirs}_gate_inp_shexp.bias", f"{name}.bias", (2,), (2,), "float")
+        yield from _mlp_linears(spec, theirs, f"{ours}.residual", "_shexp")
+
+
+def _mlp_linears(
+    spec: DecoderSpec, theirs: str, ours: str, ending: str = "", stack: int = 0
+) -> Iterator[Entry]:
     readers, maker = spec.mlp_linears
     for linear in (*readers, maker):
         sizes = spec.hidden_size, spec.intermediate_size
         in_size, out_size = sizes if linear in readers else sizes[::-1]
         yield from _linear(
             f"{theirs}_{_MLP_NAMES[linear]}{ending}", f"{ours}.{linear}", out_size, in_size,
-            spec.mlp_bias, stack=count,
+            spec.mlp_bias, stack=stack,
         )  # fmt: skip
 
 

@@ -101,6 +101,7 @@ def _with_experts(file: GgufFile, spec: DecoderSpec) -> DecoderSpec:
         num_experts=tuple(count for count in counts if count),
         top_k=top_k,
         renormalize=_value(file, "expert_weights_norm", bool),
+        use_residual=bool(file.metadata.get(f"{file.architecture}.expert_shared_count")),
     )
     rotary = None if channels == spec.head_dim else channels
     data = {**to_dict(spec), **flags, **kinds, "rotary_dim": rotary, "experts": to_dict(experts)}

@@ -1,8 +1,10 @@
-"""Which engine runs a bundle: the engines there are, and what each needs of it."""
+"""How a bundle is run: which engines there are, what each needs of it, and the settings of one."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Literal
 
 from mobilevlm.errors import BundleError, MobileVLMError
 
@@ -19,6 +21,10 @@ ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
 there. onnx: ONNX Runtime; gguf: llama.cpp; hybrid: ONNX Runtime feeds llama.cpp; ggml: our own
 graph of the decoder on the kernels of llama.cpp."""
 
+OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}}
+"""Artifacts, by stage, that an engine runs where the bundle has them. prefill: the decoder's second
+graph, for prompts."""
+
 _LLAMA_CPP = ("gguf", "hybrid")
 """Engines whose decoder is llama.cpp's own."""
 
@@ -26,8 +32,71 @@ DRAFTING_ENGINES = ("gguf", "hybrid")
 """Where drafts are tried without being asked for: llama.cpp's quantized kernels give a position the
 same bits alone and among others. ONNX Runtime's attention and 4-bit kernels do not."""
 
+PREFILL_CHUNK = 512
+"""Positions per run: bounds the attention scores, which grow with length × total length, and
+llama.cpp's buffers."""
+PREFILL_FROM = 24
+"""Positions from which on a piece of a prompt goes to the graph for prompts, if there is one. For
+fewer, reading twice as many bytes of weights costs more than products of integers save."""
+
 ENGINE_CHOICES = ("auto", *ENGINES)
 """``auto`` is the first of them that finds its artifacts."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings of an engine. Answers of one plan are the same whatever was kept of earlier ones;
+    another plan may change their last digits, and with a graph for prompts as much as its other
+    weights do."""
+
+    engine: str = "auto"
+    vision_threads: int = 0
+    """0: as many as this process may use."""
+    decoder_threads: int = 0
+    spinning: bool = True
+    """Threads of ONNX Runtime wait for work awake: faster, unless other programs want them."""
+    prefill_chunk: int = PREFILL_CHUNK
+    """Positions per run of a long prompt (ONNX Runtime)."""
+    prefill_from: int = PREFILL_FROM
+    """Positions of a piece of a prompt from which on the graph for prompts computes it."""
+    prefill_weights: Literal["mapped", "released", "packed"] = "mapped"
+    """Of the graph for prompts. ``mapped``: used where they lie in the file, whose pages the system
+    can take back and share; ``released``: those pages are given back after each piece of a prompt,
+    which costs the next one some time; ``packed``: copied in the kernels' order, which is faster
+    and takes memory."""
+    draft_tokens: int | None = None
+    """Tokens to guess and check at a time; none: what the engine does by itself."""
+    max_resident_mb: float | None = None
+    """Megabytes of sparse experts in memory at a time (ggml). Never tuned: a person sets it."""
+
+    def threads_of(self, stage: Literal["vision", "decoder"]) -> int:
+        """Threads of a stage, settled."""
+        threads = self.vision_threads if stage == "vision" else self.decoder_threads
+        return threads or default_threads()
+
+    def describe(self) -> str:
+        """One line: what differs from the defaults."""
+        defaults = Plan(self.engine)
+        changed = [
+            f"{item.name.replace('_', ' ')} {getattr(self, item.name)}"
+            for item in fields(self)
+            if getattr(self, item.name) != getattr(defaults, item.name)
+        ]
+        return f"plan {self.engine}: {', '.join(changed) or 'the defaults'}"
+
+    def computes_prompt_like(self, other: Plan, length: int) -> bool:
+        """Whether a piece of a prompt of so many positions has the same bits in both, where there
+        is a graph for prompts."""
+        graphs = {length >= plan.prefill_from for plan in (self, other)}
+        chunks = {min(plan.prefill_chunk, length) for plan in (self, other)}
+        return len(graphs) == len(chunks) == 1
+
+
+def default_threads() -> int:
+    """Processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def check_engine(engine: str) -> None:
@@ -36,6 +105,22 @@ def check_engine(engine: str) -> None:
         raise MobileVLMError(
             f"engine {engine!r} is not known: expected {', '.join(ENGINE_CHOICES)}"
         )
+
+
+def engine_for_limit(engine: str, max_resident_mb: float | None) -> str:
+    """The engine that a limit on resident experts asks for: ``ggml`` where any would do.
+
+    Raises:
+        MobileVLMError: another one, which copies all weights.
+    """
+    if max_resident_mb is None or engine == "ggml":
+        return engine
+    if engine != "auto":
+        raise MobileVLMError(
+            f"engine {engine} copies all weights into memory of its own: --max-resident needs "
+            f"--engine ggml"
+        )
+    return "ggml"
 
 
 def choose_engine(bundle: Bundle, engine: str) -> str:
@@ -77,9 +162,10 @@ def _stages(bundle: Bundle, engine: str) -> dict[str, tuple[str, ...]]:
 def stage_formats(bundle: Bundle, engine: str) -> dict[str, str]:
     """The format of each stage's artifact that an engine runs; a stage without one is left out."""
     present = {(artifact.stage, artifact.format) for artifact in bundle.manifest.artifacts}
+    optional = {stage: (kind,) for stage, kind in OPTIONAL.get(engine, {}).items()}
     return {
         stage: kind
-        for stage, kinds in _stages(bundle, engine).items()
+        for stage, kinds in {**_stages(bundle, engine), **optional}.items()
         for kind in [kind for kind in kinds if (stage, kind) in present][:1]
     }
 

@@ -91,6 +91,9 @@ CONFIGURATIONS = {
     "moe_llava_stablelm_1.6b_4e": Configuration(
         *_MOE_LLAVA, 100352, 2048, 5632, 24, 32, 4096, 1e-5, _CLIP_LARGE, 4
     ),
+    # Dense, with as many parameters as a token uses there: its MLPs have the mean width of one and
+    # of two experts.
+    "llava_2b": Configuration(*_LLAVA, 100352, 2048, 8448, 24, 32, 4096, 1e-5, _CLIP_LARGE),
     "tiny": Configuration(*_MOBILEVLM, 512, 64, 160, 3, 4, 2048, 1e-6, Tower(64, 128, 3, 4)),
 }
 

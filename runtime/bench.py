@@ -39,6 +39,8 @@ class BenchResult:
     model: str
     recipe: str
     engine: str
+    plan: str
+    """Settings that are not the defaults."""
     runs: int
     text_tokens: int
     visual_tokens: int
@@ -74,6 +76,7 @@ def run_bench(
     samples: dict[str, list[float]] = {}
     for run in range(runs + 1):
         vlm.clear_caches()
+        before = vlm.brought_in_bytes
         answer = vlm.generate(
             prompt,
             images,
@@ -82,6 +85,7 @@ def run_bench(
             ignore_eos=True,
             raw=True,
         )
+        after = vlm.brought_in_bytes
         second = vlm.generate(other, images, max_new_tokens=1, raw=True)
         advance(1)
         if run == 0:
@@ -100,6 +104,8 @@ def run_bench(
         if answer.drafts.proposed:
             share = 100 * answer.drafts.accepted / answer.drafts.proposed
             samples.setdefault("guesses that were right/%", []).append(share)
+        if before is not None and after is not None:
+            samples.setdefault("experts brought in/MB", []).append((after - before) / 1e6)
         samples.setdefault("next token/ms", []).extend(1e3 * s for s in answer.token_seconds)
         samples.setdefault("prefill/tokens/s", []).append(answer.prompt_tokens / times.prefill)
         samples.setdefault("decode/tokens/s", []).append(times.tokens_per_second)
@@ -114,6 +120,7 @@ def run_bench(
         model=vlm.spec.name,
         recipe=str(manifest.recipe["name"]),
         engine=vlm.engine,
+        plan=vlm.plan.describe(),
         runs=runs,
         text_tokens=answer.prompt_tokens - answer.visual_tokens,
         visual_tokens=answer.visual_tokens,

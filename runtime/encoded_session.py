@@ -38,7 +38,7 @@ class EncodedSession(Session):
             logits: Float32 = self.extend([self._start])[-1]
         return logits
 
-    def all_logits(self, prompt: Prompt) -> Float32:
+    def all_logits(self, prompt: Prompt, answer: int = 0) -> Float32:
         """Logits of the answer's first token ``(1, vocab_size)``: the prompt has none."""
         return self.fill(prompt, Fill())[None]
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from mobilevlm.plan import default_threads
+
 FEATURES = (
     "avx", "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8",
     "asimd", "asimddp", "i8mm", "sve",
@@ -25,13 +27,6 @@ EXTRAS = {
     "video": ("av",),
     "plots": ("matplotlib",),
 }
-
-
-def default_threads() -> int:
-    """Processors that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def describe_machine() -> dict[str, Any]:
@@ -53,6 +48,19 @@ def describe_machine() -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "providers": onnxruntime.get_available_providers(),
     }
+
+
+def processor_key() -> str:
+    """What measurements on this machine are good for: processor, its features, processors in use
+    and onnxruntime's version."""
+    import onnxruntime
+
+    cpu = _cpu_info()
+    present = _features(cpu)
+    name = cpu.get("model name") or platform.processor() or platform.machine() or "unknown"
+    features = " ".join(feature for feature in FEATURES if feature in present)
+    cores = default_threads()
+    return f"{name} | {features} | {cores} | onnxruntime {onnxruntime.__version__}"
 
 
 def int8_weight_bits() -> Literal[7, 8] | None:
@@ -86,6 +94,16 @@ def peak_memory_mb() -> float:
         return 0.0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e6 if sys.platform == "darwin" else peak / 1e3
+
+
+def available_memory() -> float:
+    """Bytes that programs may still take (0 where the system does not tell)."""
+    path = Path("/proc/meminfo")
+    if not path.is_file():
+        return 0.0
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return 1024.0 * int(found[0]) if found else 0.0
 
 
 def _is_installed(module: str) -> bool:

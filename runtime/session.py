@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError
 from mobilevlm.runtime.cache import Border, PositionKey, PromptCache, borders, pieces
-from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
+from mobilevlm.runtime.engines import DecoderEngine, ExpertChoices, Float32, VisionEngine
 from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
 
 Pixels: TypeAlias = "NDArray[np.uint8]"
@@ -95,6 +95,15 @@ class Fill:
     """Pictures of the prompt that were not encoded."""
 
 
+@dataclass(frozen=True)
+class PromptChoices:
+    """What the routers of a decoder with experts made of a prompt, pictures expanded."""
+
+    layers: ExpertChoices
+    is_visual: NDArray[np.bool_]
+    """Which positions are of pictures ``(length,)``"""
+
+
 class Session:
     """A sequence and its KV state. Used by one thread at a time."""
 
@@ -157,16 +166,27 @@ class Session:
             self._borders = ends
         return logits
 
-    def all_logits(self, prompt: Prompt) -> Float32:
+    def all_logits(self, prompt: Prompt, answer: int = 0) -> Float32:
         """Logits after every position of the prompt ``(length, vocab_size)``, in a fresh sequence
-        and in the same pieces."""
+        and in the same pieces. Its last ``answer`` positions are those of an answer."""
         keys = self._checked_keys(prompt)
         self.rewind(0)
         embeds = self._embed(keys, prompt, Fill())
-        spans = pieces(0, borders(keys, self._cache.system), len(keys))
-        return np.concatenate(
-            [self._decoder.prefill(self._state, embeds[here:there], True) for here, there in spans]
-        )
+        asked = len(keys) - answer
+        spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
+        logits = [
+            self._decoder.prefill(self._state, embeds[here:there], True) for here, there in spans
+        ]
+        if answer:
+            logits.append(self._decoder.answer(self._state, embeds[asked:]))
+        return np.concatenate(logits)
+
+    def expert_choices(self, prompt: Prompt) -> PromptChoices:
+        """Where the routers send each position of the prompt, in a fresh sequence."""
+        keys = self._checked_keys(prompt)
+        embeds = self._embed(keys, prompt, Fill())
+        is_visual = np.array([isinstance(key, tuple) for key in keys])
+        return PromptChoices(self._decoder.expert_choices(embeds), is_visual)
 
     def step(self, token: int) -> Float32:
         """Appends a token; logits ``(vocab_size,)``, valid until the next call."""
@@ -175,8 +195,9 @@ class Session:
         return logits
 
     def extend(self, tokens: Sequence[int]) -> Float32:
-        """Appends tokens in one run; logits after each ``(len(tokens), vocab_size)``."""
-        logits = self._decoder.prefill(self._state, self._decoder.embed(tokens), True)
+        """Appends tokens of an answer in one run; logits after each ``(len(tokens),
+        vocab_size)``."""
+        logits = self._decoder.answer(self._state, self._decoder.embed(tokens))
         self._keys += tokens
         return logits
 

@@ -28,16 +28,16 @@ from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, open_image, preprocess
-from mobilevlm.plan import DRAFTING_ENGINES, check_engine, choose_engine
+from mobilevlm.plan import DRAFTING_ENGINES, Plan, check_engine, engine_for_limit
 from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.encoded_session import EncodedSession
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
-from mobilevlm.runtime.machine import default_threads
+from mobilevlm.runtime.plan_file import PlanChoice, settle_plan
 from mobilevlm.runtime.sampling import SamplingOptions
-from mobilevlm.runtime.session import Prompt, Reuse, Session
+from mobilevlm.runtime.session import Prompt, PromptChoices, Reuse, Session
 
 DEFAULT_MAX_NEW_TOKENS = 256
 IDLE_SESSIONS = 2
@@ -53,6 +53,8 @@ def load(
     threads: int | None = None,
     mmproj: str | PathLike[str] | None = None,
     cache_mb: float = DEFAULT_CACHE_MB,
+    max_resident_mb: float | None = None,
+    plan: Plan | PlanChoice = "auto",
 ) -> VLM:
     """Opens a bundle for running.
 
@@ -62,12 +64,16 @@ def load(
     ``auto``: the first of them that the bundle has artifacts for. ``threads``: for both stages, by
     default as many as this process may use. ``cache_mb``: megabytes for what later requests can
     take over from earlier ones (pictures, beginnings of prompts), besides the sequences themselves;
-    0: each request is computed from its first token.
+    0: each request is computed from its first token. ``max_resident_mb``: megabytes of sparse
+    experts that may be in memory at a time; it needs, and means, the engine ``ggml``. ``plan``:
+    ``auto`` takes the one that ``mobilevlm tune`` measured for this processor, where there is one
+    (``engine``, ``threads`` and ``max_resident_mb`` win over it); ``none`` does without.
 
     Raises:
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
     """
     check_engine(engine)
+    engine = engine_for_limit(engine, max_resident_mb)
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
     if path.suffix == ".gguf":
@@ -76,14 +82,25 @@ def load(
                 f"{path}: its image encoder is in a file of its own: give it with --mmproj FILE"
             )
         described, header = gguf_bundle(path, Path(mmproj))
-        return open_model(described, engine, threads, cache_mb, start, gguf_tokenizer(header))
+        tokenizer = gguf_tokenizer(header)
+        return open_model(
+            described, engine, threads, cache_mb, start, tokenizer, max_resident_mb, "none"
+        )
     if mmproj is not None:
         raise BundleError(f"{path}: --mmproj belongs to a .gguf file: a bundle has its encoder")
     if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
         raise BundleError(
             f"{path}: a checkpoint, not a bundle: run 'mobilevlm export {path} -o BUNDLE' first"
         )
-    return open_model(open_bundle(path), engine, threads, cache_mb, start)
+    return open_model(
+        open_bundle(path),
+        engine,
+        threads,
+        cache_mb,
+        start,
+        max_resident_mb=max_resident_mb,
+        plan=plan,
+    )
 
 
 def open_model(
@@ -93,17 +110,18 @@ def open_model(
     cache_mb: float = DEFAULT_CACHE_MB,
     start: float | None = None,
     tokenizer: Tokenizer | None = None,
+    max_resident_mb: float | None = None,
+    plan: Plan | PlanChoice = "none",
 ) -> VLM:
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
-    ``tokenizer``: instead of the bundle's."""
+    ``tokenizer``: instead of the bundle's; ``plan`` as in :func:`load`."""
     start = time.perf_counter() if start is None else start
-    threads = threads or default_threads()
-    engine = choose_engine(bundle, engine)
+    settled = settle_plan(bundle, engine, threads, plan, max_resident_mb)
     tokenizer = tokenizer or _read_tokenizer(bundle, TOKENIZER)
-    cache = _open_cache(bundle, tokenizer, engine, cache_mb)
-    vision, decoder = open_engines(bundle, engine, threads)
+    cache = _open_cache(bundle, tokenizer, settled, cache_mb)
+    vision, decoder = open_engines(bundle, settled.engine, settled)
     seconds = time.perf_counter() - start
-    return VLM(bundle, tokenizer, vision, decoder, cache, engine, threads, seconds)
+    return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds)
 
 
 class VLM:
@@ -122,13 +140,13 @@ class VLM:
         vision: VisionEngine,
         decoder: DecoderEngine,
         cache: PromptCache,
-        engine: str,
-        threads: int,
+        plan: Plan,
         load_seconds: float,
     ) -> None:
         self.bundle = bundle
-        self.engine = engine
-        self.threads = threads
+        self.plan = plan
+        self.engine = plan.engine
+        self.threads = plan.threads_of("decoder")
         self.spec = bundle.manifest.spec
         self.tokenizer = tokenizer
         self._instruction_tokenizer: Tokenizer | None = None
@@ -176,6 +194,8 @@ class VLM:
         """
         self._engines()
         sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+        if draft_tokens is None and temperature == 0:
+            draft_tokens = self.plan.draft_tokens
         if draft_tokens is None and self.engine not in DRAFTING_ENGINES:
             draft_tokens = 0
         draft_tokens = check_draft_tokens(draft_tokens, temperature)
@@ -267,17 +287,40 @@ class VLM:
         return len(self._input_ids(prompt, images, raw)) - images
 
     def prompt_logits(
-        self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False
+        self,
+        prompt: str | Sequence[Message],
+        images: Images = (),
+        raw: bool = False,
+        answer_tokens: int = 0,
     ) -> Float32:
         """Logits after every position, pictures expanded ``(length, vocab_size)``; for
-        verification."""
-        return self._session("nothing").all_logits(self._prepare(prompt, images, raw))
+        verification. ``answer_tokens``: so many at the end are computed as those of an answer."""
+        prepared = self._prepare(prompt, images, raw)
+        return self._session("nothing").all_logits(prepared, answer_tokens)
 
-    def embeds_logits(self, embeds: Float32) -> Float32:
+    def embeds_logits(self, embeds: Float32, as_prompt: bool = False) -> Float32:
         """Logits after every position of ``(length, hidden_size)``; for verification of the decoder
-        alone."""
+        alone. ``as_prompt``: by the graph for prompts, if there is one."""
         _, decoder = self._engines()
-        return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
+        if as_prompt:
+            return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
+        return decoder.answer(decoder.new_state(), embeds)
+
+    def expert_choices(
+        self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False
+    ) -> PromptChoices:
+        """Which experts each position is sent to, by layer; for verification.
+
+        Raises:
+            MobileVLMError: the decoder has no experts, or does not say.
+        """
+        return self._session("nothing").expert_choices(self._prepare(prompt, images, raw))
+
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """Of experts, since loading, where ``max_resident_mb`` limits what is in memory."""
+        _, decoder = self._engines()
+        return decoder.brought_in_bytes
 
     def answer_logits(self, embeds: Float32, answer: Sequence[int]) -> Float32:
         """Logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the next, are
@@ -393,10 +436,13 @@ class VLM:
         return Prompt(ids, pixels, time.perf_counter() - start, self._instruction(text))
 
 
-def _open_cache(bundle: Bundle, tokenizer: Tokenizer, engine: str, megabytes: float) -> PromptCache:
+def _open_cache(bundle: Bundle, tokenizer: Tokenizer, plan: Plan, megabytes: float) -> PromptCache:
     system = bundle.manifest.system_prompt
-    if engine == "onnx" and system is not None:
-        return PromptCache(megabytes, system.ids, stored_system_prompt(bundle))
+    if plan.engine == "onnx" and system is not None:
+        stored = stored_system_prompt(bundle)
+        if not plan.computes_prompt_like(Plan(), len(system.ids)):
+            stored = None  # what this plan computes has other bits
+        return PromptCache(megabytes, system.ids, stored)
     try:
         ids = system_ids(tokenizer, bundle.manifest.spec.conversation)
     except PromptError:  # questions will say so; raw prompts can do without a template

@@ -21,6 +21,7 @@ import numpy as np
 
 from comparison.process import ROOT
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.plan import Plan
 
 RUNS = 3
 DECODE_STEPS = 16
@@ -69,7 +70,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
 
     with tempfile.TemporaryDirectory() as logs:
 
-        def open_profiled(path: Path, threads: int) -> ort.InferenceSession:
+        def open_profiled(path: Path, threads: int, *_: bool) -> ort.InferenceSession:
             options = ort.SessionOptions()
             options.intra_op_num_threads = threads
             options.enable_profiling = True
@@ -86,9 +87,11 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
             events = json.loads(Path(sessions[-1].end_profiling()).read_text(encoding="utf-8"))
             return operator_times(events, runs)
 
+        plan = Plan(decoder_threads=threads)
+
         def decoder() -> engine.OnnxDecoder:
             path = bundle.path(bundle.artifact("decoder", "onnx").path)
-            return engine.OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, threads)
+            return engine.OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, plan)
 
         def prefill_on(model: engine.OnnxDecoder, state: Any) -> None:
             state.length = 0

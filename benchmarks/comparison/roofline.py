@@ -50,10 +50,15 @@ def measure_peaks(threads: int) -> Peaks:
     """Takes a second or two, and 1 GiB of memory. Needs the onnx package."""
     operations = 2.0 * ROWS * INPUTS * OUTPUTS
     return Peaks(
-        read=BYTES_READ / _best(_reader(threads)),
+        read=measure_read(threads),
         float32=operations / _best(_product("MatMul", threads)),
         int8=operations / _best(_product("DynamicQuantizeMatMul", threads)),
     )
+
+
+def measure_read(threads: int) -> float:
+    """Bytes of memory read per second."""
+    return BYTES_READ / _best(_reader(threads))
 
 
 def _best(action: Callable[[], object]) -> float:

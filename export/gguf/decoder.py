@@ -7,6 +7,7 @@ those of experts as for its models with experts.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -20,11 +21,11 @@ from numpy.typing import NDArray
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
-from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, write_file
+from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, TensorType, write_file
 from mobilevlm.export.gguf.vocabulary import vocabulary_of
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
-from mobilevlm.gguf_names import Entry, decoder_entries, gguf_architecture
+from mobilevlm.gguf_names import Entry, decoder_entries, gguf_architecture, is_own
 from mobilevlm.gguf_spec import EXPERT_COUNTS, OWN_FLAGS, OWN_KINDS
 from mobilevlm.progress import Advance
 from mobilevlm.spec import DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
@@ -42,9 +43,9 @@ def write_decoder(
     matrix: ImportanceMatrix | None = None,
 ) -> dict[str, float]:
     """Writes the decoder in a type. Returns each quantized tensor's relative error (none for the
-    K-quants, which llama.cpp makes from a float16 file). ``matrix``: for the types that can heed
+    K-quants that llama.cpp makes from a float16 file). ``matrix``: for the types that can heed
     it; without, every weight counts the same."""
-    if kind in TYPES:
+    if kind in TYPES or is_own(gguf_architecture(model.spec.decoder)):
         return _write(model, kind, path, advance, matrix)
     half = path.with_name(f"{path.name}.f16")
     try:
@@ -111,6 +112,8 @@ def _describe_own(writer: gguf.GGUFWriter, decoder: DecoderSpec, experts: Expert
     writer.add_expert_count(max(experts.num_experts))
     writer.add_expert_used_count(experts.top_k)
     writer.add_expert_weights_norm(experts.renormalize)
+    if experts.use_residual:
+        writer.add_expert_shared_count(1)
     counts = [decoder.num_experts(layer) for layer in range(decoder.num_hidden_layers)]
     writer.add_array(f"{writer.arch}.{EXPERT_COUNTS}", counts)
     for key, field in OWN_FLAGS.items():
@@ -144,11 +147,28 @@ def decoder_tensors(
         return interleave(values, entry.heads) if entry.heads else values
 
     def tensor(entry: Entry) -> Tensor:
-        store = kind if entry.store == "matrix" else "f32"
+        store = matrix_type(entry.theirs, kind, spec) if entry.store == "matrix" else "f32"
         parts = [partial(read, entry, ours) for ours in entry.parts]
         return Tensor(entry.theirs, entry.stored, store, parts, importance.get(entry.theirs))
 
     return [tensor(entry) for entry in decoder_entries(spec)]
+
+
+def matrix_type(name: str, kind: GGUFType, spec: DecoderSpec) -> TensorType:
+    """What a matrix is stored in. A K-quant is a mixture, as llama.cpp's quantizer has it for other
+    decoders (src/llama-quant.cpp): the head, and values and MLP outputs of some layers, get Q6_K.
+    """
+    if kind not in ("q4_k_m", "q5_k_m"):
+        return kind
+    usual: TensorType = "q4_k" if kind == "q4_k_m" else "q5_k"
+    head = "token_embd.weight" if spec.tie_word_embeddings else "output.weight"
+    if name == head:
+        return "q6_k"
+    if not name.startswith("blk.") or not re.search(r"\.(attn_v|ffn_down(_exps|_shexp)?)\.", name):
+        return usual
+    layer, eighth = int(name.split(".")[1]), spec.num_hidden_layers // 8
+    more = layer < eighth or layer >= 7 * spec.num_hidden_layers // 8 or (layer - eighth) % 3 == 2
+    return "q6_k" if more else usual
 
 
 def interleave(weight: Float32, heads: int) -> Float32:

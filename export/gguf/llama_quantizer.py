@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.plan import default_threads
 from mobilevlm.runtime.engines.llama_native import address, catch_log, llama_library
-from mobilevlm.runtime.machine import default_threads
 from mobilevlm.spec import GGUFType
 
 
@@ -59,23 +59,26 @@ def quantize_file(
 
 
 def quantize_rows(
-    values: Float32, kind: gguf.GGMLQuantizationType, importance: Float32
+    values: Float32, kind: gguf.GGMLQuantizationType, importance: Float32 | None
 ) -> NDArray[np.uint8]:
     """Rows ``(rows, columns)`` as the blocks of a type ``(rows, bytes of a row)``. Each scale is
-    chosen for the least squared error, every column counted by its importance ``(columns,)``.
+    chosen for the least squared error, every column counted by its importance ``(columns,)`` where
+    there is one.
 
     Raises:
         MissingExtraError: llama-cpp-python is not installed, or does not load.
     """
-    llama_library("rounding by importance")
+    llama_library("rounding by importance" if importance is not None else f"the type {kind.name}")
     from llama_cpp._ggml import libggml
 
     rows, columns = values.shape
     block, size = gguf.GGML_QUANT_SIZES[kind]
     source = np.ascontiguousarray(values, np.float32)
-    weights = np.ascontiguousarray(importance, np.float32)
+    weights = None if importance is None else np.ascontiguousarray(importance, np.float32)
     out = np.empty((rows, columns // block * size), np.uint8)
-    if weights.shape != (columns,):  # what stands behind a shorter one would be read
+    if weights is not None and weights.shape != (
+        columns,
+    ):  # what stands behind a shorter one would be read
         raise ValueError(f"importance of shape {weights.shape} for {columns} columns")
     quantize = libggml.ggml_quantize_chunk
     quantize.restype = ctypes.c_size_t
@@ -88,7 +91,7 @@ def quantize_rows(
             ctypes.c_int64(int(part[0]) * columns),
             ctypes.c_int64(len(part)),
             ctypes.c_int64(columns),
-            address(weights, ctypes.c_float),
+            None if weights is None else address(weights, ctypes.c_float),
         )
         return written
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import gguf
 import numpy as np
@@ -31,7 +31,18 @@ TYPES: dict[GGUFType, gguf.GGMLQuantizationType] = {
     "q5_0": gguf.GGMLQuantizationType.Q5_0,
     "q5_1": gguf.GGMLQuantizationType.Q5_1,
 }
-"""Types that are written here; the K-quants are made by llama.cpp itself."""
+"""Types that are written here for every architecture; llama.cpp mixes the K-quants of its own."""
+
+TensorType: TypeAlias = GGUFType | Literal["q4_k", "q5_k"]
+"""Of one tensor: ``q6_k`` and these are made by ggml's own functions."""
+_K_TYPES: dict[TensorType, gguf.GGMLQuantizationType] = {
+    "q4_k": gguf.GGMLQuantizationType.Q4_K,
+    "q5_k": gguf.GGMLQuantizationType.Q5_K,
+    "q6_k": gguf.GGMLQuantizationType.Q6_K,
+}
+_STORED: dict[TensorType, gguf.GGMLQuantizationType] = {**TYPES, **_K_TYPES}
+_SMALLER_BLOCKS: dict[TensorType, TensorType] = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""What llama.cpp takes where rows do not divide into the 256 weights of a K-quant's block."""
 
 FILE_TYPES: dict[GGUFType, gguf.LlamaFileType] = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -52,6 +63,8 @@ WEIGHABLE: tuple[GGUFType, ...] = ("q4_0", "q4_1", "q5_0", "q5_1", "q4_k_m", "q5
 
 BLOCK = q4_0.BLOCK
 """Weights that share a scale."""
+K_BLOCK = 256
+"""The same of K-quants"""
 _LARGEST_HALF = np.float32(np.finfo(np.float16).max)
 _CHUNK = 2**22
 """Weights converted at once."""
@@ -64,21 +77,24 @@ class Tensor:
     name: str
     shape: tuple[int, ...]
     """Rows first, as in numpy; GGUF writes the dimensions in the other order."""
-    type: GGUFType
+    type: TensorType
     read: Sequence[Callable[[], Float32]]
     """Its values, or of a stack each of its outermost slices."""
     importance: Float32 | None = None
     """``(columns,)``: how much an error in each column counts."""
 
     @property
-    def stored(self) -> GGUFType:
+    def stored(self) -> TensorType:
         """As llama.cpp's converter: what does not divide into blocks is kept in float16."""
-        whole = self.type in ("f32", "f16", "bf16") or self.shape[-1] % BLOCK == 0
-        return self.type if whole else "f16"
+        kind = self.type
+        if kind in _K_TYPES and self.shape[-1] % K_BLOCK:
+            kind = _SMALLER_BLOCKS[kind]
+        whole = kind in ("f32", "f16", "bf16") or self.shape[-1] % BLOCK == 0
+        return kind if whole else "f16"
 
     @property
     def nbytes(self) -> int:
-        block, size = gguf.GGML_QUANT_SIZES[TYPES[self.stored]]
+        block, size = gguf.GGML_QUANT_SIZES[_STORED[self.stored]]
         return math.prod(self.shape) // block * size
 
 
@@ -102,7 +118,7 @@ def write_file(
                 tensor.shape,
                 np.dtype(np.float32),
                 tensor.nbytes,
-                raw_dtype=TYPES[tensor.stored],
+                raw_dtype=_STORED[tensor.stored],
             )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -131,7 +147,7 @@ def _stored(tensor: Tensor) -> tuple[NDArray[np.uint8], float]:
 
 
 def convert(
-    values: Float32, kind: GGUFType, importance: Float32 | None = None
+    values: Float32, kind: TensorType, importance: Float32 | None = None
 ) -> tuple[NDArray[Any], float]:
     """Values as the bytes of a GGUF type, and the relative error that this made.
 
@@ -151,12 +167,12 @@ def convert(
     parts, error, energy = [], 0.0, 0.0
     for start in range(0, len(rows), step):
         part = rows[start : start + step]
-        if importance is None:
-            data = gguf.quants.quantize(part, TYPES[kind])
+        if importance is None and kind not in _K_TYPES:
+            data = gguf.quants.quantize(part, _STORED[kind])
         else:
-            data = quantize_rows(part, TYPES[kind], importance)
+            data = quantize_rows(part, _STORED[kind], importance)
         if kind != "bf16":
-            restored = gguf.quants.dequantize(data, TYPES[kind])
+            restored = gguf.quants.dequantize(data, _STORED[kind])
             error += float(np.square(restored - part).sum(dtype=np.float64))
             energy += float(np.square(part).sum(dtype=np.float64))
         parts.append(data)

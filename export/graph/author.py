@@ -93,11 +93,15 @@ def author_decoder(
             for index in range(decoder.num_hidden_layers if decoder.encoder_layers else 0)
         ]
         further = [cross] if cross else []
-        logits, presents = stage(builder.op, embeds, total, positions, past, *further)
+        logits, presents, routers = stage(builder.op, embeds, total, positions, past, *further)
         _output(builder, logits, "logits", [1, "positions", decoder.vocab_size])
         for index, (key, value) in enumerate(presents):
             _output(builder, key, f"present.{index}.key", buffer)
             _output(builder, value, f"present.{index}.value", buffer)
+        for index, router in routers.items():  # the last layer only has the positions asked for
+            length = "positions" if index == decoder.num_hidden_layers - 1 else "length"
+            experts = decoder.num_experts(index)
+            _output(builder, router, f"router_logits.{index}", [1, length, experts])
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
     return _author("decoder_model_merged", path, file, build)

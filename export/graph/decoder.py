@@ -22,7 +22,8 @@ from mobilevlm.spec import DecoderSpec
 
 class DecoderStage(nn.Module):  # type: ignore[misc]
     """``inputs_embeds (1, length, hidden_size)`` to ``logits (1, positions, vocab_size)`` of the
-    positions asked for, and the KV buffers ``(1, num_key_value_heads, capacity, head_dim)``."""
+    positions asked for, and the KV buffers ``(1, num_key_value_heads, capacity, head_dim)``; of
+    each sparse layer also the router's logits, for verification."""
 
     def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
         super().__init__("decoder")
@@ -55,7 +56,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         total_length: Any,
         logits_positions: Any,
         past: list[tuple[Any, Any]],
-    ) -> tuple[Any, list[tuple[Any, Any]]]:
+    ) -> tuple[Any, list[tuple[Any, Any]], dict[int, Any]]:
         seqlens = op.Sub(total_length, 1)
         start = None
         if not self.fused_rotary or self.positions is not None:
@@ -65,14 +66,16 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
                 embeds = op.Add(embeds, op.Slice(self.positions, start, end, [0]))
         rotary = (self.cos_cache, self.sin_cache, start)
         residual, normed = embeds, self.input_norm(op, embeds)
-        presents = []
+        presents, routers = [], {}
         for index, (layer, key_value) in enumerate(zip(self.layers, past, strict=True)):
             positions = logits_positions if index == len(past) - 1 else None
-            residual, normed, present = layer(
+            residual, normed, present, router = layer(
                 op, residual, normed, seqlens, total_length, rotary, key_value, positions
             )
             presents.append(present)
-        return self.lm_head(op, normed), presents
+            if router is not None:
+                routers[index] = router
+        return self.lm_head(op, normed), presents, routers
 
 
 class DecoderLayer(nn.Module):  # type: ignore[misc]
@@ -96,7 +99,8 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         self.post_attention_norm = None
         if not spec.parallel_residual:
             self.post_attention_norm = SkipNorm(weights, f"{name}.post_attention_norm", spec)
-        if spec.num_experts(index):
+        self.is_sparse = spec.num_experts(index) > 0
+        if self.is_sparse:
             self.mlp = SparseMLP(weights, f"{name}.mlp", spec, index)
         else:
             self.mlp = build_mlp(weights, f"{name}.mlp", spec)
@@ -112,7 +116,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         rotary: tuple[Any, Any, Any],
         past: tuple[Any, Any],
         positions: Any | None,
-    ) -> tuple[Any, Any, tuple[Any, Any]]:
+    ) -> tuple[Any, Any, tuple[Any, Any], Any | None]:
         mixed, key, value = op.GroupQueryAttention(
             *self._rotated(op, self.qkv(op, normed), rotary),
             *past,
@@ -134,8 +138,13 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         else:
             residual = op.Add(residual, attended)
             normed = normed if positions is None else op.Gather(normed, positions, axis=1)
-        residual, normed = self.next_norm(op, self.mlp(op, normed), residual)
-        return residual, normed, (key, value)
+        router = None
+        if self.is_sparse:
+            made, router = self.mlp(op, normed)
+        else:
+            made = self.mlp(op, normed)
+        residual, normed = self.next_norm(op, made, residual)
+        return residual, normed, (key, value), router
 
     def _rotated(self, op: Any, qkv: Any, rotary: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         """Query, key and value as attention takes them: all in the first where it rotates."""

@@ -111,7 +111,7 @@ class EncodedDecoderStage(nn.Module):  # type: ignore[misc]
         logits_positions: Any,
         past: list[tuple[Any, Any]],
         cross: list[tuple[Any, Any]],
-    ) -> tuple[Any, list[tuple[Any, Any]]]:
+    ) -> tuple[Any, list[tuple[Any, Any]], dict[int, Any]]:
         seqlens = op.Sub(total_length, 1)
         end = op.Cast(total_length, to=ir.DataType.INT64)
         start = op.Sub(end, op.Shape(embeds, start=1, end=2))
@@ -123,7 +123,7 @@ class EncodedDecoderStage(nn.Module):  # type: ignore[misc]
             residual, normed, present = layer(op, residual, normed, lengths, bias, own, prompt)
             presents.append(present)
         chosen = op.Gather(normed, logits_positions, axis=1)
-        return self.lm_head(op, chosen), presents
+        return self.lm_head(op, chosen), presents, {}
 
 
 class CrossLayer(nn.Module):  # type: ignore[misc]

@@ -52,13 +52,15 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
             self.coefficient = weights.parameter(coefficient.T)
             self.bias = weights.parameter(weights.read(f"{name}.coefficient.bias", 2))
 
-    def forward(self, op: Any, x: Any) -> Any:
-        out = self.experts(op, x, op.MatMul(x, self.router))
+    def forward(self, op: Any, x: Any) -> tuple[Any, Any]:
+        """The result, and the router's logits ``(1, length, experts)``."""
+        logits = op.MatMul(x, self.router)
+        out = self.experts(op, x, logits)
         if self.residual is None:
-            return out
+            return out, logits
         shares = op.Softmax(op.Add(op.MatMul(x, self.coefficient), self.bias), axis=-1)
         sparse, dense = op.Split(shares, axis=-1, num_outputs=2, _outputs=2)
-        return op.Add(op.Mul(out, sparse), op.Mul(self.residual(op, x), dense))
+        return op.Add(op.Mul(out, sparse), op.Mul(self.residual(op, x), dense)), logits
 
 
 class FusedExperts(nn.Module):  # type: ignore[misc]

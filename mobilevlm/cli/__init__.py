@@ -14,7 +14,7 @@ from typing import Any
 import click
 
 from mobilevlm._version import __version__
-from mobilevlm.errors import MobileVLMError, PrecisionWarning, QualityError
+from mobilevlm.errors import MobileVLMError, PlanWarning, PrecisionWarning, QualityError
 
 VERBS = {
     "demo": "Let the built-in model answer questions about a new picture.",
@@ -25,6 +25,7 @@ VERBS = {
     "chat": "Talk about pictures.",
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine.",
+    "tune": "Find the fastest settings for a bundle on this machine.",
     "eval": "Measure how many questions are answered right.",
     "verify": "Compare a bundle with its checkpoint.",
     "doctor": "Show what this machine can run.",
@@ -103,7 +104,7 @@ def _format_warning(
     line: str | None = None,
 ) -> str:
     """Ours as a line for people, others with the place that they come from."""
-    if issubclass(category, PrecisionWarning):
+    if issubclass(category, (PlanWarning, PrecisionWarning)):
         return f"mobilevlm: warning: {message}\n"
     return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 

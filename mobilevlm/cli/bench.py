@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import model_options
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.plan_file import PlanChoice
 
 
 @click.command("bench", epilog="\b\nExample:\n  mobilevlm bench bundle/ --image photo.jpg --runs 5")
@@ -40,12 +44,20 @@ from mobilevlm.cli.options import model_options
     default="table",
     show_default=True,
 )
+@click.option(
+    "--plan",
+    "show_plan_only",
+    is_flag=True,
+    help="Show what 'mobilevlm tune' chose for this machine and why, and measure nothing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
 def command(
     bundle: Path,
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_resident_mb: float | None,
+    plan: PlanChoice,
     image: str | None,
     no_image: bool,
     text_tokens: int,
@@ -53,16 +65,20 @@ def command(
     draft_tokens: int,
     runs: int,
     form: str,
+    show_plan_only: bool,
     as_json: bool,
 ) -> None:
     """Measure latency per stage of BUNDLE on this machine."""
     progress.enable()
+    if show_plan_only:
+        _show_plan(bundle, engine, as_json or form == "json")
+        return
     import numpy as np
 
     from mobilevlm.runtime import load
     from mobilevlm.runtime.bench import as_markdown, run_bench, summary
 
-    with load(bundle, engine, threads, mmproj) as vlm:
+    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm:
         grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
         picture = None if no_image else (image or grey)
         with progress.track("runs", runs + 1) as advance:
@@ -91,3 +107,23 @@ def command(
         for row in result.rows:
             table.add_row(row.name, row.unit, *(f"{v:.1f}" for v in (row.p50, row.p90, row.p99)))
         Console().print(table)
+
+
+def _show_plan(path: Path, engine: str, as_json: bool) -> None:
+    from mobilevlm.builtin import bundle_path
+    from mobilevlm.bundle import open_bundle
+    from mobilevlm.cli.tune import show_plan
+    from mobilevlm.errors import BundleError
+    from mobilevlm.runtime.plan_file import read_plan
+    from mobilevlm.spec import to_dict
+
+    bundle = open_bundle(bundle_path(path, engine))
+    tuned = read_plan(bundle)
+    if tuned is None:
+        raise BundleError(
+            f"{path}: no plan for this processor: run 'mobilevlm tune {path}', which measures"
+        )
+    if as_json:
+        show_json(to_dict(tuned))
+    else:
+        show_plan(tuned)

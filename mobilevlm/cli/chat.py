@@ -13,6 +13,7 @@ from mobilevlm.errors import MobileVLMError
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.chat import Chat
+    from mobilevlm.runtime.plan_file import PlanChoice
 
 HELP = """\
 /image FILE   talk about another picture (a new conversation begins)
@@ -31,6 +32,8 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_resident_mb: float | None,
+    plan: PlanChoice,
     images: tuple[str, ...],
     **sampling: Any,
 ) -> None:
@@ -38,7 +41,7 @@ def command(
     from mobilevlm.runtime import load
     from mobilevlm.runtime.chat import Chat
 
-    with load(bundle, engine, threads, mmproj) as vlm:
+    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm:
         chat = Chat(vlm, list(images))
         print(f"{vlm.spec.name}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip

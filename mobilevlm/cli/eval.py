@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import model_options
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.plan_file import PlanChoice
 
 
 @click.command(
@@ -32,6 +36,8 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_resident_mb: float | None,
+    plan: PlanChoice,
     suite: str,
     questions: int,
     no_blind: bool,
@@ -45,7 +51,10 @@ def command(
     from mobilevlm.runtime import load
 
     examples = evaluation_set(questions)
-    with load(bundle, engine, threads, mmproj) as vlm, progress.track_share("questions") as show:
+    with (
+        load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm,
+        progress.track_share("questions") as show,
+    ):
         result, rate = evaluate_vlm(vlm, examples, not no_blind, show)
     if as_json:
         show_json({**result.to_dict(), "tokens_per_second": rate})

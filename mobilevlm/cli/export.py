@@ -38,7 +38,7 @@ Examples:
     default="int4",
     show_default=True,
     metavar="NAME|FILE.toml",
-    help="Precision: fp32, fp16-weights, int8, int4, or a recipe file.",
+    help="Precision: fp32, fp16-weights, int8, int4, fast, or a recipe file.",
 )
 @goal_options
 @click.option(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobilevlm.cli import show_json
+from mobilevlm.plan import ENGINE_CHOICES
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,14 +24,60 @@ if TYPE_CHECKING:
     help="Folder of the vision tower of a checkpoint.",
 )
 @click.option("--variant", metavar="NAME", help="Official behaviour of a checkpoint.")
+@click.option(
+    "--experts",
+    is_flag=True,
+    help="Show which experts tokens of pictures and of text are sent to (of a checkpoint: needs "
+    "torch).",
+)
+@click.option(
+    "--data",
+    default="scenes",
+    show_default=True,
+    metavar="scenes|FILE.jsonl",
+    help="What to run for --experts.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINE_CHOICES),
+    default="auto",
+    show_default=True,
+    help="What runs a bundle for --experts.",
+)
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE.png",
+    help="Draw --experts as heat maps ([plots] extra).",
+)
+@click.option(
+    "--html",
+    type=click.Path(path_type=Path, dir_okay=False),
+    metavar="FILE",
+    help="Write --experts as a page.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(path: Path, vision_tower: Path | None, variant: str | None, as_json: bool) -> None:
+def command(
+    path: Path,
+    vision_tower: Path | None,
+    variant: str | None,
+    experts: bool,
+    data: str,
+    engine: str,
+    plot: Path | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
     """Show what is in PATH: a bundle (every file is checked), a checkpoint or a GGUF file."""
     from mobilevlm.builtin import checkpoint_path
     from mobilevlm.bundle import is_bundle
 
+    if (plot or html) and not experts:
+        raise click.UsageError("--plot and --html go with --experts")
     path = checkpoint_path(path)
-    if path.suffix == ".gguf":
+    if experts:
+        _show_experts(path, vision_tower, data, engine, plot, html, as_json)
+    elif path.suffix == ".gguf":
         _show_gguf(path, as_json)
     elif (path / "config.json").is_file() and not is_bundle(path):
         _show_checkpoint(path, vision_tower, variant, as_json)
@@ -166,6 +213,64 @@ def _show_checkpoint(
     for part, size in {**sizes, "total": sum(sizes.values()), "activated": activated}.items():
         table.add_row(part, f"{size / 1e6:.1f} M")
     console.print(table)
+
+
+def _show_experts(
+    path: Path,
+    vision_tower: Path | None,
+    data: str,
+    engine: str,
+    plot: Path | None,
+    html: Path | None,
+    as_json: bool,
+) -> None:
+    from rich.console import Console
+
+    from mobilevlm import progress
+    from mobilevlm.bundle import is_bundle
+    from mobilevlm.errors import MobileVLMError, require
+
+    try:
+        from mobilevlm.export.calibration import held_out_samples
+        from mobilevlm.export.expert_maps import (
+            UsageMap,
+            check_targets,
+            draw_usage,
+            usage_table,
+            write_page,
+        )
+        from mobilevlm.export.expert_usage import bundle_usage, checkpoint_usage
+    except ImportError as error:
+        raise require(error.name or "safetensors", "export", "showing experts") from None
+    from mobilevlm.families import OpenOptions, open_checkpoint
+    from mobilevlm.runtime import load
+
+    if path.suffix == ".gguf":
+        raise MobileVLMError(f"{path}: --experts needs a bundle or a checkpoint folder")
+    check_targets(plot, html)
+    progress.enable()
+    samples = held_out_samples(data)
+    with progress.track("samples", len(samples)) as advance:
+        if (path / "config.json").is_file() and not is_bundle(path):
+            model = open_checkpoint(path, OpenOptions(vision_tower))
+            spec, source = model.spec, "float32 reference"
+            layers = checkpoint_usage(model, samples, advance)
+        else:
+            with load(path, engine) as vlm:
+                spec = vlm.spec
+                source = f"recipe {vlm.bundle.manifest.recipe['name']}, engine {vlm.engine}"
+                layers = bundle_usage(vlm, samples, advance)
+    assert spec.decoder.experts is not None
+    subtitle = f"{len(samples)} samples of {Path(data).name}"
+    usage = UsageMap(f"{spec.name}, {source}", subtitle, spec.decoder.experts.top_k, layers)
+    if plot is not None:
+        draw_usage(usage, plot)
+    if html is not None:
+        write_page(usage, html)
+    if as_json:
+        show_json({"model": spec.name, "source": source, "data": data, **usage.to_dict()})
+    else:
+        Console().print(usage_table(usage))
 
 
 def _activated(model: Model) -> int:

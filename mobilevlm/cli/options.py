@@ -33,9 +33,24 @@ def checkpoint_options(function: F) -> F:
     return function
 
 
+def _megabytes(context: Any, option: Any, value: str | None) -> float | None:
+    """``800MB`` or ``1.5GB`` as a number of megabytes."""
+    if value is None:
+        return None
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([MG])B", value, re.IGNORECASE)
+    if number is None:
+        raise click.BadParameter(f"{value!r}: expected a size, as in 800MB or 1.5GB")
+    return float(number[1]) * {"M": 1, "G": 1000}[number[2].upper()]
+
+
 def model_options(function: F) -> F:
-    """BUNDLE, ``--mmproj``, ``--engine`` and ``--threads``."""
+    """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-resident`` and ``--no-plan``."""
     for decorate in (
+        click.option("--no-plan", "plan", flag_value="none", default="auto",
+                     help="Do without the settings that 'mobilevlm tune' found."),
+        click.option("--max-resident", "max_resident_mb", callback=_megabytes, metavar="800MB",
+                     help="Of sparse experts, in memory at a time: the others stay on the disk "
+                     "(engine ggml)."),
         click.option("--threads", type=click.IntRange(1), help="Default: all of this process."),
         click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",
                      show_default=True, help="What runs the stages."),

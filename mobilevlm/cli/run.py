@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import model_options, sampling_options, show_timings
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.plan_file import PlanChoice
 
 EXAMPLES = """\b
 Examples:
@@ -51,6 +54,8 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_resident_mb: float | None,
+    plan: PlanChoice,
     images: tuple[str, ...],
     video: Path | None,
     frames: int,
@@ -67,7 +72,7 @@ def command(
         from mobilevlm.runtime.video import sample_frames
 
         pictures += sample_frames(video, frames)
-    with load(bundle, engine, threads, mmproj) as vlm:
+    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm:
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

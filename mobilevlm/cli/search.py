@@ -45,6 +45,13 @@ Examples:
     help="What rounds weights to 2 and 4 bits.",
 )
 @click.option(
+    "--experts",
+    type=click.Choice(["plain", "fused"]),
+    default="plain",
+    show_default=True,
+    help="Formats for each sparse expert, or one for all experts of a layer (the faster operator).",
+)
+@click.option(
     "--calibration",
     metavar="scenes|FILE.jsonl",
     help="Data for gptq, instead of the recipe's.",
@@ -72,6 +79,7 @@ def command(
     budget: float | None,
     max_kl: float | None,
     quantizer: Any,
+    experts: Any,
     calibration: str | None,
     data: str,
     plot: Path | None,
@@ -95,6 +103,7 @@ def command(
         Goal(budget, max_kl),
         recipe=recipe,
         quantizer=quantizer,
+        experts=experts,
         calibration=calibration,
         data=data,
         options=OpenOptions(vision_tower, conversation, variant),
@@ -110,8 +119,8 @@ def command(
                 "predicted_kl": found.allocation.kl,
                 "top1_agreement": found.effect.top1_agreement,
                 "layers": {
-                    group.name: {**to_dict(option.layers), "kl": option.kl, "bytes": option.size}
-                    for group, option in zip(found.groups, found.allocation.options, strict=True)
+                    unit.name: {**to_dict(option.layers), "kl": option.kl, "bytes": option.size}
+                    for unit, option in zip(found.units, found.allocation.options, strict=True)
                 },
             }
         )

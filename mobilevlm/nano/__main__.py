@@ -1,4 +1,4 @@
-"""Command line of the training: ``python -m mobilevlm.nano train|export|evaluate|routing``."""
+"""Command line of the training: ``python -m mobilevlm.nano train|export|evaluate``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.nano.answering import answer_questions
 from mobilevlm.nano.evaluate import is_right, result_of, table
 from mobilevlm.nano.model import NanoConfig, NanoModel
-from mobilevlm.nano.packing import make_batch
 from mobilevlm.nano.preference import (
     PreferenceDataset,
     PreferenceObjective,
@@ -27,7 +26,6 @@ from mobilevlm.nano.preference import (
     write_preferences,
 )
 from mobilevlm.nano.recipes import RECIPES, SIZES, Recipe
-from mobilevlm.nano.routing import draw_routing, mean_routing, routing
 from mobilevlm.nano.saving import load_checkpoint, save_checkpoint
 from mobilevlm.nano.scenes import TRAINING_SEEDS
 from mobilevlm.nano.suite import Example, evaluation_set, noise, pictures
@@ -118,26 +116,6 @@ def export_command(state: Path, folder: Path) -> None:
     save_checkpoint(model_of(state), tokenizer, folder, folder.name)
     size = (folder / "model.safetensors").stat().st_size
     CONSOLE.print(f"{folder}: {size / 1e6:.1f} MB")
-
-
-@main.command("routing")
-@click.argument("folder", type=click.Path(path_type=Path, exists=True))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="PNG file.")
-@click.option("--batches", default=8, show_default=True, help="Of 32 pictures each.")
-@click.option("--threads", type=int, default=2, show_default=True)
-def routing_command(folder: Path, output: Path, batches: int, threads: int) -> None:
-    """Draws which experts the sparse checkpoint FOLDER uses, per layer and modality."""
-    torch.set_num_threads(threads)
-    model, tokenizer = load_checkpoint(folder)
-    tokens = model.config.visual_tokens
-    # Steps that no stage comes to, so the scenes are new to the model.
-    steps = range(10**6, 10**6 + batches)
-    layers = mean_routing(
-        [routing(model, make_batch(RECIPES["moe"], tokenizer, tokens, 0, step)) for step in steps]
-    )
-    for layer in layers:
-        CONSOLE.print(dataclasses.asdict(layer))
-    draw_routing(layers, output, f"{folder.name}: share of tokens per expert (top 2 of 4)")
 
 
 @main.command("evaluate")

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
-
-PREFILL_CHUNK = 512
-"""Positions per run: bounds the attention scores, which grow with length × total length, and
-llama.cpp's buffers."""
+from mobilevlm.plan import PREFILL_CHUNK
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
+ExpertChoices: TypeAlias = Mapping[int, NDArray[np.integer[Any]]]
+"""The experts of each position ``(length, top_k)``, best first, by layer."""
 
 
 class VisionEngine(Protocol):
@@ -53,6 +52,10 @@ class Segment:
 class DecoderEngine(Protocol):
     """Runs the decoder stage. May be used by several threads, each with a state of its own."""
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """Of experts, since loading, where there is a limit on what is resident."""
+
     def new_state(self) -> DecoderState:
         """An empty sequence."""
 
@@ -63,8 +66,20 @@ class DecoderEngine(Protocol):
         """Appends ``(length, hidden_size)``; logits of the last position ``(1, vocab_size)``, or of
         all ``(length, vocab_size)``."""
 
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """Where the router of each sparse layer sends a sequence ``(length, hidden_size)``; for
+        verification.
+
+        Raises:
+            MobileVLMError: the decoder has no experts, or does not say.
+        """
+
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """Appends ``(length, hidden_size)`` where no logits are needed."""
+
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """Appends ``(length, hidden_size)`` in one run, by the weights that :meth:`step` uses;
+        logits of all ``(length, vocab_size)``."""
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """Appends one token; logits ``(vocab_size,)``, valid until the next call."""
@@ -87,15 +102,25 @@ class EncoderDecoderEngine(DecoderEngine, Protocol):
         append the answer to."""
 
 
-def in_chunks(append: Callable[[Float32, int], Float32], embeds: Float32, count: int) -> Float32:
-    """Appends ``(length, hidden_size)`` chunk by chunk. Returns the logits of the last ``count``
-    positions; ``append`` does so for one chunk."""
+def in_chunks(
+    append: Callable[[Float32, int], Float32],
+    embeds: Float32,
+    count: int,
+    size: int = PREFILL_CHUNK,
+) -> Float32:
+    """Appends ``(length, hidden_size)`` in chunks of ``size``. Returns the logits of the last
+    ``count`` positions; ``append`` does so for one chunk."""
     logits = []
-    for start in range(0, len(embeds), PREFILL_CHUNK):
-        chunk = embeds[start : start + PREFILL_CHUNK]
+    for start in range(0, len(embeds), size):
+        chunk = embeds[start : start + size]
         behind = len(embeds) - start - len(chunk)
         logits.append(append(chunk, min(max(count - behind, 0), len(chunk))))
     return np.concatenate(logits)
+
+
+def no_experts() -> MobileVLMError:
+    """What to raise where a dense decoder is asked for its experts."""
+    return MobileVLMError("this decoder has no experts: nothing is routed")
 
 
 def still_open(part: T | None) -> T:

@@ -14,10 +14,19 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
-from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks, still_open
+from mobilevlm.runtime.engines import (
+    DecoderState,
+    ExpertChoices,
+    Float32,
+    Segment,
+    in_chunks,
+    no_experts,
+    still_open,
+)
 from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
+from mobilevlm.runtime.engines.expert_residency import ExpertResidency
 from mobilevlm.runtime.engines.ggml_graph import DecoderGraph
-from mobilevlm.runtime.engines.ggml_layers import GraphShape, KeyValues
+from mobilevlm.runtime.engines.ggml_layers import GraphShape, KeyValues, Observe
 from mobilevlm.runtime.engines.ggml_native import MappedTensors, Processor
 from mobilevlm.runtime.engines.gguf_check import check_decoder, check_decoder_tensors
 from mobilevlm.spec import DecoderSpec
@@ -30,8 +39,16 @@ class GgmlState:
     """Keys and values of one sequence, and the graphs that write them: one for single tokens, one
     for the last length of prompt."""
 
-    def __init__(self, spec: DecoderSpec, weights: MappedTensors, kind: str, threads: int) -> None:
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: MappedTensors,
+        kind: str,
+        threads: int,
+        observe: Observe | None = None,
+    ) -> None:
         self.length = 0
+        self._observe = observe
         self._spec = spec
         self._weights = weights
         self._cache = KeyValues(spec, kind)
@@ -69,7 +86,7 @@ class GgmlState:
             del self._graphs[single]  # its memory goes before the next one's comes
         if single not in self._graphs:
             self._graphs[single] = DecoderGraph(
-                self._spec, self._weights.pointers, self._cache, shape
+                self._spec, self._weights.pointers, self._cache, shape, self._observe
             )
         return self._graphs[single]
 
@@ -77,19 +94,35 @@ class GgmlState:
 class GgmlDecoder:
     """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Weights stay in the mapped file."""
 
-    def __init__(self, path: Path, spec: DecoderSpec, threads: int) -> None:
+    def __init__(
+        self, path: Path, spec: DecoderSpec, threads: int, max_resident: int | None = None
+    ) -> None:
+        """``max_resident``: bytes of experts that may be resident; none: as the system likes."""
         header = read_gguf(path)
         check_decoder(header, spec)
         check_decoder_tensors(header, spec)
         self._spec, self._threads = spec, threads
-        self._weights: MappedTensors | None = MappedTensors(header)
+        weights = MappedTensors(header)
+        self._weights: MappedTensors | None = weights
+        self._residency: ExpertResidency | None = None
+        if max_resident is not None:
+            self._residency = ExpertResidency(header, weights.content, spec, max_resident)
         self._rows: EmbeddingRows | None = EmbeddingRows(path, header.tensors["token_embd.weight"])
         exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
         self._kind = "F32" if exact else "F16"
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self._residency.brought_in if self._residency else None
+
     def new_state(self) -> GgmlState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return GgmlState(self._spec, still_open(self._weights), self._kind, self._threads)
+        return self._observed_state(self._residency.use if self._residency else None)
+
+    def _observed_state(self, observe: Observe | None) -> GgmlState:
+        weights = still_open(self._weights)
+        return GgmlState(self._spec, weights, self._kind, self._threads, observe)
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -100,9 +133,25 @@ class GgmlDecoder:
         count = len(embeds) if all_logits else 1
         return in_chunks(partial(self._append, state), embeds, count)
 
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. What the graph itself chose."""
+        if self._spec.experts is None:
+            raise no_experts()
+        found: dict[int, list[NDArray[np.int32]]] = {}
+
+        def note(layer: int, chosen: NDArray[np.int32]) -> None:
+            found.setdefault(layer, []).append(chosen.copy())
+
+        self.prefill(self._observed_state(note), embeds, all_logits=True)
+        return {layer: np.concatenate(chunks) for layer, chunks in found.items()}
+
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         in_chunks(partial(self._append, state), embeds, 0)
+
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self.prefill(state, embeds, all_logits=True)
 
     def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
         """Appends a chunk; logits of its last ``count`` positions. A graph makes one at least."""

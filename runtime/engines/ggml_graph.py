@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from mobilevlm.runtime.engines import Float32
-from mobilevlm.runtime.engines.ggml_layers import GraphShape, Inputs, KeyValues, Layers
+from mobilevlm.runtime.engines.ggml_layers import GraphShape, Inputs, KeyValues, Layers, Observe
 from mobilevlm.runtime.engines.ggml_native import (
     Context,
     Processor,
@@ -37,6 +37,7 @@ class DecoderGraph:
         weights: Mapping[str, TensorPointer],
         cache: KeyValues,
         shape: GraphShape,
+        observe: Observe | None = None,
     ) -> None:
         native, nodes = ggml(), (spec.num_hidden_layers + 1) * _NODES_PER_LAYER
         self.shape = shape
@@ -51,7 +52,9 @@ class DecoderGraph:
         inputs = {name: self._context.tensor(_DTYPES[name][0], *sizes[name]) for name in sizes}
         for tensor in inputs.values():
             native.set_input(tensor)
-        layers = Layers(spec, weights, cache, shape, Inputs(**inputs), self._context, self._graph)
+        layers = Layers(
+            spec, weights, cache, shape, Inputs(**inputs), self._context, self._graph, observe
+        )
         logits = layers.logits()
         native.set_output(logits)
         native.build_forward_expand(self._graph, logits)

@@ -3,10 +3,12 @@ tensors to be. Hidden states are ``(length, hidden_size)``."""
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,6 +82,11 @@ class Inputs:
     """``(length, visible)``, float16: 0, or −∞ where a position is not seen"""
 
 
+Observe: TypeAlias = Callable[[int, NDArray[np.int32]], None]
+"""Is told of each sparse layer which experts were chosen ``(length, top_k)``, best first, before
+they are used; the array is valid during the call."""
+
+
 @dataclass(frozen=True)
 class Layers:
     """What the layers of one graph are made of and in."""
@@ -92,6 +99,7 @@ class Layers:
     inputs: Inputs
     context: Context
     graph: int
+    observe: Observe | None = None
 
     def logits(self) -> TensorPointer:
         """``(outputs, vocab_size)``, from the embeddings."""
@@ -148,10 +156,34 @@ class Layers:
         )  # fmt: skip
 
     def _mlp_or_experts(self, layer: int, states: TensorPointer) -> TensorPointer:
-        if self.spec.num_experts(layer):
-            return self._experts(layer, states)
-        readers = [self._linear(f"blk.{layer}.ffn_{part}", states) for part in self._readers]
-        return self._linear(f"blk.{layer}.ffn_down", self._activated(readers))
+        experts = self.spec.experts
+        if experts is None or not self.spec.num_experts(layer):
+            return self._mlp(layer, states)
+        made = self._experts(layer, states)
+        return self._with_residual(layer, states, made) if experts.use_residual else made
+
+    def _mlp(self, layer: int, states: TensorPointer, ending: str = "") -> TensorPointer:
+        prefix = f"blk.{layer}.ffn"
+        readers = [self._linear(f"{prefix}_{part}{ending}", states) for part in self._readers]
+        return self._linear(f"{prefix}_down{ending}", self._activated(readers))
+
+    def _with_residual(
+        self, layer: int, states: TensorPointer, made: TensorPointer
+    ) -> TensorPointer:
+        """What the experts made and the dense MLP beside them, by a softmax of two."""
+        apply = self.context.apply
+        length = self._length_of(layer)
+        shares = apply("soft_max", self._linear(f"blk.{layer}.ffn_gate_inp_shexp", states))
+        sparse, dense = (
+            apply("view_2d", shares, 1, length, 2 * _FLOAT, part * _FLOAT) for part in (0, 1)
+        )
+        beside = self._mlp(layer, states, "_shexp")
+        return apply("add", apply("mul", made, sparse), apply("mul", beside, dense))
+
+    def _length_of(self, layer: int) -> int:
+        """Positions that pass a layer's MLP."""
+        last = layer == self.spec.num_hidden_layers - 1
+        return self.shape.outputs if last else self.shape.length
 
     @property
     def _readers(self) -> tuple[str, ...]:
@@ -163,10 +195,11 @@ class Layers:
         apply, experts = self.context.apply, self.spec.experts
         assert experts is not None
         prefix, count, top_k = f"blk.{layer}.ffn", self.spec.num_experts(layer), experts.top_k
-        last = layer == self.spec.num_hidden_layers - 1
-        length = self.shape.outputs if last else self.shape.length
+        length = self._length_of(layer)
         probabilities = apply("soft_max", self._linear(f"{prefix}_gate_inp", states))
         chosen = apply("argsort_top_k", probabilities, top_k)  # (length, top_k)
+        if self.observe is not None:
+            chosen = self._observed(layer, chosen, length)
         table = apply("reshape_3d", probabilities, 1, count, length)
         shares = apply("get_rows", table, chosen)  # (length, top_k, 1)
         if experts.renormalize:
@@ -188,6 +221,18 @@ class Layers:
         for part in parts[1:]:
             total = apply("add", total, part)
         return total
+
+    def _observed(self, layer: int, chosen: TensorPointer, length: int) -> TensorPointer:
+        """``chosen`` is the beginning of each row of a sorted ``(length, experts)``."""
+        assert self.observe is not None and self.spec.experts is not None
+        observe, count = self.observe, self.spec.num_experts(layer)
+        top_k = self.spec.experts.top_k
+
+        def show(address: int) -> None:
+            rows = (ctypes.c_int32 * (length * count)).from_address(address)
+            observe(layer, np.ctypeslib.as_array(rows).reshape(length, count)[:, :top_k])
+
+        return self.context.shown(chosen, show)
 
     def _activated(self, read: list[TensorPointer]) -> TensorPointer:
         """The inner state of an MLP, of what its gate and up layers, or its one layer, made."""

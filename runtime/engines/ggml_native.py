@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import weakref
+from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, TypeAlias
@@ -77,6 +78,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "reshape_3d": (_pointer, _pointer, _pointer, _wide, _wide, _wide),
     "view_2d": (_pointer, _pointer, _pointer, _wide, _wide, _size, _size),
     "view_3d": (_pointer, _pointer, _pointer, _wide, _wide, _wide, _size, _size, _size),
+    "map_custom1_inplace": (_pointer, _pointer, _pointer, _pointer, _int, _pointer),
     # graphs
     "graph_overhead_custom": (_size, _size, ctypes.c_bool),
     "new_graph_custom": (_pointer, _pointer, _size, ctypes.c_bool),
@@ -121,6 +123,10 @@ def ggml() -> Any:
     return found
 
 
+_Shown = ctypes.CFUNCTYPE(None, _pointer, _pointer, _int, _int, _pointer)
+"""``ggml_custom1_op_t``: result, operand, number of this thread, threads, nothing of ours"""
+
+
 class Context:
     """A ggml_context: descriptions of tensors and graphs; what they hold lies elsewhere."""
 
@@ -130,6 +136,7 @@ class Context:
         size = tensors * native.tensor_overhead()
         size += native.graph_overhead_custom(graph_nodes, False) if graph_nodes else 0
         self.pointer = native.init(_InitParams(size, None, True))
+        self._callbacks: list[Any] = []
         if not self.pointer:
             raise out_of_memory("a graph")
         weakref.finalize(self, native.free, self.pointer)
@@ -143,6 +150,18 @@ class Context:
         """The result to be of an operation, named without ``ggml_``."""
         result: TensorPointer = getattr(ggml(), operation)(self.pointer, *operands)
         return result
+
+    def shown(self, tensor: TensorPointer, show: Callable[[int], None]) -> TensorPointer:
+        """The tensor itself; once it is computed, and before anything is made of the result,
+        ``show`` is given the address of its values."""
+
+        def call(_: int, operand: TensorPointer, thread: int, *__: Any) -> None:
+            if thread == 0:  # all call, whatever number of tasks is asked for
+                show(ggml().get_data(operand))
+
+        callback = _Shown(call)
+        self._callbacks.append(callback)
+        return self.apply("map_custom1_inplace", tensor, ctypes.cast(callback, _pointer), 1, None)
 
 
 class Memory:
@@ -169,7 +188,8 @@ class MappedTensors:
     def __init__(self, header: GgufFile) -> None:
         """``header``: checked; sizes that do not fit each other end the process later on."""
         with header.path.open("rb") as file:
-            self._memory = Memory(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._memory = Memory(self.content)
         self._context = Context(len(header.tensors))
         self.pointers: dict[str, TensorPointer] = {}
         for tensor in header.tensors.values():

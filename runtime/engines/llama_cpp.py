@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
+from mobilevlm.plan import PREFILL_CHUNK
 from mobilevlm.runtime.engines import (
-    PREFILL_CHUNK,
     DecoderState,
+    ExpertChoices,
     Float32,
     Segment,
     in_chunks,
+    no_experts,
     still_open,
 )
 from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
@@ -126,6 +128,11 @@ class LlamaDecoder:
         """What an image encoder needs to know its decoder."""
         return still_open(self._model)
 
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
+        return None
+
     def new_state(self) -> LlamaState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return LlamaState(self.model, self._spec.context_length, self._exact, self._threads)
@@ -139,9 +146,17 @@ class LlamaDecoder:
         count = len(embeds) if all_logits else 1
         return in_chunks(partial(self._append, state), embeds, count)
 
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. llama.cpp runs dense ones only."""
+        raise no_experts()
+
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         in_chunks(partial(self._append, state), embeds, 0)
+
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self.prefill(state, embeds, all_logits=True)
 
     def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
         """Appends a chunk; logits of its last ``count`` positions."""

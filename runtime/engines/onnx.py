@@ -1,11 +1,17 @@
-"""ONNX Runtime for both stages, on the CPU."""
+"""ONNX Runtime for both stages, on the CPU.
+
+The decoder may have a second graph for prompts, with other weights and the same keys and values:
+which of the two computes a piece of a prompt depends on the length of that piece alone.
+"""
 
 from __future__ import annotations
 
+import copy
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,15 +20,29 @@ from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError
-from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks, still_open
+from mobilevlm.plan import Plan
+from mobilevlm.runtime.engines import (
+    DecoderState,
+    ExpertChoices,
+    Float32,
+    Segment,
+    in_chunks,
+    no_experts,
+    still_open,
+)
+from mobilevlm.runtime.engines.mapped_pages import give_back
 from mobilevlm.spec import DecoderSpec
 
 _NO_WORDS = (0,)
 """An instruction where none is needed: the tower's features do not depend on it."""
 
 
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A session on an ONNX file.
+def open_session(
+    path: Path, threads: int, spinning: bool = True, packed: bool = True
+) -> ort.InferenceSession:
+    """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
+    copied in the order that kernels like best, else they are used where they lie in the mapped
+    file.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -30,21 +50,32 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    if not packed:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
     # bits the graph asks for, to 8 once more: 13 times the error. 1 is float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds, none of them public
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"{path}: onnxruntime cannot load it: {reason:.200}") from None
+    if packed:
+        give_back(weights_path(path))
+    return session
+
+
+def weights_path(path: Path) -> Path:
+    """Where the weights of an ONNX file lie."""
+    return path.with_name(f"{path.name}_data")
 
 
 class OnnxVision:
     """The vision stage: tower and projector in one graph."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        session = open_session(path, threads)
+    def __init__(self, path: Path, threads: int, spinning: bool = True) -> None:
+        session = open_session(path, threads, spinning)
         self._reads_text = len(session.get_inputs()) > 1
         self._session: ort.InferenceSession | None = session
 
@@ -123,7 +154,8 @@ class OnnxState:
 
 
 class OnnxDecoder:
-    """The decoder stage; embedding rows are read from a mapped file."""
+    """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
+    second graph that computes pieces of prompts from ``plan.prefill_from`` positions on."""
 
     def __init__(
         self,
@@ -131,12 +163,19 @@ class OnnxDecoder:
         table: Path,
         embeddings: EmbeddingTable,
         spec: DecoderSpec,
-        threads: int,
+        plan: Plan,
+        prompts: Path | None = None,
         encoder: Path | None = None,
     ) -> None:
-        self._spec = spec
-        self._encoder = None if encoder is None else open_session(encoder, threads)
-        self._session: ort.InferenceSession | None = open_session(path, threads)
+        self._spec, self._plan = spec, plan
+        threads, spinning = plan.threads_of("decoder"), plan.spinning
+        self._session: ort.InferenceSession | None = open_session(path, threads, spinning)
+        self._encoder = None if encoder is None else open_session(encoder, threads, spinning)
+        self._prompts: ort.InferenceSession | None = None
+        self._prompt_weights = prompts and weights_path(prompts)
+        if prompts is not None:
+            packed = plan.prefill_weights == "packed"
+            self._prompts = open_session(prompts, threads, spinning, packed)
         mapped = np.memmap(
             table,
             dtype=embeddings.dtype,
@@ -145,6 +184,18 @@ class OnnxDecoder:
             shape=(embeddings.rows, embeddings.columns),
         )
         self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing that takes a tenth
+
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
+        return None
+
+    def planned(self, plan: Plan) -> OnnxDecoder:
+        """The same weights, with the plan's pieces and chunks of prompts. Its other settings are
+        those that the weights were read with."""
+        other = copy.copy(self)
+        other._plan = plan
+        return other
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -169,25 +220,85 @@ class OnnxDecoder:
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         count = len(embeds) if all_logits else 1
-        return in_chunks(partial(self._append, state), embeds, count)
+        return self._append(state, embeds, count, self._prompt_session(len(embeds)))
 
     def extend(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        in_chunks(partial(self._append, state), embeds, 0)
+        self._append(state, embeds, 0, self._prompt_session(len(embeds)))
 
-    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
-        """Appends a chunk; logits of its last ``count`` positions."""
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self._append(state, embeds, len(embeds), still_open(self._session))
+
+    def _prompt_session(self, length: int) -> ort.InferenceSession:
+        """What computes a piece of a prompt with so many positions."""
+        if self._prompts is not None and length >= self._plan.prefill_from:
+            return self._prompts
+        return still_open(self._session)
+
+    def _append(
+        self, state: DecoderState, embeds: Float32, count: int, session: ort.InferenceSession
+    ) -> Float32:
+        """Appends positions; logits of the last ``count``."""
+        append = partial(self._append_chunk, state, session)
+        logits = in_chunks(append, embeds, count, self._plan.prefill_chunk)
+        if session is self._prompts and self._plan.prefill_weights == "released":
+            assert self._prompt_weights is not None
+            give_back(self._prompt_weights)
+        return logits
+
+    def _append_chunk(
+        self,
+        state: DecoderState,
+        session: ort.InferenceSession,
+        embeds: Float32,
+        count: int,
+        also: Mapping[str, Float32] = MappingProxyType({}),
+    ) -> Float32:
+        """Appends a chunk; logits of its last ``count`` positions. ``also``: further outputs, to be
+        filled."""
         assert isinstance(state, OnnxState)
-        session = still_open(self._session)
         chunk = np.ascontiguousarray(embeds[None])
         positions = np.arange(len(embeds) - count, len(embeds))
         logits = np.empty((1, count, self._spec.vocab_size), np.float32)
         binding = state.bind(session, chunk, positions, logits)
+        for name, values in also.items():
+            _bind_output(binding, name, values)
         state.total_length[0] = state.length + len(embeds)
         session.run_with_iobinding(binding)
         state.length += len(embeds)
         result: Float32 = logits[0]
         return result
+
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. By the routers' logits: the
+        operator for all experts keeps its choice to itself."""
+        experts = self._spec.experts
+        if experts is None:
+            raise no_experts()
+        names = {f"router_logits.{layer}": layer for layer in experts.layers}
+        if not {output.name for output in still_open(self._session).get_outputs()}.issuperset(
+            names
+        ):
+            raise BundleError(
+                "an earlier version made this decoder, which does not say what its routers decide: "
+                "export the bundle again"
+            )
+        state, length = self.new_state(), len(embeds)
+        logits = {
+            name: np.empty((1, length, self._spec.num_experts(layer)), np.float32)
+            for name, layer in names.items()
+        }
+        session, chunk = self._prompt_session(length), self._plan.prefill_chunk
+        for start in range(0, length, chunk):
+            end = min(start + chunk, length)
+            also = {name: values[:, start:end] for name, values in logits.items()}
+            # Of all positions, since the last layer only has those whose logits are asked for.
+            self._append_chunk(state, session, embeds[start:end], end - start, also)
+        return {
+            layer: np.argsort(-logits[name][0], axis=-1, kind="stable")[:, : experts.top_k]
+            for name, layer in names.items()
+        }
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -217,7 +328,7 @@ class OnnxDecoder:
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._session = self._table = self._encoder = None
+        self._session = self._prompts = self._table = self._encoder = None
 
 
 def _lazy_zeros(shape: tuple[int, ...]) -> Float32:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import BundleError, PrecisionWarning
-from mobilevlm.plan import stage_formats
+from mobilevlm.plan import Plan, stage_formats
 from mobilevlm.runtime.engines import DecoderEngine, Segment, VisionEngine
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import ModelSpec
@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from mobilevlm.runtime.engines.llama_native import NativeModel
 
 
-def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngine, DecoderEngine]:
-    """Opens both stages. ``engine``: one that the bundle has artifacts for. An ONNX vision stage is
+def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine, DecoderEngine]:
+    """Opens both stages. ``engine``: one that the bundle has artifacts for, whatever the plan says
+    about it. An ONNX vision stage is
     opened beside the decoder: onnxruntime reorders weights on one thread per session, and that is
     most of a load.
 
@@ -37,22 +38,23 @@ def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngin
     vision, decoder = (
         bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")
     )
+    threads = plan.threads_of("vision")
     if engine == "gguf":
-        language = _llama_decoder(bundle, decoder, threads)
+        language = _llama_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, language.model, threads), language
     if formats["vision"] == "gguf":
         from mobilevlm.runtime.engines.stand_in import stand_in
 
-        own = _ggml_decoder(bundle, decoder, threads)
+        own = _ggml_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
-    openers: dict[str, Callable[[Bundle, Path, int], DecoderEngine]] = {
+    openers: dict[str, Callable[[Bundle, Path, Plan], DecoderEngine]] = {
         "onnx": onnx_decoder,
         "hybrid": _llama_decoder,
         "ggml": _ggml_decoder,
     }
     with ThreadPoolExecutor(1) as beside:
-        opened = beside.submit(_onnx_vision, vision, threads)
-        language_stage = openers[engine](bundle, decoder, threads)
+        opened = beside.submit(_onnx_vision, vision, plan)
+        language_stage = openers[engine](bundle, decoder, plan)
         return opened.result(), language_stage
 
 
@@ -78,25 +80,27 @@ def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) 
     return MtmdVision(path, spec, model, threads)
 
 
-def _onnx_vision(path: Path, threads: int) -> VisionEngine:
+def _onnx_vision(path: Path, plan: Plan) -> VisionEngine:
     from mobilevlm.runtime.engines.onnx import OnnxVision
 
-    return OnnxVision(path, threads)
+    return OnnxVision(path, plan.threads_of("vision"), plan.spinning)
 
 
-def _llama_decoder(bundle: Bundle, path: Path, threads: int) -> LlamaDecoder:
+def _llama_decoder(bundle: Bundle, path: Path, plan: Plan) -> LlamaDecoder:
     from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
 
-    return LlamaDecoder(path, bundle.manifest.spec.decoder, threads)
+    return LlamaDecoder(path, bundle.manifest.spec.decoder, plan.threads_of("decoder"))
 
 
-def _ggml_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
+def _ggml_decoder(bundle: Bundle, path: Path, plan: Plan) -> DecoderEngine:
     from mobilevlm.runtime.engines.ggml import GgmlDecoder
 
-    return GgmlDecoder(path, bundle.manifest.spec.decoder, threads)
+    limit = None if plan.max_resident_mb is None else int(plan.max_resident_mb * 1e6)
+    threads = plan.threads_of("decoder")
+    return GgmlDecoder(path, bundle.manifest.spec.decoder, threads, limit)
 
 
-def onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
+def onnx_decoder(bundle: Bundle, path: Path, plan: Plan) -> DecoderEngine:
     """Opens the decoder stage from an ONNX file of the bundle."""
     from mobilevlm.runtime.engines.onnx import OnnxDecoder
 
@@ -106,7 +110,10 @@ def onnx_decoder(bundle: Bundle, path: Path, threads: int) -> DecoderEngine:
     encoder = None
     if spec.decoder.encoder_layers:
         encoder = bundle.path(bundle.artifact("encoder", "onnx").path)
-    return OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, threads, encoder)
+    prompts = None
+    if "prefill" in stage_formats(bundle, "onnx"):
+        prompts = bundle.path(bundle.artifact("prefill", "onnx").path)
+    return OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, plan, prompts, encoder)
 
 
 def stored_system_prompt(bundle: Bundle) -> Segment | None:

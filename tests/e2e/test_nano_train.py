@@ -16,7 +16,6 @@ import torch
 from mobilevlm.errors import CheckpointError
 from mobilevlm.nano.answering import answer_questions
 from mobilevlm.nano.drawing import render
-from mobilevlm.nano.model import NanoModel
 from mobilevlm.nano.packed_attention import attention_mask, packing
 from mobilevlm.nano.packing import make_batch, normalized
 from mobilevlm.nano.preference import (
@@ -28,7 +27,6 @@ from mobilevlm.nano.preference import (
 )
 from mobilevlm.nano.questions import questions
 from mobilevlm.nano.recipes import RECIPES, SIZES, Recipe
-from mobilevlm.nano.routing import routing
 from mobilevlm.nano.saving import load_checkpoint, save_checkpoint
 from mobilevlm.nano.scenes import sample_scene
 from mobilevlm.nano.tokenizer import NanoTokenizer, train_tokenizer
@@ -191,14 +189,6 @@ def test_preferences_move_the_model_towards_the_true_answers(
     first = records[0]["loss"] - records[0]["language"]
     last = records[-1]["loss"] - records[-1]["language"]
     assert first == pytest.approx(0.6931, abs=1e-3) and last < 0.6
-
-
-def test_routing_shares_add_up(tokenizer: NanoTokenizer) -> None:
-    model = NanoModel(dataclasses.replace(CONFIG, num_experts=4, moe_layers=(0,)))
-    batch = make_batch(small("moe", 1), tokenizer, CONFIG.visual_tokens, 0, 0)
-    (layer,) = routing(model, batch)
-    assert layer.layer == 0 and len(layer.visual) == 4
-    assert sum(layer.visual) == pytest.approx(1) and sum(layer.text) == pytest.approx(1)
 
 
 def test_saved_weights_answer_the_same(tmp_path: Path, tokenizer: NanoTokenizer) -> None:

@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from unit.test_tokenizer import seeded_strings
 
 import mobilevlm
-from mobilevlm.export.gguf.decoder import write_decoder
+from mobilevlm.export.gguf.decoder import decoder_tensors, write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
-from mobilevlm.export.gguf.tensors import TYPES
+from mobilevlm.export.gguf.tensors import TYPES, convert
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.progress import ignore
@@ -144,6 +144,26 @@ def test_the_files_run_in_llama_cpp_python_without_our_code(fixture: Fixture, fi
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Model:
     return llama.wide_model(tmp_path_factory.mktemp("wide") / "wide")
+
+
+@pytest.mark.parametrize("rows_of", [256, 64])
+@pytest.mark.parametrize("kind", ["q4_k_m", "q5_k_m", "q6_k"])
+def test_k_quants_mixed_here_are_those_of_llama_cpp_byte_for_byte(
+    mobilevlm_v2: Fixture, tmp_path: Path, kind: GGUFType, rows_of: int
+) -> None:
+    """Ours are for architectures that llama.cpp does not know. Nine layers meet every rule."""
+    model = mobilevlm_v2.model
+    if rows_of == 256:
+        model = llama.wide_model(tmp_path / "wide", layers=9)
+    path = tmp_path / "theirs.gguf"
+    write_decoder(model, kind, path, ignore)
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    for ours in decoder_tensors(model.weights, model.spec.decoder, kind, ignore):
+        found = theirs[ours.name]
+        assert found.tensor_type.name.lower() == ours.stored, ours.name
+        [read] = ours.read
+        data = np.ascontiguousarray(convert(read(), ours.stored)[0])
+        assert np.array_equal(data.view(np.uint8).ravel(), found.data.view(np.uint8).ravel())
 
 
 @pytest.mark.parametrize(

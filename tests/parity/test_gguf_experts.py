@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
 import numpy as np
 import pytest
-from conftest import MOE_FIXTURES, Fixture, fixture_named, relative_error
+import torch
+from conftest import MOE_FIXTURES, Fixture, fixture_named, memory_weights, relative_error
 from numpy.typing import NDArray
 
 import mobilevlm
+from mobilevlm.builtin import checkpoint_path
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.source import open_gguf
-from mobilevlm.families import Model
+from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.gguf_model import model_spec
 from mobilevlm.gguf_names import decoder_entries
-from mobilevlm.gguf_spec import bytes_per_token
+from mobilevlm.gguf_spec import bytes_per_token, decoder_spec
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.progress import ignore
+from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines.ggml import GgmlDecoder
 from mobilevlm.spec import GGUFType
@@ -180,28 +184,82 @@ def test_a_token_reads_two_of_four_experts(sparse: Fixture, written: Written, bu
     assert open_bundle(bundle).artifact("decoder", "gguf").bytes_per_token == needed
 
 
+def test_a_dense_mlp_beside_the_experts_equals_the_reference(
+    sparse: Fixture, tmp_path: Path
+) -> None:
+    """DeepSpeed's Residual-MoE, which no fixture has; random weights, MLPs of all three kinds."""
+    decoder = sparse.model.spec.decoder
+    assert decoder.experts is not None
+    experts = replace(decoder.experts, use_residual=True)
+    spec = replace(sparse.model.spec, decoder=replace(decoder, experts=experts))
+    with torch.device("meta"):
+        shapes = {name: tuple(x.shape) for name, x in ReferenceModel(spec).named_parameters()}
+    model = replace(sparse.model, spec=spec, weights=memory_weights(shapes, tmp_path / "weights"))
+    path = tmp_path / "decoder.gguf"
+    write_decoder(model, "f32", path, ignore)
+    header = read_gguf(path)
+    assert decoder_spec(header).experts == experts
+    shared = [name for name in header.tensors if "_shexp" in name and name.startswith("blk.2.")]
+    readers, maker = decoder.mlp_linears
+    per_linear = 2 if decoder.mlp_bias else 1
+    assert len(shared) == 2 + per_linear * len((*readers, maker))
+    engine = GgmlDecoder(path, spec.decoder, 1)
+    embeds = np.random.default_rng(0).standard_normal((40, decoder.hidden_size), np.float32)
+    state = engine.new_state()
+    found = engine.prefill(state, embeds, all_logits=True)
+    with torch.no_grad():
+        expected = load_reference(model).logits(torch.from_numpy(embeds)).numpy()
+    assert relative_error(found, expected) <= EXACT
+    state.length = 39
+    one = engine.prefill(state, embeds[39:])
+    assert relative_error(one, expected[39:]) <= EXACT
+
+
 # Relative error of a position's logits to those of the same, dequantized weights in float32: that
 # of the best tenth, since rounding makes some tokens choose another expert, which those behind them
 # see. ggml rounds activations to the type of the weights, for q8_0 and q4_0 to 8 bits.
-ROUNDED: dict[GGUFType, float] = {"f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2, "q4_0": 5e-2}
+ROUNDED: dict[GGUFType, float] = {
+    "f16": 2e-3,
+    "bf16": 2e-2,
+    "q8_0": 5e-2,
+    "q4_0": 5e-2,
+    "q4_k_m": 5e-2,
+}
 
 
-@pytest.mark.parametrize("kind", ROUNDED)
-def test_stored_types_compute_what_they_store(
-    sparse: Fixture, written: Written, kind: GGUFType, tmp_path: Path
-) -> None:
-    spec = sparse.model.spec.decoder
-    embeds = sparse.arrays["inputs_embeds"][0]
+def rounding_error(model: Model, path: Path, embeds: NDArray[np.float32]) -> float:
+    """Of a position's logits, as said above."""
+    spec = model.spec.decoder
 
     def logits(path: Path) -> NDArray[np.float32]:
         decoder = GgmlDecoder(path, spec, 1)
         return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
 
-    mmproj = tmp_path / "mmproj.gguf"
-    write_mmproj(sparse.model, "f32", mmproj, ignore)
-    stored: Model = open_gguf(written(kind), mmproj)
-    assert set(stored.weights) == set(sparse.model.weights)
-    restored = tmp_path / "restored.gguf"
-    write_decoder(stored, "f32", restored, ignore)
-    pairs = zip(logits(written(kind)), logits(restored), strict=True)
-    assert np.quantile([relative_error(*pair) for pair in pairs], 0.1) <= ROUNDED[kind]
+    mmproj, restored = path.with_name("mmproj.gguf"), path.with_name("restored.gguf")
+    write_mmproj(model, "f32", mmproj, ignore)
+    stored = open_gguf(path, mmproj).weights
+    assert set(stored) == set(model.weights)
+    write_decoder(replace(model, weights=stored), "f32", restored, ignore)
+    pairs = zip(logits(path), logits(restored), strict=True)
+    return float(np.quantile([relative_error(*pair) for pair in pairs], 0.1))
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_stored_types_compute_what_they_store(
+    sparse: Fixture, written: Written, kind: GGUFType
+) -> None:
+    embeds = sparse.arrays["inputs_embeds"][0]
+    assert rounding_error(sparse.model, written(kind), embeds) <= ROUNDED[kind]
+
+
+@pytest.mark.parametrize("kind", ["q4_k_m", "q5_k_m", "q6_k"])
+def test_k_quants_of_experts_compute_what_they_store(kind: GGUFType, tmp_path: Path) -> None:
+    """In rows of 256 and 512; those of the reference data have 64 and 96."""
+    model = open_checkpoint(checkpoint_path(Path("nano-moe")), OpenOptions())
+    path = tmp_path / "decoder.gguf"
+    write_decoder(model, kind, path, ignore)
+    types = {name: tensor.type for name, tensor in read_gguf(path).tensors.items()}
+    assert types["blk.0.ffn_gate_exps.weight"] == f"{kind[:4].upper()}"
+    assert types["output.weight"] == "Q6_K"
+    embeds = np.random.default_rng(0).standard_normal((48, 256), np.float32)
+    assert rounding_error(model, path, embeds) <= ROUNDED["q8_0"]

@@ -91,7 +91,7 @@ def test_a_chain_with_a_gap_is_not_taken() -> None:
 # Answers
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4"])
+@pytest.fixture(scope="module", params=["fp32", "int8", "int4", "fast"])
 def bundle(request: pytest.FixtureRequest, bundle_of: BundleOf) -> Path:
     return bundle_of("tiny", request.param)
 

@@ -16,7 +16,6 @@ from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
 from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.errors import CheckpointError, MobileVLMError
-from mobilevlm.export.activations import expert_usage
 from mobilevlm.export.calibrated import calibrate
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.graph.author import author_decoder
@@ -108,14 +107,6 @@ def test_rows_of_a_fused_tensor_are_cut_where_query_key_and_value_meet() -> None
 SAMPLES = [Sample("What is this?", "A house.", ()), Sample("And this?", "", ())]
 
 
-@pytest.mark.parametrize("name", MOE_FIXTURES)
-def test_usage_counts_every_choice_once(name: str) -> None:
-    usage = expert_usage(fixture_named(name).model, SAMPLES)
-    assert list(usage) == [0, 2]
-    for shares in usage.values():
-        assert len(shares) == 4 and sum(shares) == pytest.approx(1)
-
-
 def formats(**changes: Any) -> Recipe:
     layers = LinearFormat("q4", **changes)
     return replace(RECIPES["int4"], decoder=layers, lm_head=layers)
@@ -194,15 +185,16 @@ def test_a_gated_gelu_needs_the_plain_form(stablelm: Fixture, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", MOE_FIXTURES)
-def test_what_llama_cpp_would_have_to_make_is_refused_before_any_work(
+def test_importance_matrices_are_refused_before_any_work(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fixture = fixture_named(name)
     given = [fixture.checkpoint, "--vision-tower", fixture.tower, "-o"]
-    for wanted in (["--gguf-type", "q4_k_m"], ["--gguf-type", "q4_0", "--calibration", "scenes"]):
-        said = refusal(capsys, "export", *given, tmp_path / "b", "--format", "gguf", *wanted)
-        assert "does not know the architecture moe-llava-" in said
-        assert "choose --gguf-type f32" in said
+    for kind in ("q4_k_m", "q4_0"):
+        wanted = ["--format", "gguf", "--gguf-type", kind, "--calibration", "scenes"]
+        said = refusal(capsys, "export", *given, tmp_path / "b", *wanted)
+        assert "importance matrices are for llama.cpp's architectures, this decoder's" in said
+        assert "leave --imatrix and --calibration out" in said
     said = refusal(capsys, "imatrix", *given, tmp_path / "matrix.gguf")
     assert "importance matrices are for llama.cpp's architectures" in said
     assert list(tmp_path.iterdir()) == []
@@ -212,14 +204,11 @@ def test_what_llama_cpp_would_have_to_make_is_refused_before_any_work(
     ("changes", "message"),
     [
         ({"experts": None}, "knows no architecture for this decoder"),
-        ({"experts": {"use_residual": True}}, "a dense MLP beside its experts"),
         ({"norm": "rms"}, "only for a plain Llama and for sparse experts in"),
     ],
 )
 def test_decoders_without_an_architecture_are_named(changes: dict[str, Any], message: str) -> None:
     spec = fixture_named("moe_llava_phi2").model.spec.decoder
-    if isinstance(changes.get("experts"), dict):
-        changes = {"experts": replace(spec.experts, **changes["experts"])}
     with pytest.raises(MobileVLMError, match=message):
         gguf_architecture(replace(spec, **changes))
 

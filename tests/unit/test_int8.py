@@ -25,6 +25,7 @@ from mobilevlm.export.graph.dialects import CPU
 from mobilevlm.export.quantize import gptq, hqq, rtn
 from mobilevlm.export.quantize.blocks import INT8, Scheme, dequantize, signed_columns
 from mobilevlm.export.recipes import LinearFormat
+from mobilevlm.plan import Plan
 from mobilevlm.runtime import machine
 from mobilevlm.runtime.engines.opening import open_engines
 
@@ -188,7 +189,7 @@ def test_loading_warns_where_other_bits_fit_the_machine(
     monkeypatch.setattr("mobilevlm.runtime.engines.opening.int8_weight_bits", lambda: best)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for engine in open_engines(with_bits(bundle, stored), "onnx", 1):
+        for engine in open_engines(with_bits(bundle, stored), "onnx", Plan()):
             engine.close()
     ours = [str(item.message) for item in caught if item.category is PrecisionWarning]
     assert ours == ([f"{bundle.folder}: {message}"] if message else [])

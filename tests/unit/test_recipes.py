@@ -27,8 +27,8 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_the_four_named_recipes_are_there() -> None:
-    assert list(RECIPES) == ["fp32", "fp16-weights", "int8", "int4"]
+def test_the_named_recipes_are_there() -> None:
+    assert list(RECIPES) == ["fp32", "fp16-weights", "int8", "int4", "fast"]
     assert all(find_recipe(name) is recipe for name, recipe in RECIPES.items())
 
 
@@ -139,5 +139,18 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(MobileVLMError) as caught:
         find_recipe("int5")
     assert str(caught.value) == (
-        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int4, or a .toml file"
+        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int4, fast, or a .toml file"
     )
+
+
+def test_a_file_may_ask_for_a_graph_for_prompts(tmp_path: Path) -> None:
+    path = written(tmp_path, 'prefill = "int8"\n' + MINE)
+    recipe = find_recipe(path)
+    assert recipe.prefill == LinearFormat("int8") and recipe.has_int8
+    settled = recipe.with_weight_bits(8, auto_only=True)
+    assert settled.prefill == LinearFormat("int8", weight_bits=8)
+    prompts = settled.for_prefill()
+    assert prompts.decoder == prompts.lm_head == settled.prefill
+    assert (prompts.tower, prompts.projector) == (settled.tower, settled.projector)
+    with pytest.raises(MobileVLMError, match=r"prefill\.precision: qdq8 is for the tower"):
+        find_recipe(written(tmp_path, 'prefill = "qdq8"\n' + MINE))

@@ -12,7 +12,6 @@ from conftest import Fixture
 
 from mobilevlm.errors import MobileVLMError, QualityError
 from mobilevlm.export.calibration import Sample
-from mobilevlm.export.layer_formats import stored_bytes
 from mobilevlm.export.mixed_recipe import check_target
 from mobilevlm.export.recipe_file import recipe_text
 from mobilevlm.export.recipes import RECIPES, Limits, LinearFormat, find_recipe
@@ -42,14 +41,14 @@ def test_a_budget_is_met_and_used(found_for: Callable[[Goal], Found]) -> None:
     """What is left is less than the largest step of a layer from one format to the next."""
     found = found_for(Goal(bits_per_weight=5.0))
     step = max(
-        abs(stored_bytes(a, group) - stored_bytes(b, group))
-        for group in found.groups
+        abs(unit.stored_bytes(a) - unit.stored_bytes(b))
+        for unit in found.units
         for a, b in pairwise(FORMATS)
     )
-    weights = sum(group.size for group in found.groups)
+    weights = sum(unit.size for unit in found.units)
     assert 5.0 - 8 * step / weights < found.bits_per_weight <= 5.0
     assert found.allocation.size == sum(
-        stored_bytes(found.layers[group.name], group) for group in found.groups
+        unit.stored_bytes(found.layers[unit.name]) for unit in found.units
     )
     assert len(set(found.layers.values())) > 1
 
@@ -100,6 +99,7 @@ def test_a_recipe_comes_back_from_its_text(tmp_path: Path) -> None:
         decoder=LinearFormat("q4", "gptq", "awq", 64, False),
         limits=Limits(0.1, 1e-7),
         layers={"decoder.lm_head": LinearFormat("q8", "hqq"), '*.a"b': LinearFormat("fp16")},
+        experts="plain",
         calibration=str(tmp_path / "samples.jsonl"),
         gguf="q4_k_m",
         gguf_imatrix=str(folder / "matrix.gguf"),

@@ -59,6 +59,9 @@ class CountedDecoder:
         self.prefills.append(len(embeds))
         self.engine.extend(state, embeds)
 
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        return self.engine.answer(state, embeds)
+
     def step(self, state: DecoderState, token: int) -> Float32:
         return self.engine.step(state, token)
 

@@ -149,6 +149,9 @@ def test_too_small_a_disk_is_named_before_anything_is_written(
         # StableLM-2 1.6B has 1,644,515,328; three more MLPs of 3 x 2048 x 5632 and a router of
         # 4 x 2048 in each of twelve layers.
         ("moe_llava_stablelm_1.6b_4e", 1_644_515_328 + 12 * (3 * 3 * 2048 * 5632 + 4 * 2048)),
+        # What a token uses of that: one more MLP in twelve layers, less the routers and what Llama
+        # has not: 3 x 2048 biases of q, k, v and 2 x 2048 of norms in 24 layers, 2048 of the last.
+        ("llava_2b", 1_644_515_328 + 12 * 3 * 2048 * 5632 - 24 * 5 * 2048 - 2048),
     ],
 )
 def test_big_configurations_have_the_published_number_of_parameters(

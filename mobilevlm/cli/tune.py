@@ -1,0 +1,83 @@
+"""``mobilevlm tune``."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mobilevlm import progress
+from mobilevlm.cli import show_json
+from mobilevlm.plan import ENGINE_CHOICES
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.plan_file import TunedPlan
+
+
+def _seconds(context: Any, option: Any, value: str) -> float:
+    """``60s`` or ``2m`` as seconds."""
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m)?", value)
+    if number is None or float(number[1]) <= 0:
+        raise click.BadParameter(f"{value!r}: expected a time, as in 60s or 2m")
+    return float(number[1]) * (60 if number[2] == "m" else 1)
+
+
+@click.command("tune", epilog="\b\nExample:\n  mobilevlm tune bundle/ --budget 2m")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--budget",
+    callback=_seconds,
+    default="60s",
+    show_default=True,
+    metavar="TIME",
+    help="How long to measure; what has begun is finished.",
+)
+@click.option(
+    "--engine",
+    type=click.Choice(ENGINE_CHOICES),
+    default="auto",
+    show_default=True,
+    help="Measure this one only.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def command(bundle: Path, budget: float, engine: str, as_json: bool) -> None:
+    """Find the fastest settings for BUNDLE on this machine and keep them in its plan.json.
+
+    run, chat, bench and eval use them from then on; their options win, --no-plan does without.
+    """  # fmt: skip
+    progress.enable()
+    from mobilevlm.runtime.tune import tune_bundle
+    from mobilevlm.spec import to_dict
+
+    with progress.track_share("tuning") as show:
+        tuned, path = tune_bundle(bundle, budget, engine, show)
+    if as_json:
+        show_json(to_dict(tuned))
+        return
+    show_plan(tuned)
+    print(f"written to {path}")
+
+
+def show_plan(tuned: TunedPlan) -> None:
+    """What was chosen, and the measurements behind it."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD)
+    for column, justify in (("question", "left"), ("candidate", "left"), ("ms", "right"),
+                            ("", "left")):  # fmt: skip
+        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    last = ""
+    for item in tuned.candidates:
+        question = "" if item.question == last else item.question
+        last = item.question
+        mark = "chosen" if item.chosen else ""
+        table.add_row(question, item.label, f"{1e3 * item.seconds:.1f}", mark)
+    Console().print(table)
+    for plan in tuned.plans:
+        print(plan.describe())
+    spent = f"{tuned.spent_seconds:.0f} s of {tuned.budget_seconds:.0f} s"
+    print(spent if tuned.complete else f"{spent}: the budget did not suffice for all questions")

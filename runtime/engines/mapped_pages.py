@@ -1,0 +1,49 @@
+"""Resident pages of mapped weight files: given back when a session has read what it needs.
+
+onnxruntime maps a file's weights and copies most of them in its kernels' order. What it read stays
+resident though nothing reads it again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+_DONTNEED = 4
+"""MADV_DONTNEED of Linux"""
+_HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+) *(.*)")
+_SMAPS = Path("/proc/self/smaps")
+
+
+def give_back(path: Path) -> int:
+    """Takes a mapped file's pages out of this process; the next access brings them back from the
+    system's cache. Mappings that were written to are left alone. Returns the bytes of address space
+    that it concerned (0 where the system has no such thing)."""
+    if not _SMAPS.is_file() or not path.is_file():
+        return 0
+    inode, total = path.stat().st_ino, 0
+    try:
+        advise = ctypes.CDLL(None).madvise
+        spans = list(_untouched(inode, path.name))
+    except (OSError, AttributeError):
+        return 0
+    for start, end in spans:
+        if advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED) == 0:
+            total += end - start
+    return total
+
+
+def _untouched(inode: int, name: str) -> Iterator[tuple[int, int]]:
+    """Spans of the file's mappings that hold no page of their own."""
+    span = None
+    for line in _SMAPS.read_text(encoding="utf-8", errors="replace").splitlines():
+        header = _HEADER.fullmatch(line)
+        if header is not None:
+            ours = int(header[3]) == inode and header[4].endswith(name)
+            span = (int(header[1], 16), int(header[2], 16)) if ours else None
+        elif span is not None and line.startswith("Anonymous:"):
+            if int(line.split()[1]) == 0:
+                yield span
+            span = None

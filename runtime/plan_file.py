@@ -1,0 +1,185 @@
+"""What ``tune`` measured on this kind of processor, in a file beside the bundle's manifest.
+
+The file belongs to devices, not to the bundle: it may hold several processors, and the manifest
+does not know it. Whatever is wrong with it, the bundle runs without.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from mobilevlm.bundle import Bundle
+from mobilevlm.errors import MobileVLMError, PlanWarning
+from mobilevlm.plan import ENGINES, Plan, choose_engine
+from mobilevlm.runtime.drafting import MAX_DRAFT_TOKENS
+from mobilevlm.runtime.machine import installed_extras, processor_key
+from mobilevlm.spec import from_dict, to_dict
+
+PLAN = "plan.json"
+SCHEMA_VERSION = 1
+MOST_THREADS = 1024
+
+PlanChoice: TypeAlias = Literal["auto", "none"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Settings that were tried for one question."""
+
+    question: str
+    """What was to be chosen: ``onnx: decoder threads`` …"""
+    label: str
+    """The settings, in words."""
+    seconds: float
+    """Median of what was timed; lower is better."""
+    runs: int
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """What was chosen for one processor."""
+
+    bundle: str
+    """Digest of the manifest that it was measured on."""
+    plans: tuple[Plan, ...]
+    """One for each engine that was measured, the fastest first."""
+    candidates: tuple[Candidate, ...]
+    budget_seconds: float
+    spent_seconds: float
+    complete: bool
+    """Whether the budget sufficed for all questions."""
+
+
+def settle_plan(
+    bundle: Bundle,
+    engine: str,
+    threads: int | None,
+    plan: Plan | PlanChoice,
+    max_resident_mb: float | None = None,
+) -> Plan:
+    """The plan that the bundle will run by, its engine settled: ``engine``, ``threads`` and
+    ``max_resident_mb``, where they say something, win over it.
+
+    Raises:
+        BundleError: the bundle has no artifacts for the engine.
+    """
+    if isinstance(plan, Plan):
+        found = plan
+        engine = plan.engine if engine == "auto" else engine
+    else:
+        tuned = read_plan(bundle) if plan == "auto" else None
+        found = (tuned and _plan_for(tuned, engine)) or Plan()
+        engine = found.engine if engine == "auto" else engine
+    settled = dataclasses.replace(found, engine=choose_engine(bundle, engine))
+    if threads is not None:
+        settled = dataclasses.replace(settled, vision_threads=threads, decoder_threads=threads)
+    if max_resident_mb is not None:
+        settled = dataclasses.replace(settled, max_resident_mb=max_resident_mb)
+    return settled
+
+
+def read_plan(bundle: Bundle) -> TunedPlan | None:
+    """What was measured of this bundle on this kind of processor. None where nothing was; what
+    cannot be read or was measured of another bundle is passed over with a warning."""
+    path = bundle.path(PLAN)
+    entries = _read_entries(path)
+    if entries is None:
+        return None
+    key = processor_key()
+    if key not in entries:
+        return None
+    try:
+        found = from_dict(TunedPlan, entries[key], f"{path}: {key}")
+        for plan in found.plans:
+            _check(plan, str(path))
+    except MobileVLMError as error:
+        _warn(f"{error}: not used: run 'mobilevlm tune {bundle.folder}' again")
+        return None
+    if found.bundle != bundle.digest:
+        _warn(
+            f"{path}: measured on another export of this bundle: not used: run 'mobilevlm tune "
+            f"{bundle.folder}' again"
+        )
+        return None
+    return found
+
+
+def write_plan(bundle: Bundle, tuned: TunedPlan) -> Path:
+    """Puts the plan into the file, beside those of other processors, in one rename.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = bundle.path(PLAN)
+    processors = dict(_read_entries(path) or {})
+    processors[processor_key()] = to_dict(tuned)
+    data = {"schema_version": SCHEMA_VERSION, "processors": processors}
+    text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+    handle, draft = tempfile.mkstemp(dir=bundle.folder, prefix=f".{PLAN}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(draft).chmod(0o644)
+        Path(draft).replace(path)
+    except BaseException:
+        Path(draft).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def _read_entries(path: Path) -> dict[str, Any] | None:
+    """By processor. None where there is no file, or none that can be read."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, RecursionError):
+        _warn(f"{path}: damaged plan: not used: delete it, or run 'mobilevlm tune' again")
+        return None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION or not isinstance(data.get("processors"), dict):
+        _warn(f"{path}: no plan of this program's version: not used: delete it, or tune again")
+        return None
+    processors: dict[str, Any] = data["processors"]
+    return processors
+
+
+def _plan_for(tuned: TunedPlan, engine: str) -> Plan | None:
+    """That of the engine; of ``auto`` the fastest whose packages are still there."""
+    lacks_llama = bool(installed_extras()["gguf"])
+    for plan in tuned.plans:
+        runs = plan.engine == "onnx" or not lacks_llama
+        if engine == plan.engine or (engine == "auto" and runs):
+            return plan
+    return None
+
+
+def _check(plan: Plan, where: str) -> None:
+    """Raises MobileVLMError: a value that no engine could work with."""
+    ranges = {
+        "vision_threads": (0, MOST_THREADS),
+        "decoder_threads": (0, MOST_THREADS),
+        "prefill_chunk": (1, 1 << 20),
+        "prefill_from": (1, 1 << 20),
+        "draft_tokens": (0, MAX_DRAFT_TOKENS),
+    }
+    for name, (least, most) in ranges.items():
+        value = getattr(plan, name)
+        if value is not None and not least <= value <= most:
+            raise MobileVLMError(f"{where}: {name} is {value}, expected {least} to {most}")
+    if plan.engine not in ENGINES:
+        raise MobileVLMError(f"{where}: engine {plan.engine!r} is not known")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PlanWarning, stacklevel=4)

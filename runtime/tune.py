@@ -1,0 +1,76 @@
+"""``mobilevlm tune``: measures a bundle on this machine and keeps what was chosen beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+
+from mobilevlm.builtin import bundle_path
+from mobilevlm.bundle import Bundle, open_bundle
+from mobilevlm.errors import BundleError, MissingExtraError
+from mobilevlm.plan import ENGINES, choose_engine, default_threads, stage_formats
+from mobilevlm.runtime.machine import available_memory
+from mobilevlm.runtime.plan_file import TunedPlan, write_plan
+from mobilevlm.runtime.probe import EngineProbe
+from mobilevlm.runtime.tuning import DEFAULT_BUDGET, Budget, tune
+
+
+def tune_bundle(
+    bundle: str | PathLike[str],
+    budget_seconds: float = DEFAULT_BUDGET,
+    engine: str = "auto",
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[TunedPlan, Path]:
+    """Measures engines and settings (runtime/tuning.py) and writes the plan; the path of its file.
+    ``engine``: that one only; ``show`` hears ``(done, total)``.
+
+    Raises:
+        BundleError: no bundle there, damaged, or nothing in it that the engine can run.
+        MissingExtraError: what the only engine needs is not installed.
+        OSError: the bundle's folder cannot be written to.
+    """
+    ready = open_bundle(bundle_path(Path(bundle), engine))
+    engines = [engine] if engine != "auto" else _engines(ready)
+    for name in engines:
+        choose_engine(ready, name)
+    prompts = [name for name in engines if "prefill" in stage_formats(ready, name)]
+    probe = EngineProbe(ready)
+    budget = Budget(budget_seconds, advance=lambda share, what: show(int(100 * share), 100))
+    try:
+        tuned = tune(
+            probe,
+            budget,
+            ready.digest,
+            engines,
+            default_threads(),
+            prompts=prompts,
+            packing=bool(prompts) and _has_room(ready),
+        )
+    finally:
+        probe.close()
+    return tuned, write_plan(ready, tuned)
+
+
+def _engines(bundle: Bundle) -> list[str]:
+    """Those that can run the bundle here: ``auto`` means the first of them."""
+    found = [choose_engine(bundle, "auto")]
+    for name in ENGINES:
+        try:
+            choose_engine(bundle, name)
+            if name != "onnx":
+                from mobilevlm.runtime.engines.llama_native import llama_library
+
+                llama_library()
+        except (BundleError, MissingExtraError):
+            continue
+        if name not in found:
+            found.append(name)
+    return found
+
+
+def _has_room(bundle: Bundle) -> bool:
+    """Whether a copy of the weights of the graph for prompts takes less than half of the memory
+    that is free."""
+    files = bundle.artifact("prefill", "onnx").files
+    return 2 * sum(bundle.path(name).stat().st_size for name in files) < available_memory()

@@ -1,0 +1,117 @@
+"""Usage of experts by layer and modality: counted alike everywhere, drawn, written as a page."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
+from PIL import Image
+
+import mobilevlm
+from mobilevlm.export.calibration import Sample, sample_ids
+from mobilevlm.export.expert_maps import UsageMap, draw_usage, write_page
+from mobilevlm.export.expert_usage import LayerUsage, bundle_usage, checkpoint_usage, shares
+from mobilevlm.spec import IMAGE_TOKEN_ID
+
+
+def samples(fixture: Fixture) -> list[Sample]:
+    return [
+        Sample("What is this?", "A house.", (fixture.image,)),
+        Sample("<image> Or <image>?", "", (fixture.image, fixture.image)),
+        Sample("And what is that?", "", ()),
+    ]
+
+
+@pytest.mark.parametrize("name", MOE_FIXTURES)
+def test_every_choice_of_every_position_is_counted_in_its_modality(name: str) -> None:
+    fixture = fixture_named(name)
+    usage = checkpoint_usage(fixture.model, samples(fixture))
+    ids = [token for sample in samples(fixture) for token in sample_ids(fixture.model, sample)]
+    assert [layer.layer for layer in usage] == [0, 2]
+    for layer in usage:
+        assert len(layer.visual) == len(layer.text) == 4
+        assert sum(layer.visual) == 2 * 3 * fixture.model.spec.projector.num_tokens
+        assert sum(layer.text) == 2 * sum(token != IMAGE_TOKEN_ID for token in ids)
+        assert sum(layer.total) == sum(layer.visual) + sum(layer.text)
+
+
+def test_a_float_bundle_uses_the_experts_of_its_checkpoint(tmp_path: Path) -> None:
+    fixture = fixture_named("moe_llava_stablelm")
+    mobilevlm.export(
+        fixture.checkpoint, tmp_path / "b", recipe="fp32", vision_tower=fixture.tower, measure=False
+    )
+    with mobilevlm.load(tmp_path / "b", "onnx") as vlm:
+        found = bundle_usage(vlm, samples(fixture))
+    assert found == checkpoint_usage(fixture.model, samples(fixture))
+
+
+def test_shares_of_nothing_are_nothing() -> None:
+    assert shares((0, 0)) == (0.0, 0.0)
+    assert shares((1, 3)) == (0.25, 0.75)
+
+
+USAGE = UsageMap(
+    "a <model>",
+    "3 samples",
+    2,
+    (LayerUsage(0, (60, 20, 20), (5, 5, 0)), LayerUsage(7, (100, 0), (4, 6))),
+)
+"""The second layer has fewer experts."""
+
+
+def test_a_modality_that_was_not_seen_is_left_out() -> None:
+    assert [name for name, _ in USAGE.parts] == ["50 picture tokens", "5 text tokens"]
+    unseen = tuple(replace(layer, visual=(0,) * len(layer.visual)) for layer in USAGE.layers)
+    assert [name for name, _ in replace(USAGE, layers=unseen).parts] == ["5 text tokens"]
+
+
+def test_the_picture_is_darkest_where_the_share_is_largest(tmp_path: Path) -> None:
+    draw_usage(USAGE, tmp_path / "map.png")
+    with Image.open(tmp_path / "map.png") as image:
+        grey = image.convert("L")
+        assert min(image.size) > 200
+        assert grey.getextrema()[0] < 80
+
+
+def test_the_page_needs_no_other_file_and_runs_no_text(tmp_path: Path) -> None:
+    write_page(USAGE, tmp_path / "map.html")
+    page = (tmp_path / "map.html").read_text()
+    assert "a &lt;model&gt;" in page and "<model>" not in page
+    assert "http" not in page and "src=" not in page
+    assert page.count('title="layer 0, expert') == 9 and page.count('title="layer 7, expert') == 6
+    assert "layer 7, expert 0: 100.00%" in page
+    assert [path.name for path in tmp_path.iterdir()] == ["map.html"]
+
+
+def test_inspect_shows_experts_of_a_bundle(tmp_path: Path) -> None:
+    fixture = fixture_named("moe_llava_qwen")
+    mobilevlm.export(
+        fixture.checkpoint, tmp_path / "b", recipe="int4", vision_tower=fixture.tower, measure=False
+    )
+    lines = [{"image": str(fixture.image), "prompt": "What is this?", "answer": "A house."}]
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)))
+    done = run_program(
+        "inspect", tmp_path / "b", "--experts", "--data", data, "--json",
+        "--plot", tmp_path / "map.png", "--html", tmp_path / "map.html",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    tokens = fixture.model.spec.projector.num_tokens
+    assert [sum(layer["visual"]) for layer in found["layers"].values()] == [2 * tokens] * 2
+    assert (tmp_path / "map.png").stat().st_size > 5000
+    assert "recipe int4, engine onnx" in (tmp_path / "map.html").read_text()
+
+
+def test_what_has_no_experts_or_cannot_be_drawn_is_refused(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert "no experts" in refusal(capsys, "inspect", "nano", "--experts")
+    asked = ["inspect", "nano-moe"]
+    assert "go with --experts" in refusal(capsys, *asked, "--html", tmp_path / "map.html")
+    missing = tmp_path / "missing" / "map.html"
+    assert "no such folder" in refusal(capsys, *asked, "--experts", "--html", missing)
+    assert "ends with .png" in refusal(capsys, *asked, "--experts", "--plot", tmp_path / "map.x")

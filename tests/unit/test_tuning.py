@@ -1,0 +1,159 @@
+"""What is measured for a plan, and what is chosen: with times made up, on a clock made up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from mobilevlm.plan import PREFILL_FROM, Plan
+from mobilevlm.runtime.plan_file import TunedPlan
+from mobilevlm.runtime.tuning import (
+    LENGTHS,
+    ROUNDS,
+    Budget,
+    StageTimes,
+    draft_cost,
+    fastest,
+    prefill_from,
+    thread_counts,
+    tune,
+)
+
+
+@dataclass
+class Machine:
+    """A device: each measurement takes a second of its clock."""
+
+    vision: dict[int, float] = field(default_factory=lambda: {4: 1.0, 3: 1.1, 2: 1.5})
+    """Seconds by threads"""
+    step: dict[int, float] = field(default_factory=lambda: {4: 0.05, 3: 0.04, 2: 0.03})
+    hybrid: float = 2.0
+    """Time of that engine, in times of onnx"""
+    spinning_off: float = 1.2
+    packed: float = 0.9
+    now: float = 0.0
+    opened: list[Plan] = field(default_factory=list)
+
+    def stages(self, plan: Plan) -> StageTimes:
+        self.now += 1
+        self.opened.append(plan)
+        scale = self.hybrid if plan.engine == "hybrid" else 1.0
+        scale *= 1 if plan.spinning else self.spinning_off
+        prefill = 2 * (self.packed if plan.prefill_weights == "packed" else 1)
+        vision, step = self.vision[plan.vision_threads or 4], self.step[plan.decoder_threads or 4]
+        return StageTimes(scale * vision, scale * prefill, scale * step)
+
+    def pieces(self, plan: Plan, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
+        self.now += 1
+        return {length: (0.01 * length, 0.2 + 0.005 * length) for length in lengths}
+
+    def chunks(self, plan: Plan, sizes: Sequence[int]) -> dict[int, float]:
+        self.now += 1
+        return {size: 1 + abs(size - 256) / 256 for size in sizes}
+
+    def drafts(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
+        self.now += 1
+        return {count: 1 + 0.2 * count for count in counts}
+
+
+def tuned(machine: Machine, seconds: float = 100, **options: object) -> TunedPlan:
+    budget = Budget(seconds, lambda: machine.now)
+    engines = options.pop("engines", ["onnx"])
+    return tune(machine, budget, "digest", engines, 4, **options)  # type: ignore[arg-type]
+
+
+def test_each_stage_gets_the_threads_that_are_fastest_for_it() -> None:
+    found = tuned(Machine())
+    assert found.plans[0] == Plan("onnx", decoder_threads=2, prefill_chunk=256)
+    assert found.complete
+    chosen = {item.question: item.label for item in found.candidates if item.chosen}
+    assert chosen["onnx: vision threads"] == "4" and chosen["onnx: decoder threads"] == "2"
+    assert chosen["onnx: spinning"] == "on"
+    runs = {item.label: item.runs for item in found.candidates if "decoder" in item.question}
+    assert runs == {"4": ROUNDS + 1, "3": ROUNDS, "2": ROUNDS}
+
+
+def test_every_candidate_is_told_and_one_of_each_question_is_chosen() -> None:
+    found = tuned(Machine(), prompts=["onnx"], packing=True)
+    questions = {item.question for item in found.candidates}
+    assert len(questions) == 6 + len(LENGTHS)
+    for question in questions:
+        items = [item for item in found.candidates if item.question == question]
+        assert len(items) > (question != "engine") and sum(item.chosen for item in items) == 1
+
+
+def test_threads_that_wait_asleep_are_chosen_where_that_is_faster() -> None:
+    assert not tuned(Machine(spinning_off=0.8)).plans[0].spinning
+
+
+def test_the_engine_that_answers_a_question_first_comes_first() -> None:
+    names = ["onnx", "hybrid"]
+    assert [p.engine for p in tuned(Machine(hybrid=0.9), engines=names).plans] == ["hybrid", "onnx"]
+    assert [p.engine for p in tuned(Machine(hybrid=1.1), engines=names).plans] == names
+
+
+def test_an_engine_without_a_chance_is_measured_once() -> None:
+    machine = Machine(hybrid=1.6)
+    found = tuned(machine, engines=["onnx", "hybrid"])
+    assert [plan.engine for plan in machine.opened].count("hybrid") == 1
+    assert found.plans[1] == Plan("hybrid")
+
+
+def test_drafts_are_measured_only_where_they_are_exact() -> None:
+    found = tuned(Machine(hybrid=1.1), engines=["onnx", "hybrid"])
+    drafts = {plan.engine: plan.draft_tokens for plan in found.plans}
+    assert drafts["onnx"] is None
+    # Seconds per token: 1; 1.4 / 1.96; 1.8 / 2.3056; 2.6 / 2.4748.
+    assert drafts["hybrid"] == 2
+
+
+def test_the_graph_for_prompts_is_used_from_where_it_pays() -> None:
+    """By the times above from 40 positions on."""
+    found = tuned(Machine(), prompts=["onnx"]).plans[0]
+    assert (found.prefill_from, found.prefill_weights) == (48, "mapped")
+    found = tuned(Machine(), prompts=["onnx"], packing=True).plans[0]
+    assert found.prefill_weights == "packed"
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({8: (1, 2), 16: (2, 1), 24: (3, 2)}, 16),
+        ({8: (2, 1), 16: (1, 2), 24: (3, 2)}, 24),
+        ({8: (2, 1), 16: (3, 2)}, 8),
+        ({8: (1, 2), 16: (1, 2)}, 1 << 20),
+    ],
+)
+def test_no_longer_piece_loses_behind_the_threshold(
+    times: dict[int, tuple[float, float]], expected: int
+) -> None:
+    assert prefill_from(times) == expected
+
+
+def test_without_a_clear_gain_the_default_stays() -> None:
+    assert fastest({"default": [1.0, 1.0], "other": [0.98, 0.98]}) == "default"
+    assert fastest({"default": [1.0, 1.0], "other": [0.96, 0.96, 9]}) == "other"
+    assert fastest({"default": [2.0], "a": [1.5], "b": [1.2]}) == "b"
+    assert draft_cost(0, 1.0) == 1.0
+
+
+def test_processors_to_try() -> None:
+    assert [thread_counts(most) for most in (1, 2, 4, 8)] == [[1], [2, 1], [4, 3, 2], [8, 6, 4]]
+
+
+@pytest.mark.parametrize("seconds", range(1, 14))
+def test_a_small_budget_is_kept_and_told(seconds: int) -> None:
+    """What has begun is finished, so it may be passed by one measurement."""
+    machine = Machine()
+    found = tuned(machine, seconds, engines=["onnx", "hybrid"], prompts=["onnx"], packing=True)
+    assert machine.now <= seconds + 1
+    assert not found.complete
+    assert found.plans[0].engine == "onnx" and found.candidates
+
+
+def test_what_was_not_asked_keeps_its_default() -> None:
+    found = tuned(Machine(), 1, prompts=["onnx"])
+    assert found.plans == (replace(Plan("onnx"), prefill_from=PREFILL_FROM),)
+    assert not found.complete

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.export.recipes import PARTS, LinearFormat, Recipe
+from mobilevlm.export.recipes import PARTS, PREFILL, LinearFormat, Recipe
 
 
 def recipe_text(
@@ -19,6 +19,8 @@ def recipe_text(
     named from there. ``comments``: what stands behind an entry of ``layers``."""
     lines = [f"# {line}" if line else "" for line in header]
     lines += [f"{part} = {_format(getattr(recipe, part))}" for part in PARTS]
+    if recipe.prefill is not None:
+        lines.append(f"{PREFILL} = {_format(recipe.prefill)}")
     lines.append(f"embeddings = {json.dumps(recipe.embeddings)}")
     if recipe.experts != "fused":
         lines.append(f"experts = {_value(recipe.experts)}")

@@ -21,6 +21,8 @@ STEPS = 12
 LONG_PROMPT = 512
 ENOUGH, MOST_RUNS = 0.5, 7
 """Seconds, and runs, after which a median is taken."""
+LONG = 3.0
+"""Seconds of a first run that is not repeated."""
 NEVER = 1 << 20
 
 
@@ -139,15 +141,16 @@ def _seconds(run: Callable[[], object]) -> float:
 
 
 def _in_turns(runs: Sequence[Callable[[], object]]) -> list[float]:
-    """Medians of runs one after the other; the first of each, which touches new memory, is left
-    out."""
+    """Medians of runs one after the other. The first of each, which touches new memory, is left
+    out, unless all of them took long."""
     samples: list[list[float]] = [[] for _ in runs]
     for turn in range(MOST_RUNS + 1):
         for run, seconds in zip(runs, samples, strict=True):
             start = time.perf_counter()
             run()
-            if turn:
-                seconds.append(time.perf_counter() - start)
-        if turn and sum(map(sum, samples)) > ENOUGH * len(runs):
+            seconds.append(time.perf_counter() - start)
+        if not turn and min(map(sum, samples)) < LONG:
+            samples = [[] for _ in runs]
+        elif sum(map(sum, samples)) > ENOUGH * len(runs):
             break
     return [median(seconds) for seconds in samples]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.recipe_file import recipe_text
 from mobilevlm.export.recipes import RECIPES, Limits, LinearFormat, Recipe, find_recipe
 
 MINE = """\
@@ -154,3 +156,10 @@ def test_a_file_may_ask_for_a_graph_for_prompts(tmp_path: Path) -> None:
     assert (prompts.tower, prompts.projector) == (settled.tower, settled.projector)
     with pytest.raises(MobileVLMError, match=r"prefill\.precision: qdq8 is for the tower"):
         find_recipe(written(tmp_path, 'prefill = "qdq8"\n' + MINE))
+
+
+@pytest.mark.parametrize("name", ["int4", "fast"])
+def test_a_recipe_written_to_a_file_is_read_as_it_was(name: str, tmp_path: Path) -> None:
+    recipe = RECIPES[name]
+    found = find_recipe(written(tmp_path, recipe_text(recipe, tmp_path)))
+    assert found == replace(recipe, name="mine")

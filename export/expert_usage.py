@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +20,9 @@ from mobilevlm.runtime.engines import no_experts
 from mobilevlm.runtime.session import PromptChoices
 from mobilevlm.spec import IMAGE_TOKEN_ID, ExpertsSpec
 
-Counts = NDArray[np.int64]
+if TYPE_CHECKING:
+    from mobilevlm.reference import ReferenceModel
+    from mobilevlm.reference.experts import SparseMLP
 
 
 @dataclass(frozen=True)
@@ -97,22 +101,31 @@ def _reference_choices(model: Model, samples: Sequence[Sample]) -> Iterator[Prom
         raise require("torch", "reference", "running a checkpoint") from None
     reference = load_reference(model, streamed=True)
     for group in sample_groups(model, samples, POSITIONS):
-        found: dict[int, list[NDArray[np.int64]]] = {}
-
-        def note(layer: int, sparse: object, *_: object) -> None:
-            found.setdefault(layer, []).append(sparse.chosen.numpy())  # type: ignore[attr-defined]  # noqa: B023
-
         embeds = reference_embeds(model, reference, group)
-        hooks = [
-            sparse.register_forward_hook(partial(note, layer))
-            for layer, sparse in reference.decoder.sparse_layers.items()
-        ]
-        last_states(decoder_states(reference, embeds), embeds)
-        for hook in hooks:
-            hook.remove()
+        with _noted(reference) as found:
+            last_states(decoder_states(reference, embeds), embeds)
         for index, sample in enumerate(group):
             layers = {layer: chosen[index] for layer, chosen in found.items()}
             yield PromptChoices(layers, _visual_positions(model, sample))
+
+
+@contextmanager
+def _noted(reference: ReferenceModel) -> Iterator[dict[int, list[NDArray[np.int64]]]]:
+    """What each pass through a sparse layer chose ``(length, top_k)``, by layer."""
+    found: dict[int, list[NDArray[np.int64]]] = {}
+
+    def note(layer: int, sparse: SparseMLP, *_: object) -> None:
+        found.setdefault(layer, []).append(sparse.chosen.numpy())
+
+    hooks = [
+        sparse.register_forward_hook(partial(note, layer))
+        for layer, sparse in reference.decoder.sparse_layers.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _visual_positions(model: Model, sample: Sample) -> NDArray[np.bool_]:

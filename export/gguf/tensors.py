@@ -40,7 +40,8 @@ _K_TYPES: dict[TensorType, gguf.GGMLQuantizationType] = {
     "q5_k": gguf.GGMLQuantizationType.Q5_K,
     "q6_k": gguf.GGMLQuantizationType.Q6_K,
 }
-_STORED: dict[TensorType, gguf.GGMLQuantizationType] = {**TYPES, **_K_TYPES}
+_WRITTEN: dict[TensorType, gguf.GGMLQuantizationType] = dict(TYPES.items())
+_STORED = {**_WRITTEN, **_K_TYPES}
 _SMALLER_BLOCKS: dict[TensorType, TensorType] = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
 """What llama.cpp takes where rows do not divide into the 256 weights of a K-quant's block."""
 

@@ -27,7 +27,7 @@ from mobilevlm.bundle import (
 )
 from mobilevlm.conversation import system_ids
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
-from mobilevlm.export.jobs import JOBS, Job, tool_versions
+from mobilevlm.export.jobs import JOBS, Job, fixed_context, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.limits import check_limits, quality_error
 from mobilevlm.export.recipes import Recipe, WeightBits, find_recipe
@@ -82,7 +82,7 @@ def export(
     ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4`` or a TOML file. ``vision_tower``: the
     tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1``,
     ``llava_v1``, ``phi`` …, where the family's default is wrong. ``measure``: compare the result
-    with the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf`` or both;
+    with the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf``, ``npu`` or several;
     ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
     (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
@@ -107,6 +107,8 @@ def export(
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation)
     target = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
+    if "npu" in formats:
+        model = fixed_context(model, chosen)
     chosen = expand_layers(chosen, model.spec)
     jobs = [job for form in formats for job in JOBS[form](model, chosen)]
     with open_workspace(target) as work:
@@ -177,7 +179,7 @@ def _with_data(
     formats: Sequence[str],
 ) -> Recipe:
     """The recipe with these instead of its own."""
-    if calibration is not None and "onnx" in formats and recipe.is_calibrated:
+    if calibration is not None and set(formats) - {"gguf"} and recipe.is_calibrated:
         recipe = dataclasses.replace(recipe, calibration=str(calibration))
         if "gguf" not in formats and imatrix is None:
             return recipe

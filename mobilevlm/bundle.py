@@ -45,7 +45,7 @@ class Artifact:
     """One way to run a stage."""
 
     stage: Literal["vision", "embeddings", "decoder"]
-    format: Literal["onnx", "gguf"]
+    format: Literal["onnx", "gguf", "npu"]
     precision: str
     path: str
     """The file that an engine opens, relative to the bundle, with ``/``."""

@@ -14,10 +14,11 @@ ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
     "gguf": {"vision": ("gguf",), "decoder": ("gguf",)},
     "hybrid": {"vision": ("onnx",), "decoder": ("gguf",)},
     "ggml": {"vision": ("onnx", "gguf"), "decoder": ("gguf",)},
+    "npu": {"vision": ("npu",), "embeddings": ("npu",), "decoder": ("npu",)},
 }
 """For each engine the formats of the artifact that it runs, by stage; of several the first that is
 there. onnx: ONNX Runtime; gguf: llama.cpp; hybrid: ONNX Runtime feeds llama.cpp; ggml: our own
-graph of the decoder on the kernels of llama.cpp."""
+graph of the decoder on the kernels of llama.cpp; npu: graphs of fixed shapes in fixed point."""
 
 _LLAMA_CPP = ("gguf", "hybrid")
 """Engines whose decoder is llama.cpp's own."""

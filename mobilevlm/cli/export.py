@@ -38,7 +38,7 @@ Examples:
     default="int4",
     show_default=True,
     metavar="NAME|FILE.toml",
-    help="Precision: fp32, fp16-weights, int8, int4, or a recipe file.",
+    help="Precision: fp32, fp16-weights, int8, int4, for NPUs a16w8 or a8w8, or a recipe file.",
 )
 @goal_options
 @click.option(
@@ -50,10 +50,10 @@ Examples:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["onnx", "gguf", "all"]),
+    type=click.Choice(["onnx", "gguf", "all", "npu"]),
     default="onnx",
     show_default=True,
-    help="Artifacts to make: for ONNX Runtime, for llama.cpp, or both.",
+    help="Artifacts to make: for ONNX Runtime, for llama.cpp, both (all), or for NPUs.",
 )
 @click.option(
     "--gguf-type",
@@ -111,7 +111,7 @@ def command(
 ) -> None:
     """Turn a CHECKPOINT (folder of MobileVLM or LLaVA, or GGUF) into a bundle without torch."""
     progress.enable(not quiet)
-    from mobilevlm.export.pipeline import FORMATS, export
+    from mobilevlm.export.pipeline import export
     from mobilevlm.spec import to_dict
 
     if budget is not None or max_kl is not None:
@@ -136,7 +136,7 @@ def command(
         checkpoint,
         bundle,
         recipe=recipe,
-        formats=FORMATS if form == "all" else (form,),
+        formats=("onnx", "gguf") if form == "all" else (form,),
         vision_tower=vision_tower,
         conversation=conversation,
         measure=not no_measure,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks,
 from mobilevlm.spec import DecoderSpec
 
 
-def open_session(path: Path, threads: int) -> ort.InferenceSession:
-    """A session on an ONNX file.
+def open_session(
+    path: Path, threads: int, entries: Mapping[str, str] = {}
+) -> ort.InferenceSession:
+    """A session on an ONNX file. ``entries``: further settings of it, as onnxruntime names them.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -30,6 +32,8 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
     # bits the graph asks for, to 8 once more: 13 times the error. 1 is float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds, none of them public
@@ -40,8 +44,8 @@ def open_session(path: Path, threads: int) -> ort.InferenceSession:
 class OnnxVision:
     """The vision stage: tower and projector in one graph."""
 
-    def __init__(self, path: Path, threads: int) -> None:
-        self._session: ort.InferenceSession | None = open_session(path, threads)
+    def __init__(self, path: Path, threads: int, entries: Mapping[str, str] = {}) -> None:
+        self._session: ort.InferenceSession | None = open_session(path, threads, entries)
 
     def encode(self, pixels: NDArray[np.uint8]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
@@ -58,6 +62,18 @@ class OnnxVision:
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
         self._session = None
+
+
+def map_table(path: Path, embeddings: EmbeddingTable) -> NDArray[Any]:
+    """The embedding rows ``(rows, columns)`` in a file, mapped."""
+    mapped = np.memmap(
+        path,
+        dtype=embeddings.dtype,
+        mode="r",
+        offset=embeddings.offset,
+        shape=(embeddings.rows, embeddings.columns),
+    )
+    return mapped.view(np.ndarray)  # indexing that takes a tenth
 
 
 class OnnxState:
@@ -111,14 +127,7 @@ class OnnxDecoder:
     ) -> None:
         self._spec = spec
         self._session: ort.InferenceSession | None = open_session(path, threads)
-        mapped = np.memmap(
-            table,
-            dtype=embeddings.dtype,
-            mode="r",
-            offset=embeddings.offset,
-            shape=(embeddings.rows, embeddings.columns),
-        )
-        self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing that takes a tenth
+        self._table: NDArray[Any] | None = map_table(table, embeddings)
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -37,6 +37,8 @@ def open_engines(bundle: Bundle, engine: str, threads: int) -> tuple[VisionEngin
     vision, decoder = (
         bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")
     )
+    if engine == "npu":
+        return _npu_vision(vision, threads), _npu_decoder(bundle, threads)
     if engine == "gguf":
         language = _llama_decoder(bundle, decoder, threads)
         return _mtmd_vision(vision, spec, language.model, threads), language
@@ -70,6 +72,24 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
     )
     remedy = f"export it with --weight-bits {best}"
     warnings.warn(f"{bundle.folder}: {what}: {remedy}", PrecisionWarning, stacklevel=2)
+
+
+def _npu_vision(path: Path, threads: int) -> VisionEngine:
+    from mobilevlm.runtime.engines.npu import FIXED_POINT
+    from mobilevlm.runtime.engines.onnx import OnnxVision
+
+    return OnnxVision(path, threads, FIXED_POINT)
+
+
+def _npu_decoder(bundle: Bundle, threads: int) -> DecoderEngine:
+    from mobilevlm.runtime.engines.npu import NpuDecoder
+
+    spec, table = bundle.manifest.spec, bundle.manifest.embeddings
+    artifact = bundle.artifact("decoder", "npu")
+    if table is None or not artifact.data:
+        raise BundleError(f"{bundle.folder}: no embedding table or graph: export the bundle again")
+    chunks, tokens = bundle.path(artifact.path), bundle.path(artifact.data[0])
+    return NpuDecoder(chunks, tokens, bundle.path(table.path), table, spec.decoder, threads)
 
 
 def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> VisionEngine:

@@ -283,7 +283,7 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
             recipe.tower.precision,
             (vision, f"{vision}_data"),
             ("vision.", "projector."),
-            [*towers, to_dict(recipe.tower), digest],
+            [*towers, to_dict(recipe.tower), recipe.layer_norm, digest],
             write_vision,
         ),
         job(

@@ -21,7 +21,7 @@ from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.artifact_weights import weight_error
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.graph.author import author_vision, data_path
-from mobilevlm.export.graph.dialects import STANDARD
+from mobilevlm.export.graph.dialects import STANDARD, STATIC
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.linear_groups import linear_groups
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
@@ -81,9 +81,10 @@ def author_qdq(
     if not pictures:
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
     floats = replace(recipe, tower=FLOAT, projector=FLOAT)
+    dialect = STANDARD if recipe.layer_norm == "fused" else STATIC
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         source = Path(folder) / "float.onnx"
-        author_vision(weights, spec, floats, source, advance, hessian, dialect=STANDARD)
+        author_vision(weights, spec, floats, source, advance, hessian, dialect)
         with progress.track("calibration", len(pictures)) as seen, silent():
             inputs = _inputs(pictures, spec.image, seen)
             model = float_model(source)

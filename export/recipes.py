@@ -166,6 +166,9 @@ class Recipe:
     """Positions that a graph for NPUs takes of a prompt at once."""
     context_length: int = 1024
     """Positions that it has room for, where the model's own context is not shorter."""
+    layer_norm: Literal["fused", "centred"] = "fused"
+    """Layer norms of graphs for NPUs: one operator, or a root-mean-square norm of what is left when
+    the mean is taken away, for chips that lack the first."""
     calibration: str = "scenes"
     """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration.py)."""
     gguf: GGUFType | None = None

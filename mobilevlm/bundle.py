@@ -89,6 +89,17 @@ class SystemPrompt:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """The graphs of a stage as the compiler for a target's chip made them."""
+
+    stage: Literal["vision", "decoder"]
+    files: tuple[str, ...]
+    """ONNX files that refer to a binary, in the order of the artifact's graphs, then the binary"""
+    nodes: int
+    """Operators of the graphs; none of them is left to the processor."""
+
+
+@dataclass(frozen=True)
 class StageQuality:
     """Distance of an artifact from the float32 reference on the calibration pictures."""
 
@@ -118,6 +129,9 @@ class Manifest:
     files: dict[str, FileEntry]
     tools: dict[str, str]
     system_prompt: SystemPrompt | None = None
+    target: str | None = None
+    """What it was exported for and checked against"""
+    compiled: tuple[Compiled, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -236,7 +250,8 @@ def named_files(manifest: Manifest) -> list[str]:
     """Files that something in the manifest refers to."""
     singles = [part.path for part in (manifest.embeddings, manifest.system_prompt) if part]
     parts = [name for artifact in manifest.artifacts for name in artifact.files]
-    return [TOKENIZER, *singles, *parts]
+    binaries = [name for part in manifest.compiled for name in part.files]
+    return [TOKENIZER, *singles, *parts, *binaries]
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

@@ -22,6 +22,7 @@ EXTRAS = {
     "export": ("onnxscript", "onnx_ir", "safetensors", "sentencepiece", "google.protobuf"),
     "gguf": ("llama_cpp",),
     "reference": ("torch",),
+    "npu": ("onnxruntime_qnn",),
     "plots": ("matplotlib",),
 }
 

@@ -13,7 +13,7 @@ from onnxscript import GraphBuilder
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.decoder import DecoderStage
-from mobilevlm.export.graph.dialects import CPU, STATIC_DECODER, Dialect
+from mobilevlm.export.graph.dialects import CPU, STATIC, Dialect
 from mobilevlm.export.graph.layers import FLOAT
 from mobilevlm.export.graph.static_decoder import StaticDecoderStage
 from mobilevlm.export.graph.vision import VisionStage
@@ -139,7 +139,7 @@ def author_static_decoder(
             _output(builder, value, f"present.{index}.value", [1, heads, length, dim])
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
-    return _author("decoder", path, file, build, STATIC_DECODER)
+    return _author("decoder", path, file, build, STATIC)
 
 
 def author_embeddings(

@@ -63,5 +63,5 @@ def standard_quick_gelu(op: Any, x: Any) -> Any:
 CPU = Dialect({"": 20, CONTRIB: 1}, fused_attention, fused_quick_gelu)
 STANDARD = Dialect({"": 21}, standard_attention, standard_quick_gelu, pixel_offset=114)
 """Opset 21 is the first whose QuantizeLinear has 16 bits."""
-STATIC_DECODER = replace(STANDARD, opset_imports={"": 23})
+STATIC = replace(STANDARD, opset_imports={"": 23})
 """Opset 23 is the first with RMSNormalization."""

@@ -7,13 +7,13 @@ import dataclasses
 from mobilevlm import progress
 from mobilevlm.bundle import Compiled, Manifest
 from mobilevlm.errors import TargetError
-from mobilevlm.export.htp import check_compiler, compile_together
+from mobilevlm.export.htp import check_compiler, compile_graphs
 from mobilevlm.export.targets import Target
 from mobilevlm.export.workspace import Workspace
 from mobilevlm.runtime.memory import estimate_mb
 
 BINARY = "_qnn.bin"
-"""What the compiler adds to the name of the first graph."""
+"""What the compiler adds to the name of a graph."""
 
 
 def check_tools(target: Target) -> None:
@@ -23,7 +23,7 @@ def check_tools(target: Target) -> None:
 
 
 def compiled_for(target: Target, work: Workspace, draft: Manifest) -> Manifest:
-    """Adds the target, and what its compiler makes of the graphs (those of a stage share weights).
+    """Adds the target, and what its compiler makes of the graphs.
 
     Raises:
         TargetError: the compiler does not take all of them.
@@ -38,10 +38,11 @@ def compiled_for(target: Target, work: Workspace, draft: Manifest) -> Manifest:
             continue
         graphs = [work.path(name) for name in artifact.files if name.endswith(".onnx")]
         with progress.track("compiling", 1) as advance:
-            coverage = compile_together(graphs, work.path(folder), target.htp)
+            share = target.share_weights and len(graphs) > 1
+            coverage = compile_graphs(graphs, work.path(folder), target.htp, share)
             advance(1)
-        binary = f"{graphs[0].stem}{BINARY}"
-        files = tuple(f"{folder}/{name}" for name in (*(path.name for path in graphs), binary))
+        binaries = [f"{path.stem}{BINARY}" for path in graphs[: 1 if share else None]]
+        files = tuple(f"{folder}/{name}" for name in (*(path.name for path in graphs), *binaries))
         size = sum(work.path(name).stat().st_size for name in files)
         nodes = sum(item.nodes for item in coverage)
         made.append(Compiled(artifact.stage, files, nodes))

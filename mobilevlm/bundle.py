@@ -94,7 +94,7 @@ class Compiled:
 
     stage: Literal["vision", "decoder"]
     files: tuple[str, ...]
-    """ONNX files that refer to a binary, in the order of the artifact's graphs, then the binary"""
+    """ONNX files that refer to binaries, in the order of the artifact's graphs, then these"""
     nodes: int
     """Operators of the graphs; none of them is left to the processor."""
 

@@ -39,6 +39,9 @@ class Target:
     layer_norm: Literal["fused", "centred"] = "fused"
     htp: Chip | None = None
     """Chip to compile for"""
+    share_weights: bool = False
+    """Whether the binary of the decoder's graphs has their weights once. It is half as large then,
+    but the emulator cannot load it."""
 
     @property
     def verified(self) -> str:

@@ -94,7 +94,8 @@ def _model_lines(model: str, targets: list[str], folder: Path, questions: int) -
 
 def _accuracy(folder: Path, questions: int) -> float:
     with mobilevlm.load(folder) as vlm:
-        return evaluate_vlm(vlm, evaluation_set(questions), False, lambda *_: None)[0].overall.accuracy
+        result, _ = evaluate_vlm(vlm, evaluation_set(questions), False, lambda _: None)
+    return result.overall.accuracy
 
 
 def _cells(bundle: Bundle, artifact: Artifact, target: Target) -> list[str]:

@@ -75,7 +75,8 @@ def author_qdq_decoder(
         embeds = list(_embeds(model, samples, Path(folder)))
         longest = max(len(rows) for rows in embeds)
         with progress.track("calibration", len(embeds)) as seen, silent():
-            author_static_decoder(weights, spec, floats, source, ChunkShape(longest, 1))
+            whole = ChunkShape(longest, window=1, logits=longest)
+            author_static_decoder(weights, spec, floats, source, whole)
             inputs = _inputs(model, embeds, longest, seen)
             ranges = watch_ranges(source, layers.calibrator, float_model(source), inputs)
         made = []
@@ -111,7 +112,7 @@ def _embeds(model: Model, samples: Sequence[Sample], folder: Path) -> Iterator[F
                     rows += list(vision.encode(pixels))
                 else:
                     rows.append(table[token])
-            yield np.stack(rows[:LONGEST_SAMPLE])
+            yield np.stack(rows[: min(LONGEST_SAMPLE, spec.decoder.context_length)])
             advance(1)
     vision.close()
 
@@ -132,7 +133,7 @@ def _inputs(
             "attention_mask": causal_mask(length, 1, 0),
             "rotary_cos": cos[None, :length, None],
             "rotary_sin": sin[None, :length, None],
-            "logits_position": np.array([len(rows) - 1], np.int32),
+            "logits_position": np.arange(length, dtype=np.int32),
             **{
                 f"past_key_values.{index}.{kind}": past
                 for index in range(spec.num_hidden_layers)

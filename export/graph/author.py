@@ -37,6 +37,8 @@ class ChunkShape:
     """Positions that a run appends"""
     window: int
     """Earlier positions that it sees"""
+    logits: int = 1
+    """Positions whose logits it gives"""
 
 
 def author_vision(
@@ -124,7 +126,7 @@ def author_static_decoder(
         rotary = _input(builder, "rotary_cos", FLOAT, table), _input(
             builder, "rotary_sin", FLOAT, table
         )
-        position = _input(builder, "logits_position", ir.DataType.INT32, [1])
+        position = _input(builder, "logits_position", ir.DataType.INT32, [shape.logits])
         past = [
             (
                 _input(builder, f"past_key_values.{index}.key", FLOAT, [1, heads, window, dim]),
@@ -133,7 +135,7 @@ def author_static_decoder(
             for index in range(decoder.num_hidden_layers)
         ]
         logits, presents = stage(builder.op, embeds, mask, rotary, position, past)
-        _output(builder, logits, "logits", [1, 1, decoder.vocab_size])
+        _output(builder, logits, "logits", [1, shape.logits, decoder.vocab_size])
         for index, (key, value) in enumerate(presents):
             _output(builder, key, f"present.{index}.key", [1, heads, length, dim])
             _output(builder, value, f"present.{index}.value", [1, heads, length, dim])

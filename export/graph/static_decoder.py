@@ -16,8 +16,7 @@ from mobilevlm.spec import DecoderSpec
 
 
 class StaticDecoderStage(DecoderStage):
-    """``inputs_embeds (1, length, hidden_size)`` to ``logits (1, 1, vocab_size)`` of one position,
-    and the chunk's keys and values ``(1, num_key_value_heads, length, head_dim)``."""
+    """``inputs_embeds (1, length, hidden_size)`` to ``logits (1, positions, vocab_size)`` of some, and the chunk's keys and values ``(1, num_key_value_heads, length, head_dim)``."""
 
     has_tables = False
 
@@ -38,7 +37,7 @@ class StaticDecoderStage(DecoderStage):
         position: Any,
         past: list[tuple[Any, Any]],
     ) -> tuple[Any, list[tuple[Any, Any]]]:
-        """``position``: whose logits are wanted ``(1,)``. ``rotary``: cosine and signed sine, see
+        """``position``: whose logits are wanted ``(positions,)``. ``rotary``: cosine and signed sine, see
         :func:`rotated`."""
         residual, normed = embeds, self.input_norm(op, embeds)
         presents = []

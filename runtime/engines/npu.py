@@ -27,6 +27,7 @@ MASKED = -1e4
 """Added to logits of attention that do not count; the graph stops where its scales do."""
 
 
+_PAST = "past_key_values."
 FIXED_POINT = {"session.disable_quant_qdq": "1"}
 """Settings of a session that runs each operator of a fixed-point graph in float32, as on its own:
 ONNX Runtime's integer products would saturate (8-bit weights on AVX2), or round once more."""
@@ -49,15 +50,17 @@ def causal_mask(length: int, window: int, filled: int) -> Float32:
 
 
 class NpuState:
-    """Keys and values ``(1, num_key_value_heads, window, head_dim)`` per layer, 8-bit integers."""
+    """Keys and values ``(1, num_key_value_heads, window, head_dim)`` per layer, as the graphs take
+    them: 8-bit integers, or float32 where nothing is quantized."""
 
-    def __init__(self, spec: DecoderSpec, window: int) -> None:
+    def __init__(self, session: ort.InferenceSession) -> None:
         self.length = 0
-        shape = (1, spec.num_key_value_heads, window, spec.head_dim)
         self.buffers = {
-            f"{index}.{kind}": np.zeros(shape, np.uint8)
-            for index in range(spec.num_hidden_layers)
-            for kind in ("key", "value")
+            value.name.removeprefix(_PAST): np.zeros(
+                value.shape, np.uint8 if value.type == "tensor(uint8)" else np.float32
+            )
+            for value in session.get_inputs()
+            if value.name.startswith(_PAST)
         }
 
 
@@ -78,7 +81,6 @@ class NpuDecoder:
         spec: DecoderSpec,
         threads: int,
     ) -> None:
-        self._spec = spec
         self._chunks: ort.InferenceSession | None = open_session(chunks, threads, FIXED_POINT)
         self._tokens = open_session(tokens, threads, FIXED_POINT)
         self.chunk, self.window = _shape(self._chunks)
@@ -89,8 +91,7 @@ class NpuDecoder:
 
     def new_state(self) -> NpuState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        still_open(self._chunks)
-        return NpuState(self._spec, self.window)
+        return NpuState(still_open(self._chunks))
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -133,7 +134,7 @@ class NpuDecoder:
                 "rotary_cos": self._cos[None, positions, None],
                 "rotary_sin": self._sin[None, positions, None],
                 "logits_position": np.array([count - 1], np.int32),
-                **{f"past_key_values.{name}": part for name, part in state.buffers.items()},
+                **{f"{_PAST}{name}": part for name, part in state.buffers.items()},
             },
         )
         for buffer, present in zip(state.buffers.values(), presents, strict=True):
@@ -143,7 +144,7 @@ class NpuDecoder:
         return result
 
     def save(self, state: DecoderState, start: int) -> Segment:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``: uint8
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:
         ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
         assert isinstance(state, NpuState)
         data = np.stack([buffer[0, :, start : state.length] for buffer in state.buffers.values()])
@@ -165,4 +166,4 @@ class NpuDecoder:
 def _shape(session: ort.InferenceSession) -> tuple[int, int]:
     """Positions of a run, and of the window."""
     shapes = {value.name: value.shape for value in session.get_inputs()}
-    return shapes["inputs_embeds"][1], shapes["past_key_values.0.key"][2]
+    return shapes["inputs_embeds"][1], shapes[f"{_PAST}0.key"][2]

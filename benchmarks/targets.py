@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mobilevlm
+from mobilevlm import progress
 from mobilevlm.builtin import BUILT_IN, WEIGHTS
 from mobilevlm.bundle import Artifact, Bundle, Compiled, open_bundle
 from mobilevlm.export.calibration import held_out_samples
@@ -35,20 +36,24 @@ HEAD = """\
     mobilevlm targets
     mobilevlm export CHECKPOINT -o BUNDLE --target android-qnn-sm8650
 
-A target (export/targets/NAME.toml) settles recipe, kinds of artifacts, shapes and weight bits of an export, and
-what its result is checked against: the memory that it takes, and for an NPU that the vendor's compiler takes
-every operator. An export that fails a check leaves no bundle and ends with exit code 1 and one line.
+A target (export/targets/NAME.toml) settles recipe, kinds of artifacts, shapes and weight bits of
+an export, and what its result is checked against: the memory that it takes, and for an NPU that the
+vendor's compiler takes every operator. An export that fails a check leaves no bundle and ends with
+exit code 1 and one line.
+[npu.md](npu.md) tells about the NPU's graphs.
 
 """
 
 TABLE = """\
 ## What the exports gave
 
-Written by `python benchmarks/targets.py --output docs/targets.md`. Coverage: operators (QuantizeLinear and DequantizeLinear
-included) that the compiler took of those in the graphs. Emulator: relative error of its outputs against ONNX Runtime
-on the same graph, on a scene that calibration has not seen; of the decoder, the logits after the first chunk of
-{chunk} positions and of one token more. Accuracy: share of {questions} questions about drawn scenes that are answered
-right on this machine's processor (of the NPU targets, by the same fixed-point graphs), and in float32.
+Written by `python benchmarks/targets.py --output docs/targets.md`. Coverage: operators
+(QuantizeLinear and DequantizeLinear included) that the compiler took of those in the graphs.
+Emulator: relative error of its outputs against ONNX Runtime on the same graph, on a scene that
+calibration has not seen; of the decoder, the logits after the first chunk of {chunk} positions and
+of one token more. Accuracy: share of {questions} questions about drawn scenes that are answered
+right on this machine's processor (of the NPU targets, by the same fixed-point graphs), and in
+float32. A dash: the export proves the memory only.
 
 | model | target | stage | artifact | MB | coverage | compiled in | emulator | accuracy | float32 |
 |---|---|---|---|---|---|---|---|---|---|
@@ -63,14 +68,14 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", default=target_names())
     parser.add_argument("--models", nargs="*", default=list(BUILT_IN))
     given = parser.parse_args()
-    lines = []
+    lines: list[str] = []
+    progress.enable()
     with tempfile.TemporaryDirectory() as folder:
         for model in given.models:
             lines += _model_lines(model, given.targets, Path(folder), given.questions)
     text = TABLE.format(chunk=find_target(given.targets[0]).chunk_length, questions=given.questions)
     about = f"\nMachine: {platform.system()} {platform.machine()}.\n"
-    notes = (Path(__file__).parent / "targets_notes.md").read_text(encoding="utf-8")
-    given.output.write_text(HEAD + notes + "\n" + text + "\n".join(lines) + "\n" + about)
+    given.output.write_text(HEAD + text + "\n".join(lines) + "\n" + about, encoding="utf-8")
 
 
 def _model_lines(model: str, targets: list[str], folder: Path, questions: int) -> Iterator[str]:

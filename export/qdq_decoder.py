@@ -19,7 +19,6 @@ from mobilevlm.export.graph.author import (
     ChunkShape,
     author_static_decoder,
     author_vision,
-    data_path,
 )
 from mobilevlm.export.linear_groups import linear_groups
 from mobilevlm.export.qdq import (
@@ -40,8 +39,8 @@ from mobilevlm.export.written import Written
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.progress import Advance
-from mobilevlm.runtime.engines.onnx import OnnxVision
 from mobilevlm.runtime.engines.npu import MASKED, causal_mask, signed_tables
+from mobilevlm.runtime.engines.onnx import OnnxVision
 from mobilevlm.runtime.machine import default_threads
 from mobilevlm.spec import IMAGE_TOKEN_ID
 
@@ -49,6 +48,8 @@ _INLINE_BYTES = 1024
 """Smaller tensors are kept inside the .onnx files."""
 _HEADROOM = 16.0
 """Logits of attention, in nats: how far below all others a masked one stays. exp(-16) is 1e-7."""
+_SHARE = {"rmin": np.float32(0), "rmax": np.float32(1)}
+"""Range of probabilities."""
 LONGEST_SAMPLE = 512
 """Positions of a sample that calibrate; what is longer is cut."""
 
@@ -163,7 +164,11 @@ def _overrides(model: Any, ranges: Any, layers: LinearFormat) -> Overrides:
         past = output.name.replace("present", "past_key_values")
         found[name] = [{"quant_type": wide, **reach(name)}]
         if wide != narrow:
-            convert: dict[str, Any] = {"quant_type": narrow, "recv_nodes": {reader.name}, **reach(name)}
+            convert: dict[str, Any] = {
+                "quant_type": narrow,
+                "recv_nodes": {reader.name},
+                **reach(name),
+            }
             found[name][0]["convert"] = convert
         joined = next(node for node in model.graph.node if past in node.input)
         for state in (past, *joined.output):
@@ -172,6 +177,10 @@ def _overrides(model: Any, ranges: Any, layers: LinearFormat) -> Overrides:
             found[output.name] = [{"quant_type": narrow, **reach(name)}]
     lowest = 0.0
     for node in model.graph.node:
+        if node.op_type == "GreaterOrEqual":  # experts are chosen: what is equal must stay equal
+            found |= {name: [{"quant_type": wide, **_SHARE}] for name in node.input}
+        if node.op_type == "Where":
+            found[node.output[0]] = [{"quant_type": wide, **_SHARE}]
         if "attention_mask" in node.input:
             scores = reach(node.input[0])
             floor = scores["rmin"] - np.float32(_HEADROOM)

@@ -123,8 +123,9 @@ def author_static_decoder(
         embeds = _input(builder, "inputs_embeds", FLOAT, [1, length, decoder.hidden_size])
         mask = _input(builder, "attention_mask", FLOAT, [1, 1, length, window + length])
         table: Shape = [1, length, 1, decoder.rotary_channels]
-        rotary = _input(builder, "rotary_cos", FLOAT, table), _input(
-            builder, "rotary_sin", FLOAT, table
+        rotary = (
+            _input(builder, "rotary_cos", FLOAT, table),
+            _input(builder, "rotary_sin", FLOAT, table),
         )
         position = _input(builder, "logits_position", ir.DataType.INT32, [shape.logits])
         past = [

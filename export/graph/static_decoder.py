@@ -16,7 +16,8 @@ from mobilevlm.spec import DecoderSpec
 
 
 class StaticDecoderStage(DecoderStage):
-    """``inputs_embeds (1, length, hidden_size)`` to ``logits (1, positions, vocab_size)`` of some, and the chunk's keys and values ``(1, num_key_value_heads, length, head_dim)``."""
+    """``inputs_embeds (1, length, hidden_size)`` to ``logits (1, positions, vocab_size)`` of some
+    positions, and the chunk's keys and values ``(1, num_key_value_heads, length, head_dim)``."""
 
     has_tables = False
 
@@ -37,15 +38,13 @@ class StaticDecoderStage(DecoderStage):
         position: Any,
         past: list[tuple[Any, Any]],
     ) -> tuple[Any, list[tuple[Any, Any]]]:
-        """``position``: whose logits are wanted ``(positions,)``. ``rotary``: cosine and signed sine, see
-        :func:`rotated`."""
+        """``position``: whose logits are wanted ``(positions,)``. ``rotary``: cosine and signed
+        sine, see :func:`rotated`."""
         residual, normed = embeds, self.input_norm(op, embeds)
         presents = []
         for index, (layer, key_value) in enumerate(zip(self.layers, past, strict=True)):
             wanted = position if index == len(past) - 1 else None
-            residual, normed, present = layer(
-                op, residual, normed, mask, rotary, key_value, wanted
-            )
+            residual, normed, present = layer(op, residual, normed, mask, rotary, key_value, wanted)
             presents.append(present)
         return self.lm_head(op, normed), presents
 

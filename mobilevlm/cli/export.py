@@ -130,7 +130,12 @@ def command(
         options = OpenOptions(vision_tower, conversation)
         goal = Goal(budget, max_kl)
         search_recipe(
-            checkpoint, plan, goal, recipe=recipe or "int4", calibration=calibration, options=options
+            checkpoint,
+            plan,
+            goal,
+            recipe=recipe or "int4",
+            calibration=calibration,
+            options=options,
         )
         recipe = str(plan)
         if form in (None, "onnx"):

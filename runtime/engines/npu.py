@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError
+from mobilevlm.rotary import rotary_tables
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, still_open
 from mobilevlm.runtime.engines.onnx import map_table, open_session
-from mobilevlm.rotary import rotary_tables
 from mobilevlm.spec import DecoderSpec
 
 MASKED = -1e4

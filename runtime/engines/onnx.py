@@ -18,9 +18,7 @@ from mobilevlm.runtime.engines import DecoderState, Float32, Segment, in_chunks,
 from mobilevlm.spec import DecoderSpec
 
 
-def open_session(
-    path: Path, threads: int, entries: Mapping[str, str] = {}
-) -> ort.InferenceSession:
+def open_session(path: Path, threads: int, entries: Mapping[str, str] = {}) -> ort.InferenceSession:
     """A session on an ONNX file. ``entries``: further settings of it, as onnxruntime names them.
 
     Raises:

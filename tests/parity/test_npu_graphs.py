@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from conftest import FLOAT32, Fixture, fixture_named, relative_error
+from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.export.calibration import Sample
@@ -72,22 +73,34 @@ def test_float_graphs_of_fixed_shapes_give_the_official_logits(
     assert relative_error(ones, any_fixture.logits[half:]) < 5 * FLOAT32
 
 
-# Measured with random weights, which pass on each rounding in full (largest): 0.07 and 0.44.
-@pytest.mark.parametrize("name", ["mobilevlm_v2", "moe_llava_stablelm"])
-def test_fixed_point_graphs_stay_near_the_official_logits(name: str, tmp_path: Path) -> None:
+# Measured with random weights, which pass on each rounding in full: medians over positions of 0.014
+# and 0.08 (another expert where two are alike), 0.001 and 0.01.
+@pytest.mark.parametrize(("name", "limit"), [("mobilevlm_v2", 0.03), ("moe_llava_stablelm", 0.15)])
+def test_fixed_point_graphs_stay_near_the_official_logits(
+    name: str, limit: float, tmp_path: Path
+) -> None:
     fixture = fixture_named(name)
     embeds = fixture.arrays["inputs_embeds"][0]
     model = short(fixture.model, len(embeds) + 4)
     decoder = fixed_decoder(fixture, model, FIXED, tmp_path)
-    chunks, tokens = decoder.new_state(), decoder.new_state()
-    found = decoder.prefill(chunks, embeds)[0]
-    assert relative_error(found, fixture.logits[-1]) < 0.1
+    state = decoder.new_state()
+    ones = decoder.prefill(state, embeds, all_logits=True)
+    assert np.median(row_errors(ones, fixture.logits)) < limit
     # The graphs have the same scales: one goes on where the other was.
-    ones = decoder.prefill(tokens, embeds, all_logits=True)[-1]
-    assert relative_error(ones, found) < 0.03
-    for name, buffer in chunks.buffers.items():
-        off = buffer.astype(int) - tokens.buffers[name]
-        assert buffer.dtype == np.uint8 and np.abs(off[:, :, : len(embeds)]).max() <= 4
+    half = len(embeds) // 2
+    before = {key: buffer.copy() for key, buffer in state.buffers.items()}
+    state.length = half
+    found = decoder.prefill(state, embeds[half:])
+    assert row_errors(found, ones[-1:])[0] < limit
+    for key, buffer in state.buffers.items():
+        off = np.abs(buffer.astype(int) - before[key])
+        assert buffer.dtype == np.uint8 and np.median(off) <= 1
+
+
+def row_errors(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Relative error of each row."""
+    errors: NDArray[np.float32] = np.linalg.norm(found - expected, axis=1)
+    return errors / np.linalg.norm(expected, axis=1)
 
 
 def test_fixed_point_graphs_are_standard_static_and_share_their_weights(

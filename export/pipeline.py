@@ -82,7 +82,7 @@ def export(
     tower's folder, where it is not found beside the checkpoint. ``conversation``: ``v1``,
     ``llava_v1``, ``phi`` …, where the family's default is wrong. ``measure``: compare the result
     with the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf``, ``npu`` or
-    several; ``gguf_type``: type of the GGUF decoder, instead of the recipe's. ``imatrix``: file of an
+    several. ``gguf_type``: type of the GGUF decoder, not the recipe's. ``imatrix``: file of an
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
     (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
     recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this

@@ -99,7 +99,7 @@ def test_the_emulator_is_near_onnx_runtime_on_the_same_graphs(bundle: Bundle) ->
 def test_an_operator_that_the_chip_lacks_is_named(bundle: Bundle, tmp_path: Path) -> None:
     """Hexagon v68 has no layer norm of 16 bits; its target has centred ones."""
     vision = graphs(bundle, bundle.artifact("vision", "npu"))
-    with pytest.raises(TargetError, match="v68 does not take LayerNormalization .* CPU"):
+    with pytest.raises(TargetError, match=r"v68 does not take LayerNormalization .* CPU"):
         compile_graphs(vision, tmp_path, Chip(35, 68))
 
 

@@ -1,4 +1,5 @@
-"""``mobilevlm targets`` and ``export --target``, as a person would use them; no vendor's compiler."""
+"""``mobilevlm targets`` and ``export --target``, as a person would use them; without a vendor's
+compiler."""
 
 from __future__ import annotations
 
@@ -99,4 +100,4 @@ def test_a_bundle_for_npus_is_measured_runs_and_is_verified(
     main(["verify", bundle, "nano", "--data", str(data), "--json", "--layers"])
     found = json.loads(capsys.readouterr().out)
     errors = [layer["weight_error"] for layer in found["layers"]]
-    assert found["passed"] and len(errors) > 40 and all(0 < error < 0.02 for error in errors)
+    assert found["passed"] and len(errors) > 30 and all(0 < error < 0.02 for error in errors)

@@ -27,16 +27,18 @@ def written(folder: Path, text: str) -> str:
     return str(path)
 
 
-def test_the_four_named_recipes_are_there() -> None:
-    assert list(RECIPES) == ["fp32", "fp16-weights", "int8", "int4"]
+def test_the_named_recipes_are_there() -> None:
+    assert list(RECIPES) == ["fp32", "fp16-weights", "int8", "int4", "a16w8", "a8w8"]
+    assert [name for name in RECIPES if RECIPES[name].is_for_npu] == ["a16w8", "a8w8"]
     assert all(find_recipe(name) is recipe for name, recipe in RECIPES.items())
 
 
 def test_coarser_recipes_allow_more() -> None:
-    limits = [recipe.limits for recipe in RECIPES.values()]
-    assert [x.decoder_kl for x in limits] == sorted(x.decoder_kl for x in limits)
-    errors = [x.vision_relative_error for x in limits]
-    assert errors == sorted(errors) and max(errors) < 1
+    for npu in (False, True):
+        limits = [recipe.limits for recipe in RECIPES.values() if recipe.is_for_npu is npu]
+        assert [x.decoder_kl for x in limits] == sorted(x.decoder_kl for x in limits)
+        errors = [x.vision_relative_error for x in limits]
+        assert errors == sorted(errors) and max(errors) < 1
 
 
 def test_a_file_gives_a_recipe_named_after_it(tmp_path: Path) -> None:
@@ -139,5 +141,6 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(MobileVLMError) as caught:
         find_recipe("int5")
     assert str(caught.value) == (
-        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int4, or a .toml file"
+        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int4, a16w8, a8w8, or a "
+        ".toml file"
     )

@@ -43,9 +43,7 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
         count, hidden = spec.num_experts(layer), spec.hidden_size
         router = weights.read(f"{name}.router.weight", count, hidden)
         self.router = weights.parameter(router.T)  # float32 in every recipe: it decides
-        form = {"fused": FusedExperts, "plain": PlainExperts, "dense": DenseExperts}[
-            weights.recipe.experts
-        ]
+        form = _FORMS[weights.recipe.experts]
         share = 1 if form is DenseExperts else spec.experts.top_k / count
         with weights.read_in_part(share):
             self.experts = form(weights, f"{name}.experts", spec, count)
@@ -159,6 +157,13 @@ class DenseExperts(PlainExperts):
         for part in made[1:]:
             out = op.Add(out, part)
         return out
+
+
+_FORMS: dict[str, type[FusedExperts] | type[PlainExperts]] = {
+    "fused": FusedExperts,
+    "plain": PlainExperts,
+    "dense": DenseExperts,
+}
 
 
 @dataclass(frozen=True)

@@ -146,7 +146,7 @@ def command(
         checkpoint,
         bundle,
         recipe=recipe,
-        formats={None: None, "all": ("onnx", "gguf")}.get(form, (form,)),
+        formats=("onnx", "gguf") if form == "all" else (form,) if form else None,
         vision_tower=vision_tower,
         conversation=conversation,
         measure=not no_measure,

@@ -95,7 +95,8 @@ class NpuDecoder:
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
+        rows: Float32 = still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
+        return rows
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. A run has the logits of one
@@ -114,7 +115,8 @@ class NpuDecoder:
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, NpuState)
-        return self._append(state, self.embed([token]))[0]
+        logits: Float32 = self._append(state, self.embed([token]))[0]
+        return logits
 
     def _append(self, state: NpuState, embeds: Float32) -> Float32:
         """Appends at most a chunk; logits of its last position ``(1, vocab_size)``. What a chunk

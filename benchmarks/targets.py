@@ -64,7 +64,7 @@ def main() -> None:
     """Exports, measures, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--questions", type=int, default=240)
+    parser.add_argument("--questions", type=int, default=240, help="0: no accuracy")
     parser.add_argument("--targets", nargs="*", default=target_names())
     parser.add_argument("--models", nargs="*", default=list(BUILT_IN))
     given = parser.parse_args()
@@ -81,26 +81,27 @@ def main() -> None:
 def _model_lines(model: str, targets: list[str], folder: Path, questions: int) -> Iterator[str]:
     exact = folder / f"{model}-float"
     mobilevlm.export(WEIGHTS / model, exact, recipe="fp32", measure=False)
-    best, found = _accuracy(exact, questions), dict[tuple[object, ...], float]()
+    best, found = _accuracy(exact, questions), dict[str, str]()
     for name in targets:
         target = find_target(name)
-        bundle_folder = folder / f"{model}-{name}"
-        mobilevlm.export(WEIGHTS / model, bundle_folder, target=name, measure=False)
-        bundle = open_bundle(bundle_folder)
-        alike = target.recipe, target.weight_bits, target.layer_norm
-        if alike not in found:  # the same graphs
-            found[alike] = _accuracy(bundle_folder, questions)
+        alike = f"{target.recipe}-{target.weight_bits}-{target.layer_norm}"
+        place = folder / f"{model}-{alike}"  # the next export takes the same graphs over
+        mobilevlm.export(WEIGHTS / model, place, target=name, measure=False)
+        bundle = open_bundle(place)
+        if alike not in found:
+            found[alike] = _accuracy(place, questions)
         for artifact in bundle.manifest.artifacts:
             if artifact.stage != "embeddings":
-                cells = _cells(bundle, artifact, target)
-                end = f"{found[alike]:.1%} | {best:.1%}"
-                yield f"| {model} | {name} | {artifact.stage} | {' | '.join(cells)} | {end} |"
+                cells = " | ".join(_cells(bundle, artifact, target))
+                yield f"| {model} | {name} | {artifact.stage} | {cells} | {found[alike]} | {best} |"
 
 
-def _accuracy(folder: Path, questions: int) -> float:
+def _accuracy(folder: Path, questions: int) -> str:
+    if not questions:
+        return "–"
     with mobilevlm.load(folder) as vlm:
         result, _ = evaluate_vlm(vlm, evaluation_set(questions), False, lambda _: None)
-    return result.overall.accuracy
+    return f"{result.overall.accuracy:.1%}"
 
 
 def _cells(bundle: Bundle, artifact: Artifact, target: Target) -> list[str]:

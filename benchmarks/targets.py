@@ -100,7 +100,7 @@ def _accuracy(folder: Path, questions: int) -> str:
     if not questions:
         return "–"
     with mobilevlm.load(folder) as vlm:
-        result, _ = evaluate_vlm(vlm, evaluation_set(questions), False, lambda _: None)
+        result, _ = evaluate_vlm(vlm, evaluation_set(questions), False, lambda *_: None)
     return f"{result.overall.accuracy:.1%}"
 
 

@@ -60,6 +60,16 @@ float32. A dash: the export proves the memory only.
 """
 
 
+ASKED = """\
+Accuracy: share of {questions} questions about drawn scenes that are answered
+right on this machine's processor (of the NPU targets, by the same fixed-point graphs), and in
+float32. A dash: the export proves the memory only.
+"""
+UNASKED = """\
+Accuracy was not measured (`--questions 0`). Other dashes: the export proves the memory only.
+"""
+
+
 def main() -> None:
     """Exports, measures, writes."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -73,7 +83,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for model in given.models:
             lines += _model_lines(model, given.targets, Path(folder), given.questions)
-    text = TABLE.format(chunk=find_target(given.targets[0]).chunk_length, questions=given.questions)
+    text = (TABLE if given.questions else TABLE.replace(ASKED, UNASKED)).format(
+        chunk=find_target(given.targets[0]).chunk_length, questions=given.questions
+    )
     about = f"\nMachine: {platform.system()} {platform.machine()}.\n"
     given.output.write_text(HEAD + text + "\n".join(lines) + "\n" + about, encoding="utf-8")
 

@@ -1,10 +1,12 @@
 # make demo: from nothing to answers about a picture, without torch.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
-# does (compiled once, about 10 minutes; needs cmake and a C++ compiler).
+# does (compiled once, about 10 minutes; needs cmake and a C++ compiler). NPU=1 installs Qualcomm's
+# compiler (a wheel of 99 MB for Linux on x86-64, Python 3.11 and later), as CI does too.
 
 PYTHON ?= python3
 VENV   ?= .venv
 LLAMA  ?= 0
+NPU    ?= 0
 PIP    := $(VENV)/bin/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm export runtime -name '*.py')
@@ -14,10 +16,15 @@ SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm expor
 demo: $(VENV)/.export
 	$(VENV)/bin/mobilevlm demo
 
-test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama)
+test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU)),$(VENV)/.npu)
 	@if [ "$(LLAMA)" != 1 ] && ! $(VENV)/bin/python -c 'import llama_cpp' 2>/dev/null; then \
 		echo "llama.cpp is not installed: its engines are not tested (make test LLAMA=1 does)"; \
 		export MOBILEVLM_WITHOUT_LLAMA=1; \
+	fi; \
+	if ! $(VENV)/bin/python -c 'import onnxruntime_qnn' 2>/dev/null; then \
+		echo "onnxruntime-qnn is not installed: Qualcomm's compiler is not tested (make test NPU=1" \
+			"does, where the platform has it)"; \
+		export MOBILEVLM_WITHOUT_NPU=1; \
 	fi; $(VENV)/bin/pytest -n 2 -q
 
 lint: $(VENV)/.dev
@@ -48,4 +55,9 @@ $(VENV)/.dev: $(VENV)/bin/pip $(SOURCES)
 $(VENV)/.llama: $(VENV)/.dev
 	wheel=$$(LLAMA_PYTHON=$(VENV)/bin/python .ci/llama-wheel) && \
 		{ [ -z "$$wheel" ] || $(INSTALL) "$$wheel"; }
+	@touch $@
+
+# On other platforms the extra is empty.
+$(VENV)/.npu: $(VENV)/.dev
+	$(INSTALL) '.[npu]'
 	@touch $@

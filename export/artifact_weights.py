@@ -60,7 +60,7 @@ def stacked(weights: Weights, group: LinearGroup) -> Float32:
 
 def _open(model: Model, stage: str, form: str, path: Path) -> tuple[TensorSource, list[str]]:
     """An artifact's tensors, and their names."""
-    if form == "onnx":
+    if form != "gguf":
         onnx = OnnxTensors(path, model.spec, model.weights)
         return onnx, onnx.names
     from mobilevlm.export.gguf.source import GgufTensors, vision_entries

@@ -28,10 +28,14 @@ from mobilevlm.gguf_spec import bytes_per_token
 from mobilevlm.progress import Advance
 from mobilevlm.spec import GGUFType, to_dict
 
-TOOLS = {"onnx": ("onnx-ir", "onnxscript"), "gguf": ("gguf",)}
-"""Packages that write the artifacts of a format."""
 QDQ_TOOLS = ("onnx", "onnxruntime")
-"""Those that make fixed-point graphs of float ones."""
+"""Packages that make fixed-point graphs of float ones."""
+TOOLS = {
+    "onnx": ("onnx-ir", "onnxscript"),
+    "gguf": ("gguf",),
+    "npu": ("onnx-ir", "onnxscript", *QDQ_TOOLS),
+}
+"""Packages that write the artifacts of a format."""
 
 Author: TypeAlias = Callable[[Path, Advance], Written]
 """Writes the file at the path."""
@@ -58,6 +62,10 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         raise require(error.name or "onnxscript", "export", "exporting") from None
     spec = model.spec
     samples: list[Sample] = []
+    if recipe.decoder.precision in QDQ:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r}: a decoder in fixed point is for NPUs: add --format npu"
+        )
     if recipe.needs_reference:
         check_torch("a calibrated recipe")
     if spec.decoder.encoder_layers and any(
@@ -250,7 +258,111 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
     return jobs
 
 
-JOBS: dict[str, Callable[[Model, Recipe], list[Job]]] = {"onnx": onnx_jobs, "gguf": gguf_jobs}
+def _check_npu_family(spec: ModelSpec) -> None:
+    """Raises MobileVLMError: a part that has no graph of fixed shapes."""
+    parts = {
+        "a decoder with an encoder": spec.decoder.encoder_layers > 0,
+        "a decoder with learned positions": spec.decoder.learned_positions,
+        "a Q-Former": spec.projector.qformer is not None,
+    }
+    if found := [name for name, there in parts.items() if there]:
+        raise MobileVLMError(f"no graphs for NPUs of {found[0]} yet: use --format onnx")
+
+
+def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
+    """All stages of a model as graphs for NPUs: fixed shapes, fixed point, standard operators. The
+    decoder is two of them with one file of weights."""
+    try:
+        from mobilevlm.export.graph import author
+        from mobilevlm.export.qdq import author_qdq, check_onnx
+        from mobilevlm.export.qdq_decoder import author_qdq_decoder
+    except ImportError as error:
+        raise require(error.name or "onnxscript", "export", "exporting for NPUs") from None
+    check_onnx()
+    _check_npu_family(model.spec)
+    if not recipe.is_for_npu or recipe.needs_reference:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r}: graphs for NPUs are in fixed point as a whole, rounded to "
+            f"nearest: choose --recipe a16w8 or a8w8, or {' or '.join(QDQ)} for all parts"
+        )
+    recipe = recipe.with_weight_bits(8, auto_only=True)
+    spec, samples = model.spec, find_samples(recipe.calibration)
+    digest, precision = samples_digest(samples), recipe.decoder.precision
+    window = spec.decoder.context_length
+    chunk = min(recipe.chunk_length, window)
+    shapes = [author.ChunkShape(length, window) for length in (chunk, 1)]
+    table = "" if recipe.embeddings == "fp32" else f"_{recipe.embeddings}"
+    vision = f"npu/vision_encoder_{recipe.tower.precision}.onnx"
+    prefill, token = (f"npu/decoder_{part}_{precision}.onnx" for part in ("prefill", "token"))
+    shared = f"npu/decoder_{precision}.onnx_data"
+
+    def job(
+        stage: StageName,
+        kind: str,
+        files: tuple[str, ...],
+        prefixes: tuple[str, ...],
+        settings: list[Any],
+        write: Author,
+    ) -> Job:
+        groups = [group for group in linear_groups(spec) if f"{group.name}.".startswith(prefixes)]
+        bits = round(bits_per_weight(recipe, groups), 4) if groups else None
+        key = _key(model, "npu", prefixes, [kind, files, *settings])
+        artifact = Artifact(stage, "npu", kind, files[0], files[1:], key, bits_per_weight=bits)
+        return Job(artifact, _size(model, prefixes), write)
+
+    def write_vision(path: Path, advance: Advance) -> Written:
+        return author_qdq(samples, model.weights, spec, recipe, path, advance)
+
+    def write_table(path: Path, advance: Advance) -> Written:
+        return author.author_embeddings(model.weights, spec, recipe, path, advance)
+
+    def write_decoder(path: Path, advance: Advance) -> Written:
+        paths = [path, path.parent / Path(token).name]
+        data = path.parent / Path(shared).name
+        return author_qdq_decoder(model, samples, recipe, paths, shapes, data, advance)
+
+    towers = [to_dict(part) for part in (spec.vision, spec.projector, spec.image)]
+    sizes = [to_dict(shape) for shape in shapes]
+    return [
+        job(
+            "vision",
+            recipe.tower.precision,
+            (vision, f"{vision}_data"),
+            ("vision.", "projector."),
+            [*towers, to_dict(recipe.tower), recipe.layer_norm, digest],
+            write_vision,
+        ),
+        job(
+            "embeddings",
+            recipe.embeddings,
+            (f"npu/embed_tokens{table}.onnx", f"npu/embed_tokens{table}.onnx_data"),
+            ("decoder.embed_tokens.",),
+            [to_dict(spec.decoder)],
+            write_table,
+        ),
+        job(
+            "decoder",
+            precision,
+            (prefill, token, shared),
+            ("decoder.", "vision.", "projector."),  # of pictures it is calibrated with all
+            [*towers, to_dict(spec.decoder), to_dict(recipe.decoder), sizes, digest],
+            write_decoder,
+        ),
+    ]
+
+
+def fixed_context(model: Model, recipe: Recipe) -> Model:
+    """The model with no more context than graphs of fixed shapes have room for."""
+    context = min(model.spec.decoder.context_length, recipe.context_length)
+    decoder = replace(model.spec.decoder, context_length=context)
+    return replace(model, spec=replace(model.spec, decoder=decoder))
+
+
+JOBS: dict[str, Callable[[Model, Recipe], list[Job]]] = {
+    "onnx": onnx_jobs,
+    "gguf": gguf_jobs,
+    "npu": npu_jobs,
+}
 """What makes the artifacts of each format."""
 
 

@@ -68,8 +68,8 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
 def _check_stage(recipe: Recipe, groups: Iterable[LinearGroup], where: str) -> None:
     """Raises MobileVLMError: a group is in a stage that is in fixed point as a whole."""
     for group in groups:
-        here = recipe.projector if group.name.startswith("projector.") else recipe.tower
-        if here.precision in QDQ and not group.name.startswith("decoder."):
+        here = replace(recipe, layers={}).format_of(group.name)
+        if here.precision in QDQ:
             raise MobileVLMError(
                 f"{where}: {group.name} is in a graph that is {here.precision} as a whole: leave "
                 f"it out"

@@ -270,7 +270,7 @@ def _measure_pictures(
     model: Model, reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
 ) -> tuple[list[list[Tensor]], list[_Seen]]:
     """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
-    has_features = stage_formats(vlm.bundle, vlm.engine)["vision"] == "onnx"
+    has_features = stage_formats(vlm.bundle, vlm.engine)["vision"] != "gguf"
     exact = exact_pictures(model, reference, samples)
     visual: list[list[Tensor]] = []
     seen: list[_Seen] = []

@@ -28,11 +28,13 @@ from mobilevlm.bundle import (
 )
 from mobilevlm.conversation import system_ids
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
-from mobilevlm.export.jobs import JOBS, Job, tool_versions
+from mobilevlm.export.jobs import JOBS, Job, fixed_context, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.limits import check_limits, quality_error
 from mobilevlm.export.recipes import Recipe, WeightBits, find_recipe
 from mobilevlm.export.system_prompt import write_system_prompt
+from mobilevlm.export.target_checks import check_memory, check_tools, compiled_for
+from mobilevlm.export.targets import find_target
 from mobilevlm.export.workspace import (
     Workspace,
     check_target,
@@ -46,6 +48,7 @@ from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.runtime.machine import int8_weight_bits
+from mobilevlm.runtime.memory import RESIDENT, RESIDENT_GGUF
 from mobilevlm.spec import GGUFType
 
 FORMATS = tuple(JOBS)
@@ -54,21 +57,14 @@ MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
 MEMORY_LIBRARIES = 0.5e9
 """What torch and onnxruntime take before they hold any weights."""
-RESIDENT = {"fp32": 2.0, "fp16": 4.0, "int8": 1.3, "q8": 1.3, "q4": 1.3, "q2": 1.3}
-RESIDENT |= {"qdq8": 2.3, "qdq16": 2.3}
-"""Memory of a session as a multiple of its weight file: onnxruntime keeps float weights twice, in
-float32, and a part of the quantized ones twice for a moment; those of fixed point it packs anew
-while it holds the file's."""
-RESIDENT_GGUF = 2.0
-"""The same for GGUF files: llama.cpp maps them, and holds some types once more in another order."""
 
 
 def export(
     checkpoint: str | PathLike[str],
     bundle: str | PathLike[str],
     *,
-    recipe: str = "int4",
-    formats: Sequence[str] = ("onnx",),
+    recipe: str | None = None,
+    formats: Sequence[str] | None = None,
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
     variant: str | None = None,
@@ -78,42 +74,57 @@ def export(
     calibration: str | PathLike[str] | None = None,
     mmproj: str | PathLike[str] | None = None,
     weight_bits: WeightBits | None = None,
+    target: str | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
-    ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4``, ``fast`` or a TOML file.
-    ``vision_tower``: the tower's folder, where it is not found beside the checkpoint.
-    ``conversation``: ``v1``, ``llava_v1``, ``phi`` …, where the family's default is wrong.
-    ``variant``: which official behaviour, where there are several and the checkpoint tells the
-    wrong one. ``measure``: compare the result with the float32 reference when torch is installed.
-    ``formats``: ``onnx``, ``gguf`` or both; ``gguf_type``: type of the GGUF decoder, instead of the
-    recipe's. ``imatrix``: file of an importance matrix to round the GGUF decoder with, or
-    ``calibration``: ``scenes`` or a JSONL file (export/calibration.py) to collect one from, and to
-    calibrate the ONNX artifacts with where the recipe's methods need data. ``weight_bits``: of
-    ``int8`` weights, for a device unlike this machine: 7 for x86 without VNNI, 8 for all others.
+    ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int4`` (the default), ``fast``, for NPUs
+    ``a16w8`` or ``a8w8``, or a TOML file. ``target``: a device (export/targets) which settles
+    recipe, formats and bits, and which the result is checked against. ``vision_tower``: the tower's
+    folder, where it is not found beside the checkpoint. ``conversation``: ``v1``, ``llava_v1``,
+    ``phi`` …, where the family's default is wrong. ``variant``: which official behaviour, where
+    there are several and the checkpoint tells the wrong one. ``measure``: compare the result with
+    the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf``, ``npu`` or
+    several. ``gguf_type``: type of the GGUF decoder, not the recipe's. ``imatrix``: file of an
+    importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
+    (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
+    recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
+    machine: 7 for x86 without VNNI, 8 for all others.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         BundleError: the target is in the way.
         QualityError: an artifact is further from the reference than the recipe allows.
+        TargetError: the result would not run on the target.
     """
+    goal = None if target is None else find_target(target)
+    if goal is not None:
+        if recipe is not None or formats is not None or weight_bits is not None:
+            raise MobileVLMError(
+                f"target {goal.name} settles recipe, format and weight bits: leave them out"
+            )
+        formats, weight_bits = goal.formats, goal.weight_bits
+        check_tools(goal)
+    formats = formats or ("onnx",)
     for name in formats:
         if name not in FORMATS:
             raise MobileVLMError(f"format {name!r} is not known: expected {', '.join(FORMATS)}")
     start = time.perf_counter()
-    chosen = find_recipe(recipe)
+    chosen = goal.settled() if goal else find_recipe(recipe or "int4")
     if gguf_type is not None:
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
     if imatrix is not None or calibration is not None:
         chosen = _with_data(chosen, imatrix, calibration, formats)
     chosen = _with_weight_bits(chosen, weight_bits, formats)
     options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation, variant)
-    target = check_target(Path(bundle))
+    place = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
+    if "npu" in formats:
+        model = fixed_context(model, chosen)
     chosen = expand_layers(chosen, model.spec)
     jobs = [job for form in formats for job in JOBS[form](model, chosen)]
     _check_vision(model, jobs)
-    with open_workspace(target) as work:
+    with open_workspace(place) as work:
         artifacts = tuple(_make(job, work) for job in jobs)
         model.tokenizer.save(str(work.path(TOKENIZER)))
         if model.instruction_tokenizer is not None:
@@ -121,9 +132,13 @@ def export(
         draft = _manifest(model, chosen, artifacts)
         draft = dataclasses.replace(draft, system_prompt=_system_prompt(model, work, draft))
         quality = _measure(model, chosen, work, draft, measure)
+        if goal is not None:
+            draft = compiled_for(goal, work, draft)
         keep_only(work, named_files(draft))
         files = describe_files(work.folder)
         manifest = dataclasses.replace(draft, quality=quality, files=files)
+        if goal is not None:
+            check_memory(goal, manifest)
         write_manifest(work.folder, manifest)
         replace_target(work)
     progress.say(
@@ -184,7 +199,7 @@ def _with_data(
     formats: Sequence[str],
 ) -> Recipe:
     """The recipe with these instead of its own."""
-    if calibration is not None and "onnx" in formats and recipe.is_calibrated:
+    if calibration is not None and set(formats) - {"gguf"} and recipe.is_calibrated:
         recipe = dataclasses.replace(recipe, calibration=str(calibration))
         if "gguf" not in formats and imatrix is None:
             return recipe

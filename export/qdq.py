@@ -6,13 +6,12 @@ from __future__ import annotations
 import io
 import logging
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm import progress
@@ -21,7 +20,7 @@ from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.artifact_weights import weight_error
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.graph.author import author_vision, data_path
-from mobilevlm.export.graph.dialects import STANDARD
+from mobilevlm.export.graph.dialects import STANDARD, STATIC
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.linear_groups import linear_groups
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
@@ -31,7 +30,9 @@ from mobilevlm.image import ImageInput, open_image, preprocess
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.spec import ImageSpec, ModelSpec
 
-Inputs: TypeAlias = dict[str, NDArray[np.uint8]]
+Inputs: TypeAlias = dict[str, NDArray[Any]]
+Overrides: TypeAlias = dict[str, list[dict[str, Any]]]
+"""By the name of a tensor, see ``TensorQuantOverrides`` of onnxruntime's quantizer."""
 
 CALIBRATORS: dict[CalibratorName, tuple[str, dict[str, Any]]] = {
     "minmax": ("MinMaxCalibrater", {}),
@@ -42,7 +43,7 @@ CALIBRATORS: dict[CalibratorName, tuple[str, dict[str, Any]]] = {
 begins with as many as there are quantized ones; its time grows with their cube."""
 _KEPT = {"Cast", "DequantizeLinear", "QuantizeLinear"}
 """Operators that are not quantized."""
-_FLOAT = LinearFormat("fp32")
+FLOAT = LinearFormat("fp32")
 _INLINE_BYTES = 1024
 """Smaller tensors are kept inside the .onnx file."""
 
@@ -83,13 +84,16 @@ def author_qdq(
     pictures = [picture for sample in samples for picture in sample.images]
     if not pictures:
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
-    floats = replace(recipe, tower=_FLOAT, projector=_FLOAT)
+    floats = replace(recipe, tower=FLOAT, projector=FLOAT)
+    dialect = STANDARD if recipe.layer_norm == "fused" else STATIC
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         source = Path(folder) / "float.onnx"
-        author_vision(weights, spec, floats, source, advance, hessian, dialect=STANDARD)
-        with progress.track("calibration", len(pictures)) as seen, _silent():
+        author_vision(weights, spec, floats, source, advance, hessian, dialect)
+        with progress.track("calibration", len(pictures)) as seen, silent():
             inputs = _inputs(pictures, spec.image, seen)
-            model = _quantized(source, recipe.tower, inputs)
+            model = float_model(source)
+            ranges = watch_ranges(source, recipe.tower.calibrator, model, inputs)
+            model = quantize_model(model, recipe.tower, ranges, {})
     model.producer_name, model.producer_version = "mobilevlm", ""
     location = data_path(path).name
     onnx.save_model(
@@ -115,15 +119,24 @@ def _inputs(pictures: Sequence[ImageInput], image: ImageSpec, seen: Advance) -> 
         seen(1)
 
 
-def _quantized(source: Path, layers: LinearFormat, inputs: Iterable[Inputs]) -> Any:
-    """The graph of a file as an ``onnx.ModelProto`` in fixed point."""
+def float_model(source: Path) -> Any:
+    """The graph of a file as an ``onnx.ModelProto`` with the shapes of all tensors."""
     import onnx
-    from onnxruntime.quantization import QDQQuantizer, QuantType
 
     onnx.shape_inference.infer_shapes_path(source)  # in place
-    model = onnx.load(source)
-    operators = sorted({node.op_type for node in model.graph.node} - _KEPT)
-    ranges = _ranges(source, layers.calibrator, operators, inputs)
+    return onnx.load(source)
+
+
+def quantized_operators(model: Any) -> list[str]:
+    """Kinds of operators that get fixed-point inputs and outputs."""
+    return sorted({node.op_type for node in model.graph.node} - _KEPT)
+
+
+def quantize_model(model: Any, layers: LinearFormat, ranges: Any, more: Overrides) -> Any:
+    """A float graph in fixed point. ``more``: overrides of single tensors, as onnxruntime's
+    quantizer takes them."""
+    from onnxruntime.quantization import QDQQuantizer, QuantType
+
     quantizer = QDQQuantizer(
         model,
         per_channel=True,
@@ -133,15 +146,52 @@ def _quantized(source: Path, layers: LinearFormat, inputs: Iterable[Inputs]) -> 
         tensors_range=ranges,
         nodes_to_quantize=[],
         nodes_to_exclude=[],
-        op_types_to_quantize=operators,
-        extra_options={"WeightSymmetric": True, "ForceQuantizeNoInputCheck": True},
+        op_types_to_quantize=quantized_operators(model),
+        extra_options={
+            "WeightSymmetric": True,
+            "ForceQuantizeNoInputCheck": True,
+            "TensorQuantOverrides": {**_overrides(model, layers), **more},
+        },
     )
     quantizer.quantize_model()
     return quantizer.model.model
 
 
-def _ranges(
-    source: Path, calibrator: CalibratorName, operators: list[str], inputs: Iterable[Inputs]
+def _overrides(model: Any, layers: LinearFormat) -> Overrides:
+    """What NPU compilers want otherwise than onnxruntime would do it: factors of norms have one
+    scale, and of a product of two activations the second has 8 bits (where it has 16, Qualcomm's
+    HTP rounds it to 8 with a range of its own)."""
+    from onnxruntime.quantization import QuantType
+
+    wide = QuantType.QUInt16
+    norms = (node for node in model.graph.node if node.op_type == "LayerNormalization")
+    found: Overrides = {node.input[1]: [{"quant_type": wide}] for node in norms}
+    if layers.precision == "qdq8":
+        return found
+    made = producers(model)
+    for node in model.graph.node:
+        if node.op_type == "MatMul" and node.input[1] in made:
+            name, reader = source_of(made, node.input[1], node)
+            narrow = {"quant_type": QuantType.QUInt8, "recv_nodes": {reader.name}}
+            found[name] = [{"quant_type": wide, "convert": narrow}]
+    return found
+
+
+def producers(model: Any) -> dict[str, Any]:
+    """The node that makes each tensor of an ``onnx.ModelProto``."""
+    return {name: node for node in model.graph.node for name in node.output}
+
+
+def source_of(made: Mapping[str, Any], name: str, reader: Any) -> tuple[str, Any]:
+    """The tensor whose values another one has in another order, and the node that reads it on the
+    way there: ``reader`` where it is the same."""
+    while name in made and made[name].op_type in ("Transpose", "Reshape"):
+        reader, name = made[name], made[name].input[0]
+    return name, reader
+
+
+def watch_ranges(
+    source: Path, calibrator: CalibratorName, model: Any, inputs: Iterable[Inputs]
 ) -> Any:
     """What each activation reaches to, as onnxruntime's ``TensorsData``."""
     from onnxruntime.quantization import calibrate
@@ -149,7 +199,7 @@ def _ranges(
     kind, settings = CALIBRATORS[calibrator]
     calibrater = getattr(calibrate, kind)(
         source,
-        operators,
+        quantized_operators(model),
         augmented_model_path=str(source.with_name("watched.onnx")),
         use_external_data_format=True,
         **settings,
@@ -162,7 +212,7 @@ def _ranges(
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent() -> Iterator[None]:
     """Keeps onnxruntime's quantizer from printing to stdout, where answers go, and from warning
     that norms have one scale."""
     before = logging.root.manager.disable
@@ -174,9 +224,14 @@ def _silent() -> Iterator[None]:
         logging.disable(before)
 
 
-def _weight_errors(exact: Weights, path: Path, spec: ModelSpec) -> dict[str, float]:
+def stored_weights(exact: Weights, path: Path, spec: ModelSpec) -> Weights:
+    """What the integers of a graph stand for."""
     tensors = OnnxTensors(path, spec, exact)
-    stored = Weights({name: TensorRef(tensors, name) for name in tensors.names})
+    return Weights({name: TensorRef(tensors, name) for name in tensors.names})
+
+
+def _weight_errors(exact: Weights, path: Path, spec: ModelSpec) -> dict[str, float]:
+    stored = stored_weights(exact, path, spec)
     return {
         ",".join(group.names): weight_error(exact, stored, group)
         for group in linear_groups(spec)

@@ -27,8 +27,8 @@ Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2", "qdq8",
 
 ``fp32``, ``fp16``: float; ``int8``: 8-bit weights, activations quantized while running;
 ``q8``, ``q4``, ``q2``: 8-, 4- or 2-bit weights in blocks (MatMulNBits, which has no 3-bit kernel);
-``qdq8``, ``qdq16``: the whole vision stage in fixed point, 8-bit weights and 8- or 16-bit
-activations whose scales are constants (export/qdq.py).
+``qdq8``, ``qdq16``: a whole stage in fixed point, 8-bit weights and 8- or 16-bit activations whose
+scales are constants (export/qdq.py); the decoder only in graphs for NPUs (export/qdq_decoder.py).
 """
 
 QuantizerName: TypeAlias = Literal["rtn", "hqq", "gptq"]
@@ -51,6 +51,8 @@ _GGUF_TYPES: dict[Precision, GGUFType] = {
     "q8": "q8_0",
     "q4": "q4_0",
     "q2": "q4_0",
+    "qdq8": "q8_0",
+    "qdq16": "q8_0",
 }
 
 
@@ -164,8 +166,16 @@ class Recipe:
     """Of single layers instead of their part's: by canonical name, which stands for the layers that
     are one product with it too, or by a pattern with ``*`` (export/layer_formats.py). GGUF files
     have one type for all."""
-    experts: Literal["fused", "plain"] = "fused"
-    """Sparse experts as one operator of ONNX Runtime, or as standard operators around each."""
+    experts: Literal["fused", "plain", "dense"] = "fused"
+    """Sparse experts as one operator of ONNX Runtime, as standard operators around each, or all of
+    them on every token (export/graph/experts.py)."""
+    chunk_length: int = 64
+    """Positions that a graph for NPUs takes of a prompt at once."""
+    context_length: int = 1024
+    """Positions that it has room for, where the model's own context is not shorter."""
+    layer_norm: Literal["fused", "centred"] = "fused"
+    """Layer norms of graphs for NPUs: one operator, or a root-mean-square norm of what is left when
+    the mean is taken away, for chips that lack the first."""
     calibration: str = "scenes"
     """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration.py)."""
     gguf: GGUFType | None = None
@@ -203,6 +213,12 @@ class Recipe:
         tower = {name: item for name, item in self.layers.items() if not _is_decoder(name)}
         formats = {"decoder": self.prefill, "lm_head": self.prefill, "layers": tower}
         return replace(self, **formats, experts="plain", prefill=None)  # type: ignore[arg-type]
+
+    @property
+    def is_for_npu(self) -> bool:
+        """Whether all of it is in fixed point, which the decoder is only for NPUs."""
+        parts = self.tower, self.projector, self.decoder, self.lm_head
+        return all(layers.precision in QDQ for layers in parts)
 
     def format_of(self, name: str) -> LinearFormat:
         """The format of the linear layer with this canonical name. Patterns have no effect here:
@@ -291,6 +307,8 @@ RECIPES = {
             prefill=LinearFormat("int8"),
             limits=replace(_INT4.limits, prefill_kl=0.1),
         ),
+        _uniform("a16w8", "qdq16", "qdq16", "fp16", _limits(0.15, 0.2, 1.1, 0.015)),
+        _uniform("a8w8", "qdq8", "qdq8", "fp16", _limits(0.5, 1.5, 2.0, 0.2)),
     )
 }
 
@@ -348,29 +366,28 @@ def _spelled_out(table: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def _check_fixed_point(recipe: Recipe, where: str) -> None:
-    """Fixed point is for the vision stage, and for all of it. That the recipe's ``layers`` leave it
-    alone is known when patterns are expanded (export/layer_formats.py)."""
-    for part in ("decoder", "lm_head", PREFILL):
-        layers = getattr(recipe, part)
-        precision = layers and layers.precision
-        if precision in QDQ:
-            raise MobileVLMError(
-                f"{where}.{part}.precision: {precision} is for the tower and the projector only"
-            )
+    """Fixed point is for whole graphs: tower and projector, decoder and head. That the recipe's
+    ``layers`` leave them alone is known when patterns are expanded (export/layer_formats.py)."""
+    if recipe.prefill is not None and recipe.prefill.precision in QDQ:
+        raise MobileVLMError(
+            f"{where}.{PREFILL}.precision: {recipe.prefill.precision} is for the tower and the "
+            f"projector, or for all parts of a model for NPUs"
+        )
     for key, layers in recipe.layers.items():
         if layers.precision in QDQ:
             raise MobileVLMError(
-                f"{where}.layers.{key}.precision: {layers.precision} is for the tower and the "
-                f"projector as a whole: give it to both, not to single layers"
+                f"{where}.layers.{key}.precision: {layers.precision} is for whole graphs (tower "
+                f"and projector, decoder and lm_head), not for single layers"
             )
-    parts = recipe.tower, recipe.projector
-    if any(layers.precision in QDQ for layers in parts) and recipe.projector != replace(
-        recipe.tower, scaling="none"
-    ):
-        raise MobileVLMError(
-            f"{where}.projector: tower and projector are one graph, which is in fixed point as a "
-            f"whole: give the projector the tower's settings, except scaling"
-        )
+    for first, second in (("tower", "projector"), ("decoder", "lm_head")):
+        ours, theirs = getattr(recipe, first), getattr(recipe, second)
+        if {ours.precision, theirs.precision} & set(QDQ) and theirs != replace(
+            ours, scaling="none"
+        ):
+            raise MobileVLMError(
+                f"{where}.{second}: {first} and {second} are one graph, which is in fixed point as "
+                f"a whole: give {second} the settings of {first}, except scaling"
+            )
 
 
 def _check(layers: LinearFormat, where: str) -> None:

@@ -51,7 +51,7 @@ class Artifact:
     """One way to run a stage."""
 
     stage: StageName
-    format: Literal["onnx", "gguf"]
+    format: Literal["onnx", "gguf", "npu"]
     precision: str
     path: str
     """The file that an engine opens, relative to the bundle, with ``/``."""
@@ -95,6 +95,17 @@ class SystemPrompt:
 
 
 @dataclass(frozen=True)
+class Compiled:
+    """The graphs of a stage as the compiler for a target's chip made them."""
+
+    stage: StageName
+    files: tuple[str, ...]
+    """ONNX files that refer to binaries, in the order of the artifact's graphs, then these"""
+    nodes: int
+    """Operators of the graphs; none of them is left to the processor."""
+
+
+@dataclass(frozen=True)
 class StageQuality:
     """Distance of an artifact from the float32 reference on the calibration pictures."""
 
@@ -124,6 +135,9 @@ class Manifest:
     files: dict[str, FileEntry]
     tools: dict[str, str]
     system_prompt: SystemPrompt | None = None
+    target: str | None = None
+    """What it was exported for and checked against"""
+    compiled: tuple[Compiled, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -242,8 +256,9 @@ def named_files(manifest: Manifest) -> list[str]:
     """Files that something in the manifest refers to."""
     singles = [part.path for part in (manifest.embeddings, manifest.system_prompt) if part]
     parts = [name for artifact in manifest.artifacts for name in artifact.files]
+    binaries = [name for part in manifest.compiled for name in part.files]
     asked = [INSTRUCTION_TOKENIZER] if manifest.spec.projector.reads_text else []
-    return [TOKENIZER, *asked, *singles, *parts]
+    return [TOKENIZER, *asked, *singles, *parts, *binaries]
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:

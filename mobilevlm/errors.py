@@ -33,6 +33,10 @@ class QualityError(MobileVLMError):
     """An artifact is further from the reference than its recipe allows (exit code 1)."""
 
 
+class TargetError(QualityError):
+    """An artifact would not run on its target (exit code 1)."""
+
+
 class PrecisionWarning(UserWarning):
     """A bundle that runs here, but another export of it would be more exact."""
 

@@ -16,10 +16,11 @@ ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
     "gguf": {"vision": ("gguf",), "decoder": ("gguf",)},
     "hybrid": {"vision": ("onnx",), "decoder": ("gguf",)},
     "ggml": {"vision": ("onnx", "gguf"), "decoder": ("gguf",)},
+    "npu": {"vision": ("npu",), "embeddings": ("npu",), "decoder": ("npu",)},
 }
 """For each engine the formats of the artifact that it runs, by stage; of several the first that is
 there. onnx: ONNX Runtime; gguf: llama.cpp; hybrid: ONNX Runtime feeds llama.cpp; ggml: our own
-graph of the decoder on the kernels of llama.cpp."""
+graph of the decoder on the kernels of llama.cpp; npu: graphs of fixed shapes in fixed point."""
 
 OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}}
 """Artifacts, by stage, that an engine runs where the bundle has them. prefill: the decoder's second

@@ -25,6 +25,7 @@ EXTRAS = {
     "gguf": ("llama_cpp",),
     "reference": ("torch",),
     "video": ("av",),
+    "npu": ("onnxruntime_qnn",),
     "plots": ("matplotlib",),
 }
 

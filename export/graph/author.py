@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from onnxscript import GraphBuilder
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.decoder import DecoderStage
-from mobilevlm.export.graph.dialects import CPU, Dialect
+from mobilevlm.export.graph.dialects import CPU, STATIC, Dialect
 from mobilevlm.export.graph.encoder_decoder import EncodedDecoderStage, EncoderStage
 from mobilevlm.export.graph.layers import FLOAT
+from mobilevlm.export.graph.static_decoder import StaticDecoderStage
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
@@ -26,6 +28,18 @@ from mobilevlm.spec import ModelSpec
 IR_VERSION = 10
 
 Shape = list[int | str]
+
+
+@dataclass(frozen=True)
+class ChunkShape:
+    """Sizes of a decoder graph with fixed shapes."""
+
+    length: int
+    """Positions that a run appends"""
+    window: int
+    """Earlier positions that it sees"""
+    logits: int = 1
+    """Positions whose logits it gives"""
 
 
 def author_vision(
@@ -130,6 +144,48 @@ def author_encoder(
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
     return _author("encoder_model", path, file, build)
+
+
+def author_static_decoder(
+    weights: Weights,
+    spec: ModelSpec,
+    recipe: Recipe,
+    path: Path,
+    shape: ChunkShape,
+    advance: Advance = ignore,
+    hessian: HessianOf = no_hessian,
+) -> Written:
+    """Writes the decoder stage for chunks of one size, see
+    :mod:`mobilevlm.export.graph.static_decoder`."""
+    decoder = spec.decoder
+    length, window = shape.length, shape.window
+    heads, dim = decoder.num_key_value_heads, decoder.head_dim
+
+    def build(builder: GraphBuilder, file: WeightFile) -> None:
+        stage = StaticDecoderStage(file, decoder)
+        embeds = _input(builder, "inputs_embeds", FLOAT, [1, length, decoder.hidden_size])
+        mask = _input(builder, "attention_mask", FLOAT, [1, 1, length, window + length])
+        table: Shape = [1, length, 1, decoder.rotary_channels]
+        rotary = (
+            _input(builder, "rotary_cos", FLOAT, table),
+            _input(builder, "rotary_sin", FLOAT, table),
+        )
+        position = _input(builder, "logits_position", ir.DataType.INT32, [shape.logits])
+        past = [
+            (
+                _input(builder, f"past_key_values.{index}.key", FLOAT, [1, heads, window, dim]),
+                _input(builder, f"past_key_values.{index}.value", FLOAT, [1, heads, window, dim]),
+            )
+            for index in range(decoder.num_hidden_layers)
+        ]
+        logits, presents = stage(builder.op, embeds, mask, rotary, position, past)
+        _output(builder, logits, "logits", [1, shape.logits, decoder.vocab_size])
+        for index, (key, value) in enumerate(presents):
+            _output(builder, key, f"present.{index}.key", [1, heads, length, dim])
+            _output(builder, value, f"present.{index}.value", [1, heads, length, dim])
+
+    file = WeightFile(weights, data_path(path), recipe, advance, hessian)
+    return _author("decoder", path, file, build, STATIC)
 
 
 def author_embeddings(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
@@ -17,6 +16,7 @@ from mobilevlm.export.graph.experts import SparseMLP
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.rotary import rotary_tables
 from mobilevlm.spec import DecoderSpec
 
 
@@ -25,11 +25,18 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
     positions asked for, and the KV buffers ``(1, num_key_value_heads, capacity, head_dim)``; of
     each sparse layer also the router's logits, for verification."""
 
+    has_tables = True
+    """Of rotary positions, inside the graph"""
+
+    def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
+        """The norm before the first layer."""
+        return Norm(weights, name, spec)
+
     def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
         super().__init__("decoder")
         self.fused_rotary = has_fused_rotary(spec)
         self.cos_cache = self.sin_cache = self.positions = None
-        if spec.rotary_channels:
+        if self.has_tables and spec.rotary_channels:
             cos, sin = rotary_tables(spec)
             self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
         if spec.learned_positions:
@@ -37,9 +44,9 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             table = weights.read("decoder.position_embedding.weight", *sizes)
             with weights.read_in_part(1 / spec.context_length):
                 self.positions = weights.parameter(table)
-        self.input_norm = Norm(weights, "decoder.layers.0.input_norm", spec)
+        self.input_norm = self.norm(weights, "decoder.layers.0.input_norm", spec)
         self.layers = nn.ModuleList(
-            [DecoderLayer(weights, index, spec) for index in range(spec.num_hidden_layers)]
+            [self.layer(weights, index, spec) for index in range(spec.num_hidden_layers)]
         )
         self.lm_head = Linear(
             weights,
@@ -48,6 +55,10 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             spec.vocab_size,
             bias=spec.lm_head_bias,
         )
+
+    def layer(self, weights: WeightFile, index: int, spec: DecoderSpec) -> DecoderLayer:
+        """The layer with this index."""
+        return DecoderLayer(weights, index, spec)
 
     def forward(
         self,
@@ -98,13 +109,17 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=spec.o_bias)
         self.post_attention_norm = None
         if not spec.parallel_residual:
-            self.post_attention_norm = SkipNorm(weights, f"{name}.post_attention_norm", spec)
+            self.post_attention_norm = self.norm(weights, f"{name}.post_attention_norm", spec)
         self.is_sparse = spec.num_experts(index) > 0
         if self.is_sparse:
             self.mlp = SparseMLP(weights, f"{name}.mlp", spec, index)
         else:
             self.mlp = build_mlp(weights, f"{name}.mlp", spec)
-        self.next_norm = SkipNorm(weights, next_norm, spec)
+        self.next_norm = self.norm(weights, next_norm, spec)
+
+    def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
+        """A norm after something is added to the residual stream."""
+        return SkipNorm(weights, name, spec)
 
     def forward(
         self,
@@ -204,16 +219,3 @@ def _norm_parameters(
 def has_fused_rotary(spec: DecoderSpec) -> bool:
     """Whether GroupQueryAttention can rotate: it takes multiples of 8 pairs of channels, also 0."""
     return spec.rotary_channels % 16 == 0
-
-
-def rotary_tables(
-    spec: DecoderSpec,
-) -> tuple[np.ndarray[Any, np.dtype[np.float32]], np.ndarray[Any, np.dtype[np.float32]]]:
-    """Cosine and sine ``(context_length, rotary_channels / 2)``, in float32 as in the reference
-    code."""
-    channels = spec.rotary_channels
-    exponent = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
-    frequency = (np.float32(1) / np.float32(spec.rope_theta) ** exponent).astype(np.float32)
-    positions = np.arange(spec.context_length, dtype=np.float32) / np.float32(spec.rope_scaling)
-    angle = np.outer(positions, frequency).astype(np.float32)
-    return np.cos(angle), np.sin(angle)

@@ -6,7 +6,7 @@ Compilers for fixed-point processors, and quantizers that look into a graph, kno
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 CONTRIB = "com.microsoft"
@@ -58,3 +58,5 @@ def standard_quick_gelu(op: Any, x: Any) -> Any:
 CPU = Dialect({"": 20, CONTRIB: 1}, fused_attention, fused_quick_gelu)
 STANDARD = Dialect({"": 21}, standard_attention, standard_quick_gelu, pixel_offset=114)
 """Opset 21 is the first whose QuantizeLinear has 16 bits."""
+STATIC = replace(STANDARD, opset_imports={"": 23})
+"""Opset 23 is the first with RMSNormalization."""

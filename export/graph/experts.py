@@ -1,8 +1,9 @@
-"""Sparse experts of a decoder layer in two forms.
+"""Sparse experts of a decoder layer in three forms.
 
 ``fused``: one operator, ONNX Runtime's MoE for float weights and QMoE for integers in blocks.
 ``plain``: standard operators around each expert's own layers, for targets that lack the first; an
-expert that no token chose multiplies nothing, so its weights are not read.
+expert that no token chose multiplies nothing, so its weights are not read. ``dense``: every expert
+on all tokens, those that were not chosen with weight 0, for targets whose shapes are fixed.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
         count, hidden = spec.num_experts(layer), spec.hidden_size
         router = weights.read(f"{name}.router.weight", count, hidden)
         self.router = weights.parameter(router.T)  # float32 in every recipe: it decides
-        form = FusedExperts if weights.recipe.experts == "fused" else PlainExperts
-        with weights.read_in_part(spec.experts.top_k / count):
+        form = _FORMS[weights.recipe.experts]
+        share = 1 if form is DenseExperts else spec.experts.top_k / count
+        with weights.read_in_part(share):
             self.experts = form(weights, f"{name}.experts", spec, count)
         self.residual = None
         if spec.experts.use_residual:
@@ -133,6 +135,37 @@ class PlainExperts(nn.Module):  # type: ignore[misc]
             made = op.Mul(expert(op, op.GatherND(tokens, token)), gain)
             out = op.ScatterND(out, token, made, reduction="add")
         return op.Reshape(out, op.Shape(x))
+
+
+class DenseExperts(PlainExperts):
+    """Each expert on all tokens. The least probability that is chosen is found by taking away the
+    largest one, as often as experts are used but one."""
+
+    def forward(self, op: Any, x: Any, logits: Any) -> Any:
+        probabilities = rest = op.Softmax(logits, axis=-1)
+        for _ in range(self.spec.top_k - 1):
+            largest = op.ReduceMax(rest, [-1], keepdims=1)
+            rest = op.Where(op.GreaterOrEqual(rest, largest), 0.0, rest)
+        least = op.ReduceMax(rest, [-1], keepdims=1)
+        weights = op.Where(op.GreaterOrEqual(probabilities, least), probabilities, 0.0)
+        if self.spec.renormalize:
+            weights = op.Div(weights, op.ReduceSum(weights, [-1], keepdims=1))
+        count = len(self.experts)
+        gains = op.Split(weights, axis=-1, num_outputs=count, _outputs=count)
+        made = [
+            op.Mul(expert(op, x), gain) for expert, gain in zip(self.experts, gains, strict=True)
+        ]
+        out = made[0]
+        for part in made[1:]:
+            out = op.Add(out, part)
+        return out
+
+
+_FORMS: dict[str, type[FusedExperts] | type[PlainExperts]] = {
+    "fused": FusedExperts,
+    "plain": PlainExperts,
+    "dense": DenseExperts,
+}
 
 
 @dataclass(frozen=True)

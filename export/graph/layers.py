@@ -118,16 +118,20 @@ class Linear(nn.Module):  # type: ignore[misc]
 
 
 class LayerNorm(nn.Module):  # type: ignore[misc]
-    """Layer normalisation over the last axis."""
+    """Layer normalisation over the last axis, as the recipe's ``layer_norm`` says."""
 
     def __init__(self, weights: WeightFile, name: str, size: int, epsilon: float) -> None:
         super().__init__()
-        self.epsilon = epsilon
+        self.epsilon, self.centred = epsilon, weights.recipe.layer_norm == "centred"
         self.weight = weights.parameter(weights.read(f"{name}.weight", size))
         self.bias = weights.parameter(weights.read(f"{name}.bias", size))
 
     def forward(self, op: Any, x: Any) -> Any:
-        return op.LayerNormalization(x, self.weight, self.bias, axis=-1, epsilon=self.epsilon)
+        settings = {"axis": -1, "epsilon": self.epsilon}
+        if self.centred:
+            rest = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
+            return op.Add(op.RMSNormalization(rest, self.weight, **settings), self.bias)
+        return op.LayerNormalization(x, self.weight, self.bias, **settings)
 
 
 def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

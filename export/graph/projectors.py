@@ -49,8 +49,11 @@ class AveragePooling(nn.Module):  # type: ignore[misc]
         out = self.out_grid
         if self.grid % out:
             return op.MatMul(self.matrix, hidden)
-        rows = op.Reshape(hidden, [1, out, self.grid // out, out, self.grid // out, self.size])
-        return op.Reshape(op.ReduceMean(rows, [2, 4], keepdims=0), [1, out * out, self.size])
+        # One direction after the other: compilers for NPUs have no six dimensions.
+        bins = self.grid // out
+        rows = op.Reshape(hidden, [1, out, bins, self.grid * self.size])
+        rows = op.Reshape(op.ReduceMean(rows, [2], keepdims=0), [1, out * out, bins, self.size])
+        return op.ReduceMean(rows, [2], keepdims=0)
 
 
 class DownsampleProjector(nn.Module):  # type: ignore[misc]

@@ -72,7 +72,8 @@ class OnnxTensors:
         self._groups = {name: group for group in linear_groups(spec) for name in group.names}
         self._layers = spec.decoder.num_hidden_layers
         self._last: tuple[str, Float32] | None = None
-        prefixes = ("decoder.",) if "decoder.lm_head.weight" in self._stored else _VISION
+        is_decoder = self._holds("decoder.lm_head.weight")
+        prefixes = ("decoder.",) if is_decoder else _VISION
         wanted = [name for name in names if name.startswith(prefixes)]
         self.names = [name for name in wanted if self._holds(self._stored_name(name))]
         for name in wanted:

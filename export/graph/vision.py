@@ -98,13 +98,14 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
     def forward(self, op: Any, pixels: Any) -> Any:
         grid, patch = self.grid, self.patch
         edge = grid * patch
+        if self.pixel_offset:  # before the rest, which NPU compilers cannot do with integers
+            pixels = op.Sub(op.Cast(pixels, to=FLOAT), float(self.pixel_offset))
         pixels = op.Slice(pixels, [0, 0], [edge, edge], [1, 2])  # a border narrower than a patch
-        patches = op.Reshape(pixels, [1, grid, patch, grid, patch, 3])
-        patches = op.Transpose(patches, perm=[0, 1, 3, 2, 4, 5])
+        patches = op.Reshape(pixels, [grid, patch, grid, patch * 3])
+        patches = op.Transpose(patches, perm=[0, 2, 1, 3])
         patches = op.Reshape(patches, [1, grid * grid, patch * patch * 3])
-        patches = op.Cast(patches, to=FLOAT)
-        if self.pixel_offset:
-            patches = op.Sub(patches, float(self.pixel_offset))
+        if not self.pixel_offset:
+            patches = op.Cast(patches, to=FLOAT)
         hidden = op.Add(op.MatMul(patches, self.weight), self.positions)
         return hidden if self.class_token is None else op.Concat(self.class_token, hidden, axis=1)
 

@@ -21,6 +21,7 @@ VERBS = {
     "export": "Turn a checkpoint into a bundle.",
     "search": "Find how many bits each layer needs.",
     "imatrix": "Measure which weights matter, for GGUF files.",
+    "targets": "List the devices that exports are checked for.",
     "run": "Ask one question about pictures.",
     "chat": "Talk about pictures.",
     "inspect": "Show what is in a bundle or a checkpoint.",

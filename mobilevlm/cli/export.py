@@ -34,11 +34,16 @@ Examples:
     help="Bundle folder to write; an older bundle there is replaced at the end.",
 )
 @click.option(
+    "--target",
+    metavar="NAME",
+    help="Device that settles recipe, format and weight bits, and that the result is checked "
+    "against ('mobilevlm targets' lists them).",
+)
+@click.option(
     "--recipe",
-    default="int4",
-    show_default=True,
     metavar="NAME|FILE.toml",
-    help="Precision: fp32, fp16-weights, int8, int4, fast, or a recipe file.",
+    help="Precision: fp32, fp16-weights, int8, int4, fast, for NPUs a16w8 or a8w8, or a recipe "
+    "file (default: int4).",
 )
 @goal_options
 @click.option(
@@ -50,10 +55,9 @@ Examples:
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["onnx", "gguf", "all"]),
-    default="onnx",
-    show_default=True,
-    help="Artifacts to make: for ONNX Runtime, for llama.cpp, or both.",
+    type=click.Choice(["onnx", "gguf", "all", "npu"]),
+    help="Artifacts to make: for ONNX Runtime (the default), for llama.cpp, both (all), or for "
+    "NPUs.",
 )
 @click.option(
     "--gguf-type",
@@ -93,11 +97,12 @@ Examples:
 def command(
     checkpoint: Path,
     bundle: Path,
-    recipe: str,
+    target: str | None,
+    recipe: str | None,
     budget: float | None,
     max_kl: float | None,
     plan_out: Path | None,
-    form: str,
+    form: str | None,
     gguf_type: GGUFType | None,
     imatrix: Path | None,
     calibration: str | None,
@@ -112,7 +117,7 @@ def command(
 ) -> None:
     """Turn a CHECKPOINT (folder of MobileVLM or LLaVA, or GGUF) into a bundle without torch."""
     progress.enable(not quiet)
-    from mobilevlm.export.pipeline import FORMATS, export
+    from mobilevlm.export.pipeline import export
     from mobilevlm.spec import to_dict
 
     if budget is not None or max_kl is not None:
@@ -126,10 +131,15 @@ def command(
         options = OpenOptions(vision_tower, conversation, variant)
         goal = Goal(budget, max_kl)
         search_recipe(
-            checkpoint, plan, goal, recipe=recipe, calibration=calibration, options=options
+            checkpoint,
+            plan,
+            goal,
+            recipe=recipe or "int4",
+            calibration=calibration,
+            options=options,
         )
         recipe = str(plan)
-        if form == "onnx":
+        if form in (None, "onnx"):
             calibration = None  # the plan names it
     elif plan_out is not None:
         raise click.UsageError("--plan-out goes with --budget or --max-kl")
@@ -137,7 +147,7 @@ def command(
         checkpoint,
         bundle,
         recipe=recipe,
-        formats=FORMATS if form == "all" else (form,),
+        formats=("onnx", "gguf") if form == "all" else (form,) if form else None,
         vision_tower=vision_tower,
         conversation=conversation,
         variant=variant,
@@ -147,6 +157,7 @@ def command(
         calibration=calibration,
         mmproj=mmproj,
         weight_bits={"auto": None, "7": 7, "8": 8}[weight_bits],
+        target=target,
     )
     if as_json:
         show_json(

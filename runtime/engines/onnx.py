@@ -38,11 +38,15 @@ _NO_WORDS = (0,)
 
 
 def open_session(
-    path: Path, threads: int, spinning: bool = True, packed: bool = True
+    path: Path,
+    threads: int,
+    spinning: bool = True,
+    packed: bool = True,
+    entries: Mapping[str, str] = MappingProxyType({}),
 ) -> ort.InferenceSession:
     """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
     copied in the order that kernels like best, else they are used where they lie in the mapped
-    file.
+    file. ``entries``: further settings of it, as onnxruntime names them.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -56,6 +60,8 @@ def open_session(
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
     # bits the graph asks for, to 8 once more: 13 times the error. 1 is float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds, none of them public
@@ -74,8 +80,14 @@ def weights_path(path: Path) -> Path:
 class OnnxVision:
     """The vision stage: tower and projector in one graph."""
 
-    def __init__(self, path: Path, threads: int, spinning: bool = True) -> None:
-        session = open_session(path, threads, spinning)
+    def __init__(
+        self,
+        path: Path,
+        threads: int,
+        spinning: bool = True,
+        entries: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        session = open_session(path, threads, spinning, entries=entries)
         self._reads_text = len(session.get_inputs()) > 1
         self._session: ort.InferenceSession | None = session
 
@@ -97,6 +109,18 @@ class OnnxVision:
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
         self._session = None
+
+
+def map_table(path: Path, embeddings: EmbeddingTable) -> NDArray[Any]:
+    """The embedding rows ``(rows, columns)`` in a file, mapped."""
+    mapped = np.memmap(
+        path,
+        dtype=embeddings.dtype,
+        mode="r",
+        offset=embeddings.offset,
+        shape=(embeddings.rows, embeddings.columns),
+    )
+    return mapped.view(np.ndarray)  # indexing that takes a tenth
 
 
 class OnnxState:
@@ -176,14 +200,7 @@ class OnnxDecoder:
         if prompts is not None:
             packed = plan.prefill_weights == "packed"
             self._prompts = open_session(prompts, threads, spinning, packed)
-        mapped = np.memmap(
-            table,
-            dtype=embeddings.dtype,
-            mode="r",
-            offset=embeddings.offset,
-            shape=(embeddings.rows, embeddings.columns),
-        )
-        self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing that takes a tenth
+        self._table: NDArray[Any] | None = map_table(table, embeddings)
 
     @property
     def brought_in_bytes(self) -> int | None:

@@ -39,6 +39,8 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
         bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")
     )
     threads = plan.threads_of("vision")
+    if engine == "npu":
+        return _npu_vision(vision, threads), _npu_decoder(bundle, plan)
     if engine == "gguf":
         language = _llama_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, language.model, threads), language
@@ -72,6 +74,25 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
     )
     remedy = f"export it with --weight-bits {best}"
     warnings.warn(f"{bundle.folder}: {what}: {remedy}", PrecisionWarning, stacklevel=2)
+
+
+def _npu_vision(path: Path, threads: int) -> VisionEngine:
+    from mobilevlm.runtime.engines.npu import FIXED_POINT
+    from mobilevlm.runtime.engines.onnx import OnnxVision
+
+    return OnnxVision(path, threads, entries=FIXED_POINT)
+
+
+def _npu_decoder(bundle: Bundle, plan: Plan) -> DecoderEngine:
+    from mobilevlm.runtime.engines.npu import NpuDecoder
+
+    spec, table = bundle.manifest.spec, bundle.manifest.embeddings
+    artifact = bundle.artifact("decoder", "npu")
+    if table is None or not artifact.data:
+        raise BundleError(f"{bundle.folder}: no embedding table or graph: export the bundle again")
+    chunks, tokens = bundle.path(artifact.path), bundle.path(artifact.data[0])
+    threads = plan.threads_of("decoder")
+    return NpuDecoder(chunks, tokens, bundle.path(table.path), table, spec.decoder, threads)
 
 
 def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> VisionEngine:

@@ -115,12 +115,19 @@ def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
 
 
 def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
+    """Of products of two activations the second has 8 bits in both."""
     for precision, dtype in (("qdq8", ir.DataType.UINT8), ("qdq16", ir.DataType.UINT16)):
         path = tmp_path / f"{precision}.onnx"
         author(mobilevlm_v2.model, mobilevlm_v2.image, recipe(precision), path)
         graph = ir.load(path).graph
-        zero_points = [node.inputs[2] for node in graph if node.op_type == "QuantizeLinear"]
-        assert zero_points and {value.const_value.dtype for value in zero_points} == {dtype}
+        quantizers = [node for node in graph if node.op_type == "QuantizeLinear"]
+        types = {node.outputs[0].name: node.inputs[2].const_value.dtype for node in quantizers}
+        products = [node for node in graph if node.op_type == "MatMul"]
+        factors = [[value.producer().inputs[0] for value in node.inputs] for node in products]
+        seconds = [pair[1].name for pair in factors if not pair[1].is_initializer()]
+        assert len(seconds) == 2 * mobilevlm_v2.model.spec.vision.num_hidden_layers
+        assert {types[name] for name in seconds} == {ir.DataType.UINT8}
+        assert {types[pair[0].name] for pair in factors} == {dtype}
 
 
 def test_calibrators_choose_ranges_of_their_own(tmp_path: Path) -> None:

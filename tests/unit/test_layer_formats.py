@@ -66,6 +66,10 @@ def test_no_layer_of_a_fixed_point_stage_has_a_format_of_its_own(
         expand_layers(recipe, mobilevlm_v2.model.spec)
     decoder = replace(recipe, layers={"decoder.*": Q8})
     assert expand_layers(decoder, mobilevlm_v2.model.spec).layers
+    with pytest.raises(MobileVLMError, match="is in a graph that is qdq16 as a whole"):
+        expand_layers(
+            replace(RECIPES["a16w8"], layers={"decoder.layers.0.*": Q8}), mobilevlm_v2.model.spec
+        )
 
 
 def test_layers_of_one_product_must_agree(mobilevlm_v2: Fixture) -> None:

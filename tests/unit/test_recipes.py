@@ -30,15 +30,18 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_the_named_recipes_are_there() -> None:
-    assert list(RECIPES) == ["fp32", "fp16-weights", "int8", "int4", "fast"]
+    names = ["fp32", "fp16-weights", "int8", "int4", "fast", "a16w8", "a8w8"]
+    assert list(RECIPES) == names
+    assert [name for name in RECIPES if RECIPES[name].is_for_npu] == ["a16w8", "a8w8"]
     assert all(find_recipe(name) is recipe for name, recipe in RECIPES.items())
 
 
 def test_coarser_recipes_allow_more() -> None:
-    limits = [recipe.limits for recipe in RECIPES.values()]
-    assert [x.decoder_kl for x in limits] == sorted(x.decoder_kl for x in limits)
-    errors = [x.vision_relative_error for x in limits]
-    assert errors == sorted(errors) and max(errors) < 1
+    for npu in (False, True):
+        limits = [recipe.limits for recipe in RECIPES.values() if recipe.is_for_npu is npu]
+        assert [x.decoder_kl for x in limits] == sorted(x.decoder_kl for x in limits)
+        errors = [x.vision_relative_error for x in limits]
+        assert errors == sorted(errors) and max(errors) < 1
 
 
 def test_a_file_gives_a_recipe_named_after_it(tmp_path: Path) -> None:
@@ -100,9 +103,9 @@ WRONG = [
     ('"int8"', '{ precision = "qdq16", weight_bits = 7 }', ".tower.weight_bits: qdq16 has none"),
     ('"int8"', '"qdq8"', ".projector: tower and projector are one graph"),
     ('projector = "fp16"', 'projector = "qdq16"', ".projector: tower and projector are one graph"),
-    ('"q8"', '"qdq8"', ".lm_head.precision: qdq8 is for the tower and the projector only"),
+    ('"q8"', '"qdq8"', ".lm_head: decoder and lm_head are one graph"),
     ("[limits]", '[layers]\n"vision.*" = "qdq8"\n[limits]',
-     ".layers.vision.*.precision: qdq8 is for the tower and the projector as a whole"),
+     ".layers.vision.*.precision: qdq8 is for whole graphs"),
     ("0.2", '"small"', ".limits.vision_relative_error: expected float, found 'small'"),
     ("[limits]", "[limits", "not a TOML recipe"),
     ("[limits]", 'limits = "none"\n[x]', "is not known"),
@@ -141,7 +144,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(MobileVLMError) as caught:
         find_recipe("int5")
     assert str(caught.value) == (
-        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int4, fast, or a .toml file"
+        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int4, fast, a16w8, a8w8, "
+        "or a .toml file"
     )
 
 

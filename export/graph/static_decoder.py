@@ -1,0 +1,137 @@
+"""The decoder stage with fixed shapes, of standard operators: what compilers for NPUs take.
+
+A graph appends a chunk of ``length`` positions to at most ``window`` earlier ones. What depends on
+the place of the chunk in the sequence comes in from outside: rotary tables, the mask and the
+earlier keys and values; the chunk's own keys and values go out, and the caller keeps them. Module
+and weight names are those of :mod:`mobilevlm.export.graph.decoder`, for any ``length``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mobilevlm.export.graph.decoder import DecoderLayer, DecoderStage, Norm
+from mobilevlm.export.graph.weight_file import WeightFile
+from mobilevlm.spec import DecoderSpec
+
+
+class StaticDecoderStage(DecoderStage):
+    """``inputs_embeds (1, length, hidden_size)`` to ``logits (1, positions, vocab_size)`` of some
+    positions, and the chunk's keys and values ``(1, num_key_value_heads, length, head_dim)``."""
+
+    has_tables = False
+
+    def layer(self, weights: WeightFile, index: int, spec: DecoderSpec) -> DecoderLayer:
+        """The layer with this index."""
+        return StaticLayer(weights, index, spec)
+
+    def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> StaticNorm:
+        """The norm before the first layer."""
+        return StaticNorm(weights, name, spec)
+
+    def forward(  # type: ignore[override]
+        self,
+        op: Any,
+        embeds: Any,
+        mask: Any,
+        rotary: tuple[Any, Any],
+        position: Any,
+        past: list[tuple[Any, Any]],
+    ) -> tuple[Any, list[tuple[Any, Any]]]:
+        """``position``: whose logits are wanted ``(positions,)``. ``rotary``: cosine and signed
+        sine, see :func:`rotated`."""
+        residual, normed = embeds, self.input_norm(op, embeds)
+        presents = []
+        for index, (layer, key_value) in enumerate(zip(self.layers, past, strict=True)):
+            wanted = position if index == len(past) - 1 else None
+            residual, normed, present = layer(op, residual, normed, mask, rotary, key_value, wanted)
+            presents.append(present)
+        return self.lm_head(op, normed), presents
+
+
+class StaticLayer(DecoderLayer):
+    """Attention over earlier keys and values and the chunk's own, and MLP."""
+
+    def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
+        super().__init__(weights, index, spec)
+        self.spec = spec
+
+    def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> StaticNorm:
+        """A norm after something is added to the residual stream."""
+        return StaticNorm(weights, name, spec)
+
+    def forward(  # type: ignore[override]
+        self,
+        op: Any,
+        residual: Any,
+        normed: Any,
+        mask: Any,
+        rotary: tuple[Any, Any],
+        past: tuple[Any, Any],
+        position: Any | None,
+    ) -> tuple[Any, Any, tuple[Any, Any]]:
+        mixed, present = self._attend(op, self.qkv(op, normed), mask, rotary, past)
+        if position is not None:
+            mixed = op.Gather(mixed, position, axis=1)
+            residual = op.Gather(residual, position, axis=1)
+        residual = op.Add(residual, self.o_proj(op, mixed))
+        if self.post_attention_norm is not None:
+            normed = self.post_attention_norm(op, residual)
+        elif position is not None:
+            normed = op.Gather(normed, position, axis=1)
+        made = self.mlp(op, normed)
+        residual = op.Add(residual, made[0] if self.is_sparse else made)
+        return residual, self.next_norm(op, residual), present
+
+    def _attend(
+        self, op: Any, qkv: Any, mask: Any, rotary: tuple[Any, Any], past: tuple[Any, Any]
+    ) -> tuple[Any, tuple[Any, Any]]:
+        """Mixed values ``(1, length, heads · head_dim)``, and the chunk's keys and values."""
+        spec = self.spec
+        heads, kv_heads, dim = self.num_heads, self.num_kv_heads, spec.head_dim
+        group = heads // kv_heads
+        query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
+        query = rotated(op, op.Reshape(query, [1, -1, heads, dim]), rotary, spec)
+        key = rotated(op, op.Reshape(key, [1, -1, kv_heads, dim]), rotary, spec)
+        value = op.Reshape(value, [1, -1, kv_heads, dim])
+        query = op.Transpose(op.Mul(query, dim**-0.5), perm=[0, 2, 1, 3])
+        key, value = (op.Transpose(states, perm=[0, 2, 1, 3]) for states in (key, value))
+        keys, values = op.Concat(past[0], key, axis=2), op.Concat(past[1], value, axis=2)
+        if group > 1:  # heads with common keys are rows of one product
+            query = op.Reshape(query, [1, kv_heads, -1, dim])
+        scores = op.MatMul(query, op.Transpose(keys, perm=[0, 1, 3, 2]))
+        if group > 1:
+            total = mask.shape[3]
+            scores = op.Reshape(scores, [kv_heads, group, -1, total])
+        shares = op.Softmax(op.Add(scores, mask), axis=-1)
+        if group > 1:
+            shares = op.Reshape(shares, [1, kv_heads, -1, total])
+        mixed = op.MatMul(shares, values)
+        if group > 1:
+            mixed = op.Reshape(mixed, [1, heads, -1, dim])
+        mixed = op.Reshape(op.Transpose(mixed, perm=[0, 2, 1, 3]), [1, -1, heads * dim])
+        return mixed, (key, value)
+
+
+def rotated(op: Any, states: Any, rotary: tuple[Any, Any], spec: DecoderSpec) -> Any:
+    """``(1, length, heads, head_dim)`` with its first channels rotated: halves change places, and
+    the sine of the first half is negative. ``rotary``: ``(1, length, 1, rotary_channels)`` each."""
+    cos, sin = rotary
+    channels, rest = spec.rotary_channels, None
+    if channels < spec.head_dim:
+        sizes = [channels, spec.head_dim - channels]
+        states, rest = op.Split(states, sizes, axis=-1, _outputs=2)
+    first, second = op.Split(states, [channels // 2] * 2, axis=-1, _outputs=2)
+    swapped = op.Concat(second, first, axis=-1)
+    turned = op.Add(op.Mul(states, cos), op.Mul(swapped, sin))
+    return turned if rest is None else op.Concat(turned, rest, axis=-1)
+
+
+class StaticNorm(Norm):
+    """One operator of the standard."""
+
+    def forward(self, op: Any, x: Any) -> Any:
+        settings = {"axis": -1, "epsilon": self.epsilon}
+        if self.bias is None:
+            return op.RMSNormalization(x, self.weight, **settings)
+        return op.LayerNormalization(x, self.weight, self.bias, **settings)

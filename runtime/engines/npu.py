@@ -1,0 +1,189 @@
+"""ONNX graphs with fixed shapes, for NPUs: a chunk of the prompt at a time, then token by token.
+
+A bundle has them in fixed point of standard operators (export/qdq_decoder.py). What depends on a
+position comes from here: rotary tables, the mask, and a window of earlier keys and values, 8-bit
+integers, to which each run's own are added. Without an NPU ONNX Runtime runs them on the CPU, each
+operator in float32 between two roundings, as an NPU would but slowly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+
+from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.rotary import rotary_tables
+from mobilevlm.runtime.engines import DecoderState, ExpertChoices, Float32, Segment, still_open
+from mobilevlm.runtime.engines.onnx import map_table, open_session
+from mobilevlm.spec import DecoderSpec
+
+MASKED = -1e4
+"""Added to logits of attention that do not count; the graph stops where its scales do."""
+
+
+_PAST = "past_key_values."
+FIXED_POINT = {"session.disable_quant_qdq": "1"}
+"""Settings of a session that runs each operator of a fixed-point graph in float32, as on its own:
+ONNX Runtime's integer products would saturate (8-bit weights on AVX2), or round once more."""
+
+
+def signed_tables(spec: DecoderSpec) -> tuple[Float32, Float32]:
+    """Cosine and sine ``(context_length, rotary_channels)``, the sine of the first half
+    negative."""
+    cos, sin = rotary_tables(spec)
+    return np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
+
+
+def causal_mask(length: int, window: int, filled: int) -> Float32:
+    """``(1, 1, length, window + length)``: each position of a chunk sees the ``filled`` first ones
+    of the window, and the chunk up to itself."""
+    mask = np.full((length, window + length), MASKED, np.float32)
+    mask[:, :filled] = 0
+    mask[:, window:][np.tri(length, dtype=bool)] = 0
+    return mask[None, None]
+
+
+class NpuState:
+    """Keys and values ``(1, num_key_value_heads, window, head_dim)`` per layer, as the graphs take
+    them: 8-bit integers, or float32 where nothing is quantized."""
+
+    def __init__(self, session: ort.InferenceSession) -> None:
+        self.length = 0
+        self.buffers = {
+            value.name.removeprefix(_PAST): np.zeros(
+                value.shape, np.uint8 if value.type == "tensor(uint8)" else np.float32
+            )
+            for value in session.get_inputs()
+            if value.name.startswith(_PAST)
+        }
+
+
+class NpuDecoder:
+    """The decoder stage: a graph for chunks, one for single tokens; embedding rows are read from a
+    mapped file.
+
+    Raises:
+        BundleError: the graphs do not fit the spec.
+    """
+
+    def __init__(
+        self,
+        chunks: Path,
+        tokens: Path,
+        table: Path,
+        embeddings: EmbeddingTable,
+        spec: DecoderSpec,
+        threads: int,
+    ) -> None:
+        self._chunks: ort.InferenceSession | None = open_session(
+            chunks, threads, entries=FIXED_POINT
+        )
+        self._tokens = open_session(tokens, threads, entries=FIXED_POINT)
+        self.chunk, self.window = _shape(self._chunks)
+        if _shape(self._tokens) != (1, self.window) or self.window < spec.context_length:
+            raise BundleError(f"{chunks}: shapes that do not fit each other: export it again")
+        self._cos, self._sin = signed_tables(spec)
+        self._table: NDArray[Any] | None = map_table(table, embeddings)
+
+    @property
+    def brought_in_bytes(self) -> int | None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
+        return None
+
+    def new_state(self) -> NpuState:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return NpuState(still_open(self._chunks))
+
+    def embed(self, ids: Sequence[int]) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        rows: Float32 = still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
+        return rows
+
+    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. A run has the logits of one
+        position, so those of all take a run each."""
+        assert isinstance(state, NpuState)
+        if all_logits:
+            return np.concatenate([self._append(state, row[None]) for row in embeds])
+        for start in range(0, len(embeds), self.chunk):
+            logits = self._append(state, embeds[start : start + self.chunk])
+        return logits
+
+    def extend(self, state: DecoderState, embeds: Float32) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        self.prefill(state, embeds)
+
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Token by token, as :meth:`step`."""
+        return self.prefill(state, embeds, all_logits=True)
+
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. These graphs compute all experts
+        and keep the choice to themselves."""
+        raise MobileVLMError(
+            "graphs for NPUs do not say what their routers decide: use --engine onnx"
+        )
+
+    def step(self, state: DecoderState, token: int) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, NpuState)
+        logits: Float32 = self._append(state, self.embed([token]))[0]
+        return logits
+
+    def _append(self, state: NpuState, embeds: Float32) -> Float32:
+        """Appends at most a chunk; logits of its last position ``(1, vocab_size)``. What a chunk
+        lacks is filled up behind, where no position sees it."""
+        start, count = state.length, len(embeds)
+        session, length = still_open(self._chunks), self.chunk
+        if count == 1:
+            session, length = self._tokens, 1
+        positions = np.minimum(np.arange(start, start + length), len(self._cos) - 1)
+        rows = np.concatenate([embeds, np.repeat(embeds[-1:], length - count, axis=0)])
+        outputs = [f"present.{name}" for name in state.buffers]
+        logits, *presents = session.run(
+            ["logits", *outputs],
+            {
+                "inputs_embeds": rows[None],
+                "attention_mask": causal_mask(length, self.window, start),
+                "rotary_cos": self._cos[None, positions, None],
+                "rotary_sin": self._sin[None, positions, None],
+                "logits_position": np.array([count - 1], np.int32),
+                **{f"{_PAST}{name}": part for name, part in state.buffers.items()},
+            },
+        )
+        for buffer, present in zip(state.buffers.values(), presents, strict=True):
+            buffer[:, :, start : start + count] = present[:, :, :count]
+        state.length += count
+        result: Float32 = logits[0]
+        return result
+
+    def save(self, state: DecoderState, start: int) -> Segment:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:
+        ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
+        assert isinstance(state, NpuState)
+        data = np.stack([buffer[0, :, start : state.length] for buffer in state.buffers.values()])
+        data.flags.writeable = False
+        return Segment(start, state.length, data)
+
+    def restore(self, state: DecoderState, segment: Segment) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        assert isinstance(state, NpuState)
+        for buffer, part in zip(state.buffers.values(), segment.data, strict=True):
+            buffer[0, :, segment.start : segment.end] = part
+        state.length = segment.end
+
+    def close(self) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        self._chunks = self._table = None
+
+
+def _shape(session: ort.InferenceSession) -> tuple[int, int]:
+    """Positions of a run, and of the window."""
+    shapes = {value.name: value.shape for value in session.get_inputs()}
+    return shapes["inputs_embeds"][1], shapes[f"{_PAST}0.key"][2]

@@ -26,7 +26,7 @@ from mobilevlm.gguf_file import read_gguf
 from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.gguf_spec import bytes_per_token
 from mobilevlm.progress import Advance
-from mobilevlm.spec import GGUFType, to_dict
+from mobilevlm.spec import GGUFType, ModelSpec, to_dict
 
 QDQ_TOOLS = ("onnx", "onnxruntime")
 """Packages that make fixed-point graphs of float ones."""

@@ -9,12 +9,22 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
-from conftest import FLOAT32, Fixture, fixture_named, relative_error
+from conftest import (
+    FAMILY_FIXTURES,
+    FIXTURES,
+    FLOAT32,
+    MOE_FIXTURES,
+    Fixture,
+    fixture_named,
+    relative_error,
+)
 from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration import Sample
 from mobilevlm.export.graph.author import ChunkShape, author_embeddings, author_static_decoder
+from mobilevlm.export.jobs import npu_jobs
 from mobilevlm.export.qdq_decoder import author_qdq_decoder
 from mobilevlm.export.recipes import RECIPES, Recipe
 from mobilevlm.families import Model
@@ -56,21 +66,31 @@ def fixed_decoder(fixture: Fixture, model: Model, recipe: Recipe, folder: Path) 
     return opened(model, folder)
 
 
-def test_float_graphs_of_fixed_shapes_give_the_official_logits(
-    any_fixture: Fixture, tmp_path: Path
-) -> None:
-    embeds = any_fixture.arrays["inputs_embeds"][0]
-    model = short(any_fixture.model, len(embeds) + 4)
+REFUSED = {"blip2": "learned positions", "blip2_t5": "an encoder", "instructblip": "a Q-Former"}
+WITH_GRAPHS = [name for name in (*FIXTURES, *MOE_FIXTURES, *FAMILY_FIXTURES) if name not in REFUSED]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_parts_without_graphs_of_fixed_shapes_are_refused(name: str, tmp_path: Path) -> None:
+    with pytest.raises(MobileVLMError, match=f"{REFUSED[name]} yet: use --format onnx"):
+        npu_jobs(fixture_named(name).model, FIXED)
+
+
+@pytest.mark.parametrize("name", WITH_GRAPHS)
+def test_float_graphs_of_fixed_shapes_give_the_official_logits(name: str, tmp_path: Path) -> None:
+    fixture = fixture_named(name)
+    embeds = fixture.arrays["inputs_embeds"][0]
+    model = short(fixture.model, len(embeds) + 4)
     decoder = float_decoder(model, tmp_path)
     state = decoder.new_state()
     found = decoder.prefill(state, embeds)[0]
     assert state.length == len(embeds)
-    assert relative_error(found, any_fixture.logits[-1]) < 5 * FLOAT32
+    assert relative_error(found, fixture.logits[-1]) < 5 * FLOAT32
     # Chunk by chunk and one by one, with a place where the sequence goes back.
     half = len(embeds) // 2
     state.length = half
     ones = decoder.prefill(state, embeds[half:], all_logits=True)
-    assert relative_error(ones, any_fixture.logits[half:]) < 5 * FLOAT32
+    assert relative_error(ones, fixture.logits[half:]) < 5 * FLOAT32
 
 
 # Measured with random weights, which pass on each rounding in full: medians over positions of 0.014

@@ -113,7 +113,7 @@ def write_checkpoint(
         MobileVLMError: unknown name, the folder is not empty, or the disk is too small.
         MissingExtraError: sentencepiece is not installed.
     """
-    if name not in NAMES:
+    if name not in CONFIGURATIONS and name not in LAYOUTS:
         raise MobileVLMError(f"configuration {name!r} is not known: expected {', '.join(NAMES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MobileVLMError(f"{folder}: exists and is not an empty folder: name another one")

@@ -16,6 +16,7 @@ import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
+from mobilevlm.plan import Plan
 from mobilevlm.progress import ignore
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines import ExpertChoices
@@ -114,7 +115,7 @@ def test_choices_of_a_long_prompt_are_those_of_its_chunks(sparse: Fixture, tmp_p
     hidden = sparse.model.spec.decoder.hidden_size
     embeds = np.random.default_rng(0).standard_normal((520, hidden), np.float32)
     bundle = open_bundle(exported(sparse, "fused", tmp_path))
-    decoder = onnx_decoder(bundle, bundle.path(bundle.artifact("decoder", "onnx").path), 1)
+    decoder = onnx_decoder(bundle, bundle.path(bundle.artifact("decoder", "onnx").path), Plan())
     whole = stacked(decoder.expert_choices(embeds), sparse)
     first = stacked(decoder.expert_choices(embeds[:512]), sparse)
     assert whole.shape[1] == 520

@@ -33,6 +33,8 @@ def compiled_for(target: Target, work: Workspace, draft: Manifest) -> Manifest:
         return draft
     folder = f"npu/{target.name.rpartition('-')[2]}"
     made = []
+    if target.caveat:
+        progress.say(f"caution     {target.name}: {target.caveat}")
     for artifact in draft.artifacts:
         if artifact.stage == "embeddings":
             continue

@@ -42,13 +42,14 @@ class Target:
     share_weights: bool = False
     """Whether the binary of the decoder's graphs has their weights once. It is half as large then,
     but the emulator cannot load it."""
+    caveat: str = ""
+    """What is known not to be right, in a few words"""
 
     @property
     def verified(self) -> str:
         """What an export to it proves on the exporting machine."""
-        if self.htp is not None:
-            return "compiled, no operator left to the CPU; memory"
-        return "memory"
+        compiled = "compiled, no operator left to the CPU; " if self.htp is not None else ""
+        return f"{compiled}memory" + (f". But: {self.caveat}" if self.caveat else "")
 
     def settled(self) -> Recipe:
         """Its recipe with its shapes."""

@@ -70,7 +70,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
 
     with tempfile.TemporaryDirectory() as logs:
 
-        def open_profiled(path: Path, threads: int, *_: bool) -> ort.InferenceSession:
+        def open_profiled(path: Path, threads: int, *_: bool, **__: Any) -> ort.InferenceSession:
             options = ort.SessionOptions()
             options.intra_op_num_threads = threads
             options.enable_profiling = True

@@ -436,6 +436,8 @@ def test_recipes_have_gguf_types_of_their_own(llava_v1: Fixture) -> None:
         "int8": ["f16", "q8_0"],
         "int4": ["f16", "q4_0"],
         "fast": ["f16", "q4_0"],
+        "a16w8": ["f16", "q8_0"],
+        "a8w8": ["f16", "q8_0"],
     }
 
 

@@ -28,6 +28,8 @@ graph, for prompts."""
 
 _LLAMA_CPP = ("gguf", "hybrid")
 """Engines whose decoder is llama.cpp's own."""
+LLAMA_ENGINES = (*_LLAMA_CPP, "ggml")
+"""Engines that take llama.cpp's library, for its kernels at least."""
 
 DRAFTING_ENGINES = ("gguf", "hybrid")
 """Where drafts are tried without being asked for: llama.cpp's quantized kernels give a position the

@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import MobileVLMError, PlanWarning
-from mobilevlm.plan import ENGINES, Plan, choose_engine
+from mobilevlm.plan import ENGINES, LLAMA_ENGINES, Plan, choose_engine
 from mobilevlm.runtime.drafting import MAX_DRAFT_TOKENS
 from mobilevlm.runtime.machine import installed_extras, processor_key
 from mobilevlm.spec import from_dict, to_dict
@@ -158,7 +158,7 @@ def _plan_for(tuned: TunedPlan, engine: str) -> Plan | None:
     """That of the engine; of ``auto`` the fastest whose packages are still there."""
     lacks_llama = bool(installed_extras()["gguf"])
     for plan in tuned.plans:
-        runs = plan.engine == "onnx" or not lacks_llama
+        runs = plan.engine not in LLAMA_ENGINES or not lacks_llama
         if engine == plan.engine or (engine == "auto" and runs):
             return plan
     return None

@@ -9,7 +9,7 @@ from pathlib import Path
 from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import BundleError, MissingExtraError
-from mobilevlm.plan import ENGINES, choose_engine, default_threads, stage_formats
+from mobilevlm.plan import ENGINES, LLAMA_ENGINES, choose_engine, default_threads, stage_formats
 from mobilevlm.runtime.machine import available_memory
 from mobilevlm.runtime.plan_file import TunedPlan, write_plan
 from mobilevlm.runtime.probe import EngineProbe
@@ -58,7 +58,7 @@ def _engines(bundle: Bundle) -> list[str]:
     for name in ENGINES:
         try:
             choose_engine(bundle, name)
-            if name != "onnx":
+            if name in LLAMA_ENGINES:
                 from mobilevlm.runtime.engines.llama_native import llama_library
 
                 llama_library()

@@ -68,6 +68,12 @@ def test_an_engine_that_is_no_longer_installed_is_passed_over(
     assert settle_plan(bundle, "auto", None, "auto") == ONE
 
 
+def test_graphs_for_npus_need_no_llama_cpp(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_file, "installed_extras", lambda: {"gguf": ["llama_cpp"]})
+    found = plan_file._plan_for(tuned(bundle, Plan("ggml"), Plan("npu"), ONE), "auto")
+    assert found == Plan("npu")
+
+
 def test_other_processors_keep_theirs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     write_plan(bundle, tuned(bundle, ONE))
     with monkeypatch.context() as patch:

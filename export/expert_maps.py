@@ -7,11 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
-from mobilevlm._version import __version__
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.expert_usage import LayerUsage, shares
+from mobilevlm.export.html_page import write_page
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -135,21 +133,10 @@ def draw_usage(usage: UsageMap, path: Path) -> None:
     figure.savefig(path)
 
 
-def write_page(usage: UsageMap, path: Path) -> None:
+def write_map_page(usage: UsageMap, path: Path) -> None:
     """One HTML file that needs no other, whole or not at all."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mobilevlm.export", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template(TEMPLATE).render(
-        usage=usage, is_dark=_is_dark, totals=_totals(usage.layers), version=__version__
-    )
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    totals = _totals(usage.layers)
+    write_page(TEMPLATE, path, usage=usage, is_dark=_is_dark, totals=totals)
 
 
 def _is_dark(share: float, usage: UsageMap) -> bool:

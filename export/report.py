@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
-from mobilevlm._version import __version__
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration import Sample
+from mobilevlm.export.html_page import write_page
 from mobilevlm.export.layer_effects import LayerEffect
 from mobilevlm.export.verify import Verification, WorstSample
 from mobilevlm.image import open_image
@@ -73,14 +72,9 @@ def check_report_target(path: Path) -> None:
 
 def write_report(found: Verification, path: Path) -> None:
     """Writes the HTML file, whole or not at all."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mobilevlm.export", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template(TEMPLATE).render(
+    write_page(
+        TEMPLATE,
+        path,
         found=found,
         checks={(check.stage, check.figure): check for check in found.checks},
         plots=_layer_plots(found),
@@ -91,11 +85,7 @@ def write_report(found: Verification, path: Path) -> None:
         differs=_differs,
         width=WIDTH,
         height=HEIGHT,
-        version=__version__,
     )
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def _layer_plots(found: Verification) -> list[Plot]:

@@ -237,7 +237,7 @@ def _show_experts(
             check_targets,
             draw_usage,
             usage_table,
-            write_page,
+            write_map_page,
         )
         from mobilevlm.export.expert_usage import bundle_usage, checkpoint_usage
     except ImportError as error:
@@ -266,7 +266,7 @@ def _show_experts(
     if plot is not None:
         draw_usage(usage, plot)
     if html is not None:
-        write_page(usage, html)
+        write_map_page(usage, html)
     if as_json:
         show_json({"model": spec.name, "source": source, "data": data, **usage.to_dict()})
     else:

@@ -12,7 +12,7 @@ from PIL import Image
 
 import mobilevlm
 from mobilevlm.export.calibration import Sample, sample_ids
-from mobilevlm.export.expert_maps import UsageMap, draw_usage, write_page
+from mobilevlm.export.expert_maps import UsageMap, draw_usage, write_map_page
 from mobilevlm.export.expert_usage import LayerUsage, bundle_usage, checkpoint_usage, shares
 from mobilevlm.spec import IMAGE_TOKEN_ID
 
@@ -77,7 +77,7 @@ def test_the_picture_is_darkest_where_the_share_is_largest(tmp_path: Path) -> No
 
 
 def test_the_page_needs_no_other_file_and_runs_no_text(tmp_path: Path) -> None:
-    write_page(USAGE, tmp_path / "map.html")
+    write_map_page(USAGE, tmp_path / "map.html")
     page = (tmp_path / "map.html").read_text()
     assert "a &lt;model&gt;" in page and "<model>" not in page
     assert "http" not in page and "src=" not in page

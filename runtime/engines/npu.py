@@ -19,7 +19,15 @@ from numpy.typing import NDArray
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.rotary import rotary_tables
-from mobilevlm.runtime.engines import DecoderState, ExpertChoices, Float32, Segment, still_open
+from mobilevlm.runtime.engines import (
+    DecoderState,
+    ExpertChoices,
+    Float32,
+    Segment,
+    restore_buffers,
+    save_buffers,
+    still_open,
+)
 from mobilevlm.runtime.engines.onnx import map_table, open_session
 from mobilevlm.spec import DecoderSpec
 
@@ -167,15 +175,12 @@ class NpuDecoder:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:
         ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
         assert isinstance(state, NpuState)
-        data = np.stack([buffer[0, :, start : state.length] for buffer in state.buffers.values()])
-        data.flags.writeable = False
-        return Segment(start, state.length, data)
+        return save_buffers(state.buffers, start, state.length)
 
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, NpuState)
-        for buffer, part in zip(state.buffers.values(), segment.data, strict=True):
-            buffer[0, :, segment.start : segment.end] = part
+        restore_buffers(state.buffers, segment)
         state.length = segment.end
 
     def close(self) -> None:

@@ -28,6 +28,8 @@ from mobilevlm.runtime.engines import (
     Segment,
     in_chunks,
     no_experts,
+    restore_buffers,
+    save_buffers,
     still_open,
 )
 from mobilevlm.runtime.engines.mapped_pages import give_back
@@ -332,15 +334,12 @@ class OnnxDecoder:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``: float32
         ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
         assert isinstance(state, OnnxState)
-        data = np.stack([buffer[0, :, start : state.length] for buffer in state.buffers.values()])
-        data.flags.writeable = False
-        return Segment(start, state.length, data)
+        return save_buffers(state.buffers, start, state.length)
 
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, OnnxState)
-        for buffer, part in zip(state.buffers.values(), segment.data, strict=True):
-            buffer[0, :, segment.start : segment.end] = part
+        restore_buffers(state.buffers, segment)
         state.length = segment.end
 
     def close(self) -> None:

@@ -31,7 +31,7 @@ from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, fixed_context, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.limits import check_limits, quality_error
-from mobilevlm.export.recipes import Recipe, WeightBits, find_recipe
+from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe, WeightBits, find_recipe
 from mobilevlm.export.system_prompt import write_system_prompt
 from mobilevlm.export.target_checks import check_memory, check_tools, compiled_for
 from mobilevlm.export.targets import find_target
@@ -121,7 +121,7 @@ def export(
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
     if "npu" in formats:
         model = fixed_context(model, chosen)
-    chosen = expand_layers(chosen, model.spec)
+    chosen = expand_layers(in_stored_blocks(chosen, model), model.spec)
     jobs = [job for form in formats for job in JOBS[form](model, chosen)]
     _check_vision(model, jobs)
     with open_workspace(place) as work:
@@ -225,6 +225,18 @@ def _with_weight_bits(recipe: Recipe, wanted: WeightBits | None, formats: Sequen
             f"be about: leave it out"
         )
     return recipe.with_weight_bits(wanted, auto_only=False)
+
+
+def in_stored_blocks(recipe: Recipe, model: Model) -> Recipe:
+    """The recipe; of a model in llama.cpp's Q4_0 a built-in one with 4 bits takes over its blocks,
+    so that nothing is rounded again."""
+    decoder = model.spec.decoder
+    last = f"{decoder.mlp_names(0)[0]}.{decoder.mlp_linears[1]}.weight"
+    is_built_in = recipe.name in RECIPES and recipe.decoder == RECIPES["int4"].decoder
+    if not is_built_in or model.weights.q4_0(last) is None:
+        return recipe
+    layers = LinearFormat("q4")
+    return dataclasses.replace(recipe, decoder=layers, lm_head=layers)
 
 
 def _open(

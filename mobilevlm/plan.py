@@ -58,6 +58,10 @@ class Plan:
     decoder_threads: int = 0
     spinning: bool = True
     """Threads of ONNX Runtime wait for work awake: faster, unless other programs want them."""
+    vision_weights: Literal["mapped", "packed"] = "mapped"
+    """Of an ``int8`` image encoder in ONNX Runtime. ``mapped``: used where they lie in the file,
+    whose pages the system can take back and share, and loading reads none of them; ``packed``:
+    copied in the kernels' order, so that a picture takes less time and loading more."""
     prefill_chunk: int = PREFILL_CHUNK
     """Positions per run of a long prompt (ONNX Runtime)."""
     prefill_from: int = PREFILL_FROM

@@ -45,7 +45,7 @@ def tune_bundle(
             engines,
             default_threads(),
             prompts=prompts,
-            packing=bool(prompts) and _has_room(ready),
+            packing=_has_room(ready),
         )
     finally:
         probe.close()
@@ -70,7 +70,12 @@ def _engines(bundle: Bundle) -> list[str]:
 
 
 def _has_room(bundle: Bundle) -> bool:
-    """Whether a copy of the weights of the graph for prompts takes less than half of the memory
-    that is free."""
-    files = bundle.artifact("prefill", "onnx").files
+    """Whether copies of the weights that may stay in their file (of the image encoder, of the graph
+    for prompts) take less than half of the memory that is free."""
+    files = [
+        name
+        for artifact in bundle.manifest.artifacts
+        if artifact.format == "onnx" and artifact.stage in ("vision", "prefill")
+        for name in artifact.files
+    ]
     return 2 * sum(bundle.path(name).stat().st_size for name in files) < available_memory()

@@ -127,7 +127,8 @@ def tune(
 ) -> TunedPlan:
     """Measures the engines and chooses. ``digest``: of the bundle's manifest; ``threads``: that
     this process may use; ``prompts``: engines that have a graph for prompts; ``packing``: whether
-    memory suffices to copy its weights. At least one engine is measured, whatever the budget."""
+    memory suffices to copy weights that may stay in their file. At least one engine is measured,
+    whatever the budget."""
     state = _Tuning(probe, budget)
     first: dict[str, StageTimes] = {}
     for engine in engines:
@@ -143,6 +144,8 @@ def tune(
         found = _threads(state, Plan(engine), threads, first[engine])
         if engine == "onnx":
             found = _spinning(state, found)
+            if packing:
+                found = _vision_weights(state, found)
         if engine in prompts:
             found = _prompt_graph(state, found, packing)
         if engine == "onnx":
@@ -232,6 +235,11 @@ def _threads(state: _Tuning, plan: Plan, most: int, first: StageTimes) -> Plan:
 
 def _spinning(state: _Tuning, plan: Plan) -> Plan:
     return _whole(state, "spinning", {"on": plan, "off": replace(plan, spinning=False)})
+
+
+def _vision_weights(state: _Tuning, plan: Plan) -> Plan:
+    packed = replace(plan, vision_weights="packed")
+    return _whole(state, "weights of the image encoder", {"mapped": plan, "packed": packed})
 
 
 def _prompt_graph(state: _Tuning, plan: Plan, packing: bool) -> Plan:

@@ -8,6 +8,7 @@ on all tokens, those that were not chosen with weight 0, for targets whose shape
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +23,7 @@ from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.layer_formats import quantize, to_half
 from mobilevlm.export.quantize.blocks import Float32, Quantized
-from mobilevlm.export.recipes import BLOCK_BITS, LinearFormat
+from mobilevlm.export.recipes import BLOCK_BITS, BLOCK_SIZES, LinearFormat
 from mobilevlm.spec import DecoderSpec
 
 _ACTIVATIONS = {
@@ -241,7 +242,8 @@ def _rows(part: Quantized) -> np.ndarray[Any, Any]:
 
 def _common_format(weights: WeightFile, name: str, spec: DecoderSpec, count: int) -> LinearFormat:
     """The one format that the operator takes for all experts. With quantized activations
-    (``int8``) the operator has 8-bit weights in blocks.
+    (``int8``) the operator has 8-bit weights in blocks. Where blocks do not divide the channels, as
+    it needs them to, they are halved until they do.
 
     Raises:
         MobileVLMError: the recipe has several, or sizes or activation do not fit the operator.
@@ -264,11 +266,10 @@ def _common_format(weights: WeightFile, name: str, spec: DecoderSpec, count: int
     common = formats.pop()
     if common.precision == "int8":
         common = replace(common, precision="q8")
-    block = common.block_size
-    if common.scheme is not None and (spec.hidden_size % block or spec.intermediate_size % block):
+    fitting = math.gcd(common.block_size, spec.hidden_size, spec.intermediate_size)
+    if common.scheme is not None and fitting < min(BLOCK_SIZES):
         raise MobileVLMError(
-            f"{name}: blocks of {block} do not divide {spec.hidden_size} and "
-            f"{spec.intermediate_size} channels, as the operator for all experts needs it: choose "
-            f"another block_size, or {remedy}"
+            f"{name}: no blocks divide {spec.hidden_size} and {spec.intermediate_size} channels, "
+            f"as the operator for all experts needs it: {remedy}"
         )
-    return common
+    return replace(common, block_size=fitting)

@@ -7,11 +7,14 @@ zero point; the bytes are those of ONNX Runtime's MatMulNBits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mobilevlm.plan import default_threads
 
 Float32: TypeAlias = NDArray[np.float32]
 Codes: TypeAlias = NDArray[np.uint8]
@@ -99,25 +102,36 @@ Fit: TypeAlias = Callable[[Float32, Scheme], tuple[Float32, Float32]]
 
 
 def quantize_rows(
-    weight: Float32, scheme: Scheme, quantizer: RowQuantizer, chunk: int | None = None
+    weight: Float32, scheme: Scheme, quantizer: RowQuantizer, chunk: int = _CHUNK, threads: int = 1
 ) -> Quantized:
-    """Quantizes ``(out_size, in_size)``, about ``chunk`` weights at a time, and packs them."""
+    """Quantizes ``(out_size, in_size)``, in each thread about ``chunk`` weights at a time, and
+    packs them."""
     out_size, in_size = weight.shape
     blocks, block = scheme.blocks(in_size), scheme.block(in_size)
     packed = np.empty((out_size, blocks, packed_size(block, scheme.bits)), np.uint8)
     scales = np.empty((out_size, blocks), np.float32)
     zero_points = np.empty((out_size, packed_size(blocks, scheme.bits)), np.uint8)
-    error = energy = 0.0
-    step = max(1, (chunk or _CHUNK) // in_size)
-    for start in range(0, out_size, step):
+    step = max(1, chunk // in_size)
+
+    def make(start: int) -> tuple[float, float]:
+        """Fills in a chunk; squared error, and squares of its weights."""
         part = weight[start : start + step]
         rows = quantizer(part)
         here = slice(start, start + len(part))
         packed[here] = pack(rows.codes, scheme.bits)
         scales[here] = rows.scales
         zero_points[here] = pack(rows.zero_points, scheme.bits)
-        error += float(np.square(_values(rows, in_size) - part).sum(dtype=np.float64))
-        energy += float(np.square(part).sum(dtype=np.float64))
+        squares = np.square(_values(rows, in_size) - part), np.square(part)
+        error, energy = (float(square.sum(dtype=np.float64)) for square in squares)
+        return error, energy
+
+    starts = range(0, out_size, step)
+    if threads > 1 and len(starts) > 1:
+        with ThreadPoolExecutor(threads) as pool:
+            sums = list(pool.map(make, starts))
+    else:
+        sums = list(map(make, starts))
+    error, energy = (sum(parts) for parts in zip(*sums, strict=True))
     return Quantized(
         scheme,
         in_size,
@@ -138,7 +152,7 @@ def quantize_fitted(weight: Float32, scheme: Scheme, fit: Fit) -> Quantized:
         codes = encode(blocked, scales, zeros, scheme)
         return Rows(codes, stored_scales(scales, scheme), zeros.astype(np.uint8))
 
-    return quantize_rows(weight, scheme, quantizer)
+    return quantize_rows(weight, scheme, quantizer, threads=default_threads())
 
 
 def dequantize(quantized: Quantized) -> Float32:

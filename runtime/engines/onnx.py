@@ -57,6 +57,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    # Most of a load, by all threads.
+    options.add_session_config_entry("session.prepack.enable_parallel", "1")
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
@@ -80,16 +82,17 @@ def weights_path(path: Path) -> Path:
 
 
 class OnnxVision:
-    """The vision stage: tower and projector in one graph."""
+    """The vision stage: tower and projector in one graph. Arguments as of :func:`open_session`."""
 
     def __init__(
         self,
         path: Path,
         threads: int,
         spinning: bool = True,
+        packed: bool = True,
         entries: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        session = open_session(path, threads, spinning, entries=entries)
+        session = open_session(path, threads, spinning, packed, entries)
         self._reads_text = len(session.get_inputs()) > 1
         self._session: ort.InferenceSession | None = session
 

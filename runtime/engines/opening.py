@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 
 def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine, DecoderEngine]:
     """Opens both stages. ``engine``: one that the bundle has artifacts for, whatever the plan says
-    about it. An ONNX vision stage is
-    opened beside the decoder: onnxruntime reorders weights on one thread per session, and that is
-    most of a load.
+    about it. An ONNX vision stage is opened beside the decoder.
 
     Raises:
         BundleError: an artifact cannot be loaded.
@@ -55,7 +53,7 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
         "ggml": _ggml_decoder,
     }
     with ThreadPoolExecutor(1) as beside:
-        opened = beside.submit(_onnx_vision, vision, plan)
+        opened = beside.submit(_onnx_vision, bundle, vision, plan)
         language_stage = openers[engine](bundle, decoder, plan)
         return opened.result(), language_stage
 
@@ -101,10 +99,13 @@ def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) 
     return MtmdVision(path, spec, model, threads)
 
 
-def _onnx_vision(path: Path, plan: Plan) -> VisionEngine:
+def _onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> VisionEngine:
     from mobilevlm.runtime.engines.onnx import OnnxVision
 
-    return OnnxVision(path, plan.threads_of("vision"), plan.spinning)
+    # Kernels of weights in blocks take them in their own order only.
+    mappable = bundle.artifact("vision", "onnx").precision == "int8"
+    packed = plan.vision_weights == "packed" or not mappable
+    return OnnxVision(path, plan.threads_of("vision"), plan.spinning, packed)
 
 
 def _llama_decoder(bundle: Bundle, path: Path, plan: Plan) -> LlamaDecoder:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
 
@@ -152,13 +153,27 @@ def test_a_token_reads_half_of_the_experts(stablelm: Fixture, tmp_path: Path) ->
         assert 0 <= everything - (found + experts / 2) < 0.25 * everything
 
 
-def test_blocks_that_do_not_divide_the_channels_need_the_plain_form(
+def test_fused_experts_halve_blocks_until_they_divide_the_channels(
     stablelm: Fixture, tmp_path: Path
 ) -> None:
-    recipe = formats(block_size=64)
-    with pytest.raises(MobileVLMError, match=r'64 do not divide 64 and 96.*experts = "plain"'):
-        author(stablelm, recipe, tmp_path)
-    author(stablelm, replace(recipe, experts="plain"), tmp_path)
+    """64 and 96 channels."""
+    for asked, stored in ((128, 32), (64, 32), (16, 16)):
+        author(stablelm, formats(block_size=asked), tmp_path)
+        graph = onnx.load(tmp_path / "d.onnx", load_external_data=False).graph
+        found = {
+            attribute.i
+            for node in graph.node
+            for attribute in node.attribute
+            if node.op_type == "QMoE" and attribute.name == "block_size"
+        }
+        assert found == {stored}
+
+
+def test_channels_that_no_block_divides_need_the_plain_form(
+    stablelm: Fixture, tmp_path: Path
+) -> None:
+    with pytest.raises(MobileVLMError, match=r'no blocks divide 64 and 88.*experts = "plain"'):
+        author(stablelm, formats(), tmp_path, intermediate_size=88)
 
 
 class ByExpert(Recipe):

@@ -17,6 +17,7 @@ from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.export.graph.author import author_decoder
+from mobilevlm.export.pipeline import in_stored_blocks
 from mobilevlm.export.recipes import RECIPES
 from mobilevlm.families import Model
 from mobilevlm.progress import ignore
@@ -94,7 +95,8 @@ def test_q4_0_becomes_onnx_without_another_rounding(fixture: Fixture, tmp_path: 
             content[found.data_offset : found.data_offset + blocks.size] = blocks.tobytes()
     decoder.write_bytes(content)
     model = open_gguf(decoder, mmproj)
-    author_decoder(model.weights, model.spec, RECIPES["int4"], tmp_path / "d.onnx", ignore)
+    recipe = in_stored_blocks(RECIPES["int4"], model)
+    author_decoder(model.weights, model.spec, recipe, tmp_path / "d.onnx", ignore)
     assert_same_blocks(tmp_path / "d.onnx", decoder, model.spec.decoder)
 
 

@@ -29,7 +29,7 @@ from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, Tensor, convert, write_file
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.jobs import gguf_jobs
-from mobilevlm.export.recipes import RECIPES
+from mobilevlm.export.recipes import RECIPES, LinearFormat
 from mobilevlm.families import Model
 from mobilevlm.gguf_names import decoder_entries
 from mobilevlm.progress import ignore
@@ -198,12 +198,13 @@ def test_the_one_linear_projector_is_its_own_difference_of_gelus(tmp_path: Path)
     np.testing.assert_allclose(out, features @ weight.T + bias, atol=1e-5)
 
 
-def test_int4_onnx_and_q4_0_hold_the_same_integers_and_scales(
+def test_q4_onnx_and_q4_0_hold_the_same_integers_and_scales(
     fixture: Fixture, tmp_path: Path
 ) -> None:
-    """One quantization, two containers."""
-    model = fixture.model
-    author_decoder(model.weights, model.spec, RECIPES["int4"], tmp_path / "d.onnx", ignore)
+    """One quantization, two containers, where the recipe has blocks of 32 rounded to nearest."""
+    model, layers = fixture.model, LinearFormat("q4")
+    recipe = dataclasses.replace(RECIPES["int4"], decoder=layers, lm_head=layers)
+    author_decoder(model.weights, model.spec, recipe, tmp_path / "d.onnx", ignore)
     write_decoder(model, "q4_0", tmp_path / "d.gguf", ignore)
     assert_same_blocks(tmp_path / "d.onnx", tmp_path / "d.gguf", model.spec.decoder)
 

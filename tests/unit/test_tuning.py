@@ -33,6 +33,7 @@ class Machine:
     """Time of that engine, in times of onnx"""
     spinning_off: float = 1.2
     packed: float = 0.9
+    vision_packed: float = 1.0
     now: float = 0.0
     opened: list[Plan] = field(default_factory=list)
 
@@ -43,6 +44,7 @@ class Machine:
         scale *= 1 if plan.spinning else self.spinning_off
         prefill = 2 * (self.packed if plan.prefill_weights == "packed" else 1)
         vision, step = self.vision[plan.vision_threads or 4], self.step[plan.decoder_threads or 4]
+        vision *= self.vision_packed if plan.vision_weights == "packed" else 1
         return StageTimes(scale * vision, scale * prefill, scale * step)
 
     def pieces(self, plan: Plan, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
@@ -78,7 +80,7 @@ def test_each_stage_gets_the_threads_that_are_fastest_for_it() -> None:
 def test_every_candidate_is_told_and_one_of_each_question_is_chosen() -> None:
     found = tuned(Machine(), prompts=["onnx"], packing=True)
     questions = {item.question for item in found.candidates}
-    assert len(questions) == 6 + len(LENGTHS)
+    assert len(questions) == 7 + len(LENGTHS)
     for question in questions:
         items = [item for item in found.candidates if item.question == question]
         assert len(items) > (question != "engine") and sum(item.chosen for item in items) == 1
@@ -115,6 +117,17 @@ def test_the_graph_for_prompts_is_used_from_where_it_pays() -> None:
     assert (found.prefill_from, found.prefill_weights) == (48, "mapped")
     found = tuned(Machine(), prompts=["onnx"], packing=True).plans[0]
     assert found.prefill_weights == "packed"
+
+
+@pytest.mark.parametrize(
+    ("time", "packing", "expected"),
+    [(0.5, True, "packed"), (0.5, False, "mapped"), (0.99, True, "mapped")],
+)
+def test_weights_of_the_image_encoder_are_copied_where_there_is_room_and_it_pays(
+    time: float, packing: bool, expected: str
+) -> None:
+    found = tuned(Machine(vision_packed=time), packing=packing).plans[0]
+    assert found.vision_weights == expected
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ def describe_machine() -> dict[str, Any]:
         "mobilevlm": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "board": _board(),
         "processor": cpu.get("model name", platform.processor() or "unknown"),
         "threads": default_threads(),
         "features": [feature for feature in FEATURES if feature in present],
@@ -126,6 +127,15 @@ def _cpu_info() -> dict[str, str]:
     first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _board() -> str | None:
+    """The device's name for itself, of boards by their device tree."""
+    path = Path("/proc/device-tree/model")
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip(" \0\n") or None
+    except OSError:
+        return None
 
 
 def _memory_gb() -> float:

@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         lines = str(error).splitlines() if isinstance(error, QualityError) else [_describe(error)]
         for line in lines:
             print(f"mobilevlm: error: {line}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, QualityError) else 2)
+        sys.exit(error.exit_code if isinstance(error, MobileVLMError) else 2)
 
 
 def _format_warning(

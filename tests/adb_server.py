@@ -1,5 +1,5 @@
-"""A server that speaks the Android Debug Bridge's protocol as adb's own does; its devices are shells
-on this machine."""
+"""A server that speaks the Android Debug Bridge's protocol as adb's own does; its devices are
+shells on this machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _TO_DEVICES = {"host:transport:": b"", "host:tport:serial:": struct.pack("<Q", 1)}
-"""How a connection goes on to a device; the second one, that of the ``adb`` program, tells a number."""
+"""How a connection goes on to a device; the second one is that of the ``adb`` program, which this
+server was tried with."""
 STDIN, STDOUT, STDERR, EXIT, CLOSE_STDIN = range(5)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -431,11 +431,15 @@ def test_the_agent_imports_nothing_but_the_standard_library() -> None:
     assert done.stdout.startswith(agent.MARK.encode())
 
 
-def test_a_bundles_files_end_with_its_manifest(bundle_of: BundleOf) -> None:
-    bundle = bundle_of("tiny", "int4")
+def test_a_bundles_files_come_with_its_plan_and_end_with_its_manifest(
+    bundle_of: BundleOf, tmp_path: Path
+) -> None:
+    bundle = shutil.copytree(bundle_of("tiny", "int4"), tmp_path / "bundle")
+    (bundle / "plan.json").write_text("{}")
+    (bundle / "notes.txt").write_text("not the bundle's")
     files = measuring.bundle_files(bundle)
-    assert list(files)[-1] == "manifest.json" and "tokenizer.json" in files
+    assert list(files)[-2:] == ["plan.json", "manifest.json"]
+    assert files.keys() == tree_of(bundle).keys() - {"notes.txt"}
     for name, file in files.items():
         data = (bundle / name).read_bytes()
         assert (file.size, file.sha256) == (len(data), hashlib.sha256(data).hexdigest())
-    assert json.loads((bundle / "manifest.json").read_text())["files"].keys() < files.keys()

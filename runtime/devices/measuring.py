@@ -62,8 +62,9 @@ def bench_on_device(
     place = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:8]
     if mmproj is not None:
         kept = f"models/{place}"
-        copies[kept] = {path.name: sent_file(path) for path in (model, mmproj)}
-        given = [f"{kept}/{model.name}", "--mmproj", f"{kept}/{mmproj.name}"]
+        encoder = f"mmproj/{mmproj.name}"
+        copies[kept] = {model.name: sent_file(model), encoder: sent_file(mmproj)}
+        given = [f"{kept}/{model.name}", "--mmproj", f"{kept}/{encoder}"]
     else:
         kept = f"bundles/{model.resolve().name}-{place}"
         copies[kept] = bundle_files(model)

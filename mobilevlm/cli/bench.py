@@ -11,6 +11,7 @@ import click
 from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import model_options
+from mobilevlm.plan import engine_for_limit
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.bench import BenchResult
@@ -118,7 +119,7 @@ def command(
             device,
             bundle,
             options,
-            engine=engine,
+            engine=engine_for_limit(engine, max_resident_mb),
             mmproj=mmproj,
             image=Path(image) if image and not no_image else None,
             python=device_python,

@@ -147,15 +147,16 @@ def mirror(folder: Path, files: dict[str, tuple[int, str]]) -> None:
     _write_received(folder, received)
     for name in missing:  # what an interrupted copy left
         _part(folder / name).unlink(missing_ok=True)
-    needed = sum(files[name][0] for name in missing)
-    free = shutil.disk_usage(folder).free + sum(
-        (folder / name).stat().st_size for name in missing if (folder / name).is_file()
-    )
-    if needed > free:
-        raise RefusedError(
-            f"{folder}: {needed / 1e6:.0f} MB to copy, {free / 1e6:.0f} MB free: free some space "
-            f"there, or give another --device-folder"
-        )
+    free = room = shutil.disk_usage(folder).free
+    for name in missing:  # a file that is replaced goes when its successor is complete
+        path, size = folder / name, files[name][0]
+        if size > room:
+            needed = sum(files[name][0] for name in missing)
+            raise RefusedError(
+                f"{folder}: {needed / 1e6:.0f} MB to copy, {free / 1e6:.0f} MB free: free some "
+                f"space there, or give another --device-folder"
+            )
+        room += (path.stat().st_size if path.is_file() else 0) - size
     answer({"missing": missing})
     for name in missing:
         _receive(folder / name, *files[name])
@@ -167,9 +168,10 @@ def mirror(folder: Path, files: dict[str, tuple[int, str]]) -> None:
 def run(base: Path, arguments: list[str], python_path: Path) -> None:
     """Runs the program and answers with its output; meanwhile says every few seconds that it lives.
     Ends it when the host goes away."""
+    theirs = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ,
-        "PYTHONPATH": str(python_path),
+        "PYTHONPATH": f"{python_path}{os.pathsep}{theirs}" if theirs else str(python_path),
         "XDG_CACHE_HOME": str(base / "cache"),
         "COLUMNS": "200",
     }

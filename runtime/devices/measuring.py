@@ -161,6 +161,9 @@ def _result(name: str, output: Output) -> BenchResult:
                 reason += " (as the system does with a program that takes too much memory)"
             raise DeviceError(f"{name}: {reason}", 128 - output.code)
         reason = lines[-1] if lines else f"the bench ended with code {output.code}"
+        if output.code != 2:  # not the device's owner's mistake: all of it is of interest
+            for line in lines:
+                progress.say(f"{name}: {line}")
         raise DeviceError(f"{name}: {reason.removeprefix('mobilevlm: error: ')}", output.code)
     for line in lines:
         warnings.warn(f"{name}: {line.removeprefix('mobilevlm: warning: ')}", PlanWarning, 2)

@@ -21,6 +21,7 @@ NO_SUCH_PROGRAM = (126, 127)
 BOOTSTRAP = (
     "import sys;"
     'sys.version_info<(3,10)and sys.exit("Python 3.10 or newer is needed, not "+sys.version[:6]);'
+    "sys.path=[place for place in sys.path if place];"  # its working folder may hold any names
     "exec(sys.stdin.buffer.read({length}))"
 )
 """What ``python -c`` is given. No character in it means anything to a shell between ``'``."""

@@ -174,7 +174,7 @@ def test_the_options_arrive_as_they_were_given(
         raise DeviceError("seen")
 
     monkeypatch.setattr(measuring, "bench_on_device", record)
-    given = ["--engine=onnx", "--text-tokens=9", "--new-tokens=5", "--draft-tokens=2", "--runs=3",
+    given = ["--engine=ggml", "--text-tokens=9", "--new-tokens=5", "--draft-tokens=2", "--runs=3",
              "--threads=1", "--max-resident=1.5GB", "--no-plan", "--no-image"]  # fmt: skip
     refusal(capsys, "bench", tmp_path, "--device", "ssh://pi", *given)
     again = bench_command.make_context("bench", [str(tmp_path), *seen]).params

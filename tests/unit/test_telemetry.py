@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from mobilevlm.runtime.machine import describe_machine
 from mobilevlm.runtime.telemetry import (
     FEWEST,
     Course,
@@ -204,6 +205,23 @@ def test_vcgencmd_is_asked_where_there_is_one(
     assert (found.throttled, found.reason) == (True, "vcgencmd: throttled")
     program.write_text("#!/bin/sh\necho VCHI initialization failed\n")
     assert sensors.flags() is None
+
+
+def test_a_phone_is_named_by_its_properties(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "getprop"
+    program.write_text(
+        "#!/bin/sh\ncase $1 in ro.product.manufacturer) echo Google;; "
+        "ro.product.model) echo 'Pixel 8';; esac\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr("mobilevlm.runtime.machine.DEVICE_TREE", tmp_path / "none")
+    assert describe_machine()["board"] == "Google Pixel 8"
+    (tmp_path / "model").write_text("Raspberry Pi 5 Model B Rev 1.0\0")
+    monkeypatch.setattr("mobilevlm.runtime.machine.DEVICE_TREE", tmp_path / "model")
+    assert describe_machine()["board"] == "Raspberry Pi 5 Model B Rev 1.0"
 
 
 def test_energy_of_the_packages_gives_power_across_the_counters_end(tmp_path: Path) -> None:

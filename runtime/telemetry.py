@@ -9,16 +9,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
-from statistics import median
 
 from mobilevlm.runtime.sensors import Sample, Sensors
 
 INTERVAL = 0.5
 """Seconds between samples."""
 DROP = 0.1
-"""Share of its clock at the start that the fastest processor must lose to count as slowed down."""
-FEWEST = 11
-"""Samples without which clocks say nothing: three in each third, the first and last left out."""
+"""Share of its clock that the fastest processor must lose to count as slowed down."""
+STEADY = 3
+"""Samples for which a clock must be held to count."""
+FEWEST = 2 * STEADY + 2
+"""Samples without which clocks say nothing; the first and the last are left out."""
 VCGENCMD_FLAGS = {
     0: "under-voltage",
     1: "clock capped",
@@ -150,8 +151,8 @@ def judge(samples: Sequence[Sample], limits: Limits) -> tuple[bool | None, str]:
     """Whether the machine was slowed down, and by what one can tell.
 
     It was, if the limit of a clock fell below what it was at the start; if the clock of the fastest
-    processor fell by more than ``DROP`` from the first third of the time to the last (medians); if
-    a thermal zone reached its passive trip point; if processors counted events; or if the Raspberry
+    processor, held for ``STEADY`` samples, stayed more than ``DROP`` below for so many later; if a
+    thermal zone reached its passive trip point; if processors counted events; or if the Raspberry
     Pi's firmware says so.
     """
     found: list[str] = []
@@ -165,17 +166,13 @@ def judge(samples: Sequence[Sample], limits: Limits) -> tuple[bool | None, str]:
             found.append(f"{name} reached {most:.1f} °C (its trip point is {trip:.1f})")
     found.extend(_lowered_limits(samples)[:1])
     clocks = _fastest(samples)
-    enough = len(clocks) >= FEWEST
-    if enough:
-        busy = clocks[1:-1]  # those were taken before and after the work
-        third = len(busy) // 3
-        start, end = median(busy[:third]), median(busy[-third:])
-        if end < (1 - DROP) * start:
-            found.append(f"the clock fell from {start:.0f} to {end:.0f} MHz")
+    high, low = _fall(clocks[1:-1])  # those were taken before and after the work
+    if low < (1 - DROP) * high:
+        found.append(f"the clock fell from {high:.0f} to {low:.0f} MHz")
     if found:
         return True, "; ".join(found)
-    if enough:
-        return False, f"the clock stayed at {end:.0f} MHz"
+    if len(clocks) >= FEWEST:
+        return False, f"the clock never fell by {DROP:.0%}"
     told = [
         text
         for text, known in (
@@ -243,7 +240,21 @@ def _lowered_limits(samples: Sequence[Sample]) -> list[str]:
 
 
 def _fastest(samples: Iterable[Sample]) -> list[float]:
-    return [max(sample.megahertz.values()) for sample in samples if sample.megahertz]
+    found = (max(sample.megahertz.values(), default=0.0) for sample in samples)
+    return [clock for clock in found if clock > 0]
+
+
+def _fall(clocks: Sequence[float]) -> tuple[float, float]:
+    """A clock that was held, and the least share of it that was held later: ``STEADY`` samples at
+    or above the former, so many at or below the latter. The same twice where it never fell."""
+    starts = range(len(clocks) - STEADY + 1)
+    held = [min(clocks[start : start + STEADY]) for start in starts]
+    reached = [max(clocks[start : start + STEADY]) for start in starts]
+    highest = max(held, default=0.0)
+    falls = [
+        (max(held[: start - STEADY + 1]), reached[start]) for start in starts if start >= STEADY
+    ]
+    return min(falls, key=lambda fall: fall[1] / fall[0], default=(highest, highest))
 
 
 def _courses(values: Sequence[dict[str, float]]) -> dict[str, Course]:

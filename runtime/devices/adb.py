@@ -14,12 +14,10 @@ import struct
 from dataclasses import dataclass
 
 from mobilevlm.errors import DeviceError
-from mobilevlm.runtime.devices import CONNECT_SECONDS, Ended
+from mobilevlm.runtime.devices import CONNECT_SECONDS, SILENCE_SECONDS, Ended
 from mobilevlm.runtime.devices.ssh import last_line
 
 TERMUX_PYTHON = "/data/data/com.termux/files/usr/bin/python3"
-SEND_SECONDS = 60.0
-"""That a device may take to accept a piece of data."""
 PIECE = 1 << 15
 STDIN, STDOUT, STDERR, EXIT, CLOSE_STDIN = range(5)
 """Packets of the shell protocol: one byte of these, four of length (little endian), the data
@@ -69,7 +67,7 @@ class AdbCommand:
 
     def send(self, data: bytes) -> None:
         """See :class:`mobilevlm.runtime.devices.Command`."""
-        self._connection.settimeout(SEND_SECONDS)
+        self._connection.settimeout(SILENCE_SECONDS)
         view = memoryview(data)
         for start in range(0, len(view), PIECE):
             piece = view[start : start + PIECE]
@@ -93,7 +91,7 @@ class AdbCommand:
     def end(self) -> Ended:
         """See :class:`mobilevlm.runtime.devices.Command`."""
         try:
-            self._connection.settimeout(SEND_SECONDS)
+            self._connection.settimeout(SILENCE_SECONDS)
             self._connection.sendall(struct.pack("<BI", CLOSE_STDIN, 0))
             while self.receive(CONNECT_SECONDS):
                 pass

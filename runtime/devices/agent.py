@@ -32,6 +32,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -40,7 +41,11 @@ RECEIVED = ".received.json"
 """Names of the files that came from a host; with each its digest, and the size, times and inode
 that it had when it was found right."""
 ALIVE_SECONDS = 5.0
+"""Between signs of life, whatever takes long."""
 PIECE = 1 << 20
+SYNC = 1 << 25
+"""Bytes of a file after which they are on the disk."""
+_output = threading.Lock()
 
 
 class RefusedError(Exception):
@@ -53,6 +58,7 @@ def main() -> None:
         signal.signal(number, _leave)
     base, lock = None, None
     answer({"hello": sys.version})
+    threading.Thread(target=_say_alive, daemon=True).start()
     try:
         while line := sys.stdin.buffer.readline():
             request = json.loads(line)
@@ -79,8 +85,9 @@ def main() -> None:
 
 
 def answer(content: dict[str, Any]) -> None:
-    """One line."""
-    print(MARK + json.dumps(content), flush=True)
+    """One line, in one piece."""
+    with _output:
+        print(MARK + json.dumps(content), flush=True)
 
 
 def open_folder(candidates: list[str]) -> tuple[Path, int]:
@@ -93,12 +100,13 @@ def open_folder(candidates: list[str]) -> tuple[Path, int]:
 
     reasons = []
     for candidate in candidates:
-        folder = Path.cwd() / Path(candidate).expanduser()
+        folder = Path(candidate)
         try:
+            folder = Path.cwd() / folder.expanduser()
             folder.mkdir(parents=True, exist_ok=True)
             lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        except OSError as error:
-            reasons.append(f"{folder}: {error.strerror}")
+        except (OSError, RuntimeError) as error:  # RuntimeError: this user has no home folder
+            reasons.append(f"{folder}: {getattr(error, 'strerror', error)}")
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -166,8 +174,7 @@ def mirror(folder: Path, files: dict[str, tuple[int, str]]) -> None:
 
 
 def run(base: Path, arguments: list[str], python_path: Path) -> None:
-    """Runs the program and answers with its output; meanwhile says every few seconds that it lives.
-    Ends it when the host goes away."""
+    """Runs the program and answers with its output. Ends it when the host goes away."""
     theirs = os.environ.get("PYTHONPATH")
     environment = {
         **os.environ,
@@ -186,15 +193,10 @@ def run(base: Path, arguments: list[str], python_path: Path) -> None:
             start_new_session=True,
         )
         try:
-            waited = 0.0
             while child.poll() is None:
                 ready, _, _ = select.select([sys.stdin], [], [], 0.2)
                 if ready:  # nothing is sent meanwhile: the host went away
                     sys.exit(1)
-                waited += 0.2
-                if waited >= ALIVE_SECONDS:
-                    answer({"alive": True})
-                    waited = 0.0
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
@@ -210,7 +212,7 @@ def _receive(path: Path, size: int, digest: str) -> None:
     """A file under another name, then renamed: an interrupted copy leaves nothing that looks
     whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    found = hashlib.sha256()
+    found, written = hashlib.sha256(), 0
     try:
         with _part(path).open("wb") as file:
             while size:
@@ -220,8 +222,11 @@ def _receive(path: Path, size: int, digest: str) -> None:
                 size -= len(data)
                 found.update(data)
                 file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+                written += len(data)
+                if written >= SYNC or not size:  # else a slow card would stand still at the end
+                    file.flush()
+                    os.fsync(file.fileno())
+                    written = 0
         if found.hexdigest() != digest:
             raise RefusedError(f"{path}: sha256 mismatch: the file changed while it was copied")
         _part(path).replace(path)
@@ -277,6 +282,12 @@ def _is_older(version: str, least: str) -> bool:
         for text in (version, least)
     )
     return (found + [0] * len(wanted))[: len(wanted)] < wanted
+
+
+def _say_alive() -> None:
+    while not threading.Event().wait(ALIVE_SECONDS):
+        with contextlib.suppress(OSError):
+            answer({"alive": True})
 
 
 def _leave(number: int, frame: object) -> None:

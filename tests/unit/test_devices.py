@@ -381,6 +381,28 @@ def test_a_device_that_falls_silent_is_given_up(
     assert time.monotonic() - start < 10
 
 
+def test_slow_work_is_not_taken_for_silence(
+    there: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card takes 3 seconds, the host's patience is 1, signs of life come every 0.1."""
+    monkeypatch.setattr(session, "SILENCE_SECONDS", 1)
+    patches = (
+        "import os, threading, time; wait = threading.Event.wait; "
+        "threading.Event.wait = lambda self, s=None: wait(self, s and s / 50); "
+        "os.fsync = lambda number: time.sleep(3)"
+    )
+    slow = tmp_path / "python"
+    slow.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{patches}; $2"\n')
+    slow.chmod(0o755)
+    files = {"a": file_of(tmp_path / "a", b"1")}
+    with DeviceSession(LocalDevice((str(there),), (str(slow),)), {}) as found:
+        found.missing("x", files)
+        start = time.monotonic()
+        found.send(list(files.values()))
+        assert time.monotonic() - start > 2
+    assert content(there / "x") == {"a": b"1"}
+
+
 def test_the_program_runs_there_and_its_output_comes_back(
     connected: DeviceSession, there: Path, tmp_path: Path
 ) -> None:

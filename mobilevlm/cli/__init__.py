@@ -25,7 +25,7 @@ VERBS = {
     "run": "Ask one question about pictures.",
     "chat": "Talk about pictures.",
     "inspect": "Show what is in a bundle or a checkpoint.",
-    "bench": "Measure latency on this machine.",
+    "bench": "Measure latency on this machine or a device.",
     "tune": "Find the fastest settings for a bundle on this machine.",
     "eval": "Measure how many questions are answered right.",
     "verify": "Compare a bundle with its checkpoint.",

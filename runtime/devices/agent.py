@@ -57,6 +57,7 @@ def main() -> None:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     base, lock = None, None
+    print()  # what a login shell wrote may not have ended its line
     answer({"hello": sys.version})
     threading.Thread(target=_say_alive, daemon=True).start()
     try:

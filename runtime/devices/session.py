@@ -120,6 +120,7 @@ class DeviceSession:
         source = Path(__file__).with_name("agent.py").read_bytes()
         code = BOOTSTRAP.format(length=len(source))
         for python in pythons:
+            self._pending = b""
             command = self._device.start(f"{python} -c '{code}'")
             try:
                 with contextlib.suppress(OSError):  # it ended; why, its end tells

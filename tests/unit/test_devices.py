@@ -348,7 +348,7 @@ def test_versions_are_compared_by_their_numbers(version: str, least: str, older:
 
 
 def test_noise_of_the_login_shell_does_not_disturb(there: Path) -> None:
-    device = LocalDevice((str(there),), before="echo Welcome; echo 'mobile'; printf '\\377\\n';")
+    device = LocalDevice((str(there),), before="echo Welcome; echo 'mobile'; printf '\\377\\n> ';")
     with DeviceSession(device, {}) as found:
         assert found.base == str(there)
 

@@ -450,7 +450,7 @@ def test_the_agent_imports_nothing_but_the_standard_library() -> None:
         [sys.executable, "-I", "-S", "-c", code], input=b"", capture_output=True, timeout=60
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(agent.MARK.encode())
+    assert done.stdout.lstrip().startswith(agent.MARK.encode())
 
 
 def test_a_bundles_files_come_with_its_plan_and_end_with_its_manifest(

@@ -1,12 +1,14 @@
 # make demo: from nothing to answers about a picture, without torch.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
 # does (compiled once, about 10 minutes; needs cmake and a C++ compiler). NPU=1 installs Qualcomm's
-# compiler (a wheel of 99 MB for Linux on x86-64, Python 3.11 and later), as CI does too.
+# compiler (a wheel of 99 MB for Linux on x86-64, Python 3.11 and later), as CI does too. SSHD=1 insists
+# on the tests of benches over SSH, which need openssh-server (none that runs: they start one).
 
 PYTHON ?= python3
 VENV   ?= .venv
 LLAMA  ?= 0
 NPU    ?= 0
+SSHD   ?= 0
 PIP    := $(VENV)/bin/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm export runtime -name '*.py')
@@ -25,6 +27,10 @@ test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU
 		echo "onnxruntime-qnn is not installed: Qualcomm's compiler is not tested (make test NPU=1" \
 			"does, where the platform has it)"; \
 		export MOBILEVLM_WITHOUT_NPU=1; \
+	fi; \
+	if [ "$(SSHD)" != 1 ] && ! PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v sshd >/dev/null; then \
+		echo "sshd is not installed: benches over SSH are not tested (sudo apt-get install openssh-server)"; \
+		export MOBILEVLM_WITHOUT_SSHD=1; \
 	fi; $(VENV)/bin/pytest -n 2 -q
 
 lint: $(VENV)/.dev

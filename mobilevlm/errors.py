@@ -8,6 +8,9 @@ a traceback and exits with 2. Anything else that escapes is a bug of ours and st
 class MobileVLMError(Exception):
     """Base of every error caused by input, files or environment."""
 
+    exit_code = 2
+    """Of the command line."""
+
 
 class CheckpointError(MobileVLMError):
     """A checkpoint folder that cannot be read: a missing file or key, a wrong shape or value."""
@@ -29,8 +32,19 @@ class MissingExtraError(MobileVLMError):
     """A feature needs a package that is not installed; the message names the extra."""
 
 
+class DeviceError(MobileVLMError):
+    """A device that cannot be measured: out of reach, without what it needs, or the measurement
+    failed there (then with its exit code)."""
+
+    def __init__(self, message: str, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
 class QualityError(MobileVLMError):
     """An artifact is further from the reference than its recipe allows (exit code 1)."""
+
+    exit_code = 1
 
 
 class TargetError(QualityError):

@@ -16,6 +16,7 @@ from mobilevlm.image import ImageInput
 from mobilevlm.plan import engine_files, stage_formats
 from mobilevlm.progress import Advance, ignore
 from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
+from mobilevlm.runtime.telemetry import Telemetry, describe, recorded
 from mobilevlm.runtime.vlm import VLM
 from mobilevlm.spec import IMAGE_PLACEHOLDER
 
@@ -29,7 +30,7 @@ class Row:
     p50: float
     p90: float
     p99: float
-    samples: list[float]
+    samples: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,12 @@ class BenchResult:
     """Model files that the engine reads."""
     token_mb: float | None
     """Weights that a decoding step reads (of sparse experts those that a token uses), if known."""
-    rows: list[Row]
+    rows: tuple[Row, ...]
     machine: dict[str, Any]
+    telemetry: Telemetry | None = None
+    """None where the system shows nothing."""
+    device: str | None = None
+    """Where it was measured; none on the machine that prints this."""
 
 
 def run_bench(
@@ -74,41 +79,43 @@ def run_bench(
     prompt = prompt_of_length(vlm, text_tokens, len(images))
     other = prompt_of_length(vlm, text_tokens, len(images), word=" b")
     samples: dict[str, list[float]] = {}
-    for run in range(runs + 1):
-        vlm.clear_caches()
-        before = vlm.brought_in_bytes
-        answer = vlm.generate(
-            prompt,
-            images,
-            max_new_tokens=new_tokens,
-            draft_tokens=draft_tokens,
-            ignore_eos=True,
-            raw=True,
-        )
-        after = vlm.brought_in_bytes
-        second = vlm.generate(other, images, max_new_tokens=1, raw=True)
-        advance(1)
-        if run == 0:
-            continue
-        times = answer.timings
-        for name, value in (
-            ("preprocess", times.preprocess),
-            ("vision", times.vision),
-            ("prefill", times.prefill),
-            ("first token", times.ttft),
-        ):
-            samples.setdefault(f"{name}/ms", []).append(1e3 * value)
-        if images:
-            first_token = 1e3 * second.timings.ttft
-            samples.setdefault("first token, second question/ms", []).append(first_token)
-        if answer.drafts.proposed:
-            share = 100 * answer.drafts.accepted / answer.drafts.proposed
-            samples.setdefault("guesses that were right/%", []).append(share)
-        if before is not None and after is not None:
-            samples.setdefault("experts brought in/MB", []).append((after - before) / 1e6)
-        samples.setdefault("next token/ms", []).extend(1e3 * s for s in answer.token_seconds)
-        samples.setdefault("prefill/tokens/s", []).append(answer.prompt_tokens / times.prefill)
-        samples.setdefault("decode/tokens/s", []).append(times.tokens_per_second)
+    with recorded() as recorder:
+        for run in range(runs + 1):
+            vlm.clear_caches()
+            before = vlm.brought_in_bytes
+            answer = vlm.generate(
+                prompt,
+                images,
+                max_new_tokens=new_tokens,
+                draft_tokens=draft_tokens,
+                ignore_eos=True,
+                raw=True,
+            )
+            after = vlm.brought_in_bytes
+            second = vlm.generate(other, images, max_new_tokens=1, raw=True)
+            advance(1)
+            if run == 0:
+                continue
+            times = answer.timings
+            for name, value in (
+                ("preprocess", times.preprocess),
+                ("vision", times.vision),
+                ("prefill", times.prefill),
+                ("first token", times.ttft),
+            ):
+                samples.setdefault(f"{name}/ms", []).append(1e3 * value)
+            if images:
+                first_token = 1e3 * second.timings.ttft
+                samples.setdefault("first token, second question/ms", []).append(first_token)
+            if answer.drafts.proposed:
+                share = 100 * answer.drafts.accepted / answer.drafts.proposed
+                samples.setdefault("guesses that were right/%", []).append(share)
+            if before is not None and after is not None:
+                samples.setdefault("experts brought in/MB", []).append((after - before) / 1e6)
+            samples.setdefault("next token/ms", []).extend(1e3 * s for s in answer.token_seconds)
+            samples.setdefault("prefill/tokens/s", []).append(answer.prompt_tokens / times.prefill)
+            samples.setdefault("decode/tokens/s", []).append(times.tokens_per_second)
+        telemetry = recorder.stop()
     manifest = vlm.bundle.manifest
     decoder = vlm.bundle.artifact("decoder", stage_formats(vlm.bundle, vlm.engine)["decoder"])
     token_mb = None if decoder.bytes_per_token is None else decoder.bytes_per_token / 1e6
@@ -131,8 +138,9 @@ def run_bench(
         artifact_mb=sum(manifest.files[name].size for name in engine_files(vlm.bundle, vlm.engine))
         / 1e6,
         token_mb=token_mb,
-        rows=[_row(name, values) for name, values in samples.items() if values],
+        rows=tuple(_row(name, values) for name, values in samples.items() if values),
         machine=describe_machine(),
+        telemetry=telemetry,
     )
 
 
@@ -158,10 +166,27 @@ def summary(result: BenchResult) -> str:
     )
 
 
+def described_machine(result: BenchResult) -> str:
+    """Where it was measured, and whether the machine slowed down: one line."""
+    facts = result.machine
+    where = f"Measured on {result.device or 'this machine'}: " + ", ".join(
+        [
+            *([facts["board"]] if facts["board"] else []),
+            facts["processor"],
+            f"{facts['memory_gb']} GB",
+            facts["system"],
+            f"onnxruntime {facts['onnxruntime']}",
+        ]
+    )
+    return f"{where}. {describe(result.telemetry)}"
+
+
 def as_markdown(result: BenchResult) -> str:
     """The result as a table for a document."""
     lines = [
         summary(result),
+        "",
+        described_machine(result),
         "",
         "| stage | unit | p50 | p90 | p99 |",
         "|---|---|---|---|---|",
@@ -177,4 +202,4 @@ def _row(label: str, samples: Sequence[float]) -> Row:
     name, unit = label.split("/", 1)
     slow = (90, 99) if unit == "ms" else (10, 1)
     p50, p90, p99 = (float(np.percentile(samples, q)) for q in (50, *slow))
-    return Row(name, unit, p50, p90, p99, [round(sample, 4) for sample in samples])
+    return Row(name, unit, p50, p90, p99, tuple(round(sample, 4) for sample in samples))

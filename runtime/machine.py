@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +21,9 @@ FEATURES = (
 VNNI = frozenset(("avx512_vnni", "avx_vnni", "amx_int8"))
 """With one of these, x86 adds products of u8 and s8 in 32 bits."""
 X86 = ("x86_64", "amd64", "i386", "i686")
+
+DEVICE_TREE = Path("/proc/device-tree/model")
+"""Where boards say their name."""
 
 EXTRAS = {
     "export": ("onnxscript", "onnx_ir", "safetensors", "sentencepiece", "google.protobuf"),
@@ -42,6 +47,7 @@ def describe_machine() -> dict[str, Any]:
         "mobilevlm": __version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "board": _board(),
         "processor": cpu.get("model name", platform.processor() or "unknown"),
         "threads": default_threads(),
         "features": [feature for feature in FEATURES if feature in present],
@@ -126,6 +132,26 @@ def _cpu_info() -> dict[str, str]:
     first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
     pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
     return {key.strip(): value.strip() for key, value in pairs}
+
+
+def _board() -> str | None:
+    """What the device calls itself: boards in their device tree, Android in its properties."""
+    try:
+        return DEVICE_TREE.read_text(encoding="utf-8", errors="replace").strip(" \0\n") or None
+    except OSError:  # Android lets nobody read it
+        names = ("manufacturer", "model")
+        return " ".join(filter(None, (_property(f"ro.product.{name}") for name in names))) or None
+
+
+def _property(name: str) -> str:
+    program = shutil.which("getprop")
+    if program is None:
+        return ""
+    try:
+        done = subprocess.run([program, name], capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
 
 
 def _memory_gb() -> float:

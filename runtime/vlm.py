@@ -76,21 +76,12 @@ def load(
     engine = engine_for_limit(engine, max_resident_mb)
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
-    if path.suffix == ".gguf":
-        if mmproj is None:
-            raise BundleError(
-                f"{path}: its image encoder is in a file of its own: give it with --mmproj FILE"
-            )
+    check_paths(path, mmproj)
+    if mmproj is not None:
         described, header = gguf_bundle(path, Path(mmproj))
         tokenizer = gguf_tokenizer(header)
         return open_model(
             described, engine, threads, cache_mb, start, tokenizer, max_resident_mb, "none"
-        )
-    if mmproj is not None:
-        raise BundleError(f"{path}: --mmproj belongs to a .gguf file: a bundle has its encoder")
-    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
-        raise BundleError(
-            f"{path}: a checkpoint, not a bundle: run 'mobilevlm export {path} -o BUNDLE' first"
         )
     return open_model(
         open_bundle(path),
@@ -101,6 +92,26 @@ def load(
         max_resident_mb=max_resident_mb,
         plan=plan,
     )
+
+
+def check_paths(path: Path, mmproj: str | PathLike[str] | None) -> None:
+    """That a GGUF file comes with its image encoder, and a bundle alone.
+
+    Raises:
+        BundleError: it does not, or the folder is a checkpoint.
+    """
+    if path.suffix == ".gguf":
+        if mmproj is None:
+            raise BundleError(
+                f"{path}: its image encoder is in a file of its own: give it with --mmproj FILE"
+            )
+        return
+    if mmproj is not None:
+        raise BundleError(f"{path}: --mmproj belongs to a .gguf file: a bundle has its encoder")
+    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
+        raise BundleError(
+            f"{path}: a checkpoint, not a bundle: run 'mobilevlm export {path} -o BUNDLE' first"
+        )
 
 
 def open_model(

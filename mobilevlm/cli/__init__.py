@@ -25,7 +25,7 @@ VERBS = {
     "run": "Ask one question about pictures.",
     "chat": "Talk about pictures.",
     "inspect": "Show what is in a bundle or a checkpoint.",
-    "bench": "Measure latency on this machine.",
+    "bench": "Measure latency on this machine or a device.",
     "tune": "Find the fastest settings for a bundle on this machine.",
     "eval": "Measure how many questions are answered right.",
     "verify": "Compare a bundle with its checkpoint.",
@@ -94,7 +94,7 @@ def main(arguments: list[str] | None = None) -> None:
         lines = str(error).splitlines() if isinstance(error, QualityError) else [_describe(error)]
         for line in lines:
             print(f"mobilevlm: error: {line}", file=sys.stderr)
-        sys.exit(1 if isinstance(error, QualityError) else 2)
+        sys.exit(error.exit_code if isinstance(error, MobileVLMError) else 2)
 
 
 def _format_warning(

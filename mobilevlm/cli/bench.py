@@ -11,12 +11,18 @@ import click
 from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import model_options
+from mobilevlm.plan import engine_for_limit
 
 if TYPE_CHECKING:
+    from mobilevlm.runtime.bench import BenchResult
     from mobilevlm.runtime.plan_file import PlanChoice
 
 
-@click.command("bench", epilog="\b\nExample:\n  mobilevlm bench bundle/ --image photo.jpg --runs 5")
+@click.command(
+    "bench",
+    epilog="\b\nExamples:\n  mobilevlm bench bundle/ --image photo.jpg --runs 5\n"
+    "  mobilevlm bench bundle/ --device ssh://pi@raspberrypi.local -o md",
+)
 @model_options
 @click.option("--image", metavar="FILE", help="Default: a grey picture (the work is the same).")
 @click.option("--no-image", is_flag=True, help="Text only.")
@@ -50,6 +56,21 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Show what 'mobilevlm tune' chose for this machine and why, and measure nothing.",
 )
+@click.option(
+    "--device",
+    metavar="DEVICE",
+    help="Measure there: ssh://[user@]host[:port], or adb[:serial] of an Android device. What is "
+    "needed is copied.",
+)
+@click.option(
+    "--device-python", metavar="COMMAND", help="Starts Python on the device. Default: python3."
+)
+@click.option(
+    "--device-folder",
+    metavar="FOLDER",
+    help="Where files go on the device. Default: ~/.cache/mobilevlm/device; of Android "
+    "/data/local/tmp/mobilevlm.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
 def command(
     bundle: Path,
@@ -66,17 +87,50 @@ def command(
     runs: int,
     form: str,
     show_plan_only: bool,
+    device: str | None,
+    device_python: str | None,
+    device_folder: str | None,
     as_json: bool,
 ) -> None:
-    """Measure latency per stage of BUNDLE on this machine."""
+    """Measure latency per stage of BUNDLE on this machine, or on a device."""
+    if device is None and (device_python or device_folder):
+        raise click.UsageError("--device-python and --device-folder belong to --device")
+    if device is not None and show_plan_only:
+        raise click.UsageError("--plan shows what was chosen for this machine, not for --device")
     progress.enable()
     if show_plan_only:
         _show_plan(bundle, engine, as_json or form == "json")
         return
+    if device is not None:
+        from mobilevlm.runtime.devices.measuring import bench_on_device
+
+        options = [
+            f"--engine={engine}",
+            f"--text-tokens={text_tokens}",
+            f"--new-tokens={new_tokens}",
+            f"--draft-tokens={draft_tokens}",
+            f"--runs={runs}",
+            *([] if threads is None else [f"--threads={threads}"]),
+            *([] if max_resident_mb is None else [f"--max-resident={max_resident_mb}MB"]),
+            *(["--no-plan"] if plan == "none" else []),
+            *(["--no-image"] if no_image else []),
+        ]
+        result = bench_on_device(
+            device,
+            bundle,
+            options,
+            engine=engine_for_limit(engine, max_resident_mb),
+            mmproj=mmproj,
+            image=Path(image) if image and not no_image else None,
+            python=device_python,
+            folder=device_folder,
+        )
+        _show(result, "json" if as_json else form)
+        return
     import numpy as np
 
     from mobilevlm.runtime import load
-    from mobilevlm.runtime.bench import as_markdown, run_bench, summary
+    from mobilevlm.runtime.bench import run_bench
 
     with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm:
         grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
@@ -91,7 +145,13 @@ def command(
                 draft_tokens=draft_tokens,
                 advance=advance,
             )
-    if as_json or form == "json":
+    _show(result, "json" if as_json else form)
+
+
+def _show(result: BenchResult, form: str) -> None:
+    from mobilevlm.runtime.bench import as_markdown, described_machine, summary
+
+    if form == "json":
         show_json(dataclasses.asdict(result))
     elif form == "md":
         print(as_markdown(result))
@@ -101,6 +161,7 @@ def command(
         from rich.table import Table
 
         print(summary(result))
+        print(described_machine(result))
         table = Table(box=box.SIMPLE_HEAD)
         for column in ("stage", "unit", "p50", "p90", "p99"):
             table.add_column(column, justify="left" if column in ("stage", "unit") else "right")

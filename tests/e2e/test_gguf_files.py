@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from adb_server import adb_server
 from conftest import DATA, fixture_named, refusal, run_program
 
 import mobilevlm
@@ -85,6 +87,24 @@ def test_run_and_bench_take_the_files(bundles: dict[str, Path], tmp_path: Path) 
         "bench", model, "--mmproj", mmproj, "--runs", "1", "--new-tokens", "3", "-o", "md"
     )
     assert done.returncode == 0 and "engine gguf" in done.stdout, done.stderr
+
+
+@needs_llama
+def test_the_files_are_measured_on_a_device(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Both may have the same name."""
+    model, mmproj = files_of(bundles["mobilevlm_v2"])
+    for name, path in (("model", model), ("encoder", mmproj)):
+        (tmp_path / name).mkdir()
+        shutil.copy(path, tmp_path / name / "ggml.gguf")
+    with adb_server(tmp_path, R58="device") as phone:
+        done = run_program(
+            "bench", tmp_path / "model" / "ggml.gguf", "--runs", "1", "--new-tokens", "3",
+            "--mmproj", tmp_path / "encoder" / "ggml.gguf", "--device", "adb", "-o", "md",
+            "--device-python", sys.executable, "--device-folder", tmp_path / "there",
+            ADB_SERVER_SOCKET=f"tcp:127.0.0.1:{phone.port}",
+        )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "engine gguf" in done.stdout and "Measured on adb:R58: " in done.stdout
 
 
 def test_wrong_combinations_are_refused(bundles: dict[str, Path], capsys: Capture) -> None:

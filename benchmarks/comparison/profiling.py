@@ -62,55 +62,66 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
     from comparison.work import PROMPT_TOKENS, picture
     from mobilevlm.bundle import open_bundle
     from mobilevlm.runtime.engines import onnx as engine
+    from mobilevlm.runtime.engines.opening import onnx_decoder, onnx_vision
 
     bundle = open_bundle(folder)
-    spec, table = bundle.manifest.spec, bundle.manifest.embeddings
-    assert table is not None
+    spec, plan = bundle.manifest.spec, Plan(vision_threads=threads, decoder_threads=threads)
     sessions: list[ort.InferenceSession] = []
 
     with tempfile.TemporaryDirectory() as logs:
 
-        def open_profiled(path: Path, threads: int, *_: bool, **__: Any) -> ort.InferenceSession:
+        def open_profiled(
+            path: Path, threads: int, spinning: bool = True, packed: bool = True, *_: Any
+        ) -> ort.InferenceSession:
             options = ort.SessionOptions()
             options.intra_op_num_threads = threads
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(logs) / path.stem)
+            options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
             sessions.append(ort.InferenceSession(str(path), options))
             return sessions[-1]
 
         engine.open_session = open_profiled  # this process does nothing else
 
-        def stage(run: Callable[[], Any], runs: int) -> list[OperatorTime]:
-            """Profile of the last session opened; the first run is left out."""
+        def stage(session: int, run: Callable[[], Any], runs: int) -> list[OperatorTime]:
+            """Profile of a session by its place; the first run is left out."""
             for _ in range(runs + 1):
                 run()
-            events = json.loads(Path(sessions[-1].end_profiling()).read_text(encoding="utf-8"))
+            events = json.loads(Path(sessions[session].end_profiling()).read_text(encoding="utf-8"))
             return operator_times(events, runs)
 
-        plan = Plan(decoder_threads=threads)
+        def decoder_stage(
+            run: Callable[[engine.OnnxDecoder, engine.OnnxState], Any], runs: int, place: int
+        ) -> list[OperatorTime]:
+            """``place`` of the session among those of the decoder: the graph for prompts, where
+            there is one, is opened after the other."""
+            first = len(sessions)
+            model = onnx_decoder(bundle, path, plan)
+            assert isinstance(model, engine.OnnxDecoder)
+            state = model.new_state()
+            opened = range(first, len(sessions))
+            rows = stage(opened[place], lambda: run(model, state), runs)
+            model.close()
+            return rows
 
-        def decoder() -> engine.OnnxDecoder:
-            path = bundle.path(bundle.artifact("decoder", "onnx").path)
-            return engine.OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, plan)
-
-        def prefill_on(model: engine.OnnxDecoder, state: Any) -> None:
+        def prefill(model: engine.OnnxDecoder, state: engine.OnnxState) -> None:
             state.length = 0
             model.prefill(state, prompt)
 
+        def step(model: engine.OnnxDecoder, state: engine.OnnxState) -> None:
+            state.length = PROMPT_TOKENS  # what stands there does not change the time
+            model.step(state, 5)
+
         random = np.random.default_rng(0)
         prompt = random.standard_normal((PROMPT_TOKENS, spec.decoder.hidden_size), np.float32) * 0.1
-        vision = engine.OnnxVision(bundle.path(bundle.artifact("vision", "onnx").path), threads)
-        found = {"image encode": stage(lambda: vision.encode(picture(spec.image.size, 0)), RUNS)}
+        path = bundle.path(bundle.artifact("vision", "onnx").path)
+        vision = onnx_vision(bundle, path, plan)
+        pixels = picture(spec.image.size, 0)
+        found = {"image encode": stage(-1, lambda: vision.encode(pixels), RUNS)}
         vision.close()
-        model = decoder()
-        state = model.new_state()
-        found["prefill"] = stage(lambda: prefill_on(model, state), RUNS)
-        model.close()
-        del state
-        model = decoder()
-        state = model.new_state()
-        state.length = PROMPT_TOKENS  # what stands there does not change the time
-        found["decode, one token"] = stage(lambda: model.step(state, 5), DECODE_STEPS)
+        path = bundle.path(bundle.artifact("decoder", "onnx").path)
+        found["prefill"] = decoder_stage(prefill, RUNS, -1)
+        found["decode, one token"] = decoder_stage(step, DECODE_STEPS, 0)
         return found
 
 

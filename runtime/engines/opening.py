@@ -53,7 +53,7 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
         "ggml": _ggml_decoder,
     }
     with ThreadPoolExecutor(1) as beside:
-        opened = beside.submit(_onnx_vision, bundle, vision, plan)
+        opened = beside.submit(onnx_vision, bundle, vision, plan)
         language_stage = openers[engine](bundle, decoder, plan)
         return opened.result(), language_stage
 
@@ -99,7 +99,8 @@ def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) 
     return MtmdVision(path, spec, model, threads)
 
 
-def _onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> VisionEngine:
+def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> VisionEngine:
+    """Opens the vision stage from an ONNX file of the bundle."""
     from mobilevlm.runtime.engines.onnx import OnnxVision
 
     # Kernels of weights in blocks take them in their own order only.

@@ -18,7 +18,7 @@ from onnxscript import nn
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.graph.dialects import CONTRIB
-from mobilevlm.export.graph.layers import FLOAT, relative_error
+from mobilevlm.export.graph.layers import FLOAT, product_of_rows, relative_error
 from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.layer_formats import quantize, to_half
@@ -44,6 +44,7 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
         count, hidden = spec.num_experts(layer), spec.hidden_size
         router = weights.read(f"{name}.router.weight", count, hidden)
         self.router = weights.parameter(router.T)  # float32 in every recipe: it decides
+        self.elementary = weights.recipe.elementary
         form = _FORMS[weights.recipe.experts]
         share = 1 if form is DenseExperts else spec.experts.top_k / count
         with weights.read_in_part(share):
@@ -57,13 +58,18 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> tuple[Any, Any]:
         """The result, and the router's logits ``(1, length, experts)``."""
-        logits = op.MatMul(x, self.router)
+        product = product_of_rows if self.elementary else _product
+        logits = product(op, x, self.router)
         out = self.experts(op, x, logits)
         if self.residual is None:
             return out, logits
-        shares = op.Softmax(op.Add(op.MatMul(x, self.coefficient), self.bias), axis=-1)
+        shares = op.Softmax(op.Add(product(op, x, self.coefficient), self.bias), axis=-1)
         sparse, dense = op.Split(shares, axis=-1, num_outputs=2, _outputs=2)
         return op.Add(op.Mul(out, sparse), op.Mul(self.residual(op, x), dense)), logits
+
+
+def _product(op: Any, x: Any, weight: Any) -> Any:
+    return op.MatMul(x, weight)
 
 
 class FusedExperts(nn.Module):  # type: ignore[misc]

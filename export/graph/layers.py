@@ -157,7 +157,7 @@ def root_mean_square_norm(op: Any, x: Any, weight: Any, epsilon: float) -> Any:
 
 
 def gelu(op: Any, x: Any, approximate: str = "none", elementary: bool = False) -> Any:
-    """GELU, exact or with ``approximate="tanh"``; one operator unless elementary ones are wanted."""
+    """GELU, exact or with ``approximate="tanh"``; one operator where any will do."""
     if not elementary:
         return op.Gelu(x, approximate=approximate)
     if approximate == "tanh":

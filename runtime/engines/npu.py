@@ -1,10 +1,10 @@
 """ONNX graphs with fixed shapes, for NPUs: a chunk of the prompt at a time, then token by token.
 
 A bundle has them in fixed point of standard operators (export/qdq_decoder.py), or in float of those
-that mobile accelerators take (export/float_decoder.py). What depends on a
-position comes from here: rotary tables, the mask, and a window of earlier keys and values, 8-bit
-integers or floats, to which each run's own are added. Without an NPU ONNX Runtime runs them on the CPU, each
-operator in float32 between two roundings, as an NPU would but slowly.
+that mobile accelerators take (export/float_decoder.py). What depends on a position comes from here:
+rotary tables, the mask, and a window of earlier keys and values, 8-bit integers or floats, to which
+each run's own are added. Without an NPU ONNX Runtime runs them on the CPU, each operator of fixed
+point in float32 between two roundings, as an NPU would but slowly.
 """
 
 from __future__ import annotations

@@ -77,11 +77,10 @@ class DownsampleProjector(nn.Module):  # type: ignore[misc]
         patches = op.Reshape(features, [1, spec.grid, spec.grid, spec.in_size])
         if odd:
             patches = op.Pad(patches, [0, 0, 0, 0, 0, odd, odd, 0])
-        squares = op.Reshape(patches, [1, spec.out_grid, 2, spec.out_grid, 2, spec.in_size])
+        # Two neighbours of a row are one vector already: accelerators have no six dimensions.
+        squares = op.Reshape(patches, [spec.out_grid, 2, spec.out_grid, 2 * spec.in_size])
         by_column = spec.order == "columns"
-        squares = op.Transpose(
-            squares, perm=[0, 3, 1, 2, 4, 5] if by_column else [0, 1, 3, 2, 4, 5]
-        )
+        squares = op.Transpose(squares, perm=[2, 0, 1, 3] if by_column else [0, 2, 1, 3])
         hidden = self.norm(op, op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]]))
         for index, linear in enumerate(self.mlp):
             hidden = linear(

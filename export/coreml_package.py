@@ -6,6 +6,7 @@ and its weights are checked, not its answers."""
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import io
 import json
 import logging
@@ -58,7 +59,9 @@ def package_vision(work: Workspace, draft: Manifest, model: Model) -> Manifest:
         f"{time.perf_counter() - start:.1f} s"
     )
     package = Package("vision", PATH, files, operators, "fp16")
-    return dataclasses.replace(draft, packages=(*draft.packages, package))
+    tools = {name: importlib.metadata.version(name) for name in ("coremltools", "torch")}
+    packages = (*draft.packages, package)
+    return dataclasses.replace(draft, packages=packages, tools={**draft.tools, **tools})
 
 
 def write_package(model: Model, path: Path) -> dict[str, int]:

@@ -3,6 +3,7 @@ checker that comes with onnxruntime, which knows the operators' names only."""
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ class GraphCoverage:
     """Pieces of the graph that go to it; between them tensors change hands"""
     left: dict[str, int]
     """Operators that it leaves to the processor, with the reason, and how many"""
+    multiplications: float
+    """Share of those of all products (MatMul, Gemm, Conv) that are in the nodes taken"""
     checked: int | None
     """What onnxruntime's checker would have it take; None where it knows no such provider"""
 
@@ -35,7 +38,10 @@ def cover(path: Path, provider: Provider) -> GraphCoverage:
     from onnxruntime.tools.mobile_helpers.usability_checker import check_partitioning
 
     model = _as_providers_see_it(path)
-    reasons = {name: obstacle(provider, node) for name, node in _nodes(model)}
+    nodes = _nodes(model)
+    reasons = {name: obstacle(provider, node) for name, node in nodes}
+    work = {name: multiplications(node) for name, node in nodes}
+    done = sum(count for name, count in work.items() if reasons[name] is None)
     found = check_partitioning(model.graph, _Table(reasons), False)
     left = Counter(reason for reason in reasons.values() if reason is not None)
     return GraphCoverage(
@@ -43,8 +49,23 @@ def cover(path: Path, provider: Provider) -> GraphCoverage:
         taken=found.num_supported_nodes,
         parts=found.num_partitions,
         left=dict(sorted(left.items())),
+        multiplications=round(done / max(sum(work.values()), 1), 4),
         checked=_checked(model, provider),
     )
+
+
+def multiplications(node: Node) -> int:
+    """Of a product whose shapes are known; 0 of everything else."""
+    weight, made = node.input(1), node.outputs[0]
+    if node.operator not in ("MatMul", "Gemm", "Conv") or weight is None or made is None:
+        return 0
+    if weight.shape is None or made.shape is None or None in (*weight.shape, *made.shape):
+        return 0
+    if node.operator == "Conv":
+        inner = weight.shape[1:]
+    else:
+        inner = weight.shape[-1 if node.attributes.get("transB") else -2 :][:1]
+    return math.prod(size or 0 for size in (*made.shape, *inner))
 
 
 class _Table:

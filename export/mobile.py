@@ -5,6 +5,8 @@ build, and for Core ML a package of the vision stage."""
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import importlib.metadata
 
 from mobilevlm import progress
 from mobilevlm.bundle import Artifact, Coverage, Manifest, ReducedBuild
@@ -54,13 +56,14 @@ def _coverage(artifact: Artifact, work: Workspace, goal: ProviderGoal) -> list[C
             advance(1)
         found.append(
             Coverage(artifact.stage, name, goal.name, part.nodes, part.taken, part.parts, part.left,
-                     part.checked)
+                     part.multiplications, part.checked)
         )  # fmt: skip
         left = ", ".join(f"{count} {reason}" for reason, count in part.left.items()) or "nothing"
         seen = "" if part.checked is None else f" ({part.checked} by onnxruntime's checker)"
         progress.say(
-            f"operators   {name}: {provider.title} takes {part.taken} of {part.nodes}{seen} in "
-            f"{part.parts} part{'' if part.parts == 1 else 's'}, left to the CPU: {left}"
+            f"operators   {name}: {provider.title} takes {part.taken} of {part.nodes}{seen}, "
+            f"{part.multiplications:.0%} of the multiplications, in {part.parts} "
+            f"part{'' if part.parts == 1 else 's'}; left to the CPU: {left}"
         )
     return found
 
@@ -90,10 +93,12 @@ def _with_ort_files(work: Workspace, draft: Manifest, stages: list[Artifact]) ->
     with progress.track("ort", 1) as advance:
         needed = convert(graphs, work.path(FOLDER))
         advance(1)
-    made = []
+    made, version = [], importlib.metadata.version("onnxruntime")
     for artifact in stages:
         path, *data = (f"{FOLDER}/{work.path(name).stem}.ort" for name in _graphs(artifact))
-        made.append(dataclasses.replace(artifact, format="ort", path=path, data=tuple(data)))
+        key = hashlib.sha256(f"ort {version} {artifact.key}".encode()).hexdigest()
+        ready = dataclasses.replace(artifact, format="ort", path=path, data=tuple(data), key=key)
+        made.append(ready)
         size = sum(work.path(name).stat().st_size for name in (path, *data))
         progress.say(f"ort         {path}  {size / 1e6:.1f} MB")
     progress.say(
@@ -101,8 +106,8 @@ def _with_ort_files(work: Workspace, draft: Manifest, stages: list[Artifact]) ->
         f"{needed.estimated_mb:.1f} MB (estimated)"
     )
     build = ReducedBuild(f"{FOLDER}/{CONFIG}", needed.count, needed.estimated_mb)
-    artifacts = (*draft.artifacts, *made)
-    return dataclasses.replace(draft, artifacts=artifacts, reduced_build=build)
+    artifacts, tools = (*draft.artifacts, *made), {**draft.tools, "onnxruntime": version}
+    return dataclasses.replace(draft, artifacts=artifacts, reduced_build=build, tools=tools)
 
 
 def _graphs(artifact: Artifact) -> list[str]:

@@ -120,6 +120,8 @@ class Coverage:
     """Pieces of the graph that go to it"""
     left: dict[str, int]
     """Operators that stay on the processor, with the reason, and how many"""
+    multiplications: float = 0.0
+    """Share of the multiplications of all products that are in the nodes that it takes"""
     checked: int | None = None
     """What onnxruntime's own usability checker would have it take"""
 

@@ -66,12 +66,18 @@ def convert(graphs: Mapping[Path, tuple[Path, ...]], folder: Path) -> RequiredOp
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ort.") as work:
-        source, output = Path(work) / "onnx", Path(work) / "ort"
+        source, output = Path(work) / "graphs", Path(work) / "made"
         source.mkdir()
         for path in {name for graph, data in graphs.items() for name in (graph, *data)}:
             _link(path, source / path.name)
-        command = [sys.executable, "-m", "mobilevlm.export.ort_worker", str(source), str(output)]
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+        done = subprocess.run(
+            [sys.executable, "-m", "mobilevlm.export.ort_worker"],
+            cwd=work,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            errors="replace",
+        )
         made = {graph: output / f"{graph.stem}{_MADE}.ort" for graph in graphs}
         if done.returncode or not all(path.is_file() for path in made.values()):
             last = (done.stderr.strip().splitlines() or ["no message"])[-1]
@@ -86,6 +92,13 @@ def convert(graphs: Mapping[Path, tuple[Path, ...]], folder: Path) -> RequiredOp
         _check_alike(graph, folder / f"{graph.stem}.ort")
     count = sum(len(_operators(line)) for line in lines)
     return RequiredOperators(count, round((MINIMAL_BUILD + count * PER_OPERATOR) / 1e6, 2))
+
+
+def _environment() -> dict[str, str]:
+    """What finds programs and libraries; more would move things in the converter's memory."""
+    kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT")
+    found = {name: os.environ[name] for name in kept if name in os.environ}
+    return {**found, "PYTHONHASHSEED": "0"}
 
 
 def _check_alike(graph: Path, converted: Path) -> None:

@@ -1,9 +1,9 @@
-"""Makes .ort files in a process of its own:
-``python -m mobilevlm.export.ort_worker FOLDER OUTPUT``.
+"""Makes .ort files of the graphs in the folder ``graphs`` of the working directory, in the folder
+``made`` there, in a process of its own: ``python -m mobilevlm.export.ort_worker``.
 
 onnxruntime's converter prints to stdout, and the order in which it stores things depends on where
-its library lies in memory: the process starts itself once more where that is the same every time
-(Linux), so that the same graphs give the same bytes.
+they lie in memory. So the process starts itself once more where addresses are the same every time
+(Linux), and nothing that it is given has a length of its own: the same graphs give the same bytes.
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ _QUERY = 0xFFFFFFFF
 
 
 def main() -> None:
-    """Converts all .onnx files of a folder."""
-    folder, output = sys.argv[1:3]
-    if len(sys.argv) == 3 and _fixed_addresses():
-        command = [sys.executable, "-m", "mobilevlm.export.ort_worker", folder, output, "again"]
-        os.execv(sys.executable, command)
+    """Converts."""
+    if len(sys.argv) == 1 and _fixed_addresses():
+        os.execv(sys.executable, [sys.executable, "-m", "mobilevlm.export.ort_worker", "again"])
     from onnxruntime.tools.convert_onnx_models_to_ort import (
         OptimizationStyle,
         convert_onnx_models_to_ort,
     )
 
+    Path.resolve = lambda self, strict=False: self  # type: ignore[method-assign]
     convert_onnx_models_to_ort(
-        Path(folder),
-        output_dir=Path(output),
+        Path("graphs"),
+        output_dir=Path("made"),
         # What is simplified no further is what providers that compile nodes expect; what ONNX
         # Runtime may do to the rest is in the file too.
         optimization_styles=[OptimizationStyle.Runtime],

@@ -59,7 +59,7 @@ def test_accelerators_take_all_but_what_is_known_to_be_left(bundle: Bundle) -> N
     target = str(bundle.manifest.target)
     vision, *decoder = bundle.manifest.coverage
     if target == "android-xnnpack":  # of the processor itself: products by constants, and Softmax
-        assert not decoder and vision.multiplications > 0.6
+        assert not decoder and 0.5 < vision.multiplications < 0.6
         assert vision.left["MatMul: more than two dimensions"] == 10  # attention of five layers
         return
     assert vision.left == left[target] and vision.multiplications == 1
@@ -107,6 +107,7 @@ def test_sparse_experts_go_to_accelerators_as_a_whole(tmp_path: Path) -> None:
     assert [part.left for part in decoder] == [{}, {}]
 
 
+@pytest.mark.parametrize("bundle", ["ios-coreml", "android-xnnpack"], indirect=True)
 def test_the_same_export_has_the_same_bytes(bundle: Bundle, tmp_path: Path) -> None:
     again = exported(tmp_path / "again", str(bundle.manifest.target))
     assert again.manifest.files == bundle.manifest.files

@@ -104,26 +104,26 @@ def write_package(model: Model, path: Path) -> dict[str, int]:
         package.save(str(path))
         _settle_names(path)
         operators, constants = read_package(path)
-    _check_weights(stage, constants)
+    _check_weights(stage, list(constants.values()))
     return operators
 
 
-def read_package(path: Path) -> tuple[dict[str, int], list[NDArray[Any]]]:
-    """Operators of a package's program, and its constants with more than one value."""
+def read_package(path: Path) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
+    """Operators of a package's program, and its large constants by their names."""
     import coremltools as ct
     from coremltools.libmilstoragepython import _BlobStorageReader as Blobs
 
     program = ct.utils.load_spec(str(path)).mlProgram
     weights = Blobs(str(path / "Data/com.apple.CoreML/weights/weight.bin"))
     (block,) = program.functions["main"].block_specializations.values()
-    found: list[NDArray[Any]] = []
+    found: dict[str, NDArray[Any]] = {}
     for operation in block.operations:
         value = operation.attributes["val"] if operation.type == "const" else None
         if value is None or not value.HasField("blobFileValue"):
             continue
         shape = [size.constant.size for size in value.type.tensorType.dimensions]
         bits = np.asarray(weights.read_fp16_data(value.blobFileValue.offset), np.uint16)
-        found.append(bits.view(np.float16).reshape(shape))
+        found[operation.outputs[0].name] = bits.view(np.float16).reshape(shape)
     kinds = Counter(operation.type for operation in block.operations)
     del kinds["const"]
     return dict(sorted(kinds.items())), found

@@ -297,6 +297,11 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
         )
     if recipe.is_float:
         recipe = replace(recipe, operators="elementary")
+    elif recipe.elementary:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r}: elementary operators are for graphs in float: leave "
+            f"'operators' out"
+        )
     recipe = recipe.with_weight_bits(8, auto_only=True)
     spec, samples = model.spec, [] if recipe.is_float else find_samples(recipe.calibration)
     digest, precision = samples_digest(samples), recipe.decoder.precision

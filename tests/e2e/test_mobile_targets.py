@@ -174,4 +174,4 @@ def test_a_core_ml_package_is_an_ml_program_with_the_weights_of_the_model(bundle
     operators, constants = read_package(bundle.path(package.path))
     assert operators == package.operators
     assert (operators["linear"], operators["layer_norm"], operators["softmax"]) == (32, 11, 5)
-    assert sum(array.size for array in constants) > 1_000_000  # the stage's parameters
+    assert sum(array.size for array in constants.values()) > 1_000_000  # the stage's parameters

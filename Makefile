@@ -1,8 +1,9 @@
 # make demo: from nothing to answers about a picture, without torch.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
 # does (compiled once, about 10 minutes; needs cmake and a C++ compiler). NPU=1 installs Qualcomm's
-# compiler (a wheel of 99 MB for Linux on x86-64, Python 3.11 and later), as CI does too. SSHD=1 insists
-# on the tests of benches over SSH, which need openssh-server (none that runs: they start one).
+# compiler (a wheel of 99 MB for Linux on x86-64, Python 3.11 and later) and Apple's converter (2 MB),
+# as CI does too. SSHD=1 insists on the tests of benches over SSH, which need openssh-server (none
+# that runs: they start one).
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -31,6 +32,10 @@ test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU
 	if [ "$(SSHD)" != 1 ] && ! PATH="$$PATH:/usr/sbin:/usr/local/sbin" command -v sshd >/dev/null; then \
 		echo "sshd is not installed: benches over SSH are not tested (sudo apt-get install openssh-server)"; \
 		export MOBILEVLM_WITHOUT_SSHD=1; \
+	fi; \
+	if ! $(VENV)/bin/python -c 'import coremltools' 2>/dev/null; then \
+		echo "coremltools is not installed: Core ML packages are not tested (make test NPU=1 does)"; \
+		export MOBILEVLM_WITHOUT_COREML=1; \
 	fi; $(VENV)/bin/pytest -n 2 -q
 
 lint: $(VENV)/.dev
@@ -65,5 +70,5 @@ $(VENV)/.llama: $(VENV)/.dev
 
 # On other platforms the extra is empty.
 $(VENV)/.npu: $(VENV)/.dev
-	$(INSTALL) '.[npu]'
+	$(INSTALL) '.[npu,coreml]'
 	@touch $@

@@ -2,8 +2,8 @@
 
     python benchmarks/targets.py --output docs/targets.md --questions 240
 
-For each target and stage: artifact, size, coverage by the target's compiler, how far its emulator
-is from ONNX Runtime on the same graph, and how many questions are answered right.
+For each target and stage: artifact, size, coverage by the target's compiler or accelerator, how far
+its emulator is from ONNX Runtime on the same graph, and how many questions are answered right.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import platform
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 import mobilevlm
 from mobilevlm import progress
 from mobilevlm.builtin import BUILT_IN, WEIGHTS
-from mobilevlm.bundle import Artifact, Bundle, Compiled, open_bundle
+from mobilevlm.bundle import Artifact, Bundle, Compiled, Coverage, open_bundle
 from mobilevlm.export.calibration import held_out_samples
 from mobilevlm.export.htp import Chip, compile_graphs, emulate
 from mobilevlm.export.targets import Target, find_target, target_names
@@ -37,28 +38,45 @@ HEAD = """\
     mobilevlm export CHECKPOINT -o BUNDLE --target android-qnn-sm8650
 
 A target (export/targets/NAME.toml) settles recipe, kinds of artifacts, shapes and weight bits of
-an export, and what its result is checked against: the memory that it takes, and for an NPU that the
-vendor's compiler takes every operator. An export that fails a check leaves no bundle and ends with
+an export, and what its result is checked against: the memory that it takes, for an NPU that the
+vendor's compiler takes every operator, and for an accelerator behind ONNX Runtime that it takes the
+share of them that the target asks for. An export that fails a check leaves no bundle and ends with
 exit code 1 and one line.
-[npu.md](npu.md) tells about the NPU's graphs.
+[npu.md](npu.md) tells about the NPU's graphs, [mobile.md](mobile.md) about NNAPI, Core ML, XNNPACK
+and .ort files.
 
 """
 
+COLUMNS = (
+    "model", "target", "stage", "artifact", "MB", "coverage", "left to the CPU", "compiled in",
+    "emulator", "accuracy", "float32",
+)  # fmt: skip
 TABLE = """\
 ## What the exports gave
 
 Written by `python benchmarks/targets.py --output docs/targets.md`. Coverage: operators
-(QuantizeLinear and DequantizeLinear included) that the compiler took of those in the graphs.
+(QuantizeLinear and DequantizeLinear included) that the compiler took of those in the graphs; for
+NNAPI, Core ML and XNNPACK those that the accelerator takes by our table of its operators, in how
+many parts (of the decoder in each of its two graphs), and its share of the multiplications.
 Emulator: relative error of its outputs against ONNX Runtime on the same graph, on a scene that
 calibration has not seen; of the decoder, the logits after the first chunk of {chunk} positions and
 of one token more. Accuracy: share of {questions} questions about drawn scenes that are answered
 right on this machine's processor (of the NPU targets, by the same fixed-point graphs), and in
 float32. A dash: the export proves the memory only.
 
-| model | target | stage | artifact | MB | coverage | compiled in | emulator | accuracy | float32 |
-|---|---|---|---|---|---|---|---|---|---|
+{columns}
 """
 
+PHONES = """
+## For phones
+
+Files in ONNX Runtime's own format, the operators that a reduced build of it has to have for them,
+and the size that such a library is expected to have (arm64, without accelerators: estimated from
+published sizes of other builds, [mobile.md](mobile.md); none was built here).
+
+| model | target | .ort MB | operators | reduced build | Core ML package |
+|---|---|---|---|---|---|
+"""
 
 ASKED = """\
 Accuracy: share of {questions} questions about drawn scenes that are answered
@@ -79,33 +97,49 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=list(BUILT_IN))
     given = parser.parse_args()
     lines: list[str] = []
+    phones: list[str] = []
     progress.enable()
     with tempfile.TemporaryDirectory() as folder:
         for model in given.models:
-            lines += _model_lines(model, given.targets, Path(folder), given.questions)
+            lines += _model_lines(model, given.targets, Path(folder), given.questions, phones)
     text = (TABLE if given.questions else TABLE.replace(ASKED, UNASKED)).format(
-        chunk=find_target(given.targets[0]).chunk_length, questions=given.questions
+        chunk=find_target(given.targets[0]).chunk_length,
+        questions=given.questions,
+        columns=f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}",
     )
     about = f"\nMachine: {platform.system()} {platform.machine()}.\n"
+    if phones:
+        about = PHONES + "\n".join(phones) + "\n" + about
     given.output.write_text(HEAD + text + "\n".join(lines) + "\n" + about, encoding="utf-8")
 
 
-def _model_lines(model: str, targets: list[str], folder: Path, questions: int) -> Iterator[str]:
+def _model_lines(
+    model: str, targets: list[str], folder: Path, questions: int, phones: list[str]
+) -> Iterator[str]:
+    """Rows of the first table; adds those of the second."""
     exact = folder / f"{model}-float"
     mobilevlm.export(WEIGHTS / model, exact, recipe="fp32", measure=False)
     best, found = _accuracy(exact, questions), dict[str, str]()
     for name in targets:
         target = find_target(name)
-        alike = f"{target.recipe}-{target.weight_bits}-{target.layer_norm}"
+        alike = "-".join(map(str, _settings(target)))
         place = folder / f"{model}-{alike}"  # the next export takes the same graphs over
         mobilevlm.export(WEIGHTS / model, place, target=name, measure=False)
         bundle = open_bundle(place)
         if alike not in found:
             found[alike] = _accuracy(place, questions)
+        if bundle.manifest.reduced_build is not None:
+            phones.append(f"| {model} | {name} | {' | '.join(_phone_cells(bundle))} |")
         for artifact in bundle.manifest.artifacts:
-            if artifact.stage != "embeddings":
+            if artifact.stage != "embeddings" and artifact.format != "ort":
                 cells = " | ".join(_cells(bundle, artifact, target))
                 yield f"| {model} | {name} | {artifact.stage} | {cells} | {found[alike]} | {best} |"
+
+
+def _settings(target: Target) -> tuple[str | int | None, ...]:
+    """What the answers depend on."""
+    precisions = target.recipe, target.vision, target.weight_bits
+    return (*precisions, target.layer_norm, target.operators)
 
 
 def _accuracy(folder: Path, questions: int) -> str:
@@ -117,13 +151,15 @@ def _accuracy(folder: Path, questions: int) -> str:
 
 
 def _cells(bundle: Bundle, artifact: Artifact, target: Target) -> list[str]:
-    """Artifact, size, coverage, emulator."""
+    """Artifact, size, coverage, what is left to the processor, compile time, emulator."""
+    if target.provider is not None:
+        return _provider_cells(bundle, artifact)
     parts = [part for part in bundle.manifest.compiled if part.stage == artifact.stage]
     files = parts[0].files if parts else artifact.files
     size = sum(bundle.manifest.files[name].size for name in files) / 1e6
     shown = files[0] if parts else artifact.path
     if not parts or target.htp is None:
-        return [f"`{shown}`", f"{size:.1f}", "–", "–", "–"]
+        return [f"`{shown}`", f"{size:.1f}", "–", "–", "–", "–"]
     errors = (_vision_error if artifact.stage == "vision" else _decoder_errors)(
         bundle, artifact, parts[0], target.htp
     )
@@ -132,7 +168,49 @@ def _cells(bundle: Bundle, artifact: Artifact, target: Target) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         again = compile_graphs(graphs, Path(folder), target.htp)
     nodes, seconds = parts[0].nodes, sum(part.seconds for part in again)
-    return [f"`{shown}`", f"{size:.1f}", f"{nodes} of {nodes}", f"{seconds:.1f} s", cells]
+    return [f"`{shown}`", f"{size:.1f}", f"{nodes} of {nodes}", "–", f"{seconds:.1f} s", cells]
+
+
+def _provider_cells(bundle: Bundle, artifact: Artifact) -> list[str]:
+    """The same of a stage that ONNX Runtime gives to an accelerator, or to none."""
+    ready = bundle.artifact(artifact.stage, "ort")
+    size = sum(bundle.manifest.files[name].size for name in ready.files) / 1e6
+    taken = [part for part in bundle.manifest.coverage if part.stage == artifact.stage]
+    return [f"`{ready.path}`", f"{size:.1f}", _coverage(taken), _left(taken), "–", "–"]
+
+
+def _coverage(parts: list[Coverage]) -> str:
+    if not parts:
+        return "– (for the CPU)"
+    taken, nodes = (sum(getattr(part, name) for part in parts) for name in ("taken", "nodes"))
+    pieces = " + ".join(str(part.parts) for part in parts)
+    plural, work = "" if pieces == "1" else "s", min(part.multiplications for part in parts)
+    return f"{taken} of {nodes} in {pieces} part{plural}, {work:.0%}"
+
+
+def _left(parts: list[Coverage]) -> str:
+    found: Counter[str] = Counter()
+    for part in parts:
+        found.update(part.left)
+    return ", ".join(f"{count} {reason}" for reason, count in found.items()) or "–"
+
+
+def _phone_cells(bundle: Bundle) -> list[str]:
+    """Size of .ort files, operators of a reduced build, its size, Core ML package."""
+    manifest = bundle.manifest
+    build = manifest.reduced_build
+    assert build is not None
+    names = [name for part in manifest.artifacts if part.format == "ort" for name in part.files]
+    size = sum(manifest.files[name].size for name in names) / 1e6
+    packages = []
+    for package in manifest.packages:
+        weight = sum(manifest.files[name].size for name in package.files) / 1e6
+        count = sum(package.operators.values())
+        packages.append(
+            f"`{package.path}`, {weight:.1f} MB, {count} operators, {package.precision}"
+        )
+    reduced = f"about {build.estimated_mb:.1f} MB"
+    return [f"{size:.1f}", str(build.operators), reduced, "; ".join(packages) or "–"]
 
 
 def _vision_error(

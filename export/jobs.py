@@ -66,6 +66,11 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         raise MobileVLMError(
             f"recipe {recipe.name!r}: a decoder in fixed point is for NPUs: add --format npu"
         )
+    if recipe.elementary and {recipe.tower.precision, recipe.projector.precision} != {"fp32"}:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r}: elementary operators are for a vision stage in float: give "
+            f"tower and projector fp32"
+        )
     if recipe.needs_reference:
         check_torch("a calibrated recipe")
     if spec.decoder.encoder_layers and any(
@@ -99,6 +104,9 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         groups = [group for group in linear_groups(spec) if f"{group.name}.".startswith(prefixes)]
         formats = [recipe.format_of(group.name) for group in groups]
         settings = [path, precision, *map(to_dict, formats), *settings]
+        form = recipe if stage == "vision" else replace(recipe, operators="runtime")
+        if form.elementary:
+            settings += [form.operators, form.layer_norm]
         referred = any(layers.needs_reference for layers in formats)
         if referred:
             settings.append(calibration_key(model, samples))
@@ -107,9 +115,9 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
         def author(file: Path, advance: Advance) -> Written:
             if not referred or stage == "embeddings" or stage == "encoder":
-                return write(model.weights, spec, recipe, file, advance)
+                return write(model.weights, spec, form, file, advance)
             ready = calibrate(model, recipe, samples, "vision" if stage == "vision" else "decoder")
-            return write(ready.weights, spec, recipe, file, advance, ready.hessian)
+            return write(ready.weights, spec, form, file, advance, ready.hessian)
 
         key = _key(model, "onnx", prefixes, settings)
         artifact = Artifact(
@@ -270,9 +278,10 @@ def _check_npu_family(spec: ModelSpec) -> None:
 
 
 def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
-    """All stages of a model as graphs for NPUs: fixed shapes, fixed point, standard operators. The
-    decoder is two of them with one file of weights."""
+    """All stages of a model as graphs for NPUs: fixed shapes and standard operators, in fixed point
+    or, of elementary operators, in float. The decoder is two graphs with one file of weights."""
     try:
+        from mobilevlm.export.float_decoder import author_float_decoder
         from mobilevlm.export.graph import author
         from mobilevlm.export.qdq import author_qdq, check_onnx
         from mobilevlm.export.qdq_decoder import author_qdq_decoder
@@ -280,21 +289,30 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
         raise require(error.name or "onnxscript", "export", "exporting for NPUs") from None
     check_onnx()
     _check_npu_family(model.spec)
-    if not recipe.is_for_npu or recipe.needs_reference:
+    if not (recipe.is_for_npu or recipe.is_float) or recipe.needs_reference:
         raise MobileVLMError(
             f"recipe {recipe.name!r}: graphs for NPUs are in fixed point as a whole, rounded to "
-            f"nearest: choose --recipe a16w8 or a8w8, or {' or '.join(QDQ)} for all parts"
+            f"nearest, or in float: choose --recipe a16w8, a8w8 or fp32, or {' or '.join(QDQ)} for "
+            f"all parts"
+        )
+    if recipe.is_float:
+        recipe = replace(recipe, operators="elementary")
+    elif recipe.elementary:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r}: elementary operators are for graphs in float: leave "
+            f"'operators' out"
         )
     recipe = recipe.with_weight_bits(8, auto_only=True)
-    spec, samples = model.spec, find_samples(recipe.calibration)
+    spec, samples = model.spec, [] if recipe.is_float else find_samples(recipe.calibration)
     digest, precision = samples_digest(samples), recipe.decoder.precision
     window = spec.decoder.context_length
     chunk = min(recipe.chunk_length, window)
     shapes = [author.ChunkShape(length, window) for length in (chunk, 1)]
     table = "" if recipe.embeddings == "fp32" else f"_{recipe.embeddings}"
-    vision = f"npu/vision_encoder_{recipe.tower.precision}.onnx"
-    prefill, token = (f"npu/decoder_{part}_{precision}.onnx" for part in ("prefill", "token"))
-    shared = f"npu/decoder_{precision}.onnx_data"
+    suffix = "" if recipe.is_float else f"_{precision}"
+    vision = f"npu/vision_encoder{'' if recipe.is_float else f'_{recipe.tower.precision}'}.onnx"
+    prefill, token = (f"npu/decoder_{part}{suffix}.onnx" for part in ("prefill", "token"))
+    shared = f"npu/decoder{suffix}.onnx_data"
 
     def job(
         stage: StageName,
@@ -311,6 +329,8 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
         return Job(artifact, _size(model, prefixes), write)
 
     def write_vision(path: Path, advance: Advance) -> Written:
+        if recipe.is_float:
+            return author.author_vision(model.weights, spec, recipe, path, advance)
         return author_qdq(samples, model.weights, spec, recipe, path, advance)
 
     def write_table(path: Path, advance: Advance) -> Written:
@@ -319,17 +339,19 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
     def write_decoder(path: Path, advance: Advance) -> Written:
         paths = [path, path.parent / Path(token).name]
         data = path.parent / Path(shared).name
+        if recipe.is_float:
+            return author_float_decoder(model, recipe, paths, shapes, data, advance)
         return author_qdq_decoder(model, samples, recipe, paths, shapes, data, advance)
 
     towers = [to_dict(part) for part in (spec.vision, spec.projector, spec.image)]
-    sizes = [to_dict(shape) for shape in shapes]
+    sizes, form = [to_dict(shape) for shape in shapes], [recipe.layer_norm, recipe.operators]
     return [
         job(
             "vision",
             recipe.tower.precision,
             (vision, f"{vision}_data"),
             ("vision.", "projector."),
-            [*towers, to_dict(recipe.tower), recipe.layer_norm, digest],
+            [*towers, to_dict(recipe.tower), form, digest],
             write_vision,
         ),
         job(
@@ -345,7 +367,7 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
             precision,
             (prefill, token, shared),
             ("decoder.", "vision.", "projector."),  # of pictures it is calibrated with all
-            [*towers, to_dict(spec.decoder), to_dict(recipe.decoder), sizes, digest],
+            [*towers, to_dict(spec.decoder), to_dict(recipe.decoder), form, sizes, digest],
             write_decoder,
         ),
     ]

@@ -31,6 +31,7 @@ from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, fixed_context, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.limits import check_limits, quality_error
+from mobilevlm.export.mobile import for_accelerator
 from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe, WeightBits, find_recipe
 from mobilevlm.export.system_prompt import write_system_prompt
 from mobilevlm.export.target_checks import check_memory, check_tools, compiled_for
@@ -134,6 +135,7 @@ def export(
         quality = _measure(model, chosen, work, draft, measure)
         if goal is not None:
             draft = compiled_for(goal, work, draft)
+            draft = for_accelerator(goal, work, draft, model)
         keep_only(work, named_files(draft))
         files = describe_files(work.folder)
         manifest = dataclasses.replace(draft, quality=quality, files=files)

@@ -173,9 +173,12 @@ class Recipe:
     """Positions that a graph for NPUs takes of a prompt at once."""
     context_length: int = 1024
     """Positions that it has room for, where the model's own context is not shorter."""
-    layer_norm: Literal["fused", "centred"] = "fused"
+    layer_norm: Literal["fused", "centred", "spelled"] = "fused"
     """Layer norms of graphs for NPUs: one operator, or a root-mean-square norm of what is left when
-    the mean is taken away, for chips that lack the first."""
+    the mean is taken away, for chips that lack the first, or mean, square and root one by one."""
+    operators: Literal["runtime", "elementary"] = "runtime"
+    """Of the vision stage in float, and of all float graphs with fixed shapes: what ONNX Runtime's
+    processors like best, or those that mobile accelerators take too (docs/mobile.md)."""
     calibration: str = "scenes"
     """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration.py)."""
     gguf: GGUFType | None = None
@@ -219,6 +222,16 @@ class Recipe:
         """Whether all of it is in fixed point, which the decoder is only for NPUs."""
         parts = self.tower, self.projector, self.decoder, self.lm_head
         return all(layers.precision in QDQ for layers in parts)
+
+    @property
+    def is_float(self) -> bool:
+        """Whether all linear layers are float32."""
+        return all(layers.precision == "fp32" for layers in self._formats)
+
+    @property
+    def elementary(self) -> bool:
+        """See ``operators``."""
+        return self.operators == "elementary"
 
     def format_of(self, name: str) -> LinearFormat:
         """The format of the linear layer with this canonical name. Patterns have no effect here:

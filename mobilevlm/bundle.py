@@ -51,7 +51,7 @@ class Artifact:
     """One way to run a stage."""
 
     stage: StageName
-    format: Literal["onnx", "gguf", "npu"]
+    format: Literal["onnx", "gguf", "npu", "ort"]
     precision: str
     path: str
     """The file that an engine opens, relative to the bundle, with ``/``."""
@@ -106,6 +106,51 @@ class Compiled:
 
 
 @dataclass(frozen=True)
+class Coverage:
+    """What an accelerator behind ONNX Runtime takes of a graph."""
+
+    stage: StageName
+    graph: str
+    """ONNX file"""
+    provider: str
+    nodes: int
+    """Operators of the graph"""
+    taken: int
+    parts: int
+    """Pieces of the graph that go to it"""
+    left: dict[str, int]
+    """Operators that stay on the processor, with the reason, and how many"""
+    multiplications: float = 0.0
+    """Share of the multiplications of all products that are in the nodes that it takes"""
+    checked: int | None = None
+    """What onnxruntime's own usability checker would have it take"""
+
+
+@dataclass(frozen=True)
+class ReducedBuild:
+    """An ONNX Runtime that can run the .ort files of a bundle and nothing else."""
+
+    config: str
+    """File for its build option ``--include_ops_by_config``"""
+    operators: int
+    estimated_mb: float
+    """Of its library, without providers for accelerators; an estimate"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """A stage as a package of Core ML, for use without ONNX Runtime."""
+
+    stage: StageName
+    path: str
+    """Folder that ends in .mlpackage"""
+    files: tuple[str, ...]
+    operators: dict[str, int]
+    """Of its program, constants left out"""
+    precision: str
+
+
+@dataclass(frozen=True)
 class StageQuality:
     """Distance of an artifact from the float32 reference on the calibration pictures."""
 
@@ -138,6 +183,9 @@ class Manifest:
     target: str | None = None
     """What it was exported for and checked against"""
     compiled: tuple[Compiled, ...] = ()
+    coverage: tuple[Coverage, ...] = ()
+    reduced_build: ReducedBuild | None = None
+    packages: tuple[Package, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -257,6 +305,9 @@ def named_files(manifest: Manifest) -> list[str]:
     singles = [part.path for part in (manifest.embeddings, manifest.system_prompt) if part]
     parts = [name for artifact in manifest.artifacts for name in artifact.files]
     binaries = [name for part in manifest.compiled for name in part.files]
+    binaries += [name for package in manifest.packages for name in package.files]
+    if manifest.reduced_build is not None:
+        binaries.append(manifest.reduced_build.config)
     asked = [INSTRUCTION_TOKENIZER] if manifest.spec.projector.reads_text else []
     return [TOKENIZER, *asked, *singles, *parts, *binaries]
 

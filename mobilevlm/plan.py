@@ -17,10 +17,12 @@ ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
     "hybrid": {"vision": ("onnx",), "decoder": ("gguf",)},
     "ggml": {"vision": ("onnx", "gguf"), "decoder": ("gguf",)},
     "npu": {"vision": ("npu",), "embeddings": ("npu",), "decoder": ("npu",)},
+    "ort": {"vision": ("ort",), "embeddings": ("onnx", "npu"), "decoder": ("ort",)},
 }
 """For each engine the formats of the artifact that it runs, by stage; of several the first that is
 there. onnx: ONNX Runtime; gguf: llama.cpp; hybrid: ONNX Runtime feeds llama.cpp; ggml: our own
-graph of the decoder on the kernels of llama.cpp; npu: graphs of fixed shapes in fixed point."""
+graph of the decoder on the kernels of llama.cpp; npu: graphs of fixed shapes; ort: files in ONNX
+Runtime's own format."""
 
 OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}}
 """Artifacts, by stage, that an engine runs where the bundle has them. prefill: the decoder's second

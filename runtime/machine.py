@@ -31,6 +31,7 @@ EXTRAS = {
     "reference": ("torch",),
     "video": ("av",),
     "npu": ("onnxruntime_qnn",),
+    "coreml": ("coremltools",),
     "plots": ("matplotlib",),
 }
 

@@ -13,7 +13,7 @@ from onnxscript import GraphBuilder
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.decoder import DecoderStage
-from mobilevlm.export.graph.dialects import CPU, STATIC, Dialect
+from mobilevlm.export.graph.dialects import CPU, ELEMENTARY, STATIC, Dialect
 from mobilevlm.export.graph.encoder_decoder import EncodedDecoderStage, EncoderStage
 from mobilevlm.export.graph.layers import FLOAT
 from mobilevlm.export.graph.static_decoder import StaticDecoderStage
@@ -49,9 +49,11 @@ def author_vision(
     path: Path,
     advance: Advance = ignore,
     hessian: HessianOf = no_hessian,
-    dialect: Dialect = CPU,
+    dialect: Dialect | None = None,
 ) -> Written:
-    """Writes the vision stage."""
+    """Writes the vision stage. ``dialect``: what the recipe asks for when not given."""
+    if dialect is None:
+        dialect = ELEMENTARY if recipe.elementary else CPU
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
         stage = VisionStage(file, spec, dialect)
@@ -170,7 +172,11 @@ def author_static_decoder(
             _input(builder, "rotary_cos", FLOAT, table),
             _input(builder, "rotary_sin", FLOAT, table),
         )
-        position = _input(builder, "logits_position", ir.DataType.INT32, [shape.logits])
+        if recipe.elementary:
+            rows: Shape = [1, shape.logits, length]
+            position = _input(builder, "logits_position", FLOAT, rows)
+        else:
+            position = _input(builder, "logits_position", ir.DataType.INT32, [shape.logits])
         past = [
             (
                 _input(builder, f"past_key_values.{index}.key", FLOAT, [1, heads, window, dim]),
@@ -185,7 +191,7 @@ def author_static_decoder(
             _output(builder, value, f"present.{index}.value", [1, heads, length, dim])
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
-    return _author("decoder", path, file, build, STATIC)
+    return _author("decoder", path, file, build, ELEMENTARY if recipe.elementary else STATIC)
 
 
 def author_embeddings(

@@ -60,3 +60,6 @@ STANDARD = Dialect({"": 21}, standard_attention, standard_quick_gelu, pixel_offs
 """Opset 21 is the first whose QuantizeLinear has 16 bits."""
 STATIC = replace(STANDARD, opset_imports={"": 23})
 """Opset 23 is the first with RMSNormalization."""
+ELEMENTARY = replace(STANDARD, opset_imports={"": 18})
+"""For recipes with elementary operators. An old opset: accelerators' runtimes refuse versions of
+operators that are newer than they are."""

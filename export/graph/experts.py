@@ -9,8 +9,9 @@ on all tokens, those that were not chosen with weight 0, for targets whose shape
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from onnxscript import nn
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.graph.dialects import CONTRIB
-from mobilevlm.export.graph.layers import FLOAT, relative_error
+from mobilevlm.export.graph.layers import FLOAT, product_of_rows, relative_error
 from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.layer_formats import quantize, to_half
@@ -32,6 +33,8 @@ _ACTIVATIONS = {
     ("plain", "gelu_new"): "gelu",
 }
 """What the fused operators call them; their GELU is the tanh approximation."""
+_TINY = 2.0**-24
+"""What probabilities are divided by where all are less: such experts add nothing either way."""
 
 
 class SparseMLP(nn.Module):  # type: ignore[misc]
@@ -44,6 +47,7 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
         count, hidden = spec.num_experts(layer), spec.hidden_size
         router = weights.read(f"{name}.router.weight", count, hidden)
         self.router = weights.parameter(router.T)  # float32 in every recipe: it decides
+        self.elementary = weights.recipe.elementary
         form = _FORMS[weights.recipe.experts]
         share = 1 if form is DenseExperts else spec.experts.top_k / count
         with weights.read_in_part(share):
@@ -57,13 +61,18 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> tuple[Any, Any]:
         """The result, and the router's logits ``(1, length, experts)``."""
-        logits = op.MatMul(x, self.router)
+        product = product_of_rows if self.elementary else _product
+        logits = product(op, x, self.router)
         out = self.experts(op, x, logits)
         if self.residual is None:
             return out, logits
-        shares = op.Softmax(op.Add(op.MatMul(x, self.coefficient), self.bias), axis=-1)
+        shares = op.Softmax(op.Add(product(op, x, self.coefficient), self.bias), axis=-1)
         sparse, dense = op.Split(shares, axis=-1, num_outputs=2, _outputs=2)
         return op.Add(op.Mul(out, sparse), op.Mul(self.residual(op, x), dense)), logits
+
+
+def _product(op: Any, x: Any, weight: Any) -> Any:
+    return op.MatMul(x, weight)
 
 
 class FusedExperts(nn.Module):  # type: ignore[misc]
@@ -118,6 +127,7 @@ class PlainExperts(nn.Module):  # type: ignore[misc]
         super().__init__()
         assert spec.experts is not None
         self.spec, self.hidden_size = spec.experts, spec.hidden_size
+        self.elementary = weights.recipe.elementary
         self.experts = nn.ModuleList(
             [build_mlp(weights, f"{name}.{index}", spec) for index in range(count)]
         )
@@ -143,16 +153,10 @@ class DenseExperts(PlainExperts):
     largest one, as often as experts are used but one."""
 
     def forward(self, op: Any, x: Any, logits: Any) -> Any:
-        probabilities = rest = op.Softmax(logits, axis=-1)
-        for _ in range(self.spec.top_k - 1):
-            largest = op.ReduceMax(rest, [-1], keepdims=1)
-            rest = op.Where(op.GreaterOrEqual(rest, largest), 0.0, rest)
-        least = op.ReduceMax(rest, [-1], keepdims=1)
-        weights = op.Where(op.GreaterOrEqual(probabilities, least), probabilities, 0.0)
-        if self.spec.renormalize:
-            weights = op.Div(weights, op.ReduceSum(weights, [-1], keepdims=1))
+        probabilities = op.Softmax(logits, axis=-1)
+        chosen = self._chosen_by_arithmetic if self.elementary else self._chosen
         count = len(self.experts)
-        gains = op.Split(weights, axis=-1, num_outputs=count, _outputs=count)
+        gains = op.Split(chosen(op, probabilities), axis=-1, num_outputs=count, _outputs=count)
         made = [
             op.Mul(expert(op, x), gain) for expert, gain in zip(self.experts, gains, strict=True)
         ]
@@ -160,6 +164,45 @@ class DenseExperts(PlainExperts):
         for part in made[1:]:
             out = op.Add(out, part)
         return out
+
+    def _chosen(self, op: Any, probabilities: Any) -> Any:
+        """Weights of the experts ``(1, length, experts)``, 0 of those that are not chosen."""
+        rest = probabilities
+        for _ in range(self.spec.top_k - 1):
+            largest = op.ReduceMax(rest, [-1], keepdims=1)
+            rest = op.Where(op.GreaterOrEqual(rest, largest), 0.0, rest)
+        least = op.ReduceMax(rest, [-1], keepdims=1)
+        weights = op.Where(op.GreaterOrEqual(probabilities, least), probabilities, 0.0)
+        if self.spec.renormalize:
+            weights = op.Div(weights, op.ReduceSum(weights, [-1], keepdims=1))
+        return weights
+
+    def _chosen_by_arithmetic(self, op: Any, probabilities: Any) -> Any:
+        """The same without comparisons, which accelerators lack."""
+        rest = probabilities
+        for _ in range(self.spec.top_k - 1):
+            rest = op.Mul(rest, _is_less(op, rest, self._joined(op, rest, op.Max)))
+        least = self._joined(op, rest, op.Max)
+        bound = op.Max(probabilities, least)  # the probability itself where it is not less
+        weights = op.Mul(probabilities, op.Sub(1.0, _is_less(op, probabilities, bound)))
+        if self.spec.renormalize:
+            weights = op.Div(weights, self._joined(op, weights, op.Add))
+        return weights
+
+    def _joined(self, op: Any, values: Any, join: Callable[[Any, Any], Any]) -> Any:
+        """The largest of ``(1, length, experts)``, or the sum ``(1, length, 1)``."""
+        count = len(self.experts)
+        return reduce(join, op.Split(values, axis=-1, num_outputs=count, _outputs=count))
+
+
+def _is_less(op: Any, values: Any, bounds: Any) -> Any:
+    """1 where a value is less than its bound, 0 where they are equal; none is more. Two floats of
+    24 bits that differ have a ratio of at most ``1 - 2**-24``, which is made 1 in two steps that
+    floats of 11 bits can do too."""
+    away = op.Sub(1.0, op.Div(values, op.Max(bounds, _TINY)))
+    for _ in range(2):
+        away = op.Clip(op.Mul(away, 4096.0), -1.0, 1.0)
+    return away
 
 
 _FORMS: dict[str, type[FusedExperts] | type[PlainExperts]] = {

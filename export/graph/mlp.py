@@ -6,7 +6,7 @@ from typing import Any
 
 from onnxscript import nn
 
-from mobilevlm.export.graph.layers import Linear
+from mobilevlm.export.graph.layers import Linear, gelu
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import DecoderSpec
 
@@ -16,7 +16,7 @@ class GatedMLP(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
         super().__init__()
-        self.activation = spec.hidden_act
+        self.activation, self.elementary = spec.hidden_act, weights.recipe.elementary
         hidden, wide = spec.hidden_size, spec.intermediate_size
         (gate, up), down = linear_names(name, spec)
         self.gate_up = Linear(weights, [gate, up], hidden, [wide, wide], bias=spec.mlp_bias)
@@ -24,7 +24,7 @@ class GatedMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         gate, up = op.Split(self.gate_up(op, x), axis=-1, num_outputs=2, _outputs=2)
-        return self.down_proj(op, op.Mul(_activate(op, self.activation, gate), up))
+        return self.down_proj(op, op.Mul(_activate(op, self.activation, gate, self.elementary), up))
 
 
 class PlainMLP(nn.Module):  # type: ignore[misc]
@@ -32,14 +32,15 @@ class PlainMLP(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
         super().__init__()
-        self.activation = spec.hidden_act
+        self.activation, self.elementary = spec.hidden_act, weights.recipe.elementary
         (fc1,), fc2 = linear_names(name, spec)
         hidden, wide = spec.hidden_size, spec.intermediate_size
         self.fc1 = Linear(weights, fc1, hidden, wide, bias=spec.mlp_bias)
         self.fc2 = Linear(weights, fc2, wide, hidden, bias=spec.mlp_bias)
 
     def forward(self, op: Any, x: Any) -> Any:
-        return self.fc2(op, _activate(op, self.activation, self.fc1(op, x)))
+        wide = self.fc1(op, x)
+        return self.fc2(op, _activate(op, self.activation, wide, self.elementary))
 
 
 def build_mlp(weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
@@ -53,7 +54,7 @@ def linear_names(name: str, spec: DecoderSpec) -> tuple[list[str], str]:
     return [f"{name}.{reader}" for reader in readers], f"{name}.{maker}"
 
 
-def _activate(op: Any, name: str, x: Any) -> Any:
+def _activate(op: Any, name: str, x: Any, elementary: bool) -> Any:
     if name == "relu":
         return op.Relu(x)
-    return op.Mul(x, op.Sigmoid(x)) if name == "silu" else op.Gelu(x, approximate="tanh")
+    return op.Mul(x, op.Sigmoid(x)) if name == "silu" else gelu(op, x, "tanh", elementary)

@@ -13,7 +13,7 @@ import numpy as np
 from onnxscript import nn
 
 from mobilevlm.export.graph.dialects import CPU, Dialect
-from mobilevlm.export.graph.layers import LayerNorm, Linear
+from mobilevlm.export.graph.layers import LayerNorm, Linear, gelu, product_of_rows
 from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import ProjectorSpec
@@ -24,7 +24,7 @@ class MLPProjector(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
         super().__init__()
-        self.pooling = None
+        self.pooling, self.elementary = None, weights.recipe.elementary
         if spec.out_grid < spec.grid:
             self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.in_size)
         self.mlp = _linears(weights, spec)
@@ -32,7 +32,9 @@ class MLPProjector(nn.Module):  # type: ignore[misc]
     def forward(self, op: Any, features: Any) -> Any:
         hidden = features if self.pooling is None else self.pooling(op, features)
         for index, linear in enumerate(self.mlp):
-            hidden = linear(op, hidden if index == 0 else op.Gelu(hidden))
+            hidden = linear(
+                op, hidden if index == 0 else gelu(op, hidden, elementary=self.elementary)
+            )
         return hidden
 
 
@@ -42,13 +44,18 @@ class AveragePooling(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, grid: int, out_grid: int, size: int) -> None:
         super().__init__()
         self.grid, self.out_grid, self.size = grid, out_grid, size
+        self.elementary = weights.recipe.elementary
         if grid % out_grid:
-            self.matrix = weights.parameter(_pooling_matrix(grid, out_grid))
+            matrix = _pooling_matrix(grid, out_grid)
+            self.matrix = weights.parameter(matrix.T if self.elementary else matrix)
 
     def forward(self, op: Any, hidden: Any) -> Any:
         out = self.out_grid
         if self.grid % out:
-            return op.MatMul(self.matrix, hidden)
+            if not self.elementary:
+                return op.MatMul(self.matrix, hidden)
+            channels = op.Transpose(hidden, perm=[0, 2, 1])  # the constant comes second
+            return op.Transpose(product_of_rows(op, channels, self.matrix), perm=[0, 2, 1])
         # One direction after the other: compilers for NPUs have no six dimensions.
         bins = self.grid // out
         rows = op.Reshape(hidden, [1, out, bins, self.grid * self.size])
@@ -61,7 +68,7 @@ class DownsampleProjector(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.elementary = spec, weights.recipe.elementary
         self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
         self.mlp = _linears(weights, spec)
 
@@ -70,14 +77,15 @@ class DownsampleProjector(nn.Module):  # type: ignore[misc]
         patches = op.Reshape(features, [1, spec.grid, spec.grid, spec.in_size])
         if odd:
             patches = op.Pad(patches, [0, 0, 0, 0, 0, odd, odd, 0])
-        squares = op.Reshape(patches, [1, spec.out_grid, 2, spec.out_grid, 2, spec.in_size])
+        # Two neighbours of a row are one vector already: accelerators have no six dimensions.
+        squares = op.Reshape(patches, [spec.out_grid, 2, spec.out_grid, 2 * spec.in_size])
         by_column = spec.order == "columns"
-        squares = op.Transpose(
-            squares, perm=[0, 3, 1, 2, 4, 5] if by_column else [0, 1, 3, 2, 4, 5]
-        )
+        squares = op.Transpose(squares, perm=[2, 0, 1, 3] if by_column else [0, 2, 1, 3])
         hidden = self.norm(op, op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]]))
         for index, linear in enumerate(self.mlp):
-            hidden = linear(op, hidden if index == 0 else op.Gelu(hidden))
+            hidden = linear(
+                op, hidden if index == 0 else gelu(op, hidden, elementary=self.elementary)
+            )
         return hidden
 
 
@@ -86,7 +94,7 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.elementary = spec, weights.recipe.elementary
         self.mlp = _linears(weights, spec)
         self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.out_size)
         self.kernel = weights.parameter(
@@ -96,8 +104,9 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, features: Any) -> Any:
         spec = self.spec
-        hidden = self.pooling(op, op.Gelu(self.mlp[0](op, features)))
-        hidden = _to_grid(op, self.mlp[1](op, hidden), spec.out_size, spec.out_grid)
+        hidden = gelu(op, self.mlp[0](op, features), elementary=self.elementary)
+        hidden = self.mlp[1](op, self.pooling(op, hidden))
+        hidden = _to_grid(op, hidden, spec.out_size, spec.out_grid)
         mixed = op.Conv(hidden, self.kernel, self.bias, group=spec.out_size, pads=[1, 1, 1, 1])
         return _to_tokens(op, op.Add(mixed, hidden), spec.out_size, spec.num_tokens)
 
@@ -107,7 +116,7 @@ class LDPProjector(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
         super().__init__()
-        self.spec = spec
+        self.spec, self.elementary = spec, weights.recipe.elementary
         self.mlp = _linears(weights, spec)
         self.blocks = nn.ModuleList(
             [
@@ -118,7 +127,8 @@ class LDPProjector(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, features: Any) -> Any:
         spec = self.spec
-        hidden = self.mlp[1](op, op.Gelu(self.mlp[0](op, features)))
+        hidden = gelu(op, self.mlp[0](op, features), elementary=self.elementary)
+        hidden = self.mlp[1](op, hidden)
         hidden = _to_grid(op, hidden, spec.out_size, spec.grid)
         for block in self.blocks:
             hidden = block(op, hidden)
@@ -131,6 +141,7 @@ class InvertedResidual(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, name: str, spec: ProjectorSpec, stride: int) -> None:
         super().__init__()
         channels, squeezed = spec.out_size, spec.squeeze_size
+        self.elementary = weights.recipe.elementary
         self.channels, self.stride = channels, stride
         self.depthwise = weights.parameter(
             weights.read(f"{name}.depthwise.weight", channels, 1, 3, 3)
@@ -149,9 +160,13 @@ class InvertedResidual(nn.Module):  # type: ignore[misc]
             pads=[1, 1, 1, 1],
             strides=[self.stride, self.stride],
         )
-        out = op.HardSwish(self.norm1(op, out))
-        gate = op.Relu(self.squeeze(op, op.GlobalAveragePool(out)))
-        gate = op.HardSigmoid(self.excite(op, gate), alpha=1 / 6, beta=0.5)
+        out = self.norm1(op, out)
+        out = op.Mul(out, _hard_sigmoid(op, out)) if self.elementary else op.HardSwish(out)
+        gate = self.excite(op, op.Relu(self.squeeze(op, op.GlobalAveragePool(out))))
+        if self.elementary:
+            gate = _hard_sigmoid(op, gate)
+        else:
+            gate = op.HardSigmoid(gate, alpha=1 / 6, beta=0.5)
         out = self.norm2(op, self.pointwise(op, op.Mul(out, gate)))
         return op.Add(out, hidden) if self.stride == 1 else out
 
@@ -200,6 +215,11 @@ def _linears(weights: WeightFile, spec: ProjectorSpec) -> nn.ModuleList:
             for index, sizes in enumerate(pairwise(spec.mlp_sizes))
         ]
     )
+
+
+def _hard_sigmoid(op: Any, x: Any) -> Any:
+    """``min(max(x + 3, 0), 6) / 6``: NNAPI clips to these bounds."""
+    return op.Mul(op.Clip(op.Add(x, 3.0), 0.0, 6.0), 1 / 6)
 
 
 def _to_grid(op: Any, tokens: Any, channels: int, grid: int) -> Any:

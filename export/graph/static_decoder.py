@@ -8,9 +8,11 @@ and weight names are those of :mod:`mobilevlm.export.graph.decoder`, for any ``l
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 from mobilevlm.export.graph.decoder import DecoderLayer, DecoderStage, Norm
+from mobilevlm.export.graph.layers import FLOAT, root_mean_square_norm
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import DecoderSpec
 
@@ -38,7 +40,7 @@ class StaticDecoderStage(DecoderStage):
         position: Any,
         past: list[tuple[Any, Any]],
     ) -> tuple[Any, list[tuple[Any, Any]]]:
-        """``position``: whose logits are wanted ``(positions,)``. ``rotary``: cosine and signed
+        """``position``: whose logits are wanted, see :func:`chosen`. ``rotary``: cosine and signed
         sine, see :func:`rotated`."""
         residual, normed = embeds, self.input_norm(op, embeds)
         presents = []
@@ -54,7 +56,7 @@ class StaticLayer(DecoderLayer):
 
     def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__(weights, index, spec)
-        self.spec = spec
+        self.spec, self.elementary = spec, weights.recipe.elementary
 
     def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> StaticNorm:
         """A norm after something is added to the residual stream."""
@@ -72,13 +74,12 @@ class StaticLayer(DecoderLayer):
     ) -> tuple[Any, Any, tuple[Any, Any]]:
         mixed, present = self._attend(op, self.qkv(op, normed), mask, rotary, past)
         if position is not None:
-            mixed = op.Gather(mixed, position, axis=1)
-            residual = op.Gather(residual, position, axis=1)
+            mixed, residual = chosen(op, mixed, position), chosen(op, residual, position)
         residual = op.Add(residual, self.o_proj(op, mixed))
         if self.post_attention_norm is not None:
             normed = self.post_attention_norm(op, residual)
         elif position is not None:
-            normed = op.Gather(normed, position, axis=1)
+            normed = chosen(op, normed, position)
         made = self.mlp(op, normed)
         residual = op.Add(residual, made[0] if self.is_sparse else made)
         return residual, self.next_norm(op, residual), present
@@ -90,9 +91,11 @@ class StaticLayer(DecoderLayer):
         spec = self.spec
         heads, kv_heads, dim = self.num_heads, self.num_kv_heads, spec.head_dim
         group = heads // kv_heads
-        query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
-        query = rotated(op, op.Reshape(query, [1, -1, heads, dim]), rotary, spec)
-        key = rotated(op, op.Reshape(key, [1, -1, kv_heads, dim]), rotary, spec)
+        query, key, value = parted(op, qkv, list(self.qkv_sizes), self.elementary)
+        query = op.Reshape(query, [1, -1, heads, dim])
+        query = rotated(op, query, rotary, spec, self.elementary)
+        key = op.Reshape(key, [1, -1, kv_heads, dim])
+        key = rotated(op, key, rotary, spec, self.elementary)
         value = op.Reshape(value, [1, -1, kv_heads, dim])
         query = op.Transpose(op.Mul(query, dim**-0.5), perm=[0, 2, 1, 3])
         key, value = (op.Transpose(states, perm=[0, 2, 1, 3]) for states in (key, value))
@@ -113,14 +116,36 @@ class StaticLayer(DecoderLayer):
         return mixed, (key, value)
 
 
-def rotated(op: Any, states: Any, rotary: tuple[Any, Any], spec: DecoderSpec) -> Any:
+def chosen(op: Any, states: Any, position: Any) -> Any:
+    """Of ``(1, length, size)`` the positions that are wanted ``(1, positions, size)``.
+    ``position``: their indices ``(positions,)``, or for graphs of elementary operators rows with a
+    single 1 ``(1, positions, length)``, since Core ML takes no Gather."""
+    if position.type.dtype == FLOAT:
+        return op.MatMul(position, states)
+    return op.Gather(states, position, axis=1)
+
+
+def parted(op: Any, states: Any, sizes: list[int], elementary: bool) -> list[Any]:
+    """Pieces of the last axis; of elementary operators unequal ones are slices, since NNAPI splits
+    evenly only."""
+    if not elementary or len(set(sizes)) == 1:
+        return list(op.Split(states, sizes, axis=-1, _outputs=len(sizes)))
+    ends = list(accumulate(sizes))
+    return [
+        op.Slice(states, [end - size], [end], [-1]) for size, end in zip(sizes, ends, strict=True)
+    ]
+
+
+def rotated(
+    op: Any, states: Any, rotary: tuple[Any, Any], spec: DecoderSpec, elementary: bool
+) -> Any:
     """``(1, length, heads, head_dim)`` with its first channels rotated: halves change places, and
     the sine of the first half is negative. ``rotary``: ``(1, length, 1, rotary_channels)`` each."""
     cos, sin = rotary
     channels, rest = spec.rotary_channels, None
     if channels < spec.head_dim:
         sizes = [channels, spec.head_dim - channels]
-        states, rest = op.Split(states, sizes, axis=-1, _outputs=2)
+        states, rest = parted(op, states, sizes, elementary)
     first, second = op.Split(states, [channels // 2] * 2, axis=-1, _outputs=2)
     swapped = op.Concat(second, first, axis=-1)
     turned = op.Add(op.Mul(states, cos), op.Mul(swapped, sin))
@@ -128,10 +153,21 @@ def rotated(op: Any, states: Any, rotary: tuple[Any, Any], spec: DecoderSpec) ->
 
 
 class StaticNorm(Norm):
-    """One operator of the standard."""
+    """One operator of the standard, or several where the recipe wants elementary ones."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
+        super().__init__(weights, name, spec)
+        self.elementary, self.form = weights.recipe.elementary, weights.recipe.layer_norm
 
     def forward(self, op: Any, x: Any) -> Any:
         settings = {"axis": -1, "epsilon": self.epsilon}
+        if self.elementary:
+            if self.bias is None:
+                return root_mean_square_norm(op, x, self.weight, self.epsilon)
+            if self.form == "spelled":
+                rest = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
+                scaled = root_mean_square_norm(op, rest, self.weight, self.epsilon)
+                return op.Add(scaled, self.bias)
         if self.bias is None:
             return op.RMSNormalization(x, self.weight, **settings)
         return op.LayerNormalization(x, self.weight, self.bias, **settings)

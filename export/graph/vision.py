@@ -12,7 +12,7 @@ import numpy as np
 from onnxscript import nn
 
 from mobilevlm.export.graph.dialects import CPU, Dialect
-from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
+from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear, gelu, product_of_rows
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import ImageSpec, ModelSpec, VisionSpec
@@ -74,7 +74,7 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, dialect: Dialect
     ) -> None:
         super().__init__()
-        self.pixel_offset = dialect.pixel_offset
+        self.pixel_offset, self.elementary = dialect.pixel_offset, weights.recipe.elementary
         self.grid, self.patch = spec.grid, spec.patch_size
         hidden, patch = spec.hidden_size, spec.patch_size
         stored = weights.read("vision.patch_embedding.weight", hidden, 3, patch, patch)
@@ -106,7 +106,11 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         patches = op.Reshape(patches, [1, grid * grid, patch * patch * 3])
         if not self.pixel_offset:
             patches = op.Cast(patches, to=FLOAT)
-        hidden = op.Add(op.MatMul(patches, self.weight), self.positions)
+        if self.elementary:
+            product = product_of_rows(op, patches, self.weight)
+        else:
+            product = op.MatMul(patches, self.weight)
+        hidden = op.Add(product, self.positions)
         return hidden if self.class_token is None else op.Concat(self.class_token, hidden, axis=1)
 
 
@@ -114,7 +118,7 @@ class ClipLayer(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, name: str, spec: VisionSpec, dialect: Dialect) -> None:
         super().__init__()
         size, wide = spec.hidden_size, spec.intermediate_size
-        self.spec, self.dialect = spec, dialect
+        self.spec, self.dialect, self.elementary = spec, dialect, weights.recipe.elementary
         self.norm1 = LayerNorm(weights, f"{name}.norm1", size, spec.layer_norm_eps)
         parts = [f"{name}.attn.{part}_proj" for part in "qkv"]
         self.qkv = Linear(weights, parts, size, [size] * 3)
@@ -135,4 +139,5 @@ class ClipLayer(nn.Module):  # type: ignore[misc]
     def _activate(self, op: Any, wide: Any) -> Any:
         if self.spec.hidden_act == "quick_gelu":
             return self.dialect.quick_gelu(op, wide)
-        return op.Gelu(wide, approximate="tanh" if self.spec.hidden_act == "gelu_tanh" else "none")
+        form = "tanh" if self.spec.hidden_act == "gelu_tanh" else "none"
+        return gelu(op, wide, form, self.elementary)

@@ -9,7 +9,8 @@ from typing import Literal
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.htp import Chip
-from mobilevlm.export.recipes import Recipe, WeightBits, find_recipe
+from mobilevlm.export.providers import find_provider
+from mobilevlm.export.recipes import LinearFormat, Precision, Recipe, WeightBits, find_recipe
 from mobilevlm.spec import from_dict
 
 if sys.version_info >= (3, 11):
@@ -18,6 +19,16 @@ else:
     import tomli as tomllib
 
 FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class ProviderGoal:
+    """An accelerator behind ONNX Runtime, and how much of the model it has to take."""
+
+    name: str
+    """Of a table in export/providers"""
+    least: dict[str, float]
+    """Share of the operators of each stage that goes to it; the others are for the processor"""
 
 
 @dataclass(frozen=True)
@@ -36,12 +47,19 @@ class Target:
     chunk_length: int = 64
     context_length: int = 1024
     """Shapes of graphs for NPUs, see :class:`mobilevlm.export.recipes.Recipe`"""
-    layer_norm: Literal["fused", "centred"] = "fused"
+    layer_norm: Literal["fused", "centred", "spelled"] = "fused"
+    operators: Literal["runtime", "elementary"] = "runtime"
+    vision: Precision | None = None
+    """Of tower and projector, where not the recipe's"""
     htp: Chip | None = None
     """Chip to compile for"""
     share_weights: bool = False
     """Whether the binary of the decoder's graphs has their weights once. It is half as large then,
     but the emulator cannot load it."""
+    provider: ProviderGoal | None = None
+    """Accelerator; with one the bundle has .ort files too"""
+    package: bool = False
+    """Whether the vision stage is a Core ML package too"""
     caveat: str = ""
     """What is known not to be right, in a few words"""
 
@@ -49,12 +67,20 @@ class Target:
     def verified(self) -> str:
         """What an export to it proves on the exporting machine."""
         compiled = "compiled, no operator left to the CPU; " if self.htp is not None else ""
+        if self.provider is not None:
+            title = find_provider(self.provider.name).title
+            compiled = f"operators that {title} takes, by table; .ort files run; "
         return f"{compiled}memory" + (f". But: {self.caveat}" if self.caveat else "")
 
     def settled(self) -> Recipe:
         """Its recipe with its shapes."""
+        recipe = find_recipe(self.recipe)
+        if self.vision is not None:
+            tower = LinearFormat(self.vision)
+            recipe = replace(recipe, tower=tower, projector=tower)
         return replace(
-            find_recipe(self.recipe),
+            recipe,
+            operators=self.operators,
             chunk_length=self.chunk_length,
             context_length=self.context_length,
             layer_norm=self.layer_norm,

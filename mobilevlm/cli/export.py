@@ -20,6 +20,7 @@ Examples:
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m \\
     --calibration scenes
+  mobilevlm export nano -o nano-ios --target ios-coreml
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-mixed --budget 3.5bpw --plan-out plan.toml
 """
 
@@ -166,6 +167,7 @@ def command(
                 "bytes": sum(entry.size for entry in manifest.files.values()),
                 "recipe": manifest.recipe["name"],
                 "quality": to_dict(manifest.quality),
+                "coverage": [to_dict(part) for part in manifest.coverage],
             }
         )
     else:

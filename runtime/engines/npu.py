@@ -1,9 +1,10 @@
 """ONNX graphs with fixed shapes, for NPUs: a chunk of the prompt at a time, then token by token.
 
-A bundle has them in fixed point of standard operators (export/qdq_decoder.py). What depends on a
-position comes from here: rotary tables, the mask, and a window of earlier keys and values, 8-bit
-integers, to which each run's own are added. Without an NPU ONNX Runtime runs them on the CPU, each
-operator in float32 between two roundings, as an NPU would but slowly.
+A bundle has them in fixed point of standard operators (export/qdq_decoder.py), or in float of those
+that mobile accelerators take (export/float_decoder.py). What depends on a position comes from here:
+rotary tables, the mask, and a window of earlier keys and values, 8-bit integers or floats, to which
+each run's own are added. Without an NPU ONNX Runtime runs them on the CPU, each operator of fixed
+point in float32 between two roundings, as an NPU would but slowly.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class NpuDecoder:
         self.chunk, self.window = _shape(self._chunks)
         if _shape(self._tokens) != (1, self.window) or self.window < spec.context_length:
             raise BundleError(f"{chunks}: shapes that do not fit each other: export it again")
+        shapes = {value.name: value.type for value in self._chunks.get_inputs()}
+        self._by_row = shapes["logits_position"] == "tensor(float)"
         self._cos, self._sin = signed_tables(spec)
         self._table: NDArray[Any] | None = map_table(table, embeddings)
 
@@ -161,7 +164,7 @@ class NpuDecoder:
                 "attention_mask": causal_mask(length, self.window, start),
                 "rotary_cos": self._cos[None, positions, None],
                 "rotary_sin": self._sin[None, positions, None],
-                "logits_position": np.array([count - 1], np.int32),
+                "logits_position": self._position(count - 1, length),
                 **{f"{_PAST}{name}": part for name, part in state.buffers.items()},
             },
         )
@@ -170,6 +173,12 @@ class NpuDecoder:
         state.length += count
         result: Float32 = logits[0]
         return result
+
+    def _position(self, index: int, length: int) -> NDArray[Any]:
+        """Whose logits are wanted: an index, or a row with a 1 there ``(1, 1, length)``."""
+        if self._by_row:
+            return np.eye(1, length, index, np.float32)[None]
+        return np.array([index], np.int32)
 
     def save(self, state: DecoderState, start: int) -> Segment:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:

@@ -37,8 +37,8 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
         bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")
     )
     threads = plan.threads_of("vision")
-    if engine == "npu":
-        return _npu_vision(vision, threads), _npu_decoder(bundle, plan)
+    if engine == "npu" or (engine == "ort" and bundle.artifact("decoder", "ort").data):
+        return _npu_vision(vision, threads), _npu_decoder(bundle, plan, engine)
     if engine == "gguf":
         language = _llama_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, language.model, threads), language
@@ -49,6 +49,7 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
         return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
     openers: dict[str, Callable[[Bundle, Path, Plan], DecoderEngine]] = {
         "onnx": onnx_decoder,
+        "ort": onnx_decoder,
         "hybrid": _llama_decoder,
         "ggml": _ggml_decoder,
     }
@@ -81,11 +82,11 @@ def _npu_vision(path: Path, threads: int) -> VisionEngine:
     return OnnxVision(path, threads, entries=FIXED_POINT)
 
 
-def _npu_decoder(bundle: Bundle, plan: Plan) -> DecoderEngine:
+def _npu_decoder(bundle: Bundle, plan: Plan, form: str) -> DecoderEngine:
     from mobilevlm.runtime.engines.npu import NpuDecoder
 
     spec, table = bundle.manifest.spec, bundle.manifest.embeddings
-    artifact = bundle.artifact("decoder", "npu")
+    artifact = bundle.artifact("decoder", form)
     if table is None or not artifact.data:
         raise BundleError(f"{bundle.folder}: no embedding table or graph: export the bundle again")
     chunks, tokens = bundle.path(artifact.path), bundle.path(artifact.data[0])

@@ -57,10 +57,10 @@ def test_a_bundle_for_a_target_says_so_and_has_its_weight_bits(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "abacus"), "target 'abacus' is not known: expected one of android-qnn"),
+        (("--target", "abacus"), "target 'abacus' is not known: expected one of android-nnapi"),
         (("--target", "rpi5", "--recipe", "int8"), "target rpi5 settles recipe"),
         (("--target", "rpi5", "--format", "gguf"), "target rpi5 settles recipe"),
-        (("--format", "npu"), "choose --recipe a16w8 or a8w8"),
+        (("--format", "npu"), "choose --recipe a16w8, a8w8 or fp32"),
         (("--recipe", "a16w8"), "add --format npu"),
     ],
 )

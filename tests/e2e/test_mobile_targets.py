@@ -1,0 +1,177 @@
+"""Exports to accelerators behind ONNX Runtime, as a person would make them: coverage, .ort files
+that run here, and the package for Core ML."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import pytest
+from conftest import refusal
+
+from mobilevlm.bundle import Bundle, open_bundle
+from mobilevlm.cli import main
+from mobilevlm.export import ort_format, pipeline
+from mobilevlm.export.calibration import scene_samples
+from mobilevlm.export.ort_format import _example
+from mobilevlm.export.targets import find_target
+
+Capture = pytest.CaptureFixture[str]
+TARGETS = ("android-nnapi", "ios-coreml", "android-xnnpack")
+OWN_ENGINE = {"android-nnapi": "npu", "ios-coreml": "npu", "android-xnnpack": "onnx"}
+
+
+def exported(folder: Path, target: str, model: str = "nano") -> Bundle:
+    main(["export", model, "-o", str(folder), "--target", target, "--no-measure", "--quiet"])
+    return open_bundle(folder)
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return exported(tmp_path_factory.mktemp("mobile") / "bundle", request.param)
+
+
+def test_the_manifest_has_coverage_and_a_reduced_build(bundle: Bundle) -> None:
+    manifest = bundle.manifest
+    goal = find_target(str(manifest.target)).provider
+    assert goal is not None
+    assert {part.stage for part in manifest.coverage} == set(goal.least)
+    for part in manifest.coverage:
+        assert part.provider == goal.name and part.nodes == part.taken + sum(part.left.values())
+        assert part.taken / part.nodes >= goal.least[part.stage]
+    build = manifest.reduced_build
+    assert build is not None and 1.19 < build.estimated_mb < 2 and build.operators > 10
+    config = bundle.path(build.config).read_text()
+    assert "Softmax" in config and str(bundle.folder) not in config and "/tmp" not in config
+
+
+def test_accelerators_take_all_but_what_is_known_to_be_left(bundle: Bundle) -> None:
+    """NNAPI has no error function, which GELU needs; bytes become floats on the processor."""
+    left = {
+        "android-nnapi": {"Cast: input uint8": 1, "Erf": 1},
+        "ios-coreml": {"Cast: input uint8": 1},
+    }
+    target = str(bundle.manifest.target)
+    vision, *decoder = bundle.manifest.coverage
+    if target == "android-xnnpack":  # of the processor itself: products by constants, and Softmax
+        assert not decoder and 0.5 < vision.multiplications < 0.6
+        assert vision.left["MatMul: more than two dimensions"] == 10  # attention of five layers
+        return
+    assert vision.left == left[target] and vision.multiplications == 1
+    assert [(part.left, part.parts) for part in decoder] == [({}, 1), ({}, 1)]
+
+
+def results(path: Path) -> list[Any]:
+    """Of a graph that is simplified as .ort files are, on random inputs."""
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(7)
+    inputs = {value.name: _example(value, random) for value in session.get_inputs()}
+    found: list[Any] = session.run(None, inputs)
+    return found
+
+
+def test_ort_files_give_the_same_bits_as_their_graphs(bundle: Bundle) -> None:
+    own = OWN_ENGINE[str(bundle.manifest.target)]
+    for stage in ("vision", "decoder"):
+        graphs = [name for name in bundle.artifact(stage, own).files if name.endswith(".onnx")]
+        for graph, ready in zip(graphs, bundle.artifact(stage, "ort").files, strict=True):
+            assert ready.endswith(".ort")
+            pairs = zip(results(bundle.path(graph)), results(bundle.path(ready)), strict=True)
+            assert all(np.array_equal(first, second) for first, second in pairs)
+
+
+def test_the_engine_ort_gives_the_same_answer(
+    bundle: Bundle, tmp_path: Path, capsys: Capture
+) -> None:
+    picture = tmp_path / "scene.png"
+    scene_samples(1)[0].images[0].save(picture)  # type: ignore[union-attr, call-arg]
+    answers = []
+    for engine in (OWN_ENGINE[str(bundle.manifest.target)], "ort"):
+        main(["run", str(bundle.folder), "--engine", engine, "--image", str(picture), "--prompt",
+              "Describe the picture.", "--max-new-tokens", "12", "--json"])  # fmt: skip
+        answers.append(json.loads(capsys.readouterr().out)["token_ids"])
+    assert answers[0] == answers[1] and len(answers[0]) == 12
+
+
+def test_sparse_experts_go_to_accelerators_as_a_whole(tmp_path: Path) -> None:
+    bundle = exported(tmp_path / "bundle", "android-nnapi", "nano-moe")
+    decoder = [part for part in bundle.manifest.coverage if part.stage == "decoder"]
+    assert [part.left for part in decoder] == [{}, {}]
+
+
+@pytest.mark.parametrize("bundle", ["ios-coreml", "android-xnnpack"], indirect=True)
+def test_the_same_export_has_the_same_bytes(bundle: Bundle, tmp_path: Path) -> None:
+    again = exported(tmp_path / "again", str(bundle.manifest.target))
+    assert again.manifest.files == bundle.manifest.files
+
+
+def test_an_accelerator_that_takes_too_little_fails_and_the_operator_is_named(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = find_target("android-nnapi")
+    assert target.provider is not None
+    wrong = replace(target, provider=replace(target.provider, least={"vision": 1.0}))
+    monkeypatch.setattr(pipeline, "find_target", lambda _: wrong)
+    place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
+    found = refusal(capsys, *place, "--target", "android-nnapi", code=1)
+    assert "NNAPI takes 273 of 275 operators of npu/vision_encoder.onnx" in found
+    assert "it leaves Cast: input uint8 (1), Erf (1)" in found
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_weights_that_do_not_fit_into_an_ort_file_are_refused(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ort_format, "LARGEST", 10_000_000)
+    place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
+    found = refusal(capsys, *place, "--target", "ios-coreml", code=1)
+    assert "the decoder stage has 0.0 GB of weights, an .ort file holds at most 2 GB" in found
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_elementary_operators_need_a_vision_stage_in_float(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = replace(find_target("android-xnnpack"), vision=None)
+    monkeypatch.setattr(pipeline, "find_target", lambda _: wrong)
+    place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
+    found = refusal(capsys, *place, "--target", "android-xnnpack")
+    assert "elementary operators are for a vision stage in float" in found
+
+
+def test_without_the_extra_an_export_says_that_there_is_no_package(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mobilevlm.export import coreml_package
+
+    monkeypatch.setattr(coreml_package, "find_spec", lambda _: None)
+    place = str(tmp_path / "bundle")
+    main(["export", "nano", "-o", place, "--target", "ios-coreml", "--no-measure"])
+    assert "no package: coremltools is not installed" in capsys.readouterr().err
+    assert open_bundle(Path(place)).manifest.packages == ()
+
+
+@pytest.mark.skipif(
+    os.environ.get("MOBILEVLM_WITHOUT_COREML") == "1", reason="asked to go without coremltools"
+)
+def test_a_core_ml_package_is_an_ml_program_with_the_weights_of_the_model(bundle: Bundle) -> None:
+    if bundle.manifest.target != "ios-coreml":
+        assert bundle.manifest.packages == ()
+        return
+    pytest.importorskip("coremltools", reason="Apple's converter: pip install '.[coreml]'")
+    from mobilevlm.export.coreml_package import read_package
+
+    (package,) = bundle.manifest.packages
+    assert all(name in bundle.manifest.files for name in package.files) and len(package.files) == 3
+    operators, constants = read_package(bundle.path(package.path))
+    assert operators == package.operators
+    assert (operators["linear"], operators["layer_norm"], operators["softmax"]) == (32, 11, 5)
+    assert sum(array.size for array in constants.values()) > 1_000_000  # the stage's parameters

@@ -83,9 +83,14 @@ function centerCrop(picture, size) {
   return cut(picture, (wide - size) >> 1, (high - size) >> 1, size, size).data;
 }
 
-/** Pillow's bicubic resize of 8-bit channels: rows, then columns, rounded to bytes after each. */
+/** Pillow's bicubic resize of 8-bit channels: rows, then columns, rounded to bytes after each. Since
+ * version 13 columns go first where that saves much (ImagingResampleInner of its Resample.c). */
 function resize(picture, width, height) {
-  return resizeColumns(resizeRows(picture, width), height);
+  const columnsFirst =
+    picture.height - height > Math.max(0, 2 * (picture.width - width));
+  return columnsFirst
+    ? resizeRows(resizeColumns(picture, height), width)
+    : resizeColumns(resizeRows(picture, width), height);
 }
 
 function resizeRows({ data, width, height }, newWidth) {

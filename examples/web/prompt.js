@@ -43,7 +43,7 @@ function userMessage(question) {
 
 /** Each piece of text beside the picture is tokenized alone, with the id that begins a text before
  * the first only, unless the conversation says otherwise. */
-function tokenize(tokenizer, text, conversation) {
+export function tokenize(tokenizer, text, conversation) {
   let ids;
   if (conversation.tokenization === "joined") {
     const image = tokenizer.token_to_id(IMAGE);

@@ -21,7 +21,6 @@ SERVER_HEADERS = {
 class Handler(SimpleHTTPRequestHandler):
     """Static files with those headers; the browser asks whether they have changed."""
 
-
     def end_headers(self) -> None:
         for name, value in SERVER_HEADERS.items():
             self.send_header(name, value)

@@ -37,19 +37,24 @@ class Target:
     context_length: int = 1024
     """Shapes of graphs for NPUs, see :class:`mobilevlm.export.recipes.Recipe`"""
     layer_norm: Literal["fused", "centred"] = "fused"
+    experts: Literal["fused", "plain", "dense"] = "fused"
+    """Form of sparse experts, see :class:`mobilevlm.export.recipes.Recipe`"""
     htp: Chip | None = None
     """Chip to compile for"""
     share_weights: bool = False
     """Whether the binary of the decoder's graphs has their weights once. It is half as large then,
     but the emulator cannot load it."""
+    tested: str = ""
+    """What the project's own tests show of such a device, in a few words"""
     caveat: str = ""
     """What is known not to be right, in a few words"""
 
     @property
     def verified(self) -> str:
-        """What an export to it proves on the exporting machine."""
+        """What an export to it proves on the exporting machine, and what the tests do."""
         compiled = "compiled, no operator left to the CPU; " if self.htp is not None else ""
-        return f"{compiled}memory" + (f". But: {self.caveat}" if self.caveat else "")
+        tested = f"; in the tests: {self.tested}" if self.tested else ""
+        return f"{compiled}memory{tested}" + (f". But: {self.caveat}" if self.caveat else "")
 
     def settled(self) -> Recipe:
         """Its recipe with its shapes."""
@@ -58,6 +63,7 @@ class Target:
             chunk_length=self.chunk_length,
             context_length=self.context_length,
             layer_norm=self.layer_norm,
+            experts=self.experts,
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,14 +43,18 @@ def copy_page(folder: Path) -> Path:
 
 
 @contextmanager
-def served(folder: Path) -> Iterator[str]:
-    """The address of a copy of the page, by its own server."""
-    program = [sys.executable, str(folder / "serve.py"), "0"]
+def served(folder: Path, isolated: bool = True) -> Iterator[str]:
+    """The address of a copy of the page, by its own server, or by one that sends no headers."""
+    own = [str(folder / "serve.py"), "0"]
+    plain = ["-u", "-m", "http.server", "0", "--bind", "127.0.0.1", "--directory", str(folder)]
+    program = [sys.executable, *(own if isolated else plain)]
     with subprocess.Popen(
         program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     ) as server:
         assert server.stdout is not None
-        yield server.stdout.readline().strip()
+        found = re.search(r"http://\S+?/", server.stdout.readline())
+        assert found is not None
+        yield found[0]
         server.terminate()
 
 

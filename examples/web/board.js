@@ -1,14 +1,28 @@
 // The picture of the page: a scene that is drawn with the tools, or a file that was opened.
 
 import {
-  COLORS, EDGE, SHAPES, SIZES,
-  cellCenter, drawScene, drawShape, emptyScene, itemAt, questionsAbout, randomScene, withItem,
+  COLORS,
+  EDGE,
+  SHAPES,
+  SIZES,
+  cellCenter,
+  drawScene,
+  drawShape,
+  emptyScene,
+  itemAt,
+  questionsAbout,
+  randomScene,
+  withItem,
   withoutCell,
-} from "./scene.js"; // prettier-ignore
+} from "./scene.js";
 
 /** Pixels of the shown canvas for each of the model's. */
 const SHOWN_SCALE = 4;
-const QUESTIONS = ["Describe the picture.", "What is in the picture?", "How many shapes are there?"];
+const QUESTIONS = [
+  "Describe the picture.",
+  "What is in the picture?",
+  "How many shapes are there?",
+];
 const ARROWS = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -3, ArrowDown: 3 };
 
 export class Board {
@@ -58,6 +72,22 @@ export class Board {
     return { source: context.getImageData(0, 0, EDGE, EDGE), id: this.id };
   }
 
+  /** The picture in small, for the list of answers. */
+  thumbnail() {
+    const canvas = document.createElement("canvas");
+    canvas.className = "thumbnail";
+    canvas.width = canvas.height = 96;
+    const shown = this.#file ? this.#photo : this.#canvas;
+    const [width, height] = [
+      shown.naturalWidth ?? shown.width,
+      shown.naturalHeight ?? shown.height,
+    ];
+    const edge = Math.min(width, height);
+    const corner = [(width - edge) / 2, (height - edge) / 2];
+    if (edge) canvas.getContext("2d").drawImage(shown, ...corner, edge, edge, 0, 0, 96, 96);
+    return canvas;
+  }
+
   #change(scene) {
     if (!this.#file) this.#earlier.push(this.#scene);
     this.#scene = scene;
@@ -103,6 +133,7 @@ export class Board {
     this.id += 1;
     this.#canvas.hidden = this.#file !== null;
     this.#photo.hidden = this.#file === null;
+    document.getElementById("tools").hidden = this.#file !== null;
     this.#draw();
     this.#onChange(this.#file ? QUESTIONS : questionsAbout(this.#scene));
   }
@@ -117,7 +148,12 @@ export class Board {
     const edge = (EDGE / 3) * SHOWN_SCALE;
     context.lineWidth = 6;
     context.strokeStyle = "white";
-    context.strokeRect(x * SHOWN_SCALE - edge / 2 + 6, y * SHOWN_SCALE - edge / 2 + 6, edge - 12, edge - 12);
+    context.strokeRect(
+      x * SHOWN_SCALE - edge / 2 + 6,
+      y * SHOWN_SCALE - edge / 2 + 6,
+      edge - 12,
+      edge - 12,
+    );
   }
 }
 

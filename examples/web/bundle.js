@@ -89,7 +89,7 @@ async function readFile(url, name, { size, sha256 }, onBytes) {
   }
   const bytes = new Uint8Array(size);
   let length = 0;
-  for (const reader = response.body.getReader(); ; ) {
+  for (const reader = response.body.getReader(); ;) {
     const { done, value } = await reader.read();
     if (done) break;
     if (length + value.length <= size) bytes.set(value, length);

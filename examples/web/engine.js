@@ -5,10 +5,9 @@ import * as ort from "./vendor/ort.wasm.bundle.min.mjs";
 const MOST_THREADS = 4;
 
 /** A module with one vector instruction: a browser that cannot compile it cannot run the model. */
-const SIMD_MODULE = Uint8Array.of(
-  0, 97, 115, 109, 1, 0, 0, 0, 1, 5, 1, 96, 0, 1, 123, 3, 2, 1, 0, 10, 10, 1, 8, 0, 65, 0, 253, 15, 253,
-  98, 11,
-); // prettier-ignore
+const SIMD_MODULE = Uint8Array.from(atob("AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="), (character) =>
+  character.charCodeAt(0),
+);
 
 /**
  * Says where onnxruntime's files are; returns the number of threads that it will use. More than one
@@ -21,7 +20,8 @@ export function prepareRuntime() {
       "this browser has no WebAssembly with SIMD: use Chrome 91, Firefox 89, Safari 16.4 or newer",
     );
   }
-  const threads = crossOriginIsolated ? Math.min(navigator.hardwareConcurrency, MOST_THREADS) : 1;
+  const cores = Math.ceil(navigator.hardwareConcurrency / 2); // it counts hyperthreads
+  const threads = crossOriginIsolated ? Math.min(cores, MOST_THREADS) : 1;
   const wasm = new URL("vendor/ort-wasm-simd-threaded.wasm", import.meta.url);
   ort.env.wasm.wasmPaths = { wasm: wasm.href };
   ort.env.wasm.numThreads = threads;

@@ -162,6 +162,7 @@ function startsWith(ids, beginning) {
 
 function argmax(values) {
   let best = 0;
-  for (let index = 1; index < values.length; index++) if (values[index] > values[best]) best = index;
+  for (let index = 1; index < values.length; index++)
+    if (values[index] > values[best]) best = index;
   return best;
 }

@@ -51,7 +51,8 @@ const HANDLERS = {
   },
   ready({ name, threads, loadSeconds }) {
     elements.progress.hidden = true;
-    say(`${name} is ready, loaded in ${seconds(loadSeconds)}, ${threads} thread${threads > 1 ? "s" : ""}`);
+    const count = threads === 1 ? "1 thread" : `${threads} threads`;
+    say(`${name} is ready: loaded in ${seconds(loadSeconds)}, ${count}`);
     elements.ask.disabled = false;
     document.body.dataset.state = "ready";
     if (name.startsWith("nano")) {
@@ -67,9 +68,9 @@ const HANDLERS = {
     const parts = [
       vision ? `picture ${seconds(preprocess + vision)}` : "picture known",
       `first token ${seconds(firstToken)}`,
-      `${tokens.length} tokens`,
+      `${tokens.length}\u00a0tokens`,
     ];
-    if (tokensPerSecond) parts.push(`${tokensPerSecond.toFixed(1)} tokens/s`);
+    if (tokensPerSecond) parts.push(`${Math.round(tokensPerSecond)}\u00a0tokens/s`);
     entry.querySelector(".timings").textContent = parts.join(" · ");
     entry.dataset.tokens = tokens.join(" ");
     finish();
@@ -85,6 +86,7 @@ const HANDLERS = {
 
 function ask(question) {
   entry = document.createElement("li");
+  entry.append(board.thumbnail());
   for (const name of ["asked", "answer", "timings"]) {
     const line = document.createElement("p");
     line.className = name;
@@ -93,6 +95,7 @@ function ask(question) {
   entry.querySelector(".asked").textContent = question;
   entry.setAttribute("aria-busy", "true");
   elements.answers.prepend(entry);
+  entry.scrollIntoView({ block: "nearest", behavior: "smooth" });
   elements.ask.textContent = "Stop";
   document.body.dataset.state = "answering";
   worker.postMessage({
@@ -149,5 +152,5 @@ function megabytes(bytes) {
 }
 
 function seconds(value) {
-  return value < 1 ? `${Math.round(value * 1000)} ms` : `${value.toFixed(1)} s`;
+  return value < 1 ? `${Math.round(value * 1000)}\u00a0ms` : `${value.toFixed(1)}\u00a0s`;
 }

@@ -20,7 +20,9 @@ export async function decodePicture(source) {
   }
   const { width, height } = bitmap;
   if (Math.max(width, height) > LONGEST_EDGE) {
-    throw new Error(`picture of ${width} × ${height} pixels: longer than ${LONGEST_EDGE}: scale it down`);
+    throw new Error(
+      `picture of ${width} × ${height} pixels: longer than ${LONGEST_EDGE}: scale it down`,
+    );
   }
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });
   context.fillStyle = "white";

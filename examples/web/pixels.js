@@ -86,8 +86,7 @@ function centerCrop(picture, size) {
 /** Pillow's bicubic resize of 8-bit channels: rows, then columns, rounded to bytes after each. Since
  * version 13 columns go first where that saves much (ImagingResampleInner of its Resample.c). */
 function resize(picture, width, height) {
-  const columnsFirst =
-    picture.height - height > Math.max(0, 2 * (picture.width - width));
+  const columnsFirst = picture.height - height > Math.max(0, 2 * (picture.width - width));
   return columnsFirst
     ? resizeRows(resizeColumns(picture, height), width)
     : resizeColumns(resizeRows(picture, width), height);

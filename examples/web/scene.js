@@ -19,14 +19,23 @@ export const SHAPES = ["circle", "square", "triangle", "star", "heart", "cross",
 /** Half the extent in pixels. */
 export const SIZES = { small: 11, medium: 18, large: 26 };
 const PLACES = [
-  "at the top left", "at the top", "at the top right",
-  "on the left", "in the center", "on the right",
-  "at the bottom left", "at the bottom", "at the bottom right",
-]; // prettier-ignore
+  "at the top left",
+  "at the top",
+  "at the top right",
+  "on the left",
+  "in the center",
+  "on the right",
+  "at the bottom left",
+  "at the bottom",
+  "at the bottom right",
+];
 
 /** An empty scene: { background: { kind, first, second, angle }, items: [] }. */
 export function emptyScene() {
-  return { background: { kind: "plain", first: [146, 150, 148], second: [0, 0, 0], angle: 0 }, items: [] };
+  return {
+    background: { kind: "plain", first: [146, 150, 148], second: [0, 0, 0], angle: 0 },
+    items: [],
+  };
 }
 
 /** A shape at a point, kept inside the point's cell: { shape, color, size, cell, x, y, angle }. */
@@ -34,11 +43,14 @@ export function itemAt(x, y, shape, color, size, angle = 0) {
   const column = cellIndex(x);
   const row = cellIndex(y);
   return {
-    shape, color, size, angle,
+    shape,
+    color,
+    size,
+    angle,
     cell: row * 3 + column,
     x: nearCenter(x, column, size),
     y: nearCenter(y, row, size),
-  }; // prettier-ignore
+  };
 }
 
 /** The scene with an item, instead of what was in its cell. */
@@ -141,11 +153,30 @@ function addMoon(path) {
 }
 
 const CORNERS = {
-  square: [[-0.82, -0.82], [0.82, -0.82], [0.82, 0.82], [-0.82, 0.82]],
-  triangle: [[0, -1], [0.98, 0.78], [-0.98, 0.78]],
+  square: [
+    [-0.82, -0.82],
+    [0.82, -0.82],
+    [0.82, 0.82],
+    [-0.82, 0.82],
+  ],
+  triangle: [
+    [0, -1],
+    [0.98, 0.78],
+    [-0.98, 0.78],
+  ],
   cross: [
-    [-0.32, -1], [0.32, -1], [0.32, -0.32], [1, -0.32], [1, 0.32], [0.32, 0.32],
-    [0.32, 1], [-0.32, 1], [-0.32, 0.32], [-1, 0.32], [-1, -0.32], [-0.32, -0.32],
+    [-0.32, -1],
+    [0.32, -1],
+    [0.32, -0.32],
+    [1, -0.32],
+    [1, 0.32],
+    [0.32, 0.32],
+    [0.32, 1],
+    [-0.32, 1],
+    [-0.32, 0.32],
+    [-1, 0.32],
+    [-1, -0.32],
+    [-0.32, -0.32],
   ],
   star: Array.from({ length: 10 }, (_, step) => {
     const reach = step % 2 ? 0.42 : 1.05;
@@ -157,7 +188,7 @@ const CORNERS = {
     const [one, two, three, four] = [1, 2, 3, 4].map((factor) => Math.cos(factor * t));
     return [Math.sin(t) ** 3, -(13 * one - 5 * two - 2 * three - four) / 15.5];
   }),
-}; // prettier-ignore
+};
 
 function drawBackground(context, { kind, first, second, angle }) {
   const css = ([red, green, blue]) => `rgb(${red} ${green} ${blue})`;
@@ -166,8 +197,11 @@ function drawBackground(context, { kind, first, second, angle }) {
     const [dx, dy] = [Math.cos(angle) * EDGE, Math.sin(angle) * EDGE];
     const middle = EDGE / 2;
     const shades = context.createLinearGradient(
-      middle - dx / 2, middle - dy / 2, middle + dx / 2, middle + dy / 2,
-    ); // prettier-ignore
+      middle - dx / 2,
+      middle - dy / 2,
+      middle + dx / 2,
+      middle + dy / 2,
+    );
     const stops = kind === "stripes" ? 8 : 1;
     for (let stop = 0; stop <= stops; stop++) {
       shades.addColorStop(stop / stops, css(stop % 2 ? second : first));
@@ -189,7 +223,7 @@ function cellIndex(position) {
 
 function nearCenter(position, index, size) {
   const middle = CELL * (index + 0.5);
-  const room = CELL / 2 - SIZES[size];
+  const room = 0.85 * (CELL / 2 - SIZES[size]);
   return Math.min(middle + room, Math.max(middle - room, position));
 }
 

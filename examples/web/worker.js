@@ -53,7 +53,10 @@ function nextMessages() {
 
 /** One line that a person understands. */
 function explained(error) {
-  const message = String(error?.message ?? error).trim().split("\n").at(-1);
+  const message = String(error?.message ?? error)
+    .trim()
+    .split("\n")
+    .at(-1);
   return /alloc|out of memory/i.test(message)
     ? `the browser has not enough memory for this model: choose a smaller one (${message})`
     : message;

@@ -105,11 +105,14 @@ def test_the_browser_says_the_tokens_of_the_python_runtime(
     assert browser.complaints == []
 
 
-def test_a_drawn_scene_is_described(browser: Browser, address: str) -> None:
-    browser.open(address)
-    for selector in ("#clear", "label:has([value=star])", "label:has([value=blue])", "#canvas"):
-        browser.click(selector)
-    text, _ = browser.ask("What is in the center?")
+def test_a_drawn_scene_is_described(browser: Browser, folder: Path) -> None:
+    """From any static server, which gives one thread."""
+    with served(folder, isolated=False) as address:
+        browser.open(address)
+        assert "1 thread" in browser.status
+        for selector in ("#clear", "label:has([value=star])", "label:has([value=blue])", "#canvas"):
+            browser.click(selector)
+        text, _ = browser.ask("What is in the center?")
     assert text == "There is a blue star in the center."
 
 

@@ -5,8 +5,9 @@ import * as ort from "./vendor/ort.wasm.bundle.min.mjs";
 const MOST_THREADS = 4;
 
 /** A module with one vector instruction: a browser that cannot compile it cannot run the model. */
-const SIMD_MODULE = Uint8Array.from(atob("AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="), (character) =>
-  character.charCodeAt(0),
+const SIMD_MODULE = Uint8Array.from(
+  atob("AGFzbQEAAAABBQFgAAF7AwIBAAoKAQgAQQD9D/1iCw=="),
+  (character) => character.charCodeAt(0),
 );
 
 /**

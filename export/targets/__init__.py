@@ -44,6 +44,8 @@ class Target:
     share_weights: bool = False
     """Whether the binary of the decoder's graphs has their weights once. It is half as large then,
     but the emulator cannot load it."""
+    browser: bool = False
+    """Whether it is a page that runs the bundle (examples/web)"""
     tested: str = ""
     """What the project's own tests show of such a device, in a few words"""
     caveat: str = ""

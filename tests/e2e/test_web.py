@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import PIL
 import pytest
 from browser import PAGE, Browser, copy_page, served
-from conftest import DATA, FIXTURES
+from conftest import FAMILY_FIXTURES, FIXTURES, MOE_FIXTURES, fixture_named
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -20,14 +21,13 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import tokenize
 from mobilevlm.export import pipeline
 from mobilevlm.export.targets import find_target
-from mobilevlm.image import preprocess
+from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.drawing import render
 from mobilevlm.nano.questions import SHORT_STYLE
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import ImageSpec
-from mobilevlm.tokenizer import read_tokenizer
 
 MAX_NEW_TOKENS = 64
 """As the page has it."""
@@ -157,14 +157,42 @@ def test_pixels_are_those_of_pillow(browser: Browser, address: str, aspect: str)
         np.testing.assert_array_equal(found, expected, err_msg=f"{width} × {height}")
 
 
-@pytest.mark.parametrize("name", ["nano", *FIXTURES])
+def test_picture_files_are_decoded_as_by_pillow(
+    browser: Browser, address: str, folder: Path
+) -> None:
+    photo = Image.open(PAGE.parent / "cat.jpg").resize((301, 203))
+    turned = Image.Exif()
+    turned[0x0112] = 6  # orientation: a quarter turn
+    transparent = np.random.default_rng(0).integers(0, 256, (50, 60, 4), np.uint8)
+    photo.save(folder / "subsampled.jpg", quality=80, subsampling=2, progressive=True)
+    photo.save(folder / "turned.jpg", exif=turned)
+    photo.convert("L").save(folder / "grey.png")
+    photo.convert("P").save(folder / "palette.png")
+    photo.save(folder / "lossy.webp", quality=80)
+    Image.fromarray(transparent, "RGBA").save(folder / "transparent.png")
+    browser.driver.get(f"{address}package.json")
+    for path in (path for kind in ("jpg", "png", "webp") for path in folder.glob(f"*.{kind}")):
+        data, width, height = browser.run(
+            """
+            const { decodePicture } = await import("/picture.js");
+            const file = await (await fetch(arguments[0])).blob();
+            const { data, width, height } = await decodePicture(file);
+            return [Array.from(data), width, height];
+            """,
+            f"/{path.name}",
+        )
+        found = np.array(data, np.uint8).reshape(height, width, 3)
+        np.testing.assert_array_equal(found, np.asarray(open_image(path)), err_msg=path.name)
+
+
+@pytest.mark.parametrize("name", ["nano", *FIXTURES, *MOE_FIXTURES, *FAMILY_FIXTURES])
 def test_ids_are_those_of_the_python_tokenizer(
     browser: Browser, address: str, vlm: VLM, name: str
 ) -> None:
     browser.driver.get(f"{address}package.json")
     tokenizer = vlm.tokenizer
     if name != "nano":
-        tokenizer = read_tokenizer(DATA / name / "checkpoint")
+        tokenizer = fixture_named(name).model.tokenizer
     texts = [
         *QUESTIONS, "<image>\nWhat is it?", "a <image> b", "  two  spaces ", "tab\tline\n\nend ",
         "été, naïve, Ünïcode", "漢字とか", "🙂👍🏽", "</s> in the text<s>", "1234.5 + 67", "x" * 90,
@@ -221,18 +249,18 @@ def test_what_is_wrong_is_said(
 ) -> None:
     browser.open(f"{address}?bundle=nowhere", state="failed")
     assert "no bundle at" in browser.status and "--target web-wasm" in browser.status
-    damaged = folder / "damaged"
-    damaged.mkdir()
-    for path in (folder / "bundle").rglob("*.*"):
-        place = damaged / path.relative_to(folder / "bundle")
-        place.parent.mkdir(exist_ok=True)
-        place.write_bytes(path.read_bytes())
+    damaged = Path(shutil.copytree(folder / "bundle", folder / "damaged"))
     weights = damaged / open_bundle(folder / "bundle").manifest.artifacts[0].data[0]
     content = bytearray(weights.read_bytes())
     content[1000] ^= 1
     weights.write_bytes(content)
     browser.open(f"{address}?bundle=damaged", state="failed")
     assert f"{weights.name}: damaged" in browser.status
+    bare = copy_page(tmp_path / "bare")
+    shutil.rmtree(bare / "vendor")
+    with served(bare) as elsewhere:
+        browser.open(elsewhere, state="failed")
+        assert "npm run vendor" in browser.status
     browser.open(address)
     text = tmp_path / "text.png"
     text.write_text("no picture")

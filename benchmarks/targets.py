@@ -96,7 +96,7 @@ def _model_lines(model: str, targets: list[str], folder: Path, questions: int) -
     best, found = _accuracy(exact, questions), dict[str, str]()
     for name in targets:
         target = find_target(name)
-        alike = f"{target.recipe}-{target.weight_bits}-{target.layer_norm}"
+        alike = f"{target.recipe}-{target.weight_bits}-{target.layer_norm}-{target.experts}"
         place = folder / f"{model}-{alike}"  # the next export takes the same graphs over
         mobilevlm.export(WEIGHTS / model, place, target=name, measure=False)
         bundle = open_bundle(place)

@@ -13,16 +13,17 @@ const SIMD_MODULE = Uint8Array.from(
 /**
  * Says where onnxruntime's files are; returns the number of threads that it will use. More than one
  * needs a page that is cross-origin isolated.
+ * @param {number} [wanted] threads, by default one for two of the device's, at most four
  * @throws {Error} the browser has no WebAssembly with SIMD
  */
-export function prepareRuntime() {
+export function prepareRuntime(wanted) {
   if (typeof WebAssembly === "undefined" || !WebAssembly.validate(SIMD_MODULE)) {
     throw new Error(
-      "this browser has no WebAssembly with SIMD: use Chrome 91, Firefox 89, Safari 16.4 or newer",
+      "this browser has no WebAssembly with SIMD: use Chrome 105, Firefox 121, Safari 16.4 or newer",
     );
   }
-  const cores = Math.ceil(navigator.hardwareConcurrency / 2); // it counts hyperthreads
-  const threads = crossOriginIsolated ? Math.min(cores, MOST_THREADS) : 1;
+  const usual = Math.min(Math.ceil(navigator.hardwareConcurrency / 2), MOST_THREADS);
+  const threads = crossOriginIsolated ? wanted || usual : 1;
   const wasm = new URL("vendor/ort-wasm-simd-threaded.wasm", import.meta.url);
   ort.env.wasm.wasmPaths = { wasm: wasm.href };
   ort.env.wasm.numThreads = threads;

@@ -12,12 +12,13 @@ import { Detokenizer, StopStrings } from "./text.js";
 /**
  * Opens a bundle.
  * @param {string} url where its folder is, ending in a slash
+ * @param {number} [wantedThreads] see prepareRuntime
  * @param {(loaded: number, total: number) => void} onProgress bytes read so far and in all
  * @throws {Error} no bundle there, or the browser cannot run it
  */
-export async function openModel(url, onProgress) {
+export async function openModel(url, wantedThreads, onProgress) {
   const start = performance.now();
-  const threads = prepareRuntime();
+  const threads = prepareRuntime(wantedThreads);
   const bundle = await readBundle(url, onProgress);
   const description = tokenizerDescription(bundle);
   const vision = await Vision.open(bundle);

@@ -12,9 +12,10 @@ const elements = Object.fromEntries(
 );
 const statusText = document.getElementById("status-text");
 
-/** Where the bundle is: `?bundle=folder/`, by default bundle/ beside the page. */
-const given = new URLSearchParams(location.search).get("bundle") ?? "bundle/";
-const bundleUrl = new URL(given.endsWith("/") ? given : `${given}/`, location.href).href;
+/** `?bundle=FOLDER`, by default bundle/ beside the page; `?threads=N`. */
+const options = new URLSearchParams(location.search);
+const bundleFolder = (options.get("bundle") ?? "bundle").replace(/\/$/, "");
+const bundleUrl = new URL(`${bundleFolder}/`, location.href).href;
 
 const worker = new Worker("worker.js", { type: "module" });
 const board = new Board(suggest);
@@ -24,9 +25,9 @@ let entry = null;
 worker.addEventListener("message", ({ data }) => HANDLERS[data.type](data));
 worker.addEventListener("error", (event) => {
   event.preventDefault();
-  fail(`the page's scripts cannot be loaded: ${SETUP}`);
+  fail(event.message ?? `the page's scripts cannot be loaded: ${SETUP}`);
 });
-worker.postMessage({ type: "load", url: bundleUrl });
+worker.postMessage({ type: "load", url: bundleUrl, threads: Number(options.get("threads")) });
 say("Reading the model…");
 
 elements.form.addEventListener("submit", (event) => {

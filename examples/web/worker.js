@@ -1,6 +1,6 @@
 // The model in a thread of its own, so that the page stays alive while it computes.
 //
-// In:  { type: "load", url }, { type: "stop" },
+// In:  { type: "load", url, threads }, { type: "stop" },
 //      { type: "ask", picture: { source, id }, question, maxNewTokens }
 // Out: { type: "progress", loaded, total }, { type: "ready", … }, { type: "text", text },
 //      { type: "answer", … }, { type: "error", during, message }
@@ -16,15 +16,17 @@ addEventListener("message", async ({ data }) => {
     return;
   }
   try {
-    if (data.type === "load") await load(data.url);
+    if (data.type === "load") await load(data);
     else await ask(data);
   } catch (error) {
     postMessage({ type: "error", during: data.type, message: explained(error) });
   }
 });
 
-async function load(url) {
-  model = await openModel(url, (loaded, total) => postMessage({ type: "progress", loaded, total }));
+async function load({ url, threads: wanted }) {
+  model = await openModel(url, wanted, (loaded, total) =>
+    postMessage({ type: "progress", loaded, total }),
+  );
   const { threads, loadSeconds, spec } = model;
   postMessage({ type: "ready", name: spec.name, threads, loadSeconds });
 }

@@ -119,12 +119,13 @@ def test_a_drawn_scene_is_described(browser: Browser, folder: Path) -> None:
 def test_sparse_experts_run_too(
     browser: Browser, address: str, folder: Path, tmp_path: Path
 ) -> None:
-    """In the form that the target settles for them."""
+    """In the form that the target settles for them; on two threads."""
     export_for_web("nano-moe", folder / "moe")
     path = pictures(tmp_path)[0]
     with mobilevlm.load(folder / "moe", engine="onnx") as model:
         expected = model.generate(QUESTIONS[0], [path], max_new_tokens=MAX_NEW_TOKENS)
-    browser.open(f"{address}?bundle=moe")
+    browser.open(f"{address}?bundle=moe&threads=2")
+    assert "2 threads" in browser.status
     browser.choose_file(path)
     assert browser.ask(QUESTIONS[0]) == (expected.text, expected.token_ids)
 

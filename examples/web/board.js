@@ -134,6 +134,7 @@ export class Board {
     this.#canvas.hidden = this.#file !== null;
     this.#photo.hidden = this.#file === null;
     document.getElementById("tools").hidden = this.#file !== null;
+    document.getElementById("undo").textContent = this.#file ? "Back to the scene" : "Undo";
     this.#draw();
     this.#onChange(this.#file ? QUESTIONS : questionsAbout(this.#scene));
   }

@@ -4,12 +4,14 @@
 # compiler (a wheel of 99 MB for Linux on x86-64, Python 3.11 and later) and Apple's converter (2 MB),
 # as CI does too. SSHD=1 insists on the tests of benches over SSH, which need openssh-server (none
 # that runs: they start one).
+# WEB=1 installs what the page in examples/web and its tests need, Chromium too where this is root.
 
 PYTHON ?= python3
 VENV   ?= .venv
 LLAMA  ?= 0
 NPU    ?= 0
 SSHD   ?= 0
+WEB    ?= 0
 PIP    := $(VENV)/bin/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm export runtime -name '*.py')
@@ -19,7 +21,8 @@ SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm expor
 demo: $(VENV)/.export
 	$(VENV)/bin/mobilevlm demo
 
-test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU)),$(VENV)/.npu)
+test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU)),$(VENV)/.npu) \
+		$(if $(filter 1,$(WEB)),examples/web/vendor)
 	@if [ "$(LLAMA)" != 1 ] && ! $(VENV)/bin/python -c 'import llama_cpp' 2>/dev/null; then \
 		echo "llama.cpp is not installed: its engines are not tested (make test LLAMA=1 does)"; \
 		export MOBILEVLM_WITHOUT_LLAMA=1; \
@@ -36,6 +39,10 @@ test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU
 	if ! $(VENV)/bin/python -c 'import coremltools' 2>/dev/null; then \
 		echo "coremltools is not installed: Core ML packages are not tested (make test NPU=1 does)"; \
 		export MOBILEVLM_WITHOUT_COREML=1; \
+	fi; \
+	if [ "$(WEB)" != 1 ] && ! { command -v chromedriver && [ -d examples/web/vendor ]; } >/dev/null; then \
+		echo "no Chromium, or no examples/web/vendor: the page is not tested (make test WEB=1 does)"; \
+		export MOBILEVLM_WITHOUT_BROWSER=1; \
 	fi; $(VENV)/bin/pytest -n 2 -q
 
 lint: $(VENV)/.dev
@@ -72,3 +79,6 @@ $(VENV)/.llama: $(VENV)/.dev
 $(VENV)/.npu: $(VENV)/.dev
 	$(INSTALL) '.[npu,coreml]'
 	@touch $@
+
+examples/web/vendor: examples/web/package-lock.json .ci/browser
+	.ci/browser

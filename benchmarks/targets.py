@@ -139,7 +139,7 @@ def _model_lines(
 def _settings(target: Target) -> tuple[str | int | None, ...]:
     """What the answers depend on."""
     precisions = target.recipe, target.vision, target.weight_bits
-    return (*precisions, target.layer_norm, target.operators)
+    return (*precisions, target.layer_norm, target.operators, target.experts)
 
 
 def _accuracy(folder: Path, questions: int) -> str:

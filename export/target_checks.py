@@ -10,7 +10,7 @@ from mobilevlm.errors import TargetError
 from mobilevlm.export.htp import check_compiler, compile_graphs
 from mobilevlm.export.targets import Target
 from mobilevlm.export.workspace import Workspace
-from mobilevlm.runtime.memory import estimate_mb
+from mobilevlm.runtime.memory import estimate_mb, estimate_web_mb
 
 BINARY = "_qnn.bin"
 """What the compiler adds to the name of a graph."""
@@ -58,7 +58,7 @@ def compiled_for(target: Target, work: Workspace, draft: Manifest) -> Manifest:
 def check_memory(target: Target, manifest: Manifest) -> None:
     """Raises TargetError: the model takes more memory than the target has for it."""
     engine = "npu" if "npu" in target.formats else "onnx"
-    needed = estimate_mb(manifest, engine)
+    needed = estimate_web_mb(manifest) if target.browser else estimate_mb(manifest, engine)
     if needed > target.memory_mb:
         raise TargetError(
             f"target {target.name}: running the bundle takes {needed:.0f} MB, the target has "

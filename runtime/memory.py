@@ -40,3 +40,21 @@ def state_bytes(spec: DecoderSpec, engine: str) -> int:
     """Keys and values of one full context."""
     values = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim
     return values * spec.context_length * {"npu": 1, "onnx": 4}.get(engine, 2)
+
+
+PAGE_MB = 350.0
+"""A browser's process with a page, onnxruntime-web and a model of next to no weights (Chromium)."""
+RESIDENT_WEB = 1.8
+"""Its memory as a multiple of the weight files: onnxruntime's copy, and what it packs anew."""
+STATE_COPIES = 4
+"""Keys and values before and after a step, in the page and in onnxruntime."""
+
+
+def estimate_web_mb(manifest: Manifest) -> float:
+    """Resident megabytes of a browser's process in which the page of examples/web runs a bundle and
+    has answered with a full context. The embedding table is held as it is."""
+    files = {artifact.stage: artifact.files for artifact in manifest.artifacts}
+    weights = {stage: sum(manifest.files[name].size for name in files[stage]) for stage in files}
+    states = STATE_COPIES * state_bytes(manifest.spec.decoder, "onnx")
+    model = RESIDENT_WEB * (weights["vision"] + weights["decoder"]) + weights["embeddings"]
+    return PAGE_MB + (model + states) / 1e6

@@ -51,6 +51,8 @@ class Target:
     operators: Literal["runtime", "elementary"] = "runtime"
     vision: Precision | None = None
     """Of tower and projector, where not the recipe's"""
+    experts: Literal["fused", "plain", "dense"] = "fused"
+    """Form of sparse experts, see :class:`mobilevlm.export.recipes.Recipe`"""
     htp: Chip | None = None
     """Chip to compile for"""
     share_weights: bool = False
@@ -60,17 +62,22 @@ class Target:
     """Accelerator; with one the bundle has .ort files too"""
     package: bool = False
     """Whether the vision stage is a Core ML package too"""
+    browser: bool = False
+    """Whether it is a page that runs the bundle (examples/web)"""
+    tested: str = ""
+    """What the project's own tests show of such a device, in a few words"""
     caveat: str = ""
     """What is known not to be right, in a few words"""
 
     @property
     def verified(self) -> str:
-        """What an export to it proves on the exporting machine."""
+        """What an export to it proves on the exporting machine, and what the tests do."""
         compiled = "compiled, no operator left to the CPU; " if self.htp is not None else ""
         if self.provider is not None:
             title = find_provider(self.provider.name).title
             compiled = f"operators that {title} takes, by table; .ort files run; "
-        return f"{compiled}memory" + (f". But: {self.caveat}" if self.caveat else "")
+        tested = f"; in the tests: {self.tested}" if self.tested else ""
+        return f"{compiled}memory{tested}" + (f". But: {self.caveat}" if self.caveat else "")
 
     def settled(self) -> Recipe:
         """Its recipe with its shapes."""
@@ -84,6 +91,7 @@ class Target:
             chunk_length=self.chunk_length,
             context_length=self.context_length,
             layer_norm=self.layer_norm,
+            experts=self.experts,
         )
 
 

@@ -72,14 +72,15 @@ def test_what_does_not_go_together_is_refused(
     assert not (tmp_path / "bundle").exists()
 
 
+@pytest.mark.parametrize(("name", "room"), [("iot-512mb", 50), ("web-wasm", 350)])
 def test_a_model_that_takes_more_memory_than_the_target_has_is_no_bundle(
-    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    name: str, room: int, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = replace(find_target("iot-512mb"), memory_mb=50)
+    small = replace(find_target(name), memory_mb=room)
     monkeypatch.setattr(pipeline, "find_target", lambda _: small)
     place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
-    found = refusal(capsys, *place, "--target", "iot-512mb", code=1)
-    assert "the target has 50 MB" in found
+    found = refusal(capsys, *place, "--target", name, code=1)
+    assert f"the target has {room} MB" in found
     assert not (tmp_path / "bundle").exists()
 
 

@@ -238,11 +238,21 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("results", type=Path)
     parser.add_argument(
-        "--only", default="", help="rows where this regular expression is in 'method bits block'"
+        "--only",
+        nargs="*",
+        default=[""],
+        help="rows where one of these regular expressions is in 'method bits block', in this order",
     )
     parser.add_argument("--questions", type=int, default=480)
     arguments = parser.parse_args()
-    wanted = [case for case in cases() if re.search(arguments.only, " ".join(case.label))]
+    wanted = list(
+        dict.fromkeys(
+            case
+            for pattern in arguments.only
+            for case in cases()
+            if re.search(pattern, " ".join(case.label))
+        )
+    )
     text = arguments.results.read_text() if arguments.results.exists() else ""
     kept = {tuple(item["label"]): item for item in map(json.loads, text.splitlines())}
     missing = [

@@ -244,6 +244,7 @@ def main() -> None:
         help="rows where one of these regular expressions is in 'method bits block', in this order",
     )
     parser.add_argument("--questions", type=int, default=480)
+    parser.add_argument("--show", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
     wanted = list(
         dict.fromkeys(
@@ -260,7 +261,7 @@ def main() -> None:
         for case in wanted
         if case.label not in kept or kept[case.label]["questions"] < arguments.questions
     ]
-    if missing:
+    if missing and not arguments.show:
         with tempfile.TemporaryDirectory() as folder:
             model = open_checkpoint(Path(arguments.checkpoint))
             bench = Bench(model, Path(folder), arguments.questions)

@@ -1,12 +1,14 @@
 """All quantization methods on one checkpoint: size, divergence and accuracy, as a Markdown table.
 
     python benchmarks/quantization.py nano results.jsonl
-    python benchmarks/quantization.py nano results.jsonl --only q4 --questions 480
+    python benchmarks/quantization.py nano results.jsonl --only '^rtn 4 (32|128)' --questions 240
 
 Every row is the decoder's ONNX file, run as on a device: its tokens are compared with the float32
 reference's where the reference answers, given the reference's visual tokens. The image encoder
-stays float32, except in rows of int8, which are whole models; accuracy is that of the bundle.
-Results are kept in the file and not measured again. Needs the [reference] extra.
+stays float32, except in rows of int8, which are whole models; accuracy is that of the bundle. All
+rows answer the same questions, so beside their shares of right answers the table has which of
+float32's were lost and won. A float32 encoder sees each picture once for all rows. Results are kept
+in the file and not measured again. Needs the [reference] extra.
 """
 
 from __future__ import annotations
@@ -14,16 +16,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from accuracy import row, score
+from accuracy import row
+from numpy.typing import NDArray
+from PIL import Image
+from tokenizers import Tokenizer
 
 import mobilevlm
-from mobilevlm.bundle import open_bundle
+from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
 from mobilevlm.export.calibration import (
     held_out_samples,
     measuring_samples,
@@ -33,12 +41,19 @@ from mobilevlm.export.calibration import (
 from mobilevlm.export.figures import Float32, compare_logits, token_figures
 from mobilevlm.export.recipe_file import recipe_text
 from mobilevlm.export.recipes import Limits, LinearFormat, Recipe
-from mobilevlm.export.search import Data, Goal, candidates, search
+from mobilevlm.export.search import Data, Goal, Sensitivity, candidates, choose, measure
 from mobilevlm.export.sensitivity import answer_positions
 from mobilevlm.families import Model, open_checkpoint
 from mobilevlm.image import open_image, preprocess
-from mobilevlm.nano.suite import evaluation_set
+from mobilevlm.nano.evaluate import LONGEST_ANSWER, is_right
+from mobilevlm.nano.questions import Question
+from mobilevlm.nano.suite import evaluation_set, pictures
+from mobilevlm.plan import Plan
 from mobilevlm.reference import load_reference
+from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
+from mobilevlm.runtime.engines import VisionEngine
+from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
+from mobilevlm.runtime.vlm import VLM
 
 METHODS = {
     "rtn": ("rtn", "none"),
@@ -50,6 +65,7 @@ METHODS = {
 }
 MIXED = (3.0, 3.5)
 """Bits per weight that the search is to meet."""
+FLOAT32 = ("float32", "32", "", "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +76,16 @@ class Case:
     """Method, bits, block, zero points"""
     formats: LinearFormat | None
     goal: Goal | None = None
-    scored: bool = False
-    """Whether its accuracy is worth the time"""
 
 
 def cases() -> Iterator[Case]:
     """All rows of the table."""
-    yield Case(("float32", "32", "", ""), LinearFormat("fp32"), scored=True)
+    yield Case(FLOAT32, LinearFormat("fp32"))
     for quantizer in ("rtn", "hqq", "gptq"):
         for scaling in ("none", "smoothquant"):
             name = quantizer if scaling == "none" else f"smoothquant + {quantizer}"
             formats = LinearFormat("int8", quantizer, scaling)  # type: ignore[arg-type]
-            yield Case((name, "int8", "row", "no"), formats, scored=quantizer != "hqq")
+            yield Case((name, "int8", "row", "no"), formats)
     for precision in ("q4", "q2", "q8"):
         for size in (16, 32, 64, 128):
             for symmetric in (True, False):
@@ -80,18 +94,64 @@ def cases() -> Iterator[Case]:
                         continue
                     formats = LinearFormat(precision, quantizer, scaling, size, symmetric)  # type: ignore[arg-type]
                     zeros = "no" if symmetric else "yes"
-                    scored = size == 32 or (precision == "q4" and size == 128 and not symmetric)
-                    yield Case((name, precision[1], str(size), zeros), formats, scored=scored)
+                    yield Case((name, precision[1], str(size), zeros), formats)
     for bits in MIXED:
         for quantizer in ("rtn", "hqq", "gptq"):
-            yield Case((quantizer, f"mixed {bits}", "", ""), None, Goal(bits), scored=True)
+            yield Case((quantizer, f"mixed {bits}", "", ""), None, Goal(bits))
+
+
+class Suite:
+    """Questions about pictures that are drawn once."""
+
+    def __init__(self, count: int) -> None:
+        self.asked: list[tuple[Question, list[Image.Image]]] = [
+            (example.question, pictures(example)) for example in evaluation_set(count)
+        ]
+
+    def wrong(self, vlm: VLM) -> list[int]:
+        """Numbers of the questions that are not answered right."""
+        said = (
+            vlm.generate(question.text, images, max_new_tokens=LONGEST_ANSWER).text
+            for question, images in self.asked
+        )
+        pairs = enumerate(zip(self.asked, said, strict=True))
+        return [number for number, ((asked, _), text) in pairs if not is_right(asked, text)]
+
+
+class Remembering:
+    """An image encoder that encodes no picture that is known."""
+
+    def __init__(self, engine: VisionEngine, known: dict[bytes, Float32]) -> None:
+        self._engine, self._known = engine, known
+        self.features, self.close = engine.features, engine.close
+
+    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
+        """``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``."""
+        key = pixels.tobytes() + bytes(instruction)
+        if key not in self._known:
+            self._known[key] = self._engine.encode(pixels, instruction)
+        return self._known[key]
+
+
+def open_remembering(bundle: Bundle, known: dict[bytes, Float32]) -> VLM:
+    """A bundle with such an encoder, on one thread: ratios of speed are not asked for here."""
+    plan, system = Plan("onnx", 1, 1, spinning=False), bundle.manifest.system_prompt
+    vision, decoder = open_engines(bundle, "onnx", plan)
+    stored = () if system is None else (system.ids, stored_system_prompt(bundle))
+    cache = PromptCache(DEFAULT_CACHE_MB, *stored)
+    tokenizer = Tokenizer.from_file(str(bundle.path(TOKENIZER)))
+    return VLM(bundle, tokenizer, Remembering(vision, known), decoder, cache, plan, 0)
 
 
 class Bench:
     """The float32 answers, and a bundle folder that is used again and again."""
 
-    def __init__(self, model: Model, folder: Path) -> None:
+    def __init__(self, model: Model, folder: Path, questions: int) -> None:
         self.model, self.folder = model, folder
+        self.data = Data(scene_samples(), measuring_samples("scenes"))
+        self.suite = Suite(questions) if questions else None
+        self.seen: dict[bytes, Float32] = {}
+        """Visual tokens of the float32 encoder"""
         self.embeds: list[Float32] = []
         self.tails: list[int] = []
         exact = []
@@ -116,43 +176,60 @@ class Bench:
         recipe = Recipe("case", rest, plain, layers, layers, "fp16", limits)
         if case.goal is None:
             return recipe
-        data = Data(scene_samples(), measuring_samples("scenes"))
-        found = search(self.model, case.goal, candidates(case.label[0]), data)  # type: ignore[arg-type]
-        return dataclasses.replace(recipe, layers=found.layers)
+        found = choose(self.model, case.goal, self.sensitivity, self.data).layers
+        quantizer = case.label[0]
+        rounded = {
+            name: dataclasses.replace(layers, quantizer=quantizer)  # type: ignore[arg-type]
+            for name, layers in found.items()
+        }
+        return dataclasses.replace(recipe, layers=rounded)
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """Of the decoder, rounded by GPTQ; the other quantizers get the same plan."""
+        return measure(self.model, candidates("gptq"), self.data)
 
     def run(self, case: Case, checkpoint: str, questions: int) -> dict[str, Any]:
         """Exports and measures a case."""
+        recipe = self.recipe(case)
         path = self.folder / "case.toml"
-        path.write_text(recipe_text(self.recipe(case), self.folder))
-        bundle = self.folder / "bundle"
-        manifest = mobilevlm.export(checkpoint, bundle, recipe=str(path), measure=False)
-        artifact = open_bundle(bundle).artifact("decoder", "onnx")
-        with mobilevlm.load(bundle) as vlm:
+        path.write_text(recipe_text(recipe, self.folder))
+        manifest = mobilevlm.export(
+            checkpoint, self.folder / "bundle", recipe=str(path), measure=False
+        )
+        bundle = open_bundle(self.folder / "bundle")
+        artifact = bundle.artifact("decoder", "onnx")
+        seen = self.seen if recipe.tower.precision == "fp32" else {}
+        with open_remembering(bundle, seen) as vlm:
             pairs = zip(self.embeds, self.tails, strict=True)
             found = [vlm.embeds_logits(embeds)[-tail:] for embeds, tail in pairs]
+            wrong = self.suite.wrong(vlm) if self.suite else []
         compared = map(compare_logits, found, self.exact)
-        result: dict[str, Any] = {
+        return {
             "label": case.label,
             "bytes": sum(manifest.files[name].size for name in artifact.files),
             "bits": artifact.bits_per_weight,
             **token_figures(list(compared)),
-            "questions": questions if case.scored else 0,
+            "questions": questions,
+            "wrong": wrong,
         }
-        if result["questions"]:
-            overall = score(bundle, "onnx", evaluation_set(questions)).overall
-            result |= {"accuracy": overall.accuracy, "low": overall.low, "high": overall.high}
-        return result
 
 
-def show(results: Sequence[dict[str, Any]]) -> None:
-    """The table."""
-    names = ("method", "bits", "block", "zero points", "MB", "bits/weight", "KL", "top-1", "right")
-    print(row(names))
-    print(row(["---"] * len(names)))
+def show(results: Sequence[dict[str, Any]], exact: dict[str, Any] | None) -> None:
+    """The table; ``exact``: float32's result."""
+    names = ("method", "bits", "block", "zero points", "MB", "bits/weight", "KL", "top-1")
+    print(row((*names, "right", "lost", "won")))
+    print(row(["---"] * (len(names) + 3)))
     for result in results:
-        right = f"{result['accuracy']:.1%}" if result["questions"] else ""
-        cells = f"{result['bytes'] / 1e6:.2f}", f"{result['bits']:.2f}", f"{result['kl']:.4f}"
-        print(row((*result["label"], *cells, f"{result['top1_agreement']:.1%}", right)))
+        cells = [f"{result['bytes'] / 1e6:.2f}", f"{result['bits']:.2f}", f"{result['kl']:.2g}"]
+        cells += [f"{result['top1_agreement']:.1%}", "", "", ""]
+        if asked := result["questions"]:
+            wrong = set(result["wrong"])
+            cells[-3] = f"{1 - len(wrong) / asked:.1%}"
+            if exact and exact["questions"] == asked:
+                theirs = set(exact["wrong"])
+                cells[-2:] = str(len(wrong - theirs)), str(len(theirs - wrong))
+        print(row((*result["label"], *cells)))
 
 
 def main() -> None:
@@ -160,27 +237,40 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkpoint")
     parser.add_argument("results", type=Path)
-    parser.add_argument("--only", default="", help="rows with this in method and bits")
+    parser.add_argument(
+        "--only",
+        nargs="*",
+        default=[""],
+        help="rows where one of these regular expressions is in 'method bits block', in this order",
+    )
     parser.add_argument("--questions", type=int, default=480)
+    parser.add_argument("--show", action="store_true", help="measure nothing")
     arguments = parser.parse_args()
-    wanted = [case for case in cases() if arguments.only in " ".join(case.label)]
+    wanted = list(
+        dict.fromkeys(
+            case
+            for pattern in arguments.only
+            for case in cases()
+            if re.search(pattern, " ".join(case.label))
+        )
+    )
     text = arguments.results.read_text() if arguments.results.exists() else ""
     kept = {tuple(item["label"]): item for item in map(json.loads, text.splitlines())}
     missing = [
         case
         for case in wanted
-        if case.label not in kept
-        or (case.scored and kept[case.label]["questions"] < arguments.questions)
+        if case.label not in kept or kept[case.label]["questions"] < arguments.questions
     ]
-    if missing:
+    if missing and not arguments.show:
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(open_checkpoint(Path(arguments.checkpoint)), Path(folder))
+            model = open_checkpoint(Path(arguments.checkpoint))
+            bench = Bench(model, Path(folder), arguments.questions)
             for case in missing:
                 result = bench.run(case, arguments.checkpoint, arguments.questions)
                 kept[case.label] = result
                 with arguments.results.open("a") as file:
                     file.write(json.dumps(result) + "\n")
-    show([kept[case.label] for case in wanted])
+    show([kept[case.label] for case in wanted if case.label in kept], kept.get(FLOAT32))
 
 
 if __name__ == "__main__":

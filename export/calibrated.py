@@ -122,7 +122,8 @@ def _factors(
 ) -> Mapping[Fold, Float32]:
     places = {place.consumers[0]: place for place in folds}
     found = {}
-    for block in _watch(model, samples, stage, lambda name: name in places, False):
+    hessian = any(recipe.format_of(name).scaling == "awq" for name in places)
+    for block in _watch(model, samples, stage, lambda name: name in places, hessian):
         for name, statistics in block.items():
             layers = recipe.format_of(name)
             found[places[name]] = _fold_factors(model.weights, places[name], layers, statistics)
@@ -140,5 +141,6 @@ def _fold_factors(
     if layers.scaling == "smoothquant":
         maximum = place.tie(statistics.maximum, np.max)
         return place.tie(smoothquant.factors(consumers, maximum), np.mean)
-    assert layers.scheme is not None
-    return awq.factors(consumers, place.tie(statistics.mean_square, np.mean), layers.scheme)
+    assert layers.scheme is not None and statistics.hessian is not None
+    mean_square = place.tie(statistics.mean_square, np.mean)
+    return awq.factors(consumers, mean_square, statistics.hessian, layers.scheme)

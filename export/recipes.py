@@ -315,13 +315,25 @@ def _int4() -> Recipe:
 
 
 _INT4 = _int4()
+_INT8 = _uniform("int8", "int8", "int8", "fp16", _limits(0.15, 0.1, 1.05, 0.005))
+_CALIBRATED = LinearFormat("int8", "gptq", "smoothquant")
 
 RECIPES = {
     recipe.name: recipe
     for recipe in (
         _uniform("fp32", "fp32", "fp32", "fp32", _limits(1e-4, 1e-6, 1.001, 0.001)),
         _uniform("fp16-weights", "fp16", "fp16", "fp16", _limits(5e-3, 1e-4, 1.01, 0.002)),
-        _uniform("int8", "int8", "int8", "fp16", _limits(0.15, 0.1, 1.05, 0.005)),
+        _INT8,
+        replace(
+            _INT8,
+            name="int8-calibrated",
+            tower=_CALIBRATED,
+            projector=replace(_CALIBRATED, scaling="none"),
+            decoder=_CALIBRATED,
+            lm_head=_CALIBRATED,
+            # Sharp attention turns the rounding of queries and keys into other answers.
+            layers={"vision.layers.*.attn.q_proj": LinearFormat("fp16")},
+        ),
         _INT4,
         replace(
             _INT4,

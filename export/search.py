@@ -97,6 +97,18 @@ class Unit:
 
 
 @dataclass(frozen=True)
+class Sensitivity:
+    """What formats do to the parts of a decoder, each alone."""
+
+    units: tuple[Unit, ...]
+    choices: Sequence[Sequence[Option]]
+    """Of each unit"""
+    probe: Probe
+    usage: dict[str, float]
+    """As in :class:`Found`"""
+
+
+@dataclass(frozen=True)
 class Found:
     """Formats for the units, and what they do together."""
 
@@ -150,8 +162,23 @@ def search(
         MobileVLMError: the budget is too small, or a sample is wrong.
     """
     units = tuple(_units(model.spec, experts))
+    _check_budget(goal, units, [_allowed(unit, formats) for unit in units])
+    return choose(model, goal, measure(model, formats, data, experts), data)
+
+
+def measure(
+    model: Model,
+    formats: Sequence[LinearFormat],
+    data: Data,
+    experts: Literal["fused", "plain"] = "plain",
+) -> Sensitivity:
+    """What each format does to each part of the decoder; several goals can be chosen for with it.
+
+    Raises:
+        MobileVLMError: a sample is wrong.
+    """
+    units = tuple(_units(model.spec, experts))
     allowed = [_allowed(unit, formats) for unit in units]
-    _check_budget(goal, units, allowed)
     probe = Probe(model, data.measuring)
     choices = _measure(model, units, allowed, data, probe)
     usage: dict[str, float] = {}
@@ -163,6 +190,18 @@ def search(
             for unit in units
             if (mlp := unit.name.rpartition(".")[0]) in uses
         }
+    return Sensitivity(units, choices, probe, usage)
+
+
+def choose(model: Model, goal: Goal, measured: Sensitivity, data: Data) -> Found:
+    """The options that meet the goal, tried together.
+
+    Raises:
+        QualityError: no choice stays within the divergence.
+        MobileVLMError: the budget is too small.
+    """
+    units, choices, probe = measured.units, measured.choices, measured.probe
+    _check_budget(goal, units, [[option.layers for option in found] for found in choices])
     corners = tuple(front(choices))
     limit = goal.max_kl
     for _ in range(TRIES):
@@ -192,7 +231,15 @@ def search(
             f"{goal}: not reached: with the finest candidates ({allocation.size / 1e6:.1f} MB) KL "
             f"is {effect.kl:.4g}: allow more than that"
         )
-    return Found(units, allocation, effect, corners, probe.num_samples, probe.num_positions, usage)
+    return Found(
+        units,
+        allocation,
+        effect,
+        corners,
+        probe.num_samples,
+        probe.num_positions,
+        measured.usage,
+    )
 
 
 def _units(spec: ModelSpec, experts: str) -> Iterator[Unit]:

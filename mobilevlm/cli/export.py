@@ -17,6 +17,7 @@ Examples:
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-int4
   mobilevlm export llava-v1.5-7b -o llava-int8 --recipe int8 --vision-tower clip-vit-l-336
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-arm64 --weight-bits 8
+  mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-int8 --recipe int8-calibrated
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m
   mobilevlm export MobileVLM_V2-1.7B -o mobilevlm-gguf --format gguf --gguf-type q4_k_m \\
     --calibration scenes
@@ -43,8 +44,8 @@ Examples:
 @click.option(
     "--recipe",
     metavar="NAME|FILE.toml",
-    help="Precision: fp32, fp16-weights, int8, int4, fast, for NPUs a16w8 or a8w8, or a recipe "
-    "file (default: int4).",
+    help="Precision: fp32, fp16-weights, int8, int8-calibrated (needs torch), int4, fast, for NPUs "
+    "a16w8 or a8w8, or a recipe file (default: int4).",
 )
 @goal_options
 @click.option(

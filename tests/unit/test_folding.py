@@ -30,7 +30,9 @@ def test_smoothquant_by_hand_gives_each_input_the_root_of_the_ratio() -> None:
 
 def test_awq_leaves_inputs_of_one_size_alone() -> None:
     weight = np.random.default_rng(0).standard_normal((64, 64), np.float32)
-    assert awq.factors([weight], np.full(64, 3, np.float32), Scheme(4, 32)).tolist() == [1] * 64
+    moments = 3 * np.eye(64, dtype=np.float32)
+    found = awq.factors([weight], np.diag(moments), moments, Scheme(4, 32))
+    assert found.tolist() == [1] * 64
 
 
 def test_awq_enlarges_the_weights_of_large_inputs_and_makes_the_output_better() -> None:
@@ -39,8 +41,8 @@ def test_awq_enlarges_the_weights_of_large_inputs_and_makes_the_output_better() 
     inputs = random.standard_normal((500, 128), np.float32)
     inputs[:, ::16] *= 30
     inputs[:, 5] = 0
-    scheme = Scheme(4, 32)
-    found = awq.factors([weight[:64], weight[64:]], np.square(inputs).mean(axis=0), scheme)
+    scheme, moments = Scheme(4, 32), inputs.T @ inputs / len(inputs)
+    found = awq.factors([weight[:64], weight[64:]], np.diag(moments), moments, scheme)
     assert found[::16].min() > 1.5 * np.delete(found, slice(None, None, 16)).max()
     assert found[5] == 1
 
@@ -49,6 +51,23 @@ def test_awq_enlarges_the_weights_of_large_inputs_and_makes_the_output_better() 
         return float(np.linalg.norm(inputs @ (restored - weight).T))
 
     assert error(found) < 0.7 * error(np.ones(128, np.float32))
+
+
+def test_awq_judges_powers_by_the_output_of_inputs_that_go_together() -> None:
+    """Inputs that are sums of a few others: errors of their weights add up or cancel, which sums of
+    squares do not see. No power may do worse than none."""
+    random = np.random.default_rng(3)
+    scheme = Scheme(2, 32, symmetric=False)
+    for _ in range(8):
+        weight = random.standard_normal((32, 64), np.float32)
+        inputs = random.standard_normal((200, 4), np.float32) @ random.standard_normal((4, 64))
+        moments = (inputs.T @ inputs / len(inputs)).astype(np.float32)
+        found = awq.factors([weight], np.diag(moments), moments, scheme)
+        errors = []
+        for factors in (found, np.ones(64, np.float32)):
+            restored = dequantize(rtn.quantize(weight * factors, scheme)) / factors
+            errors.append(float(np.linalg.norm(inputs @ (restored - weight).T)))
+        assert errors[0] <= errors[1]
 
 
 def random_factors(place: Fold, seed: int) -> Float32:

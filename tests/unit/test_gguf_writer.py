@@ -435,6 +435,7 @@ def test_recipes_have_gguf_types_of_their_own(llava_v1: Fixture) -> None:
         "fp32": ["f32", "f32"],
         "fp16-weights": ["f16", "f16"],
         "int8": ["f16", "q8_0"],
+        "int8-calibrated": ["f16", "q8_0"],
         "int4": ["f16", "q4_0"],
         "fast": ["f16", "q4_0"],
         "a16w8": ["f16", "q8_0"],

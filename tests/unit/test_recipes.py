@@ -30,7 +30,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_the_named_recipes_are_there() -> None:
-    names = ["fp32", "fp16-weights", "int8", "int4", "fast", "a16w8", "a8w8"]
+    names = ["fp32", "fp16-weights", "int8", "int8-calibrated", "int4", "fast", "a16w8", "a8w8"]
     assert list(RECIPES) == names
     assert [name for name in RECIPES if RECIPES[name].is_for_npu] == ["a16w8", "a8w8"]
     assert all(find_recipe(name) is recipe for name, recipe in RECIPES.items())
@@ -144,8 +144,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(MobileVLMError) as caught:
         find_recipe("int5")
     assert str(caught.value) == (
-        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int4, fast, a16w8, a8w8, "
-        "or a .toml file"
+        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int8-calibrated, int4, "
+        "fast, a16w8, a8w8, or a .toml file"
     )
 
 
@@ -162,7 +162,7 @@ def test_a_file_may_ask_for_a_graph_for_prompts(tmp_path: Path) -> None:
         find_recipe(written(tmp_path, 'prefill = "qdq8"\n' + MINE))
 
 
-@pytest.mark.parametrize("name", ["int4", "fast"])
+@pytest.mark.parametrize("name", ["int4", "fast", "int8-calibrated"])
 def test_a_recipe_written_to_a_file_is_read_as_it_was(name: str, tmp_path: Path) -> None:
     recipe = RECIPES[name]
     found = find_recipe(written(tmp_path, recipe_text(recipe, tmp_path)))

@@ -39,6 +39,14 @@ def give_back(path: Path) -> int:
     return total
 
 
+def trim_heap() -> None:
+    """Gives back what the C library keeps of freed memory (glibc; elsewhere nothing)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
 def small_pages(mapped: NDArray[Any]) -> None:
     """Of a mapped file (``numpy.memmap``) that single rows are read of: a touch brings in the pages
     around it, not as much as the system's cache has in one piece, which may be 2 MB."""

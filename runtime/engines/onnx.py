@@ -32,7 +32,7 @@ from mobilevlm.runtime.engines import (
     save_buffers,
     still_open,
 )
-from mobilevlm.runtime.engines.mapped_pages import give_back, small_pages
+from mobilevlm.runtime.engines.mapped_pages import give_back, small_pages, trim_heap
 from mobilevlm.spec import DecoderSpec
 
 _NO_WORDS = (0,)
@@ -116,6 +116,8 @@ class OnnxVision:
             inputs["instruction_ids"] = np.asarray([instruction], np.int64)
         session = still_open(self._session)
         result: Float32 = session.run([output], inputs, self._run_options)[0][0]
+        if self._run_options is not None:
+            trim_heap()
         return result
 
     def close(self) -> None:
@@ -283,6 +285,8 @@ class OnnxDecoder:
         if session is self._prompts and self._plan.released_prompt_weights:
             assert self._prompt_weights is not None
             give_back(self._prompt_weights)
+        if self._run_options is not None:
+            trim_heap()
         return logits
 
     def _append_chunk(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mobilevlm.errors import BundleError, MobileVLMError
 
@@ -48,6 +48,9 @@ ENGINE_CHOICES = ("auto", *ENGINES)
 """``auto`` is the first of them that finds its artifacts."""
 
 
+MemorySetting: TypeAlias = Literal["fast", "compact", "in turn"]
+
+
 @dataclass(frozen=True)
 class Plan:
     """Settings of an engine. Answers of one plan are the same whatever was kept of earlier ones;
@@ -75,7 +78,7 @@ class Plan:
     and takes memory."""
     draft_tokens: int | None = None
     """Tokens to guess and check at a time; none: what the engine does by itself."""
-    memory: Literal["fast", "compact", "in turn"] = "fast"
+    memory: MemorySetting = "fast"
     """What ONNX Runtime spends. ``compact``: prompts in short chunks, buffers are given back after
     a run, the graph for prompts has released weights. ``in turn``: besides, the weights of one
     stage only are in memory; for each new picture both are loaded once more. ``load`` takes the
@@ -115,6 +118,16 @@ class Plan:
         graphs = {length >= plan.prefill_from for plan in (self, other)}
         chunks = {min(plan.chunk_length, length) for plan in (self, other)}
         return len(graphs) == len(chunks) == 1
+
+
+def memory_settings(engine: str, first: MemorySetting = "fast") -> tuple[MemorySetting, ...]:
+    """Those that an engine knows, from ``first`` on; each takes less memory than the one before."""
+    known: tuple[MemorySetting, ...] = ("fast",)
+    if engine == "onnx":
+        known = ("fast", "compact", "in turn")
+    elif engine == "hybrid":
+        known = ("fast", "compact")
+    return known[known.index(first) :] if first in known else known[-1:]
 
 
 def default_threads() -> int:

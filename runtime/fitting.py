@@ -16,14 +16,12 @@ from dataclasses import replace
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import MemoryLimitError
-from mobilevlm.plan import Plan
+from mobilevlm.plan import Plan, memory_settings
 from mobilevlm.runtime.memory import LIBRARIES, LIBRARY_FILES, Memory, estimate
 from mobilevlm.runtime.memory_limits import Limit, in_use
 
 DOUBT = 0.9
-"""Share of the estimate that a limit of the system must be below for a refusal."""
-MODES = ("fast", "compact", "in turn")
-"""See :class:`mobilevlm.plan.Plan`; each takes less memory than the one before."""
+"""Share of the estimate that must be more than a limit of the system for a refusal."""
 
 
 def fit_plan(bundle: Bundle, plan: Plan, limits: list[Limit]) -> Plan:
@@ -33,54 +31,42 @@ def fit_plan(bundle: Bundle, plan: Plan, limits: list[Limit]) -> Plan:
     Raises:
         MemoryLimitError: the model needs more than a limit, whatever the setting.
     """
-    choices = [replace(plan, memory=mode) for mode in _modes(plan)]  # type: ignore[arg-type]
+    settings = memory_settings(plan.engine, plan.memory)
+    choices = {
+        replace(plan, memory=setting): estimate(bundle.manifest, replace(plan, memory=setting))
+        for setting in settings
+    }
     used = in_use()
-    for choice in choices:
-        needed = estimate(bundle.manifest, choice)
-        if all(need(needed, limit, used) <= limit.size for limit in limits):
+    for choice, memory in choices.items():
+        if all(sum(need(memory, limit, used)) <= limit.size for limit in limits):
             return choice
     for limit in limits:
-        least = min(need(estimate(bundle.manifest, choice), limit, used) for choice in choices)
-        if least * (1.0 if limit.kind == "asked" else DOUBT) > limit.size:
+        there, more = min((need(memory, limit, used) for memory in choices.values()), key=sum)
+        if there + more * (1.0 if limit.kind == "asked" else DOUBT) > limit.size:
+            what = _WHAT.get(limit.kind, "memory")
             raise MemoryLimitError(
-                f"{bundle.folder}: running it takes {least / 1e6:.0f} MB of {_WHAT[limit.kind]}, "
-                f"the limit is {limit.size / 1e6:.0f} MB ({limit.where}): {_REMEDY[limit.kind]}"
+                f"{bundle.folder}: running it takes {(there + more) / 1e6:.0f} MB of {what}, the "
+                f"limit is {limit.size / 1e6:.0f} MB ({limit.where}): "
+                f"{_remedy(limit)}, or {_SMALLER}"
             )
-    return min(choices, key=lambda choice: estimate(bundle.manifest, choice).own)
+    return min(choices, key=lambda choice: choices[choice].own)
 
 
-def need(memory: Memory, limit: Limit, used: tuple[float, float]) -> float:
-    """Bytes to compare with a limit. ``used``: address space and data of this process."""
+def need(memory: Memory, limit: Limit, used: tuple[float, float]) -> tuple[float, float]:
+    """Bytes to compare with a limit: those that are taken already, and those that come on top.
+    ``used``: address space and data of this process."""
     if limit.kind == "asked":
-        return memory.peak
+        return 0.0, memory.peak
     if limit.kind == "address space":
-        model = memory.peak - LIBRARY_FILES - LIBRARIES + memory.reserved
-        return used[0] + model
+        return used[0], memory.peak - LIBRARY_FILES - LIBRARIES + memory.reserved
     if limit.kind == "data":
-        return used[1] + memory.own - LIBRARIES - memory.states
-    return memory.own
+        return used[1], memory.own - LIBRARIES - memory.states
+    return 0.0, memory.own
 
 
-def _modes(plan: Plan) -> tuple[str, ...]:
-    """Those that an engine knows, from the plan's own on."""
-    if plan.engine in ("gguf", "ggml", "npu"):
-        return (plan.memory,)
-    known = MODES if plan.engine == "onnx" else MODES[:2]
-    return known[known.index(plan.memory) :] if plan.memory in known else known[-1:]
+def _remedy(limit: Limit) -> str:
+    return "close other programs" if limit.kind == "available" else "raise it"
 
 
-_WHAT = {
-    "asked": "memory",
-    "address space": "address space",
-    "data": "data",
-    "cgroup": "memory",
-    "available": "memory",
-}
+_WHAT = {"address space": "address space", "data": "data"}
 _SMALLER = "export it with a recipe of fewer bits, or choose a smaller model"
-_REMEDY = {
-    "asked": f"raise it, or {_SMALLER}",
-    "address space": f"raise it, or {_SMALLER}",
-    "data": f"raise it, or {_SMALLER}",
-    "cgroup": f"raise it, or {_SMALLER}",
-    "available": f"close other programs, or {_SMALLER}",
-}

@@ -31,6 +31,12 @@ LIBRARY_FILES = 50e6
 """Their files' resident pages."""
 LLAMA_FILES = 4e6
 """llama.cpp's besides."""
+ONLY_LLAMA, ONLY_LLAMA_FILES = 30e6, 34e6
+"""Both where all is llama.cpp's, and onnxruntime stays away."""
+ROWS = 256
+"""Different embedding rows that a text of any length is taken to have."""
+REPACKED = ("q4_0", "q4_k_m")
+"""Types that llama.cpp keeps once more in another order (x86 with AVX2)."""
 TOKENIZER_FACTOR = 8
 SESSION = 2.5e6
 """Of ONNX Runtime, for a graph with little in it."""
@@ -101,22 +107,28 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     if positions is None:
         positions = manifest.spec.projector.num_tokens + TEXT_POSITIONS
     positions = min(positions, decoder.context_length)
-    libraries = LIBRARIES + TOKENIZER_FACTOR * _size(manifest, [TOKENIZER])
     artifacts = _artifacts(manifest, plan.engine)
+    own, mapped = LIBRARIES, LIBRARY_FILES
+    if all(part.format == "gguf" for part in artifacts.values()):
+        own, mapped = ONLY_LLAMA, ONLY_LLAMA_FILES
+    elif plan.engine in LLAMA_ENGINES:
+        mapped += LLAMA_FILES
+    libraries = own + TOKENIZER_FACTOR * _size(manifest, [TOKENIZER])
     if plan.engine == "npu" and manifest.compiled:
         names = [name for part in manifest.compiled for name in part.files]
         binaries = _size(manifest, names)
         states = _states(decoder, plan, positions)
         return Memory(libraries, binaries, 0.0, states, LIBRARY_FILES, 0.0)
     stages: list[_Stage] = []
-    mapped = LIBRARY_FILES
     for name, artifact in artifacts.items():
         size = _size(manifest, artifact.files)
         if name == "embeddings":
-            mapped += min(size, (positions - manifest.spec.projector.num_tokens) * ROW)
+            text = positions - manifest.spec.projector.num_tokens
+            mapped += min(size, max(min(text, ROWS), 0) * ROW)
         elif artifact.format == "gguf":
-            stages.append(_gguf_stage(manifest, name, artifact, size, plan))
-            mapped += LLAMA_FILES + (size if name == "decoder" else 0)
+            read = size * _read_share(decoder) if name == "decoder" else size
+            stages.append(_gguf_stage(manifest, name, artifact, read, plan, positions))
+            mapped += read if name == "decoder" else 0.0
         elif name == "prefill" and (plan.prefill_weights != "packed" or plan.memory != "fast"):
             stages.append(_Stage(SESSION, 0.0, 0.0, 0.0))
             mapped += size
@@ -128,11 +140,6 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     whole = _state_size(decoder, plan) * decoder.context_length
     files = sum(_size(manifest, part.files) for part in artifacts.values())
     return Memory(libraries, weights, working, filled, mapped, files + whole - filled)
-
-
-def estimate_mb(manifest: Manifest, engine: str, positions: int | None = None) -> float:
-    """Resident megabytes at the peak, by the default plan; see :func:`estimate`."""
-    return estimate(manifest, Plan(engine), positions).peak / 1e6
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> float:
@@ -192,18 +199,22 @@ def _onnx_stage(
 
 
 def _gguf_stage(
-    manifest: Manifest, name: str, artifact: Artifact, size: float, plan: Plan
+    manifest: Manifest, name: str, artifact: Artifact, read: float, plan: Plan, positions: int
 ) -> _Stage:
-    """llama.cpp reads the image encoder into memory of its own, and maps the decoder. Some types
-    are packed anew; a context has its buffers from the beginning."""
-    spec = manifest.spec
+    """llama.cpp reads the image encoder into memory of its own and maps the decoder, some types of
+    which it packs anew. ``read``: bytes of the file that are used."""
     if name == "vision":
-        return _Stage(size, 0.0, _vision_buffers(spec.vision), 0.0)
-    decoder = spec.decoder
-    repacked = size if artifact.precision in ("q4_0", "q4_k_m") and plan.engine != "ggml" else 0.0
-    logits = PREFILL_CHUNK * decoder.vocab_size * _FLOAT
-    run = logits + _decoder_buffers(decoder, PREFILL_CHUNK, PREFILL_CHUNK)
-    return _Stage(repacked, 0.0, run, run)
+        return _Stage(read, 0.0, _vision_buffers(manifest.spec.vision) / 2, 0.0)
+    packed = read if artifact.precision in REPACKED and plan.engine != "ggml" else 0.0
+    run = _decoder_buffers(manifest.spec.decoder, min(PREFILL_CHUNK, positions), positions)
+    return _Stage(packed, 0.0, run, run)
+
+
+def _read_share(spec: DecoderSpec) -> float:
+    """What of a GGUF decoder is read as a whole: all but embeddings that are not the head too."""
+    embeddings = 0.0 if spec.tie_word_embeddings else float(spec.hidden_size * spec.vocab_size)
+    others = sum(count for _, count, _ in _decoder_weights(spec, "decoder"))
+    return others / (others + embeddings)
 
 
 def _settings(recipe: Mapping[str, Any], part: str, artifact: Artifact) -> Mapping[str, Any]:

@@ -66,9 +66,9 @@ def _cgroups(root: Path) -> list[Limit]:
     for line in groups.read_text(encoding="utf-8", errors="replace").splitlines():
         _, controllers, group = line.split(":", 2)
         if controllers == "":
-            mounts, name = ("sys/fs/cgroup", "sys/fs/cgroup/unified"), "memory.max"
+            mounts, name = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "memory.max"
         elif "memory" in controllers.split(","):
-            mounts, name = ("sys/fs/cgroup/memory",), "memory.limit_in_bytes"
+            mounts, name = ["sys/fs/cgroup/memory"], "memory.limit_in_bytes"
         else:
             continue
         for mount in mounts:

@@ -31,6 +31,8 @@ class Target:
     recipe: str
     memory_mb: float
     """The most that a process with the model may have resident"""
+    positions: int = 0
+    """Of a sequence, that this has room for; 0: the whole context"""
     weight_bits: WeightBits | None = None
     """Of ``int8`` weights"""
     chunk_length: int = 64

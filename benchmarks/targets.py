@@ -39,7 +39,8 @@ HEAD = """\
 A target (export/targets/NAME.toml) settles recipe, kinds of artifacts, shapes and weight bits of
 an export, and what its result is checked against: the memory that it takes, and for an NPU that the
 vendor's compiler takes every operator. An export that fails a check leaves no bundle and ends with
-exit code 1 and one line.
+exit code 1 and one line. Memory is what a process has in use while it answers about one picture, in
+the setting that [`load` would choose](runtime.md#memory), without pages of the model's files.
 [npu.md](npu.md) tells about the NPU's graphs.
 
 """

@@ -62,7 +62,7 @@ def check_memory(target: Target, manifest: Manifest) -> None:
     engine = "npu" if "npu" in target.formats else "onnx"
     positions = target.positions or manifest.spec.decoder.context_length
     for mode in memory_settings(engine):
-        needed = estimate(manifest, Plan(engine, memory=mode), positions).peak / 1e6
+        needed = estimate(manifest, Plan(engine, memory=mode), positions).steady / 1e6
         if needed <= target.memory_mb:
             how = "" if mode == "fast" else f", with the setting {mode!r}"
             progress.say(f"memory      about {needed:.0f} MB of {target.memory_mb:.0f} MB{how}")

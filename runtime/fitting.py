@@ -17,7 +17,7 @@ from dataclasses import replace
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import MemoryLimitError
 from mobilevlm.plan import Plan, memory_settings
-from mobilevlm.runtime.memory import LIBRARIES, LIBRARY_FILES, Memory, estimate
+from mobilevlm.runtime.memory import LIBRARIES, Memory, estimate
 from mobilevlm.runtime.memory_limits import Limit, in_use
 
 DOUBT = 0.9
@@ -58,7 +58,7 @@ def need(memory: Memory, limit: Limit, used: tuple[float, float]) -> tuple[float
     if limit.kind == "asked":
         return 0.0, memory.peak
     if limit.kind == "address space":
-        return used[0], memory.peak - LIBRARY_FILES - LIBRARIES + memory.reserved
+        return used[0], memory.own - LIBRARIES + memory.mapped + memory.reserved
     if limit.kind == "data":
         return used[1], memory.own - LIBRARIES - memory.states
     return 0.0, memory.own

@@ -69,8 +69,11 @@ class Memory:
     """Buffers of runs, or what loading needs on top for a moment: whichever makes the peak"""
     states: float
     """Keys and values of the positions that are filled at the peak"""
+    files: float
+    """Resident pages of libraries' files"""
     mapped: float
-    """Resident pages of files, which the system can take back"""
+    """Resident pages of the model's files, most of which are read once; as those of libraries, the
+    system can take them back"""
     reserved: float
     """Address space beyond all this: keys and values that are not filled, files that are mapped"""
 
@@ -82,7 +85,12 @@ class Memory:
     @property
     def peak(self) -> float:
         """Resident at the peak."""
-        return self.own + self.mapped
+        return self.own + self.files + self.mapped
+
+    @property
+    def steady(self) -> float:
+        """What is in use all the time: without pages of the model's files."""
+        return self.own + self.files
 
 
 @dataclass(frozen=True)
@@ -108,17 +116,17 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
         positions = manifest.spec.projector.num_tokens + TEXT_POSITIONS
     positions = min(positions, decoder.context_length)
     artifacts = _artifacts(manifest, plan.engine)
-    own, mapped = LIBRARIES, LIBRARY_FILES
+    own, pages, mapped = LIBRARIES, LIBRARY_FILES, 0.0
     if all(part.format == "gguf" for part in artifacts.values()):
-        own, mapped = ONLY_LLAMA, ONLY_LLAMA_FILES
+        own, pages = ONLY_LLAMA, ONLY_LLAMA_FILES
     elif plan.engine in LLAMA_ENGINES:
-        mapped += LLAMA_FILES
+        pages += LLAMA_FILES
     libraries = own + TOKENIZER_FACTOR * _size(manifest, [TOKENIZER])
     if plan.engine == "npu" and manifest.compiled:
         names = [name for part in manifest.compiled for name in part.files]
         binaries = _size(manifest, names)
         states = _states(decoder, plan, positions)
-        return Memory(libraries, binaries, 0.0, states, LIBRARY_FILES, 0.0)
+        return Memory(libraries, binaries, 0.0, states, pages, 0.0, 0.0)
     stages: list[_Stage] = []
     for name, artifact in artifacts.items():
         size = _size(manifest, artifact.files)
@@ -139,7 +147,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     weights, filled, working = _peak(stages, _states(decoder, plan, positions), plan)
     whole = _state_size(decoder, plan) * decoder.context_length
     files = sum(_size(manifest, part.files) for part in artifacts.values())
-    return Memory(libraries, weights, working, filled, mapped, files + whole - filled)
+    return Memory(libraries, weights, working, filled, pages, mapped, files + whole - filled)
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> float:

@@ -201,6 +201,9 @@ def _onnx_stage(
         packed += count * _packed(part)
         scales += count * _stored(part) * _scales(part)
         twice = max(twice, largest * _bits(part))
+    if manifest.recipe.get("layers") and artifact.bits_per_weight and name == "decoder":
+        count = sum(count for _, count, _ in _decoder_weights(spec.decoder, name))
+        packed = count * (artifact.bits_per_weight / 8 + _SCALE / (_block(part) or 32))
     chunk = min(plan.chunk_length, positions)
     run = _decoder_buffers(spec.decoder, chunk, positions)
     return _Stage(packed + SESSION, scales + twice, run, 0.0 if scarce else run)
@@ -226,9 +229,12 @@ def _read_share(spec: DecoderSpec) -> float:
 
 
 def _settings(recipe: Mapping[str, Any], part: str, artifact: Artifact) -> Mapping[str, Any]:
-    """Precision and block size of a part of the model, as the recipe in the manifest has them."""
+    """Precision and block size of a part of the model, as the recipe in the manifest has them.
+    What is not known counts as float32, but where bundles of earlier versions say it otherwise."""
     found = recipe.get(part)
-    return found if isinstance(found, dict) else {"precision": artifact.precision}
+    found = found if isinstance(found, dict) else {"precision": artifact.precision}
+    known = found.get("precision") in (*BLOCK_BITS, *PACKED)
+    return found if known else {"precision": "fp32"}
 
 
 def _bits(part: Mapping[str, Any]) -> float:

@@ -42,6 +42,20 @@ def test_packed_weights_have_eight_bytes_for_each_block_of_the_recipe(bundle: Bu
     assert small - large == pytest.approx(count * (8 / 32 - 8 / 128))
 
 
+def test_mixed_layers_take_the_mean_bits_that_the_manifest_has(bundle: Bundle) -> None:
+    def mixed(bits: float) -> float:
+        parts = tuple(
+            replace(part, bits_per_weight=bits if part.stage == "decoder" else None)
+            for part in bundle.manifest.artifacts
+        )
+        recipe = {**bundle.manifest.recipe, "layers": {"decoder.layers.0.mlp.fc1": {}}}
+        return estimate(replace(bundle.manifest, artifacts=parts, recipe=recipe), Plan("onnx")).own
+
+    spec = bundle.manifest.spec.decoder
+    count = spec.num_hidden_layers * (4 * 64 * 64 + 3 * 64 * 160) + 64 * 512
+    assert mixed(7.0) - mixed(3.0) == pytest.approx(count / 2)
+
+
 def test_each_setting_takes_less_than_the_one_before_and_positions_take_more(
     bundle: Bundle,
 ) -> None:

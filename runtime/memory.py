@@ -105,6 +105,8 @@ class _Stage:
     """Buffers of a run"""
     kept: float
     """Of these, what stays until the next"""
+    mapped: float = 0.0
+    """Pages of its file while it is open"""
 
 
 def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Memory:
@@ -138,16 +140,19 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
             stages.append(_gguf_stage(manifest, name, artifact, read, plan, positions))
             mapped += read if name == "decoder" else 0.0
         elif name == "prefill" and (plan.prefill_weights != "packed" or plan.memory != "fast"):
-            stages.append(_Stage(SESSION, 0.0, 0.0, 0.0))
-            mapped += size
+            stages.append(_Stage(SESSION, 0.0, 0.0, 0.0, size))
+        elif name == "vision" and artifact.precision == "int8" and plan.vision_weights == "mapped":
+            run = _vision_buffers(manifest.spec.vision)
+            stages.append(_Stage(SESSION, 0.0, run, run * (plan.memory == "fast"), size))
         else:
             stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
     if manifest.system_prompt is not None and plan.engine == "onnx":
         mapped += _size(manifest, [manifest.system_prompt.path])
-    weights, filled, working = _peak(stages, _states(decoder, plan, positions), plan)
+    weights, filled, working, read = _peak(stages, _states(decoder, plan, positions), plan)
     whole = _state_size(decoder, plan) * decoder.context_length
     files = sum(_size(manifest, part.files) for part in artifacts.values())
-    return Memory(libraries, weights, working, filled, pages, mapped, files + whole - filled)
+    reserved = files + whole - filled
+    return Memory(libraries, weights, working, filled, pages, mapped + read, reserved)
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> float:
@@ -170,19 +175,20 @@ def _artifacts(manifest: Manifest, engine: str) -> dict[str, Artifact]:
     return found
 
 
-def _peak(stages: list[_Stage], states: float, plan: Plan) -> tuple[float, float, float]:
-    """At the worst moment: weights, keys and values, and what is needed beside them. The first
-    stage is the vision stage, which runs before there are keys and values."""
+def _peak(stages: list[_Stage], states: float, plan: Plan) -> tuple[float, float, float, float]:
+    """At the worst moment: weights, keys and values, what is needed beside them, and pages of
+    files. The first stage is the vision stage, which runs before there are keys and values."""
     moments = []
     in_turn = plan.engine == "onnx" and plan.memory == "in turn"
     for turn in [stages[:1], stages[1:]] if in_turn else [stages]:
-        weights = sum(part.weights for part in turn)
+        weights, read = sum(part.weights for part in turn), sum(part.mapped for part in turn)
         # Of a second turn keys and values are there while it loads.
         there = states * (turn[0] is not stages[0])
-        moments.append((weights, there, max(part.loading for part in turn)))
+        moments.append((weights, there, max(part.loading for part in turn), read))
         for at, part in enumerate(turn):
             kept = sum(other.kept for other in turn[:at])
-            moments.append((weights, states * (part is not stages[0]), kept + part.run))
+            filled = states * (part is not stages[0])
+            moments.append((weights, filled, kept + part.run, read))
     return max(moments, key=sum)
 
 

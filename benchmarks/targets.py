@@ -41,7 +41,8 @@ A target (export/targets/NAME.toml) settles recipe, kinds of artifacts, shapes a
 an export, and what its result is checked against: the memory that it takes, for an NPU that the
 vendor's compiler takes every operator, and for an accelerator behind ONNX Runtime that it takes the
 share of them that the target asks for. An export that fails a check leaves no bundle and ends with
-exit code 1 and one line.
+exit code 1 and one line. Memory is what a process has in use while it answers about one picture, in
+the setting that [`load` would choose](runtime.md#memory), without pages of the model's files.
 [npu.md](npu.md) tells about the NPU's graphs, [mobile.md](mobile.md) about NNAPI, Core ML, XNNPACK
 and .ort files.
 

@@ -49,7 +49,6 @@ from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.runtime.machine import int8_weight_bits
-from mobilevlm.runtime.memory import RESIDENT, RESIDENT_GGUF
 from mobilevlm.spec import GGUFType
 
 FORMATS = tuple(JOBS)
@@ -58,6 +57,9 @@ MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
 MEMORY_LIBRARIES = 0.5e9
 """What torch and onnxruntime take before they hold any weights."""
+RESIDENT = {"fp32": 2.0, "fp16": 4.0, "qdq8": 2.3, "qdq16": 2.3}
+"""At most so many times a weight file is resident while it is measured; others 1.3 times."""
+RESIDENT_GGUF = 2.0
 
 
 def export(
@@ -391,7 +393,8 @@ def _run_obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) 
     if int8_weight_bits() == 7 and any(part.weight_bits == 8 for part in artifacts):
         return "8-bit weights saturate on this processor: --weight-bits 7 would not"
     needed = MEMORY_LIBRARIES + sum(
-        RESIDENT.get(artifact.precision, RESIDENT_GGUF) * work.path(name).stat().st_size
+        (RESIDENT_GGUF if artifact.format == "gguf" else RESIDENT.get(artifact.precision, 1.3))
+        * work.path(name).stat().st_size
         for artifact in artifacts
         for name in artifact.files
     )

@@ -10,7 +10,8 @@ from mobilevlm.errors import TargetError
 from mobilevlm.export.htp import check_compiler, compile_graphs
 from mobilevlm.export.targets import Target
 from mobilevlm.export.workspace import Workspace
-from mobilevlm.runtime.memory import estimate_mb, estimate_web_mb
+from mobilevlm.plan import Plan, memory_settings
+from mobilevlm.runtime.memory import estimate, estimate_web_mb
 
 BINARY = "_qnn.bin"
 """What the compiler adds to the name of a graph."""
@@ -56,12 +57,20 @@ def compiled_for(target: Target, work: Workspace, draft: Manifest) -> Manifest:
 
 
 def check_memory(target: Target, manifest: Manifest) -> None:
-    """Raises TargetError: the model takes more memory than the target has for it."""
+    """Raises TargetError: the model takes more memory than the target has for it, whatever the
+    setting that ``load`` chooses under a limit."""
     engine = "npu" if "npu" in target.formats else "onnx"
-    needed = estimate_web_mb(manifest) if target.browser else estimate_mb(manifest, engine)
-    if needed > target.memory_mb:
-        raise TargetError(
-            f"target {target.name}: running the bundle takes {needed:.0f} MB, the target has "
-            f"{target.memory_mb:.0f} MB: choose a smaller model"
-        )
-    progress.say(f"memory      about {needed:.0f} MB of {target.memory_mb:.0f} MB")
+    positions = target.positions or manifest.spec.decoder.context_length
+    for mode in ("fast",) if target.browser else memory_settings(engine):
+        if target.browser:
+            needed = estimate_web_mb(manifest)
+        else:
+            needed = estimate(manifest, Plan(engine, memory=mode), positions).steady / 1e6
+        if needed <= target.memory_mb:
+            how = "" if mode == "fast" else f", with the setting {mode!r}"
+            progress.say(f"memory      about {needed:.0f} MB of {target.memory_mb:.0f} MB{how}")
+            return
+    raise TargetError(
+        f"target {target.name}: running the bundle takes {needed:.0f} MB, the target has "
+        f"{target.memory_mb:.0f} MB: choose a smaller model"
+    )

@@ -24,6 +24,10 @@ class ImageError(MobileVLMError):
     """A picture that cannot be opened or is not a picture."""
 
 
+class MemoryLimitError(MobileVLMError):
+    """A model that needs more memory than a limit allows; the message says how much."""
+
+
 class PromptError(MobileVLMError):
     """A prompt that does not fit: empty, too long, or with the wrong number of ``<image>``."""
 

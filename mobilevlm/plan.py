@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mobilevlm.errors import BundleError, MobileVLMError
 
@@ -40,12 +40,17 @@ same bits alone and among others. ONNX Runtime's attention and 4-bit kernels do 
 PREFILL_CHUNK = 512
 """Positions per run: bounds the attention scores, which grow with length × total length, and
 llama.cpp's buffers."""
+COMPACT_CHUNK = 64
+"""The same where memory is scarce: buffers of a run take an eighth, time is a few percent more."""
 PREFILL_FROM = 24
 """Positions from which on a piece of a prompt goes to the graph for prompts, if there is one. For
 fewer, reading twice as many bytes of weights costs more than products of integers save."""
 
 ENGINE_CHOICES = ("auto", *ENGINES)
 """``auto`` is the first of them that finds its artifacts."""
+
+
+MemorySetting: TypeAlias = Literal["fast", "compact", "in turn"]
 
 
 @dataclass(frozen=True)
@@ -75,8 +80,24 @@ class Plan:
     and takes memory."""
     draft_tokens: int | None = None
     """Tokens to guess and check at a time; none: what the engine does by itself."""
+    memory: MemorySetting = "fast"
+    """What ONNX Runtime spends. ``compact``: prompts in short chunks, buffers are given back after
+    a run, the graph for prompts has released weights. ``in turn``: besides, the weights of one
+    stage only are in memory; for each new picture both are loaded once more. ``load`` takes the
+    first that a limit allows (runtime/fitting.py)."""
     max_resident_mb: float | None = None
     """Megabytes of sparse experts in memory at a time (ggml). Never tuned: a person sets it."""
+
+    @property
+    def chunk_length(self) -> int:
+        """Positions per run of a long prompt (ONNX Runtime), memory considered."""
+        scarce = self.memory != "fast"
+        return min(self.prefill_chunk, COMPACT_CHUNK) if scarce else self.prefill_chunk
+
+    @property
+    def released_prompt_weights(self) -> bool:
+        """Whether pages of the graph for prompts are given back after each piece of a prompt."""
+        return self.memory != "fast" or self.prefill_weights == "released"
 
     def threads_of(self, stage: Literal["vision", "decoder"]) -> int:
         """Threads of a stage, settled."""
@@ -97,8 +118,18 @@ class Plan:
         """Whether a piece of a prompt of so many positions has the same bits in both, where there
         is a graph for prompts."""
         graphs = {length >= plan.prefill_from for plan in (self, other)}
-        chunks = {min(plan.prefill_chunk, length) for plan in (self, other)}
+        chunks = {min(plan.chunk_length, length) for plan in (self, other)}
         return len(graphs) == len(chunks) == 1
+
+
+def memory_settings(engine: str, first: MemorySetting = "fast") -> tuple[MemorySetting, ...]:
+    """Those that an engine knows, from ``first`` on; each takes less memory than the one before."""
+    known: tuple[MemorySetting, ...] = ("fast",)
+    if engine == "onnx":
+        known = ("fast", "compact", "in turn")
+    elif engine == "hybrid":
+        known = ("fast", "compact")
+    return known[known.index(first) :] if first in known else known[-1:]
 
 
 def default_threads() -> int:

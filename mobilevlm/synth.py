@@ -72,9 +72,17 @@ class Configuration:
     tower: Tower
     experts: int = 0
     """Of every second layer, from the first on; each token uses two."""
+    num_key_value_heads: int = 0
+    """0: as many as attention heads."""
+
+    @property
+    def key_value_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_key_value_heads or self.num_attention_heads
 
 
 _CLIP_LARGE = Tower(1024, 4096, 24, 16)
+_VIT_BASE = Tower(768, 3072, 12, 12, 384, 16)
 _MOBILEVLM = ("mobilevlm", "MobileLlamaForCausalLM", "ldpnetv2")
 _MOE_LLAVA = ("moe_llava_stablelm", "MoELLaVAStablelmForCausalLM", "mlp2x_gelu")
 _LLAVA = ("llava_llama", "LlavaLlamaForCausalLM", "mlp2x_gelu")
@@ -87,6 +95,12 @@ CONFIGURATIONS = {
         *_MOBILEVLM, 32000, 2560, 6912, 32, 32, 2048, 1e-6, _CLIP_LARGE
     ),
     "llava_v1.5_7b": Configuration(*_LLAVA, 32000, 4096, 11008, 32, 32, 4096, 1e-5, _CLIP_LARGE),
+    # No published one: half a billion parameters, as SmolVLM 500M has (ViT-B/16 and SmolLM2 360M
+    # with its 32 layers and grouped queries), in MobileVLM V2's layout and with MobileLLaMA's
+    # proportions. LDPv2 pools the tower's 24 × 24 patches as it does those of ViT-L/14.
+    "mobilevlm_v2_0.5b": Configuration(
+        *_MOBILEVLM, 32000, 1024, 2816, 32, 16, 2048, 1e-6, _VIT_BASE, num_key_value_heads=4
+    ),
     # Sizes of StableLM-2 1.6B and of MoE-LLaVA's experts in it: 2.9 billion parameters, 2 in use.
     "moe_llava_stablelm_1.6b_4e": Configuration(
         *_MOE_LLAVA, 100352, 2048, 5632, 24, 32, 4096, 1e-5, _CLIP_LARGE, 4
@@ -163,11 +177,12 @@ def decoder_shapes(configuration: Configuration) -> Shapes:
     count = configuration.experts
     normed = norm if count else weight  # StableLM has biases, Llama has none
     query = linear if count else matrix
+    grouped = hidden * configuration.key_value_heads // configuration.num_attention_heads
     shapes: Shapes = {"model.embed_tokens.weight": (configuration.vocab_size, hidden)}
     for index in range(configuration.num_hidden_layers):
         layer = f"model.layers.{index}"
-        for part in ("q_proj", "k_proj", "v_proj"):
-            shapes |= query(f"{layer}.self_attn.{part}", hidden, hidden)
+        for part, size in (("q_proj", hidden), ("k_proj", grouped), ("v_proj", grouped)):
+            shapes |= query(f"{layer}.self_attn.{part}", hidden, size)
         shapes |= matrix(f"{layer}.self_attn.o_proj", hidden, hidden)
         mlps = [f"{layer}.mlp"]
         if count and index % 2 == 0:
@@ -331,7 +346,7 @@ def _write_settings(folder: Path, name: str, configuration: Configuration) -> No
         "model_type": configuration.model_type,
         "num_attention_heads": configuration.num_attention_heads,
         "num_hidden_layers": configuration.num_hidden_layers,
-        "num_key_value_heads": configuration.num_attention_heads,
+        "num_key_value_heads": configuration.key_value_heads,
         "pad_token_id": 0,
         "rms_norm_eps": configuration.rms_norm_eps,
         "rope_scaling": None,

@@ -34,7 +34,9 @@ from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.encoded_session import EncodedSession
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
+from mobilevlm.runtime.fitting import fit_plan
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
+from mobilevlm.runtime.memory_limits import memory_limits
 from mobilevlm.runtime.plan_file import PlanChoice, settle_plan
 from mobilevlm.runtime.sampling import SamplingOptions
 from mobilevlm.runtime.session import Prompt, PromptChoices, Reuse, Session
@@ -55,6 +57,7 @@ def load(
     cache_mb: float = DEFAULT_CACHE_MB,
     max_resident_mb: float | None = None,
     plan: Plan | PlanChoice = "auto",
+    max_memory_mb: float | None = None,
 ) -> VLM:
     """Opens a bundle for running.
 
@@ -68,8 +71,12 @@ def load(
     experts that may be in memory at a time; it needs, and means, the engine ``ggml``. ``plan``:
     ``auto`` takes the one that ``mobilevlm tune`` measured for this processor, where there is one
     (``engine``, ``threads`` and ``max_resident_mb`` win over it); ``none`` does without.
+    ``max_memory_mb``: the most that may be resident while one question about one picture is
+    answered, in megabytes, besides the limits that the system has (runtime/fitting.py); settings
+    that take less are chosen where they are needed.
 
     Raises:
+        MemoryLimitError: the model needs more than a limit. Nothing was loaded.
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
     """
     check_engine(engine)
@@ -81,7 +88,15 @@ def load(
         described, header = gguf_bundle(path, Path(mmproj))
         tokenizer = gguf_tokenizer(header)
         return open_model(
-            described, engine, threads, cache_mb, start, tokenizer, max_resident_mb, "none"
+            described,
+            engine,
+            threads,
+            cache_mb,
+            start,
+            tokenizer,
+            max_resident_mb,
+            "none",
+            max_memory_mb,
         )
     return open_model(
         open_bundle(path),
@@ -91,6 +106,7 @@ def load(
         start,
         max_resident_mb=max_resident_mb,
         plan=plan,
+        max_memory_mb=max_memory_mb,
     )
 
 
@@ -123,11 +139,13 @@ def open_model(
     tokenizer: Tokenizer | None = None,
     max_resident_mb: float | None = None,
     plan: Plan | PlanChoice = "none",
+    max_memory_mb: float | None = None,
 ) -> VLM:
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
-    ``tokenizer``: instead of the bundle's; ``plan`` as in :func:`load`."""
+    ``tokenizer``: instead of the bundle's; ``plan`` and ``max_memory_mb`` as in :func:`load`."""
     start = time.perf_counter() if start is None else start
     settled = settle_plan(bundle, engine, threads, plan, max_resident_mb)
+    settled = fit_plan(bundle, settled, memory_limits(asked_mb=max_memory_mb))
     tokenizer = tokenizer or _read_tokenizer(bundle, TOKENIZER)
     cache = _open_cache(bundle, tokenizer, settled, cache_mb)
     vision, decoder = open_engines(bundle, settled.engine, settled)

@@ -41,7 +41,10 @@ class Target:
     """Kinds of artifacts"""
     recipe: str
     memory_mb: float
-    """The most that a process with the model may have resident"""
+    """The most that a process with the model may have in use, without pages of the model's files,
+    which the system can take back"""
+    positions: int = 0
+    """Of a sequence, that this has room for; 0: the whole context"""
     weight_bits: WeightBits | None = None
     """Of ``int8`` weights"""
     chunk_length: int = 64

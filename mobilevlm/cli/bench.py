@@ -77,6 +77,7 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_memory_mb: float | None,
     max_resident_mb: float | None,
     plan: PlanChoice,
     image: str | None,
@@ -132,7 +133,15 @@ def command(
     from mobilevlm.runtime import load
     from mobilevlm.runtime.bench import run_bench
 
-    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm:
+    with load(
+        bundle,
+        engine,
+        threads,
+        mmproj,
+        max_resident_mb=max_resident_mb,
+        plan=plan,
+        max_memory_mb=max_memory_mb,
+    ) as vlm:
         grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
         picture = None if no_image else (image or grey)
         with progress.track("runs", runs + 1) as advance:

@@ -32,6 +32,7 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_memory_mb: float | None,
     max_resident_mb: float | None,
     plan: PlanChoice,
     images: tuple[str, ...],
@@ -41,7 +42,15 @@ def command(
     from mobilevlm.runtime import load
     from mobilevlm.runtime.chat import Chat
 
-    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm:
+    with load(
+        bundle,
+        engine,
+        threads,
+        mmproj,
+        max_resident_mb=max_resident_mb,
+        plan=plan,
+        max_memory_mb=max_memory_mb,
+    ) as vlm:
         chat = Chat(vlm, list(images))
         print(f"{vlm.spec.name}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip

@@ -12,10 +12,12 @@ from mobilevlm.cli import show_json
 def command(as_json: bool) -> None:
     """Show what this machine can run: processor features, memory, providers, installed extras."""
     from mobilevlm.runtime.machine import describe_machine, installed_extras
+    from mobilevlm.runtime.memory_limits import memory_limits
 
-    machine, extras = describe_machine(), installed_extras()
+    machine, extras, limits = describe_machine(), installed_extras(), memory_limits()
     if as_json:
-        show_json({"machine": machine, "extras": extras})
+        found = [{"kind": item.kind, "bytes": item.size, "where": item.where} for item in limits]
+        show_json({"machine": machine, "memory_limits": found, "extras": extras})
         return
     from rich.console import Console
     from rich.table import Table
@@ -26,6 +28,8 @@ def command(as_json: bool) -> None:
     for key, value in machine.items():
         shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
         table.add_row(key.replace("_", " "), shown or "none")
+    for limit in limits:
+        table.add_row("memory limit", f"{limit.size / 1e6:.0f} MB ({limit.kind}: {limit.where})")
     for extra, missing in extras.items():
         remedy = f"missing {', '.join(missing)}: pip install 'mobilevlm-edge[{extra}]'"
         table.add_row(f"extra {extra}", remedy if missing else "installed")

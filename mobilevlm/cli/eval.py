@@ -36,6 +36,7 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_memory_mb: float | None,
     max_resident_mb: float | None,
     plan: PlanChoice,
     suite: str,
@@ -52,7 +53,15 @@ def command(
 
     examples = evaluation_set(questions)
     with (
-        load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm,
+        load(
+            bundle,
+            engine,
+            threads,
+            mmproj,
+            max_resident_mb=max_resident_mb,
+            plan=plan,
+            max_memory_mb=max_memory_mb,
+        ) as vlm,
         progress.track_share("questions") as show,
     ):
         result, rate = evaluate_vlm(vlm, examples, not no_blind, show)

@@ -13,6 +13,7 @@ from mobilevlm.plan import ENGINE_CHOICES
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from mobilevlm.bundle import Bundle
     from mobilevlm.families import Model
 
 
@@ -94,7 +95,7 @@ def _show_bundle(path: Path, as_json: bool) -> None:
     bundle = open_bundle(path)
     manifest = bundle.manifest
     if as_json:
-        show_json(to_dict(manifest))
+        show_json({**to_dict(manifest), "memory": _memory(bundle)})
         return
     console = Console()
     console.print(_spec_table(to_dict(manifest.spec)))
@@ -116,6 +117,9 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         if artifact.bytes_per_token is not None:
             read = artifact.bytes_per_token / 1e6
             console.print(f"a token reads {read:.1f} MB of weights in {artifact.path}")
+    for engine, settings in _memory(bundle).items():
+        peaks = ", ".join(f"{peak:.0f} MB ({name})" for name, peak in settings.items())
+        console.print(f"engine {engine} takes {peaks}")
     if not manifest.quality.measured:
         console.print(f"quality not measured: {manifest.quality.note}")
         return
@@ -126,6 +130,25 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         for figure, value in measured.figures.items():
             quality.add_row(name, figure, f"{value:.4g}")
     console.print(quality)
+
+
+def _memory(bundle: Bundle) -> dict[str, dict[str, float]]:
+    """Megabytes at the peak of a question about a picture, by engine and setting of memory."""
+    from mobilevlm.errors import BundleError
+    from mobilevlm.plan import ENGINES, Plan, choose_engine, memory_settings
+    from mobilevlm.runtime.memory import estimate
+
+    found: dict[str, dict[str, float]] = {}
+    for engine in ENGINES:
+        try:
+            choose_engine(bundle, engine)
+        except BundleError:
+            continue
+        found[engine] = {
+            setting: round(estimate(bundle.manifest, Plan(engine, memory=setting)).peak / 1e6, 1)
+            for setting in memory_settings(engine)
+        }
+    return found
 
 
 def _show_gguf(path: Path, as_json: bool) -> None:

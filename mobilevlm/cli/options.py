@@ -44,13 +44,17 @@ def _megabytes(context: Any, option: Any, value: str | None) -> float | None:
 
 
 def model_options(function: F) -> F:
-    """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-resident`` and ``--no-plan``."""
+    """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-memory``, ``--max-resident``
+    and ``--no-plan``."""
     for decorate in (
         click.option("--no-plan", "plan", flag_value="none", default="auto",
                      help="Do without the settings that 'mobilevlm tune' found."),
         click.option("--max-resident", "max_resident_mb", callback=_megabytes, metavar="800MB",
                      help="Of sparse experts, in memory at a time: the others stay on the disk "
                      "(engine ggml)."),
+        click.option("--max-memory", "max_memory_mb", callback=_megabytes, metavar="512MB",
+                     help="The most that may be resident: slower settings that take less are "
+                     "chosen, or the model is refused before it is loaded."),
         click.option("--threads", type=click.IntRange(1), help="Default: all of this process."),
         click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",
                      show_default=True, help="What runs the stages."),

@@ -21,6 +21,7 @@ Examples:
   mobilevlm run bundle/ --image a.jpg --image b.jpg --prompt "<image> or <image>: which is older?"
   mobilevlm run bundle/ --video clip.mp4 --frames 8 --prompt "What happens?"
   cat photo.jpg | mobilevlm run bundle/ --image - --prompt "Describe the picture." --json
+  mobilevlm run bundle/ --image photo.jpg --prompt "What is this?" --max-memory 512MB
   mobilevlm run model.gguf --mmproj mmproj.gguf --image photo.jpg --prompt "What is this?"
 """
 
@@ -54,6 +55,7 @@ def command(
     mmproj: Path | None,
     engine: str,
     threads: int | None,
+    max_memory_mb: float | None,
     max_resident_mb: float | None,
     plan: PlanChoice,
     images: tuple[str, ...],
@@ -72,7 +74,15 @@ def command(
         from mobilevlm.runtime.video import sample_frames
 
         pictures += sample_frames(video, frames)
-    with load(bundle, engine, threads, mmproj, max_resident_mb=max_resident_mb, plan=plan) as vlm:
+    with load(
+        bundle,
+        engine,
+        threads,
+        mmproj,
+        max_resident_mb=max_resident_mb,
+        plan=plan,
+        max_memory_mb=max_memory_mb,
+    ) as vlm:
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

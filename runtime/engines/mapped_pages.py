@@ -7,9 +7,13 @@ resident though nothing reads it again.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 _DONTNEED = 4
 """MADV_DONTNEED of Linux"""
@@ -33,6 +37,23 @@ def give_back(path: Path) -> int:
         if advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED) == 0:
             total += end - start
     return total
+
+
+def trim_heap() -> None:
+    """Gives back what the C library keeps of freed memory (glibc; elsewhere nothing)."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):
+        return
+
+
+def small_pages(mapped: NDArray[Any]) -> None:
+    """Of a mapped file (``numpy.memmap``) that single rows are read of: a touch brings in the pages
+    around it, not as much as the system's cache has in one piece, which may be 2 MB."""
+    try:
+        mapped._mmap.madvise(mmap.MADV_NOHUGEPAGE)  # type: ignore[attr-defined]
+    except (OSError, AttributeError):  # a system without, where it means nothing
+        return
 
 
 def _untouched(inode: int, name: str) -> Iterator[tuple[int, int]]:

@@ -32,7 +32,7 @@ from mobilevlm.runtime.engines import (
     save_buffers,
     still_open,
 )
-from mobilevlm.runtime.engines.mapped_pages import give_back
+from mobilevlm.runtime.engines.mapped_pages import give_back, small_pages, trim_heap
 from mobilevlm.spec import DecoderSpec
 
 _NO_WORDS = (0,)
@@ -45,10 +45,12 @@ def open_session(
     spinning: bool = True,
     packed: bool = True,
     entries: Mapping[str, str] = MappingProxyType({}),
+    planned_buffers: bool = True,
 ) -> ort.InferenceSession:
     """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
     copied in the order that kernels like best, else they are used where they lie in the mapped
-    file. ``entries``: further settings of it, as onnxruntime names them.
+    file. ``entries``: further settings of it, as onnxruntime names them. ``planned_buffers``: the
+    second run with the same shapes gets one block for all its buffers, beside what the first took.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -56,6 +58,7 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
+    options.enable_mem_pattern = planned_buffers
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     # Most of a load, by all threads.
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
@@ -82,7 +85,8 @@ def weights_path(path: Path) -> Path:
 
 
 class OnnxVision:
-    """The vision stage: tower and projector in one graph. Arguments as of :func:`open_session`."""
+    """The vision stage: tower and projector in one graph. ``compact``: buffers of a run are given
+    back after it. The other arguments as of :func:`open_session`."""
 
     def __init__(
         self,
@@ -91,9 +95,11 @@ class OnnxVision:
         spinning: bool = True,
         packed: bool = True,
         entries: Mapping[str, str] = MappingProxyType({}),
+        compact: bool = False,
     ) -> None:
-        session = open_session(path, threads, spinning, packed, entries)
+        session = open_session(path, threads, spinning, packed, entries, planned_buffers=False)
         self._reads_text = len(session.get_inputs()) > 1
+        self._run_options = _giving_back() if compact else None
         self._session: ort.InferenceSession | None = session
 
     def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
@@ -108,7 +114,10 @@ class OnnxVision:
         inputs: dict[str, NDArray[Any]] = {"pixels": pixels[None]}
         if instruction:
             inputs["instruction_ids"] = np.asarray([instruction], np.int64)
-        result: Float32 = still_open(self._session).run([output], inputs)[0][0]
+        session = still_open(self._session)
+        result: Float32 = session.run([output], inputs, self._run_options)[0][0]
+        if self._run_options is not None:
+            trim_heap()
         return result
 
     def close(self) -> None:
@@ -125,6 +134,7 @@ def map_table(path: Path, embeddings: EmbeddingTable) -> NDArray[Any]:
         offset=embeddings.offset,
         shape=(embeddings.rows, embeddings.columns),
     )
+    small_pages(mapped)
     return mapped.view(np.ndarray)  # indexing that takes a tenth
 
 
@@ -135,7 +145,7 @@ class OnnxState:
     costs little.
     """
 
-    def __init__(self, spec: DecoderSpec, session: ort.InferenceSession) -> None:
+    def __init__(self, spec: DecoderSpec) -> None:
         self.length = 0
         shape = (1, spec.num_key_value_heads, spec.context_length, spec.head_dim)
         self.buffers = {
@@ -149,16 +159,22 @@ class OnnxState:
         self.step_logits = np.zeros((1, 1, spec.vocab_size), np.float32)
         self.cross: dict[str, Float32] = {}
         """Keys and values of an encoder's output, by their names in the graph."""
-        self._session = session
-        if not spec.encoder_layers:
-            self.begin({})
+        self._step: tuple[ort.InferenceSession, Any] | None = None
 
     def begin(self, cross: dict[str, Float32]) -> None:
         """An empty sequence behind a prompt that an encoder has read."""
-        self.length, self.cross = 0, cross
-        self.step_binding = self.bind(
-            self._session, self.step_embeds, self.step_positions, self.step_logits
-        )
+        self.length, self.cross, self._step = 0, cross, None
+
+    def step_binding(self, session: ort.InferenceSession) -> Any:
+        """The binding of a step, made once for a session."""
+        if self._step is None or self._step[0] is not session:
+            arrays = self.step_embeds, self.step_positions, self.step_logits
+            self._step = session, self.bind(session, *arrays)
+        return self._step[1]
+
+    def unbind(self) -> None:
+        """Lets go of the session, which the binding of a step holds."""
+        self._step = None
 
     def bind(
         self,
@@ -203,9 +219,10 @@ class OnnxDecoder:
         self._prompts: ort.InferenceSession | None = None
         self._prompt_weights = prompts and weights_path(prompts)
         if prompts is not None:
-            packed = plan.prefill_weights == "packed"
+            packed = plan.prefill_weights == "packed" and plan.memory == "fast"
             self._prompts = open_session(prompts, threads, spinning, packed)
         self._table: NDArray[Any] | None = map_table(table, embeddings)
+        self._run_options = None if plan.memory == "fast" else _giving_back()
 
     @property
     def brought_in_bytes(self) -> int | None:
@@ -221,7 +238,8 @@ class OnnxDecoder:
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return OnnxState(self._spec, still_open(self._session))
+        still_open(self._session)
+        return OnnxState(self._spec)
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -263,10 +281,12 @@ class OnnxDecoder:
     ) -> Float32:
         """Appends positions; logits of the last ``count``."""
         append = partial(self._append_chunk, state, session)
-        logits = in_chunks(append, embeds, count, self._plan.prefill_chunk)
-        if session is self._prompts and self._plan.prefill_weights == "released":
+        logits = in_chunks(append, embeds, count, self._plan.chunk_length)
+        if session is self._prompts and self._plan.released_prompt_weights:
             assert self._prompt_weights is not None
             give_back(self._prompt_weights)
+        if self._run_options is not None:
+            trim_heap()
         return logits
 
     def _append_chunk(
@@ -287,7 +307,7 @@ class OnnxDecoder:
         for name, values in also.items():
             _bind_output(binding, name, values)
         state.total_length[0] = state.length + len(embeds)
-        session.run_with_iobinding(binding)
+        session.run_with_iobinding(binding, self._run_options)
         state.length += len(embeds)
         result: Float32 = logits[0]
         return result
@@ -311,7 +331,7 @@ class OnnxDecoder:
             name: np.empty((1, length, self._spec.num_experts(layer)), np.float32)
             for name, layer in names.items()
         }
-        session, chunk = self._prompt_session(length), self._plan.prefill_chunk
+        session, chunk = self._prompt_session(length), self._plan.chunk_length
         for start in range(0, length, chunk):
             end = min(start + chunk, length)
             also = {name: values[:, start:end] for name, values in logits.items()}
@@ -328,7 +348,7 @@ class OnnxDecoder:
         session = still_open(self._session)
         state.step_embeds[0, 0] = still_open(self._table)[token]
         state.total_length[0] = state.length + 1
-        session.run_with_iobinding(state.step_binding)
+        session.run_with_iobinding(state.step_binding(session))
         state.length += 1
         result: Float32 = state.step_logits[0, 0]
         return result
@@ -348,6 +368,13 @@ class OnnxDecoder:
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         self._session = self._prompts = self._table = self._encoder = None
+
+
+def _giving_back() -> ort.RunOptions:
+    """Of a run that gives its buffers back to the system when it is over."""
+    options = ort.RunOptions()
+    options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+    return options
 
 
 def _lazy_zeros(shape: tuple[int, ...]) -> Float32:

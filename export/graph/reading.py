@@ -69,7 +69,9 @@ class OnnxTensors:
             and node.inputs[0] is not None
             and node.inputs[0].name in self._stored
         }
-        self._groups = {name: group for group in linear_groups(spec) for name in group.names}
+        self._groups: dict[str, LinearGroup] = {}
+        stored = (part for group in linear_groups(spec) for part in self._as_stored(group))
+        self._groups = {name: group for group in list(stored) for name in group.names}
         self._layers = spec.decoder.num_hidden_layers
         self._last: tuple[str, Float32] | None = None
         is_decoder = self._holds("decoder.lm_head.weight")
@@ -122,6 +124,14 @@ class OnnxTensors:
     @property
     def sha256(self) -> str:
         return file_sha256(self.files[0])
+
+    def _as_stored(self, group: LinearGroup) -> list[LinearGroup]:
+        """The group, or its layers where the graph has a product for each."""
+        last = self._stored_name(f"{group.names[-1]}.weight")
+        if len(group.names) == 1 or not self._holds(last):
+            return [group]
+        layers = zip(group.names, group.out_sizes, strict=True)
+        return [LinearGroup((name,), group.in_size, (size,)) for name, size in layers]
 
     def _holds(self, name: str) -> bool:
         return name in self._stored or name in self._fixed
@@ -207,7 +217,11 @@ class OnnxTensors:
             path = path.removesuffix(".attn")
         if part == "vision":
             path = path.removesuffix(".mlp")
-        return ".".join(filter(None, (_PARTS[part], path, _STACKS.get(leaf, leaf), kind)))
+        alone, stacked = (
+            ".".join(filter(None, (_PARTS[part], path, last, kind)))
+            for last in (leaf, _STACKS.get(leaf, leaf))
+        )
+        return alone if self._holds(alone) else stacked
 
     def _expert_name(self, experts: str, index: str, leaf: str, kind: str) -> str:
         """Of all experts in one operator the table, else the expert's own tensor. (Biases of the

@@ -121,15 +121,25 @@ class ClipLayer(nn.Module):  # type: ignore[misc]
         self.spec, self.dialect, self.elementary = spec, dialect, weights.recipe.elementary
         self.norm1 = LayerNorm(weights, f"{name}.norm1", size, spec.layer_norm_eps)
         parts = [f"{name}.attn.{part}_proj" for part in "qkv"]
-        self.qkv = Linear(weights, parts, size, [size] * 3)
+        if dialect.joined_queries:
+            self.qkv = Linear(weights, parts, size, [size] * 3)
+        else:
+            self.q_proj, self.k_proj, self.v_proj = (
+                Linear(weights, part, size, size) for part in parts
+            )
         self.out_proj = Linear(weights, f"{name}.attn.out_proj", size, size)
         self.norm2 = LayerNorm(weights, f"{name}.norm2", size, spec.layer_norm_eps)
         self.fc1 = Linear(weights, f"{name}.mlp.fc1", size, wide)
         self.fc2 = Linear(weights, f"{name}.mlp.fc2", wide, size)
 
     def forward(self, op: Any, hidden: Any) -> Any:
-        qkv = self.qkv(op, self.norm1(op, hidden))
-        query, key, value = op.Split(qkv, axis=-1, num_outputs=3, _outputs=3)
+        rows = self.norm1(op, hidden)
+        if self.dialect.joined_queries:
+            query, key, value = op.Split(self.qkv(op, rows), axis=-1, num_outputs=3, _outputs=3)
+        else:
+            query, key, value = (
+                linear(op, rows) for linear in (self.q_proj, self.k_proj, self.v_proj)
+            )
         heads, head_dim = self.spec.num_attention_heads, self.spec.head_dim
         mixed = self.dialect.attention(op, query, key, value, heads, head_dim)
         hidden = op.Add(hidden, self.out_proj(op, mixed))

@@ -79,7 +79,7 @@ class Target:
         if self.provider is not None:
             title = find_provider(self.provider.name).title
             compiled = f"operators that {title} takes, by table; .ort files run; "
-        tested = f"; in the tests: {self.tested}" if self.tested else ""
+        tested = f"; tested: {self.tested}" if self.tested else ""
         return f"{compiled}memory{tested}" + (f". But: {self.caveat}" if self.caveat else "")
 
     def settled(self) -> Recipe:

@@ -20,6 +20,7 @@ def command(as_json: bool) -> None:
         show_json({"machine": machine, "memory_limits": found, "extras": extras})
         return
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(box=None, show_header=False, pad_edge=False)
@@ -32,5 +33,5 @@ def command(as_json: bool) -> None:
         table.add_row("memory limit", f"{limit.size / 1e6:.0f} MB ({limit.kind}: {limit.where})")
     for extra, missing in extras.items():
         remedy = f"missing {', '.join(missing)}: pip install 'mobilevlm-edge[{extra}]'"
-        table.add_row(f"extra {extra}", remedy if missing else "installed")
+        table.add_row(f"extra {extra}", escape(remedy) if missing else "installed")
     Console().print(table)

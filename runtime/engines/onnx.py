@@ -46,11 +46,14 @@ def open_session(
     packed: bool = True,
     entries: Mapping[str, str] = MappingProxyType({}),
     planned_buffers: bool = True,
+    compact: bool = False,
 ) -> ort.InferenceSession:
     """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
     copied in the order that kernels like best, else they are used where they lie in the mapped
     file. ``entries``: further settings of it, as onnxruntime names them. ``planned_buffers``: the
     second run with the same shapes gets one block for all its buffers, beside what the first took.
+    ``compact``: weights are packed one by one, so that the file's pages go as the copies come, and
+    not by all threads at once, which is most of a load.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -60,8 +63,7 @@ def open_session(
     options.log_severity_level = 3
     options.enable_mem_pattern = planned_buffers
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    # Most of a load, by all threads.
-    options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    options.add_session_config_entry("session.prepack.enable_parallel", str(int(not compact)))
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
@@ -97,7 +99,7 @@ class OnnxVision:
         entries: Mapping[str, str] = MappingProxyType({}),
         compact: bool = False,
     ) -> None:
-        session = open_session(path, threads, spinning, packed, entries, planned_buffers=False)
+        session = open_session(path, threads, spinning, packed, entries, False, compact)
         self._reads_text = len(session.get_inputs()) > 1
         self._run_options = _giving_back() if compact else None
         self._session: ort.InferenceSession | None = session
@@ -214,13 +216,16 @@ class OnnxDecoder:
     ) -> None:
         self._spec, self._plan = spec, plan
         threads, spinning = plan.threads_of("decoder"), plan.spinning
-        self._session: ort.InferenceSession | None = open_session(path, threads, spinning)
-        self._encoder = None if encoder is None else open_session(encoder, threads, spinning)
+        opened = partial(
+            open_session, threads=threads, spinning=spinning, compact=plan.memory != "fast"
+        )
+        self._session: ort.InferenceSession | None = opened(path)
+        self._encoder = None if encoder is None else opened(encoder)
         self._prompts: ort.InferenceSession | None = None
         self._prompt_weights = prompts and weights_path(prompts)
         if prompts is not None:
             packed = plan.prefill_weights == "packed" and plan.memory == "fast"
-            self._prompts = open_session(prompts, threads, spinning, packed)
+            self._prompts = opened(prompts, packed=packed)
         self._table: NDArray[Any] | None = map_table(table, embeddings)
         self._run_options = None if plan.memory == "fast" else _giving_back()
 

@@ -110,3 +110,5 @@ def test_the_base_install_tells_which_extras_are_missing(device: Path) -> None:
     done = run(device, "mobilevlm", "doctor", "--json")
     extras = json.loads(done.stdout)["extras"]
     assert "onnxscript" in extras["export"] and extras["reference"] == ["torch"]
+    shown = " ".join(run(device, "mobilevlm", "doctor").stdout.split())
+    assert "missing torch: pip install 'mobilevlm-edge[reference]'" in shown

@@ -65,7 +65,8 @@ def convert(graphs: Mapping[Path, tuple[Path, ...]], folder: Path) -> RequiredOp
         TargetError: a file gives other results than its graph, here on the processor.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".ort.") as work:
+    # Not beside the bundle: the length of its path would move things in the converter's memory.
+    with tempfile.TemporaryDirectory(prefix="ort.") as work:
         source, output = Path(work) / "graphs", Path(work) / "made"
         source.mkdir()
         for path in {name for graph, data in graphs.items() for name in (graph, *data)}:
@@ -98,7 +99,7 @@ def _environment() -> dict[str, str]:
     """What finds programs and libraries; more would move things in the converter's memory."""
     kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT")
     found = {name: os.environ[name] for name in kept if name in os.environ}
-    return {**found, "PYTHONHASHSEED": "0"}
+    return {**found, "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
 
 
 def _check_alike(graph: Path, converted: Path) -> None:

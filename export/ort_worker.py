@@ -44,6 +44,8 @@ def _fixed_addresses() -> bool:
         personality = ctypes.CDLL(None).personality
     except (OSError, AttributeError):
         return False
+    if hasattr(os, "sched_setaffinity"):  # one thread: none can allocate before another
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     now = personality(ctypes.c_ulong(_QUERY))
     return bool(now >= 0 and personality(ctypes.c_ulong(now | _ADDR_NO_RANDOMIZE)) >= 0)
 

@@ -71,7 +71,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
     with tempfile.TemporaryDirectory() as logs:
 
         def open_profiled(
-            path: Path, threads: int, spinning: bool = True, packed: bool = True, *_: Any
+            path: Path, threads: int, spinning: bool = True, packed: bool = True, *_: Any, **__: Any
         ) -> ort.InferenceSession:
             options = ort.SessionOptions()
             options.intra_op_num_threads = threads

@@ -128,7 +128,8 @@ class OnnxTensors:
     def _as_stored(self, group: LinearGroup) -> list[LinearGroup]:
         """The group, or its layers where the graph has a product for each."""
         last = self._stored_name(f"{group.names[-1]}.weight")
-        if len(group.names) == 1 or not self._holds(last):
+        is_expert = _EXPERT.fullmatch(group.name) is not None
+        if len(group.names) == 1 or is_expert or not self._holds(last):
             return [group]
         layers = zip(group.names, group.out_sizes, strict=True)
         return [LinearGroup((name,), group.in_size, (size,)) for name, size in layers]

@@ -113,6 +113,7 @@ def command(
             f"--runs={runs}",
             *([] if threads is None else [f"--threads={threads}"]),
             *([] if max_resident_mb is None else [f"--max-resident={max_resident_mb}MB"]),
+            *([] if max_memory_mb is None else [f"--max-memory={max_memory_mb}MB"]),
             *(["--no-plan"] if plan == "none" else []),
             *(["--no-image"] if no_image else []),
         ]

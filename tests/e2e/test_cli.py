@@ -36,6 +36,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "bytes": sum(entry.size for entry in bundle.manifest.files.values()),
         "recipe": "int4",
         "quality": {"measured": False, "note": "not wanted", "stages": {}},
+        "coverage": [],
     }
     assert [line.split()[0] for line in export.stderr.splitlines()] == [
         "vision", "embeddings", "decoder", "quality", "bundle",
@@ -103,7 +104,7 @@ def test_run_json_is_one_object_with_these_keys(bundle: Path) -> None:
 
 
 def test_a_picture_may_come_from_standard_input(bundle: Path) -> None:
-    question = ("--prompt", "What is it?", "--max-new-tokens", 12)
+    question = ("--prompt", "What is this?", "--max-new-tokens", 12)
     piped = answered(bundle, *question, "--image", "-", stdin=FIRST.read_bytes())
     named = answered(bundle, *question, "--image", FIRST)
     other = answered(bundle, *question, "--image", SECOND)
@@ -139,15 +140,17 @@ def test_sampling_options_reach_the_sampler(bundle: Path) -> None:
 
 
 def test_chat_obeys_commands_and_prints_only_answers(bundle: Path, tmp_path: Path) -> None:
-    options = ("--max-new-tokens", 5, "--image", FIRST)
+    options = ("--max-new-tokens", 12, "--image", FIRST)
     lines = [
-        "Who?", "", "Why?", "/reset", "Who?", f"/image {SECOND}", "Who?", "/image none.png",
+        "What is this?", "", "Why?", "/reset", "What is this?", f"/image {SECOND}", "What is this?", "/image none.png",
         "/dance", "/help", "/timings", "Why?", "/quit", "never asked",
     ]  # fmt: skip
     done = run_program("chat", bundle, *options, stdin="\n".join(lines).encode())
     assert done.returncode == 0, done.stderr
     first, second = (
-        answered(bundle, "--prompt", "Who?", "--max-new-tokens", 5, "--image", image)["text"]
+        answered(bundle, "--prompt", "What is this?", "--max-new-tokens", 12, "--image", image)[
+            "text"
+        ]
         for image in (FIRST, SECOND)
     )
     answers = done.stdout.split("\n")

@@ -159,7 +159,8 @@ def test_requirements_are_those_of_the_base_install() -> None:
 def test_every_option_of_bench_reaches_the_device_or_stays_here_on_purpose() -> None:
     """The command passes on each by name: a new one must be added there and here."""
     passed = {"engine", "text_tokens", "new_tokens", "draft_tokens", "runs", "threads", "plan",
-              "max_resident_mb", "max_memory_mb", "no_image", "bundle", "mmproj", "image"}  # fmt: skip
+              "max_resident_mb", "max_memory_mb", "no_image", "bundle", "mmproj",
+              "image"}  # fmt: skip
     here = {"form", "as_json", "show_plan_only", "device", "device_python", "device_folder"}
     assert {parameter.name for parameter in bench_command.params} == passed | here
 

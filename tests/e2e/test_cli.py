@@ -143,7 +143,8 @@ def test_chat_obeys_commands_and_prints_only_answers(bundle: Path, tmp_path: Pat
     options = ("--max-new-tokens", 12, "--image", FIRST)
     lines = [
         "What is this?", "", "Why?", "/reset", "What is this?", f"/image {SECOND}",
-        "What is this?", "/image none.png", "/dance", "/help", "/timings", "Why?", "/quit", "never asked",
+        "What is this?", "/image none.png", "/dance", "/help", "/timings", "Why?",
+        "/quit", "never asked",
     ]  # fmt: skip
     done = run_program("chat", bundle, *options, stdin="\n".join(lines).encode())
     assert done.returncode == 0, done.stderr

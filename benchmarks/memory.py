@@ -107,7 +107,7 @@ def row(candidate: str, found: dict[str, Any]) -> str:
     """Of the table: estimate and measurement."""
     path = candidate.split(":")[0]
     manifest, _ = read_manifest(Path(path))
-    plan = Plan(found["engine"], memory=found["memory"])
+    plan = Plan(found["engine"], 1, 1, memory=found["memory"])
     told = estimate(manifest, plan, found["positions"])
     ratio = told.peak / 1e6 / found["peak_mb"]
     return (

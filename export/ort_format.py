@@ -69,7 +69,8 @@ def convert(graphs: Mapping[Path, tuple[Path, ...]], folder: Path) -> RequiredOp
     with tempfile.TemporaryDirectory(prefix="ort.") as work:
         source, output = Path(work) / "graphs", Path(work) / "made"
         source.mkdir()
-        for path in {name for graph, data in graphs.items() for name in (graph, *data)}:
+        # In the same order each time, since that is how the converter finds them.
+        for path in sorted({name for graph, data in graphs.items() for name in (graph, *data)}):
             _link(path, source / path.name)
         done = subprocess.run(
             [sys.executable, "-m", "mobilevlm.export.ort_worker"],

@@ -9,8 +9,9 @@ The parts, and what each follows from (docs/runtime.md tells more, benchmarks/me
   ``bits / 8`` bytes of each weight and 8 of each block (a float32 scale, and a float32 sum beside
   it), whatever the file has. 8-bit weights of ``int8`` and floats take what the file has; those of
   ``fp16`` are made float32, and kept twice. llama.cpp keeps a second copy of Q4_0 in another order.
-- loading: where all threads pack weights, the file's pages are there until all is packed; where one
-  does (``compact``, one processor), the largest tensor, and the scales of blocks until all is read.
+- loading: where all threads pack weights, the file's pages are there until all is packed; where
+  one does (``compact``, one processor), the largest tensor, and the scales of blocks until all is
+  read.
 - buffers of a run: attention and MLP of one layer at a time, which the formulas below add up.
 - keys and values of the positions that are filled.
 - mapped: pages of files that the system can take back.
@@ -179,21 +180,24 @@ def _artifacts(manifest: Manifest, engine: str) -> dict[str, Artifact]:
 
 
 def _peak(stages: list[_Stage], states: float, plan: Plan) -> tuple[float, float, float, float]:
-    """At the worst moment: weights, keys and values, what is needed beside them, and pages of
-    files. The first stage is the vision stage, which runs before there are keys and values."""
+    """Weights, keys and values, and what is needed beside them when these are most, and the pages
+    of files that make up the rest of the peak. The first stage is the vision stage, which runs
+    before there are keys and values."""
     moments = []
     in_turn = plan.engine == "onnx" and plan.memory == "in turn"
     for turn in [stages[:1], stages[1:]] if in_turn else [stages]:
         weights, read = sum(part.weights for part in turn), sum(part.mapped for part in turn)
-        # Of a second turn keys and values are there while it loads.
+        # Of a second turn keys and values are there while it loads. Loading reads what it packs,
+        # not what stays in the file.
         there = states * (turn[0] is not stages[0])
         unpacked = sum(part.unpacked for part in turn)
-        moments.append((weights, there, max(part.loading for part in turn), read + unpacked))
+        moments.append((weights, there, max(part.loading for part in turn), unpacked))
         for at, part in enumerate(turn):
             kept = sum(other.kept for other in turn[:at])
             filled = states * (part is not stages[0])
             moments.append((weights, filled, kept + part.run, read))
-    return max(moments, key=sum)
+    most = max(moments, key=lambda moment: sum(moment[:3]))
+    return (*most[:3], max(map(sum, moments)) - sum(most[:3]))
 
 
 def _onnx_stage(

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import re
 import shlex
 import sys
 from collections.abc import Mapping
@@ -79,6 +80,10 @@ def parse_arguments() -> argparse.Namespace:
         help=f"of {OURS}, {', '.join(PACKAGES)}",
     )  # fmt: skip
     parser.add_argument(
+        "--match", default="", metavar="REGEX",
+        help="only candidates in whose name it is found, as 'onnx (int4|fast)|q4_0 . f16'",
+    )  # fmt: skip
+    parser.add_argument(
         "--python", action="append", default=[], metavar="PEER=PYTHON",
         help="the interpreter that has a peer's package",
     )  # fmt: skip
@@ -107,6 +112,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
         lambda name: not arguments.only or name in arguments.only,
         schedule.memory,
     )
+    lined.present = [c for c in lined.present if re.search(arguments.match, c.name)]
     _announce(lined)
     if not lined.present:
         raise MobileVLMError("nobody takes part: " + "; ".join(a.reason for a in lined.absent))
@@ -144,6 +150,10 @@ def show(result: Comparison, folder: Path) -> None:
 
 def _schedule(arguments: argparse.Namespace) -> Schedule:
     base = QUICK if arguments.quick else Schedule(lengths=LENGTHS)
+    try:
+        re.compile(arguments.match)
+    except re.error as error:
+        raise MobileVLMError(f"--match {arguments.match}: no regular expression: {error}") from None
     counts = (arguments.threads, arguments.rounds, arguments.load_rounds)
     if any(count is not None and count < 1 for count in counts):
         raise MobileVLMError("--threads, --rounds and --load-rounds must be 1 or more")

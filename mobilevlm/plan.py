@@ -41,7 +41,7 @@ PREFILL_CHUNK = 512
 """Positions per run: bounds the attention scores, which grow with length × total length, and
 llama.cpp's buffers."""
 COMPACT_CHUNK = 64
-"""The same where memory is scarce: buffers of a run take an eighth, time is a few percent more."""
+"""The same where memory is scarce: buffers of a run take an eighth."""
 PREFILL_FROM = 24
 """Positions from which on a piece of a prompt goes to the graph for prompts, if there is one. For
 fewer, reading twice as many bytes of weights costs more than products of integers save."""

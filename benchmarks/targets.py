@@ -111,7 +111,16 @@ def main() -> None:
     about = f"\nMachine: {platform.system()} {platform.machine()}.\n"
     if phones:
         about = PHONES + "\n".join(phones) + "\n" + about
-    given.output.write_text(HEAD + text + "\n".join(lines) + "\n" + about, encoding="utf-8")
+    parts = HEAD, _verified(given.targets), text, "\n".join(lines), "\n", about
+    given.output.write_text("".join(parts), encoding="utf-8")
+
+
+def _verified(names: list[str]) -> str:
+    """How each target is verified, as ``mobilevlm targets`` says it."""
+    lines = ["## How each is verified", "", "| target | device | verified |", "|---|---|---|"]
+    for target in map(find_target, names):
+        lines.append(f"| {target.name} | {target.description} | {target.verified} |")
+    return "\n".join([*lines, "", ""])
 
 
 def _model_lines(

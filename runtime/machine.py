@@ -108,11 +108,10 @@ def installed_extras() -> dict[str, list[str]]:
 
 def peak_memory_mb() -> float:
     """The most memory that this process had resident so far (0 where the system does not tell)."""
-    status = Path("/proc/self/status")
-    if status.is_file():  # ru_maxrss begins with that of the process which started this one
-        for line in status.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("VmHWM:"):
-                return 1.024e-3 * int(line.split()[1])
+    # ru_maxrss begins with that of the process which started this one.
+    status = proc_bytes(Path("/proc/self/status"))
+    if "VmHWM" in status:
+        return status["VmHWM"] / 1e6
     try:
         import resource
     except ImportError:
@@ -123,12 +122,19 @@ def peak_memory_mb() -> float:
 
 def available_memory() -> float:
     """Bytes that programs may still take (0 where the system does not tell)."""
-    path = Path("/proc/meminfo")
+    return proc_bytes(Path("/proc/meminfo")).get("MemAvailable", 0.0)
+
+
+def proc_bytes(path: Path) -> dict[str, float]:
+    """Bytes by their names in a file of /proc that counts in kB; none where it is not there."""
     if not path.is_file():
-        return 0.0
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    found = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
-    return 1024.0 * int(found[0]) if found else 0.0
+        return {}
+    found = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        words = line.split()
+        if len(words) == 3 and words[2] == "kB":
+            found[words[0].rstrip(":")] = 1024.0 * int(words[1])
+    return found
 
 
 def _is_installed(module: str) -> bool:

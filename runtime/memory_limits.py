@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from mobilevlm.runtime.machine import proc_bytes
+
 Kind: TypeAlias = Literal["asked", "address space", "data", "cgroup", "available"]
 """``asked``: by the person; ``address space``, ``data``: RLIMIT_AS and RLIMIT_DATA; ``cgroup``: of
 this process or one above; ``available``: memory and swap that programs may still take."""
@@ -35,7 +37,7 @@ def memory_limits(root: Path = Path("/"), asked_mb: float | None = None) -> list
 def in_use(root: Path = Path("/")) -> tuple[float, float]:
     """Bytes of address space and of data that this process has (0 where the system does not
     tell)."""
-    status = _fields(root / "proc/self/status")
+    status = proc_bytes(root / "proc/self/status")
     return status.get("VmSize", 0.0), status.get("VmData", 0.0)
 
 
@@ -92,20 +94,8 @@ def _cgroup_limit(path: Path) -> list[Limit]:
 
 
 def _available(root: Path) -> list[Limit]:
-    fields = _fields(root / "proc/meminfo")
+    fields = proc_bytes(root / "proc/meminfo")
     if "MemAvailable" not in fields:
         return []
     free = fields["MemAvailable"] + fields.get("SwapFree", 0.0)
     return [Limit("available", free, "memory and swap that are free")]
-
-
-def _fields(path: Path) -> dict[str, float]:
-    """Bytes by their names in a file of /proc."""
-    if not path.is_file():
-        return {}
-    found = {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        words = line.split()
-        if len(words) == 3 and words[2] == "kB":
-            found[words[0].rstrip(":")] = 1024.0 * int(words[1])
-    return found

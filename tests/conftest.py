@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 
 import mobilevlm
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
-from mobilevlm.cli import main
+from mobilevlm.cli import SPINS, main
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.runtime import VLM
 from mobilevlm.synth import write_checkpoint
 
+os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # tests run side by side; programs inherit it
 DATA = Path(__file__).parent / "data"
 FLOAT32 = 2e-5
 """Relative error that float32 in another order of summation may make (tests/parity says why)."""

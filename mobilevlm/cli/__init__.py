@@ -33,6 +33,13 @@ VERBS = {
     "synth": "Write a checkpoint with random weights.",
 }
 
+TORCH_VERBS = ("export", "search", "imatrix", "verify")
+"""Those that run torch's reference."""
+SPINS = "1000"
+"""How long threads of torch (GNU OpenMP) wait in a loop before they sleep. By default they wait so
+long that two exports at once, on two processors, take ten times as long as one after the other;
+alone, both settings are alike."""
+
 
 class _Verbs(click.Group):
     """Finds the command of a verb in the module of its name, so that ``--help`` imports nothing."""
@@ -43,6 +50,8 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
             return None
+        if cmd_name in TORCH_VERBS:
+            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
         command: click.Command = importlib.import_module(f"mobilevlm.cli.{cmd_name}").command
         return command
 

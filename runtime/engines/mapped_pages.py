@@ -1,4 +1,4 @@
-"""Resident pages of mapped weight files: given back when a session has read what it needs.
+"""Resident pages of mapped weight files: given back while a session reads them, and after that.
 
 onnxruntime maps a file's weights and copies most of them in its kernels' order. What it read stays
 resident though nothing reads it again.
@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import mmap
 import re
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ _DONTNEED = 4
 """MADV_DONTNEED of Linux"""
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+) *(.*)")
 _SMAPS = Path("/proc/self/smaps")
+_OFTEN = 0.2
+"""Seconds. Each time costs a reading of the process's list of mappings, 20 to 50 ms."""
 
 
 def give_back(path: Path) -> int:
@@ -37,6 +41,26 @@ def give_back(path: Path) -> int:
         if advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED) == 0:
             total += end - start
     return total
+
+
+@contextmanager
+def giving_back(path: Path) -> Iterator[None]:
+    """Gives back a file's pages every now and then, and at the end, so that what a loader has read
+    and what it makes of it are never in memory both."""
+    over = threading.Event()
+
+    def run() -> None:
+        while not over.wait(_OFTEN):
+            give_back(path)
+
+    beside = threading.Thread(target=run, name="giving back", daemon=True)
+    beside.start()
+    try:
+        yield
+    finally:
+        over.set()
+        beside.join()
+        give_back(path)
 
 
 def trim_heap() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +33,12 @@ from mobilevlm.runtime.engines import (
     save_buffers,
     still_open,
 )
-from mobilevlm.runtime.engines.mapped_pages import give_back, small_pages, trim_heap
+from mobilevlm.runtime.engines.mapped_pages import (
+    give_back,
+    giving_back,
+    small_pages,
+    trim_heap,
+)
 from mobilevlm.spec import DecoderSpec
 
 _NO_WORDS = (0,)
@@ -52,8 +58,8 @@ def open_session(
     copied in the order that kernels like best, else they are used where they lie in the mapped
     file. ``entries``: further settings of it, as onnxruntime names them. ``planned_buffers``: the
     second run with the same shapes gets one block for all its buffers, beside what the first took.
-    ``compact``: weights are packed one by one, so that the file's pages go as the copies come, and
-    not by all threads at once, which is most of a load.
+    ``compact``: weights are packed one by one, which needs the least memory, and not by all threads
+    at once, while what they have read is given back every now and then.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -72,13 +78,11 @@ def open_session(
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
     try:
-        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with giving_back(weights_path(path)) if packed else nullcontext():
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds, none of them public
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"{path}: onnxruntime cannot load it: {reason:.200}") from None
-    if packed:
-        give_back(weights_path(path))
-    return session
 
 
 def weights_path(path: Path) -> Path:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import mmap
 import platform
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mobilevlm.runtime.engines.mapped_pages import give_back
+from mobilevlm.runtime.engines.mapped_pages import give_back, giving_back
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Linux only")
 SIZE = 1 << 22
@@ -53,3 +54,16 @@ def test_pages_that_were_written_to_stay(path: Path) -> None:
 def test_a_file_that_is_not_mapped_or_not_there_is_nothing(path: Path) -> None:
     assert give_back(path) == 0
     assert give_back(path.with_name("none")) == 0
+
+
+def test_pages_are_given_back_while_they_are_read_and_at_the_end(path: Path) -> None:
+    mapped = np.memmap(path, np.uint8, "r")
+    mapped.sum()
+    assert resident(path.name) >= SIZE
+    with giving_back(path):
+        until = time.monotonic() + 60
+        while resident(path.name) and time.monotonic() < until:
+            time.sleep(0.01)
+        assert resident(path.name) == 0
+        mapped.sum()
+    assert resident(path.name) == 0

@@ -57,6 +57,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     """All stages of a model as ONNX files."""
     try:
         from mobilevlm.export.graph import author
+        from mobilevlm.export.kv_cache import check_cache
         from mobilevlm.export.qdq import author_qdq, check_onnx
     except ImportError as error:
         raise require(error.name or "onnxscript", "export", "exporting") from None
@@ -87,6 +88,8 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         )
     if recipe.is_calibrated:
         samples = find_samples(recipe.calibration)
+    if recipe.kv_cache != "fp32":
+        check_cache(model)
     if recipe.tower.precision in QDQ:
         check_onnx()
 
@@ -145,6 +148,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             )
         )
     decoder = ("decoder.layers.", "decoder.norm.", "decoder.lm_head.")
+    cache = [] if recipe.kv_cache == "fp32" else [recipe.kv_cache, samples_digest(samples)]
     jobs = [
         job(
             "vision",
@@ -168,12 +172,12 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             "decoder_model_merged",
             recipe.decoder.precision,
             decoder,
-            [to_dict(spec.decoder), recipe.experts],
+            [to_dict(spec.decoder), recipe.experts, *cache],
             author.author_decoder,
         ),
     ]
     if recipe.prefill is not None:
-        precision, settings = recipe.prefill.precision, [to_dict(spec.decoder)]
+        precision, settings = recipe.prefill.precision, [to_dict(spec.decoder), *cache]
         prompts = recipe.for_prefill()
         write = author.author_decoder
         jobs.append(job("prefill", "decoder_prefill", precision, decoder, settings, write, prompts))

@@ -28,6 +28,7 @@ from mobilevlm.bundle import (
 )
 from mobilevlm.conversation import system_ids
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
+from mobilevlm.export.calibration import find_samples
 from mobilevlm.export.jobs import JOBS, Job, fixed_context, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.limits import check_limits, quality_error
@@ -49,7 +50,7 @@ from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.runtime.machine import int8_weight_bits
-from mobilevlm.spec import GGUFType
+from mobilevlm.spec import GGUFType, KVCache
 
 FORMATS = tuple(JOBS)
 
@@ -77,6 +78,7 @@ def export(
     calibration: str | PathLike[str] | None = None,
     mmproj: str | PathLike[str] | None = None,
     weight_bits: WeightBits | None = None,
+    kv_cache: KVCache | None = None,
     target: str | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
@@ -93,7 +95,8 @@ def export(
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
     (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
     recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
-    machine: 7 for x86 without VNNI, 8 for all others.
+    machine: 7 for x86 without VNNI, 8 for all others. ``kv_cache``: how the ONNX decoder stores
+    keys and values, not the recipe's.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -117,6 +120,8 @@ def export(
     chosen = goal.settled() if goal else find_recipe(recipe or "int4")
     if gguf_type is not None:
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
+    if kv_cache is not None:
+        chosen = _with_kv_cache(chosen, kv_cache, formats)
     if imatrix is not None or calibration is not None:
         chosen = _with_data(chosen, imatrix, calibration, formats)
     chosen = _with_weight_bits(chosen, weight_bits, formats)
@@ -134,6 +139,8 @@ def export(
         if model.instruction_tokenizer is not None:
             model.instruction_tokenizer.save(str(work.path(INSTRUCTION_TOKENIZER)))
         draft = _manifest(model, chosen, artifacts)
+        if chosen.kv_cache != "fp32" and "onnx" in formats:
+            _quantize_cache(model, chosen, work, draft)
         draft = dataclasses.replace(draft, system_prompt=_system_prompt(model, work, draft))
         quality = _measure(model, chosen, work, draft, measure)
         if goal is not None:
@@ -218,6 +225,15 @@ def _with_data(
         gguf_imatrix=None if imatrix is None else str(Path(imatrix)),
         gguf_calibration=None if calibration is None else str(calibration),
     )
+
+
+def _with_kv_cache(recipe: Recipe, kv_cache: KVCache, formats: Sequence[str]) -> Recipe:
+    """The recipe with keys and values stored so."""
+    if "onnx" not in formats:
+        raise MobileVLMError(
+            f"--kv-cache {kv_cache} is about the ONNX decoder, there is none: leave it out"
+        )
+    return dataclasses.replace(recipe, kv_cache=kv_cache)
 
 
 def _with_weight_bits(recipe: Recipe, wanted: WeightBits | None, formats: Sequence[str]) -> Recipe:
@@ -306,6 +322,23 @@ def _make(job: Job, work: Workspace) -> Artifact:
         f"{stage:<12}{artifact.path}  {size / 1e6:.1f} MB, {time.perf_counter() - start:.1f} s"
     )
     return artifact
+
+
+def _quantize_cache(model: Model, recipe: Recipe, work: Workspace, draft: Manifest) -> None:
+    """Makes the finished ONNX decoder store keys and values in 8 bits."""
+    from mobilevlm.export.kv_cache import quantize_cache
+
+    start = time.perf_counter()
+    parts = [part for part in draft.artifacts if part.format == "onnx"]
+    obstacle = _run_obstacle(model, work, parts)
+    if obstacle:
+        raise MobileVLMError(f"kv_cache int8 is measured by running the decoder: {obstacle}")
+    samples = find_samples(recipe.calibration)
+    if quantize_cache(model, Bundle(work.folder, draft, digest=""), samples):
+        for part in parts:
+            if part.stage in ("decoder", "prefill"):
+                note_finished(work, part)
+        progress.say(f"kv_cache    int8, measured in {time.perf_counter() - start:.1f} s")
 
 
 def _system_prompt(model: Model, work: Workspace, draft: Manifest) -> SystemPrompt | None:

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize.blocks import Scheme
-from mobilevlm.spec import GGUFType, from_dict
+from mobilevlm.spec import GGUFType, KVCache, from_dict
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -159,6 +159,9 @@ class Recipe:
     lm_head: LinearFormat
     embeddings: Literal["fp32", "fp16"]
     limits: Limits
+    kv_cache: KVCache = "fp32"
+    """How the ONNX decoder stores keys and values: in ``int8`` each channel of each head has a
+    scale, measured on calibration data (export/kv_cache.py)."""
     prefill: LinearFormat | None = None
     """The decoder's linear layers and the head in a second graph that computes prompts; none: one
     graph does both. It has no single ``layers`` of other formats."""
@@ -200,7 +203,7 @@ class Recipe:
     @property
     def is_calibrated(self) -> bool:
         """Whether a method of the ONNX artifacts needs data."""
-        return any(layers.is_calibrated for layers in self._formats)
+        return self.kv_cache != "fp32" or any(layers.is_calibrated for layers in self._formats)
 
     @property
     def _formats(self) -> tuple[LinearFormat, ...]:

@@ -13,12 +13,13 @@ PATH = "onnx/system_prompt.bin"
 
 def write_system_prompt(bundle: Bundle, ids: Sequence[int]) -> SystemPrompt:
     """Runs the ONNX decoder over ``ids`` as the runtime would without a plan, and writes what it
-    leaves in the KV buffers: little-endian float32, see :class:`mobilevlm.bundle.SystemPrompt`.
+    leaves in the KV buffers, little-endian, see :class:`mobilevlm.bundle.SystemPrompt`.
     (float16 would take half the bytes, 1 % of a large model's bundle, and change the answers.)"""
     path = bundle.path(bundle.artifact("decoder", "onnx").path)
     decoder = onnx_decoder(bundle, path, Plan())
     state = decoder.new_state()
     decoder.extend(state, decoder.embed(ids))
-    decoder.save(state, 0).data.astype("<f4").tofile(bundle.path(PATH))
+    data = decoder.save(state, 0).data
+    data.astype(data.dtype.newbyteorder("<")).tofile(bundle.path(PATH))
     decoder.close()
     return SystemPrompt(PATH, tuple(ids))

@@ -86,9 +86,9 @@ class EmbeddingTable:
 
 @dataclass(frozen=True)
 class SystemPrompt:
-    """Keys and values of what prompts begin with, as the ONNX decoder computes them: float32
-    ``(2 · layers, num_key_value_heads, len(ids), head_dim)``, each layer's keys before its
-    values."""
+    """Keys and values of what prompts begin with, as the ONNX decoder computes them: float32, or
+    int8 where the recipe has such a ``kv_cache``, ``(2 · layers, num_key_value_heads, len(ids),
+    head_dim)``, each layer's keys before its values."""
 
     path: str
     ids: tuple[int, ...]

@@ -320,6 +320,9 @@ GGUFType: TypeAlias = Literal[
 ]
 """How GGUF files store matrices. The last three are made by llama.cpp's own quantizer."""
 
+KVCache: TypeAlias = Literal["fp32", "int8"]
+"""How an ONNX decoder stores keys and values."""
+
 GGUF_TYPES: tuple[GGUFType, ...] = typing.get_args(GGUFType)
 
 T = TypeVar("T")

@@ -132,7 +132,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     if plan.engine == "npu" and manifest.compiled:
         names = [name for part in manifest.compiled for name in part.files]
         binaries = _size(manifest, names)
-        states = _states(decoder, plan, positions)
+        states = _states(manifest, plan, positions)
         return Memory(libraries, binaries, 0.0, states, pages, 0.0, 0.0)
     stages: list[_Stage] = []
     for name, artifact in artifacts.items():
@@ -153,8 +153,8 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
             stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
     if manifest.system_prompt is not None and plan.engine == "onnx":
         mapped += _size(manifest, [manifest.system_prompt.path])
-    weights, filled, working, read = _peak(stages, _states(decoder, plan, positions), plan)
-    whole = _state_size(decoder, plan) * decoder.context_length
+    weights, filled, working, read = _peak(stages, _states(manifest, plan, positions), plan)
+    whole = _state_size(manifest, plan) * decoder.context_length
     files = sum(_size(manifest, part.files) for part in artifacts.values())
     reserved = files + whole - filled
     return Memory(libraries, weights, working, filled, pages, mapped + read, reserved)
@@ -327,16 +327,19 @@ def _decoder_buffers(spec: DecoderSpec, chunk: int, total: int) -> float:
     return _FLOAT * (states + spec.num_attention_heads * chunk * total + 2 * spec.vocab_size)
 
 
-def _states(spec: DecoderSpec, plan: Plan, positions: int) -> float:
+def _states(manifest: Manifest, plan: Plan, positions: int) -> float:
     """Keys and values in memory: llama.cpp's are there for the whole context at once."""
-    filled = spec.context_length if plan.engine in LLAMA_ENGINES[:2] else positions
-    return _state_size(spec, plan) * filled
+    whole = plan.engine in LLAMA_ENGINES[:2]
+    filled = manifest.spec.decoder.context_length if whole else positions
+    return _state_size(manifest, plan) * filled
 
 
-def _state_size(spec: DecoderSpec, plan: Plan) -> float:
+def _state_size(manifest: Manifest, plan: Plan) -> float:
     """Bytes of the keys and values of a position."""
+    spec = manifest.spec.decoder
     values = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim
-    return values * {"npu": 1, "onnx": _FLOAT}.get(plan.engine, _HALF)
+    stored = 1 if manifest.recipe.get("kv_cache") == "int8" else _FLOAT
+    return values * {"npu": 1, "onnx": stored}.get(plan.engine, _HALF)
 
 
 PAGE_MB = 350.0
@@ -353,6 +356,6 @@ def estimate_web_mb(manifest: Manifest) -> float:
     files = {artifact.stage: artifact.files for artifact in manifest.artifacts}
     weights = {stage: sum(manifest.files[name].size for name in files[stage]) for stage in files}
     decoder = manifest.spec.decoder
-    states = STATE_COPIES * decoder.context_length * _state_size(decoder, Plan("onnx"))
+    states = STATE_COPIES * decoder.context_length * _state_size(manifest, Plan("onnx"))
     model = RESIDENT_WEB * (weights["vision"] + weights["decoder"]) + weights["embeddings"]
     return PAGE_MB + (model + states) / 1e6

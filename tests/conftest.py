@@ -25,6 +25,7 @@ from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.cli import SPINS, main
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.runtime import VLM
+from mobilevlm.spec import KVCache
 from mobilevlm.synth import write_checkpoint
 
 os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # tests run side by side; programs inherit it
@@ -201,7 +202,13 @@ def llava_v1() -> Fixture:
 
 
 class BundleOf(Protocol):
-    def __call__(self, checkpoint: str, recipe: str, measure: bool = False) -> Path: ...
+    def __call__(
+        self,
+        checkpoint: str,
+        recipe: str,
+        measure: bool = False,
+        kv_cache: KVCache = "fp32",
+    ) -> Path: ...
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -224,11 +231,13 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def bundle_of(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
     """Exports a reference checkpoint, or ``tiny``. The bundle is shared: copy it to change it."""
-    made: dict[tuple[str, str, bool], Path] = {}
+    made: dict[tuple[str, str, bool, KVCache], Path] = {}
     base = tmp_path_factory.mktemp("bundles")
 
-    def export(checkpoint: str, recipe: str, measure: bool = False) -> Path:
-        key = checkpoint, recipe, measure
+    def export(
+        checkpoint: str, recipe: str, measure: bool = False, kv_cache: KVCache = "fp32"
+    ) -> Path:
+        key = checkpoint, recipe, measure, kv_cache
         if key not in made:
             folder = base / "-".join(map(str, key))
             source, options = tiny_checkpoint, OpenOptions()
@@ -242,6 +251,7 @@ def bundle_of(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
                 vision_tower=options.vision_tower,
                 variant=options.variant,
                 measure=measure,
+                kv_cache=kv_cache,
             )
             made[key] = folder
         return made[key]

@@ -79,6 +79,9 @@ function checkRunnable(manifest, stages, url) {
         `which this page cannot run: choose a model with a plain decoder`,
     );
   }
+  if (manifest.recipe.kv_cache === "int8") {
+    throw new Error(`${url}: keys and values in int8, this page has float32: '${EXPORT}'`);
+  }
 }
 
 /** A file's bytes, of the size and digest that the manifest says. */

@@ -14,6 +14,8 @@ from mobilevlm.plan import PREFILL_CHUNK
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
+CacheType: TypeAlias = "type[np.float32] | type[np.int8]"
+"""Of stored keys and values"""
 ExpertChoices: TypeAlias = Mapping[int, NDArray[np.integer[Any]]]
 """The experts of each position ``(length, top_k)``, best first, by layer."""
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.runtime.engines import (
+    CacheType,
     DecoderState,
     ExpertChoices,
     Float32,
@@ -98,11 +99,16 @@ class DecoderInTurn:
     """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
 
     def __init__(
-        self, turns: _Turns, table: Path, embeddings: EmbeddingTable, spec: DecoderSpec
+        self,
+        turns: _Turns,
+        table: Path,
+        embeddings: EmbeddingTable,
+        spec: DecoderSpec,
+        cache: CacheType,
     ) -> None:
         self._turns: _Turns | None = turns
         self._table: NDArray[Any] | None = map_table(table, embeddings)
-        self._spec = spec
+        self._spec, self._cache = spec, cache
 
     @property
     def brought_in_bytes(self) -> int | None:
@@ -111,7 +117,7 @@ class DecoderInTurn:
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Opens nothing."""
-        state = OnnxState(self._spec)
+        state = OnnxState(self._spec, self._cache)
         still_open(self._turns).states.add(state)
         return state
 
@@ -174,7 +180,9 @@ def stages_in_turn(
     table: Path,
     embeddings: EmbeddingTable,
     spec: DecoderSpec,
+    cache: CacheType,
 ) -> tuple[VisionInTurn, DecoderInTurn]:
-    """Both stages, neither open yet. ``table``: the file with the embedding rows."""
+    """Both stages, neither open yet. ``table``: the file with the embedding rows; ``cache``: what
+    keys and values are stored in."""
     turns = _Turns(open_vision, open_decoder)
-    return VisionInTurn(turns), DecoderInTurn(turns, table, embeddings, spec)
+    return VisionInTurn(turns), DecoderInTurn(turns, table, embeddings, spec, cache)

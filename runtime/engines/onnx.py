@@ -23,6 +23,7 @@ from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines import (
+    CacheType,
     DecoderState,
     ExpertChoices,
     Float32,
@@ -151,11 +152,11 @@ class OnnxState:
     costs little.
     """
 
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, cache: CacheType = np.float32) -> None:
         self.length = 0
         shape = (1, spec.num_key_value_heads, spec.context_length, spec.head_dim)
         self.buffers = {
-            f"{index}.{kind}": _lazy_zeros(shape)
+            f"{index}.{kind}": _lazy_zeros(shape, cache)
             for index in range(spec.num_hidden_layers)
             for kind in ("key", "value")
         }
@@ -206,7 +207,8 @@ class OnnxState:
 
 class OnnxDecoder:
     """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
-    second graph that computes pieces of prompts from ``plan.prefill_from`` positions on."""
+    second graph that computes pieces of prompts from ``plan.prefill_from`` positions on; ``cache``:
+    what both store keys and values in."""
 
     def __init__(
         self,
@@ -217,8 +219,9 @@ class OnnxDecoder:
         plan: Plan,
         prompts: Path | None = None,
         encoder: Path | None = None,
+        cache: CacheType = np.float32,
     ) -> None:
-        self._spec, self._plan = spec, plan
+        self._spec, self._plan, self._cache = spec, plan, cache
         threads, spinning = plan.threads_of("decoder"), plan.spinning
         opened = partial(
             open_session, threads=threads, spinning=spinning, compact=plan.memory != "fast"
@@ -248,7 +251,7 @@ class OnnxDecoder:
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         still_open(self._session)
-        return OnnxState(self._spec)
+        return OnnxState(self._spec, self._cache)
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -363,7 +366,7 @@ class OnnxDecoder:
         return result
 
     def save(self, state: DecoderState, start: int) -> Segment:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``: float32
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:
         ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
         assert isinstance(state, OnnxState)
         return save_buffers(state.buffers, start, state.length)
@@ -386,10 +389,11 @@ def _giving_back() -> ort.RunOptions:
     return options
 
 
-def _lazy_zeros(shape: tuple[int, ...]) -> Float32:
+def _lazy_zeros(shape: tuple[int, ...], kind: CacheType) -> NDArray[Any]:
     """Zeros in fresh pages of 4 KiB (numpy would ask for huge pages, resident at first touch)."""
     count = int(np.prod(shape))
-    return np.frombuffer(mmap.mmap(-1, count * 4), np.float32, count).reshape(shape)
+    fresh = mmap.mmap(-1, count * np.dtype(kind).itemsize)
+    return np.frombuffer(fresh, kind, count).reshape(shape)
 
 
 def _bind_input(binding: Any, name: str, array: NDArray[Any]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from mobilevlm.bundle import Bundle, EmbeddingTable
 from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import Plan, stage_formats
-from mobilevlm.runtime.engines import DecoderEngine, Segment, VisionEngine
+from mobilevlm.runtime.engines import CacheType, DecoderEngine, Segment, VisionEngine
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import ModelSpec
 
@@ -115,6 +115,7 @@ def _in_turn(
         bundle.path(table.path),
         table,
         bundle.manifest.spec.decoder,
+        cache_type(bundle),
     )
 
 
@@ -150,8 +151,11 @@ def _embedding_table(bundle: Bundle) -> EmbeddingTable:
     return table
 
 
-def onnx_decoder(bundle: Bundle, path: Path, plan: Plan) -> OnnxDecoder:
-    """Opens the decoder stage from an ONNX file of the bundle."""
+def onnx_decoder(
+    bundle: Bundle, path: Path, plan: Plan, cache: CacheType | None = None
+) -> OnnxDecoder:
+    """Opens the decoder stage from an ONNX file of the bundle. ``cache``: what it stores keys and
+    values in, where that is not what the bundle says."""
     from mobilevlm.runtime.engines.onnx import OnnxDecoder
 
     spec, table = bundle.manifest.spec, _embedding_table(bundle)
@@ -161,7 +165,13 @@ def onnx_decoder(bundle: Bundle, path: Path, plan: Plan) -> OnnxDecoder:
     prompts = None
     if "prefill" in stage_formats(bundle, "onnx"):
         prompts = bundle.path(bundle.artifact("prefill", "onnx").path)
-    return OnnxDecoder(path, bundle.path(table.path), table, spec.decoder, plan, prompts, encoder)
+    rows, stored = bundle.path(table.path), cache or cache_type(bundle)
+    return OnnxDecoder(path, rows, table, spec.decoder, plan, prompts, encoder, stored)
+
+
+def cache_type(bundle: Bundle) -> CacheType:
+    """What the bundle's ONNX decoder stores keys and values in."""
+    return np.int8 if bundle.manifest.recipe.get("kv_cache") == "int8" else np.float32
 
 
 def stored_system_prompt(bundle: Bundle) -> Segment | None:
@@ -175,10 +185,11 @@ def stored_system_prompt(bundle: Bundle) -> Segment | None:
         return None
     path, count = bundle.path(system.path), len(system.ids)
     shape = (2 * spec.num_hidden_layers, spec.num_key_value_heads, count, spec.head_dim)
-    expected = 4 * math.prod(shape)
+    stored = cache_type(bundle)
+    expected = np.dtype(stored).itemsize * math.prod(shape)
     if not 0 < count < spec.context_length or path.stat().st_size != expected:
         raise BundleError(
             f"{path}: {path.stat().st_size} bytes, {count} tokens of this model take {expected}: "
             f"export the bundle again"
         )
-    return Segment(0, count, np.memmap(path, np.float32, "r", shape=shape))
+    return Segment(0, count, np.memmap(path, stored, "r", shape=shape))

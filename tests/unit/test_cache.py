@@ -6,6 +6,7 @@ import dataclasses
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,9 +92,10 @@ def test_a_chain_with_a_gap_is_not_taken() -> None:
 # Answers
 
 
-@pytest.fixture(scope="module", params=["fp32", "int8", "int4", "fast"])
+@pytest.fixture(scope="module", params=["fp32", "int8", "int4", "fast", "fast, int8 keys"])
 def bundle(request: pytest.FixtureRequest, bundle_of: BundleOf) -> Path:
-    return bundle_of("tiny", request.param)
+    recipe, _, keys = request.param.partition(", ")
+    return bundle_of("tiny", recipe, kv_cache="int8" if keys else "fp32")
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +197,11 @@ def test_a_bundle_brings_the_system_prompt(bundle: Path, plain: VLM) -> None:
     assert found.token_ids == expected.token_ids
 
 
-def stored(bundle: Path) -> NDArray[np.float32]:
+def stored(bundle: Path) -> NDArray[Any]:
     manifest, _ = read_manifest(bundle)
     assert manifest.system_prompt is not None
-    return np.fromfile(bundle / manifest.system_prompt.path, np.float32)
+    kind = {"fp32": np.float32, "int8": np.int8}[manifest.recipe["kv_cache"]]
+    return np.fromfile(bundle / manifest.system_prompt.path, kind)
 
 
 def test_what_is_stored_is_what_the_decoder_computes(bundle: Path, plain: VLM) -> None:

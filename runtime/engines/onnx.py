@@ -42,6 +42,8 @@ from mobilevlm.runtime.engines.mapped_pages import (
 )
 from mobilevlm.spec import DecoderSpec
 
+INT8_CACHE = (1, 27)
+"""The first version whose GroupQueryAttention reads them, on x86-64; 1.24 to 1.26 do not."""
 _NO_WORDS = (0,)
 """An instruction where none is needed: the tower's features do not depend on it."""
 
@@ -221,6 +223,8 @@ class OnnxDecoder:
         encoder: Path | None = None,
         cache: CacheType = np.float32,
     ) -> None:
+        if cache is np.int8:
+            _check_version(path)
         self._spec, self._plan, self._cache = spec, plan, cache
         threads, spinning = plan.threads_of("decoder"), plan.spinning
         opened = partial(
@@ -380,6 +384,17 @@ class OnnxDecoder:
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         self._session = self._prompts = self._table = self._encoder = None
+
+
+def _check_version(path: Path) -> None:
+    """Raises BundleError: this onnxruntime has no attention for keys and values in int8. (Some
+    versions would say so at the first run only.)"""
+    if tuple(map(int, ort.__version__.split(".")[:2])) < INT8_CACHE:
+        needed = ".".join(map(str, INT8_CACHE))
+        raise BundleError(
+            f"{path}: keys and values in int8 need onnxruntime {needed}, this is {ort.__version__}: "
+            f"pip install -U onnxruntime"
+        )
 
 
 def _giving_back() -> ort.RunOptions:

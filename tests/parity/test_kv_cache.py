@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from conftest import (
     FIXTURES,
@@ -24,6 +25,7 @@ from conftest import (
 
 import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle
+from mobilevlm.errors import BundleError
 from mobilevlm.export.calibration import held_out_samples
 from mobilevlm.export.kv_cache import HEADROOM, quantize_cache
 from mobilevlm.export.system_prompt import PATH
@@ -155,3 +157,13 @@ def test_what_it_does_not_go_with_is_refused(
     )
     assert "leave it out" in message
     assert not bundle.exists()
+
+
+def test_a_runtime_without_such_attention_says_what_it_needs(
+    bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = bundle_of("tiny", "fast", kv_cache="int8")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
+    with pytest.raises(BundleError, match="need onnxruntime 1.27, this is 1.26.0: pip install"):
+        mobilevlm.load(bundle)
+    mobilevlm.load(bundle_of("tiny", "fast")).close()

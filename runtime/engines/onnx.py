@@ -392,8 +392,8 @@ def _check_version(path: Path) -> None:
     if tuple(map(int, ort.__version__.split(".")[:2])) < INT8_CACHE:
         needed = ".".join(map(str, INT8_CACHE))
         raise BundleError(
-            f"{path}: keys and values in int8 need onnxruntime {needed}, this is {ort.__version__}: "
-            f"pip install -U onnxruntime"
+            f"{path}: keys and values in int8 need onnxruntime {needed}, this is "
+            f"{ort.__version__}: pip install -U onnxruntime"
         )
 
 

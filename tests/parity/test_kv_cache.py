@@ -1,8 +1,8 @@
 """Keys and values in 8 bits against the same decoder with float ones.
 
 What was measured of the fixtures in float32 (relative error of all prompt logits): dense decoders
-0.007 to 0.016, VILA's 0.035; with sparse experts 0.010, 0.029 and 0.064, where a router of random weights sends a
-token elsewhere for a small difference.
+0.007 to 0.016, VILA's 0.035; with sparse experts 0.010, 0.029 and 0.064, where a router of random
+weights sends a token elsewhere for a small difference.
 """
 
 from __future__ import annotations
@@ -164,6 +164,6 @@ def test_a_runtime_without_such_attention_says_what_it_needs(
 ) -> None:
     bundle = bundle_of("tiny", "fast", kv_cache="int8")
     monkeypatch.setattr(onnxruntime, "__version__", "1.26.0")
-    with pytest.raises(BundleError, match="need onnxruntime 1.27, this is 1.26.0: pip install"):
+    with pytest.raises(BundleError, match=r"need onnxruntime 1\.27, this is 1\.26\.0: pip install"):
         mobilevlm.load(bundle)
     mobilevlm.load(bundle_of("tiny", "fast")).close()

@@ -11,7 +11,6 @@ from comparison.roofline import Peaks, share_of_roof
 PROFILE_ROWS = 8
 TITLES = {measure.key: measure.title for measure in MEASURES} | {
     "second_share": "second question over its own first",
-    "peak_over_size": "peak memory over artifacts, MB",
 }
 
 
@@ -19,23 +18,22 @@ def as_markdown(result: Comparison) -> str:
     """Tables: all figures, targets, roofline, operators."""
     return "\n".join(
         [
-            f"## {result.model}, {result.threads} threads, {result.rounds} rounds",
+            _title(result),
             "",
             f"`{result.command}`",
             "",
+            *_unfinished(result),
             _machine(result),
             "",
-            "Median, in brackets least and most.",
+            "Median, in brackets least and most. Bold: the best of a column, in loads and memory "
+            "of those that run the whole model.",
             "",
             *_figures(result),
             "",
             *_notes(result),
             "### Targets: our best over llama.cpp's best",
             "",
-            *_table(
-                ("", "ours", "llama.cpp", "ratio", "target", "met"),
-                (_verdict_row(verdict) for verdict in result.verdicts()),
-            ),
+            *_verdicts(result),
             "",
             *_roofline(result),
             "",
@@ -44,24 +42,61 @@ def as_markdown(result: Comparison) -> str:
     )
 
 
-def cell(figure: Figure | None, measure: Measure) -> str:
-    """``812 (790–1043)``, or a dash."""
+def targets(result: Comparison) -> list[str]:
+    """The table of targets alone, under a heading."""
+    return [_title(result), "", *_unfinished(result), *_verdicts(result)]
+
+
+def rounds_in_words(result: Comparison) -> str:
+    """How many rounds are complete, as ``3 of 3 rounds of loads, …``."""
+    assert result.done is not None and result.planned is not None
+    done, planned = vars(result.done), vars(result.planned)
+    return ", ".join(f"{done[kind]} of {planned[kind]} rounds of {kind}" for kind in planned)
+
+
+def cell(figure: Figure | None, measure: Measure, bold: bool = False) -> str:
+    """``812 (790–1043)``, or a dash. ``bold``: the median."""
     if figure is None:
         return "–"
     median, low, high = (
         f"{value * measure.scale:.{measure.digits}f}"
         for value in (figure.median, figure.low, figure.high)
     )
-    return median if low == high else f"{median} ({low}–{high})"
+    shown = f"**{median}**" if bold else median
+    return shown if low == high else f"{shown} ({low}–{high})"
+
+
+def _title(result: Comparison) -> str:
+    rounds = f"{result.rounds} round{'s' * (result.rounds != 1)}"
+    return f"## {result.model}, {result.threads} threads, {rounds}"
+
+
+def _unfinished(result: Comparison) -> list[str]:
+    if result.finished:
+        return []
+    return [
+        f"**Interrupted.** Complete are {rounds_in_words(result)}; the rest is left out, and the "
+        "same command goes on from here.",
+        "",
+    ]
+
+
+def _verdicts(result: Comparison) -> list[str]:
+    return _table(
+        ("", "ours", "llama.cpp", "ratio", "target", "met"),
+        (_verdict_row(verdict) for verdict in result.verdicts()),
+    )
 
 
 def _machine(result: Comparison) -> str:
     facts = result.machine
     peaks = result.peaks
+    packages = [f"mobilevlm {facts['mobilevlm']}", *facts.get("packages", {}).values()]
     return (
         f"{facts['processor']}, {' '.join(facts['features'])}, {facts['memory_gb']} GB; "
         f"{facts['system']}; Python {facts['python']}, onnxruntime {facts['onnxruntime']}, "
-        f"mobilevlm {facts['mobilevlm']}. Measured in this run: reads {peaks.read / 1e9:.1f} GB/s, "
+        f"{', '.join(packages)}. "
+        f"Measured in this run: reads {peaks.read / 1e9:.1f} GB/s, "
         f"float32 products {peaks.float32 / 1e9:.0f} GFLOP/s, int8 products "
         f"{peaks.int8 / 1e9:.0f} Gop/s."
     )
@@ -71,12 +106,19 @@ def _figures(result: Comparison) -> list[str]:
     shown = [
         measure
         for measure in MEASURES
-        if any(entry.rows.get(measure.key) for entry in result.entries)
+        if any(entry.figure(measure.key) for entry in result.entries)
     ]
+    winners = {measure.key: result.best(measure) for measure in shown}
     return _table(
         ("", *(f"{measure.title}, {measure.unit}" for measure in shown)),
         (
-            (entry.name, *(cell(entry.figure(measure.key), measure) for measure in shown))
+            (
+                entry.name,
+                *(
+                    cell(entry.figure(measure.key), measure, winners[measure.key] is entry)
+                    for measure in shown
+                ),
+            )
             for entry in result.entries
         ),
     )

@@ -167,7 +167,7 @@ def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
 
 
 def _llama(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
-    q4_0, q4_k_m = artifacts.both("q4_0"), artifacts.both("q4_k_m")
+    q4_0, q4_k_m = artifacts.both("q4_0"), artifacts.gguf("q4_k_m")
     for bundle, decoder, encoder in (
         (q4_0, "q4_0", "f16"),
         (q4_0, "q4_0", "q8_0"),
@@ -250,13 +250,19 @@ def _openvino(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
 
 
 def _mnn(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
+    image = artifacts.spec.image
     for bits, settings in ((None, {}), (8, {"memory": "low", "precision": "low"})):
         path = artifacts.mnn(python, bits)
         yield Candidate(
             name=f"mnn int{bits}" if bits else "mnn float32",
             group="mnn",
             module=PACKAGES["mnn"].module,
-            options={"vision": str(path), "settings": settings},
+            options={
+                "vision": str(path),
+                "settings": settings,
+                "mean": image.mean,
+                "std": image.std,
+            },
             files=(path,),
             vision_bytes=path.stat().st_size,
             python=python,

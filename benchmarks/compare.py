@@ -280,7 +280,9 @@ def _entry(candidate: Candidate, found: Samples, spec: ModelSpec, schedule: Sche
         work["encode"] = vision_work(spec, candidate.vision_bytes)
     if candidate.decoder_bytes:
         work["prefill"] = prefill_work(spec.decoder, PROMPT_TOKENS, candidate.decoder_bytes)
-        work["decode"] = decode_work(spec.decoder, middle, candidate.decoder_bytes)
+        work["decode"] = decode_work(
+            spec.decoder, middle, candidate.decoder_bytes, candidate.kv_bytes
+        )
     return Entry(
         name=candidate.name,
         group=candidate.group,

@@ -56,6 +56,8 @@ class Candidate:
     """Weights read for one picture."""
     decoder_bytes: int = 0
     """Weights read for one token."""
+    kv_bytes: int = 4
+    """Of a stored key or value element."""
     python: str | None = None
     memory: float = 0.0
     """Bytes that it is expected to need, to refuse it in time."""
@@ -162,6 +164,7 @@ def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
         files=files,
         vision_bytes=stage_bytes(bundle, "vision", "gguf" if engine == "gguf" else "onnx"),
         decoder_bytes=stage_bytes(bundle, "decoder", "onnx" if engine == "onnx" else "gguf"),
+        kv_bytes=4 if engine == "onnx" else 2,
         memory=2.2 * sum(file.stat().st_size for file in files),
     )
 
@@ -187,6 +190,7 @@ def _llama(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
             files=(model, mmproj),
             vision_bytes=mmproj.stat().st_size,
             decoder_bytes=stage_bytes(bundle, "decoder", "gguf"),
+            kv_bytes=2,
             python=python,
             memory=2.2 * (model.stat().st_size + mmproj.stat().st_size),
         )
@@ -222,6 +226,7 @@ def _transformers(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
             files=files,
             vision_bytes=size * tower,
             decoder_bytes=size * (stored - tower - embeddings),
+            kv_bytes=2 * size,
             python=python,
             memory=size * stored * 1.15 + 0.7e9,
         )

@@ -118,14 +118,14 @@ def test_operations_of_a_decoder_layer_are_two_per_weight() -> None:
 def test_a_prompt_of_one_token_is_a_decode_step_after_none() -> None:
     """Its attention sees itself, that of a step after none sees nothing older: 4 heads × head_dim
     operations per layer of difference."""
-    prompt, step = prefill_work(DECODER, 1, 7), decode_work(DECODER, 0, 7)
+    prompt, step = prefill_work(DECODER, 1, 7), decode_work(DECODER, 0, 7, 4)
     assert prompt.operations - step.operations == 3 * 4 * 2 * 4
     assert (prompt.bytes_read, step.bytes_read) == (7, 7)
 
 
 def test_a_decode_step_reads_keys_and_values_of_its_context() -> None:
-    # 2 (keys, values) × 3 layers × 1 head × 4 × 10 positions × 4 bytes
-    assert decode_work(DECODER, 10, 0).bytes_read == 2 * 3 * 1 * 4 * 10 * 4
+    # 2 (keys, values) × 3 layers × 1 head × 4 × 10 positions × 2 bytes
+    assert decode_work(DECODER, 10, 0, 2).bytes_read == 2 * 3 * 1 * 4 * 10 * 2
 
 
 def test_operations_of_the_tower_and_projectors() -> None:

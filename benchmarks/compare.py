@@ -52,7 +52,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         if arguments.targets:
-            print("\n".join(targets(read_result(arguments.targets))))
+            print("\n".join(targets(read_result(arguments.targets))).strip())
         elif arguments.plots:
             show(read_result(arguments.plots), arguments.plots.parent)
         elif arguments.checkpoint is None:
@@ -112,7 +112,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--targets", type=Path, metavar="JSON",
-        help="only print the table of targets of an earlier run: our best over llama.cpp's best",
+        help="only print an earlier run's tables of targets and of ratios to each peer",
     )  # fmt: skip
     parser.add_argument("--quiet", action="store_true")
     return parser.parse_args()

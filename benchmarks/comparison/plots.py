@@ -126,7 +126,7 @@ def _bars(figure: Any, result: Comparison, rows: int) -> None:
     panels.flat[0].set_ylim(len(names) - 0.4, -0.6)
     figure.suptitle(
         f"{result.model}, {result.threads} threads, median of {result.rounds} rounds, "
-        "line: least to most, bold: the best"
+        f"line: least to most, bold: the best{'' if result.finished else ' (interrupted)'}"
     )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from comparison.candidates import OURS
 from comparison.figures import MEASURES, Figure, Measure, Verdict
 from comparison.results import Comparison, Entry
 from comparison.roofline import Peaks, share_of_roof
 
 PROFILE_ROWS = 8
+RATIOS = ("encode", "prefill", "first", "decode", "second", "cold_load", "warm_load", "peak")
 TITLES = {measure.key: measure.title for measure in MEASURES} | {
     "second_share": "second question over its own first",
 }
@@ -31,20 +33,17 @@ def as_markdown(result: Comparison) -> str:
             *_figures(result),
             "",
             *_notes(result),
-            "### Targets: our best over llama.cpp's best",
-            "",
             *_verdicts(result),
-            "",
+            *_ratios(result),
             *_roofline(result),
-            "",
             *_profiles(result),
         ]
     )
 
 
 def targets(result: Comparison) -> list[str]:
-    """The table of targets alone, under a heading."""
-    return [_title(result), "", *_unfinished(result), *_verdicts(result)]
+    """The tables of targets and ratios alone, under a heading."""
+    return [_title(result), "", *_unfinished(result), *_verdicts(result), *_ratios(result)]
 
 
 def rounds_in_words(result: Comparison) -> str:
@@ -82,10 +81,39 @@ def _unfinished(result: Comparison) -> list[str]:
 
 
 def _verdicts(result: Comparison) -> list[str]:
-    return _table(
+    return _section(
+        ["### Targets: our best over llama.cpp's best"],
         ("", "ours", "llama.cpp", "ratio", "target", "met"),
-        (_verdict_row(verdict) for verdict in result.verdicts()),
+        [_verdict_row(verdict) for verdict in result.verdicts()],
     )
+
+
+def _ratios(result: Comparison) -> list[str]:
+    """Every peer's best, as ``_verdicts`` has llama.cpp's."""
+    measures = [measure for measure in MEASURES if measure.key in RATIOS]
+    groups = dict.fromkeys(entry.group for entry in result.entries if entry.group != OURS)
+    rows = [(group, *(result.ratio(measure, group) for measure in measures)) for group in groups]
+    return _section(
+        [
+            "### Our best over each peer's best",
+            "",
+            "Less is better, except for tokens/s. A dash: one of the two lacks the stage, or does "
+            "not run the whole model.",
+        ],
+        ("", *(measure.title for measure in measures)),
+        [
+            (group, *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
+            for group, *ratios in rows
+            if any(ratios)
+        ],
+    )
+
+
+def _section(
+    heading: Sequence[str], header: Sequence[str], rows: Sequence[Sequence[object]]
+) -> list[str]:
+    """A heading and a table, with an empty line after it; nothing without rows."""
+    return [*heading, "", *_table(header, rows), ""] if rows else []
 
 
 def _machine(result: Comparison) -> str:
@@ -164,15 +192,14 @@ def _roofline(result: Comparison) -> list[str]:
         for stage in ("encode", "prefill", "decode")
         if (roof := roofline_row(entry, stage, result.peaks))
     ]
-    return [
+    heading = [
         "### Distance from the roofline",
         "",
         "The roof is the least time that the stage's operations take at the peak of the matrix "
         "products, or its weights at the reading speed, whichever is more; the share says how much "
         "of the time taken that is.",
-        "",
-        *_table(header, rows),
     ]
+    return _section(heading, header, rows)
 
 
 def roofline_row(entry: Entry, stage: str, peaks: Peaks) -> tuple[str, ...] | None:

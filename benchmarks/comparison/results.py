@@ -43,6 +43,11 @@ class Entry:
     """Of ``encode``, ``prefill`` and ``decode``, where it takes part in them."""
     notes: tuple[str, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether it runs all stages: loads and memory of others are not comparable."""
+        return bool(self.rows.get("load_and_first"))
+
     def figure(self, key: str) -> Figure | None:
         if key == "peak_over_size":
             return summarize(peak_over_size(self.rows))
@@ -70,16 +75,27 @@ class Comparison:
     """What is complete of them; what an interrupted round gave is left out."""
     finished: bool = True
 
-    def best(self, measure: Measure) -> Entry | None:
-        """The candidate with the best median; in loads and memory of those that run all stages."""
+    def best(self, measure: Measure, group: str | None = None) -> Entry | None:
+        """The candidate (of a group) with the best median; in loads and memory of those that run
+        all stages."""
         rivals = [
             (figure.median, entry)
             for entry in self.entries
             if (figure := entry.figure(measure.key))
-            and (measure.key in STAGES or entry.figure("first"))
+            and (measure.key in STAGES or entry.whole)
+            and group in (None, entry.group)
         ]
         choose = max if measure.better == "more" else min
         return choose(rivals, key=lambda rival: rival[0])[1] if rivals else None
+
+    def ratio(self, measure: Measure, group: str) -> float | None:
+        """Our best over a group's best."""
+        ours, theirs = self.best(measure, OURS), self.best(measure, group)
+        if ours is None or theirs is None:
+            return None
+        mine, other = ours.figure(measure.key), theirs.figure(measure.key)
+        assert mine is not None and other is not None
+        return mine.median / other.median
 
     def verdicts(self) -> list[Verdict]:
         """The targets, ours against llama.cpp; memory for the int4 bundle."""

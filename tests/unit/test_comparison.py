@@ -93,12 +93,20 @@ def test_each_candidate_shows_its_peak_over_its_artifacts() -> None:
 
 
 def test_who_runs_a_part_of_the_model_wins_no_column_of_memory() -> None:
-    whole, part = entry("a", first=[1.0], decode=[5.0], peak=[9.0]), entry("b", peak=[1.0])
+    whole, part = entry("a", load_and_first=[1.0], decode=[5.0], peak=[9.0]), entry("b", peak=[1.0])
     part.rows["decode"] = (7.0,)
     result = comparison(whole, part)
     winners = {m.key: winner.name for m in MEASURES if (winner := result.best(m))}
-    assert winners == {"first": "a", "decode": "b", "peak": "a"}
-    assert "| b | – | **7.0** | 1 |" in as_markdown(result)
+    assert winners == {"load_and_first": "a", "decode": "b", "peak": "a"}
+    assert "| b | **7.0** | – | 1 |" in as_markdown(result)
+
+
+def test_each_peer_has_the_ratio_to_our_best() -> None:
+    peer = replace(entry("b", encode=[4.0], decode=[10.0], peak=[1.0]), group="mnn")
+    result = comparison(entry("x", encode=[2.0]), entry("y", encode=[1.0], decode=[5.0]), peer)
+    ratios = {m.key: result.ratio(m, "mnn") for m in MEASURES}
+    assert {key: ratio for key, ratio in ratios.items() if ratio} == {"encode": 0.25, "decode": 0.5}
+    assert "| mnn | 0.25 | – | – | 0.50 | – | – | – | – |" in targets(result)
 
 
 def test_the_report_of_an_interrupted_run_says_what_is_complete() -> None:

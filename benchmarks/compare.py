@@ -4,9 +4,12 @@
     python benchmarks/compare.py mobilevlm_v2_1.7b --threads 2 --rounds 5 -o results/
     python benchmarks/compare.py synth17 --python openvino=/venvs/ov/bin/python --only openvino
     python benchmarks/compare.py --plots results/compare.json
+    python benchmarks/compare.py --targets results/compare.json
 
 Prints the tables and writes compare.json, compare.md and, where matplotlib is installed, pictures
-and index.html. benchmarks/README.md says how things are measured. Needs the [export] extra.
+and index.html. compare.json is written after every round: interrupted (Ctrl-C), it shows what is
+there, and the same command goes on from there. benchmarks/README.md says how things are measured.
+Needs the [export] extra.
 """
 
 from __future__ import annotations
@@ -15,18 +18,22 @@ import argparse
 import importlib.util
 import re
 import shlex
+import signal
 import sys
+from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from comparison.artifacts import Artifacts
 from comparison.candidates import OURS, PACKAGES, Candidate, LineUp, line_up
-from comparison.measure import LENGTHS, Samples, Schedule, measure
+from comparison.measure import LENGTHS, Rounds, Samples, Schedule, measure
 from comparison.profiling import profile
-from comparison.report import as_markdown
+from comparison.report import as_markdown, rounds_in_words, targets
 from comparison.results import Comparison, Entry, read_result, write_result
-from comparison.roofline import Work, decode_work, measure_peaks, prefill_work, vision_work
+from comparison.roofline import Peaks, Work, decode_work, measure_peaks, prefill_work, vision_work
 from comparison.work import PROMPT_TOKENS, Shapes
 
 from mobilevlm import progress
@@ -39,22 +46,30 @@ QUICK = Schedule(rounds=1, load_rounds=1, curve_rounds=1, lengths=(64, 256), new
 
 
 def main() -> int:
-    """Exit status 2 for wrong input, with one line that says what."""
+    """Exit status 2 for wrong input, with one line that says what, and 130 when interrupted."""
     arguments = parse_arguments()
     progress.enable(not arguments.quiet)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        if arguments.plots:
+        if arguments.targets:
+            print("\n".join(targets(read_result(arguments.targets))).strip())
+        elif arguments.plots:
             show(read_result(arguments.plots), arguments.plots.parent)
         elif arguments.checkpoint is None:
             raise MobileVLMError("which checkpoint? Give a folder, 'nano', or a name of synth")
         else:
             arguments.output.mkdir(parents=True, exist_ok=True)
             result = compare(arguments)
-            write_result(result, arguments.output / "compare.json")
             show(result, arguments.output)
+            if not result.finished:
+                print("interrupted: the same command goes on from here", file=sys.stderr)
+                return 130
     except MobileVLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: no round was complete", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -95,12 +110,21 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--plots", type=Path, metavar="JSON", help="only draw again what an earlier run measured"
     )
+    parser.add_argument(
+        "--targets", type=Path, metavar="JSON",
+        help="only print an earlier run's tables of targets and of ratios to each peer",
+    )  # fmt: skip
     parser.add_argument("--quiet", action="store_true")
     return parser.parse_args()
 
 
 def compare(arguments: argparse.Namespace) -> Comparison:
-    """Makes the files, measures everything."""
+    """Makes the files, measures everything. An interruption ends it with the rounds that are
+    complete; without one it goes on.
+
+    Raises:
+        KeyboardInterrupt: and no round is complete.
+    """
     schedule = _schedule(arguments)
     artifacts = Artifacts(arguments.checkpoint, arguments.cache)
     spec = artifacts.spec
@@ -116,21 +140,72 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     _announce(lined)
     if not lined.present:
         raise MobileVLMError("nobody takes part: " + "; ".join(a.reason for a in lined.absent))
-    peaks = measure_peaks(arguments.threads)
-    samples = measure(lined.present, _shapes(spec), schedule)
-    bundle = artifacts.onnx(arguments.recipes[0])
-    return Comparison(
+    path = arguments.output / "compare.json"
+    samples = {candidate.name: Samples() for candidate in lined.present}
+
+    def entries() -> tuple[Entry, ...]:
+        return tuple(_entry(c, samples[c.name], spec, schedule) for c in lined.present)
+
+    result = Comparison(
         model=artifacts.name,
         command=shlex.join(["python", "benchmarks/compare.py", *sys.argv[1:]]),
         threads=arguments.threads,
-        rounds=schedule.rounds,
-        machine=describe_machine(),
-        peaks=peaks,
-        entries=tuple(_entry(c, samples[c.name], spec, schedule) for c in lined.present),
+        rounds=0,
+        machine=describe_machine() | {"packages": lined.packages},
+        peaks=Peaks(0, 0, 0),
+        entries=entries(),
         absent={absent.name: absent.reason for absent in lined.absent},
-        profiles=profile(bundle.folder, arguments.threads),
-        profiled=f"mobilevlm onnx {arguments.recipes[0]}",
+        planned=schedule.planned,
+        done=Rounds(),
+        finished=False,
     )
+    if before := unfinished(path, result):
+        progress.say(f"going on    after {rounds_in_words(before)} (without {path}: anew)")
+        samples = {entry.name: _samples(entry) for entry in before.entries}
+        result = before
+    else:
+        result = replace(result, peaks=measure_peaks(arguments.threads))
+    assert result.done is not None
+    try:
+        with closing(
+            measure(lined.present, _shapes(spec), schedule, samples, result.done)
+        ) as rounds:
+            for done in rounds:
+                result = replace(result, rounds=done.stages, done=done, entries=entries())
+                write_result(result, path)
+        profiled = f"mobilevlm onnx {arguments.recipes[0]}"
+        if profiled in samples:
+            bundle = artifacts.onnx(arguments.recipes[0]).folder
+            profiles = profile(bundle, arguments.threads)
+            result = replace(result, profiles=profiles, profiled=profiled)
+        result = replace(result, finished=True)
+        write_result(result, path)
+    except KeyboardInterrupt:
+        if result.done == Rounds():
+            raise
+    return result
+
+
+def unfinished(path: Path, start: Comparison) -> Comparison | None:
+    """What an interrupted run left, if it was started as ``start``: same command, same machine,
+    candidates with the same files."""
+    if not path.exists():
+        return None
+    try:
+        before = read_result(path)
+    except MobileVLMError:
+        return None
+    if before.finished:
+        return None
+
+    def facts(result: Comparison) -> tuple[object, ...]:
+        sizes = {entry.name: entry.rows["size"] for entry in result.entries}
+        return result.command, result.machine, result.planned, sizes
+
+    if facts(before) == facts(start):
+        return before
+    progress.say(f"anew        {path} was begun with other arguments, files or on another machine")
+    return None
 
 
 def show(result: Comparison, folder: Path) -> None:
@@ -205,7 +280,9 @@ def _entry(candidate: Candidate, found: Samples, spec: ModelSpec, schedule: Sche
         work["encode"] = vision_work(spec, candidate.vision_bytes)
     if candidate.decoder_bytes:
         work["prefill"] = prefill_work(spec.decoder, PROMPT_TOKENS, candidate.decoder_bytes)
-        work["decode"] = decode_work(spec.decoder, middle, candidate.decoder_bytes)
+        work["decode"] = decode_work(
+            spec.decoder, middle, candidate.decoder_bytes, candidate.kv_bytes
+        )
     return Entry(
         name=candidate.name,
         group=candidate.group,
@@ -215,6 +292,16 @@ def _entry(candidate: Candidate, found: Samples, spec: ModelSpec, schedule: Sche
         work=work,
         notes=tuple(found.notes),
     )
+
+
+def _samples(entry: Entry) -> Samples:
+    """As they are measured: what :func:`_entry` made an entry of."""
+    rows = {key: list(values) for key, values in entry.rows.items() if key != "size"}
+    prefill, decode = (
+        {int(length): list(values) for length, values in curve.items()}
+        for curve in (entry.prefill, entry.decode)
+    )
+    return Samples(*(defaultdict(list, d) for d in (rows, prefill, decode)), list(entry.notes))
 
 
 def _fixed(samples: Mapping[Any, list[float]]) -> dict[str, tuple[float, ...]]:

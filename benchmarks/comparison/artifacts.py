@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import mobilevlm
@@ -40,6 +43,12 @@ class Artifacts:
         """The int4 bundle with a GGUF decoder of this type and llama.cpp's image encoder."""
         return self._bundle(f"all-{gguf_type}", "int4", ("onnx", "gguf"), gguf_type)
 
+    def gguf(self, gguf_type: GGUFType) -> Bundle:
+        """Only these two, or the bundle of both where it is made already."""
+        if is_bundle(self.folder / f"all-{gguf_type}"):
+            return self.both(gguf_type)
+        return self._bundle(f"gguf-{gguf_type}", "int4", ("gguf",), gguf_type)
+
     def mmproj(self, kind: GGUFType) -> Path:
         """llama.cpp's image encoder in another precision than the bundles' float16."""
         from mobilevlm.export.gguf.mmproj import write_mmproj
@@ -61,22 +70,11 @@ class Artifacts:
     def standard_vision(self) -> Path:
         """Tower and projector in float32 as torch writes them: standard operators, static shape;
         input ``pixel_values`` ``(1, 3, size, size)``."""
-        import torch
-
-        from mobilevlm.reference.model import load_reference
 
         def write(path: Path) -> None:
-            reference = load_reference(self._model())
-            size = self.spec.image.size
-            torch.onnx.export(
-                torch.nn.Sequential(reference.vision, reference.projector),
-                (torch.zeros(1, 3, size, size),),
-                path,
-                input_names=["pixel_values"],
-                output_names=["visual_tokens"],
-                opset_version=17,
-                dynamo=False,
-            )
+            # torch keeps the weights of what it has written: not in the process that measures
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
+                process.submit(write_standard_vision, self.checkpoint, path).result()
 
         return self._made("vision_standard.onnx", write)
 
@@ -126,3 +124,27 @@ class Artifacts:
             write(unfinished)
             unfinished.rename(target)
         return target
+
+
+def write_standard_vision(checkpoint: Path, path: Path) -> None:
+    """See :meth:`Artifacts.standard_vision`. Needs torch; reads no decoder."""
+    import torch
+
+    from mobilevlm.reference.model import ReferenceModel, fill_block
+
+    warnings.simplefilter("ignore")  # torch says that its exporter is old, and what it assumes
+    model = open_checkpoint(checkpoint, OpenOptions())
+    with torch.device("meta"):
+        reference = ReferenceModel(model.spec)
+    for name in ("vision", "projector"):
+        fill_block(reference.get_submodule(name), model.weights, name)
+    size = model.spec.image.size
+    torch.onnx.export(
+        torch.nn.Sequential(reference.vision, reference.projector).eval(),
+        (torch.zeros(1, 3, size, size),),
+        path,
+        input_names=["pixel_values"],
+        output_names=["visual_tokens"],
+        opset_version=17,
+        dynamo=False,
+    )

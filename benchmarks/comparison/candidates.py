@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from comparison.artifacts import Artifacts
+from comparison.process import one_line
 from mobilevlm.bundle import Bundle
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.plan import engine_files
 
@@ -28,6 +30,7 @@ class PeerPackage:
     package: str
     """What must be importable."""
     install: str
+    """Distributions of the registry."""
 
 
 PACKAGES = {
@@ -53,6 +56,8 @@ class Candidate:
     """Weights read for one picture."""
     decoder_bytes: int = 0
     """Weights read for one token."""
+    kv_bytes: int = 4
+    """Of a stored key or value element."""
     python: str | None = None
     memory: float = 0.0
     """Bytes that it is expected to need, to refuse it in time."""
@@ -76,6 +81,8 @@ class LineUp:
 
     present: list[Candidate] = field(default_factory=list)
     absent: list[Absent] = field(default_factory=list)
+    packages: dict[str, str] = field(default_factory=dict)
+    """Versions of what the peers run on."""
 
 
 def line_up(
@@ -88,49 +95,63 @@ def line_up(
 ) -> LineUp:
     """Makes the files of every candidate that is wanted and can run."""
     result = LineUp()
-    makers: dict[str, Callable[[], Iterator[Candidate]]] = {
-        OURS: lambda: _ours(artifacts, recipes, "llama.cpp" in found),
-        LLAMA: lambda: _llama(artifacts, found[LLAMA]),
-        "onnxruntime-genai": lambda: _genai(artifacts, threads, found["onnxruntime-genai"]),
-        "transformers": lambda: _transformers(artifacts, found["transformers"]),
-        "openvino": lambda: _openvino(artifacts, found["openvino"]),
-        "mnn": lambda: _mnn(artifacts, found["mnn"]),
+    makers: dict[str, Callable[[str], Iterator[Candidate]]] = {
+        "llama.cpp": lambda python: _llama(artifacts, python),
+        "onnxruntime-genai": lambda python: _genai(artifacts, threads, python),
+        "transformers": lambda python: _transformers(artifacts, python),
+        "openvino": lambda python: _openvino(artifacts, python),
+        "mnn": lambda python: _mnn(artifacts, python),
     }
-    found = {
-        name: python
-        for name, package in PACKAGES.items()
-        if (python := pythons.get(name, sys.executable)) and has_package(python, package.package)
-    }
-    for name, make in makers.items():
-        if not wanted(name):
-            continue
-        if name != OURS and name not in found:
-            hint = f"pip install {PACKAGES[name].install}"
-            result.absent.append(Absent(name, f"not installed: {hint}, or --python {name}=PYTHON"))
-            continue
-        for candidate in make():
+
+    def add(candidates: Iterable[Candidate]) -> None:
+        for candidate in candidates:
             if candidate.memory > memory_limit:
                 need, limit = candidate.memory / 1e9, memory_limit / 1e9
                 reason = f"needs about {need:.1f} GB, the limit is {limit:.1f} (--memory)"
                 result.absent.append(Absent(candidate.name, reason))
             else:
                 result.present.append(candidate)
+
+    def add_if_possible(name: str, candidates: Iterable[Candidate]) -> None:
+        try:
+            add(candidates)
+        except (MobileVLMError, ImportError) as error:
+            result.absent.append(Absent(name, f"cannot be made: {one_line(error)}"))
+
+    if wanted(OURS):
+        add(_engine(f"onnx {recipe}", OURS, artifacts.onnx(recipe), "onnx") for recipe in recipes)
+        if versions(sys.executable, PACKAGES[LLAMA]):
+            add_if_possible("mobilevlm hybrid and gguf", _ours_of_gguf(artifacts))
+    for name, make in makers.items():
+        if not wanted(name):
+            continue
+        python = pythons.get(name, sys.executable)
+        if found := versions(python, PACKAGES[name]):
+            result.packages[name] = found
+            add_if_possible(name, make(python))
+        else:
+            hint = f"pip install {PACKAGES[name].install}"
+            result.absent.append(Absent(name, f"not installed: {hint}, or --python {name}=PYTHON"))
     return result
 
 
-def has_package(python: str, package: str) -> bool:
-    """Whether an interpreter finds a package."""
-    check = f"import importlib.util as u; raise SystemExit(u.find_spec({package!r}) is None)"
-    return subprocess.run([python, "-c", check], capture_output=True).returncode == 0
+def versions(python: str, peer: PeerPackage) -> str:
+    """``transformers 5.24.0, torch 2.13.0``; empty where an interpreter has no such package."""
+    script = """import importlib.metadata, importlib.util, sys
+if importlib.util.find_spec(sys.argv[1]) is None:
+    sys.exit(1)
+found = importlib.metadata.distributions()
+installed = {d.name.lower().replace("_", "-"): d.version for d in found}
+print(", ".join(f"{n} {installed.get(n.lower(), '(version unknown)')}" for n in sys.argv[2:]))"""
+    command = [python, "-c", script, peer.package, *peer.install.split()]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def _ours(artifacts: Artifacts, recipes: Sequence[str], llama: bool) -> Iterator[Candidate]:
-    for recipe in recipes:
-        yield _engine(f"onnx {recipe}", OURS, artifacts.onnx(recipe), "onnx")
-    if llama:
-        bundle = artifacts.both("q4_0")
-        yield _engine("hybrid q4_0", OURS, bundle, "hybrid")
-        yield _engine("gguf q4_0", LLAMA, bundle, "gguf")
+def _ours_of_gguf(artifacts: Artifacts) -> Iterator[Candidate]:
+    bundle = artifacts.both("q4_0")
+    yield _engine("hybrid q4_0", OURS, bundle, "hybrid")
+    yield _engine("gguf q4_0", LLAMA, bundle, "gguf")
 
 
 def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
@@ -143,12 +164,13 @@ def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
         files=files,
         vision_bytes=stage_bytes(bundle, "vision", "gguf" if engine == "gguf" else "onnx"),
         decoder_bytes=stage_bytes(bundle, "decoder", "onnx" if engine == "onnx" else "gguf"),
+        kv_bytes=4 if engine == "onnx" else 2,
         memory=2.2 * sum(file.stat().st_size for file in files),
     )
 
 
 def _llama(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
-    q4_0, q4_k_m = artifacts.both("q4_0"), artifacts.both("q4_k_m")
+    q4_0, q4_k_m = artifacts.both("q4_0"), artifacts.gguf("q4_k_m")
     for bundle, decoder, encoder in (
         (q4_0, "q4_0", "f16"),
         (q4_0, "q4_0", "q8_0"),
@@ -168,6 +190,7 @@ def _llama(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
             files=(model, mmproj),
             vision_bytes=mmproj.stat().st_size,
             decoder_bytes=stage_bytes(bundle, "decoder", "gguf"),
+            kv_bytes=2,
             python=python,
             memory=2.2 * (model.stat().st_size + mmproj.stat().st_size),
         )
@@ -203,6 +226,7 @@ def _transformers(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
             files=files,
             vision_bytes=size * tower,
             decoder_bytes=size * (stored - tower - embeddings),
+            kv_bytes=2 * size,
             python=python,
             memory=size * stored * 1.15 + 0.7e9,
         )
@@ -231,13 +255,19 @@ def _openvino(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
 
 
 def _mnn(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
+    image = artifacts.spec.image
     for bits, settings in ((None, {}), (8, {"memory": "low", "precision": "low"})):
         path = artifacts.mnn(python, bits)
         yield Candidate(
             name=f"mnn int{bits}" if bits else "mnn float32",
             group="mnn",
             module=PACKAGES["mnn"].module,
-            options={"vision": str(path), "settings": settings},
+            options={
+                "vision": str(path),
+                "settings": settings,
+                "mean": image.mean,
+                "std": image.std,
+            },
             files=(path,),
             vision_bytes=path.stat().st_size,
             python=python,

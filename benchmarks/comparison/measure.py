@@ -8,13 +8,13 @@ import mmap
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from comparison.candidates import Candidate
-from comparison.process import Worker, WorkerError
+from comparison.process import Worker, WorkerError, one_line
 from comparison.work import NEW_TOKENS, PROMPT_TOKENS, NotSupportedError, Shapes
 from mobilevlm import progress
 from mobilevlm.progress import Advance
@@ -26,6 +26,15 @@ PAUSE = 0.2
 """Seconds between two requests, in which the threads of the last peer stop spinning."""
 COLD = 0.02
 """Share of a file that may still be in the page cache for a load to count as cold."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many of each kind."""
+
+    loads: int = 0
+    stages: int = 0
+    curves: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,6 +51,10 @@ class Schedule:
     """Bytes that all workers together may hold: where the candidates do not fit side by side, each
     is started again in every round."""
 
+    @property
+    def planned(self) -> Rounds:
+        return Rounds(self.load_rounds, self.rounds, self.curve_rounds)
+
 
 @dataclass
 class Samples:
@@ -55,19 +68,25 @@ class Samples:
 
 
 def measure(
-    candidates: Sequence[Candidate], shapes: Shapes, schedule: Schedule
-) -> dict[str, Samples]:
-    """Everything, by candidate. One that fails keeps what it gave until then, with a note."""
-    samples = {candidate.name: Samples() for candidate in candidates}
-    steps = len(candidates) * (schedule.load_rounds + schedule.rounds + schedule.curve_rounds)
+    candidates: Sequence[Candidate],
+    shapes: Shapes,
+    schedule: Schedule,
+    samples: Mapping[str, Samples],
+    done: Rounds,
+) -> Iterator[Rounds]:
+    """The rounds that are not ``done``, into ``samples`` by candidate; after each of them yields
+    how many are. A candidate that fails keeps what it gave until then, with a note."""
+    steps = len(candidates) * sum(asdict(schedule.planned).values())
     with progress.track("rounds", steps) as advance:
-        for round_ in range(schedule.load_rounds):
+        advance(len(candidates) * sum(asdict(done).values()))
+        for round_ in range(done.loads, schedule.load_rounds):
             for candidate in candidates:
                 with _noted(samples[candidate.name], "load"):
                     _loads(candidate, shapes, schedule, samples[candidate.name], round_)
                 advance(1)
-        _stages(candidates, shapes, schedule, samples, advance)
-    return samples
+            done = replace(done, loads=round_ + 1)
+            yield done
+        yield from _stages(candidates, shapes, schedule, samples, done, advance)
 
 
 def _loads(
@@ -102,24 +121,26 @@ def _stages(
     candidates: Sequence[Candidate],
     shapes: Shapes,
     schedule: Schedule,
-    samples: dict[str, Samples],
+    samples: Mapping[str, Samples],
+    done: Rounds,
     advance: Advance,
-) -> None:
+) -> Iterator[Rounds]:
     """The stages: side by side if memory allows, so that the candidates alternate at each task."""
     peaks = {c.name: max(samples[c.name].rows["peak"], default=0.0) * 1e6 for c in candidates}
     running = [candidate for candidate in candidates if peaks[candidate.name]]
     together = sum(peaks.values()) <= schedule.memory
     groups = [running] if together else [[candidate] for candidate in running]
     progress.say(f"stages      {'all side by side' if together else 'one process at a time'}")
+    first = done.stages + done.curves
     with ExitStack() as kept:
         workers: dict[str, Worker] = {}
-        for round_ in range(schedule.rounds + schedule.curve_rounds):
+        for round_ in range(first, schedule.rounds + schedule.curve_rounds):
             curve = round_ >= schedule.rounds
             tasks = _curve_tasks(schedule, shapes) if curve else _tasks(schedule)
             for group in groups:
                 with ExitStack() as stack:
                     for candidate in group:
-                        if not together or round_ == 0:
+                        if not together or round_ == first:
                             with _noted(samples[candidate.name], "start"):
                                 workers[candidate.name] = _ready(
                                     kept if together else stack, candidate, shapes, schedule
@@ -132,6 +153,11 @@ def _stages(
                 if not together:
                     workers.clear()
                 advance(len(group))
+            if curve:
+                done = replace(done, curves=done.curves + 1)
+            else:
+                done = replace(done, stages=done.stages + 1)
+            yield done
 
 
 Task = Callable[[Worker, Samples, int], None]
@@ -227,12 +253,15 @@ def _unless_unsupported() -> Iterator[None]:
 
 @contextmanager
 def _noted(found: Samples, where: str) -> Iterator[None]:
-    """What a peer cannot do leaves its row empty; what fails is noted, and the rest goes on."""
+    """What a peer cannot do leaves its row empty, and so does what fails: both are noted."""
     try:
         yield
-    except NotSupportedError:
-        pass
+    except NotSupportedError as error:
+        _note(found, str(error))
     except WorkerError as error:
-        note = f"{where}: {error!s:.200}"
-        if note not in found.notes:
-            found.notes.append(note)
+        _note(found, f"{where}: {one_line(error)}")
+
+
+def _note(found: Samples, note: str) -> None:
+    if note not in found.notes:
+        found.notes.append(note)

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import base64
 import html
+import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from comparison.candidates import LLAMA, OURS
-from comparison.figures import MEASURES
+from comparison.figures import MEASURES, Measure
 from comparison.report import as_markdown
-from comparison.results import Comparison, Entry
+from comparison.results import Comparison
 
-BARS = ("encode", "prefill", "first", "second", "decode", "warm_load", "cold_load", "peak")
+BARS = (
+    "encode", "prefill", "first", "second", "decode", "warm_load", "cold_load", "peak",
+    "peak_over_size",
+)  # fmt: skip
+COLUMNS = 3
+"""Panels side by side."""
 COLORS = {
     OURS: "#1b6ca8",
     LLAMA: "#d95f02",
@@ -23,26 +29,34 @@ COLORS = {
     "openvino": "#3a8f5f",
     "mnn": "#8a8a8a",
 }
-STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
-table{border-collapse:collapse;font-size:13px;margin:1em 0}td,th{border:1px solid #ccc;
-padding:.25em .6em;text-align:right}td:first-child{text-align:left}img{max-width:100%}"""
+LINES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v")
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:90em;margin:2em auto;padding:0 1em}
+table{border-collapse:collapse;font-size:13px;margin:1em 0;display:block;overflow-x:auto}
+td,th{border:1px solid #ccc;padding:.25em .6em;text-align:right}th{background:#f4f4f4}
+td:first-child,th:first-child{text-align:left;white-space:nowrap}img{max-width:100%}
+code{font-size:13px;background:#f4f4f4;overflow-wrap:anywhere}"""
 
 
 def write_plots(result: Comparison, folder: Path) -> list[Path]:
     """``stages.png``, ``prompt_length.png``, ``context_length.png`` and ``index.html``."""
+    rows = -(-len(BARS) // COLUMNS)
+    height = rows * (0.9 + 0.21 * len(result.entries)) + 0.6
     pictures = [
-        _save(folder / "stages.png", lambda figure: _bars(figure, result), (13, 9)),
+        _save(folder / "stages.png", lambda figure: _bars(figure, result, rows), (14, height)),
         _save(
             folder / "prompt_length.png",
             lambda figure: _curves(
-                figure, result, "prefill", "prompt, tokens", "time to first token, s"
+                figure, result, "prefill", "prompt, tokens", "time to first token, s", "less"
             ),
-            (8, 5),
+            (10, 5.5),
         ),
         _save(
             folder / "context_length.png",
-            lambda figure: _curves(figure, result, "decode", "context, tokens", "tokens/s"),
-            (8, 5),
+            lambda figure: _curves(
+                figure, result, "decode", "context, tokens", "decode, tokens/s", "more"
+            ),
+            (10, 5.5),
         ),
     ]
     page = folder / "index.html"
@@ -66,23 +80,29 @@ def as_html(result: Comparison, pictures: Sequence[Path]) -> str:
 
 
 def markdown_to_html(text: str) -> str:
-    """The Markdown that report.py writes: headings, tables, lists and paragraphs."""
-    parts, table = [], False
+    """The Markdown that report.py writes: headings, tables, lists, paragraphs, bold, code."""
+    parts, block = [], ""
     for line in text.splitlines():
-        if table != line.startswith("|"):
-            table = not table
-            parts.append("<table>" if table else "</table>")
-        safe = html.escape(line)
-        if table:
+        kind = {"|": "table", "-": "ul"}.get(line[:1], "")
+        head = "th" if kind == "table" and kind != block else "td"
+        if kind != block:
+            parts += [f"</{block}>"] * bool(block) + [f"<{kind}>"] * bool(kind)
+            block = kind
+        safe = html.escape(line, quote=False)
+        safe = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", re.sub("`(.+?)`", r"<code>\1</code>", safe))
+        if kind == "table":
             cells = [cell.strip() for cell in safe.strip("|").split(" | ")]
             if not all(cell == "---" for cell in cells):
-                parts.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+                row = "".join(f"<{head}>{cell}</{head}>" for cell in cells)
+                parts.append(f"<tr>{row}</tr>")
+        elif kind == "ul":
+            parts.append(f"<li>{safe[1:].strip()}</li>")
         elif line.startswith("#"):
             level = len(line) - len(line.lstrip("#"))
             parts.append(f"<h{level}>{safe[level:].strip()}</h{level}>")
         elif line:
             parts.append(f"<p>{safe}</p>")
-    return "\n".join([*parts, "</table>" if table else ""])
+    return "\n".join([*parts, f"</{block}>" if block else ""])
 
 
 def _save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> Path:
@@ -94,41 +114,90 @@ def _save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) ->
     return path
 
 
-def _bars(figure: Any, result: Comparison) -> None:
-    """One panel per measure; a thin line from least to most."""
+def _bars(figure: Any, result: Comparison, rows: int) -> None:
+    """One panel per measure, the same candidates in the same order in each; a thin line from least
+    to most. The best median is bold, as in the table."""
     measures = [measure for key in BARS for measure in MEASURES if measure.key == key]
-    panels = figure.subplots(2, 4)
+    panels = figure.subplots(rows, COLUMNS, sharey=True)
     for panel, measure in zip(panels.flat, measures, strict=True):
-        shown = [(e, f) for e in result.entries if (f := e.figure(measure.key))]
-        for place, (entry, found) in enumerate(shown):
-            panel.barh(place, found.median * measure.scale, color=_color(entry))
-            panel.plot(
-                [found.low * measure.scale, found.high * measure.scale], [place, place], "k", lw=1
-            )
-        panel.set_yticks(range(len(shown)), [entry.name for entry, _ in shown], fontsize=7)
-        panel.invert_yaxis()
-        note = " (more is better)" if measure.better == "more" else ""
-        panel.set_title(f"{measure.title}\n{measure.unit}{note}", fontsize=9)
-    figure.suptitle(f"{result.model}, {result.threads} threads, median of {result.rounds} rounds")
+        _panel(panel, result, measure)
+    names = [entry.name for entry in result.entries]
+    panels.flat[0].set_yticks(range(len(names)), names)
+    panels.flat[0].set_ylim(len(names) - 0.4, -0.6)
+    figure.suptitle(
+        f"{result.model}, {result.threads} threads, median of {result.rounds} rounds, "
+        f"line: least to most, bold: the best{'' if result.finished else ' (interrupted)'}"
+    )
 
 
-def _curves(figure: Any, result: Comparison, curve: str, x: str, y: str) -> None:
+def _panel(panel: Any, result: Comparison, measure: Measure) -> None:
+    best = result.best(measure)
+    most = 0.0
+    for place, entry in enumerate(result.entries):
+        found = entry.figure(measure.key)
+        if found is None:
+            panel.text(0, place, " –", va="center", fontsize=8, color="gray")
+            continue
+        median, low, high = (
+            value * measure.scale for value in (found.median, found.low, found.high)
+        )
+        most = max(most, high)
+        panel.barh(place, median, color=COLORS[entry.group])
+        panel.plot([low, high], [place, place], "k", lw=1)
+        weight = "bold" if entry is best else "normal"
+        text = f" {median:.{measure.digits}f}"
+        panel.text(max(median, high), place, text, va="center", fontsize=8, weight=weight)
+    panel.set_xlim(0, most * 1.2 or 1)  # room for the figure at the end of the longest bar
+    panel.tick_params(labelsize=8)
+    panel.spines[["top", "right"]].set_visible(False)
+    better = "more is better" if measure.better == "more" else "less is better"
+    panel.set_title(f"{measure.title}, {measure.unit} ({better})", fontsize=9)
+
+
+def _curves(figure: Any, result: Comparison, curve: str, x: str, y: str, better: str) -> None:
+    """A line per candidate over doubling lengths, both axes logarithmic: equal ratios are equal
+    distances. The legend lists the best at the longest length first."""
+    from matplotlib.ticker import LogLocator
+
     panel = figure.subplots()
-    styles = ("-", "--", ":", "-.")
+    lines: list[tuple[float, Any]] = []
+    lengths: set[int] = set()
     used: dict[str, int] = {}
     for entry in result.entries:
         points = sorted((int(n), statistics.median(v)) for n, v in getattr(entry, curve).items())
-        if points:
-            used[entry.group] = used.get(entry.group, -1) + 1
-            style = styles[used[entry.group] % len(styles)]
-            panel.plot(
-                *zip(*points, strict=True), style, marker="o", color=_color(entry), label=entry.name
-            )
-    panel.set(xlabel=x, ylabel=y, title=result.model)
-    panel.set_ylim(bottom=0)
+        if not points:
+            continue
+        lengths |= {length for length, _ in points}
+        number = used[entry.group] = used.get(entry.group, -1) + 1
+        (line,) = panel.plot(
+            *zip(*points, strict=True),
+            LINES[number % len(LINES)],
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=5,
+            color=COLORS[entry.group],
+        )
+        last = points[-1][1]
+        line.set_label(f"{entry.name}: {last:{'.0f' if last >= 100 else '.3g'}}")
+        lines.append((last, line))
+    panel.set(xlabel=x, ylabel=y, title=f"{result.model}, {result.threads} threads")
+    if not lines:
+        panel.text(0.5, 0.5, "not measured", ha="center", transform=panel.transAxes)
+        return
+    lines.sort(key=lambda item: item[0], reverse=better == "more")
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(sorted(lengths), [str(length) for length in sorted(lengths)])
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("")
     panel.grid(alpha=0.3)
-    panel.legend(fontsize=8)
-
-
-def _color(entry: Entry) -> str:
-    return COLORS[entry.group]
+    panel.legend(
+        handles=[line for _, line in lines],
+        title=f"{y.split(', ')[-1]} at {max(lengths)} tokens",
+        fontsize=8,
+        title_fontsize=8,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1),
+        borderaxespad=0,
+        handlelength=4,
+    )

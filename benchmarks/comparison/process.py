@@ -21,6 +21,11 @@ class WorkerError(MobileVLMError):
     """A worker that failed or ended; the message is the peer's own."""
 
 
+def one_line(error: Exception) -> str:
+    """Its message in at most 200 characters."""
+    return f"{' '.join(str(error).split()):.200}"
+
+
 class Worker:
     """A running worker. ``python``: its interpreter. ``close`` ends it."""
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from comparison.candidates import OURS
 from comparison.figures import MEASURES, Figure, Measure, Verdict
 from comparison.results import Comparison, Entry
 from comparison.roofline import Peaks, share_of_roof
 
 PROFILE_ROWS = 8
+RATIOS = ("encode", "prefill", "first", "decode", "second", "cold_load", "warm_load", "peak")
 TITLES = {measure.key: measure.title for measure in MEASURES} | {
     "second_share": "second question over its own first",
-    "peak_over_size": "peak memory over artifacts, MB",
 }
 
 
@@ -19,49 +20,111 @@ def as_markdown(result: Comparison) -> str:
     """Tables: all figures, targets, roofline, operators."""
     return "\n".join(
         [
-            f"## {result.model}, {result.threads} threads, {result.rounds} rounds",
+            _title(result),
             "",
             f"`{result.command}`",
             "",
+            *_unfinished(result),
             _machine(result),
             "",
-            "Median, in brackets least and most.",
+            "Median, in brackets least and most. Bold: the best of a column, in loads and memory "
+            "of those that run the whole model.",
             "",
             *_figures(result),
             "",
             *_notes(result),
-            "### Targets: our best over llama.cpp's best",
-            "",
-            *_table(
-                ("", "ours", "llama.cpp", "ratio", "target", "met"),
-                (_verdict_row(verdict) for verdict in result.verdicts()),
-            ),
-            "",
+            *_verdicts(result),
+            *_ratios(result),
             *_roofline(result),
-            "",
             *_profiles(result),
         ]
     )
 
 
-def cell(figure: Figure | None, measure: Measure) -> str:
-    """``812 (790–1043)``, or a dash."""
+def targets(result: Comparison) -> list[str]:
+    """The tables of targets and ratios alone, under a heading."""
+    return [_title(result), "", *_unfinished(result), *_verdicts(result), *_ratios(result)]
+
+
+def rounds_in_words(result: Comparison) -> str:
+    """How many rounds are complete, as ``3 of 3 rounds of loads, …``."""
+    assert result.done is not None and result.planned is not None
+    done, planned = vars(result.done), vars(result.planned)
+    return ", ".join(f"{done[kind]} of {planned[kind]} rounds of {kind}" for kind in planned)
+
+
+def cell(figure: Figure | None, measure: Measure, bold: bool = False) -> str:
+    """``812 (790–1043)``, or a dash. ``bold``: the median."""
     if figure is None:
         return "–"
     median, low, high = (
         f"{value * measure.scale:.{measure.digits}f}"
         for value in (figure.median, figure.low, figure.high)
     )
-    return median if low == high else f"{median} ({low}–{high})"
+    shown = f"**{median}**" if bold else median
+    return shown if low == high else f"{shown} ({low}–{high})"
+
+
+def _title(result: Comparison) -> str:
+    rounds = f"{result.rounds} round{'s' * (result.rounds != 1)}"
+    return f"## {result.model}, {result.threads} threads, {rounds}"
+
+
+def _unfinished(result: Comparison) -> list[str]:
+    if result.finished:
+        return []
+    return [
+        f"**Interrupted.** Complete are {rounds_in_words(result)}; the rest is left out, and the "
+        "same command goes on from here.",
+        "",
+    ]
+
+
+def _verdicts(result: Comparison) -> list[str]:
+    return _section(
+        ["### Targets: our best over llama.cpp's best"],
+        ("", "ours", "llama.cpp", "ratio", "target", "met"),
+        [_verdict_row(verdict) for verdict in result.verdicts()],
+    )
+
+
+def _ratios(result: Comparison) -> list[str]:
+    """Every peer's best, as ``_verdicts`` has llama.cpp's."""
+    measures = [measure for measure in MEASURES if measure.key in RATIOS]
+    groups = dict.fromkeys(entry.group for entry in result.entries if entry.group != OURS)
+    rows = [(group, *(result.ratio(measure, group) for measure in measures)) for group in groups]
+    return _section(
+        [
+            "### Our best over each peer's best",
+            "",
+            "Less is better, except for tokens/s. A dash: one of the two lacks the stage, or does "
+            "not run the whole model.",
+        ],
+        ("", *(measure.title for measure in measures)),
+        [
+            (group, *("–" if ratio is None else f"{ratio:.2f}" for ratio in ratios))
+            for group, *ratios in rows
+            if any(ratios)
+        ],
+    )
+
+
+def _section(
+    heading: Sequence[str], header: Sequence[str], rows: Sequence[Sequence[object]]
+) -> list[str]:
+    """A heading and a table, with an empty line after it; nothing without rows."""
+    return [*heading, "", *_table(header, rows), ""] if rows else []
 
 
 def _machine(result: Comparison) -> str:
     facts = result.machine
     peaks = result.peaks
+    packages = [f"mobilevlm {facts['mobilevlm']}", *facts.get("packages", {}).values()]
     return (
         f"{facts['processor']}, {' '.join(facts['features'])}, {facts['memory_gb']} GB; "
         f"{facts['system']}; Python {facts['python']}, onnxruntime {facts['onnxruntime']}, "
-        f"mobilevlm {facts['mobilevlm']}. Measured in this run: reads {peaks.read / 1e9:.1f} GB/s, "
+        f"{', '.join(packages)}. "
+        f"Measured in this run: reads {peaks.read / 1e9:.1f} GB/s, "
         f"float32 products {peaks.float32 / 1e9:.0f} GFLOP/s, int8 products "
         f"{peaks.int8 / 1e9:.0f} Gop/s."
     )
@@ -71,12 +134,19 @@ def _figures(result: Comparison) -> list[str]:
     shown = [
         measure
         for measure in MEASURES
-        if any(entry.rows.get(measure.key) for entry in result.entries)
+        if any(entry.figure(measure.key) for entry in result.entries)
     ]
+    winners = {measure.key: result.best(measure) for measure in shown}
     return _table(
         ("", *(f"{measure.title}, {measure.unit}" for measure in shown)),
         (
-            (entry.name, *(cell(entry.figure(measure.key), measure) for measure in shown))
+            (
+                entry.name,
+                *(
+                    cell(entry.figure(measure.key), measure, winners[measure.key] is entry)
+                    for measure in shown
+                ),
+            )
             for entry in result.entries
         ),
     )
@@ -122,15 +192,14 @@ def _roofline(result: Comparison) -> list[str]:
         for stage in ("encode", "prefill", "decode")
         if (roof := roofline_row(entry, stage, result.peaks))
     ]
-    return [
+    heading = [
         "### Distance from the roofline",
         "",
         "The roof is the least time that the stage's operations take at the peak of the matrix "
         "products, or its weights at the reading speed, whichever is more; the share says how much "
         "of the time taken that is.",
-        "",
-        *_table(header, rows),
     ]
+    return _section(heading, header, rows)
 
 
 def roofline_row(entry: Entry, stage: str, peaks: Peaks) -> tuple[str, ...] | None:

@@ -4,14 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from comparison.candidates import LLAMA, OURS
-from comparison.figures import Figure, Verdict, memory_verdict, summarize, verdicts
+from comparison.figures import (
+    STAGES,
+    Figure,
+    Measure,
+    Verdict,
+    memory_verdict,
+    peak_over_size,
+    summarize,
+    verdicts,
+)
+from comparison.measure import Rounds
 from comparison.profiling import OperatorTime
 from comparison.roofline import Peaks, Work
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.spec import from_dict
 
 
@@ -31,7 +43,14 @@ class Entry:
     """Of ``encode``, ``prefill`` and ``decode``, where it takes part in them."""
     notes: tuple[str, ...]
 
+    @property
+    def whole(self) -> bool:
+        """Whether it runs all stages: loads and memory of others are not comparable."""
+        return bool(self.rows.get("load_and_first"))
+
     def figure(self, key: str) -> Figure | None:
+        if key == "peak_over_size":
+            return summarize(peak_over_size(self.rows))
         return summarize(self.rows.get(key, ()))
 
 
@@ -43,6 +62,7 @@ class Comparison:
     command: str
     threads: int
     rounds: int
+    """Complete ones of the stages."""
     machine: dict[str, Any]
     peaks: Peaks
     entries: tuple[Entry, ...]
@@ -50,6 +70,32 @@ class Comparison:
     profiles: dict[str, tuple[OperatorTime, ...]] = field(default_factory=dict)
     profiled: str = ""
     """The candidate of the profiles."""
+    planned: Rounds | None = None
+    done: Rounds | None = None
+    """What is complete of them; what an interrupted round gave is left out."""
+    finished: bool = True
+
+    def best(self, measure: Measure, group: str | None = None) -> Entry | None:
+        """The candidate (of a group) with the best median; in loads and memory of those that run
+        all stages."""
+        rivals = [
+            (figure.median, entry)
+            for entry in self.entries
+            if (figure := entry.figure(measure.key))
+            and (measure.key in STAGES or entry.whole)
+            and group in (None, entry.group)
+        ]
+        choose = max if measure.better == "more" else min
+        return choose(rivals, key=lambda rival: rival[0])[1] if rivals else None
+
+    def ratio(self, measure: Measure, group: str) -> float | None:
+        """Our best over a group's best."""
+        ours, theirs = self.best(measure, OURS), self.best(measure, group)
+        if ours is None or theirs is None:
+            return None
+        mine, other = ours.figure(measure.key), theirs.figure(measure.key)
+        assert mine is not None and other is not None
+        return mine.median / other.median
 
     def verdicts(self) -> list[Verdict]:
         """The targets, ours against llama.cpp; memory for the int4 bundle."""
@@ -61,15 +107,21 @@ class Comparison:
 
 
 def write_result(result: Comparison, path: Path) -> None:
-    """As JSON, every sample included."""
+    """As JSON, every sample included, in one rename."""
     text = json.dumps(dataclasses.asdict(result), indent=1)
-    path.write_text(text + "\n", encoding="utf-8")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.write_text(text + "\n", encoding="utf-8")
+    draft.replace(path)
 
 
 def read_result(path: Path) -> Comparison:
     """What :func:`write_result` wrote.
 
     Raises:
-        MobileVLMError: it is something else.
+        MobileVLMError: it is something else, or not there.
     """
-    return from_dict(Comparison, json.loads(path.read_text(encoding="utf-8")), str(path))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MobileVLMError(f"{path}: no result of compare.py: {error}") from None
+    return from_dict(Comparison, data, str(path))

@@ -127,7 +127,7 @@ def prefill_work(spec: DecoderSpec, length: int, weight_bytes: int) -> Work:
     return Work(layers + attention * spec.num_hidden_layers + head, weight_bytes)
 
 
-def decode_work(spec: DecoderSpec, length: int, weight_bytes: int, kv_bytes: int = 4) -> Work:
+def decode_work(spec: DecoderSpec, length: int, weight_bytes: int, kv_bytes: int) -> Work:
     """One token after ``length`` others. ``kv_bytes``: of a stored key or value element."""
     heads = spec.num_attention_heads * spec.head_dim
     cached = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * length

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,11 @@ ROOT = Path(__file__).parents[2]
 ARGUMENTS = ("--quick", "--only", "mobilevlm", "--threads", "1", "--quiet")
 
 
+COMPARE = (sys.executable, str(ROOT / "benchmarks" / "compare.py"))
+
+
 def run_compare(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(ROOT / "benchmarks" / "compare.py"), *map(str, arguments)]
+    command = [*COMPARE, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -52,6 +58,36 @@ def test_an_earlier_run_is_shown_again(results: Path) -> None:
     done = run_compare("--plots", results / "compare.json", "--quiet")
     assert done.returncode == 0, done.stderr
     assert (results / "compare.md").read_text() == before == done.stdout
+
+
+def test_an_interrupted_run_is_shown_and_goes_on(results: Path, tmp_path: Path) -> None:
+    """Ctrl-C goes to the workers too."""
+    command = [
+        *COMPARE, "nano", *ARGUMENTS[:-1], "--match", "onnx int4", "--load-rounds", "2",
+        "-o", str(tmp_path), "--cache", str(results.parent / "cache"),
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    data = tmp_path / "compare.json"
+    deadline = time.monotonic() + 120
+    while not data.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)  # the first round of loads
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "goes on from here" in err and "Traceback" not in err
+    found = json.loads(data.read_text())
+    assert not found["finished"] and found["done"]["loads"] >= 1
+    assert "rounds of loads" in out and out == (tmp_path / "compare.md").read_text()
+
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on    after" in done.stderr
+    again = json.loads(data.read_text())
+    assert again["finished"] and again["done"] == {"loads": 2, "stages": 1, "curves": 1}
+    before, after = (data["entries"][0]["rows"]["warm_load"] for data in (found, again))
+    assert len(after) == 2 and after[: len(before)] == before  # not measured again
 
 
 def test_who_cannot_take_part_is_told(tmp_path: Path) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from comparison.figures import TARGETS, Figure, memory_verdict, summarize, verdicts
-from comparison.measure import drop_from_cache
+from comparison.candidates import OURS
+from comparison.figures import MEASURES, TARGETS, Figure, memory_verdict, summarize, verdicts
+from comparison.measure import Rounds, drop_from_cache
 from comparison.plots import markdown_to_html
 from comparison.profiling import operator_times
+from comparison.report import as_markdown, targets
+from comparison.results import Comparison, Entry
 from comparison.roofline import (
+    Peaks,
     Work,
     decode_work,
     layer_operations,
@@ -26,6 +31,16 @@ from mobilevlm.spec import DecoderSpec, ProjectorSpec, VisionSpec
 DECODER = DecoderSpec(100, 8, 24, 3, 2, 1, 4, 1e-6, 1e4, 1.0, 64, False)
 WEIGHTS_OF_A_LAYER = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 24
 """q; k and v with one head of 4; o; gate, up and down."""
+
+
+def entry(name: str, **rows: list[float]) -> Entry:
+    return Entry(name, OURS, {key: tuple(row) for key, row in rows.items()}, {}, {}, {}, ())
+
+
+def comparison(*entries: Entry) -> Comparison:
+    facts = dict.fromkeys(("processor", "memory_gb", "system", "python", "onnxruntime"), "?")
+    machine = facts | {"mobilevlm": "?", "features": []}
+    return Comparison("m", "command", 2, 1, machine, Peaks(1, 1, 1), entries, {})
 
 
 def test_a_figure_is_the_median_with_least_and_most() -> None:
@@ -70,6 +85,40 @@ def test_memory_may_lie_350_mb_over_the_artifacts() -> None:
     assert memory_verdict({"a": {"size": [1000.0]}}, "a") is None
 
 
+def test_each_candidate_shows_its_peak_over_its_artifacts() -> None:
+    assert entry("a", peak=[1390.0, 1410.0], size=[1000.0]).figure("peak_over_size") == Figure(
+        median=400.0, low=390.0, high=410.0, count=2
+    )
+    assert entry("a", size=[1000.0]).figure("peak_over_size") is None
+
+
+def test_who_runs_a_part_of_the_model_wins_no_column_of_memory() -> None:
+    whole, part = entry("a", load_and_first=[1.0], decode=[5.0], peak=[9.0]), entry("b", peak=[1.0])
+    part.rows["decode"] = (7.0,)
+    result = comparison(whole, part)
+    winners = {m.key: winner.name for m in MEASURES if (winner := result.best(m))}
+    assert winners == {"load_and_first": "a", "decode": "b", "peak": "a"}
+    assert "| b | **7.0** | – | 1 |" in as_markdown(result)
+
+
+def test_each_peer_has_the_ratio_to_our_best() -> None:
+    peer = replace(entry("b", encode=[4.0], decode=[10.0], peak=[1.0]), group="mnn")
+    result = comparison(entry("x", encode=[2.0]), entry("y", encode=[1.0], decode=[5.0]), peer)
+    ratios = {m.key: result.ratio(m, "mnn") for m in MEASURES}
+    assert {key: ratio for key, ratio in ratios.items() if ratio} == {"encode": 0.25, "decode": 0.5}
+    assert "| mnn | 0.25 | – | – | 0.50 | – | – | – | – |" in targets(result)
+
+
+def test_the_report_of_an_interrupted_run_says_what_is_complete() -> None:
+    result = replace(
+        comparison(entry("a")), finished=False, planned=Rounds(3, 5, 2), done=Rounds(3, 1, 0)
+    )
+    line = "3 of 3 rounds of loads, 1 of 5 rounds of stages, 0 of 2 rounds of curves"
+    for text in (as_markdown(result), "\n".join(targets(result))):
+        assert line in text
+    assert "Interrupted" not in as_markdown(comparison(entry("a")))
+
+
 def test_operations_of_a_decoder_layer_are_two_per_weight() -> None:
     assert layer_operations(DECODER) == 2 * WEIGHTS_OF_A_LAYER
 
@@ -77,14 +126,14 @@ def test_operations_of_a_decoder_layer_are_two_per_weight() -> None:
 def test_a_prompt_of_one_token_is_a_decode_step_after_none() -> None:
     """Its attention sees itself, that of a step after none sees nothing older: 4 heads × head_dim
     operations per layer of difference."""
-    prompt, step = prefill_work(DECODER, 1, 7), decode_work(DECODER, 0, 7)
+    prompt, step = prefill_work(DECODER, 1, 7), decode_work(DECODER, 0, 7, 4)
     assert prompt.operations - step.operations == 3 * 4 * 2 * 4
     assert (prompt.bytes_read, step.bytes_read) == (7, 7)
 
 
 def test_a_decode_step_reads_keys_and_values_of_its_context() -> None:
-    # 2 (keys, values) × 3 layers × 1 head × 4 × 10 positions × 4 bytes
-    assert decode_work(DECODER, 10, 0).bytes_read == 2 * 3 * 1 * 4 * 10 * 4
+    # 2 (keys, values) × 3 layers × 1 head × 4 × 10 positions × 2 bytes
+    assert decode_work(DECODER, 10, 0, 2).bytes_read == 2 * 3 * 1 * 4 * 10 * 2
 
 
 def test_operations_of_the_tower_and_projectors() -> None:
@@ -138,7 +187,10 @@ def test_dropped_files_are_known_to_be_dropped(tmp_path: Path) -> None:
 
 
 def test_tables_survive_the_way_to_html() -> None:
-    page = markdown_to_html("## A & B\n\n| x | y |\n| --- | --- |\n| 1 | < 2 |\n\ntext")
+    table = "| x | y |\n| --- | --- |\n| **1** | < 2 |"
+    page = markdown_to_html(f"## A & B\n\n{table}\n\n- some\n- `more`\n\ntext")
     assert "<h2>A &amp; B</h2>" in page
-    assert page.count("<tr>") == 2 and "<td>&lt; 2</td>" in page
-    assert page.index("</table>") < page.index("<p>text</p>")
+    assert page.count("<tr>") == 2 and "<th>y</th>" in page
+    assert "<td><b>1</b></td><td>&lt; 2</td>" in page
+    assert page.index("</table>") < page.index("<ul>") < page.index("<p>text</p>")
+    assert page.count("<li>") == 2 and "<li><code>more</code></li>\n</ul>" in page

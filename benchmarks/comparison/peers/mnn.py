@@ -11,21 +11,24 @@ from comparison.work import NotSupportedError, Shapes, picture, timed
 
 
 def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> Mnn:
-    """``options``: ``vision``, MNN's file, and ``settings`` of its runtime."""
+    """``options``: ``vision``, MNN's file, ``settings`` of its runtime, ``mean`` and ``std`` of
+    pixels between 0 and 1."""
     runtime = MNN.nn.create_runtime_manager(
         ({"backend": 0, "numThread": threads, **options["settings"]},)
     )
     network = MNN.nn.load_module_from_file(
         options["vision"], ["pixel_values"], ["visual_tokens"], runtime_manager=runtime
     )
-    return Mnn(shapes, network, runtime)
+    mean, std = (np.array(options[name], np.float32) for name in ("mean", "std"))
+    return Mnn(shapes, network, runtime, 1 / (255 * std), -mean / std)
 
 
 class Mnn:
     """See :class:`comparison.work.Peer`."""
 
-    def __init__(self, shapes: Shapes, network: Any, runtime: Any) -> None:
+    def __init__(self, shapes: Shapes, network: Any, runtime: Any, scale: Any, shift: Any) -> None:
         self._shapes, self._network, self._runtime = shapes, network, runtime
+        self._scale, self._shift = scale, shift
         size = shapes.image_size
         self._input = MNN.expr.placeholder([1, 3, size, size], MNN.expr.NCHW)
 
@@ -33,8 +36,8 @@ class Mnn:
         pixels = picture(self._shapes.image_size, variation)
 
         def run() -> None:
-            values = pixels.transpose(2, 0, 1)[None].astype(np.float32) / 127.5 - 1
-            self._input.write(np.ascontiguousarray(values))
+            values = pixels * self._scale + self._shift
+            self._input.write(np.ascontiguousarray(values.transpose(2, 0, 1)[None]))
             visual = MNN.expr.convert(self._network.forward([self._input])[0], MNN.expr.NCHW)
             assert np.size(visual.read()) == self._shapes.visual_tokens * self._shapes.hidden_size
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -37,6 +37,11 @@ from mobilevlm.spec import DecoderSpec
 
 _NO_WORDS = (0,)
 """An instruction where none is needed: the tower's features do not depend on it."""
+SessionMemory: TypeAlias = Literal["planned", "unplanned", "compact"]
+"""What a session spends, most first. ``planned``: the second run with the same shapes gets one
+block for all its buffers, beside what the first took. ``unplanned``: it does without. ``compact``:
+besides, weights are packed one by one, so that the file's pages go as the copies come, and not by
+all threads at once, which is most of a load."""
 
 
 def open_session(
@@ -45,15 +50,11 @@ def open_session(
     spinning: bool = True,
     packed: bool = True,
     entries: Mapping[str, str] = MappingProxyType({}),
-    planned_buffers: bool = True,
-    compact: bool = False,
+    memory: SessionMemory = "planned",
 ) -> ort.InferenceSession:
     """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
     copied in the order that kernels like best, else they are used where they lie in the mapped
-    file. ``entries``: further settings of it, as onnxruntime names them. ``planned_buffers``: the
-    second run with the same shapes gets one block for all its buffers, beside what the first took.
-    ``compact``: weights are packed one by one, so that the file's pages go as the copies come, and
-    not by all threads at once, which is most of a load.
+    file. ``entries``: further settings of it, as onnxruntime names them.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -61,9 +62,11 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.enable_mem_pattern = planned_buffers
+    options.enable_mem_pattern = memory == "planned"
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    options.add_session_config_entry("session.prepack.enable_parallel", str(int(not compact)))
+    options.add_session_config_entry(
+        "session.prepack.enable_parallel", str(int(memory != "compact"))
+    )
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
@@ -99,7 +102,8 @@ class OnnxVision:
         entries: Mapping[str, str] = MappingProxyType({}),
         compact: bool = False,
     ) -> None:
-        session = open_session(path, threads, spinning, packed, entries, False, compact)
+        memory: SessionMemory = "compact" if compact else "unplanned"
+        session = open_session(path, threads, spinning, packed, entries, memory)
         self._reads_text = len(session.get_inputs()) > 1
         self._run_options = _giving_back() if compact else None
         self._session: ort.InferenceSession | None = session
@@ -215,9 +219,11 @@ class OnnxDecoder:
         encoder: Path | None = None,
     ) -> None:
         self._spec, self._plan = spec, plan
-        threads, spinning = plan.threads_of("decoder"), plan.spinning
         opened = partial(
-            open_session, threads=threads, spinning=spinning, compact=plan.memory != "fast"
+            open_session,
+            threads=plan.threads_of("decoder"),
+            spinning=plan.spinning,
+            memory="planned" if plan.memory == "fast" else "compact",
         )
         self._session: ort.InferenceSession | None = opened(path)
         self._encoder = None if encoder is None else opened(encoder)

@@ -20,6 +20,9 @@ from mobilevlm.export import ort_format, pipeline
 from mobilevlm.export.calibration import scene_samples
 from mobilevlm.export.ort_format import _example
 from mobilevlm.export.targets import find_target
+from mobilevlm.plan import Plan
+from mobilevlm.runtime.engines.opening import open_engines
+from mobilevlm.runtime.memory import estimate
 
 Capture = pytest.CaptureFixture[str]
 TARGETS = ("android-nnapi", "ios-coreml", "android-xnnpack")
@@ -86,6 +89,18 @@ def test_ort_files_give_the_same_bits_as_their_graphs(bundle: Bundle) -> None:
             assert ready.endswith(".ort")
             pairs = zip(results(bundle.path(graph)), results(bundle.path(ready)), strict=True)
             assert all(np.array_equal(first, second) for first, second in pairs)
+
+
+def test_the_estimate_counts_the_bytes_of_keys_and_values_that_a_position_takes(
+    bundle: Bundle,
+) -> None:
+    for engine in (OWN_ENGINE[str(bundle.manifest.target)], "ort"):
+        vision, decoder = open_engines(bundle, engine, Plan(engine))
+        buffers = decoder.new_state().buffers.values()  # type: ignore[attr-defined]
+        taken = sum(buffer[:, :, :100].nbytes for buffer in buffers)
+        assert estimate(bundle.manifest, Plan(engine), positions=100).states == taken
+        vision.close()
+        decoder.close()
 
 
 def test_the_engine_ort_gives_the_same_answer(

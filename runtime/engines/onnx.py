@@ -25,14 +25,12 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
-    Segment,
     in_chunks,
     no_experts,
-    restore_buffers,
-    save_buffers,
     still_open,
 )
-from mobilevlm.runtime.engines.mapped_pages import give_back, small_pages, trim_heap
+from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
+from mobilevlm.runtime.engines.mapped_pages import give_back, trim_heap
 from mobilevlm.spec import DecoderSpec
 
 _NO_WORDS = (0,)
@@ -131,20 +129,7 @@ class OnnxVision:
         self._session = None
 
 
-def map_table(path: Path, embeddings: EmbeddingTable) -> NDArray[Any]:
-    """The embedding rows ``(rows, columns)`` in a file, mapped."""
-    mapped = np.memmap(
-        path,
-        dtype=embeddings.dtype,
-        mode="r",
-        offset=embeddings.offset,
-        shape=(embeddings.rows, embeddings.columns),
-    )
-    small_pages(mapped)
-    return mapped.view(np.ndarray)  # indexing that takes a tenth
-
-
-class OnnxState:
+class OnnxState(BufferedState):
     """KV buffers ``(num_key_value_heads, context_length, head_dim)`` per layer, allocated once.
 
     Their pages become resident as positions are written, so a short sequence in a long context
@@ -152,13 +137,14 @@ class OnnxState:
     """
 
     def __init__(self, spec: DecoderSpec) -> None:
-        self.length = 0
         shape = (1, spec.num_key_value_heads, spec.context_length, spec.head_dim)
-        self.buffers = {
-            f"{index}.{kind}": _lazy_zeros(shape)
-            for index in range(spec.num_hidden_layers)
-            for kind in ("key", "value")
-        }
+        super().__init__(
+            {
+                f"{index}.{kind}": _lazy_zeros(shape)
+                for index in range(spec.num_hidden_layers)
+                for kind in ("key", "value")
+            }
+        )
         self.total_length = np.zeros(1, np.int32)
         self.step_embeds = np.zeros((1, 1, spec.hidden_size), np.float32)
         self.step_positions = np.zeros(1, np.int64)
@@ -204,7 +190,7 @@ class OnnxState:
         return binding
 
 
-class OnnxDecoder:
+class OnnxDecoder(BufferedDecoder):
     """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
     second graph that computes pieces of prompts from ``plan.prefill_from`` positions on."""
 
@@ -218,6 +204,7 @@ class OnnxDecoder:
         prompts: Path | None = None,
         encoder: Path | None = None,
     ) -> None:
+        super().__init__(table, embeddings)
         self._spec, self._plan = spec, plan
         opened = partial(
             open_session,
@@ -232,13 +219,7 @@ class OnnxDecoder:
         if prompts is not None:
             packed = plan.prefill_weights == "packed" and plan.memory == "fast"
             self._prompts = opened(prompts, packed=packed)
-        self._table: NDArray[Any] | None = map_table(table, embeddings)
         self._run_options = None if plan.memory == "fast" else _giving_back()
-
-    @property
-    def brought_in_bytes(self) -> int | None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
-        return None
 
     def planned(self, plan: Plan) -> OnnxDecoder:
         """The same weights, with the plan's pieces and chunks of prompts. Its other settings are
@@ -251,10 +232,6 @@ class OnnxDecoder:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         still_open(self._session)
         return OnnxState(self._spec)
-
-    def embed(self, ids: Sequence[int]) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
 
     def encode(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.EncoderDecoderEngine`."""
@@ -363,18 +340,6 @@ class OnnxDecoder:
         state.length += 1
         result: Float32 = state.step_logits[0, 0]
         return result
-
-    def save(self, state: DecoderState, start: int) -> Segment:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``: float32
-        ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
-        assert isinstance(state, OnnxState)
-        return save_buffers(state.buffers, start, state.length)
-
-    def restore(self, state: DecoderState, segment: Segment) -> None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        assert isinstance(state, OnnxState)
-        restore_buffers(state.buffers, segment)
-        state.length = segment.end
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -24,7 +24,7 @@ there. onnx: ONNX Runtime; gguf: llama.cpp; hybrid: ONNX Runtime feeds llama.cpp
 graph of the decoder on the kernels of llama.cpp; npu: graphs of fixed shapes; ort: files in ONNX
 Runtime's own format."""
 
-OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}}
+OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}, "ort": {"prefill": "ort"}}
 """Artifacts, by stage, that an engine runs where the bundle has them. prefill: the decoder's second
 graph, for prompts."""
 

@@ -10,7 +10,7 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
-from mobilevlm.plan import ENGINE_CHOICES
+from mobilevlm.cli.options import engine_option
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.plan_file import TunedPlan
@@ -34,13 +34,7 @@ def _seconds(context: Any, option: Any, value: str) -> float:
     metavar="TIME",
     help="How long to measure; what has begun is finished.",
 )
-@click.option(
-    "--engine",
-    type=click.Choice(ENGINE_CHOICES),
-    default="auto",
-    show_default=True,
-    help="Measure this one only.",
-)
+@engine_option("Measure this one only.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(bundle: Path, budget: float, engine: str, as_json: bool) -> None:
     """Find the fastest settings for BUNDLE on this machine and keep them in its plan.json.

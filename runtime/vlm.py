@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator, Sequence
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from PIL import Image
@@ -373,12 +372,7 @@ class VLM:
     def __enter__(self) -> VLM:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *reason: object) -> None:
         self.close()
 
     def _input_ids(self, prompt: str | Sequence[Message], images: int, raw: bool) -> list[int]:

@@ -223,6 +223,23 @@ def test_tune_writes_a_plan_that_the_other_verbs_use(bundle: Bundle) -> None:
     assert done.stderr.count("mobilevlm: warning: ") == 1 and "damaged plan" in done.stderr
 
 
+def test_tune_tries_what_fits_and_its_plan_is_used_without_a_word(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = megabytes(bundle, Plan("onnx", memory="in turn")) + 0.1
+    given = ("--budget", "1s", "--max-memory", f"{limit}MB", "--json")
+    done = run_program("tune", bundle.folder, *given)
+    assert done.returncode == 0, done.stderr
+    [plan] = json.loads(done.stdout)["plans"]
+    assert plan["memory"] == "in turn"
+    options = ("--no-image", "--runs", "1", "--new-tokens", "2", "--json")
+    done = run_program("bench", bundle.folder, *options, "--max-memory", f"{limit}MB")
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert "memory in turn" in json.loads(done.stdout)["plan"]
+    refused = refusal(capsys, "tune", bundle.folder, "--max-memory", f"{limit - 1}MB")
+    assert "(--max-memory)" in refused
+
+
 def test_wrong_use_is_told_in_a_line(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a time, as in 60s" in refusal(
         capsys, "tune", bundle.folder, "--budget", "soon"

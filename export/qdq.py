@@ -23,6 +23,7 @@ from mobilevlm.export.calibration import Sample
 from mobilevlm.export.graph.author import author_vision, data_path
 from mobilevlm.export.graph.dialects import STANDARD, STATIC
 from mobilevlm.export.graph.reading import OnnxTensors
+from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.linear_groups import linear_groups
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.recipes import CalibratorName, LinearFormat, Recipe
@@ -45,8 +46,6 @@ begins with as many as there are quantized ones; its time grows with their cube.
 _KEPT = {"Cast", "DequantizeLinear", "QuantizeLinear"}
 """Operators that are not quantized."""
 FLOAT = LinearFormat("fp32")
-_INLINE_BYTES = 1024
-"""Smaller tensors are kept inside the .onnx file."""
 
 
 def check_onnx() -> None:
@@ -98,7 +97,7 @@ def author_qdq(
     model.producer_name, model.producer_version = "mobilevlm", ""
     location = data_path(path).name
     onnx.save_model(
-        model, path, save_as_external_data=True, location=location, size_threshold=_INLINE_BYTES
+        model, path, save_as_external_data=True, location=location, size_threshold=INLINE_BYTES
     )
     return Written(_weight_errors(weights, path, spec))
 

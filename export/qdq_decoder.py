@@ -20,6 +20,7 @@ from mobilevlm.export.graph.author import (
     author_static_decoder,
     author_vision,
 )
+from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.linear_groups import linear_groups
 from mobilevlm.export.qdq import (
     FLOAT,
@@ -44,8 +45,6 @@ from mobilevlm.runtime.engines.npu import MASKED, causal_mask, signed_tables
 from mobilevlm.runtime.engines.onnx import OnnxVision
 from mobilevlm.spec import IMAGE_TOKEN_ID
 
-_INLINE_BYTES = 1024
-"""Smaller tensors are kept inside the .onnx files."""
 _HEADROOM = 16.0
 """Logits of attention, in nats: how far below all others a masked one stays. exp(-16) is 1e-7."""
 _SHARE = {"rmin": np.float32(0), "rmax": np.float32(1)}
@@ -245,7 +244,7 @@ def _save_together(models: Sequence[Any], paths: Sequence[Path], data: Path) -> 
             model.producer_name, model.producer_version = "mobilevlm", ""
             for tensor in model.graph.initializer:
                 content = onnx.numpy_helper.to_array(tensor).tobytes()
-                if len(content) < _INLINE_BYTES:
+                if len(content) < INLINE_BYTES:
                     continue
                 key = tensor.name, hashlib.sha256(content).digest()
                 if key not in places:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mobilevlm.errors import BundleError, MobileVLMError
@@ -24,7 +24,7 @@ there. onnx: ONNX Runtime; gguf: llama.cpp; hybrid: ONNX Runtime feeds llama.cpp
 graph of the decoder on the kernels of llama.cpp; npu: graphs of fixed shapes; ort: files in ONNX
 Runtime's own format."""
 
-OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}}
+OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}, "ort": {"prefill": "ort"}}
 """Artifacts, by stage, that an engine runs where the bundle has them. prefill: the decoder's second
 graph, for prompts."""
 
@@ -130,6 +130,19 @@ def memory_settings(engine: str, first: MemorySetting = "fast") -> tuple[MemoryS
     elif engine == "hybrid":
         known = ("fast", "compact")
     return known[known.index(first) :] if first in known else known[-1:]
+
+
+def lighter_plans(plan: Plan) -> list[Plan]:
+    """The plan, and what takes less and less memory: the same with all weights that may stay in
+    their files there, then with each further setting that its engine knows."""
+    first, *others = (
+        replace(plan, memory=setting) for setting in memory_settings(plan.engine, plan.memory)
+    )
+    prompts = "mapped" if plan.prefill_weights == "packed" else plan.prefill_weights
+    mapped = [
+        replace(item, vision_weights="mapped", prefill_weights=prompts) for item in (first, *others)
+    ]
+    return list(dict.fromkeys([first, *mapped]))
 
 
 def default_threads() -> int:

@@ -5,18 +5,20 @@ control group's, and memory that is free, with what the process must have for it
 files can be taken back; RLIMIT_AS with the address space that is in use already and what comes on
 top; RLIMIT_DATA with data likewise, of which keys and values are none (they are shared pages).
 
-A plan that needs more than a limit gives way to one that takes less. Refused is only what needs
-more than :data:`DOUBT` allows by the plan that takes least: the estimate may err, and a model that
-would run must not be turned away. What a person asks for has no such margin.
+A plan that needs more than a limit gives way to one that takes less; where ``tune`` wrote it, a
+line says so. Refused is only what needs more than :data:`DOUBT` allows by the plan that takes
+least: the estimate may err, and a model that would run must not be turned away. What a person asks
+for has no such margin.
 """
 
 from __future__ import annotations
 
-from dataclasses import replace
+import warnings
+from collections.abc import Sequence
 
 from mobilevlm.bundle import Bundle
-from mobilevlm.errors import MemoryLimitError
-from mobilevlm.plan import Plan, memory_settings
+from mobilevlm.errors import MemoryLimitError, PlanWarning
+from mobilevlm.plan import Plan, lighter_plans
 from mobilevlm.runtime.memory import LIBRARIES, Memory, estimate
 from mobilevlm.runtime.memory_limits import Limit, in_use
 
@@ -24,21 +26,36 @@ DOUBT = 0.9
 """Share of the estimate that must be more than a limit of the system for a refusal."""
 
 
-def fit_plan(bundle: Bundle, plan: Plan, limits: list[Limit]) -> Plan:
-    """The plan with the first ``memory`` setting, from its own on, that all limits allow; or with
-    the last, where they may do so.
+def fit_plan(bundle: Bundle, plan: Plan, limits: list[Limit], others: Sequence[Plan] = ()) -> Plan:
+    """The first that all limits allow of what the plan can be made (mobilevlm.plan.lighter_plans),
+    then of what ``others`` can; or that which takes least, where they may do so. ``others``: where
+    the plan was measured, what there is besides it; if it gives way, a PlanWarning says to what.
 
     Raises:
-        MemoryLimitError: the model needs more than a limit, whatever the setting.
+        MemoryLimitError: the model needs more than a limit, whatever the plan.
     """
-    settings = memory_settings(plan.engine, plan.memory)
-    choices = {
-        replace(plan, memory=setting): estimate(bundle.manifest, replace(plan, memory=setting))
-        for setting in settings
-    }
+    plans = [choice for item in (plan, *others) for choice in lighter_plans(item)]
+    choices = {choice: estimate(bundle.manifest, choice) for choice in plans}
     used = in_use()
+    found = _fitting(bundle, choices, limits, used)
+    if others and found != plans[0]:
+        needed = {limit: _total(choices[plans[0]], limit, used) for limit in limits}
+        limit = next(limit for limit in limits if needed[limit] > limit.size)
+        warnings.warn(
+            f"{bundle.folder}: the plan that 'mobilevlm tune' wrote takes "
+            f"{needed[limit] / 1e6:.0f} MB, the limit is {limit.size / 1e6:.0f} MB "
+            f"({limit.where}): instead {found.describe()}",
+            PlanWarning,
+            stacklevel=4,
+        )
+    return found
+
+
+def _fitting(
+    bundle: Bundle, choices: dict[Plan, Memory], limits: list[Limit], used: tuple[float, float]
+) -> Plan:
     for choice, memory in choices.items():
-        if all(sum(need(memory, limit, used)) <= limit.size for limit in limits):
+        if all(_total(memory, limit, used) <= limit.size for limit in limits):
             return choice
     for limit in limits:
         there, more = min((need(memory, limit, used) for memory in choices.values()), key=sum)
@@ -50,6 +67,10 @@ def fit_plan(bundle: Bundle, plan: Plan, limits: list[Limit]) -> Plan:
                 f"{_remedy(limit)}, or {_SMALLER}"
             )
     return min(choices, key=lambda choice: choices[choice].own)
+
+
+def _total(memory: Memory, limit: Limit, used: tuple[float, float]) -> float:
+    return sum(need(memory, limit, used))
 
 
 def need(memory: Memory, limit: Limit, used: tuple[float, float]) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
@@ -57,7 +57,9 @@ MEANWHILE = 2e8
 _BLOCK_SUMS = 8
 """Bytes of a block in memory: scale and sum in float32."""
 _SCALE = 4
-_FLOAT, _HALF = 4, 2
+_FLOAT, _HALF, _BYTE = 4, 2, 1
+_FIXED_POINT = ("qdq8", "qdq16")
+"""Precisions of graphs that keep keys and values in bytes"""
 
 
 @dataclass(frozen=True)
@@ -128,11 +130,14 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
         own, pages = ONLY_LLAMA, ONLY_LLAMA_FILES
     elif plan.engine in LLAMA_ENGINES:
         pages += LLAMA_FILES
+    position = _position_size(decoder, _value_size(manifest, artifacts["decoder"]))
+    # llama.cpp's keys and values are there for the whole context at once.
+    whole = plan.engine in LLAMA_ENGINES[:2]
+    states = position * (decoder.context_length if whole else positions)
     libraries = own + TOKENIZER_FACTOR * _size(manifest, [TOKENIZER])
     if plan.engine == "npu" and manifest.compiled:
         names = [name for part in manifest.compiled for name in part.files]
         binaries = _size(manifest, names)
-        states = _states(manifest, plan, positions)
         return Memory(libraries, binaries, 0.0, states, pages, 0.0, 0.0)
     stages: list[_Stage] = []
     for name, artifact in artifacts.items():
@@ -153,10 +158,9 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
             stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
     if manifest.system_prompt is not None and plan.engine == "onnx":
         mapped += _size(manifest, [manifest.system_prompt.path])
-    weights, filled, working, read = _peak(stages, _states(manifest, plan, positions), plan)
-    whole = _state_size(manifest, plan) * decoder.context_length
+    weights, filled, working, read = _peak(stages, states, plan)
     files = sum(_size(manifest, part.files) for part in artifacts.values())
-    reserved = files + whole - filled
+    reserved = files + position * decoder.context_length - filled
     return Memory(libraries, weights, working, filled, pages, mapped + read, reserved)
 
 
@@ -210,7 +214,7 @@ def _onnx_stage(
         part = _settings(manifest.recipe, "tower", artifact)
         run, loaded = _vision_buffers(spec.vision), size * _growth(part) + SESSION
         return _loaded(
-            _Stage(loaded, size * _scales(part), run, 0.0 if scarce else run), size, plan
+            _Stage(loaded, size * _scales(part), run, 0.0 if scarce else run), size, plan, "vision"
         )
     packed, scales, twice = 0.0, 0.0, 0.0
     for key, count, largest in _decoder_weights(spec.decoder, name):
@@ -224,12 +228,14 @@ def _onnx_stage(
     chunk = min(plan.chunk_length, positions)
     run = _decoder_buffers(spec.decoder, chunk, positions)
     found = _Stage(packed + SESSION, scales + twice, run, 0.0 if scarce else run)
-    return _loaded(found, size, plan)
+    return _loaded(found, size, plan, "decoder")
 
 
-def _loaded(stage: _Stage, size: float, plan: Plan) -> _Stage:
+def _loaded(
+    stage: _Stage, size: float, plan: Plan, threads: Literal["vision", "decoder"]
+) -> _Stage:
     """The stage as the plan's threads load it. ``size``: of its file."""
-    if plan.memory != "fast" or plan.threads_of("decoder") == 1:
+    if plan.memory != "fast" or plan.threads_of(threads) == 1:
         return stage
     return replace(stage, loading=0.0, unpacked=min(size, MEANWHILE))
 
@@ -327,19 +333,17 @@ def _decoder_buffers(spec: DecoderSpec, chunk: int, total: int) -> float:
     return _FLOAT * (states + spec.num_attention_heads * chunk * total + 2 * spec.vocab_size)
 
 
-def _states(manifest: Manifest, plan: Plan, positions: int) -> float:
-    """Keys and values in memory: llama.cpp's are there for the whole context at once."""
-    whole = plan.engine in LLAMA_ENGINES[:2]
-    filled = manifest.spec.decoder.context_length if whole else positions
-    return _state_size(manifest, plan) * filled
+def _value_size(manifest: Manifest, decoder: Artifact) -> int:
+    """Bytes of a number in the keys and values of a decoder."""
+    if decoder.format == "gguf":
+        return _HALF
+    is_integer = manifest.recipe.get("kv_cache") == "int8" or decoder.precision in _FIXED_POINT
+    return _BYTE if is_integer else _FLOAT
 
 
-def _state_size(manifest: Manifest, plan: Plan) -> float:
+def _position_size(spec: DecoderSpec, value: int) -> float:
     """Bytes of the keys and values of a position."""
-    spec = manifest.spec.decoder
-    values = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim
-    stored = 1 if manifest.recipe.get("kv_cache") == "int8" else _FLOAT
-    return values * {"npu": 1, "onnx": stored}.get(plan.engine, _HALF)
+    return 2.0 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * value
 
 
 PAGE_MB = 350.0
@@ -356,6 +360,6 @@ def estimate_web_mb(manifest: Manifest) -> float:
     files = {artifact.stage: artifact.files for artifact in manifest.artifacts}
     weights = {stage: sum(manifest.files[name].size for name in files[stage]) for stage in files}
     decoder = manifest.spec.decoder
-    states = STATE_COPIES * decoder.context_length * _state_size(manifest, Plan("onnx"))
+    states = STATE_COPIES * decoder.context_length * _position_size(decoder, _FLOAT)
     model = RESIDENT_WEB * (weights["vision"] + weights["decoder"]) + weights["embeddings"]
     return PAGE_MB + (model + states) / 1e6

@@ -6,12 +6,11 @@ does not know it. Whatever is wrong with it, the bundle runs without.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -58,32 +57,31 @@ class TunedPlan:
     """Whether the budget sufficed for all questions."""
 
 
-def settle_plan(
+def settle_plans(
     bundle: Bundle,
     engine: str,
     threads: int | None,
     plan: Plan | PlanChoice,
     max_resident_mb: float | None = None,
-) -> Plan:
-    """The plan that the bundle will run by, its engine settled: ``engine``, ``threads`` and
-    ``max_resident_mb``, where they say something, win over it.
+) -> list[Plan]:
+    """The plan that the bundle is to run by, its engine settled: ``engine``, ``threads`` and
+    ``max_resident_mb``, where they say something, win over it. Where it was measured, further ones
+    follow: those of slower engines, and the defaults.
 
     Raises:
         BundleError: the bundle has no artifacts for the engine.
     """
     if isinstance(plan, Plan):
-        found = plan
-        engine = plan.engine if engine == "auto" else engine
+        found = [replace(plan, engine=plan.engine if engine == "auto" else engine)]
     else:
         tuned = read_plan(bundle) if plan == "auto" else None
-        found = (tuned and _plan_for(tuned, engine)) or Plan()
-        engine = found.engine if engine == "auto" else engine
-    settled = dataclasses.replace(found, engine=choose_engine(bundle, engine))
+        found = [*(_plans_for(tuned, engine) if tuned else ()), Plan(engine)]
+    said: dict[str, Any] = {}
     if threads is not None:
-        settled = dataclasses.replace(settled, vision_threads=threads, decoder_threads=threads)
+        said = {"vision_threads": threads, "decoder_threads": threads}
     if max_resident_mb is not None:
-        settled = dataclasses.replace(settled, max_resident_mb=max_resident_mb)
-    return settled
+        said["max_resident_mb"] = max_resident_mb
+    return [replace(item, engine=choose_engine(bundle, item.engine), **said) for item in found]
 
 
 def read_plan(bundle: Bundle) -> TunedPlan | None:
@@ -154,14 +152,15 @@ def _read_entries(path: Path) -> dict[str, Any] | None:
     return processors
 
 
-def _plan_for(tuned: TunedPlan, engine: str) -> Plan | None:
-    """That of the engine; of ``auto`` the fastest whose packages are still there."""
+def _plans_for(tuned: TunedPlan, engine: str) -> list[Plan]:
+    """That of the engine; of ``auto`` all whose packages are still there, the fastest first."""
     lacks_llama = bool(installed_extras()["gguf"])
-    for plan in tuned.plans:
-        runs = plan.engine not in LLAMA_ENGINES or not lacks_llama
-        if engine == plan.engine or (engine == "auto" and runs):
-            return plan
-    return None
+    return [
+        plan
+        for plan in tuned.plans
+        if engine == plan.engine
+        or (engine == "auto" and not (lacks_llama and plan.engine in LLAMA_ENGINES))
+    ]
 
 
 def _check(plan: Plan, where: str) -> None:

@@ -12,9 +12,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import median
+from types import MappingProxyType
 from typing import Protocol
 
-from mobilevlm.plan import DRAFTING_ENGINES, PREFILL_CHUNK, PREFILL_FROM, Plan
+from mobilevlm.plan import DRAFTING_ENGINES, PREFILL_CHUNK, PREFILL_FROM, MemorySetting, Plan
 from mobilevlm.runtime.drafting import DEFAULT_DRAFT_TOKENS
 from mobilevlm.runtime.plan_file import Candidate, TunedPlan
 
@@ -124,36 +125,38 @@ def tune(
     *,
     prompts: Sequence[str] = (),
     packing: bool = False,
+    memory: Mapping[str, MemorySetting] = MappingProxyType({}),
 ) -> TunedPlan:
     """Measures the engines and chooses. ``digest``: of the bundle's manifest; ``threads``: that
     this process may use; ``prompts``: engines that have a graph for prompts; ``packing``: whether
-    memory suffices to copy weights that may stay in their file. At least one engine is measured,
-    whatever the budget."""
+    memory suffices to copy weights that may stay in their file; ``memory``: setting of each engine,
+    where it is not ``fast``. At least one engine is measured, whatever the budget."""
     state = _Tuning(probe, budget)
+    plans = {engine: Plan(engine, memory=memory.get(engine, "fast")) for engine in engines}
     first: dict[str, StageTimes] = {}
     for engine in engines:
         if state.may(f"engine {engine}") or not first:
-            first[engine] = probe.stages(Plan(engine))
+            first[engine] = probe.stages(plans[engine])
     ranked = sorted(first, key=lambda engine: first[engine].question)
     best = first[ranked[0]].question
-    plans, scores = {}, {}
+    scores = {engine: first[engine].question for engine in ranked}
     for engine in ranked:
-        plans[engine], scores[engine] = Plan(engine), first[engine].question
+        start = plans[engine]
         if scores[engine] > HOPELESS * best:
             continue
-        found = _threads(state, Plan(engine), threads, first[engine])
+        found = _threads(state, start, threads, first[engine])
         if engine == "onnx":
             found = _spinning(state, found)
             if packing:
                 found = _vision_weights(state, found)
-        if engine in prompts:
+        if engine in prompts and start.memory != "in turn":
             found = _prompt_graph(state, found, packing)
-        if engine == "onnx":
+        if engine == "onnx" and start.memory == "fast":
             found = _chunk(state, found)
         if engine in DRAFTING_ENGINES:
             found = _drafts(state, found)
         plans[engine] = found
-        if found != Plan(engine) and state.may(f"engine {engine} as chosen"):
+        if found != start and state.may(f"engine {engine} as chosen"):
             scores[engine] = probe.stages(found).question
     ranked.sort(key=scores.__getitem__)
     state.note("engine", {name: [scores[name]] for name in ranked}, ranked[0])

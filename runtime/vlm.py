@@ -7,7 +7,6 @@ import time
 from collections.abc import Generator, Sequence
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 from PIL import Image
@@ -37,7 +36,7 @@ from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.fitting import fit_plan
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.memory_limits import memory_limits
-from mobilevlm.runtime.plan_file import PlanChoice, settle_plan
+from mobilevlm.runtime.plan_file import PlanChoice, settle_plans
 from mobilevlm.runtime.sampling import SamplingOptions
 from mobilevlm.runtime.session import Prompt, PromptChoices, Reuse, Session
 
@@ -144,8 +143,8 @@ def open_model(
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
     ``tokenizer``: instead of the bundle's; ``plan`` and ``max_memory_mb`` as in :func:`load`."""
     start = time.perf_counter() if start is None else start
-    settled = settle_plan(bundle, engine, threads, plan, max_resident_mb)
-    settled = fit_plan(bundle, settled, memory_limits(asked_mb=max_memory_mb))
+    first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
+    settled = fit_plan(bundle, first, memory_limits(asked_mb=max_memory_mb), others)
     tokenizer = tokenizer or _read_tokenizer(bundle, TOKENIZER)
     cache = _open_cache(bundle, tokenizer, settled, cache_mb)
     vision, decoder = open_engines(bundle, settled.engine, settled)
@@ -373,12 +372,7 @@ class VLM:
     def __enter__(self) -> VLM:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *reason: object) -> None:
         self.close()
 
     def _input_ids(self, prompt: str | Sequence[Message], images: int, raw: bool) -> list[int]:

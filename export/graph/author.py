@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,26 +94,13 @@ def author_decoder(
         embeds = _input(builder, "inputs_embeds", FLOAT, [1, "length", decoder.hidden_size])
         total = _input(builder, "total_length", ir.DataType.INT32, [1])
         positions = _input(builder, "logits_positions", ir.DataType.INT64, ["positions"])
-        past = [
-            (
-                _input(builder, f"past_key_values.{index}.key", FLOAT, buffer),
-                _input(builder, f"past_key_values.{index}.value", FLOAT, buffer),
-            )
-            for index in range(decoder.num_hidden_layers)
-        ]
-        cross = [
-            tuple(
-                _input(builder, f"cross.{index}.{kind}", FLOAT, encoded)
-                for kind in ("key", "value")
-            )
-            for index in range(decoder.num_hidden_layers if decoder.encoder_layers else 0)
-        ]
-        further = [cross] if cross else []
+        past = _key_value_inputs(builder, "past_key_values", decoder.num_hidden_layers, buffer)
+        further = []
+        if decoder.encoder_layers:
+            further = [_key_value_inputs(builder, "cross", decoder.num_hidden_layers, encoded)]
         logits, presents, routers = stage(builder.op, embeds, total, positions, past, *further)
         _output(builder, logits, "logits", [1, "positions", decoder.vocab_size])
-        for index, (key, value) in enumerate(presents):
-            _output(builder, key, f"present.{index}.key", buffer)
-            _output(builder, value, f"present.{index}.value", buffer)
+        _key_value_outputs(builder, "present", presents, buffer)
         for index, router in routers.items():  # the last layer only has the positions asked for
             length = "positions" if index == decoder.num_hidden_layers - 1 else "length"
             experts = decoder.num_experts(index)
@@ -140,9 +127,7 @@ def author_encoder(
         stage = EncoderStage(file, decoder)
         states, cross = stage(builder.op, _input(builder, "inputs_embeds", FLOAT, shape))
         _output(builder, states, "encoder_states", shape)
-        for index, (key, value) in enumerate(cross):
-            _output(builder, key, f"cross.{index}.key", encoded)
-            _output(builder, value, f"cross.{index}.value", encoded)
+        _key_value_outputs(builder, "cross", cross, encoded)
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
     return _author("encoder_model", path, file, build)
@@ -177,18 +162,12 @@ def author_static_decoder(
             position = _input(builder, "logits_position", FLOAT, rows)
         else:
             position = _input(builder, "logits_position", ir.DataType.INT32, [shape.logits])
-        past = [
-            (
-                _input(builder, f"past_key_values.{index}.key", FLOAT, [1, heads, window, dim]),
-                _input(builder, f"past_key_values.{index}.value", FLOAT, [1, heads, window, dim]),
-            )
-            for index in range(decoder.num_hidden_layers)
-        ]
+        past = _key_value_inputs(
+            builder, "past_key_values", decoder.num_hidden_layers, [1, heads, window, dim]
+        )
         logits, presents = stage(builder.op, embeds, mask, rotary, position, past)
         _output(builder, logits, "logits", [1, shape.logits, decoder.vocab_size])
-        for index, (key, value) in enumerate(presents):
-            _output(builder, key, f"present.{index}.key", [1, heads, length, dim])
-            _output(builder, value, f"present.{index}.value", [1, heads, length, dim])
+        _key_value_outputs(builder, "present", presents, [1, heads, length, dim])
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
     return _author("decoder", path, file, build, ELEMENTARY if recipe.elementary else STATIC)
@@ -247,3 +226,24 @@ def _input(builder: GraphBuilder, name: str, dtype: ir.DataType, shape: Shape) -
 def _output(builder: GraphBuilder, value: Any, name: str, shape: Shape) -> None:
     value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(FLOAT)
     builder.graph.outputs.append(value)
+
+
+def _key_value_inputs(
+    builder: GraphBuilder, name: str, layers: int, shape: Shape
+) -> list[tuple[Any, Any]]:
+    """Keys and values of each layer."""
+    return [
+        (
+            _input(builder, f"{name}.{index}.key", FLOAT, shape),
+            _input(builder, f"{name}.{index}.value", FLOAT, shape),
+        )
+        for index in range(layers)
+    ]
+
+
+def _key_value_outputs(
+    builder: GraphBuilder, name: str, pairs: Iterable[tuple[Any, Any]], shape: Shape
+) -> None:
+    for index, (key, value) in enumerate(pairs):
+        _output(builder, key, f"{name}.{index}.key", shape)
+        _output(builder, value, f"{name}.{index}.value", shape)

@@ -26,7 +26,7 @@ from mobilevlm.progress import Advance, ignore
 
 _ALIGNMENT = 4096
 """Large tensors begin on a page, so that they can be mapped alone."""
-_INLINE_BYTES = 1024
+INLINE_BYTES = 1024
 """Smaller tensors are kept inside the .onnx file."""
 
 
@@ -58,7 +58,7 @@ class WeightFile:
         """A graph parameter with the array's values. ``name`` as in :class:`onnxscript.nn.Module`:
         the attribute name when not given."""
         array = np.ascontiguousarray(array)
-        if array.nbytes < _INLINE_BYTES:
+        if array.nbytes < INLINE_BYTES:
             self.bytes_per_token += array.nbytes * self._share
             return nn.Parameter(array.shape, name=name, data=ir.tensor(array))
         return self._external([array], array.shape, array.dtype, name)

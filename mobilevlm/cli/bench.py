@@ -10,12 +10,11 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import model_options
+from mobilevlm.cli.options import ModelOptions, model_options
 from mobilevlm.plan import engine_for_limit
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.bench import BenchResult
-    from mobilevlm.runtime.plan_file import PlanChoice
 
 
 @click.command(
@@ -73,13 +72,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
 def command(
-    bundle: Path,
-    mmproj: Path | None,
-    engine: str,
-    threads: int | None,
-    max_memory_mb: float | None,
-    max_resident_mb: float | None,
-    plan: PlanChoice,
+    model: ModelOptions,
     image: str | None,
     no_image: bool,
     text_tokens: int,
@@ -100,29 +93,25 @@ def command(
         raise click.UsageError("--plan shows what was chosen for this machine, not for --device")
     progress.enable()
     if show_plan_only:
-        _show_plan(bundle, engine, as_json or form == "json")
+        _show_plan(model.bundle, model.engine, as_json or form == "json")
         return
     if device is not None:
         from mobilevlm.runtime.devices.measuring import bench_on_device
 
         options = [
-            f"--engine={engine}",
+            *model.words(),
             f"--text-tokens={text_tokens}",
             f"--new-tokens={new_tokens}",
             f"--draft-tokens={draft_tokens}",
             f"--runs={runs}",
-            *([] if threads is None else [f"--threads={threads}"]),
-            *([] if max_resident_mb is None else [f"--max-resident={max_resident_mb}MB"]),
-            *([] if max_memory_mb is None else [f"--max-memory={max_memory_mb}MB"]),
-            *(["--no-plan"] if plan == "none" else []),
             *(["--no-image"] if no_image else []),
         ]
         result = bench_on_device(
             device,
-            bundle,
+            model.bundle,
             options,
-            engine=engine_for_limit(engine, max_resident_mb),
-            mmproj=mmproj,
+            engine=engine_for_limit(model.engine, model.max_resident_mb),
+            mmproj=model.mmproj,
             image=Path(image) if image and not no_image else None,
             python=device_python,
             folder=device_folder,
@@ -131,18 +120,9 @@ def command(
         return
     import numpy as np
 
-    from mobilevlm.runtime import load
     from mobilevlm.runtime.bench import run_bench
 
-    with load(
-        bundle,
-        engine,
-        threads,
-        mmproj,
-        max_resident_mb=max_resident_mb,
-        plan=plan,
-        max_memory_mb=max_memory_mb,
-    ) as vlm:
+    with model.open() as vlm:
         grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
         picture = None if no_image else (image or grey)
         with progress.track("runs", runs + 1) as advance:

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from mobilevlm.cli.options import model_options, sampling_options, show_timings
+from mobilevlm.cli.options import ModelOptions, model_options, sampling_options, show_timings
 from mobilevlm.errors import MobileVLMError
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.chat import Chat
-    from mobilevlm.runtime.plan_file import PlanChoice
 
 HELP = """\
 /image FILE   talk about another picture (a new conversation begins)
@@ -28,29 +26,14 @@ HELP = """\
 @click.option("--image", "images", multiple=True, metavar="FILE", help="A picture; repeatable.")
 @sampling_options
 def command(
-    bundle: Path,
-    mmproj: Path | None,
-    engine: str,
-    threads: int | None,
-    max_memory_mb: float | None,
-    max_resident_mb: float | None,
-    plan: PlanChoice,
+    model: ModelOptions,
     images: tuple[str, ...],
     **sampling: Any,
 ) -> None:
     """Talk about pictures with the model in BUNDLE. Ctrl-C stops an answer."""
-    from mobilevlm.runtime import load
     from mobilevlm.runtime.chat import Chat
 
-    with load(
-        bundle,
-        engine,
-        threads,
-        mmproj,
-        max_resident_mb=max_resident_mb,
-        plan=plan,
-        max_memory_mb=max_memory_mb,
-    ) as vlm:
+    with model.open() as vlm:
         chat = Chat(vlm, list(images))
         print(f"{vlm.spec.name}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip

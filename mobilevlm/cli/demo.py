@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mobilevlm import progress
-from mobilevlm.cli.options import show_timings
-from mobilevlm.plan import ENGINE_CHOICES
+from mobilevlm.cli.options import engine_option, show_timings, threads_option
 
 if TYPE_CHECKING:
     from mobilevlm.nano.questions import Question
@@ -32,8 +31,8 @@ Examples:
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE.png",
               help="Where the picture goes; default: the folder for temporary files.")  # fmt: skip
-@click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto", show_default=True)
-@click.option("--threads", type=click.IntRange(1), help="Default: all of this process.")
+@engine_option("What runs the stages.")
+@threads_option
 def command(given: int | None, output: Path | None, engine: str, threads: int | None) -> None:
     """Draw a scene that no model has seen, and let the built-in model nano answer questions about
     it, with the truth beside each answer. Nothing is downloaded."""

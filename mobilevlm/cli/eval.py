@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import model_options
-
-if TYPE_CHECKING:
-    from mobilevlm.runtime.plan_file import PlanChoice
+from mobilevlm.cli.options import ModelOptions, model_options
 
 
 @click.command(
@@ -32,13 +26,7 @@ if TYPE_CHECKING:
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
-    bundle: Path,
-    mmproj: Path | None,
-    engine: str,
-    threads: int | None,
-    max_memory_mb: float | None,
-    max_resident_mb: float | None,
-    plan: PlanChoice,
+    model: ModelOptions,
     suite: str,
     questions: int,
     no_blind: bool,
@@ -49,21 +37,9 @@ def command(
     progress.enable()
     from mobilevlm.nano.evaluate import evaluate_vlm, table
     from mobilevlm.nano.suite import evaluation_set
-    from mobilevlm.runtime import load
 
     examples = evaluation_set(questions)
-    with (
-        load(
-            bundle,
-            engine,
-            threads,
-            mmproj,
-            max_resident_mb=max_resident_mb,
-            plan=plan,
-            max_memory_mb=max_memory_mb,
-        ) as vlm,
-        progress.track_share("questions") as show,
-    ):
+    with model.open() as vlm, progress.track_share("questions") as show:
         result, rate = evaluate_vlm(vlm, examples, not no_blind, show)
     if as_json:
         show_json({**result.to_dict(), "tokens_per_second": rate})

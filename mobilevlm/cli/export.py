@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import click
 
@@ -117,13 +117,11 @@ def command(
     calibration: str | None,
     weight_bits: Literal["auto", "7", "8"],
     kv_cache: KVCache | None,
-    vision_tower: Path | None,
     mmproj: Path | None,
-    conversation: str | None,
-    variant: str | None,
     no_measure: bool,
     as_json: bool,
     quiet: bool,
+    **origin: Any,
 ) -> None:
     """Turn a CHECKPOINT (folder of MobileVLM or LLaVA, or GGUF) into a bundle without torch."""
     progress.enable(not quiet)
@@ -138,7 +136,6 @@ def command(
         from mobilevlm.families import OpenOptions
 
         plan = plan_out or bundle.with_name(f"{bundle.name}.toml")
-        options = OpenOptions(vision_tower, conversation, variant)
         goal = Goal(budget, max_kl)
         search_recipe(
             checkpoint,
@@ -146,7 +143,7 @@ def command(
             goal,
             recipe=recipe or "int4",
             calibration=calibration,
-            options=options,
+            options=OpenOptions(**origin),
         )
         recipe = str(plan)
         if form in (None, "onnx"):
@@ -158,9 +155,6 @@ def command(
         bundle,
         recipe=recipe,
         formats=("onnx", "gguf") if form == "all" else (form,) if form else None,
-        vision_tower=vision_tower,
-        conversation=conversation,
-        variant=variant,
         measure=not no_measure,
         gguf_type=gguf_type,
         imatrix=imatrix,
@@ -169,6 +163,7 @@ def command(
         weight_bits={"auto": None, "7": 7, "8": 8}[weight_bits],
         kv_cache=kv_cache,
         target=target,
+        **origin,
     )
     if as_json:
         show_json(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -45,21 +46,12 @@ def command(
     checkpoint: Path,
     path: Path,
     calibration: str,
-    vision_tower: Path | None,
-    conversation: str | None,
-    variant: str | None,
     quiet: bool,
+    **origin: Any,
 ) -> None:
     """Run a CHECKPOINT on calibration data and write how strong each input of the decoder's
     matrices is; GGUF export then rounds the weights that matter better (needs torch)."""
     progress.enable(not quiet)
     from mobilevlm.export.pipeline import export_imatrix
 
-    export_imatrix(
-        checkpoint,
-        path,
-        calibration=calibration,
-        vision_tower=vision_tower,
-        conversation=conversation,
-        variant=variant,
-    )
+    export_imatrix(checkpoint, path, calibration=calibration, **origin)

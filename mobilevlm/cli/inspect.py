@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobilevlm.cli import show_json
-from mobilevlm.plan import ENGINE_CHOICES
+from mobilevlm.cli.options import engine_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -38,13 +38,7 @@ if TYPE_CHECKING:
     metavar="scenes|FILE.jsonl",
     help="What to run for --experts.",
 )
-@click.option(
-    "--engine",
-    type=click.Choice(ENGINE_CHOICES),
-    default="auto",
-    show_default=True,
-    help="What runs a bundle for --experts.",
-)
+@engine_option("What runs a bundle for --experts.")
 @click.option(
     "--plot",
     type=click.Path(path_type=Path, dir_okay=False),

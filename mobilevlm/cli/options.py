@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -12,13 +14,15 @@ import click
 from mobilevlm.plan import ENGINE_CHOICES
 
 if TYPE_CHECKING:
-    from mobilevlm.runtime import Generation
+    from mobilevlm.runtime import VLM, Generation
+    from mobilevlm.runtime.plan_file import PlanChoice
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def checkpoint_options(function: F) -> F:
-    """CHECKPOINT, ``--vision-tower``, ``--conversation`` and ``--variant``."""
+    """CHECKPOINT, ``--vision-tower``, ``--conversation`` and ``--variant``: the last three are what
+    :class:`mobilevlm.families.OpenOptions` takes."""
     for decorate in (
         click.option("--variant", metavar="NAME",
                      help="Which official behaviour, where a family has several (VILA: vila1.5, "
@@ -43,27 +47,77 @@ def _megabytes(context: Any, option: Any, value: str | None) -> float | None:
     return float(number[1]) * {"M": 1, "G": 1000}[number[2].upper()]
 
 
-def model_options(function: F) -> F:
+def engine_option(text: str) -> Callable[[F], F]:
+    """``--engine``, with its help."""
+    return click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",
+                        show_default=True, help=text)  # fmt: skip
+
+
+def max_memory_option(text: str) -> Callable[[F], F]:
+    """``--max-memory``, with its help."""
+    return click.option("--max-memory", "max_memory_mb", callback=_megabytes, metavar="512MB",
+                        help=text)  # fmt: skip
+
+
+threads_option = click.option(
+    "--threads", type=click.IntRange(1), help="Default: all of this process."
+)
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What a person says about a model and how it is to run; as ``mobilevlm.load`` takes it."""
+
+    bundle: Path
+    mmproj: Path | None
+    engine: str
+    threads: int | None
+    max_memory_mb: float | None
+    max_resident_mb: float | None
+    plan: PlanChoice
+
+    def open(self) -> VLM:
+        """The model, loaded."""
+        from mobilevlm.runtime import load
+
+        return load(**vars(self))
+
+    def words(self) -> list[str]:
+        """The options once more, for the program on another machine, without files."""
+        sizes = {"--max-memory": self.max_memory_mb, "--max-resident": self.max_resident_mb}
+        said = [f"{name}={size}MB" for name, size in sizes.items() if size is not None]
+        if self.threads is not None:
+            said.append(f"--threads={self.threads}")
+        if self.plan == "none":
+            said.append("--no-plan")
+        return [f"--engine={self.engine}", *said]
+
+
+def model_options(function: Callable[..., None]) -> Callable[..., None]:
     """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-memory``, ``--max-resident``
-    and ``--no-plan``."""
+    and ``--no-plan``, which the function gets as ``model``."""
+
+    @functools.wraps(function)
+    def gathered(**given: Any) -> None:
+        said = {field.name: given.pop(field.name) for field in fields(ModelOptions)}
+        function(model=ModelOptions(**said), **given)
+
     for decorate in (
         click.option("--no-plan", "plan", flag_value="none", default="auto",
                      help="Do without the settings that 'mobilevlm tune' found."),
         click.option("--max-resident", "max_resident_mb", callback=_megabytes, metavar="800MB",
                      help="Of sparse experts, in memory at a time: the others stay on the disk "
                      "(engine ggml)."),
-        click.option("--max-memory", "max_memory_mb", callback=_megabytes, metavar="512MB",
-                     help="The most that may be resident: slower settings that take less are "
-                     "chosen, or the model is refused before it is loaded."),
-        click.option("--threads", type=click.IntRange(1), help="Default: all of this process."),
-        click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",
-                     show_default=True, help="What runs the stages."),
+        max_memory_option("The most that may be resident: slower settings that take less are "
+                          "chosen, or the model is refused before it is loaded."),
+        threads_option,
+        engine_option("What runs the stages."),
         click.option("--mmproj", type=click.Path(path_type=Path), metavar="FILE",
                      help="The image encoder, if BUNDLE is a .gguf file made elsewhere."),
         click.argument("bundle", type=click.Path(path_type=Path)),
     ):  # fmt: skip
-        function = decorate(function)
-    return function
+        gathered = decorate(gathered)
+    return gathered
 
 
 def sampling_options(function: F) -> F:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import model_options, sampling_options, show_timings
-
-if TYPE_CHECKING:
-    from mobilevlm.runtime.plan_file import PlanChoice
+from mobilevlm.cli.options import ModelOptions, model_options, sampling_options, show_timings
 
 EXAMPLES = """\b
 Examples:
@@ -51,13 +48,7 @@ Examples:
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of the stream."
 )
 def command(
-    bundle: Path,
-    mmproj: Path | None,
-    engine: str,
-    threads: int | None,
-    max_memory_mb: float | None,
-    max_resident_mb: float | None,
-    plan: PlanChoice,
+    model: ModelOptions,
     images: tuple[str, ...],
     video: Path | None,
     frames: int,
@@ -67,22 +58,12 @@ def command(
     **sampling: Any,
 ) -> None:
     """Ask one question about pictures and stream the answer of the model in BUNDLE."""
-    from mobilevlm.runtime import load
-
     pictures: list[Any] = [sys.stdin.buffer.read() if image == "-" else image for image in images]
     if video is not None:
         from mobilevlm.runtime.video import sample_frames
 
         pictures += sample_frames(video, frames)
-    with load(
-        bundle,
-        engine,
-        threads,
-        mmproj,
-        max_resident_mb=max_resident_mb,
-        plan=plan,
-        max_memory_mb=max_memory_mb,
-    ) as vlm:
+    with model.open() as vlm:
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

@@ -83,11 +83,9 @@ def command(
     calibration: str | None,
     data: str,
     plot: Path | None,
-    vision_tower: Path | None,
-    conversation: str | None,
-    variant: str | None,
     as_json: bool,
     quiet: bool,
+    **origin: Any,
 ) -> None:
     """Find how many bits each layer of the decoder of a CHECKPOINT needs, and write a recipe file
     (needs torch)."""
@@ -106,7 +104,7 @@ def command(
         experts=experts,
         calibration=calibration,
         data=data,
-        options=OpenOptions(vision_tower, conversation, variant),
+        options=OpenOptions(**origin),
         plot=plot,
     )
     if as_json:

@@ -10,10 +10,17 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
-from mobilevlm.plan import ENGINE_CHOICES
+from mobilevlm.cli.options import engine_option, max_memory_option
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.plan_file import TunedPlan
+
+
+EXAMPLES = """\b
+Examples:
+  mobilevlm tune bundle/ --budget 2m
+  mobilevlm tune bundle/ --max-memory 512MB
+"""
 
 
 def _seconds(context: Any, option: Any, value: str) -> float:
@@ -24,7 +31,7 @@ def _seconds(context: Any, option: Any, value: str) -> float:
     return float(number[1]) * (60 if number[2] == "m" else 1)
 
 
-@click.command("tune", epilog="\b\nExample:\n  mobilevlm tune bundle/ --budget 2m")
+@click.command("tune", epilog=EXAMPLES)
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "--budget",
@@ -34,15 +41,12 @@ def _seconds(context: Any, option: Any, value: str) -> float:
     metavar="TIME",
     help="How long to measure; what has begun is finished.",
 )
-@click.option(
-    "--engine",
-    type=click.Choice(ENGINE_CHOICES),
-    default="auto",
-    show_default=True,
-    help="Measure this one only.",
-)
+@engine_option("Measure this one only.")
+@max_memory_option("The most that may be resident: what needs more is not tried.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-def command(bundle: Path, budget: float, engine: str, as_json: bool) -> None:
+def command(
+    bundle: Path, budget: float, engine: str, max_memory_mb: float | None, as_json: bool
+) -> None:
     """Find the fastest settings for BUNDLE on this machine and keep them in its plan.json.
 
     run, chat, bench and eval use them from then on; their options win, --no-plan does without.
@@ -52,7 +56,7 @@ def command(bundle: Path, budget: float, engine: str, as_json: bool) -> None:
     from mobilevlm.spec import to_dict
 
     with progress.track_share("tuning") as show:
-        tuned, path = tune_bundle(bundle, budget, engine, show)
+        tuned, path = tune_bundle(bundle, budget, engine, show, max_memory_mb)
     if as_json:
         show_json(to_dict(tuned))
         return

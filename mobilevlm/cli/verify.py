@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import checkpoint_options
-from mobilevlm.plan import ENGINE_CHOICES
+from mobilevlm.cli.options import checkpoint_options, engine_option, threads_option
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,14 +36,8 @@ Examples:
 )
 @click.option("--suite", type=click.Choice(["scenes"]), help="Ask its questions too.")
 @click.option("--questions", type=click.IntRange(12), help="How many of a suite.  [default: 2000]")
-@click.option(
-    "--engine",
-    type=click.Choice(ENGINE_CHOICES),
-    default="auto",
-    show_default=True,
-    help="What runs the stages.",
-)
-@click.option("--threads", type=click.IntRange(1), help="Default: all of this process.")
+@engine_option("What runs the stages.")
+@threads_option
 @click.option(
     "--layers", is_flag=True, help="Measure each layer alone too (--html does in any case)."
 )
@@ -64,13 +57,11 @@ def command(
     questions: int | None,
     engine: str,
     threads: int | None,
-    vision_tower: Path | None,
-    conversation: str | None,
-    variant: str | None,
     layers: bool,
     html: Path | None,
     as_json: bool,
     quiet: bool,
+    **origin: Any,
 ) -> None:
     """Compare BUNDLE with the float32 reference of the CHECKPOINT that it was exported from. Fails
     with exit code 1 when a figure is beyond a limit of the bundle's recipe, and says which layer
@@ -91,10 +82,8 @@ def command(
         engine=engine,
         questions=(questions or 2000) if suite else 0,
         threads=threads,
-        vision_tower=vision_tower,
-        conversation=conversation,
-        variant=variant,
         layers=layers or html is not None,
+        **origin,
     )
     if html is not None:
         write_report(found, html)

@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mobilevlm.checkpoint import file_sha256
@@ -90,12 +89,7 @@ class DeviceSession:
     def __enter__(self) -> DeviceSession:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *reason: object) -> None:
         self._command.stop()
 
     def missing(self, folder: str, files: Mapping[str, SentFile]) -> list[str]:

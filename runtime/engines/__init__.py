@@ -120,20 +120,6 @@ def in_chunks(
     return np.concatenate(logits)
 
 
-def save_buffers(buffers: Mapping[str, NDArray[Any]], start: int, end: int) -> Segment:
-    """A copy of positions of KV buffers ``(1, num_key_value_heads, capacity, head_dim)``; ``data``:
-    ``(buffers, num_key_value_heads, positions, head_dim)``, in the buffers' order and type."""
-    data = np.stack([buffer[0, :, start:end] for buffer in buffers.values()])
-    data.flags.writeable = False
-    return Segment(start, end, data)
-
-
-def restore_buffers(buffers: Mapping[str, NDArray[Any]], segment: Segment) -> None:
-    """Writes what :func:`save_buffers` copied back to its place."""
-    for buffer, part in zip(buffers.values(), segment.data, strict=True):
-        buffer[0, :, segment.start : segment.end] = part
-
-
 def no_experts() -> MobileVLMError:
     """What to raise where a dense decoder is asked for its experts."""
     return MobileVLMError("this decoder has no experts: nothing is routed")

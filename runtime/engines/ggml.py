@@ -5,8 +5,6 @@ It runs what llama.cpp has no architecture for, and everything else as a second 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,16 +17,15 @@ from mobilevlm.runtime.engines import (
     ExpertChoices,
     Float32,
     Segment,
-    in_chunks,
     no_experts,
     still_open,
 )
-from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
 from mobilevlm.runtime.engines.expert_residency import ExpertResidency
 from mobilevlm.runtime.engines.ggml_graph import DecoderGraph
 from mobilevlm.runtime.engines.ggml_layers import GraphShape, KeyValues, Observe
 from mobilevlm.runtime.engines.ggml_native import MappedTensors, Processor
 from mobilevlm.runtime.engines.gguf_check import check_decoder, check_decoder_tensors
+from mobilevlm.runtime.engines.gguf_decoder import GgufDecoder
 from mobilevlm.spec import DecoderSpec
 
 _VISIBLE_STEP = 256
@@ -91,7 +88,7 @@ class GgmlState:
         return self._graphs[single]
 
 
-class GgmlDecoder:
+class GgmlDecoder(GgufDecoder):
     """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Weights stay in the mapped file."""
 
     def __init__(
@@ -101,15 +98,12 @@ class GgmlDecoder:
         header = read_gguf(path)
         check_decoder(header, spec)
         check_decoder_tensors(header, spec)
-        self._spec, self._threads = spec, threads
+        super().__init__(path, header, spec, threads)
         weights = MappedTensors(header)
         self._weights: MappedTensors | None = weights
         self._residency: ExpertResidency | None = None
         if max_resident is not None:
             self._residency = ExpertResidency(header, weights.content, spec, max_resident)
-        self._rows: EmbeddingRows | None = EmbeddingRows(path, header.tensors["token_embd.weight"])
-        exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
-        self._kind = "F32" if exact else "F16"
 
     @property
     def brought_in_bytes(self) -> int | None:
@@ -122,16 +116,9 @@ class GgmlDecoder:
 
     def _observed_state(self, observe: Observe | None) -> GgmlState:
         weights = still_open(self._weights)
-        return GgmlState(self._spec, weights, self._kind, self._threads, observe)
-
-    def embed(self, ids: Sequence[int]) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return still_open(self._rows).read(ids)
-
-    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        count = len(embeds) if all_logits else 1
-        return in_chunks(partial(self._append, state), embeds, count)
+        return GgmlState(
+            self._spec, weights, "F32" if self._exact else "F16", self._threads, observe
+        )
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. What the graph itself chose."""
@@ -144,14 +131,6 @@ class GgmlDecoder:
 
         self.prefill(self._observed_state(note), embeds, all_logits=True)
         return {layer: np.concatenate(chunks) for layer, chunks in found.items()}
-
-    def extend(self, state: DecoderState, embeds: Float32) -> None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        in_chunks(partial(self._append, state), embeds, 0)
-
-    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self.prefill(state, embeds, all_logits=True)
 
     def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
         """Appends a chunk; logits of its last ``count`` positions. A graph makes one at least."""

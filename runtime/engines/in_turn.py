@@ -12,7 +12,6 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,12 +22,10 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
-    Segment,
-    restore_buffers,
-    save_buffers,
     still_open,
 )
-from mobilevlm.runtime.engines.onnx import OnnxDecoder, OnnxState, OnnxVision, map_table
+from mobilevlm.runtime.engines.buffered import BufferedDecoder
+from mobilevlm.runtime.engines.onnx import OnnxDecoder, OnnxState, OnnxVision
 from mobilevlm.spec import DecoderSpec
 
 
@@ -95,8 +92,9 @@ class VisionInTurn:
         self._turns = None
 
 
-class DecoderInTurn:
-    """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+class DecoderInTurn(BufferedDecoder):
+    """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Embedding, saving and restoring open
+    nothing."""
 
     def __init__(
         self,
@@ -106,25 +104,15 @@ class DecoderInTurn:
         spec: DecoderSpec,
         cache: CacheType,
     ) -> None:
+        super().__init__(table, embeddings)
         self._turns: _Turns | None = turns
-        self._table: NDArray[Any] | None = map_table(table, embeddings)
         self._spec, self._cache = spec, cache
-
-    @property
-    def brought_in_bytes(self) -> int | None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Weights come and go as a whole."""
-        return None
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Opens nothing."""
         state = OnnxState(self._spec, self._cache)
         still_open(self._turns).states.add(state)
         return state
-
-    def embed(self, ids: Sequence[int]) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Opens nothing."""
-        rows: Float32 = still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
-        return rows
 
     def encode(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.EncoderDecoderEngine`."""
@@ -155,17 +143,6 @@ class DecoderInTurn:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         with still_open(self._turns).decoder() as stage:
             return stage.expert_choices(embeds)
-
-    def save(self, state: DecoderState, start: int) -> Segment:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Opens nothing."""
-        assert isinstance(state, OnnxState)
-        return save_buffers(state.buffers, start, state.length)
-
-    def restore(self, state: DecoderState, segment: Segment) -> None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Opens nothing."""
-        assert isinstance(state, OnnxState)
-        restore_buffers(state.buffers, segment)
-        state.length = segment.end
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

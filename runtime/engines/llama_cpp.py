@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +18,11 @@ from mobilevlm.runtime.engines import (
     ExpertChoices,
     Float32,
     Segment,
-    in_chunks,
     no_experts,
     still_open,
 )
-from mobilevlm.runtime.engines.embedding_rows import EmbeddingRows
 from mobilevlm.runtime.engines.gguf_check import check_decoder
+from mobilevlm.runtime.engines.gguf_decoder import GgufDecoder
 from mobilevlm.runtime.engines.llama_native import NativeModel, address, llama_library
 from mobilevlm.spec import DecoderSpec
 
@@ -112,16 +109,14 @@ def _free_context(library: Any, pointer: int, model: NativeModel) -> None:
     library.llama_free(pointer)
 
 
-class LlamaDecoder:
+class LlamaDecoder(GgufDecoder):
     """See :class:`mobilevlm.runtime.engines.DecoderEngine`. One model, a context per state."""
 
     def __init__(self, path: Path, spec: DecoderSpec, threads: int) -> None:
         header = read_gguf(path)
         check_decoder(header, spec)
-        self._spec, self._threads = spec, threads
         self._model: NativeModel | None = NativeModel(path)
-        self._rows: EmbeddingRows | None = EmbeddingRows(path, header.tensors["token_embd.weight"])
-        self._exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
+        super().__init__(path, header, spec, threads)
 
     @property
     def model(self) -> NativeModel:
@@ -137,26 +132,9 @@ class LlamaDecoder:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return LlamaState(self.model, self._spec.context_length, self._exact, self._threads)
 
-    def embed(self, ids: Sequence[int]) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return still_open(self._rows).read(ids)
-
-    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        count = len(embeds) if all_logits else 1
-        return in_chunks(partial(self._append, state), embeds, count)
-
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. llama.cpp runs dense ones only."""
         raise no_experts()
-
-    def extend(self, state: DecoderState, embeds: Float32) -> None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        in_chunks(partial(self._append, state), embeds, 0)
-
-    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self.prefill(state, embeds, all_logits=True)
 
     def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
         """Appends a chunk; logits of its last ``count`` positions."""

@@ -9,7 +9,6 @@ point in float32 between two roundings, as an NPU would but slowly.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,10 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
-    Segment,
-    restore_buffers,
-    save_buffers,
     still_open,
 )
-from mobilevlm.runtime.engines.onnx import map_table, open_session
+from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
+from mobilevlm.runtime.engines.onnx import open_session
 from mobilevlm.spec import DecoderSpec
 
 MASKED = -1e4
@@ -58,22 +55,23 @@ def causal_mask(length: int, window: int, filled: int) -> Float32:
     return mask[None, None]
 
 
-class NpuState:
+class NpuState(BufferedState):
     """Keys and values ``(1, num_key_value_heads, window, head_dim)`` per layer, as the graphs take
     them: 8-bit integers, or float32 where nothing is quantized."""
 
     def __init__(self, session: ort.InferenceSession) -> None:
-        self.length = 0
-        self.buffers = {
-            value.name.removeprefix(_PAST): np.zeros(
-                value.shape, np.uint8 if value.type == "tensor(uint8)" else np.float32
-            )
-            for value in session.get_inputs()
-            if value.name.startswith(_PAST)
-        }
+        super().__init__(
+            {
+                value.name.removeprefix(_PAST): np.zeros(
+                    value.shape, np.uint8 if value.type == "tensor(uint8)" else np.float32
+                )
+                for value in session.get_inputs()
+                if value.name.startswith(_PAST)
+            }
+        )
 
 
-class NpuDecoder:
+class NpuDecoder(BufferedDecoder):
     """The decoder stage: a graph for chunks, one for single tokens; embedding rows are read from a
     mapped file.
 
@@ -90,6 +88,7 @@ class NpuDecoder:
         spec: DecoderSpec,
         threads: int,
     ) -> None:
+        super().__init__(table, embeddings)
         self._chunks: ort.InferenceSession | None = open_session(
             chunks, threads, entries=FIXED_POINT
         )
@@ -100,21 +99,10 @@ class NpuDecoder:
         shapes = {value.name: value.type for value in self._chunks.get_inputs()}
         self._by_row = shapes["logits_position"] == "tensor(float)"
         self._cos, self._sin = signed_tables(spec)
-        self._table: NDArray[Any] | None = map_table(table, embeddings)
-
-    @property
-    def brought_in_bytes(self) -> int | None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
-        return None
 
     def new_state(self) -> NpuState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return NpuState(still_open(self._chunks))
-
-    def embed(self, ids: Sequence[int]) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        rows: Float32 = still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
-        return rows
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. A run has the logits of one
@@ -179,18 +167,6 @@ class NpuDecoder:
         if self._by_row:
             return np.eye(1, length, index, np.float32)[None]
         return np.array([index], np.int32)
-
-    def save(self, state: DecoderState, start: int) -> Segment:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:
-        ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
-        assert isinstance(state, NpuState)
-        return save_buffers(state.buffers, start, state.length)
-
-    def restore(self, state: DecoderState, segment: Segment) -> None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        assert isinstance(state, NpuState)
-        restore_buffers(state.buffers, segment)
-        state.length = segment.end
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

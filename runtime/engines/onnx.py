@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import onnxruntime as ort
@@ -27,25 +27,23 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
-    Segment,
     in_chunks,
     no_experts,
-    restore_buffers,
-    save_buffers,
     still_open,
 )
-from mobilevlm.runtime.engines.mapped_pages import (
-    give_back,
-    giving_back,
-    small_pages,
-    trim_heap,
-)
+from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
+from mobilevlm.runtime.engines.mapped_pages import give_back, giving_back, trim_heap
 from mobilevlm.spec import DecoderSpec
 
 INT8_CACHE = (1, 27)
 """The first version whose GroupQueryAttention reads them, on x86-64; 1.24 to 1.26 do not."""
 _NO_WORDS = (0,)
 """An instruction where none is needed: the tower's features do not depend on it."""
+SessionMemory: TypeAlias = Literal["planned", "unplanned", "compact"]
+"""What a session spends, most first. ``planned``: the second run with the same shapes gets one
+block for all its buffers, beside what the first took. ``unplanned``: it does without. ``compact``:
+besides, weights are packed one by one, which needs the least memory, and not by all threads at
+once, while what they have read is given back every now and then."""
 
 
 def open_session(
@@ -54,15 +52,11 @@ def open_session(
     spinning: bool = True,
     packed: bool = True,
     entries: Mapping[str, str] = MappingProxyType({}),
-    planned_buffers: bool = True,
-    compact: bool = False,
+    memory: SessionMemory = "planned",
 ) -> ort.InferenceSession:
     """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
     copied in the order that kernels like best, else they are used where they lie in the mapped
-    file. ``entries``: further settings of it, as onnxruntime names them. ``planned_buffers``: the
-    second run with the same shapes gets one block for all its buffers, beside what the first took.
-    ``compact``: weights are packed one by one, which needs the least memory, and not by all threads
-    at once, while what they have read is given back every now and then.
+    file. ``entries``: further settings of it, as onnxruntime names them.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -70,9 +64,11 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.enable_mem_pattern = planned_buffers
+    options.enable_mem_pattern = memory == "planned"
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    options.add_session_config_entry("session.prepack.enable_parallel", str(int(not compact)))
+    options.add_session_config_entry(
+        "session.prepack.enable_parallel", str(int(memory != "compact"))
+    )
     if not packed:
         options.add_session_config_entry("session.disable_prepacking", "1")
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
@@ -106,7 +102,8 @@ class OnnxVision:
         entries: Mapping[str, str] = MappingProxyType({}),
         compact: bool = False,
     ) -> None:
-        session = open_session(path, threads, spinning, packed, entries, False, compact)
+        memory: SessionMemory = "compact" if compact else "unplanned"
+        session = open_session(path, threads, spinning, packed, entries, memory)
         self._reads_text = len(session.get_inputs()) > 1
         self._run_options = _giving_back() if compact else None
         self._session: ort.InferenceSession | None = session
@@ -134,20 +131,7 @@ class OnnxVision:
         self._session = None
 
 
-def map_table(path: Path, embeddings: EmbeddingTable) -> NDArray[Any]:
-    """The embedding rows ``(rows, columns)`` in a file, mapped."""
-    mapped = np.memmap(
-        path,
-        dtype=embeddings.dtype,
-        mode="r",
-        offset=embeddings.offset,
-        shape=(embeddings.rows, embeddings.columns),
-    )
-    small_pages(mapped)
-    return mapped.view(np.ndarray)  # indexing that takes a tenth
-
-
-class OnnxState:
+class OnnxState(BufferedState):
     """KV buffers ``(num_key_value_heads, context_length, head_dim)`` per layer, allocated once.
 
     Their pages become resident as positions are written, so a short sequence in a long context
@@ -155,13 +139,14 @@ class OnnxState:
     """
 
     def __init__(self, spec: DecoderSpec, cache: CacheType = np.float32) -> None:
-        self.length = 0
         shape = (1, spec.num_key_value_heads, spec.context_length, spec.head_dim)
-        self.buffers = {
-            f"{index}.{kind}": _lazy_zeros(shape, cache)
-            for index in range(spec.num_hidden_layers)
-            for kind in ("key", "value")
-        }
+        super().__init__(
+            {
+                f"{index}.{kind}": _lazy_zeros(shape, cache)
+                for index in range(spec.num_hidden_layers)
+                for kind in ("key", "value")
+            }
+        )
         self.total_length = np.zeros(1, np.int32)
         self.step_embeds = np.zeros((1, 1, spec.hidden_size), np.float32)
         self.step_positions = np.zeros(1, np.int64)
@@ -207,7 +192,7 @@ class OnnxState:
         return binding
 
 
-class OnnxDecoder:
+class OnnxDecoder(BufferedDecoder):
     """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
     second graph that computes pieces of prompts from ``plan.prefill_from`` positions on; ``cache``:
     what both store keys and values in."""
@@ -225,10 +210,13 @@ class OnnxDecoder:
     ) -> None:
         if cache is np.int8:
             _check_version(path)
+        super().__init__(table, embeddings)
         self._spec, self._plan, self._cache = spec, plan, cache
-        threads, spinning = plan.threads_of("decoder"), plan.spinning
         opened = partial(
-            open_session, threads=threads, spinning=spinning, compact=plan.memory != "fast"
+            open_session,
+            threads=plan.threads_of("decoder"),
+            spinning=plan.spinning,
+            memory="planned" if plan.memory == "fast" else "compact",
         )
         self._session: ort.InferenceSession | None = opened(path)
         self._encoder = None if encoder is None else opened(encoder)
@@ -237,13 +225,7 @@ class OnnxDecoder:
         if prompts is not None:
             packed = plan.prefill_weights == "packed" and plan.memory == "fast"
             self._prompts = opened(prompts, packed=packed)
-        self._table: NDArray[Any] | None = map_table(table, embeddings)
         self._run_options = None if plan.memory == "fast" else _giving_back()
-
-    @property
-    def brought_in_bytes(self) -> int | None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. All weights are in memory."""
-        return None
 
     def planned(self, plan: Plan) -> OnnxDecoder:
         """The same weights, with the plan's pieces and chunks of prompts. Its other settings are
@@ -256,10 +238,6 @@ class OnnxDecoder:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         still_open(self._session)
         return OnnxState(self._spec, self._cache)
-
-    def embed(self, ids: Sequence[int]) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
 
     def encode(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.EncoderDecoderEngine`."""
@@ -368,18 +346,6 @@ class OnnxDecoder:
         state.length += 1
         result: Float32 = state.step_logits[0, 0]
         return result
-
-    def save(self, state: DecoderState, start: int) -> Segment:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:
-        ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values."""
-        assert isinstance(state, OnnxState)
-        return save_buffers(state.buffers, start, state.length)
-
-    def restore(self, state: DecoderState, segment: Segment) -> None:
-        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        assert isinstance(state, OnnxState)
-        restore_buffers(state.buffers, segment)
-        state.length = segment.end
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

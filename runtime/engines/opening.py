@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mobilevlm.bundle import Bundle, EmbeddingTable
+from mobilevlm.bundle import Artifact, Bundle, EmbeddingTable
 from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import Plan, stage_formats
 from mobilevlm.runtime.engines import CacheType, DecoderEngine, Segment, VisionEngine
@@ -120,14 +120,20 @@ def _in_turn(
 
 
 def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
-    """Opens the vision stage from an ONNX file of the bundle."""
+    """Opens the vision stage from an ONNX or .ort file of the bundle."""
     from mobilevlm.runtime.engines.onnx import OnnxVision
 
     # Kernels of weights in blocks take them in their own order only.
-    mappable = bundle.artifact("vision", "onnx").precision == "int8"
+    mappable = _artifact_at(bundle, path).precision == "int8"
     packed = plan.vision_weights == "packed" or not mappable
     threads, compact = plan.threads_of("vision"), plan.memory != "fast"
     return OnnxVision(path, threads, plan.spinning, packed, compact=compact)
+
+
+def _artifact_at(bundle: Bundle, path: Path) -> Artifact:
+    """The artifact that begins with a file of the bundle."""
+    [found] = [part for part in bundle.manifest.artifacts if bundle.path(part.path) == path]
+    return found
 
 
 def _llama_decoder(bundle: Bundle, path: Path, plan: Plan) -> LlamaDecoder:
@@ -154,8 +160,9 @@ def _embedding_table(bundle: Bundle) -> EmbeddingTable:
 def onnx_decoder(
     bundle: Bundle, path: Path, plan: Plan, cache: CacheType | None = None
 ) -> OnnxDecoder:
-    """Opens the decoder stage from an ONNX file of the bundle. ``cache``: what it stores keys and
-    values in, where that is not what the bundle says."""
+    """Opens the decoder stage from an ONNX or .ort file of the bundle, and the graph for prompts in
+    the same format where there is one. ``cache``: what it stores keys and values in, where that is
+    not what the bundle says."""
     from mobilevlm.runtime.engines.onnx import OnnxDecoder
 
     spec, table = bundle.manifest.spec, _embedding_table(bundle)
@@ -163,8 +170,9 @@ def onnx_decoder(
     if spec.decoder.encoder_layers:
         encoder = bundle.path(bundle.artifact("encoder", "onnx").path)
     prompts = None
-    if "prefill" in stage_formats(bundle, "onnx"):
-        prompts = bundle.path(bundle.artifact("prefill", "onnx").path)
+    form = _artifact_at(bundle, path).format  # engines are named as what they open
+    if "prefill" in stage_formats(bundle, form):
+        prompts = bundle.path(bundle.artifact("prefill", form).path)
     rows, stored = bundle.path(table.path), cache or cache_type(bundle)
     return OnnxDecoder(path, rows, table, spec.decoder, plan, prompts, encoder, stored)
 

@@ -13,13 +13,19 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from conftest import refusal
+from PIL import Image
 
+import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.cli import main
 from mobilevlm.export import ort_format, pipeline
 from mobilevlm.export.calibration import scene_samples
 from mobilevlm.export.ort_format import _example
 from mobilevlm.export.targets import find_target
+from mobilevlm.plan import Plan
+from mobilevlm.runtime.engines.opening import open_engines
+from mobilevlm.runtime.memory import estimate
+from mobilevlm.runtime.vlm import open_model
 
 Capture = pytest.CaptureFixture[str]
 TARGETS = ("android-nnapi", "ios-coreml", "android-xnnpack")
@@ -88,6 +94,18 @@ def test_ort_files_give_the_same_bits_as_their_graphs(bundle: Bundle) -> None:
             assert all(np.array_equal(first, second) for first, second in pairs)
 
 
+def test_the_estimate_counts_the_bytes_of_keys_and_values_that_a_position_takes(
+    bundle: Bundle,
+) -> None:
+    for engine in (OWN_ENGINE[str(bundle.manifest.target)], "ort"):
+        vision, decoder = open_engines(bundle, engine, Plan(engine))
+        buffers = decoder.new_state().buffers.values()  # type: ignore[attr-defined]
+        taken = sum(buffer[:, :, :100].nbytes for buffer in buffers)
+        assert estimate(bundle.manifest, Plan(engine), positions=100).states == taken
+        vision.close()
+        decoder.close()
+
+
 def test_the_engine_ort_gives_the_same_answer(
     bundle: Bundle, tmp_path: Path, capsys: Capture
 ) -> None:
@@ -99,6 +117,27 @@ def test_the_engine_ort_gives_the_same_answer(
               "Describe the picture.", "--max-new-tokens", "12", "--json"])  # fmt: skip
         answers.append(json.loads(capsys.readouterr().out)["token_ids"])
     assert answers[0] == answers[1] and len(answers[0]) == 12
+
+
+def test_the_engine_ort_opens_nothing_but_ort_files_and_embeddings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = replace(find_target("android-xnnpack"), recipe="fast")  # with a graph for prompts
+    monkeypatch.setattr(pipeline, "find_target", lambda _: target)
+    bundle = exported(tmp_path / "bundle", "android-xnnpack")
+    prompt, answers = "What is in the picture? " * 3, []
+    with mobilevlm.load(bundle.folder, "onnx") as vlm:
+        answers.append(vlm.generate(prompt, max_new_tokens=8, ignore_eos=True).token_ids)
+    parts = bundle.manifest.artifacts
+    kept = tuple(part for part in parts if "ort" in part.format or part.stage == "embeddings")
+    assert {part.stage for part in kept} == {"vision", "embeddings", "decoder", "prefill"}
+    for name in {name for part in parts if part not in kept for name in part.files}:
+        bundle.path(name).unlink()
+    with open_model(replace(bundle, manifest=replace(bundle.manifest, artifacts=kept))) as vlm:
+        assert vlm.engine == "ort"
+        answers.append(vlm.generate(prompt, max_new_tokens=8, ignore_eos=True).token_ids)
+        assert vlm.encode_image(Image.new("RGB", (8, 8))).any()
+    assert answers[0] == answers[1]
 
 
 def test_sparse_experts_go_to_accelerators_as_a_whole(tmp_path: Path) -> None:

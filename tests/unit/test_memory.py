@@ -69,6 +69,38 @@ def test_each_setting_takes_less_than_the_one_before_and_positions_take_more(
     assert long.states + long.reserved == short.states + short.reserved
 
 
+def test_each_stage_is_loaded_by_its_own_threads(bundle_of: BundleOf) -> None:
+    """Several threads keep the pages of the file that they pack weights from."""
+    manifest = open_bundle(bundle_of("tiny", "fp32")).manifest
+    [vision] = [part for part in manifest.artifacts if part.stage == "vision"]
+    files = {name: replace(manifest.files[name], size=10**9) for name in vision.files}
+    large = replace(manifest, files={**manifest.files, **files})
+
+    def peak(vision_threads: int, decoder_threads: int) -> float:
+        return estimate(large, Plan("onnx", vision_threads, decoder_threads)).peak
+
+    pages = len(vision.files) * 10**9
+    assert peak(2, 1) - peak(1, 1) == pytest.approx(pages, rel=0.05)  # the run's buffers aside
+    assert peak(1, 2) - peak(1, 1) < 0.01 * pages
+
+
+@pytest.mark.parametrize(
+    ("form", "precision", "size"),
+    [("onnx", "q4", 4), ("npu", "qdq16", 1), ("npu", "qdq8", 1), ("npu", "fp32", 4),
+     ("ort", "fp32", 4), ("ort", "qdq16", 1), ("gguf", "q4_0", 2)],
+)  # fmt: skip
+def test_keys_and_values_have_the_bytes_that_the_decoder_keeps(
+    form: str, precision: str, size: int, bundle: Bundle
+) -> None:
+    parts = tuple(
+        replace(part, format=form, precision=precision) for part in bundle.manifest.artifacts
+    )
+    manifest, spec = replace(bundle.manifest, artifacts=parts), bundle.manifest.spec.decoder
+    engine = "ggml" if form == "gguf" else form
+    states = estimate(manifest, Plan(engine), positions=200).states
+    assert states == 200 * 2 * spec.num_hidden_layers * spec.hidden_size * size
+
+
 def limits_of(bundle: Bundle, kind: Any, share: float, setting: MemorySetting) -> list[Limit]:
     """A limit at this share of what a setting needs."""
     limit = Limit(kind, 0.0, "here")

@@ -14,10 +14,13 @@ from conftest import BundleOf, refusal, run_program
 
 import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle
-from mobilevlm.errors import BundleError, PlanWarning
+from mobilevlm.errors import BundleError, MemoryLimitError, PlanWarning
 from mobilevlm.plan import Plan
 from mobilevlm.runtime import plan_file
-from mobilevlm.runtime.plan_file import PLAN, TunedPlan, read_plan, settle_plan, write_plan
+from mobilevlm.runtime.fitting import fit_plan
+from mobilevlm.runtime.memory import estimate
+from mobilevlm.runtime.memory_limits import Limit
+from mobilevlm.runtime.plan_file import PLAN, TunedPlan, read_plan, settle_plans, write_plan
 
 ONE = Plan("onnx", vision_threads=1, decoder_threads=1, spinning=False, prefill_from=40)
 
@@ -25,6 +28,11 @@ ONE = Plan("onnx", vision_threads=1, decoder_threads=1, spinning=False, prefill_
 @pytest.fixture
 def bundle(bundle_of: BundleOf, tmp_path: Path) -> Bundle:
     return open_bundle(Path(shutil.copytree(bundle_of("tiny", "fast"), tmp_path / "bundle")))
+
+
+def settle_plan(*given: Any) -> Plan:
+    """The one that a bundle is to run by."""
+    return settle_plans(*given)[0]
 
 
 def tuned(bundle: Bundle, *plans: Plan) -> TunedPlan:
@@ -70,8 +78,8 @@ def test_an_engine_that_is_no_longer_installed_is_passed_over(
 
 def test_graphs_for_npus_need_no_llama_cpp(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_file, "installed_extras", lambda: {"gguf": ["llama_cpp"]})
-    found = plan_file._plan_for(tuned(bundle, Plan("ggml"), Plan("npu"), ONE), "auto")
-    assert found == Plan("npu")
+    found = plan_file._plans_for(tuned(bundle, Plan("ggml"), Plan("npu"), ONE), "auto")
+    assert found == [Plan("npu"), ONE]
 
 
 def test_other_processors_keep_theirs(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +147,59 @@ def test_a_plan_of_another_export_is_passed_over(bundle: Bundle) -> None:
         settle_plan(bundle, "auto", None, "none")
 
 
+def megabytes(bundle: Bundle, plan: Plan) -> float:
+    """Of the peak."""
+    return estimate(bundle.manifest, plan).peak / 1e6
+
+
+def test_a_plan_beyond_the_memory_that_a_person_allows_gives_way_with_a_line(
+    bundle: Bundle,
+) -> None:
+    packed = replace(ONE, vision_weights="packed", prefill_weights="packed", vision_threads=2)
+    mapped = replace(packed, vision_weights="mapped", prefill_weights="mapped")
+    write_plan(bundle, tuned(bundle, packed))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        limit = megabytes(bundle, packed) + 0.01
+        with mobilevlm.load(bundle.folder, max_memory_mb=limit) as vlm:
+            assert vlm.plan == packed
+    for plan in (mapped, replace(mapped, memory="compact")):
+        limit = megabytes(bundle, plan) + 0.01
+        said = rf"takes \d+ MB, the limit is {limit:.0f} MB \(--max-memory\): instead plan onnx"
+        with pytest.warns(PlanWarning, match=said) as caught:
+            vlm = mobilevlm.load(bundle.folder, max_memory_mb=limit)
+        assert vlm.plan == plan and len(caught) == 1
+        vlm.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "error"
+        )  # of a plan of one's own, as of the defaults, nothing is said
+        mobilevlm.load(bundle.folder, plan=packed, max_memory_mb=limit).close()
+        mobilevlm.load(bundle.folder, plan="none", max_memory_mb=limit).close()
+
+
+def test_the_fastest_engine_gives_way_to_one_that_fits_unless_it_was_asked_for(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plan_file, "installed_extras", lambda: {"gguf": []})
+    write_plan(bundle, tuned(bundle, Plan("hybrid"), ONE))
+    parts = bundle.manifest.artifacts
+    [decoder] = [part for part in parts if part.stage == "decoder"]
+    gguf = replace(decoder, format="gguf", precision="q4_0")
+    both = replace(bundle, manifest=replace(bundle.manifest, artifacts=(*parts, gguf)))
+    least = replace(ONE, memory="in turn")
+    limits = [Limit("asked", 1e6 * megabytes(bundle, least) + 1, "here")]
+
+    def fitted(engine: str) -> Plan:
+        first, *others = settle_plans(both, engine, None, "auto")
+        return fit_plan(both, first, limits, others)
+
+    with pytest.warns(PlanWarning, match="instead plan onnx: .*memory in turn"):
+        assert fitted("auto") == least
+    with pytest.raises(MemoryLimitError, match=r"\(here\): raise it"):
+        fitted("hybrid")
+
+
 # The program
 
 
@@ -160,6 +221,23 @@ def test_tune_writes_a_plan_that_the_other_verbs_use(bundle: Bundle) -> None:
     done = run_program("run", bundle.folder, "--prompt", "Who?", "--max-new-tokens", "1")
     assert done.returncode == 0
     assert done.stderr.count("mobilevlm: warning: ") == 1 and "damaged plan" in done.stderr
+
+
+def test_tune_tries_what_fits_and_its_plan_is_used_without_a_word(
+    bundle: Bundle, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limit = megabytes(bundle, Plan("onnx", memory="in turn")) + 0.1
+    given = ("--budget", "1s", "--max-memory", f"{limit}MB", "--json")
+    done = run_program("tune", bundle.folder, *given)
+    assert done.returncode == 0, done.stderr
+    [plan] = json.loads(done.stdout)["plans"]
+    assert plan["memory"] == "in turn"
+    options = ("--no-image", "--runs", "1", "--new-tokens", "2", "--json")
+    done = run_program("bench", bundle.folder, *options, "--max-memory", f"{limit}MB")
+    assert done.returncode == 0 and "warning" not in done.stderr, done.stderr
+    assert "memory in turn" in json.loads(done.stdout)["plan"]
+    refused = refusal(capsys, "tune", bundle.folder, "--max-memory", f"{limit - 1}MB")
+    assert "(--max-memory)" in refused
 
 
 def test_wrong_use_is_told_in_a_line(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -130,6 +130,16 @@ def test_weights_of_the_image_encoder_are_copied_where_there_is_room_and_it_pays
     assert found.vision_weights == expected
 
 
+@pytest.mark.parametrize(("memory", "positions"), [("compact", 48), ("in turn", PREFILL_FROM)])
+def test_all_is_measured_with_the_memory_that_there_is(memory: str, positions: int) -> None:
+    """Chunks are short then, and the graph for prompts is measured where it can be kept open."""
+    machine = Machine()
+    found = tuned(machine, prompts=["onnx"], memory={"onnx": memory})
+    assert {plan.memory for plan in machine.opened} == {memory}
+    expected = replace(Plan("onnx", decoder_threads=2), prefill_from=positions)
+    assert found.plans == (replace(expected, memory=memory),)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("times", "expected"),
     [

@@ -182,7 +182,8 @@ class Bench:
             name: dataclasses.replace(layers, quantizer=quantizer)  # type: ignore[arg-type]
             for name, layers in found.items()
         }
-        return dataclasses.replace(recipe, layers=rounded)
+        experts = "plain" if self.model.spec.decoder.experts else "fused"  # each has its own bits
+        return dataclasses.replace(recipe, layers=rounded, experts=experts)
 
     @cached_property
     def sensitivity(self) -> Sensitivity:

@@ -89,7 +89,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, metavar="N", help="of the stages (5)")
     parser.add_argument("--load-rounds", type=int, metavar="N", help="of loads and memory (3)")
     parser.add_argument("--quick", action="store_true", help="one round, short curves")
-    parser.add_argument("--recipes", nargs="+", default=["int4"], help="ONNX bundles of ours")
+    parser.add_argument(
+        "--recipes", nargs="+", default=["int4"], help="ONNX bundles of ours, names or .toml files"
+    )
     parser.add_argument(
         "--only", nargs="+", metavar="PEER", choices=[OURS, *PACKAGES],
         help=f"of {OURS}, {', '.join(PACKAGES)}",
@@ -173,7 +175,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
             for done in rounds:
                 result = replace(result, rounds=done.stages, done=done, entries=entries())
                 write_result(result, path)
-        profiled = f"mobilevlm onnx {arguments.recipes[0]}"
+        profiled = f"mobilevlm onnx {Path(arguments.recipes[0]).stem}"
         if profiled in samples:
             bundle = artifacts.onnx(arguments.recipes[0]).folder
             profiles = profile(bundle, arguments.threads)

@@ -36,8 +36,8 @@ class Artifacts:
         self.spec = self._model().spec
 
     def onnx(self, recipe: str) -> Bundle:
-        """The bundle of a recipe, ONNX only."""
-        return self._bundle(f"onnx-{recipe}", recipe, ("onnx",), None)
+        """The bundle of a recipe, by name or file, ONNX only."""
+        return self._bundle(f"onnx-{Path(recipe).stem}", recipe, ("onnx",), None)
 
     def both(self, gguf_type: GGUFType) -> Bundle:
         """The int4 bundle with a GGUF decoder of this type and llama.cpp's image encoder."""

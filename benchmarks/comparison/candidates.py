@@ -119,7 +119,10 @@ def line_up(
             result.absent.append(Absent(name, f"cannot be made: {one_line(error)}"))
 
     if wanted(OURS):
-        add(_engine(f"onnx {recipe}", OURS, artifacts.onnx(recipe), "onnx") for recipe in recipes)
+        add(
+            _engine(f"onnx {Path(recipe).stem}", OURS, artifacts.onnx(recipe), "onnx")
+            for recipe in recipes
+        )
         if versions(sys.executable, PACKAGES[LLAMA]):
             add_if_possible("mobilevlm hybrid and gguf", _ours_of_gguf(artifacts))
     for name, make in makers.items():
@@ -155,6 +158,7 @@ def _ours_of_gguf(artifacts: Artifacts) -> Iterator[Candidate]:
 
 
 def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
+    onnx_kv_bytes = 1 if bundle.manifest.recipe.get("kv_cache") == "int8" else 4
     files = tuple(bundle.path(file) for file in engine_files(bundle, engine))
     return Candidate(
         name=f"mobilevlm {name}",
@@ -164,7 +168,7 @@ def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
         files=files,
         vision_bytes=stage_bytes(bundle, "vision", "gguf" if engine == "gguf" else "onnx"),
         decoder_bytes=stage_bytes(bundle, "decoder", "onnx" if engine == "onnx" else "gguf"),
-        kv_bytes=4 if engine == "onnx" else 2,
+        kv_bytes=onnx_kv_bytes if engine == "onnx" else 2,
         memory=2.2 * sum(file.stat().st_size for file in files),
     )
 

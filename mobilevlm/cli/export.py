@@ -9,7 +9,7 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import checkpoint_options, goal_options
+from mobilevlm.cli.options import checkpoint_options, goal_options, output_option
 from mobilevlm.spec import GGUF_TYPES, GGUFType, KVCache
 
 EXAMPLES = """\b
@@ -28,14 +28,7 @@ Examples:
 
 
 @click.command("export", epilog=EXAMPLES)
-@click.option(
-    "-o",
-    "--output",
-    "bundle",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Bundle folder to write; an older bundle there is replaced at the end.",
-)
+@output_option("bundle", "Bundle folder to write; an older bundle there is replaced at the end.")
 @click.option(
     "--target",
     metavar="NAME",

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from mobilevlm import progress
-from mobilevlm.cli.options import checkpoint_options
+from mobilevlm.cli.options import checkpoint_options, output_option
 
 EXAMPLES = """\b
 Examples:
@@ -24,15 +24,7 @@ A line of samples.jsonl ("answer" may be left out):
 
 
 @click.command("imatrix", epilog=EXAMPLES)
-@click.option(
-    "-o",
-    "--output",
-    "path",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE.gguf",
-    help="File to write, in llama.cpp's format.",
-)
+@output_option("path", "File to write, in llama.cpp's format.", "FILE.gguf")
 @click.option(
     "--calibration",
     default="scenes",

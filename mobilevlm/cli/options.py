@@ -47,6 +47,12 @@ def _megabytes(context: Any, option: Any, value: str | None) -> float | None:
     return float(number[1]) * {"M": 1, "G": 1000}[number[2].upper()]
 
 
+def output_option(name: str, text: str, metavar: str | None = None) -> Callable[[F], F]:
+    """``-o``, which must be given, with its help; the function gets it as ``name``."""
+    return click.option("-o", "--output", name, required=True, type=click.Path(path_type=Path),
+                        metavar=metavar, help=text)  # fmt: skip
+
+
 def engine_option(text: str) -> Callable[[F], F]:
     """``--engine``, with its help."""
     return click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",

@@ -9,7 +9,7 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import checkpoint_options, goal_options
+from mobilevlm.cli.options import checkpoint_options, goal_options, output_option
 
 EXAMPLES = """\b
 Examples:
@@ -20,15 +20,7 @@ Examples:
 
 
 @click.command("search", epilog=EXAMPLES)
-@click.option(
-    "-o",
-    "--output",
-    "path",
-    required=True,
-    type=click.Path(path_type=Path),
-    metavar="FILE.toml",
-    help="Recipe file to write.",
-)
+@output_option("path", "Recipe file to write.", "FILE.toml")
 @click.option(
     "--recipe",
     default="int4",

@@ -7,18 +7,12 @@ from pathlib import Path
 import click
 
 from mobilevlm import progress
+from mobilevlm.cli.options import output_option
 
 
 @click.command("synth", epilog="\b\nExample:\n  mobilevlm synth mobilevlm_v2_1.7b -o checkpoint/")
 @click.argument("name")
-@click.option(
-    "-o",
-    "--output",
-    "folder",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Checkpoint folder to write.",
-)
+@output_option("folder", "Checkpoint folder to write.")
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(name: str, folder: Path, seed: int, quiet: bool) -> None:

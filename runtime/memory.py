@@ -9,8 +9,9 @@ The parts, and what each follows from (docs/runtime.md tells more, benchmarks/me
   ``bits / 8`` bytes of each weight and 8 of each block (a float32 scale, and a float32 sum beside
   it), whatever the file has. 8-bit weights of ``int8`` and floats take what the file has; those of
   ``fp16`` are made float32, and kept twice. llama.cpp keeps a second copy of Q4_0 in another order.
-- loading: the largest tensor, and the scales of blocks until all is read; where all threads pack
-  weights, the file's pages that they read before these are given back the next time.
+- loading: where all threads pack weights, the file's pages are there until all is packed; where
+  one does (``compact``, one processor), the largest tensor, and the scales of blocks until all is
+  read.
 - buffers of a run: attention and MLP of one layer at a time, which the formulas below add up.
 - keys and values of the positions that are filled.
 - mapped: pages of files that the system can take back.
@@ -52,8 +53,6 @@ STORED = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "qdq8": 1.0, "qdq16": 1.0}
 """Bytes of a weight in the file, of the others."""
 PACKED = {"fp32": 4.0, "fp16": 8.0, "int8": 1.0, "qdq8": 5.0, "qdq16": 5.0}
 """Bytes in memory."""
-MEANWHILE = 2e8
-"""What threads read of a file between two times that its pages are given back."""
 _BLOCK_SUMS = 8
 """Bytes of a block in memory: scale and sum in float32."""
 _SCALE = 4
@@ -234,10 +233,10 @@ def _onnx_stage(
 def _loaded(
     stage: _Stage, size: float, plan: Plan, threads: Literal["vision", "decoder"]
 ) -> _Stage:
-    """The stage as the plan's threads load it. ``size``: of its file."""
+    """The stage as the plan's threads load it: several keep the pages of its file, ``size``."""
     if plan.memory != "fast" or plan.threads_of(threads) == 1:
         return stage
-    return replace(stage, loading=0.0, unpacked=min(size, MEANWHILE))
+    return replace(stage, loading=0.0, unpacked=size)
 
 
 def _gguf_stage(

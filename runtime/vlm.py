@@ -145,9 +145,10 @@ def open_model(
     start = time.perf_counter() if start is None else start
     first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
     settled = fit_plan(bundle, first, memory_limits(asked_mb=max_memory_mb), others)
+    vision, decoder = open_engines(bundle, settled.engine, settled)
+    # After the engines: memory is scarcest while they pack weights.
     tokenizer = tokenizer or _read_tokenizer(bundle, TOKENIZER)
     cache = _open_cache(bundle, tokenizer, settled, cache_mb)
-    vision, decoder = open_engines(bundle, settled.engine, settled)
     seconds = time.perf_counter() - start
     return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds)
 

@@ -1,4 +1,4 @@
-"""Resident pages of mapped weight files: given back while a session reads them, and after that.
+"""Resident pages of mapped weight files: given back when a session has read what it needs.
 
 onnxruntime maps a file's weights and copies most of them in its kernels' order. What it read stays
 resident though nothing reads it again.
@@ -11,7 +11,7 @@ import mmap
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,14 @@ _DONTNEED = 4
 """MADV_DONTNEED of Linux"""
 _HEADER = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ (\d+) *(.*)")
 _SMAPS = Path("/proc/self/smaps")
-_OFTEN = 0.2
-"""Seconds. Each time costs a reading of the process's list of mappings, 20 to 50 ms."""
+
+
+@cache
+def unmapping(path: Path) -> threading.Lock:
+    """To be held while a session is opened on a file: it unmaps what it has packed. Whoever gives
+    pages back waits, since an address that was found may be something else's by the time it is
+    used."""
+    return threading.Lock()
 
 
 def give_back(path: Path) -> int:
@@ -34,33 +40,13 @@ def give_back(path: Path) -> int:
     inode, total = path.stat().st_ino, 0
     try:
         advise = ctypes.CDLL(None).madvise
-        spans = list(_untouched(inode, path.name))
+        with unmapping(path):
+            for start, end in list(_untouched(inode, path.name)):
+                if advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED) == 0:
+                    total += end - start
     except (OSError, AttributeError):
         return 0
-    for start, end in spans:
-        if advise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _DONTNEED) == 0:
-            total += end - start
     return total
-
-
-@contextmanager
-def giving_back(path: Path) -> Iterator[None]:
-    """Gives back a file's pages every now and then, and at the end, so that what a loader has read
-    and what it makes of it are never in memory both."""
-    over = threading.Event()
-
-    def run() -> None:
-        while not over.wait(_OFTEN):
-            give_back(path)
-
-    beside = threading.Thread(target=run, name="giving back", daemon=True)
-    beside.start()
-    try:
-        yield
-    finally:
-        over.set()
-        beside.join()
-        give_back(path)
 
 
 def trim_heap() -> None:

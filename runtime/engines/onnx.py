@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import mmap
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -32,7 +31,7 @@ from mobilevlm.runtime.engines import (
     still_open,
 )
 from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
-from mobilevlm.runtime.engines.mapped_pages import give_back, giving_back, trim_heap
+from mobilevlm.runtime.engines.mapped_pages import give_back, trim_heap, unmapping
 from mobilevlm.spec import DecoderSpec
 
 INT8_CACHE = (1, 27)
@@ -42,8 +41,8 @@ _NO_WORDS = (0,)
 SessionMemory: TypeAlias = Literal["planned", "unplanned", "compact"]
 """What a session spends, most first. ``planned``: the second run with the same shapes gets one
 block for all its buffers, beside what the first took. ``unplanned``: it does without. ``compact``:
-besides, weights are packed one by one, which needs the least memory, and not by all threads at
-once, while what they have read is given back every now and then."""
+besides, weights are packed one by one, so that the file's pages go as the copies come, and not by
+all threads at once, which is most of a load."""
 
 
 def open_session(
@@ -77,11 +76,14 @@ def open_session(
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
     try:
-        with giving_back(weights_path(path)) if packed else nullcontext():
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with unmapping(weights_path(path)):
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds, none of them public
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"{path}: onnxruntime cannot load it: {reason:.200}") from None
+    if packed:
+        give_back(weights_path(path))
+    return session
 
 
 def weights_path(path: Path) -> Path:

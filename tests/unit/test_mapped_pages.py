@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import mmap
 import platform
-import time
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mobilevlm.runtime.engines.mapped_pages import give_back, giving_back
+from mobilevlm.runtime.engines.mapped_pages import give_back, unmapping
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Linux only")
 SIZE = 1 << 22
@@ -56,14 +56,14 @@ def test_a_file_that_is_not_mapped_or_not_there_is_nothing(path: Path) -> None:
     assert give_back(path.with_name("none")) == 0
 
 
-def test_pages_are_given_back_while_they_are_read_and_at_the_end(path: Path) -> None:
+def test_nothing_is_given_back_while_a_session_is_opened_on_the_file(path: Path) -> None:
     mapped = np.memmap(path, np.uint8, "r")
     mapped.sum()
-    assert resident(path.name) >= SIZE
-    with giving_back(path):
-        until = time.monotonic() + 60
-        while resident(path.name) and time.monotonic() < until:
-            time.sleep(0.01)
-        assert resident(path.name) == 0
-        mapped.sum()
+    with ThreadPoolExecutor(1) as beside:
+        with unmapping(path):
+            waiting = beside.submit(give_back, path)
+            with pytest.raises(TimeoutError):
+                waiting.result(0.2)
+            assert resident(path.name) >= SIZE
+        assert waiting.result() >= SIZE
     assert resident(path.name) == 0

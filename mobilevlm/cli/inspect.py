@@ -111,6 +111,8 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         if artifact.bytes_per_token is not None:
             read = artifact.bytes_per_token / 1e6
             console.print(f"a token reads {read:.1f} MB of weights in {artifact.path}")
+    if manifest.recipe.get("kv_cache", "fp32") != "fp32":
+        console.print(f"keys and values are {manifest.recipe['kv_cache']}")
     for engine, settings in _memory(bundle).items():
         peaks = ", ".join(f"{peak:.0f} MB ({name})" for name, peak in settings.items())
         console.print(f"engine {engine} takes {peaks}")

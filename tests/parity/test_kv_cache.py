@@ -141,6 +141,7 @@ def test_the_command_line_writes_it_and_takes_it_over(
     done = run_program(*export)
     assert done.returncode == 0 and "kv_cache" not in done.stderr, done.stderr
     assert {path.name: path.read_bytes() for path in (bundle / "onnx").iterdir()} == first
+    assert "keys and values are int8" in run_program("inspect", bundle).stdout
     done = run_program("run", bundle, "--prompt", "What is red?", "--max-new-tokens", "4")
     assert done.returncode == 0, done.stderr
 

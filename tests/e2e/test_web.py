@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -24,7 +25,7 @@ from PIL import Image
 
 import mobilevlm
 from mobilevlm.builtin import WEIGHTS
-from mobilevlm.bundle import open_bundle
+from mobilevlm.bundle import MANIFEST, open_bundle
 from mobilevlm.conversation import tokenize
 from mobilevlm.export import pipeline
 from mobilevlm.export.targets import find_target
@@ -301,6 +302,12 @@ def test_what_is_wrong_is_said(
     weights.write_bytes(content)
     browser.open(f"{address}?bundle=damaged", state="failed")
     assert f"{weights.name}: damaged" in browser.status
+    stored = Path(shutil.copytree(folder / "bundle", folder / "stored")) / MANIFEST
+    said = json.loads(stored.read_text())
+    said["recipe"]["kv_cache"] = "int8"
+    stored.write_text(json.dumps(said))
+    browser.open(f"{address}?bundle=stored", state="failed")
+    assert "keys and values in int8" in browser.status
     bare = copy_page(tmp_path / "bare")
     shutil.rmtree(bare / "vendor")
     with served(bare) as elsewhere:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +29,8 @@ from mobilevlm.runtime import VLM
 from mobilevlm.spec import KVCache
 from mobilevlm.synth import write_checkpoint
 
+# In the background of a script SIGINT is ignored, and programs would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # tests run side by side; programs inherit it
 DATA = Path(__file__).parent / "data"
 FLOAT32 = 2e-5

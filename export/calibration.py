@@ -13,22 +13,26 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.conversation import input_ids, render, tokenize_instruction, user_message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.families import Model
+from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.questions import KINDS, caption_question, questions
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.nano.text_only import text_questions
-from mobilevlm.spec import ModelSpec, from_dict
+from mobilevlm.runtime.engines import Float32, VisionEngine
+from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec, from_dict
 
 SCENES = "scenes"
 """Names the default data."""
@@ -170,6 +174,23 @@ def instruction_ids(model: Model, sample: Sample) -> list[int]:
     """What a Q-Former reads beside a picture: the prompt; empty where it reads none."""
     text = sample_text(model.spec, replace(sample, answer=""))
     return tokenize_instruction(model.instruction_tokenizer, text, model.spec.projector)
+
+
+def sample_embeds(
+    model: Model, sample: Sample, vision: VisionEngine, embed: Callable[[list[int]], Float32]
+) -> Float32:
+    """What the decoder is given for a sample ``(length, hidden_size)``, at most its context: of
+    text what ``embed`` makes of the ids, of pictures the stage's visual tokens."""
+    pictures, words = iter(sample.images), instruction_ids(model, sample)
+    parts = []
+    for is_image, run in groupby(sample_ids(model, sample), IMAGE_TOKEN_ID.__eq__):
+        if is_image:
+            for _ in run:
+                pixels = preprocess(open_image(next(pictures)), model.spec.image)
+                parts.append(vision.encode(pixels, words))
+        else:
+            parts.append(embed(list(run)))
+    return np.concatenate(parts)[: model.spec.decoder.context_length]
 
 
 def sample_text(spec: ModelSpec, sample: Sample) -> str:

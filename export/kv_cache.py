@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 from mobilevlm import progress
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibration import Sample, instruction_ids, sample_ids
+from mobilevlm.export.calibration import Sample, find_samples, sample_embeds
 from mobilevlm.families import Model
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.plan import Plan
-from mobilevlm.runtime.engines import DecoderEngine, Float32
+from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.engines.opening import onnx_decoder, onnx_vision
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 SAMPLES = 16
 """At most so many are run: a channel's range is that of a few thousand positions."""
@@ -45,9 +43,13 @@ def check_cache(model: Model) -> None:
         )
 
 
-def quantize_cache(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> bool:
-    """Makes the ONNX graphs of the bundle's decoder store integers, with the same scales. False:
-    they do already."""
+def quantize_cache(model: Model, bundle: Bundle, calibration: str) -> bool:
+    """Makes the ONNX graphs of the bundle's decoder store integers, with the same scales.
+    ``calibration``: data as in recipes, read where they are needed. False: the graphs do already.
+
+    Raises:
+        MobileVLMError, PromptError, ImageError: a sample is wrong.
+    """
     paths = [
         bundle.path(part.path)
         for part in bundle.manifest.artifacts
@@ -58,7 +60,7 @@ def quantize_cache(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> b
         return False
     # One that an interrupted export has finished settles the other's.
     known = next((scales for scales in stored.values() if scales), None)
-    scales = known or _measure(model, bundle, samples[:SAMPLES])
+    scales = known or _measure(model, bundle, find_samples(calibration)[:SAMPLES])
     for path in paths:
         if not stored[path]:
             _rewrite(path, scales)
@@ -67,7 +69,7 @@ def quantize_cache(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> b
 
 def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Float32]:
     """Scales ``(1, num_key_value_heads, 1, head_dim)`` by the names of buffers."""
-    manifest, plan = bundle.manifest, Plan()
+    plan = Plan()
     vision = onnx_vision(bundle, bundle.path(bundle.artifact("vision", "onnx").path), plan)
     path = bundle.path(bundle.artifact("decoder", "onnx").path)
     decoder = onnx_decoder(bundle, path, plan, cache=np.float32)
@@ -75,12 +77,8 @@ def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[st
     largest: Float32 | None = None
     with progress.track("kv_cache", len(samples)) as advance:
         for sample in samples:
-            pixels = [preprocess(open_image(item), manifest.spec.image) for item in sample.images]
-            words = instruction_ids(model, sample)
-            images = [vision.encode(item, words) for item in pixels]
-            embeds = _embed(decoder, sample_ids(model, sample), images)
             state.length = 0
-            decoder.extend(state, embeds[: manifest.spec.decoder.context_length])
+            decoder.extend(state, sample_embeds(model, sample, vision, decoder.embed))
             found = np.abs(decoder.save(state, 0).data).max(axis=2)
             largest = found if largest is None else np.maximum(largest, found)
             advance(1)
@@ -92,24 +90,13 @@ def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[st
     return {name: scale[None, :, None] for name, scale in zip(state.buffers, scales, strict=True)}
 
 
-def _embed(decoder: DecoderEngine, ids: Sequence[int], images: Sequence[Float32]) -> Float32:
-    """Embeddings ``(length, hidden_size)`` of text and, in their places, visual tokens."""
-    parts, start, going = [], 0, iter(images)
-    for place, token in enumerate([*ids, IMAGE_TOKEN_ID]):
-        if token == IMAGE_TOKEN_ID:
-            parts += [decoder.embed(ids[start:place])] if place > start else []
-            parts += [next(going)] if place < len(ids) else []
-            start = place + 1
-    return np.concatenate(parts)
-
-
 def _stored_scales(path: Path) -> dict[str, Float32] | None:
     """What a graph has; none where it stores float32."""
     graph = ir.load(path).graph
     found: dict[str, Float32] = {}
     for node in graph:
         if node.op_type == _ATTENTION and len(node.inputs) > _SCALES:
-            for offset, (_, place) in enumerate(_PAST.items()):
+            for offset, place in enumerate(_PAST.values()):
                 past, scale = node.inputs[place], node.inputs[_SCALES + offset]
                 assert past is not None and scale is not None and scale.const_value is not None
                 found[_buffer(past)] = scale.const_value.numpy()

@@ -28,7 +28,6 @@ from mobilevlm.bundle import (
 )
 from mobilevlm.conversation import system_ids
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
-from mobilevlm.export.calibration import find_samples
 from mobilevlm.export.jobs import JOBS, Job, fixed_context, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.limits import check_limits, quality_error
@@ -333,8 +332,7 @@ def _quantize_cache(model: Model, recipe: Recipe, work: Workspace, draft: Manife
     obstacle = _run_obstacle(model, work, parts)
     if obstacle:
         raise MobileVLMError(f"kv_cache int8 is measured by running the decoder: {obstacle}")
-    samples = find_samples(recipe.calibration)
-    if quantize_cache(model, Bundle(work.folder, draft, digest=""), samples):
+    if quantize_cache(model, Bundle(work.folder, draft, digest=""), recipe.calibration):
         for part in parts:
             if part.stage in ("decoder", "prefill"):
                 note_finished(work, part)

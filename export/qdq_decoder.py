@@ -14,7 +14,7 @@ import numpy as np
 
 from mobilevlm import progress
 from mobilevlm.export.artifact_weights import weight_error
-from mobilevlm.export.calibration import Sample, sample_ids
+from mobilevlm.export.calibration import Sample, sample_embeds
 from mobilevlm.export.graph.author import (
     ChunkShape,
     author_static_decoder,
@@ -38,12 +38,10 @@ from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.recipes import LinearFormat, Recipe
 from mobilevlm.export.written import Written
 from mobilevlm.families import Model
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.plan import default_threads
 from mobilevlm.progress import Advance
 from mobilevlm.runtime.engines.npu import MASKED, causal_mask, signed_tables
 from mobilevlm.runtime.engines.onnx import OnnxVision
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 _HEADROOM = 16.0
 """Logits of attention, in nats: how far below all others a masked one stays. exp(-16) is 1e-7."""
@@ -104,15 +102,7 @@ def _embeds(model: Model, samples: Sequence[Sample], folder: Path) -> Iterator[F
     vision = OnnxVision(path, default_threads())
     with progress.track("pictures", len(samples)) as advance:
         for sample in samples:
-            rows: list[Float32] = []
-            pictures = iter(sample.images)
-            for token in sample_ids(model, sample):
-                if token == IMAGE_TOKEN_ID:
-                    pixels = preprocess(open_image(next(pictures)), spec.image)
-                    rows += list(vision.encode(pixels))
-                else:
-                    rows.append(table[token])
-            yield np.stack(rows[: min(LONGEST_SAMPLE, spec.decoder.context_length)])
+            yield sample_embeds(model, sample, vision, table.__getitem__)[:LONGEST_SAMPLE]
             advance(1)
     vision.close()
 

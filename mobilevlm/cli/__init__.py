@@ -33,8 +33,8 @@ VERBS = {
     "synth": "Write a checkpoint with random weights.",
 }
 
-TORCH_VERBS = ("export", "search", "imatrix", "verify")
-"""Those that run torch's reference."""
+TORCH_VERBS = ("export", "search", "imatrix", "inspect", "verify")
+"""Those that may run torch's reference."""
 SPINS = "1000"
 """How long threads of torch (GNU OpenMP) wait in a loop before they sleep. By default they wait so
 long that two exports at once, on two processors, take ten times as long as one after the other;

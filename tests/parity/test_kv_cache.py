@@ -122,9 +122,9 @@ def test_an_interrupted_export_goes_on_with_the_scales_of_the_graph_that_is_read
     shutil.copyfile(plain.path(prompts), folder / prompts)
     broken = Bundle(folder, whole.manifest, whole.digest)
     model = fixture_named("mobilevlm_v2").model
-    assert quantize_cache(model, broken, [])  # no sample: nothing is measured
+    assert quantize_cache(model, broken, "none.jsonl")  # not read: nothing is measured
     assert (folder / prompts).read_bytes() == expected
-    assert not quantize_cache(model, broken, [])
+    assert not quantize_cache(model, broken, "none.jsonl")
 
 
 def test_the_command_line_writes_it_and_takes_it_over(

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from mobilevlm.export.graph.author import ChunkShape, author_static_decoder, data_path
+from mobilevlm.bundle import data_path
+from mobilevlm.export.graph.author import ChunkShape, author_static_decoder
 from mobilevlm.export.recipes import Recipe
 from mobilevlm.export.written import Written
 from mobilevlm.families import Model

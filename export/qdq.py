@@ -16,11 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm import progress
+from mobilevlm.bundle import data_path
 from mobilevlm.checkpoint import TensorRef, Weights
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.artifact_weights import weight_error
 from mobilevlm.export.calibration import Sample
-from mobilevlm.export.graph.author import author_vision, data_path
+from mobilevlm.export.graph.author import author_vision
 from mobilevlm.export.graph.dialects import STANDARD, STATIC
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.graph.weight_file import INLINE_BYTES

@@ -300,6 +300,11 @@ def open_bundle(folder: Path) -> Bundle:
     return bundle
 
 
+def data_path(path: Path) -> Path:
+    """Where the weights of an ONNX file lie."""
+    return path.with_name(f"{path.name}_data")
+
+
 def named_files(manifest: Manifest) -> list[str]:
     """Files that something in the manifest refers to."""
     singles = [part.path for part in (manifest.embeddings, manifest.system_prompt) if part]

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import GraphBuilder
 
+from mobilevlm.bundle import data_path
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.decoder import DecoderStage
 from mobilevlm.export.graph.dialects import CPU, ELEMENTARY, STATIC, Dialect
@@ -210,11 +211,6 @@ def _author(
         node.metadata_props.clear()  # where in the modules it was made: bytes a device never needs
     ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="mobilevlm"), path)
     return Written(file.errors, round(file.bytes_per_token))
-
-
-def data_path(path: Path) -> Path:
-    """Where the weights of an ONNX file lie."""
-    return path.with_name(f"{path.name}_data")
 
 
 def _input(builder: GraphBuilder, name: str, dtype: ir.DataType, shape: Shape) -> Any:

@@ -18,7 +18,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.bundle import EmbeddingTable, data_path
 from mobilevlm.errors import BundleError
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines import (
@@ -76,19 +76,14 @@ def open_session(
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
     try:
-        with unmapping(weights_path(path)):
+        with unmapping(data_path(path)):
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime raises many kinds, none of them public
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"{path}: onnxruntime cannot load it: {reason:.200}") from None
     if packed:
-        give_back(weights_path(path))
+        give_back(data_path(path))
     return session
-
-
-def weights_path(path: Path) -> Path:
-    """Where the weights of an ONNX file lie."""
-    return path.with_name(f"{path.name}_data")
 
 
 class OnnxVision:
@@ -223,7 +218,7 @@ class OnnxDecoder(BufferedDecoder):
         self._session: ort.InferenceSession | None = opened(path)
         self._encoder = None if encoder is None else opened(encoder)
         self._prompts: ort.InferenceSession | None = None
-        self._prompt_weights = prompts and weights_path(prompts)
+        self._prompt_weights = prompts and data_path(prompts)
         if prompts is not None:
             packed = plan.prefill_weights == "packed" and plan.memory == "fast"
             self._prompts = opened(prompts, packed=packed)

@@ -9,9 +9,8 @@ The parts, and what each follows from (docs/runtime.md tells more, benchmarks/me
   ``bits / 8`` bytes of each weight and 8 of each block (a float32 scale, and a float32 sum beside
   it), whatever the file has. 8-bit weights of ``int8`` and floats take what the file has; those of
   ``fp16`` are made float32, and kept twice. llama.cpp keeps a second copy of Q4_0 in another order.
-- loading: where all threads pack weights, the file's pages are there until all is packed; where
-  one does (``compact``, one processor), the largest tensor, and the scales of blocks until all is
-  read.
+- loading: pages of the file that are being packed, which go as the copies come
+  (runtime/engines/mapped_weights.py).
 - buffers of a run: attention and MLP of one layer at a time, which the formulas below add up.
 - keys and values of the positions that are filled.
 - mapped: pages of files that the system can take back.
@@ -20,8 +19,8 @@ The parts, and what each follows from (docs/runtime.md tells more, benchmarks/me
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
@@ -42,6 +41,8 @@ REPACKED = ("q4_0", "q4_k_m")
 TOKENIZER_FACTOR = 8
 SESSION = 2.5e6
 """Of ONNX Runtime, for a graph with little in it."""
+IN_PASSING = 80e6
+"""Pages of a file that are resident at a time while its weights are packed, at most."""
 ROW = 1 << 16
 """Resident pages around an embedding row that is read."""
 TEXT_POSITIONS = 128
@@ -70,7 +71,7 @@ class Memory:
     weights: float
     """Copies of them, in the kernels' order"""
     working: float
-    """Buffers of runs, or what loading needs on top for a moment: whichever makes the peak"""
+    """Buffers of runs"""
     states: float
     """Keys and values of the positions that are filled at the peak"""
     files: float
@@ -103,8 +104,6 @@ class _Stage:
 
     weights: float
     """Resident when it is loaded"""
-    loading: float
-    """More while it is being loaded"""
     run: float
     """Buffers of a run"""
     kept: float
@@ -149,10 +148,10 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
             stages.append(_gguf_stage(manifest, name, artifact, read, plan, positions))
             mapped += read if name == "decoder" else 0.0
         elif name == "prefill" and (plan.prefill_weights != "packed" or plan.memory != "fast"):
-            stages.append(_Stage(SESSION, 0.0, 0.0, 0.0, size))
+            stages.append(_Stage(SESSION, 0.0, 0.0, size))
         elif name == "vision" and artifact.precision == "int8" and plan.vision_weights == "mapped":
             run = _vision_buffers(manifest.spec.vision)
-            stages.append(_Stage(SESSION, 0.0, run, run * (plan.memory == "fast"), size))
+            stages.append(_Stage(SESSION, run, run * (plan.memory == "fast"), size))
         else:
             stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
     if manifest.system_prompt is not None and plan.engine == "onnx":
@@ -195,7 +194,7 @@ def _peak(stages: list[_Stage], states: float, plan: Plan) -> tuple[float, float
         # not what stays in the file.
         there = states * (turn[0] is not stages[0])
         unpacked = sum(part.unpacked for part in turn)
-        moments.append((weights, there, max(part.loading for part in turn), unpacked))
+        moments.append((weights, there, 0.0, unpacked))
         for at, part in enumerate(turn):
             kept = sum(other.kept for other in turn[:at])
             filled = states * (part is not stages[0])
@@ -212,31 +211,18 @@ def _onnx_stage(
     if name == "vision":
         part = _settings(manifest.recipe, "tower", artifact)
         run, loaded = _vision_buffers(spec.vision), size * _growth(part) + SESSION
-        return _loaded(
-            _Stage(loaded, size * _scales(part), run, 0.0 if scarce else run), size, plan, "vision"
-        )
-    packed, scales, twice = 0.0, 0.0, 0.0
-    for key, count, largest in _decoder_weights(spec.decoder, name):
+        return _Stage(loaded, run, 0.0 if scarce else run, unpacked=min(size, IN_PASSING))
+    packed = 0.0
+    for key, count in _decoder_weights(spec.decoder, name):
         part = _settings(manifest.recipe, "prefill" if name == "prefill" else key, artifact)
         packed += count * _packed(part)
-        scales += count * _stored(part) * _scales(part)
-        twice = max(twice, largest * _bits(part))
     if manifest.recipe.get("layers") and artifact.bits_per_weight and name == "decoder":
-        count = sum(count for _, count, _ in _decoder_weights(spec.decoder, name))
+        count = sum(count for _, count in _decoder_weights(spec.decoder, name))
         packed = count * (artifact.bits_per_weight / 8 + _SCALE / (_block(part) or 32))
     chunk = min(plan.chunk_length, positions)
     run = _decoder_buffers(spec.decoder, chunk, positions)
-    found = _Stage(packed + SESSION, scales + twice, run, 0.0 if scarce else run)
-    return _loaded(found, size, plan, "decoder")
-
-
-def _loaded(
-    stage: _Stage, size: float, plan: Plan, threads: Literal["vision", "decoder"]
-) -> _Stage:
-    """The stage as the plan's threads load it: several keep the pages of its file, ``size``."""
-    if plan.memory != "fast" or plan.threads_of(threads) == 1:
-        return stage
-    return replace(stage, loading=0.0, unpacked=size)
+    kept, unpacked = 0.0 if scarce else run, min(size, IN_PASSING)
+    return _Stage(packed + SESSION, run, kept, unpacked=unpacked)
 
 
 def _gguf_stage(
@@ -245,16 +231,16 @@ def _gguf_stage(
     """llama.cpp reads the image encoder into memory of its own and maps the decoder, some types of
     which it packs anew. ``read``: bytes of the file that are used."""
     if name == "vision":
-        return _Stage(read, 0.0, _vision_buffers(manifest.spec.vision) / 2, 0.0)
+        return _Stage(read, _vision_buffers(manifest.spec.vision) / 2, 0.0)
     packed = read if artifact.precision in REPACKED and plan.engine != "ggml" else 0.0
     run = _decoder_buffers(manifest.spec.decoder, min(PREFILL_CHUNK, positions), positions)
-    return _Stage(packed, 0.0, run, run)
+    return _Stage(packed, run, run)
 
 
 def _read_share(spec: DecoderSpec) -> float:
     """What of a GGUF decoder is read as a whole: all but embeddings that are not the head too."""
     embeddings = 0.0 if spec.tie_word_embeddings else float(spec.hidden_size * spec.vocab_size)
-    others = sum(count for _, count, _ in _decoder_weights(spec, "decoder"))
+    others = sum(count for _, count in _decoder_weights(spec, "decoder"))
     return others / (others + embeddings)
 
 
@@ -267,22 +253,16 @@ def _settings(recipe: Mapping[str, Any], part: str, artifact: Artifact) -> Mappi
     return found if known else {"precision": "fp32"}
 
 
-def _bits(part: Mapping[str, Any]) -> float:
-    """Bytes of a weight, without scales."""
-    precision = part["precision"]
-    return BLOCK_BITS[precision] / 8 if precision in BLOCK_BITS else STORED[precision]
-
-
 def _stored(part: Mapping[str, Any]) -> float:
     """Bytes of a weight in the file."""
-    block = _block(part)
-    return _bits(part) + (_SCALE / block if block else 0.0)
+    precision, block = part["precision"], _block(part)
+    return BLOCK_BITS[precision] / 8 + _SCALE / block if block else STORED[precision]
 
 
 def _packed(part: Mapping[str, Any]) -> float:
     """Bytes of a weight in memory."""
-    block = _block(part)
-    return _bits(part) + _BLOCK_SUMS / block if block else PACKED[part["precision"]]
+    precision, block = part["precision"], _block(part)
+    return BLOCK_BITS[precision] / 8 + _BLOCK_SUMS / block if block else PACKED[precision]
 
 
 def _block(part: Mapping[str, Any]) -> int:
@@ -294,27 +274,20 @@ def _growth(part: Mapping[str, Any]) -> float:
     return _packed(part) / _stored(part)
 
 
-def _scales(part: Mapping[str, Any]) -> float:
-    """Share of the scales of blocks in the file."""
-    block = _block(part)
-    return _SCALE / block / _stored(part) if block else 0.0
-
-
-def _decoder_weights(spec: DecoderSpec, stage: str) -> list[tuple[str, float, float]]:
-    """Weights of the linear layers, and those of the largest, by the part of the recipe."""
+def _decoder_weights(spec: DecoderSpec, stage: str) -> list[tuple[str, float]]:
+    """Weights of the linear layers, by the part of the recipe."""
     hidden, wide = spec.hidden_size, spec.intermediate_size
     heads = spec.num_attention_heads * spec.head_dim
     grouped = spec.num_key_value_heads * spec.head_dim
     attention = 2.0 * hidden * (heads + grouped)
     mlp = float(hidden * wide * (len(spec.mlp_linears[0]) + 1))
     if stage == "encoder":
-        return [("decoder", spec.encoder_layers * (attention + mlp), float(hidden * wide))]
+        return [("decoder", spec.encoder_layers * (attention + mlp))]
     layers = sum(
         attention * (2 if spec.encoder_layers else 1) + len(spec.mlp_names(index)) * mlp
         for index in range(spec.num_hidden_layers)
     )
-    head = float(hidden * spec.vocab_size)
-    return [("decoder", layers, float(hidden * wide)), ("lm_head", head, head)]
+    return [("decoder", layers), ("lm_head", float(hidden * spec.vocab_size))]
 
 
 def _vision_buffers(spec: VisionSpec) -> float:

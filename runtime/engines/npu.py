@@ -26,6 +26,7 @@ from mobilevlm.runtime.engines import (
     still_open,
 )
 from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
+from mobilevlm.runtime.engines.mapped_weights import Session
 from mobilevlm.runtime.engines.onnx import open_session
 from mobilevlm.spec import DecoderSpec
 
@@ -89,9 +90,7 @@ class NpuDecoder(BufferedDecoder):
         threads: int,
     ) -> None:
         super().__init__(table, embeddings)
-        self._chunks: ort.InferenceSession | None = open_session(
-            chunks, threads, entries=FIXED_POINT
-        )
+        self._chunks: Session | None = open_session(chunks, threads, entries=FIXED_POINT)
         self._tokens = open_session(tokens, threads, entries=FIXED_POINT)
         self.chunk, self.window = _shape(self._chunks)
         if _shape(self._tokens) != (1, self.window) or self.window < spec.context_length:

@@ -9,16 +9,17 @@ from __future__ import annotations
 import copy
 import mmap
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from mobilevlm.bundle import EmbeddingTable, data_path
+from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines import (
@@ -31,18 +32,14 @@ from mobilevlm.runtime.engines import (
     still_open,
 )
 from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
-from mobilevlm.runtime.engines.mapped_pages import give_back, trim_heap, unmapping
+from mobilevlm.runtime.engines.mapped_pages import trim_heap
+from mobilevlm.runtime.engines.mapped_weights import MappedWeights, Session
 from mobilevlm.spec import DecoderSpec
 
 INT8_CACHE = (1, 27)
 """The first version whose GroupQueryAttention reads them, on x86-64; 1.24 to 1.26 do not."""
 _NO_WORDS = (0,)
 """An instruction where none is needed: the tower's features do not depend on it."""
-SessionMemory: TypeAlias = Literal["planned", "unplanned", "compact"]
-"""What a session spends, most first. ``planned``: the second run with the same shapes gets one
-block for all its buffers, beside what the first took. ``unplanned``: it does without. ``compact``:
-besides, weights are packed one by one, so that the file's pages go as the copies come, and not by
-all threads at once, which is most of a load."""
 
 
 def open_session(
@@ -51,11 +48,12 @@ def open_session(
     spinning: bool = True,
     packed: bool = True,
     entries: Mapping[str, str] = MappingProxyType({}),
-    memory: SessionMemory = "planned",
-) -> ort.InferenceSession:
+    planned: bool = True,
+) -> Session:
     """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
     copied in the order that kernels like best, else they are used where they lie in the mapped
-    file. ``entries``: further settings of it, as onnxruntime names them.
+    file. ``entries``: further settings of it, as onnxruntime names them. ``planned``: the second
+    run with the same shapes gets one block for all its buffers, beside what the first took.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -63,27 +61,23 @@ def open_session(
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
-    options.enable_mem_pattern = memory == "planned"
+    options.enable_mem_pattern = planned
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
-    options.add_session_config_entry(
-        "session.prepack.enable_parallel", str(int(memory != "compact"))
-    )
-    if not packed:
-        options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.prepack.enable_parallel", "1")
+    options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16
     # bits the graph asks for, to 8 once more: 13 times the error. 1 is float32.
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     for name, value in entries.items():
         options.add_session_config_entry(name, value)
     try:
-        with unmapping(data_path(path)):
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        weights = MappedWeights(path)
+        weights.lend(options)
+        with weights.read_once() if packed else nullcontext():
+            return Session(path, options, weights)
     except Exception as error:  # onnxruntime raises many kinds, none of them public
         reason = str(error).strip().splitlines()[-1]
         raise BundleError(f"{path}: onnxruntime cannot load it: {reason:.200}") from None
-    if packed:
-        give_back(data_path(path))
-    return session
 
 
 class OnnxVision:
@@ -99,11 +93,10 @@ class OnnxVision:
         entries: Mapping[str, str] = MappingProxyType({}),
         compact: bool = False,
     ) -> None:
-        memory: SessionMemory = "compact" if compact else "unplanned"
-        session = open_session(path, threads, spinning, packed, entries, memory)
+        session = open_session(path, threads, spinning, packed, entries, planned=False)
         self._reads_text = len(session.get_inputs()) > 1
         self._run_options = _giving_back() if compact else None
-        self._session: ort.InferenceSession | None = session
+        self._session: Session | None = session
 
     def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
@@ -150,13 +143,13 @@ class OnnxState(BufferedState):
         self.step_logits = np.zeros((1, 1, spec.vocab_size), np.float32)
         self.cross: dict[str, Float32] = {}
         """Keys and values of an encoder's output, by their names in the graph."""
-        self._step: tuple[ort.InferenceSession, Any] | None = None
+        self._step: tuple[Session, Any] | None = None
 
     def begin(self, cross: dict[str, Float32]) -> None:
         """An empty sequence behind a prompt that an encoder has read."""
         self.length, self.cross, self._step = 0, cross, None
 
-    def step_binding(self, session: ort.InferenceSession) -> Any:
+    def step_binding(self, session: Session) -> Any:
         """The binding of a step, made once for a session."""
         if self._step is None or self._step[0] is not session:
             arrays = self.step_embeds, self.step_positions, self.step_logits
@@ -169,7 +162,7 @@ class OnnxState(BufferedState):
 
     def bind(
         self,
-        session: ort.InferenceSession,
+        session: Session,
         embeds: Float32,
         positions: NDArray[np.int64],
         logits: Float32,
@@ -213,12 +206,11 @@ class OnnxDecoder(BufferedDecoder):
             open_session,
             threads=plan.threads_of("decoder"),
             spinning=plan.spinning,
-            memory="planned" if plan.memory == "fast" else "compact",
+            planned=plan.memory == "fast",
         )
-        self._session: ort.InferenceSession | None = opened(path)
+        self._session: Session | None = opened(path)
         self._encoder = None if encoder is None else opened(encoder)
-        self._prompts: ort.InferenceSession | None = None
-        self._prompt_weights = prompts and data_path(prompts)
+        self._prompts: Session | None = None
         if prompts is not None:
             packed = plan.prefill_weights == "packed" and plan.memory == "fast"
             self._prompts = opened(prompts, packed=packed)
@@ -261,21 +253,20 @@ class OnnxDecoder(BufferedDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return self._append(state, embeds, len(embeds), still_open(self._session))
 
-    def _prompt_session(self, length: int) -> ort.InferenceSession:
+    def _prompt_session(self, length: int) -> Session:
         """What computes a piece of a prompt with so many positions."""
         if self._prompts is not None and length >= self._plan.prefill_from:
             return self._prompts
         return still_open(self._session)
 
     def _append(
-        self, state: DecoderState, embeds: Float32, count: int, session: ort.InferenceSession
+        self, state: DecoderState, embeds: Float32, count: int, session: Session
     ) -> Float32:
         """Appends positions; logits of the last ``count``."""
         append = partial(self._append_chunk, state, session)
         logits = in_chunks(append, embeds, count, self._plan.chunk_length)
         if session is self._prompts and self._plan.released_prompt_weights:
-            assert self._prompt_weights is not None
-            give_back(self._prompt_weights)
+            session.weights.give_back()
         if self._run_options is not None:
             trim_heap()
         return logits
@@ -283,7 +274,7 @@ class OnnxDecoder(BufferedDecoder):
     def _append_chunk(
         self,
         state: DecoderState,
-        session: ort.InferenceSession,
+        session: Session,
         embeds: Float32,
         count: int,
         also: Mapping[str, Float32] = MappingProxyType({}),

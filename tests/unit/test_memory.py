@@ -16,7 +16,7 @@ from mobilevlm.errors import MemoryLimitError
 from mobilevlm.plan import MemorySetting, Plan, memory_settings
 from mobilevlm.runtime import memory_limits
 from mobilevlm.runtime.fitting import DOUBT, fit_plan, need
-from mobilevlm.runtime.memory import Memory, estimate
+from mobilevlm.runtime.memory import IN_PASSING, Memory, estimate
 from mobilevlm.runtime.memory_limits import Limit
 
 SETTINGS: tuple[MemorySetting, ...] = ("fast", "compact", "in turn")
@@ -69,19 +69,19 @@ def test_each_setting_takes_less_than_the_one_before_and_positions_take_more(
     assert long.states + long.reserved == short.states + short.reserved
 
 
-def test_each_stage_is_loaded_by_its_own_threads(bundle_of: BundleOf) -> None:
-    """Several threads keep the pages of the file that they pack weights from."""
+def test_loading_keeps_a_bounded_part_of_the_file_beside_the_copies(bundle_of: BundleOf) -> None:
     manifest = open_bundle(bundle_of("tiny", "fp32")).manifest
     [vision] = [part for part in manifest.artifacts if part.stage == "vision"]
-    files = {name: replace(manifest.files[name], size=10**9) for name in vision.files}
-    large = replace(manifest, files={**manifest.files, **files})
 
-    def peak(vision_threads: int, decoder_threads: int) -> float:
-        return estimate(large, Plan("onnx", vision_threads, decoder_threads)).peak
+    def own_and_pages(size: int) -> tuple[float, float]:
+        files = {name: replace(manifest.files[name], size=size) for name in vision.files}
+        large = replace(manifest, files={**manifest.files, **files})
+        memory = estimate(large, Plan("onnx"))
+        return memory.own, memory.mapped
 
-    pages = len(vision.files) * 10**9
-    assert peak(2, 1) - peak(1, 1) == pytest.approx(pages, rel=0.05)  # the run's buffers aside
-    assert peak(1, 2) - peak(1, 1) < 0.01 * pages
+    (small, some), (large, more) = own_and_pages(10**9), own_and_pages(2 * 10**9)
+    assert large - small == pytest.approx(len(vision.files) * 10**9)
+    assert more == some < 2 * IN_PASSING
 
 
 @pytest.mark.parametrize(

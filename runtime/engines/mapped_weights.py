@@ -1,0 +1,198 @@
+"""The weights of an ONNX file, mapped by us and lent to a session.
+
+onnxruntime would map each tensor by itself, and keep what its kernels have copied in their own
+order until all is copied: a second copy of the model, for a moment. Of a mapping of our own the
+pages can be given back at any time, since whoever reads them again gets them from the system's
+cache. Several sessions and processes share them.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnxruntime as ort
+
+from mobilevlm.bundle import data_path
+from mobilevlm.runtime.engines.mapped_pages import drop_pages, keep_apart
+
+INTERVAL = 0.03
+"""Seconds between two times that pages are given back while weights are copied: some 50 MB."""
+_TYPES = {1: "<f4", 2: "u1", 3: "i1", 6: "<i4", 7: "<i8", 10: "<f2"}
+"""Element types of a TensorProto that are lent; the rest onnxruntime reads by itself."""
+_EXTERNAL = 1
+"""A TensorProto's data_location where its data lies in another file"""
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """An initializer of a graph whose data lies in another file."""
+
+    name: str
+    type: int
+    shape: tuple[int, ...]
+    location: str
+    offset: int
+    length: int
+    """Bytes of it"""
+
+
+class MappedWeights:
+    """What the file beside an ONNX file has of its initializers."""
+
+    def __init__(self, path: Path) -> None:
+        self._mapped: np.memmap | None = None
+        self._lent: dict[str, ort.OrtValue] = {}
+        self._borders: list[int] = []
+        data = data_path(path)
+        if not data.is_file() or data.stat().st_size == 0:
+            return
+        self._mapped = np.memmap(data, np.uint8, "r")
+        for tensor in external_tensors(path):
+            if tensor.location == data.name and _is_whole(tensor, len(self._mapped)):
+                span = self._mapped[tensor.offset : tensor.offset + tensor.length]
+                array = span.view(_TYPES[tensor.type]).reshape(tensor.shape)
+                self._lent[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
+                self._borders += (tensor.offset, tensor.offset + tensor.length)
+
+    def lend(self, options: ort.SessionOptions) -> None:
+        """Has sessions with these options use the weights where they lie. They must be kept as
+        long as such a session."""
+        for name, value in self._lent.items():
+            options.add_initializer(name, value)
+
+    def give_back(self) -> None:
+        """Takes the pages out of this process; the next access brings them back."""
+        if self._mapped is not None:
+            drop_pages(self._mapped)
+
+    @contextmanager
+    def read_once(self) -> Iterator[None]:
+        """While weights are copied: pages are given back as they were read. Of what a kernel does
+        not copy, some scales, only its own pages come back."""
+        over = threading.Event()
+
+        def go_on() -> None:
+            while not over.wait(INTERVAL):
+                self.give_back()
+
+        beside = threading.Thread(target=go_on, daemon=True)
+        beside.start()
+        try:
+            yield
+        finally:
+            over.set()
+            beside.join()
+            self.give_back()
+            if self._mapped is not None:
+                keep_apart(self._mapped, self._borders)
+
+
+class Session(ort.InferenceSession):  # type: ignore[misc, unused-ignore]
+    """A session and the mapping that its weights lie in."""
+
+    def __init__(self, path: Path, options: ort.SessionOptions, weights: MappedWeights) -> None:
+        super().__init__(str(path), options, providers=["CPUExecutionProvider"])
+        self.weights = weights
+
+
+def _is_whole(tensor: Tensor, size: int) -> bool:
+    """Whether a file of so many bytes has all of it, as its shape says."""
+    if tensor.type not in _TYPES or tensor.length <= 0 or tensor.offset < 0:
+        return False
+    item = np.dtype(_TYPES[tensor.type]).itemsize
+    return (
+        tensor.offset % item == 0
+        and tensor.length == item * math.prod(tensor.shape)
+        and tensor.offset + tensor.length <= size
+    )
+
+
+def external_tensors(path: Path) -> list[Tensor]:
+    """The initializers of an ONNX file that lie in another file. What is no ONNX file has none:
+    onnxruntime says what is wrong with it. Field numbers are those of onnx.proto."""
+    found: list[Tensor] = []
+    try:
+        for field, graph in _fields(memoryview(path.read_bytes())):
+            if field != 7 or isinstance(graph, int):  # ModelProto.graph
+                continue
+            for part, value in _fields(graph):
+                if part == 5 and not isinstance(value, int):  # GraphProto.initializer
+                    found += _external(value)
+    except (ValueError, IndexError):
+        return []
+    return found
+
+
+def _external(encoded: memoryview) -> list[Tensor]:
+    name, kind, location, shape = "", 0, 0, []
+    entries: dict[str, str] = {}
+    for field, value in _fields(encoded):
+        if isinstance(value, int):
+            if field == 1:
+                shape.append(value)
+            elif field == 2:
+                kind = value
+            elif field == 14:
+                location = value
+        elif field == 1:  # all dimensions in one piece
+            shape += _varints(value)
+        elif field == 8:
+            name = _text(value)
+        elif field == 13:
+            pair = {key: _text(part) for key, part in _fields(value)}
+            entries[pair.get(1, "")] = pair.get(2, "")
+    if location != _EXTERNAL:
+        return []
+    offset, length = int(entries.get("offset") or 0), int(entries.get("length") or 0)
+    return [Tensor(name, kind, tuple(shape), entries.get("location", ""), offset, length)]
+
+
+def _text(value: int | memoryview) -> str:
+    return "" if isinstance(value, int) else str(value, "utf-8")
+
+
+def _fields(encoded: memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """Number and value of each field of a protobuf message: a number, or bytes."""
+    at = 0
+    while at < len(encoded):
+        key, at = _varint(encoded, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = _varint(encoded, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = _varint(encoded, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise ValueError(f"wire type {kind}")
+        if at + size > len(encoded):
+            raise ValueError("cut off")
+        yield key >> 3, encoded[at : at + size]
+        at += size
+
+
+def _varints(encoded: memoryview) -> Iterator[int]:
+    at = 0
+    while at < len(encoded):
+        value, at = _varint(encoded, at)
+        yield value
+
+
+def _varint(encoded: memoryview, at: int) -> tuple[int, int]:
+    """A number in pieces of seven bits, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = encoded[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7

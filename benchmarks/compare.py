@@ -93,6 +93,10 @@ def parse_arguments() -> argparse.Namespace:
         "--recipes", nargs="+", default=["int4"], help="ONNX bundles of ours, names or .toml files"
     )
     parser.add_argument(
+        "--tuned", nargs="+", default=[], metavar="RECIPE",
+        help="of these also a bundle with the plan that 'mobilevlm tune' finds",
+    )  # fmt: skip
+    parser.add_argument(
         "--only", nargs="+", metavar="PEER", choices=[OURS, *PACKAGES],
         help=f"of {OURS}, {', '.join(PACKAGES)}",
     )  # fmt: skip
@@ -133,6 +137,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     lined = line_up(
         artifacts,
         arguments.recipes,
+        arguments.tuned,
         arguments.threads,
         _pythons(arguments.python),
         lambda name: not arguments.only or name in arguments.only,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import warnings
@@ -18,6 +19,9 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.spec import GGUFType
 from mobilevlm.synth import CONFIGURATIONS, write_checkpoint
+
+TUNING = 240.0
+"""Seconds that ``mobilevlm tune`` is given"""
 
 
 class Artifacts:
@@ -38,6 +42,17 @@ class Artifacts:
     def onnx(self, recipe: str) -> Bundle:
         """The bundle of a recipe, by name or file, ONNX only."""
         return self._bundle(f"onnx-{Path(recipe).stem}", recipe, ("onnx",), None)
+
+    def tuned(self, recipe: str) -> Bundle:
+        """The same bundle (its files are linked) with the plan that ``mobilevlm tune`` finds."""
+        from mobilevlm.runtime.tune import tune_bundle
+
+        def write(path: Path) -> None:
+            shutil.copytree(self.onnx(recipe).folder, path, copy_function=os.link)
+            with progress.track_share("tune") as show:
+                tune_bundle(path, TUNING, "onnx", show)
+
+        return open_bundle(self._made(f"onnx-{Path(recipe).stem}-tuned", write))
 
     def both(self, gguf_type: GGUFType) -> Bundle:
         """The int4 bundle with a GGUF decoder of this type and llama.cpp's image encoder."""

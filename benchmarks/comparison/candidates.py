@@ -88,12 +88,14 @@ class LineUp:
 def line_up(
     artifacts: Artifacts,
     recipes: Sequence[str],
+    tuned: Sequence[str],
     threads: int,
     pythons: dict[str, str],
     wanted: Callable[[str], bool],
     memory_limit: float,
 ) -> LineUp:
-    """Makes the files of every candidate that is wanted and can run."""
+    """Makes the files of every candidate that is wanted and can run. ``tuned``: recipes whose
+    bundle takes part with the plan of ``mobilevlm tune``."""
     result = LineUp()
     makers: dict[str, Callable[[str], Iterator[Candidate]]] = {
         "llama.cpp": lambda python: _llama(artifacts, python),
@@ -122,6 +124,10 @@ def line_up(
         add(
             _engine(f"onnx {Path(recipe).stem}", OURS, artifacts.onnx(recipe), "onnx")
             for recipe in recipes
+        )
+        add(
+            _engine(f"onnx {Path(recipe).stem} tuned", OURS, artifacts.tuned(recipe), "onnx")
+            for recipe in tuned
         )
         if versions(sys.executable, PACKAGES[LLAMA]):
             add_if_possible("mobilevlm hybrid and gguf", _ours_of_gguf(artifacts))

@@ -207,22 +207,27 @@ def _onnx_stage(
     manifest: Manifest, name: str, artifact: Artifact, size: float, plan: Plan, positions: int
 ) -> _Stage:
     spec = manifest.spec
-    scarce = plan.memory != "fast"
     if name == "vision":
         part = _settings(manifest.recipe, "tower", artifact)
-        run, loaded = _vision_buffers(spec.vision), size * _growth(part) + SESSION
-        return _Stage(loaded, run, 0.0 if scarce else run, unpacked=min(size, IN_PASSING))
-    packed = 0.0
-    for key, count in _decoder_weights(spec.decoder, name):
-        part = _settings(manifest.recipe, "prefill" if name == "prefill" else key, artifact)
-        packed += count * _packed(part)
-    if manifest.recipe.get("layers") and artifact.bits_per_weight and name == "decoder":
-        count = sum(count for _, count in _decoder_weights(spec.decoder, name))
-        packed = count * (artifact.bits_per_weight / 8 + _SCALE / (_block(part) or 32))
-    chunk = min(plan.chunk_length, positions)
-    run = _decoder_buffers(spec.decoder, chunk, positions)
-    kept, unpacked = 0.0 if scarce else run, min(size, IN_PASSING)
-    return _Stage(packed + SESSION, run, kept, unpacked=unpacked)
+        weights, run = size * _growth(part), _vision_buffers(spec.vision)
+    else:
+        weights = _decoder_bytes(manifest, name, artifact)
+        run = _decoder_buffers(spec.decoder, min(plan.chunk_length, positions), positions)
+    kept = run if plan.memory == "fast" else 0.0
+    return _Stage(weights + SESSION, run, kept, unpacked=min(size, IN_PASSING))
+
+
+def _decoder_bytes(manifest: Manifest, name: str, artifact: Artifact) -> float:
+    """Of its weights in the kernels' order; ``name``: of its stage."""
+    recipe, parts = manifest.recipe, _decoder_weights(manifest.spec.decoder, name)
+    found = [
+        (count, _settings(recipe, "prefill" if name == "prefill" else key, artifact))
+        for key, count in parts
+    ]
+    if recipe.get("layers") and artifact.bits_per_weight and name == "decoder":
+        block = _block(found[-1][1]) or 32
+        return sum(count for count, _ in found) * (artifact.bits_per_weight / 8 + _SCALE / block)
+    return sum(count * _packed(part) for count, part in found)
 
 
 def _gguf_stage(

@@ -187,12 +187,12 @@ def _varints(encoded: memoryview) -> Iterator[int]:
 
 
 def _varint(encoded: memoryview, at: int) -> tuple[int, int]:
-    """A number in pieces of seven bits, and where it ends."""
-    value = shift = 0
-    while True:
+    """A number of at most 64 bits in pieces of seven, and where it ends."""
+    value = 0
+    for shift in range(0, 64, 7):
         byte = encoded[at]
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
             return value, at
-        shift += 7
+    raise ValueError("a number without an end")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import platform
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from onnx.external_data_helper import convert_model_to_external_data
 
 from mobilevlm.bundle import data_path
 from mobilevlm.errors import BundleError
+from mobilevlm.runtime.engines.mapped_pages import keep_apart
 from mobilevlm.runtime.engines.mapped_weights import MappedWeights, external_tensors
 from mobilevlm.runtime.engines.onnx import open_session
 
@@ -103,6 +105,19 @@ def test_nothing_of_the_file_stays_where_weights_are_copied(path: Path) -> None:
     session = open_session(path, 1)
     assert resident(data_path(path).name) < SIZE * SIZE * 4
     output(session)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="/proc")
+def test_a_mapping_is_divided_where_tensors_end(tmp_path: Path) -> None:
+    """And nowhere else: pages of one kind of advice are one mapping of the system."""
+    path, page = tmp_path / "weights.onnx_data", mmap.PAGESIZE
+    path.write_bytes(bytes(16 * page))
+    mapped = np.memmap(path, np.uint8, "r")
+    keep_apart(mapped, [0, 4 * page, 4 * page, 9 * page + 5])
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    spans = [line.split()[0].split("-") for line in lines if line.endswith(path.name)]
+    sizes = [(int(end, 16) - int(start, 16)) // page for start, end in spans]
+    assert sizes == [4, 5, 7]
 
 
 def test_weights_that_are_cut_off_are_left_to_onnxruntime_which_says_so(path: Path) -> None:

@@ -1,4 +1,5 @@
 # make demo: from nothing to answers about a picture, without torch.
+# make fuzz MINUTES=30: the fuzzers of tests/fuzz, with a new seed.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
 # does (compiled once, about 10 minutes; needs cmake and a C++ compiler). NPU=1 installs Qualcomm's
 # compiler (a wheel of 99 MB for Linux on x86-64, Python 3.11 and later) and Apple's converter (2 MB),
@@ -16,7 +17,9 @@ PIP    := $(VENV)/bin/python -m pip
 INSTALL := $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm export runtime -name '*.py')
 
-.PHONY: demo test lint types clean
+MINUTES ?= 10
+
+.PHONY: demo test fuzz lint types clean
 
 demo: $(VENV)/.export
 	$(VENV)/bin/mobilevlm demo
@@ -44,6 +47,9 @@ test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU
 		echo "no Chromium, or no examples/web/vendor: the page is not tested (make test WEB=1 does)"; \
 		export MOBILEVLM_WITHOUT_BROWSER=1; \
 	fi; $(VENV)/bin/pytest -n 2 -q
+
+fuzz: $(VENV)/.dev
+	cd tests && ../$(VENV)/bin/python -m fuzz --minutes $(MINUTES) $(FUZZERS)
 
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .

@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.expert_usage import LayerUsage, shares
 from mobilevlm.export.html_page import write_page
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from mobilevlm.tables import Column, Styled, Table
 
 TEMPLATE = "experts.html.jinja"
 FULL = 0.5
@@ -66,20 +64,15 @@ class UsageMap:
 
 
 def usage_table(usage: UsageMap) -> Table:
-    """For a terminal; bold: twice an even share or more, dim: half of it or less."""
-    from rich.table import Table
-    from rich.text import Text
-
-    view = Table(title=f"{usage.title}\n{usage.subtitle}")
-    view.add_column("layer", justify="right")
-    view.add_column("tokens")
-    for expert in range(usage.num_experts):
-        view.add_column(f"expert {expert}", justify="right")
+    """Return the shares for a terminal; bold: twice an even share or more, dim: half or less."""
+    experts = (Column(f"expert {index}", True, True) for index in range(usage.num_experts))
+    columns = (Column("layer", True, True), Column("tokens", True), *experts)
+    view = Table(columns, title=f"{usage.title}\n{usage.subtitle}")
     for name, rows in usage.parts:
         for layer, row in rows:
-            cells = [Text(f"{share:.1%}", _style(share * len(row))) for share in row]
-            view.add_row(str(layer), name.split(" ", 1)[1].removesuffix(" tokens"), *cells)
-        view.add_section()
+            cells = [Styled(f"{share:.1%}", _style(share * len(row))) for share in row]
+            view.add(str(layer), name.split(" ", 1)[1].removesuffix(" tokens"), *cells)
+        view.rule()
     return view
 
 

@@ -15,21 +15,25 @@ import numpy as np
 from mobilevlm.image import ImageInput
 from mobilevlm.plan import engine_files, stage_formats
 from mobilevlm.progress import Advance, ignore
+from mobilevlm.runtime.generation import Generation
 from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
 from mobilevlm.runtime.telemetry import Telemetry, describe, recorded
 from mobilevlm.runtime.vlm import VLM
 from mobilevlm.spec import IMAGE_PLACEHOLDER
 
+LEAST_BEYOND = 0.5
+"""Samples that must lie beyond a percentile on average: p90 needs 5 samples, p99 needs 50."""
+
 
 @dataclass(frozen=True)
 class Row:
-    """One measured quantity."""
+    """One measured quantity. A percentile is none where there are too few samples for it."""
 
     name: str
     unit: str
     p50: float
-    p90: float
-    p99: float
+    p90: float | None
+    p99: float | None
     samples: tuple[float, ...]
 
 
@@ -59,6 +63,8 @@ class BenchResult:
     """None where the system shows nothing."""
     device: str | None = None
     """Where it was measured; none on the machine that prints this."""
+    notes: tuple[str, ...] = ()
+    """Differences between what was asked and what was measured."""
 
 
 def run_bench(
@@ -141,6 +147,7 @@ def run_bench(
         rows=tuple(_row(name, values) for name, values in samples.items() if values),
         machine=describe_machine(),
         telemetry=telemetry,
+        notes=_notes(answer, text_tokens, new_tokens),
     )
 
 
@@ -153,6 +160,19 @@ def prompt_of_length(vlm: VLM, text_tokens: int, images: int, word: str = " a") 
     return prompt
 
 
+def _notes(answer: Generation, text_tokens: int, new_tokens: int) -> tuple[str, ...]:
+    """Return where the numbers of tokens are not those that were asked for, and why."""
+    notes = []
+    text = answer.prompt_tokens - answer.visual_tokens
+    if text != text_tokens:
+        notes.append(f"{text} text tokens instead of {text_tokens}: the prompt's shortest form")
+    if len(answer.token_ids) != new_tokens:
+        notes.append(
+            f"{len(answer.token_ids)} new tokens instead of {new_tokens}: the context was full"
+        )
+    return tuple(notes)
+
+
 def summary(result: BenchResult) -> str:
     """What was measured, in one line."""
     reads = "" if result.token_mb is None else f" (a token reads {result.token_mb:.1f} MB)"
@@ -162,7 +182,7 @@ def summary(result: BenchResult) -> str:
         f"{result.visual_tokens} visual + {result.text_tokens} text tokens, "
         f"{result.new_tokens} new tokens, {result.runs} runs, "
         f"{result.threads} threads; load {result.load_seconds:.2f} s, "
-        f"peak memory {result.peak_memory_mb:.0f} MB"
+        f"peak memory {result.peak_memory_mb:.0f} MB" + "".join(f"; {n}" for n in result.notes)
     )
 
 
@@ -192,14 +212,24 @@ def as_markdown(result: BenchResult) -> str:
         "|---|---|---|---|---|",
     ]
     for row in result.rows:
-        lines.append(f"| {row.name} | {row.unit} | {row.p50:.1f} | {row.p90:.1f} | {row.p99:.1f} |")
+        lines.append(f"| {row.name} | {row.unit} | {' | '.join(percentiles(row))} |")
     return "\n".join(lines)
+
+
+def percentiles(row: Row) -> list[str]:
+    """Return p50, p90 and p99 for people."""
+    return ["–" if value is None else f"{value:.1f}" for value in (row.p50, row.p90, row.p99)]
 
 
 def _row(label: str, samples: Sequence[float]) -> Row:
     """``label``: name and unit, as in ``vision/ms``. ``p90`` and ``p99`` are on the slow side: high
     times, low rates."""
     name, unit = label.split("/", 1)
-    slow = (90, 99) if unit == "ms" else (10, 1)
-    p50, p90, p99 = (float(np.percentile(samples, q)) for q in (50, *slow))
-    return Row(name, unit, p50, p90, p99, tuple(round(sample, 4) for sample in samples))
+    shares = [
+        float(np.percentile(samples, q if unit == "ms" else 100 - q))
+        if len(samples) * (100 - q) >= LEAST_BEYOND * 100
+        else None
+        for q in (90, 99)
+    ]
+    rounded = tuple(round(sample, 4) for sample in samples)
+    return Row(name, unit, float(np.median(samples)), shares[0], shares[1], rounded)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command(
     "bench",
     epilog="\b\nExamples:\n  mobilevlm bench bundle/ --image photo.jpg --runs 5\n"
-    "  mobilevlm bench bundle/ --device ssh://pi@raspberrypi.local -o md",
+    "  mobilevlm bench bundle/ --device ssh://pi@raspberrypi.local --format md",
 )
 @model_options
 @click.option("--image", metavar="FILE", help="Default: a grey picture (the work is the same).")
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
 )
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
-    "-o",
     "--format",
     "form",
     type=click.Choice(["table", "md", "json"]),
@@ -70,7 +69,7 @@ if TYPE_CHECKING:
     help="Where files go on the device. Default: ~/.cache/mobilevlm/device; of Android "
     "/data/local/tmp/mobilevlm.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The same as -o json.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 def command(
     model: ModelOptions,
     image: str | None,
@@ -139,25 +138,27 @@ def command(
 
 
 def _show(result: BenchResult, form: str) -> None:
-    from mobilevlm.runtime.bench import as_markdown, described_machine, summary
+    from mobilevlm.runtime.bench import (
+        as_markdown,
+        described_machine,
+        percentiles,
+        summary,
+    )
 
     if form == "json":
         show_json(dataclasses.asdict(result))
     elif form == "md":
         print(as_markdown(result))
     else:
-        from rich import box
-        from rich.console import Console
-        from rich.table import Table
+        from mobilevlm.tables import Column, Table, show
 
         print(summary(result))
         print(described_machine(result))
-        table = Table(box=box.SIMPLE_HEAD)
-        for column in ("stage", "unit", "p50", "p90", "p99"):
-            table.add_column(column, justify="left" if column in ("stage", "unit") else "right")
+        columns = (Column(name, True, True) for name in ("p50", "p90", "p99"))
+        table = Table((Column("stage", True), Column("unit", True), *columns))
         for row in result.rows:
-            table.add_row(row.name, row.unit, *(f"{v:.1f}" for v in (row.p50, row.p90, row.p99)))
-        Console().print(table)
+            table.add(row.name, row.unit, *percentiles(row))
+        show(table)
 
 
 def _show_plan(path: Path, engine: str, as_json: bool) -> None:

@@ -19,19 +19,17 @@ def command(as_json: bool) -> None:
         found = [{"kind": item.kind, "bytes": item.size, "where": item.where} for item in limits]
         show_json({"machine": machine, "memory_limits": found, "extras": extras})
         return
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+    from mobilevlm.tables import Column, Styled, Table, show
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+    table = Table((Column("", whole=True), Column("")))
     for key, value in machine.items():
-        shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-        table.add_row(key.replace("_", " "), shown or "none")
+        if value is not None:
+            shown = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+            table.add(Styled(key.replace("_", " "), "bold"), shown or "none")
     for limit in limits:
-        table.add_row("memory limit", f"{limit.size / 1e6:.0f} MB ({limit.kind}: {limit.where})")
+        size = f"{limit.size / 1e6:.0f} MB ({limit.kind}: {limit.where})"
+        table.add(Styled("memory limit", "bold"), size)
     for extra, missing in extras.items():
         remedy = f"missing {', '.join(missing)}: pip install 'mobilevlm-edge[{extra}]'"
-        table.add_row(f"extra {extra}", escape(remedy) if missing else "installed")
-    Console().print(table)
+        table.add(Styled(f"extra {extra}", "bold"), remedy if missing else "installed")
+    show(table)

@@ -44,8 +44,7 @@ def command(
     if as_json:
         show_json({**result.to_dict(), "tokens_per_second": rate})
         return
-    from rich.console import Console
+    from mobilevlm.tables import show as show_table
 
-    console = Console()
-    console.print(table(result, title=f"{suite}: {vlm.spec.name}"))
-    console.print(f"{rate:.1f} tokens/s")
+    show_table(table(result, title=f"{suite}: {vlm.spec.name}"))
+    print(f"{rate:.1f} tokens/s")

@@ -11,10 +11,9 @@ from mobilevlm.cli import show_json
 from mobilevlm.cli.options import engine_option
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mobilevlm.bundle import Bundle
     from mobilevlm.families import Model
+    from mobilevlm.tables import Table
 
 
 @click.command("inspect")
@@ -81,51 +80,59 @@ def command(
 
 
 def _show_bundle(path: Path, as_json: bool) -> None:
-    from rich.console import Console
-
     from mobilevlm.bundle import open_bundle
     from mobilevlm.spec import to_dict
+    from mobilevlm.tables import Column, Table, show
 
     bundle = open_bundle(path)
     manifest = bundle.manifest
     if as_json:
         show_json({**to_dict(manifest), "memory": _memory(bundle)})
         return
-    console = Console()
-    console.print(_spec_table(to_dict(manifest.spec)))
-    table = _table("stage", "artifact", "precision", "bits", "MB", "largest weight error")
+    show(_spec_table(to_dict(manifest.spec)))
+    table = Table(
+        (
+            Column("stage", whole=True),
+            Column("artifact", whole=True),
+            Column("precision"),
+            Column("bits", whole=True, right=True),
+            Column("MB", whole=True, right=True),
+        )
+    )
     for artifact in manifest.artifacts:
         size = sum(manifest.files[file].size for file in artifact.files)
-        worst = artifact.largest_weight_error
-        error = f"{worst.relative_error:.2%} {worst.tensor}" if worst else ""
         bits = f"{artifact.bits_per_weight:.2f}" if artifact.bits_per_weight else ""
-        megabytes = f"{size / 1e6:.1f}"
         precision = artifact.precision
         if artifact.weight_bits is not None:
             precision = f"{precision} ({artifact.weight_bits}-bit weights)"
-        table.add_row(artifact.stage, artifact.path, precision, bits, megabytes, error)
-    console.print(table)
+        table.add(artifact.stage, artifact.path, precision, bits, f"{size / 1e6:.1f}")
+    show(table)
     total = sum(entry.size for entry in manifest.files.values())
-    console.print(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all")
+    print(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all")
+    for artifact in manifest.artifacts:
+        worst = artifact.largest_weight_error
+        if worst is not None:
+            print(f"largest weight error of {artifact.stage}: "
+                  f"{worst.relative_error:.2%}, {worst.tensor}")  # fmt: skip
     for artifact in manifest.artifacts:
         if artifact.bytes_per_token is not None:
             read = artifact.bytes_per_token / 1e6
-            console.print(f"a token reads {read:.1f} MB of weights in {artifact.path}")
+            print(f"a token reads {read:.1f} MB of weights in {artifact.path}")
     if manifest.recipe.get("kv_cache", "fp32") != "fp32":
-        console.print(f"keys and values are {manifest.recipe['kv_cache']}")
+        print(f"keys and values are {manifest.recipe['kv_cache']}")
     for engine, settings in _memory(bundle).items():
         peaks = ", ".join(f"{peak:.0f} MB ({name})" for name, peak in settings.items())
-        console.print(f"engine {engine} takes {peaks}")
+        print(f"engine {engine} takes {peaks}")
     if not manifest.quality.measured:
-        console.print(f"quality not measured: {manifest.quality.note}")
+        print(f"quality not measured: {manifest.quality.note}")
         return
     if manifest.quality.note:
-        console.print(f"not measured: {manifest.quality.note}")
-    quality = _table("stage", "figure", "value")
+        print(f"not measured: {manifest.quality.note}")
+    quality = Table((Column("stage", True), Column("figure", True), Column("value", True, True)))
     for name, measured in manifest.quality.stages.items():
         for figure, value in measured.figures.items():
-            quality.add_row(name, figure, f"{value:.4g}")
-    console.print(quality)
+            quality.add(name, figure, f"{value:.4g}")
+    show(quality)
 
 
 def _memory(bundle: Bundle) -> dict[str, dict[str, float]]:
@@ -148,13 +155,11 @@ def _memory(bundle: Bundle) -> dict[str, dict[str, float]]:
 
 
 def _show_gguf(path: Path, as_json: bool) -> None:
-    from rich.console import Console
-    from rich.text import Text
-
     from mobilevlm.errors import BundleError
     from mobilevlm.gguf_file import read_gguf
     from mobilevlm.gguf_spec import decoder_spec
     from mobilevlm.spec import to_dict
+    from mobilevlm.tables import Column, Table, show
 
     file = read_gguf(path)
     try:
@@ -181,17 +186,16 @@ def _show_gguf(path: Path, as_json: bool) -> None:
             }
         )
         return
-    console = Console()
-    table = _table("key", "value")
+    table = Table((Column("key", whole=True), Column("value")))
     for key, value in file.metadata.items():
-        table.add_row(Text(_printable(key)), Text(str(_short(value))))
-    console.print(table)
-    table = _table("type", "tensors", "MB")
+        table.add(_printable(key), str(_short(value)))
+    show(table)
+    table = Table((Column("type"), Column("tensors", True, True), Column("MB", True, True)))
     for kind, (number, size) in types.items():
-        table.add_row(kind, str(number), f"{size / 1e6:.1f}")
-    console.print(table)
+        table.add(kind, str(number), f"{size / 1e6:.1f}")
+    show(table)
     if spec is not None:
-        console.print("decoder  " + ", ".join(f"{key} {value}" for key, value in spec.items()))
+        print("decoder  " + ", ".join(f"{key} {value}" for key, value in spec.items()))
 
 
 def _short(value: Any) -> Any:
@@ -211,10 +215,9 @@ def _printable(text: str) -> str:
 def _show_checkpoint(
     path: Path, vision_tower: Path | None, variant: str | None, as_json: bool
 ) -> None:
-    from rich.console import Console
-
     from mobilevlm.families import OpenOptions, open_checkpoint
     from mobilevlm.spec import to_dict
+    from mobilevlm.tables import Column, Table, show
 
     model = open_checkpoint(path, OpenOptions(vision_tower, variant=variant))
     sizes = {
@@ -226,12 +229,11 @@ def _show_checkpoint(
         parameters = {**sizes, "activated": activated}
         show_json({"spec": to_dict(model.spec), "parameters": parameters})
         return
-    console = Console()
-    console.print(_spec_table(to_dict(model.spec)))
-    table = _table("part", "parameters")
+    show(_spec_table(to_dict(model.spec)))
+    table = Table((Column("part", whole=True), Column("parameters", whole=True, right=True)))
     for part, size in {**sizes, "total": sum(sizes.values()), "activated": activated}.items():
-        table.add_row(part, f"{size / 1e6:.1f} M")
-    console.print(table)
+        table.add(part, f"{size / 1e6:.1f} M")
+    show(table)
 
 
 def _show_experts(
@@ -243,8 +245,6 @@ def _show_experts(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    from rich.console import Console
-
     from mobilevlm import progress
     from mobilevlm.bundle import is_bundle
     from mobilevlm.errors import MobileVLMError, require
@@ -263,6 +263,7 @@ def _show_experts(
         raise require(error.name or "safetensors", "export", "showing experts") from None
     from mobilevlm.families import OpenOptions, open_checkpoint
     from mobilevlm.runtime import load
+    from mobilevlm.tables import show
 
     if path.suffix == ".gguf":
         raise MobileVLMError(f"{path}: --experts needs a bundle or a checkpoint folder")
@@ -289,7 +290,7 @@ def _show_experts(
     if as_json:
         show_json({"model": spec.name, "source": source, "data": data, **usage.to_dict()})
     else:
-        Console().print(usage_table(usage))
+        show(usage_table(usage))
 
 
 def _activated(model: Model) -> int:
@@ -305,19 +306,12 @@ def _activated(model: Model) -> int:
 
 
 def _spec_table(spec: dict[str, Any]) -> Table:
-    """Each part of the spec in a row; the chat template is left out."""
-    table = _table("part", "settings")
-    table.add_row("model", f"{spec['name']} (family {spec['family']})")
+    """Return each part of the spec in a row, without the chat template and what is unset."""
+    from mobilevlm.tables import Column, Table
+
+    table = Table((Column("part", whole=True), Column("settings")))
+    table.add("model", f"{spec['name']} (family {spec['family']})")
     for part in ("image", "vision", "projector", "decoder"):
-        table.add_row(part, ", ".join(f"{key} {value}" for key, value in spec[part].items()))
-    return table
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in columns:
-        table.add_column(column, overflow="fold")
+        said = (f"{key} {value}" for key, value in spec[part].items() if value is not None)
+        table.add(part, ", ".join(said))
     return table

@@ -24,15 +24,20 @@ def command(as_json: bool) -> None:
         found = {item.name: {**to_dict(item), "verified": item.verified} for item in targets}
         show_json({"targets": found})
         return
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from mobilevlm.tables import Column, Table, show
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("target", "device", "artifacts", "recipe", "memory", "verified here"):
-        table.add_column(column, overflow="fold")
+    table = Table(
+        (
+            Column("target", whole=True),
+            Column("device"),
+            Column("artifacts"),
+            Column("recipe", whole=True),
+            Column("memory", whole=True, right=True),
+            Column("verified here"),
+        )
+    )
     for item in targets:
         memory = f"{item.memory_mb:.0f} MB"
         kinds = ", ".join((*item.formats, *(["HTP binary"] if item.htp else [])))
-        table.add_row(item.name, item.description, kinds, item.recipe, memory, item.verified)
-    Console().print(table)
+        table.add(item.name, item.description, kinds, item.recipe, memory, item.verified)
+    show(table)

@@ -66,21 +66,16 @@ def command(
 
 def show_plan(tuned: TunedPlan) -> None:
     """What was chosen, and the measurements behind it."""
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
+    from mobilevlm.tables import Column, Table, show
 
-    table = Table(box=box.SIMPLE_HEAD)
-    for column, justify in (("question", "left"), ("candidate", "left"), ("ms", "right"),
-                            ("", "left")):  # fmt: skip
-        table.add_column(column, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table = Table((Column("question"), Column("candidate"), Column("ms", True, True), Column("")))
     last = ""
     for item in tuned.candidates:
         question = "" if item.question == last else item.question
         last = item.question
         mark = "chosen" if item.chosen else ""
-        table.add_row(question, item.label, f"{1e3 * item.seconds:.1f}", mark)
-    Console().print(table)
+        table.add(question, item.label, f"{1e3 * item.seconds:.1f}", mark)
+    show(table)
     for plan in tuned.plans:
         print(plan.describe())
     spent = f"{tuned.spent_seconds:.0f} s of {tuned.budget_seconds:.0f} s"

@@ -12,9 +12,8 @@ from mobilevlm.cli import show_json
 from mobilevlm.cli.options import checkpoint_options, engine_option, threads_option
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from mobilevlm.export.verify import Verification
+    from mobilevlm.tables import Table
 
 EXAMPLES = """\b
 Examples:
@@ -91,26 +90,31 @@ def command(
     if as_json:
         show_json(found.to_dict())
     else:
-        from rich.console import Console
+        from mobilevlm.tables import show
 
-        console = Console()
-        console.print(_figures_table(found))
+        show(_figures_table(found))
         if found.layers:
-            console.print(_layers_table(found))
+            show(_layers_table(found))
     if found.error is not None:
         raise found.error
 
 
 def _figures_table(found: Verification) -> Table:
-    from rich.table import Table
+    """Return the measured figures beside their limits."""
+    from mobilevlm.tables import Column, Table
 
     name = found.bundle.manifest.spec.name
     view = Table(
+        (
+            Column("stage", whole=True),
+            Column("figure", whole=True),
+            Column("value", whole=True, right=True),
+            Column("limit", whole=True, right=True),
+            Column("", whole=True),
+        ),
         title=f"{name}, recipe {found.recipe.name}, engine {found.engine}, "
-        f"{found.num_samples} samples of {found.data}"
+        f"{found.num_samples} samples of {found.data}",
     )
-    for column in ("stage", "figure", "value", "limit", ""):
-        view.add_column(column, justify="right" if column in ("value", "limit") else "left")
     checks = {(check.stage, check.figure): check for check in found.checks}
     for stage, quality in found.stages.items():
         for figure, value in quality.figures.items():
@@ -118,22 +122,27 @@ def _figures_table(found: Verification) -> Table:
             sign = {"most": "≤", "least": "≥"}[check.sense] if check else ""
             limit = f"{sign} {check.limit:.4g}" if check else ""
             verdict = ("ok" if check.passed else "missed") if check else ""
-            style = "bold red" if verdict == "missed" else None
-            view.add_row(stage, figure, f"{value:.4g}", limit, verdict, style=style)
-        view.add_section()
+            style = "bold red" if verdict == "missed" else ""
+            view.add(stage, figure, f"{value:.4g}", limit, verdict, style=style)
+        view.rule()
     return view
 
 
 def _layers_table(found: Verification) -> Table:
-    """The layers that hurt most."""
-    from rich.table import Table
+    """Return the layers that hurt most."""
+    from mobilevlm.tables import Column, Table
 
-    view = Table(title="layers that hurt most, each alone")
-    for column in ("layer", "weight error", "kl", "visual tokens off"):
-        left = column == "layer"
-        view.add_column(column, justify="left" if left else "right", overflow="fold")
+    view = Table(
+        (
+            Column("layer", whole=True),
+            Column("weight error", right=True),
+            Column("kl", whole=True, right=True),
+            Column("visual tokens off", right=True),
+        ),
+        title="layers that hurt most, each alone",
+    )
     tried = [(item, item.effect) for item in found.layers if item.effect is not None]
     for item, effect in sorted(tried, key=lambda pair: -pair[1].kl)[:8]:
         off = "" if effect.visual_error is None else f"{effect.visual_error:.2%}"
-        view.add_row(item.label, f"{item.weight_error:.2%}", f"{effect.kl:.3g}", off)
+        view.add(item.label, f"{item.weight_error:.2%}", f"{effect.kl:.3g}", off)
     return view

@@ -31,6 +31,7 @@ from mobilevlm.nano.scenes import TRAINING_SEEDS
 from mobilevlm.nano.suite import Example, evaluation_set, noise, pictures
 from mobilevlm.nano.tokenizer import NanoTokenizer, load_tokenizer, train_tokenizer
 from mobilevlm.nano.train import Run, Trainee, append_log, load_state, train
+from mobilevlm.tables import show
 
 BEFORE = {"pretrain": "vision", "sft": "pretrain", "dpo": "sft", "moe": "sft"}
 """The stage that each stage starts from."""
@@ -168,7 +169,7 @@ def evaluate_command(
     seen = outcomes(pictures, "with pictures")
     unseen = outcomes(noise, "with noise") if blind else None
     result = result_of(seen, unseen)
-    CONSOLE.print(table(result, title=f"scenes: {folder.name}"))
+    show(table(result, title=f"scenes: {folder.name}"), sys.stderr)
     if json_file is not None:
         json_file.write_text(json.dumps(result.to_dict(), indent=2) + "\n")
     if wrong is not None:

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
-from rich.table import Table
 
 from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import SUITE_KINDS, Example, noise, pictures
+from mobilevlm.tables import Column, Table
 
 if TYPE_CHECKING:
     from mobilevlm.runtime import VLM
@@ -193,14 +193,14 @@ def score(outcomes: Iterable[bool]) -> Score:
 
 
 def table(result: SuiteResult, title: str = "scenes") -> Table:
-    """The result for a terminal, one row per kind of question."""
-    view = Table(title=title)
-    for name in ("kind", "asked", "accuracy", "95% interval", "blind"):
-        view.add_column(name, justify="left" if name == "kind" else "right")
+    """Return the result, one row per kind of question."""
+    figures = ("asked", "accuracy", "95% interval", "blind")
+    columns = (Column("kind", whole=True), *(Column(name, True, True) for name in figures))
+    view = Table(columns, title=title)
     for kind, value in result.kinds.items():
-        view.add_row(kind, *_cells(value, (result.blind or {}).get(kind)))
-    view.add_section()
-    view.add_row("all", *_cells(result.overall, result.blind_overall), style="bold")
+        view.add(kind, *_cells(value, (result.blind or {}).get(kind)))
+    view.rule()
+    view.add("all", *_cells(result.overall, result.blind_overall), style="bold")
     return view
 
 

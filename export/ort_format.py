@@ -98,7 +98,7 @@ def convert(graphs: Mapping[Path, tuple[Path, ...]], folder: Path) -> RequiredOp
 
 def _environment() -> dict[str, str]:
     """What finds programs and libraries; more would move things in the converter's memory."""
-    kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT")
+    kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT", "ORT_DISABLE_TELEMETRY")
     found = {name: os.environ[name] for name in kept if name in os.environ}
     return {**found, "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
 

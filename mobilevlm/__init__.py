@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from mobilevlm.runtime import load as load
 
 __all__ = ["MobileVLMError", "QualityError", "__version__", "export", "load"]
+
+# onnxruntime reads this once, when it is imported: from 1.32 on it would write a device id and a
+# database of events, and send them. Whoever sets the variable has it as it is set.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 _HERE = Path(__file__).parent
 if not (_HERE / "runtime").is_dir():

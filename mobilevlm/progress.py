@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
+from mobilevlm.terminal import plain
+
 Advance: TypeAlias = Callable[[int], None]
 """Called with the amount of work that was just done."""
 
@@ -27,7 +29,7 @@ def enable(on: bool = True) -> None:
 def say(message: str) -> None:
     """One line about what was done, when progress is shown."""
     if _enabled:
-        print(message, file=sys.stderr, flush=True)
+        print(plain(message), file=sys.stderr, flush=True)
 
 
 @contextmanager
@@ -40,13 +42,13 @@ def track(label: str, total: int) -> Iterator[Advance]:
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns: list[Any] = [
-        TextColumn("{task.description:<12}"),
+        TextColumn("{task.description:<12}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
         TimeRemainingColumn(),
     ]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=max(total, 1))
+        task = bar.add_task(plain(label), total=max(total, 1))
         yield lambda amount: bar.advance(task, amount)
 
 

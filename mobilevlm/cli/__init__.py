@@ -6,6 +6,7 @@ import errno
 import importlib
 import io
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ import click
 
 from mobilevlm._version import __version__
 from mobilevlm.errors import MobileVLMError, PlanWarning, PrecisionWarning, QualityError
+from mobilevlm.terminal import plain
 
 VERBS = {
     "demo": "Let the built-in model answer questions about a new picture.",
@@ -102,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
             traceback.print_exc()
         lines = str(error).splitlines() if isinstance(error, QualityError) else [_describe(error)]
         for line in lines:
-            print(f"mobilevlm: error: {line}", file=sys.stderr)
+            print(f"mobilevlm: error: {plain(line)}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, MobileVLMError) else 2)
 
 
@@ -115,8 +117,8 @@ def _format_warning(
 ) -> str:
     """Ours as a line for people, others with the place that they come from."""
     if issubclass(category, (PlanWarning, PrecisionWarning)):
-        return f"mobilevlm: warning: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
+        return f"mobilevlm: warning: {plain(message)}\n"
+    return f"{filename}:{lineno}: {category.__name__}: {plain(message)}\n"
 
 
 def _show_usage_error(error: click.ClickException) -> None:
@@ -126,7 +128,7 @@ def _show_usage_error(error: click.ClickException) -> None:
         return
     place = context.command_path if context else "mobilevlm"
     message = " ".join(error.format_message().split()).rstrip(".")
-    print(f"mobilevlm: error: {message} ('{place} --help' tells more)", file=sys.stderr)
+    print(f"mobilevlm: error: {plain(message)} ('{place} --help' tells more)", file=sys.stderr)
 
 
 def _describe(error: Exception) -> str:
@@ -144,4 +146,5 @@ def show_json(data: Any) -> None:
     """Prints one JSON object on stdout."""
     import json
 
-    print(json.dumps(data, indent=2, ensure_ascii=False))
+    text = json.dumps(data, indent=2, ensure_ascii=False)
+    print(re.sub("[\x7f-\x9f]", lambda control: f"\\u{ord(control[0]):04x}", text))

@@ -9,6 +9,7 @@ import click
 
 from mobilevlm.cli.options import ModelOptions, model_options, sampling_options, show_timings
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.terminal import plain, plain_answer
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.chat import Chat
@@ -35,7 +36,7 @@ def command(
 
     with model.open() as vlm:
         chat = Chat(vlm, list(images))
-        print(f"{vlm.spec.name}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
+        print(f"{plain(vlm.spec.name)}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip
         timings = False
         while True:
@@ -70,20 +71,20 @@ def _obey(chat: Chat, line: str) -> None:
         elif verb == "/help":
             print(HELP, file=sys.stderr)
         else:
-            print(f"{line}: not a command. {HELP}", file=sys.stderr)
+            print(f"{plain(line)}: not a command. {HELP}", file=sys.stderr)
     except MobileVLMError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {plain(error)}", file=sys.stderr)
 
 
 def _answer(chat: Chat, question: str, sampling: dict[str, Any], timings: bool) -> None:
     try:
         stream = chat.ask(question, **sampling)
         for piece in stream:
-            print(piece, end="", flush=True)
+            print(plain_answer(piece, sys.stdout), end="", flush=True)
         print()
         if timings:
             show_timings(stream.generation)
     except KeyboardInterrupt:
         print(" [stopped]")
     except MobileVLMError as error:
-        print(f"error: {error} (/reset begins anew)", file=sys.stderr)
+        print(f"error: {plain(error)} (/reset begins anew)", file=sys.stderr)

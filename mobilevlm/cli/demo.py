@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import click
 
 from mobilevlm import progress
 from mobilevlm.cli.options import engine_option, show_timings, threads_option
+from mobilevlm.terminal import plain_answer
 
 if TYPE_CHECKING:
     from mobilevlm.nano.questions import Question
@@ -60,7 +62,7 @@ def command(given: int | None, output: Path | None, engine: str, threads: int | 
             print(f"\nquestion  {question.text}\nanswer    ", end="", flush=True)
             stream = vlm.stream(question.text, [image], max_new_tokens=LONGEST_ANSWER)
             for piece in stream:
-                print(piece, end="", flush=True)
+                print(plain_answer(piece, sys.stdout), end="", flush=True)
             answer = stream.finish()
             good = is_right(question, answer.text)
             right += good

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mobilevlm.plan import ENGINE_CHOICES
+from mobilevlm.terminal import plain
 
 if TYPE_CHECKING:
     from mobilevlm.runtime import VLM, Generation
@@ -189,5 +190,5 @@ def show_timings(answer: Generation) -> None:
     if drafts.proposed:
         parts.append(f"{drafts.accepted} of {drafts.proposed} guesses right")
     if drafts.note:
-        parts.append(f"nothing guessed: {drafts.note}")
+        parts.append(f"nothing guessed: {plain(drafts.note)}")
     click.secho("; ".join(parts), err=True, dim=True)  # no colour codes but on a terminal

@@ -11,6 +11,7 @@ import click
 
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import ModelOptions, model_options, sampling_options, show_timings
+from mobilevlm.terminal import plain_answer
 
 EXAMPLES = """\b
 Examples:
@@ -67,7 +68,7 @@ def command(
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:
-                print(piece, end="", flush=True)
+                print(plain_answer(piece, sys.stdout), end="", flush=True)
             print()
         answer = stream.finish()
         if as_json:

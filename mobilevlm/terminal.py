@@ -1,0 +1,26 @@
+"""Text from files and models on its way to a terminal, which obeys control characters."""
+
+from __future__ import annotations
+
+from typing import TextIO
+
+_CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
+"""C0, DELETE and C1: they move the cursor, set titles, or begin sequences that do more."""
+_DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029)
+"""Change the order in which a line is shown, or begin a new one."""
+_SHOWN = {**dict.fromkeys((*_CONTROLS, *_DIRECTIONS), "\ufffd"), 9: " ", 10: " "}
+_ANSWER = {code: None for code in _CONTROLS if chr(code) not in "\n\t"}
+
+
+def plain(text: object) -> str:
+    """Return text as one line that a terminal only shows: U+FFFD for what it would obey.
+
+    For names, errors, warnings and progress. Line breaks and tabs become spaces.
+    """
+    return str(text).replace("\r\n", " ").translate(_SHOWN)
+
+
+def plain_answer(text: str, stream: TextIO) -> str:
+    """Return a piece of an answer as it is written to ``stream``: on a terminal without control
+    characters except line breaks and tabs, elsewhere unchanged."""
+    return text.translate(_ANSWER) if stream.isatty() else text

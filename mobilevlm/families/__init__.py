@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
 
+from mobilevlm.adapters import base_missing, folder_kind
 from mobilevlm.builtin import checkpoint_path
 from mobilevlm.checkpoint import Weights, read_json
 from mobilevlm.errors import CheckpointError
@@ -139,6 +140,8 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
     folder = checkpoint_path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
+    if (kind := folder_kind(folder)) is not None:
+        raise base_missing(folder, kind)
     config = read_json(folder / "config.json", required_for="every checkpoint has one")
     family = _find_family(folder, config)
     options = options or OpenOptions()

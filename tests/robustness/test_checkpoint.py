@@ -226,7 +226,7 @@ def test_lora_adapter(copy: Copy) -> None:
     copy.weights.unlink()
     (copy.checkpoint / "adapter_config.json").write_text("{}")
     (copy.checkpoint / "adapter_model.safetensors").write_bytes(b"")
-    message_of(copy.open, "LoRA adapter", "merge it")
+    message_of(copy.open, "LoRA adapter", "--base")
 
 
 def test_missing_shard(pickled: Copy) -> None:

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
+from mobilevlm.control_groups import processor_limits
 from mobilevlm.errors import BundleError, MobileVLMError
 
 if TYPE_CHECKING:
@@ -146,7 +147,14 @@ def lighter_plans(plan: Plan) -> list[Plan]:
 
 
 def default_threads() -> int:
-    """Processors that this process may use."""
+    """Processors that this process may use: by its affinity, and by the quotas of its control
+    groups."""
+    limits = [limit.threads for limit in processor_limits()]
+    return min([available_processors(), *limits])
+
+
+def available_processors() -> int:
+    """Return how many processors this process may run on, quotas left aside."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

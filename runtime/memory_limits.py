@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
+from mobilevlm.control_groups import group_files
 from mobilevlm.runtime.machine import proc_bytes
 
 Kind: TypeAlias = Literal["asked", "address space", "data", "cgroup", "available"]
@@ -59,38 +60,16 @@ def _rlimits() -> list[Limit]:
 
 
 def _cgroups(root: Path) -> list[Limit]:
-    """Of version 2 (``memory.max``) and 1 (``memory.limit_in_bytes``), of this process's group and
-    all above it. In a container the group's path may not be there: its own root is then."""
-    groups = root / "proc/self/cgroup"
-    if not groups.is_file():
-        return []
+    """Return those of version 2 (``memory.max``) and 1 (``memory.limit_in_bytes``)."""
     found = []
-    for line in groups.read_text(encoding="utf-8", errors="replace").splitlines():
-        _, controllers, group = line.split(":", 2)
-        if controllers == "":
-            mounts, name = ["sys/fs/cgroup", "sys/fs/cgroup/unified"], "memory.max"
-        elif "memory" in controllers.split(","):
-            mounts, name = ["sys/fs/cgroup/memory"], "memory.limit_in_bytes"
-        else:
+    for path in group_files(root, "memory", "memory.max", "memory.limit_in_bytes"):
+        try:
+            text = path.read_text(encoding="ascii").strip()
+        except (OSError, UnicodeDecodeError):
             continue
-        for mount in mounts:
-            folder = root / mount
-            place = folder / group.lstrip("/")
-            for path in (place, *place.parents):
-                found += _cgroup_limit(path / name)
-                if path == folder:
-                    break
+        if text.isdigit() and int(text) < _NONE:
+            found.append(Limit("cgroup", float(text), str(path)))
     return found
-
-
-def _cgroup_limit(path: Path) -> list[Limit]:
-    try:
-        text = path.read_text(encoding="ascii").strip()
-    except (OSError, UnicodeDecodeError):
-        return []
-    if not text.isdigit() or int(text) >= _NONE:
-        return []
-    return [Limit("cgroup", float(text), str(path))]
 
 
 def _available(root: Path) -> list[Limit]:

@@ -32,6 +32,11 @@ class PromptError(MobileVLMError):
     """A prompt that does not fit: empty, too long, or with the wrong number of ``<image>``."""
 
 
+class SessionError(MobileVLMError):
+    """A session that cannot be used now: another thread or stream has it, or its model was loaded
+    before this process was forked."""
+
+
 class MissingExtraError(MobileVLMError):
     """A feature needs a package that is not installed; the message names the extra."""
 

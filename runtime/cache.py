@@ -89,6 +89,11 @@ class SizedLRU(Generic[T]):
             self._entries.clear()
             self.nbytes = 0
 
+    def close(self) -> None:
+        """Frees everything and keeps nothing from now on."""
+        self._limit = -1
+        self.clear()
+
 
 class PromptCache:
     """What the sessions of one model share.
@@ -143,6 +148,12 @@ class PromptCache:
         """Frees all but what the bundle has."""
         self.images.clear()
         self.segments.clear()
+
+    def close(self) -> None:
+        """Frees everything and keeps nothing from now on, whoever still computes."""
+        self._stored.clear()
+        self.images.close()
+        self.segments.close()
 
     def _segment(self, digest: bytes | None) -> Segment | None:
         if digest is None or not self.enabled:

@@ -17,13 +17,8 @@ class EncodedSession(Session):
     _prompt: list[PositionKey] | None = None
     """What the encoder has read."""
 
-    def fill(self, prompt: Prompt, note: Fill) -> Float32:
-        """Reads the prompt; logits of the answer's first token ``(vocab_size,)``.
-
-        Raises:
-            PromptError: it does not fit into the context.
-        """
-        keys = self._checked_keys(prompt)
+    def _fill(self, keys: list[PositionKey], prompt: Prompt, note: Fill) -> Float32:
+        """Read the prompt; logits of the answer's first token ``(vocab_size,)``."""
         self.prompt_tokens = len(keys)
         if keys == self._prompt and self._reuse != "nothing":
             note.reused_tokens, note.reused_images = len(keys), len(prompt.pixels)
@@ -34,8 +29,8 @@ class EncodedSession(Session):
                 self._decoder.encode(self._state, embeds)
             self._prompt = keys
         with note.prefill:
-            self.rewind(0)
-            logits: Float32 = self.extend([self._start])[-1]
+            self._shorten(0)
+            logits: Float32 = self._extend([self._start])[-1]
         return logits
 
     def all_logits(self, prompt: Prompt, answer: int = 0) -> Float32:
@@ -45,10 +40,11 @@ class EncodedSession(Session):
     def answer_logits(self, embeds: Float32, answer: Sequence[int]) -> Float32:
         """Logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the next, are
         taken from. ``embeds``: of the prompt."""
-        self._prompt = None
-        self._decoder.encode(self._state, embeds)
-        self._keys.clear()
-        return self.extend([self._start, *answer])
+        with self._changing():
+            self._prompt = None
+            self._decoder.encode(self._state, embeds)
+            self._keys.clear()
+            return self._extend([self._start, *answer])
 
     def shared(self, prompt: Prompt) -> int:
         """How many positions of a prompt are here already."""
@@ -57,3 +53,7 @@ class EncodedSession(Session):
 
     def save(self, kept: int = 0) -> None:
         """Leaves nothing to the cache."""
+
+    def _clear(self) -> None:
+        super()._clear()
+        self._prompt = None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from tokenizers import Tokenizer
 
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import MobileVLMError, SessionError
 from mobilevlm.runtime.drafting import Drafting, Drafts, Lookup, drafted_tokens
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.sampling import Sampler, SamplingOptions
@@ -64,19 +66,34 @@ class Generation:
 
 
 class TextStream(Iterator[str]):
-    """Pieces of an answer as they are made. After the last, :attr:`generation` tells the rest."""
+    """Pieces of an answer as they are made. After the last, :attr:`generation` tells the rest. One
+    thread reads at a time."""
 
     def __init__(self, pieces: Generator[str, None, Generation]) -> None:
         self._pieces = pieces
         self._generation: Generation | None = None
+        self._reader: dict[str, int] = {}
+        """The thread that is at a piece; set in one step, so that no interrupt leaves it behind."""
 
     def __next__(self) -> str:
+        """Return the next piece.
+
+        Raises:
+            SessionError: another thread is reading.
+        """
+        me = threading.get_ident()
         try:
+            if self._reader.setdefault("thread", me) != me:
+                raise SessionError(
+                    "another thread is reading this stream: read it in one, or open one for each"
+                )
             return next(self._pieces)
         except StopIteration as stop:
             if stop.value is not None:
                 self._generation = stop.value
             raise StopIteration from None
+        finally:
+            self._leave(me)
 
     @property
     def generation(self) -> Generation:
@@ -96,8 +113,18 @@ class TextStream(Iterator[str]):
         return self.generation
 
     def close(self) -> None:
-        """Stops the work."""
-        self._pieces.close()
+        """Stops the work; waits for the token that another thread is at."""
+        me = threading.get_ident()
+        try:
+            while self._reader.setdefault("thread", me) != me:
+                time.sleep(0.001)
+            self._pieces.close()
+        finally:
+            self._leave(me)
+
+    def _leave(self, thread: int) -> None:
+        if self._reader.get("thread") == thread:
+            self._reader.clear()
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, TypeAlias
@@ -12,7 +15,7 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.errors import PromptError
+from mobilevlm.errors import PromptError, SessionError
 from mobilevlm.runtime.cache import Border, PositionKey, PromptCache, borders, pieces
 from mobilevlm.runtime.engines import DecoderEngine, ExpertChoices, Float32, VisionEngine
 from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
@@ -23,6 +26,9 @@ Reuse: TypeAlias = Literal["nothing", "pieces", "everything"]
 whole pieces, so that its logits are those of a fresh sequence bit for bit (runtime/cache.py).
 ``everything``: answers too (the turns of a chat). Their tokens came one by one, for which kernels
 sum in another order than for a prompt, so the last digits may differ."""
+
+
+ONE_AT_A_TIME = "one stream at a time per session: give each its own with new_session()"
 
 
 class Clock:
@@ -98,8 +104,77 @@ class PromptChoices:
     """Which positions are of pictures ``(length,)``"""
 
 
+class Turns:
+    """Who uses a sequence: one thread at a time, and one answer at a time.
+
+    Each of the two is an entry of a dict, set in one step, so that Ctrl-C between two steps leaves
+    at worst an entry of the same thread, which does not stop that.
+    """
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._taken: dict[str, object] = {}
+        self.broken = False
+        """Whether a change was begun and not finished: the sequence is of no use any more."""
+        self.was_broken = False
+        """Whether it was when the change that goes on began."""
+
+    def __enter__(self) -> None:
+        """Begin a change.
+
+        Raises:
+            SessionError: another thread is at it, or this process was forked from the session's.
+        """
+        check_process(self._process)
+        me = threading.get_ident()
+        if self._taken.setdefault("thread", me) != me:
+            raise SessionError(f"another thread is using this session: {ONE_AT_A_TIME}")
+        self.was_broken, self.broken = self.broken, True
+
+    def __exit__(self, kind: object, *reason: object) -> None:
+        self.broken = kind is not None
+        self._taken.pop("thread", None)
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """Keep other answers out of the sequence.
+
+        Raises:
+            SessionError: it has an answer that is not finished.
+        """
+        check_process(self._process)
+        mine = object()
+        try:
+            if self._taken.setdefault("answer", mine) is not mine:
+                raise SessionError(
+                    f"this session has an answer that is not finished (read its stream to the end, "
+                    f"or close it): {ONE_AT_A_TIME}"
+                )
+            yield
+        finally:
+            if self._taken.get("answer") is mine:
+                del self._taken["answer"]
+
+
+def check_process(process: int) -> None:
+    """Refuse what was loaded in another process, whose threads a fork does not copy.
+
+    Raises:
+        SessionError: this is not the process with the id ``process``.
+    """
+    if os.getpid() != process:
+        raise SessionError(
+            "this process was forked after the model was loaded, and threads are not copied by a "
+            "fork: call load() in this process"
+        )
+
+
 class Session:
-    """A sequence and its KV state. Used by one thread at a time."""
+    """A sequence and its KV state.
+
+    One thread and one answer at a time: a second one gets a :class:`SessionError`. A run that ended
+    in an exception leaves nothing behind: the next prompt begins with an empty sequence.
+    """
 
     def __init__(
         self,
@@ -119,6 +194,7 @@ class Session:
         self._keys: list[PositionKey] = []
         self._borders: list[Border] = []
         """Of the sequence, up to where it was computed in whole pieces."""
+        self.turns = Turns()
         self.prompt_tokens = 0
         """Positions of the last prompt, pictures expanded."""
 
@@ -144,6 +220,10 @@ class Session:
             PromptError: it does not fit into the context.
         """
         keys = self._checked_keys(prompt)
+        with self._changing():
+            return self._fill(keys, prompt, note)
+
+    def _fill(self, keys: list[PositionKey], prompt: Prompt, note: Fill) -> Float32:
         self.prompt_tokens = len(keys)
         ends = borders(keys, self._cache.system)
         with note.prefill:
@@ -164,15 +244,18 @@ class Session:
         """Logits after every position of the prompt ``(length, vocab_size)``, in a fresh sequence
         and in the same pieces. Its last ``answer`` positions are those of an answer."""
         keys = self._checked_keys(prompt)
-        self.rewind(0)
-        embeds = self._embed(keys, prompt, Fill())
         asked = len(keys) - answer
         spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
-        logits = [
-            self._decoder.prefill(self._state, embeds[here:there], True) for here, there in spans
-        ]
-        if answer:
-            logits.append(self._decoder.answer(self._state, embeds[asked:]))
+        with self._changing():
+            self._shorten(0)
+            embeds = self._embed(keys, prompt, Fill())
+            logits = [
+                self._decoder.prefill(self._state, embeds[here:there], True)
+                for here, there in spans
+            ]
+            if answer:
+                logits.append(self._decoder.answer(self._state, embeds[asked:]))
+            self._shorten(0)
         return np.concatenate(logits)
 
     def expert_choices(self, prompt: Prompt) -> PromptChoices:
@@ -184,20 +267,57 @@ class Session:
 
     def step(self, token: int) -> Float32:
         """Appends a token; logits ``(vocab_size,)``, valid until the next call."""
-        logits = self._decoder.step(self._state, token)
-        self._keys.append(token)
+        with self._going_on():
+            logits = self._decoder.step(self._state, token)
+            self._keys.append(token)
         return logits
 
     def extend(self, tokens: Sequence[int]) -> Float32:
         """Appends tokens of an answer in one run; logits after each ``(len(tokens),
         vocab_size)``."""
+        with self._going_on():
+            return self._extend(tokens)
+
+    def _extend(self, tokens: Sequence[int]) -> Float32:
         logits = self._decoder.answer(self._state, self._decoder.embed(tokens))
         self._keys += tokens
         return logits
 
     def rewind(self, length: int) -> None:
         """Goes back to where the sequence had this length."""
-        self._state.length = length
+        with self._changing():
+            self._shorten(length)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Let one thread change the sequence, which is empty if the change before broke off."""
+        with self.turns:
+            if self.turns.was_broken:
+                self._clear()
+            yield
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Let one thread append to the sequence.
+
+        Raises:
+            SessionError: besides, where the change before broke off.
+        """
+        with self.turns:
+            if self.turns.was_broken:
+                raise SessionError("this session's last run broke off: give it a prompt first")
+            yield
+
+    def forget(self) -> None:
+        """Empty the sequence."""
+        with self._changing():
+            self._clear()
+
+    def _clear(self) -> None:
+        self._shorten(0)
+
+    def _shorten(self, length: int) -> None:
+        self._state.length = min(length, self._state.length)
         del self._keys[length:]
         self._borders = [border for border in self._borders if border.position <= length]
 
@@ -208,6 +328,10 @@ class Session:
     def save(self, kept: int = 0) -> None:
         """Leaves to the cache what it has not yet of the pieces behind position ``kept``; the
         sequence may end there then."""
+        with self._changing():
+            self._save(kept)
+
+    def _save(self, kept: int) -> None:
         start, missing = 0, []
         for border in self._borders:
             if not self._cache.wants(border):
@@ -216,7 +340,7 @@ class Session:
                 missing.append((border, start))
                 start = border.position
         for border, start in reversed(missing):
-            self.rewind(border.position)
+            self._shorten(border.position)
             self._cache.keep(border, self._decoder.save(self._state, start))
 
     def _take_over(self, keys: Sequence[PositionKey], ends: Sequence[Border]) -> bool:
@@ -226,8 +350,8 @@ class Session:
         ours = [0, *(border.position for border in self._borders if border.position <= common)]
         kept = common if self._reuse == "everything" else ours[-1]
         chain = self._cache.find(ends, kept)
-        self.save(kept)
-        self.rewind(kept)
+        self._save(kept)
+        self._shorten(kept)
         for segment in chain:
             self._decoder.restore(self._state, segment)
         self._keys = list(keys[: self.length])

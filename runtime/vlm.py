@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Generator, Sequence
@@ -31,14 +32,14 @@ from mobilevlm.plan import DRAFTING_ENGINES, Plan, check_engine, engine_for_limi
 from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.encoded_session import EncodedSession
-from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
+from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine, still_open
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.fitting import fit_plan
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.memory_limits import memory_limits
 from mobilevlm.runtime.plan_file import PlanChoice, settle_plans
 from mobilevlm.runtime.sampling import SamplingOptions
-from mobilevlm.runtime.session import Prompt, PromptChoices, Reuse, Session
+from mobilevlm.runtime.session import Prompt, PromptChoices, Reuse, Session, check_process
 
 DEFAULT_MAX_NEW_TOKENS = 256
 IDLE_SESSIONS = 2
@@ -189,6 +190,7 @@ class VLM:
         self._idle: list[Session] = []
         """Sessions of finished answers, the one used last at the end."""
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def stream(
         self,
@@ -215,11 +217,12 @@ class VLM:
         ``stop``: further strings that end the answer. ``ignore_eos``: go on where the model would
         end (for measuring). ``draft_tokens``: tokens to guess and check at a time (see
         runtime/drafting.py; the answer is the same), 0 for none; by default where the engine can.
-        One stream at a time per session.
+        ``session``: of :meth:`new_session`; it takes one stream and one thread at a time.
 
         Raises:
             PromptError, ImageError, MobileVLMError: before the first piece, if the input is wrong;
                 a prompt too long for the context with the first piece.
+            SessionError: with the first piece, if another stream or thread has the session.
         """
         self._engines()
         sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -283,7 +286,7 @@ class VLM:
         """Forgets earlier requests, for measuring. What the bundle brings stays."""
         with self._lock:
             for session in self._idle:
-                session.rewind(0)
+                session.forget()
         self._cache.clear()
 
     def encode_image(self, image: ImageInput, prompt: str = "") -> Float32:
@@ -362,13 +365,18 @@ class VLM:
         return self.embeds_logits(whole)[len(embeds) - 1 :]
 
     def close(self) -> None:
-        """Frees weights and buffers. The object cannot be used after."""
-        for engine in (self._vision, self._decoder):
+        """Frees weights and buffers. The object cannot be used after: a stream that another thread
+        reads ends with an error at its next token."""
+        if os.getpid() != self._process:  # locks and threads of the parent are in no known state
+            self._vision = self._decoder = None
+            return
+        with self._lock:
+            engines, self._vision, self._decoder = (self._vision, self._decoder), None, None
+            self._idle.clear()
+        for engine in engines:
             if engine is not None:
                 engine.close()
-        self._vision = self._decoder = None
-        self._idle.clear()
-        self._cache.clear()
+        self._cache.close()
 
     def __enter__(self) -> VLM:
         return self
@@ -395,9 +403,8 @@ class VLM:
         return tokenize_instruction(self._instruction_tokenizer, text, self.spec.projector)
 
     def _engines(self) -> tuple[VisionEngine, DecoderEngine]:
-        if self._vision is None or self._decoder is None:
-            raise MobileVLMError("this model was closed: load it again")
-        return self._vision, self._decoder
+        check_process(self._process)
+        return still_open(self._vision), still_open(self._decoder)
 
     def _session(self, reuse: Reuse) -> Session:
         nothing = PromptCache(0, self._cache.system)
@@ -416,18 +423,19 @@ class VLM:
         """Pieces of an answer, in a session of one's own or in one that is free."""
         ours = session or self._take_session(prompt)
         try:
-            return (
-                yield from generate_text(
-                    ours,
-                    self.tokenizer,
-                    prompt,
-                    sampling,
-                    rules,
-                    self.load_seconds,
-                    self._drafting,
-                    draft_tokens,
+            with ours.turns.answer():
+                return (
+                    yield from generate_text(
+                        ours,
+                        self.tokenizer,
+                        prompt,
+                        sampling,
+                        rules,
+                        self.load_seconds,
+                        self._drafting,
+                        draft_tokens,
+                    )
                 )
-            )
         finally:
             if session is None:
                 self._give_back(ours)
@@ -442,6 +450,8 @@ class VLM:
         return self._session("pieces" if self._cache.enabled else "nothing")
 
     def _give_back(self, session: Session) -> None:
+        if session.turns.broken or os.getpid() != self._process:
+            return
         with self._lock:
             if self._decoder is None:
                 return

@@ -39,14 +39,20 @@ class _Turns:
         self._lock = threading.RLock()
         self._vision: OnnxVision | None = None
         self._decoder: OnnxDecoder | None = None
-        self.states: weakref.WeakSet[OnnxState] = weakref.WeakSet()
+        self._states: weakref.WeakSet[OnnxState] = weakref.WeakSet()
+        self._ended = False
+
+    def add(self, state: OnnxState) -> None:
+        """Have a sequence let go of the decoder when that is closed."""
+        with self._lock:
+            self._states.add(state)
 
     @contextmanager
     def vision(self) -> Iterator[OnnxVision]:
         """The vision stage, while the decoder is closed."""
         with self._lock:
             if self._vision is None:
-                self.close()
+                self._free()
                 self._vision = self._openers[0]()
             yield self._vision
 
@@ -55,19 +61,32 @@ class _Turns:
         """The decoder, while the vision stage is closed."""
         with self._lock:
             if self._decoder is None:
-                self.close()
+                self._free()
                 self._decoder = self._openers[1]()
             yield self._decoder
 
     def close(self) -> None:
-        """Frees the weights that are there."""
+        """Frees the weights that are there, for good."""
         with self._lock:
-            for state in self.states:
-                state.unbind()
-            for stage in (self._vision, self._decoder):
-                if stage is not None:
-                    stage.close()
-            self._vision = self._decoder = None
+            self._ended = True
+            self._close_stages()
+
+    def _free(self) -> None:
+        """Make room for the other stage.
+
+        Raises:
+            MobileVLMError: the model was closed while this thread waited.
+        """
+        still_open(None if self._ended else self)
+        self._close_stages()
+
+    def _close_stages(self) -> None:
+        for state in self._states:
+            state.unbind()
+        for stage in (self._vision, self._decoder):
+            if stage is not None:
+                stage.close()
+        self._vision = self._decoder = None
 
 
 class VisionInTurn:
@@ -88,7 +107,8 @@ class VisionInTurn:
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
-        still_open(self._turns).close()
+        if self._turns is not None:
+            self._turns.close()
         self._turns = None
 
 
@@ -111,7 +131,7 @@ class DecoderInTurn(BufferedDecoder):
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Opens nothing."""
         state = OnnxState(self._spec, self._cache)
-        still_open(self._turns).states.add(state)
+        still_open(self._turns).add(state)
         return state
 
     def encode(self, state: DecoderState, embeds: Float32) -> None:

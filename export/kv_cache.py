@@ -68,7 +68,7 @@ def quantize_cache(model: Model, bundle: Bundle, calibration: str) -> bool:
 
 
 def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Float32]:
-    """Scales ``(1, num_key_value_heads, 1, head_dim)`` by the names of buffers."""
+    """Scales ``(1, num_key_value_heads, 1, cache_head_dim)`` by the names of buffers."""
     plan = Plan()
     vision = onnx_vision(bundle, bundle.path(bundle.artifact("vision", "onnx").path), plan)
     path = bundle.path(bundle.artifact("decoder", "onnx").path)

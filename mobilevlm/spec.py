@@ -254,6 +254,12 @@ class DecoderSpec:
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
+    def cache_head_dim(self) -> int:
+        """Channels of each head in the keys and values of an ONNX decoder on the CPU, whose
+        attention takes multiples of 8: those beyond ``head_dim`` are 0."""
+        return -(-self.head_dim // 8) * 8
+
+    @property
     def mlp_linears(self) -> tuple[tuple[str, ...], str]:
         """Canonical names of the linear layers of an MLP: those that read its input, and the one
         that makes its output."""

@@ -128,7 +128,9 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
         own, pages = ONLY_LLAMA, ONLY_LLAMA_FILES
     elif plan.engine in LLAMA_ENGINES:
         pages += LLAMA_FILES
-    position = _position_size(decoder, _value_size(manifest, artifacts["decoder"]))
+    stored = artifacts["decoder"]
+    channels = decoder.head_dim if stored.format == "gguf" else decoder.cache_head_dim
+    position = _position_size(decoder, channels, _value_size(manifest, stored))
     # llama.cpp's keys and values are there for the whole context at once.
     whole = plan.engine in LLAMA_ENGINES[:2]
     states = position * (decoder.context_length if whole else positions)
@@ -318,9 +320,9 @@ def _value_size(manifest: Manifest, decoder: Artifact) -> int:
     return _BYTE if is_integer else _FLOAT
 
 
-def _position_size(spec: DecoderSpec, value: int) -> float:
-    """Bytes of the keys and values of a position."""
-    return 2.0 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * value
+def _position_size(spec: DecoderSpec, channels: int, value: int) -> float:
+    """Bytes of the keys and values of a position, each head with so many channels."""
+    return 2.0 * spec.num_hidden_layers * spec.num_key_value_heads * channels * value
 
 
 PAGE_MB = 350.0
@@ -337,6 +339,7 @@ def estimate_web_mb(manifest: Manifest) -> float:
     files = {artifact.stage: artifact.files for artifact in manifest.artifacts}
     weights = {stage: sum(manifest.files[name].size for name in files[stage]) for stage in files}
     decoder = manifest.spec.decoder
-    states = STATE_COPIES * decoder.context_length * _position_size(decoder, _FLOAT)
+    position = _position_size(decoder, decoder.cache_head_dim, _FLOAT)
+    states = STATE_COPIES * decoder.context_length * position
     model = RESIDENT_WEB * (weights["vision"] + weights["decoder"]) + weights["embeddings"]
     return PAGE_MB + (model + states) / 1e6

@@ -98,7 +98,7 @@ def _config(spec: DecoderSpec, threads: int) -> dict[str, Any]:
             "decoder": {
                 "filename": "model.onnx",
                 "hidden_size": spec.hidden_size,
-                "head_size": spec.head_dim,
+                "head_size": spec.cache_head_dim,
                 "num_attention_heads": spec.num_attention_heads,
                 "num_key_value_heads": spec.num_key_value_heads,
                 "num_hidden_layers": spec.num_hidden_layers,

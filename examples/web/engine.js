@@ -110,10 +110,11 @@ export class Decoder {
 }
 
 /** Keys and values of `length` positions from float32 (2 · layers, num_key_value_heads, length,
- * head_dim), each layer's keys before its values. */
+ * head_dim rounded up to a multiple of 8), each layer's keys before its values. */
 function pastOf(spec, length, values) {
-  const shape = [1, spec.num_key_value_heads, length, spec.head_dim];
-  const size = spec.num_key_value_heads * length * spec.head_dim;
+  const channels = Math.ceil(spec.head_dim / 8) * 8;
+  const shape = [1, spec.num_key_value_heads, length, channels];
+  const size = spec.num_key_value_heads * length * channels;
   const tensors = new Map();
   for (let index = 0; index < 2 * spec.num_hidden_layers; index++) {
     const part = values.subarray(index * size, (index + 1) * size);

@@ -87,7 +87,7 @@ def author_decoder(
 ) -> Written:
     """Writes the decoder stage."""
     decoder = spec.decoder
-    buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.head_dim]
+    buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.cache_head_dim]
     encoded: Shape = [1, decoder.num_attention_heads, "prompt_length", decoder.head_dim]
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:

@@ -13,6 +13,7 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.experts import SparseMLP
+from mobilevlm.export.graph.head_padding import cut_heads, pad_heads, scale_of
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
@@ -22,8 +23,8 @@ from mobilevlm.spec import DecoderSpec
 
 class DecoderStage(nn.Module):  # type: ignore[misc]
     """``inputs_embeds (1, length, hidden_size)`` to ``logits (1, positions, vocab_size)`` of the
-    positions asked for, and the KV buffers ``(1, num_key_value_heads, capacity, head_dim)``; of
-    each sparse layer also the router's logits, for verification."""
+    positions asked for, and the KV buffers ``(1, num_key_value_heads, capacity,
+    cache_head_dim)``; of each sparse layer also the router's logits, for verification."""
 
     has_tables = True
     """Of rotary positions, inside the graph"""
@@ -99,6 +100,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         name = f"decoder.layers.{index}"
         last = index == spec.num_hidden_layers - 1
         next_norm = "decoder.norm" if last else f"decoder.layers.{index + 1}.input_norm"
+        self.spec = spec
         self.num_heads, self.num_kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         heads, kv_heads = self.num_heads * spec.head_dim, self.num_kv_heads * spec.head_dim
         hidden = spec.hidden_size
@@ -141,13 +143,14 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             num_heads=self.num_heads,
             kv_num_heads=self.num_kv_heads,
             do_rotary=int(self.fused_rotary and self.rotary_channels > 0),
+            **scale_of(self.spec),
             _domain=CONTRIB,
             _outputs=3,
         )
         if positions is not None:
             mixed = op.Gather(mixed, positions, axis=1)
             residual = op.Gather(residual, positions, axis=1)
-        attended = self.o_proj(op, mixed)
+        attended = self.o_proj(op, cut_heads(op, mixed, self.num_heads, self.spec))
         if self.post_attention_norm is not None:
             residual, normed = self.post_attention_norm(op, attended, residual)
         else:
@@ -163,9 +166,12 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
 
     def _rotated(self, op: Any, qkv: Any, rotary: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         """Query, key and value as attention takes them: all in the first where it rotates."""
+        counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        qkv = pad_heads(op, qkv, sum(counts), self.spec)
         if self.fused_rotary:
             return qkv, None, None
-        query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
+        sizes = [count * self.spec.cache_head_dim for count in counts]
+        query, key, value = op.Split(qkv, sizes, axis=-1, _outputs=3)
         cos, sin, start = rotary
         settings = {"rotary_embedding_dim": self.rotary_channels, "_domain": CONTRIB}
         query, key = (
@@ -217,5 +223,7 @@ def _norm_parameters(
 
 
 def has_fused_rotary(spec: DecoderSpec) -> bool:
-    """Whether GroupQueryAttention can rotate: it takes multiples of 8 pairs of channels, also 0."""
-    return spec.rotary_channels % 16 == 0
+    """Whether GroupQueryAttention can rotate: in heads of multiples of 16 channels, multiples of 8
+    pairs. Without rotary positions there is nothing to rotate."""
+    whole_heads = spec.cache_head_dim % 16 == 0
+    return spec.rotary_channels == 0 or (whole_heads and spec.rotary_channels % 16 == 0)

@@ -17,6 +17,7 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.decoder import Norm, SkipNorm
 from mobilevlm.export.graph.dialects import CONTRIB
+from mobilevlm.export.graph.head_padding import cut_heads, pad_heads
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
@@ -159,7 +160,8 @@ class CrossLayer(nn.Module):  # type: ignore[misc]
     ) -> tuple[Any, Any, tuple[Any, Any]]:
         heads, scale = self.spec.num_attention_heads, self.spec.score_scale
         mixed, key, value = op.GroupQueryAttention(
-            *(self.qkv(op, normed), None, None, *own, *lengths),
+            *(pad_heads(op, self.qkv(op, normed), 3 * heads, self.spec), None, None),
+            *(*own, *lengths),
             *(None, None, None, bias),  # cosines, sines, positions
             num_heads=heads,
             kv_num_heads=heads,
@@ -168,7 +170,9 @@ class CrossLayer(nn.Module):  # type: ignore[misc]
             _domain=CONTRIB,
             _outputs=3,
         )
-        residual, normed = self.cross_norm(op, self.o_proj(op, mixed), residual)
+        residual, normed = self.cross_norm(
+            op, self.o_proj(op, cut_heads(op, mixed, heads, self.spec)), residual
+        )
         query = self.query_proj(op, normed)
         mixed = op.MultiHeadAttention(query, *prompt, num_heads=heads, scale=scale, _domain=CONTRIB)
         residual, normed = self.post_attention_norm(op, self.cross_o_proj(op, mixed), residual)

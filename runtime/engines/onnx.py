@@ -122,14 +122,14 @@ class OnnxVision:
 
 
 class OnnxState(BufferedState):
-    """KV buffers ``(num_key_value_heads, context_length, head_dim)`` per layer, allocated once.
+    """KV buffers ``(num_key_value_heads, context_length, cache_head_dim)`` per layer, made once.
 
     Their pages become resident as positions are written, so a short sequence in a long context
     costs little.
     """
 
     def __init__(self, spec: DecoderSpec, cache: CacheType = np.float32) -> None:
-        shape = (1, spec.num_key_value_heads, spec.context_length, spec.head_dim)
+        shape = (1, spec.num_key_value_heads, spec.context_length, spec.cache_head_dim)
         super().__init__(
             {
                 f"{index}.{kind}": _lazy_zeros(shape, cache)

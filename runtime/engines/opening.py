@@ -192,7 +192,7 @@ def stored_system_prompt(bundle: Bundle) -> Segment | None:
     if system is None:
         return None
     path, count = bundle.path(system.path), len(system.ids)
-    shape = (2 * spec.num_hidden_layers, spec.num_key_value_heads, count, spec.head_dim)
+    shape = (2 * spec.num_hidden_layers, spec.num_key_value_heads, count, spec.cache_head_dim)
     stored = cache_type(bundle)
     expected = np.dtype(stored).itemsize * math.prod(shape)
     if not 0 < count < spec.context_length or path.stat().st_size != expected:

@@ -48,6 +48,9 @@ class Fuzzer:
     attempt: Callable[[Any], None]
     """Give a case to the product. It may return (accepted) or raise MobileVLMError (refused);
     any other exception is a failure."""
+    warm: Callable[[Path], None] | None = None
+    """Called once in each worker before its first case, with the folder of ``prepare``: imports and
+    first calls that would count as a case's time and memory."""
     seconds: float = 5.0
     """Longest time of a case; longer is a hang."""
     memory: int = 256 << 20

@@ -21,6 +21,8 @@ def main(name: str, seed: int, first: int, last: int, folder: Path) -> None:
     nothing = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 1)
     fuzzer = find_fuzzer(name)
+    if fuzzer.warm is not None:
+        fuzzer.warm(folder / "base")
     print("ready", file=report)
     for number in range(first, last):
         scratch = folder / "scratch"

@@ -72,7 +72,7 @@ class Decoder:
 
 
 def open_decoder(path: Path, spec: DecoderSpec) -> Decoder:
-    shape = (1, spec.num_key_value_heads, CAPACITY, spec.head_dim)
+    shape = (1, spec.num_key_value_heads, CAPACITY, spec.cache_head_dim)
     # Filled with a large number: whatever is read beyond total_length shows.
     buffers = {
         f"{index}.{part}": onnxruntime.OrtValue.ortvalue_from_numpy(np.full(shape, 1e3, np.float32))
@@ -432,6 +432,16 @@ DENSE = {
     "layer norms": decoder_spec(norm="layer"),
     "partial rotary in attention": decoder_spec(head_dim=64, rotary_dim=16),
     "partial rotary before it": decoder_spec(rotary_dim=6, num_key_value_heads=2),
+    "heads of 12": decoder_spec(head_dim=12),
+    "heads of 20, grouped": decoder_spec(head_dim=20, num_key_value_heads=2, qkv_bias=True),
+    "heads of 100": decoder_spec(head_dim=100, num_attention_heads=2, num_key_value_heads=2),
+    "heads of 20, partial rotary": decoder_spec(head_dim=20, rotary_dim=16),
+    "heads of 28, partial rotary in attention": decoder_spec(head_dim=28, rotary_dim=16),
+    "heads of 24, partial rotary": decoder_spec(head_dim=24, rotary_dim=16),
+    "heads of 12, partial rotary before it": decoder_spec(head_dim=12, rotary_dim=6),
+    "heads of 3 without rotary": decoder_spec(
+        head_dim=3, rotary_dim=0, learned_positions=True, num_key_value_heads=4
+    ),
     "biases": decoder_spec(qkv_bias=True, o_bias=True, mlp_bias=True),
     "bias of the head": decoder_spec(lm_head_bias=True),
     "plain MLP with GELU": decoder_spec(mlp="plain", hidden_act="gelu_new", mlp_bias=True),

@@ -65,7 +65,7 @@ class PrecisionWarning(UserWarning):
 
 
 class PlanWarning(UserWarning):
-    """A plan that cannot be used: the bundle runs without it."""
+    """A plan or setting that cannot be used as it is: the bundle runs without it, or by less."""
 
 
 def require(module: str, extra: str, purpose: str) -> MissingExtraError:

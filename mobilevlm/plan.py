@@ -164,7 +164,7 @@ def check_engine(engine: str) -> None:
     """Refuses a name that is none."""
     if engine not in ENGINE_CHOICES:
         raise MobileVLMError(
-            f"engine {engine!r} is not known: expected {', '.join(ENGINE_CHOICES)}"
+            f"engine {engine!r:.60} is not known: expected {', '.join(ENGINE_CHOICES)}"
         )
 
 

@@ -15,6 +15,7 @@ from mobilevlm.runtime.drafting import Drafting, Drafts, Lookup, drafted_tokens
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.sampling import Sampler, SamplingOptions
 from mobilevlm.runtime.session import Clock, Fill, Prompt, Session
+from mobilevlm.runtime.settings import check_new_tokens
 from mobilevlm.runtime.text import Detokenizer, StopStrings
 
 
@@ -136,8 +137,7 @@ class StopRules:
     strings: Sequence[str]
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise MobileVLMError(f"max_new_tokens is {self.max_new_tokens}, expected 1 or more")
+        check_new_tokens(self.max_new_tokens)
 
 
 def generate_text(

@@ -19,6 +19,7 @@ from mobilevlm.errors import MobileVLMError, PlanWarning
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, Plan, choose_engine
 from mobilevlm.runtime.drafting import MAX_DRAFT_TOKENS
 from mobilevlm.runtime.machine import installed_extras, processor_key
+from mobilevlm.runtime.settings import fitting_plan, fitting_threads
 from mobilevlm.spec import from_dict, to_dict
 
 PLAN = "plan.json"
@@ -72,12 +73,14 @@ def settle_plans(
         BundleError: the bundle has no artifacts for the engine.
     """
     if isinstance(plan, Plan):
-        found = [replace(plan, engine=plan.engine if engine == "auto" else engine)]
+        chosen = plan.engine if engine == "auto" else engine
+        found = [replace(fitting_plan(plan), engine=chosen)]
     else:
         tuned = read_plan(bundle) if plan == "auto" else None
         found = [*(_plans_for(tuned, engine) if tuned else ()), Plan(engine)]
     said: dict[str, Any] = {}
     if threads is not None:
+        threads = fitting_threads(threads)
         said = {"vision_threads": threads, "decoder_threads": threads}
     if max_resident_mb is not None:
         said["max_resident_mb"] = max_resident_mb

@@ -169,6 +169,19 @@ def check_process(process: int) -> None:
         )
 
 
+def check_session(session: object, decoder: DecoderEngine) -> None:
+    """Refuse what is no session of a model with this decoder.
+
+    Raises:
+        SessionError: something else, or a session of another model.
+    """
+    if not isinstance(session, Session):
+        kind = type(session).__name__
+        raise SessionError(f"session is of type {kind}, expected one that new_session() made")
+    if not session.belongs_to(decoder):
+        raise SessionError("the session is of another model: make one with new_session() of this")
+
+
 class Session:
     """A sequence and its KV state.
 
@@ -197,6 +210,10 @@ class Session:
         self.turns = Turns()
         self.prompt_tokens = 0
         """Positions of the last prompt, pictures expanded."""
+
+    def belongs_to(self, decoder: DecoderEngine) -> bool:
+        """Whether the sequence is one of this engine."""
+        return self._decoder is decoder
 
     @property
     def length(self) -> int:

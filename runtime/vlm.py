@@ -28,7 +28,7 @@ from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, open_image, preprocess
-from mobilevlm.plan import DRAFTING_ENGINES, Plan, check_engine, engine_for_limit
+from mobilevlm.plan import DRAFTING_ENGINES, Plan, engine_for_limit
 from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.encoded_session import EncodedSession
@@ -39,7 +39,15 @@ from mobilevlm.runtime.generation import Generation, StopRules, TextStream, gene
 from mobilevlm.runtime.memory_limits import memory_limits
 from mobilevlm.runtime.plan_file import PlanChoice, settle_plans
 from mobilevlm.runtime.sampling import SamplingOptions
-from mobilevlm.runtime.session import Prompt, PromptChoices, Reuse, Session, check_process
+from mobilevlm.runtime.session import (
+    Prompt,
+    PromptChoices,
+    Reuse,
+    Session,
+    check_process,
+    check_session,
+)
+from mobilevlm.runtime.settings import check_settings, stop_strings
 
 DEFAULT_MAX_NEW_TOKENS = 256
 IDLE_SESSIONS = 2
@@ -65,21 +73,21 @@ def load(
     file made elsewhere, with its image encoder in ``mmproj``. ``engine``: ``onnx`` (ONNX Runtime),
     ``gguf`` (llama.cpp), ``hybrid`` (ONNX Runtime for the picture, llama.cpp for the text) or
     ``auto``: the first of them that the bundle has artifacts for. ``threads``: for both stages, by
-    default as many as this process may use. ``cache_mb``: megabytes for what later requests can
-    take over from earlier ones (pictures, beginnings of prompts), besides the sequences themselves;
-    0: each request is computed from its first token. ``max_resident_mb``: megabytes of sparse
-    experts that may be in memory at a time; it needs, and means, the engine ``ggml``. ``plan``:
-    ``auto`` takes the one that ``mobilevlm tune`` measured for this processor, where there is one
-    (``engine``, ``threads`` and ``max_resident_mb`` win over it); ``none`` does without.
-    ``max_memory_mb``: the most that may be resident while one question about one picture is
-    answered, in megabytes, besides the limits that the system has (runtime/fitting.py); settings
+    default, and at most, as many as this process may use. ``cache_mb``: megabytes for what later
+    requests can take over from earlier ones (pictures, beginnings of prompts), besides the
+    sequences themselves; 0: each request is computed from its first token. ``max_resident_mb``:
+    megabytes of sparse experts that may be in memory at a time; it needs, and means, the engine
+    ``ggml``. ``plan``: ``auto`` takes the one that ``mobilevlm tune`` measured for this processor,
+    where there is one (``engine``, ``threads`` and ``max_resident_mb`` win over it); ``none`` does
+    without. ``max_memory_mb``: the most that may be resident while one question about one picture
+    is answered, in megabytes, besides the limits that the system has (runtime/fitting.py); settings
     that take less are chosen where they are needed.
 
     Raises:
         MemoryLimitError: the model needs more than a limit. Nothing was loaded.
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
     """
-    check_engine(engine)
+    check_settings(engine, threads, plan, cache_mb, max_resident_mb, max_memory_mb)
     engine = engine_for_limit(engine, max_resident_mb)
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
@@ -224,14 +232,16 @@ class VLM:
                 a prompt too long for the context with the first piece.
             SessionError: with the first piece, if another stream or thread has the session.
         """
-        self._engines()
+        _, decoder = self._engines()
+        if session is not None:
+            check_session(session, decoder)
         sampling = SamplingOptions(temperature, top_k, top_p, min_p, repetition_penalty, seed)
         if draft_tokens is None and temperature == 0:
             draft_tokens = self.plan.draft_tokens
         if draft_tokens is None and self.engine not in DRAFTING_ENGINES:
             draft_tokens = 0
         draft_tokens = check_draft_tokens(draft_tokens, temperature)
-        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        stops = stop_strings(stop)
         conversation = self.spec.conversation
         rules = StopRules(
             max_new_tokens,

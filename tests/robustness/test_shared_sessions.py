@@ -45,7 +45,7 @@ class Case:
 CASES = [
     Case("llava_v1", Plan("onnx")),
     Case("llava_v1", Plan("onnx", memory="in turn")),
-    Case("blip2", Plan("onnx")),  # an encoder reads its prompts
+    Case("blip2_t5", Plan("onnx")),  # an encoder reads its prompts
     *(
         Case("llava_v1", Plan(engine))
         for engine in ("gguf", "hybrid", "ggml")
@@ -62,13 +62,13 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Case], Path]:
         if case.checkpoint not in made:
             made[case.checkpoint] = folder = tmp_path_factory.mktemp("shared") / case.checkpoint
             fixture = case.fixture
-            formats = ("onnx",) if WITHOUT_LLAMA or case.checkpoint == "blip2" else ("onnx", "gguf")
+            only_onnx = WITHOUT_LLAMA or case.checkpoint == "blip2_t5"
             mobilevlm.export(
                 fixture.checkpoint,
                 folder,
                 recipe="fp32",
                 vision_tower=fixture.options.vision_tower,
-                formats=formats,
+                formats=("onnx",) if only_onnx else ("onnx", "gguf"),
                 measure=False,
             )
         return made[case.checkpoint]

@@ -56,7 +56,7 @@ def test_what_may_be_broken_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch)
     show(table(), file)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
     assert max(map(len, lines)) <= 80
-    assert any(line.startswith(NAME) for line in lines)
+    assert any(NAME in line for line in lines)
 
 
 def test_a_table_without_titles_has_no_head() -> None:

@@ -29,6 +29,9 @@ OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}, "ort": {"pre
 """Artifacts, by stage, that an engine runs where the bundle has them. prefill: the decoder's second
 graph, for prompts."""
 
+_MADE_BY = {"npu": "--format npu --recipe a16w8", "ort": "--target android-xnnpack"}
+"""Options of 'mobilevlm export' that make what an engine needs; of the others --format all."""
+
 _LLAMA_CPP = ("gguf", "hybrid")
 """Engines whose decoder is llama.cpp's own."""
 LLAMA_ENGINES = (*_LLAMA_CPP, "ggml")
@@ -208,7 +211,8 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
             f"engine {engine} needs ONNX artifacts, this is a GGUF file: use --engine gguf"
         )
     what = "; ".join(f"engine {name} lacks {missing[0]}" for name, missing in lacks.items())
-    remedy = f"run 'mobilevlm export CHECKPOINT -o {bundle.folder} --format all'"
+    options = _MADE_BY.get(engine, "--format all")
+    remedy = f"run 'mobilevlm export CHECKPOINT -o {bundle.folder} {options}'"
     raise BundleError(f"{bundle.folder}: {what}: {remedy}")
 
 

@@ -38,7 +38,16 @@ DEVICE_TREE = Path("/proc/device-tree/model")
 """Where boards say their name."""
 
 EXTRAS = {
-    "export": ("onnxscript", "onnx_ir", "safetensors", "sentencepiece", "google.protobuf"),
+    "export": (
+        "gguf",
+        "ml_dtypes",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "google.protobuf",
+        "safetensors",
+        "sentencepiece",
+    ),
     "gguf": ("llama_cpp",),
     "reference": ("torch",),
     "video": ("av",),

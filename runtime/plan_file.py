@@ -71,6 +71,7 @@ def settle_plans(
 
     Raises:
         BundleError: the bundle has no artifacts for the engine.
+        MobileVLMError: ``max_resident_mb`` of a decoder without experts.
     """
     if isinstance(plan, Plan):
         chosen = plan.engine if engine == "auto" else engine
@@ -83,6 +84,8 @@ def settle_plans(
         threads = fitting_threads(threads)
         said = {"vision_threads": threads, "decoder_threads": threads}
     if max_resident_mb is not None:
+        if bundle.manifest.spec.decoder.experts is None:
+            raise MobileVLMError("--max-resident: this decoder has no experts: leave it out")
         said["max_resident_mb"] = max_resident_mb
     return [replace(item, engine=choose_engine(bundle, item.engine), **said) for item in found]
 

@@ -15,7 +15,14 @@ from typing import Any
 import click
 
 from mobilevlm._version import __version__
-from mobilevlm.errors import MobileVLMError, PlanWarning, PrecisionWarning, QualityError
+from mobilevlm.errors import (
+    MissingExtraError,
+    MobileVLMError,
+    PlanWarning,
+    PrecisionWarning,
+    QualityError,
+    require,
+)
 from mobilevlm.terminal import plain
 
 VERBS = {
@@ -99,13 +106,30 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output went away
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
-    except (MobileVLMError, OSError, MemoryError) as error:
+    except (MobileVLMError, OSError, MemoryError, ModuleNotFoundError) as error:
+        missing = _missing_extra(error)
+        if missing is None and isinstance(error, ModuleNotFoundError):
+            raise  # ours, or of a library that is broken
         if debug:
             traceback.print_exc()
+        error = missing or error
         lines = str(error).splitlines() if isinstance(error, QualityError) else [_describe(error)]
         for line in lines:
             print(f"mobilevlm: error: {plain(line)}", file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, MobileVLMError) else 2)
+
+
+def _missing_extra(error: Exception) -> MissingExtraError | None:
+    """Return what to say where a package of an extra is not installed."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    from mobilevlm.runtime.machine import EXTRAS
+
+    module = error.name or ""
+    for extra, modules in EXTRAS.items():
+        if any(module == name or module.startswith(f"{name}.") for name in modules):
+            return require(module, extra, "this command")
+    return None
 
 
 def _format_warning(

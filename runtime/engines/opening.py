@@ -74,7 +74,9 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
         if found > best
         else "this processor takes 8-bit weights at the same speed, the bundle has 7-bit ones"
     )
-    remedy = f"export it with --weight-bits {best}"
+    target = bundle.manifest.target
+    where = f"without --target {target}, " if target else ""
+    remedy = f"export it {where}with --weight-bits {best}"
     warnings.warn(f"{bundle.folder}: {what}: {remedy}", PrecisionWarning, stacklevel=2)
 
 

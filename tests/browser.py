@@ -85,7 +85,17 @@ class Browser:
         return str(self.driver.find_element(By.ID, "status").text)
 
     def choose_file(self, path: Path) -> None:
+        self.driver.execute_script("delete document.body.dataset.opened")
         self.driver.find_element(By.ID, "file").send_keys(str(path))
+        opened = "return document.body.dataset.opened"
+        WebDriverWait(self.driver, SECONDS, 0.05).until(
+            lambda driver: driver.execute_script(opened) == path.name
+        )
+
+    @property
+    def warning(self) -> str:
+        """What the page says about the last file."""
+        return str(self.driver.find_element(By.ID, "warning").text)
 
     def click(self, selector: str) -> None:
         self.driver.find_element(By.CSS_SELECTOR, selector).click()

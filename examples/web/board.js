@@ -54,12 +54,25 @@ export class Board {
     this.#show();
   }
 
-  /** A picture file instead of a scene. */
-  open(file) {
+  /**
+   * Shows an image file instead of a scene.
+   * @returns {Promise<boolean>} false where the browser cannot read it: the picture stays
+   */
+  async open(file) {
+    const url = URL.createObjectURL(file);
+    const image = new Image();
+    image.src = url;
+    try {
+      await image.decode();
+    } catch {
+      URL.revokeObjectURL(url);
+      return false;
+    }
     URL.revokeObjectURL(this.#photo.src);
-    this.#photo.src = URL.createObjectURL(file);
+    this.#photo.src = url;
     this.#file = file;
     this.#show();
+    return true;
   }
 
   /** { source, id }: a file, or the pixels of the scene. */

@@ -6,7 +6,7 @@ const MAX_NEW_TOKENS = 64;
 const SETUP = "run 'npm ci && npm run vendor' in the page's folder";
 
 const elements = Object.fromEntries(
-  ["answers", "ask", "file", "form", "note", "progress", "question", "status", "suggestions"].map(
+  ["answers", "ask", "file", "form", "note", "progress", "question", "status", "suggestions", "warning"].map(
     (id) => [id, document.getElementById(id)],
   ),
 );
@@ -21,6 +21,8 @@ const worker = new Worker("worker.js", { type: "module" });
 const board = new Board(suggest);
 /** The answer that is coming, as its list item. */
 let entry = null;
+/** Settled when the last image file has been read. */
+let opening = Promise.resolve();
 
 worker.addEventListener("message", ({ data }) => HANDLERS[data.type](data));
 worker.addEventListener("error", (event) => {
@@ -30,18 +32,20 @@ worker.addEventListener("error", (event) => {
 worker.postMessage({ type: "load", url: bundleUrl, threads: Number(options.get("threads")) });
 say("Reading the model…");
 
-elements.form.addEventListener("submit", (event) => {
+elements.form.addEventListener("submit", async (event) => {
   event.preventDefault();
+  await opening;
   if (entry) worker.postMessage({ type: "stop" });
   else if (!elements.ask.disabled) ask(elements.question.value);
 });
-elements.file.addEventListener("change", () => openFile(elements.file.files[0]));
+elements.file.addEventListener("change", () => open(elements.file.files[0]));
 addEventListener("dragover", (event) => event.preventDefault());
 addEventListener("drop", (event) => {
   event.preventDefault();
-  openFile(event.dataTransfer.files[0]);
+  if (event.dataTransfer.files.length) open(event.dataTransfer.files[0]);
+  else warn("there is no image file in what was dropped: drop a PNG or JPEG file");
 });
-addEventListener("paste", (event) => openFile(event.clipboardData.files[0]));
+addEventListener("paste", (event) => open(event.clipboardData.files[0]));
 
 const HANDLERS = {
   progress({ loaded, total }) {
@@ -58,7 +62,7 @@ const HANDLERS = {
     document.body.dataset.state = "ready";
     if (name.startsWith("nano")) {
       elements.note.textContent =
-        "This small model knows drawn scenes of coloured shapes and short texts. Photos are beyond it.";
+        "This small model knows drawn scenes of coloured shapes and short texts. It cannot read photos.";
     }
   },
   text({ text }) {
@@ -114,9 +118,21 @@ function finish() {
   document.body.dataset.state = "ready";
 }
 
-function openFile(file) {
-  if (file) board.open(file);
+function open(file) {
+  opening = openFile(file);
+}
+
+async function openFile(file) {
   elements.file.value = "";
+  if (!file) return;
+  const wrong = `${file.name}: not an image that this browser reads: choose a PNG or JPEG file`;
+  warn((await board.open(file)) ? "" : wrong);
+  document.body.dataset.opened = file.name;
+}
+
+/** Says what is wrong with the last file, or that nothing is. */
+function warn(message) {
+  elements.warning.textContent = message;
 }
 
 /** Offers questions that fit the picture. */

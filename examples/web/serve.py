@@ -1,4 +1,4 @@
-"""Serves this folder on this computer alone, so that the page may use several threads.
+"""Serve this folder on this computer alone, so that the page may use several threads.
 
     python3 serve.py [PORT]
 
@@ -7,7 +7,7 @@ Any static server will do; threads take the two headers of SERVER_HEADERS.
 
 from __future__ import annotations
 
-import sys
+import argparse
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -29,10 +29,16 @@ class Handler(SimpleHTTPRequestHandler):
 
 
 def main() -> None:
-    """Serves until Ctrl+C."""
-    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
-    folder = Path(__file__).parent
-    with ThreadingHTTPServer(("127.0.0.1", port), partial(Handler, directory=folder)) as server:
+    """Serve until Ctrl+C."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("port", nargs="?", type=int, default=8000, help="0: any that is free")
+    port = parser.parse_args().port
+    handler = partial(Handler, directory=Path(__file__).parent)
+    try:
+        found = ThreadingHTTPServer(("127.0.0.1", port), handler)
+    except (OSError, OverflowError) as error:
+        parser.error(f"port {port}: {error}: choose another one")
+    with found as server:
         print(f"http://127.0.0.1:{server.server_port}/", flush=True)
         try:
             server.serve_forever()

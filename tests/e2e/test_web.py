@@ -317,8 +317,18 @@ def test_what_is_wrong_is_said(
     text = tmp_path / "text.png"
     text.write_text("no picture")
     browser.choose_file(text)
-    message, tokens = browser.ask("What?")
-    assert "not a picture that this browser reads" in message and tokens == []
+    assert "text.png: not an image that this browser reads" in browser.warning
+    assert browser.ask("What do you see?")[1]  # about the scene, which stayed
+    browser.run(
+        """
+        const data = new DataTransfer();
+        data.setData("text/plain", "no file");
+        dispatchEvent(new DragEvent("drop", { dataTransfer: data, cancelable: true }));
+        """
+    )
+    assert "no image file in what was dropped" in browser.warning
+    browser.choose_file(Path(__file__).parents[2] / "examples" / "cat.jpg")
+    assert browser.warning == ""
     browser.click("#random")
     message, tokens = browser.ask("word " * 1200)
     assert "the context holds 1024" in message and tokens == []

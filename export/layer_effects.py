@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from mobilevlm import progress
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.activations import embed_pictures
 from mobilevlm.export.artifact_weights import stacked, weight_error
@@ -86,7 +87,11 @@ def layer_effects(
         return [Change("artifact", stacked(stored, group))]
 
     probe = Probe(model, samples)
-    effects = {group.name: effect for group, _, effect in probe.effects(changes)}
+    effects = {}
+    with progress.track("layers", len(tried)) as advance:
+        for group, _, effect in probe.effects(changes):
+            effects[group.name] = effect
+            advance(1)
     return [
         LayerEffect(group.names, errors[group.name], effects.get(group.name)) for group in groups
     ]

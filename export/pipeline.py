@@ -375,7 +375,9 @@ def _measure(
         start = time.perf_counter()
         bundle = Bundle(work.folder, dataclasses.replace(draft, artifacts=artifacts), digest="")
         engine = choose_engine(bundle, "auto")
-        measured = measure(model, bundle, engine, synthetic_samples(model.spec.image.size))
+        samples = synthetic_samples(model.spec.image.size)
+        with progress.track("quality", len(samples)) as advance:
+            measured = measure(model, bundle, engine, samples, advance=advance)
         for name, stage in measured.stages.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
             progress.say(f"quality     {name}: {figures}")

@@ -339,12 +339,15 @@ def _joint_effect(
     chosen = {group.name: option.layers for unit, option in pairs for group in unit.groups}
     hessian = _hessians(model, list(chosen.values()), data)
 
-    def replacement(group: LinearGroup) -> Float32 | None:
-        if group.name not in chosen:
-            return None
-        return restored(_stacked(model, group), chosen[group.name], group.name, hessian)
+    with progress.track("search", len(chosen)) as advance:
 
-    return probe.joint_effect(replacement)
+        def replacement(group: LinearGroup) -> Float32 | None:
+            if group.name not in chosen:
+                return None
+            advance(1)
+            return restored(_stacked(model, group), chosen[group.name], group.name, hessian)
+
+        return probe.joint_effect(replacement)
 
 
 def _hessians(model: Model, formats: Sequence[LinearFormat], data: Data) -> HessianOf:

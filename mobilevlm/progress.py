@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from mobilevlm.terminal import plain
+
+LINES_EVERY = 20.0
+"""Seconds between lines of progress in a pipe or a log."""
 
 Advance: TypeAlias = Callable[[int], None]
 """Called with the amount of work that was just done."""
@@ -34,9 +38,12 @@ def say(message: str) -> None:
 
 @contextmanager
 def track(label: str, total: int) -> Iterator[Advance]:
-    """A bar while the block runs, on a terminal only; elsewhere nothing."""
-    if not (_enabled and sys.stderr.isatty()):
+    """Show a bar while the block runs; where there is no terminal, a line now and then."""
+    if not _enabled:
         yield ignore
+        return
+    if not sys.stderr.isatty():
+        yield _lines(label, total)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -50,6 +57,20 @@ def track(label: str, total: int) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(plain(label), total=max(total, 1))
         yield lambda amount: bar.advance(task, amount)
+
+
+def _lines(label: str, total: int) -> Advance:
+    """Return what prints how far the work is, every ``LINES_EVERY`` seconds at most."""
+    done, last = 0, time.monotonic()
+
+    def advance(amount: int) -> None:
+        nonlocal done, last
+        done += amount
+        if time.monotonic() - last >= LINES_EVERY and done < total:
+            last = time.monotonic()
+            say(f"{label:<12}{100 * done // total} %")
+
+    return advance
 
 
 @contextmanager

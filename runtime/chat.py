@@ -29,6 +29,11 @@ class Chat:
         self.images = [open_image(image) for image in images]
         self.messages: list[Message] = []
 
+    @property
+    def room(self) -> int:
+        """Tokens that the context has room for after the last turn."""
+        return self._session.room
+
     def ask(self, question: str, **options: Any) -> TextStream:
         """Answers; ``options`` as in :meth:`VLM.stream`. The turn is kept when the stream ends, or
         with what was said so far when it is closed."""

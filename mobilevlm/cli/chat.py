@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -15,11 +17,13 @@ if TYPE_CHECKING:
     from mobilevlm.runtime.chat import Chat
 
 HELP = """\
-/image FILE   talk about another picture (a new conversation begins)
-/reset        begin a new conversation about the same picture
+/image FILE   talk about another image, or several (a new conversation begins)
+/reset        begin a new conversation about the same images
 /timings      show or hide timings after each answer
 /help         show this
 /quit         leave (also Ctrl-D)"""
+NEARLY_FULL = 1 / 8
+"""Share of the context; with less room than that a person is warned."""
 
 
 @click.command("chat", epilog=f"\b\nIn the conversation:\n{HELP}")
@@ -49,14 +53,27 @@ def command(
                 _obey(chat, line)
             elif line:
                 _answer(chat, line, sampling, timings)
+                _warn_of_end(chat, vlm.spec.decoder.context_length)
 
 
 def _read_line() -> str | None:
-    """The next line; none at the end of input."""
-    if sys.stdin.isatty():
-        import readline  # noqa: F401  (gives input() history and editing)
+    """Return the next line; none at the end of input. Ctrl-C clears what is typed so far."""
+    if not sys.stdin.isatty():
+        return _without_prompt()
+    import readline  # noqa: F401  (gives input() history and editing)
+
+    while True:
+        try:
+            return input("> ").strip()
+        except EOFError:
+            return None
+        except KeyboardInterrupt:
+            print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
+
+
+def _without_prompt() -> str | None:
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
+        return input().strip()
     except EOFError:
         return None
 
@@ -65,7 +82,7 @@ def _obey(chat: Chat, line: str) -> None:
     verb, _, argument = line.partition(" ")
     try:
         if verb == "/image" and argument:
-            chat.begin([argument.strip()])
+            chat.begin(files_in(argument.strip()))
         elif verb == "/reset":
             chat.begin(chat.images)
         elif verb == "/help":
@@ -74,6 +91,29 @@ def _obey(chat: Chat, line: str) -> None:
             print(f"{plain(line)}: not a command. {HELP}", file=sys.stderr)
     except MobileVLMError as error:
         print(f"error: {plain(error)}", file=sys.stderr)
+
+
+def files_in(text: str) -> list[str]:
+    """Return the files that a person typed: one as it stands, or several as a shell reads them,
+    with quotes, backslashes and ``~``."""
+    whole = Path(text).expanduser()
+    if whole.is_file():
+        return [str(whole)]
+    try:
+        words = shlex.split(text)
+    except ValueError:  # a quote that is not closed
+        words = [text]
+    return [str(Path(word).expanduser()) for word in words]
+
+
+def _warn_of_end(chat: Chat, context_length: int) -> None:
+    """Say when the next turns may not fit."""
+    if chat.room < NEARLY_FULL * context_length:
+        print(
+            f"the context is nearly full: room for {chat.room} of {context_length} tokens: "
+            f"/reset begins anew",
+            file=sys.stderr,
+        )
 
 
 def _answer(chat: Chat, question: str, sampling: dict[str, Any], timings: bool) -> None:

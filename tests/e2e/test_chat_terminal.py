@@ -1,0 +1,113 @@
+"""``mobilevlm chat`` on a terminal, typed at as a person does."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from conftest import run_program
+
+from mobilevlm.cli.chat import files_in
+
+PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
+
+
+class Terminal:
+    """A program on a terminal of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self._master, slave = pty.openpty()
+        self._program = subprocess.Popen(
+            [sys.executable, "-m", "mobilevlm", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            preexec_fn=_take_terminal,
+        )
+        os.close(slave)
+        self.text = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, words: str, seconds: float = 90) -> None:
+        """Read until the words come, then forget what stood before them."""
+        end = time.monotonic() + seconds
+        while words not in self.text:
+            assert time.monotonic() < end, self.text
+            if select.select([self._master], [], [], 0.2)[0]:
+                self.text += os.read(self._master, 65536).decode(errors="replace")
+        self.text = self.text.split(words, 1)[1]
+
+    def close(self) -> int:
+        try:
+            return self._program.wait(30)
+        finally:
+            self._program.kill()
+            os.close(self._master)
+
+
+def _take_terminal() -> None:
+    """Make standard input the terminal that Ctrl-C goes through."""
+    import fcntl
+    import termios
+
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+@pytest.fixture
+def terminal() -> Iterator[Terminal]:
+    started = Terminal("chat", "nano", "--max-new-tokens", "8")
+    yield started
+    started._program.kill()
+
+
+def test_ctrl_c_clears_a_half_typed_line_and_ctrl_d_leaves(terminal: Terminal) -> None:
+    terminal.wait_for("> ")
+    terminal.type("this is not sen")
+    terminal.wait_for("not sen")
+    terminal.type("\x03")
+    terminal.wait_for("(Ctrl-D or /quit leaves)")
+    terminal.wait_for("> ")
+    terminal.type("/timings\n")
+    terminal.wait_for("> ")
+    terminal.type("Hello!\n")
+    terminal.wait_for("tokens/s")
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_images_are_given_as_a_shell_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    spaced = tmp_path / "my photo's.jpg"
+    shutil.copyfile(PHOTO, spaced)
+    for typed in (
+        str(spaced),
+        "~/my photo's.jpg",
+        f'"{spaced}"',
+        str(spaced).replace(" ", "\\ ").replace("'", "\\'"),
+        "~/my\\ photo\\'s.jpg",
+    ):
+        assert files_in(typed) == [str(spaced)], typed
+    assert files_in(f"{PHOTO} '{PHOTO}'") == [str(PHOTO), str(PHOTO)]
+    assert files_in("it's gone.jpg") == ["it's gone.jpg"]
+
+
+def test_a_context_that_is_nearly_full_is_told_before_it_is() -> None:
+    lines = [b"word " * 860, b"Again?"]
+    done = run_program("chat", "nano", "--max-new-tokens", "4", stdin=b"\n".join(lines))
+    assert done.returncode == 0
+    assert "the context is nearly full: room for " in done.stderr
+    assert "of 1024 tokens: /reset begins anew" in done.stderr

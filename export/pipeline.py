@@ -38,6 +38,8 @@ from mobilevlm.export.target_checks import check_memory, check_tools, compiled_f
 from mobilevlm.export.targets import find_target
 from mobilevlm.export.workspace import (
     Workspace,
+    begin_artifact,
+    check_recorded,
     check_target,
     keep_only,
     note_finished,
@@ -147,6 +149,7 @@ def export(
             draft = for_accelerator(goal, work, draft, model)
         keep_only(work, named_files(draft))
         files = describe_files(work.folder)
+        check_recorded(work, files)
         manifest = dataclasses.replace(draft, quality=quality, files=files)
         if goal is not None:
             check_memory(goal, manifest)
@@ -302,9 +305,7 @@ def _make(job: Job, work: Workspace) -> Artifact:
         return ready
     start = time.perf_counter()
     path = work.path(job.artifact.path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for name in job.artifact.files:
-        work.path(name).unlink(missing_ok=True)  # it may be a link into the bundle
+    begin_artifact(work, job.artifact)
     if job.prepare is not None:
         job.prepare()
     with progress.track(stage, job.size) as advance:

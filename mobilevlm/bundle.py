@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
+from mobilevlm.bundle_identity import Identity, identity_of, steadily, unchanged
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.spec import ModelSpec, from_dict, to_dict
@@ -196,6 +197,8 @@ class Bundle:
     manifest: Manifest
     digest: str
     """Digest of the manifest, hence of the whole content."""
+    identity: Identity = field(default_factory=dict, compare=False, repr=False)
+    """Manifest and files as they were when they were checked"""
 
     def path(self, name: str) -> Path:
         """A file of the bundle."""
@@ -229,8 +232,9 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
-def read_manifest(folder: Path) -> tuple[Manifest, str]:
-    """The manifest and its digest, checked.
+def signed_manifest(folder: Path) -> dict[str, Any]:
+    """Return ``manifest.json`` as it stands, after checking its digest over itself. Who only asks
+    what a bundle consists of needs no more, whatever the version that wrote it.
 
     Raises:
         BundleError: no manifest, damaged, or of a newer schema.
@@ -240,7 +244,7 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         reason = "no such folder" if not folder.exists() else f"{MANIFEST} is missing"
         raise BundleError(f"{folder}: not a bundle ({reason}): make one with 'mobilevlm export'")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         version, stated, found = data["schema_version"], data["sha256"], _digest(data)
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{path}: damaged manifest: export the bundle again") from None
@@ -251,11 +255,21 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
         )
     if found != stated:
         raise BundleError(f"{path}: sha256 mismatch: the manifest was changed: export it again")
+    return data
+
+
+def read_manifest(folder: Path) -> tuple[Manifest, str]:
+    """The manifest and its digest, checked.
+
+    Raises:
+        BundleError: no manifest, damaged, or of a newer schema.
+    """
+    data = signed_manifest(folder)
     try:
-        manifest = from_dict(Manifest, data, str(path))
+        manifest = from_dict(Manifest, data, str(folder / MANIFEST))
     except MobileVLMError as error:
         raise BundleError(f"{error}: export the bundle again") from None
-    return manifest, stated
+    return manifest, data["sha256"]
 
 
 def open_bundle(folder: Path) -> Bundle:
@@ -265,11 +279,23 @@ def open_bundle(folder: Path) -> Bundle:
     been touched since (same size, times and inode; the time of the last change of the inode cannot
     be set back).
 
+    An export may replace the bundle meanwhile: then the new one is opened.
+
     Raises:
         BundleError: a file is missing, of another size, or of another content.
     """
-    manifest, digest = read_manifest(folder)
-    bundle = Bundle(folder, manifest, digest)
+    return steadily(folder, lambda: _open_once(folder))
+
+
+def _open_once(folder: Path) -> Bundle:
+    with unchanged(folder, identity_of(folder, [MANIFEST])):
+        manifest, digest = read_manifest(folder)
+        _check_files(folder, manifest, digest)
+        identity = identity_of(folder, [MANIFEST, *manifest.files])
+    return Bundle(folder, manifest, digest, identity)
+
+
+def _check_files(folder: Path, manifest: Manifest, digest: str) -> None:
     for name in named_files(manifest):
         if name not in manifest.files:
             raise BundleError(
@@ -297,7 +323,6 @@ def open_bundle(folder: Path) -> Bundle:
             )
     if stamps != known:
         _write_stamps(folder, digest, stamps)
-    return bundle
 
 
 def data_path(path: Path) -> Path:

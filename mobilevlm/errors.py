@@ -20,6 +20,10 @@ class BundleError(MobileVLMError):
     """A bundle that cannot be used: damaged, incomplete, or written by a newer version."""
 
 
+class ReplacedError(BundleError):
+    """A bundle that was replaced while it was opened or in use: loading it again helps."""
+
+
 class ImageError(MobileVLMError):
     """A picture that cannot be opened or is not a picture."""
 

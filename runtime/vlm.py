@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 
 from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import INSTRUCTION_TOKENIZER, TOKENIZER, Bundle, open_bundle
+from mobilevlm.bundle_identity import steadily, unchanged
 from mobilevlm.conversation import (
     Message,
     input_ids,
@@ -86,6 +87,7 @@ def load(
     Raises:
         MemoryLimitError: the model needs more than a limit. Nothing was loaded.
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
+        ReplacedError: exports replace the bundle again and again.
     """
     check_settings(engine, threads, plan, cache_mb, max_resident_mb, max_memory_mb)
     engine = engine_for_limit(engine, max_resident_mb)
@@ -106,15 +108,18 @@ def load(
             "none",
             max_memory_mb,
         )
-    return open_model(
-        open_bundle(path),
-        engine,
-        threads,
-        cache_mb,
-        start,
-        max_resident_mb=max_resident_mb,
-        plan=plan,
-        max_memory_mb=max_memory_mb,
+    return steadily(
+        path,
+        lambda: open_model(
+            open_bundle(path),
+            engine,
+            threads,
+            cache_mb,
+            start,
+            max_resident_mb=max_resident_mb,
+            plan=plan,
+            max_memory_mb=max_memory_mb,
+        ),
     )
 
 
@@ -152,14 +157,15 @@ def open_model(
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
     ``tokenizer``: instead of the bundle's; ``plan`` and ``max_memory_mb`` as in :func:`load`."""
     start = time.perf_counter() if start is None else start
-    first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
-    settled = fit_plan(bundle, first, memory_limits(asked_mb=max_memory_mb), others)
-    vision, decoder = open_engines(bundle, settled.engine, settled)
-    # After the engines: memory is scarcest while they pack weights.
-    tokenizer = tokenizer or _read_tokenizer(bundle, TOKENIZER)
-    cache = _open_cache(bundle, tokenizer, settled, cache_mb)
-    seconds = time.perf_counter() - start
-    return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds)
+    with unchanged(bundle.folder, bundle.identity):
+        first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
+        settled = fit_plan(bundle, first, memory_limits(asked_mb=max_memory_mb), others)
+        vision, decoder = open_engines(bundle, settled.engine, settled)
+        # After the engines: memory is scarcest while they pack weights.
+        tokenizer = tokenizer or _read_tokenizer(bundle, TOKENIZER)
+        cache = _open_cache(bundle, tokenizer, settled, cache_mb)
+        seconds = time.perf_counter() - start
+        return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds)
 
 
 class VLM:

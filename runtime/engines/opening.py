@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mobilevlm.bundle import Artifact, Bundle, EmbeddingTable
+from mobilevlm.bundle_identity import reopened
 from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import Plan, stage_formats
 from mobilevlm.runtime.engines import CacheType, DecoderEngine, Segment, VisionEngine
@@ -112,8 +113,8 @@ def _in_turn(
 
     table = _embedding_table(bundle)
     return stages_in_turn(
-        lambda: onnx_vision(bundle, vision, plan),
-        lambda: onnx_decoder(bundle, decoder, plan),
+        lambda: reopened(bundle, lambda: onnx_vision(bundle, vision, plan)),
+        lambda: reopened(bundle, lambda: onnx_decoder(bundle, decoder, plan)),
         bundle.path(table.path),
         table,
         bundle.manifest.spec.decoder,

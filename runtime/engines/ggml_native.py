@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-import weakref
 from collections.abc import Callable
 from functools import cache
 from types import SimpleNamespace
@@ -20,7 +19,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import TENSOR_TYPES, GgufFile
-from mobilevlm.runtime.engines.llama_native import catch_log, llama_library
+from mobilevlm.runtime.engines.forking import check_threads, free_with, note_threads
+from mobilevlm.runtime.engines.llama_native import LLAMA, catch_log, llama_library
 
 TensorPointer: TypeAlias = int
 """A ``struct ggml_tensor *``. In comments on shapes the outermost dimension stands first, as in
@@ -139,7 +139,7 @@ class Context:
         self._callbacks: list[Any] = []
         if not self.pointer:
             raise out_of_memory("a graph")
-        weakref.finalize(self, native.free, self.pointer)
+        free_with(self, native.free, self.pointer)
 
     def tensor(self, kind: str, *shape: int) -> TensorPointer:
         """A tensor to be; ``shape``: outermost first."""
@@ -175,7 +175,7 @@ class Memory:
         self._buffer = native.backend_cpu_buffer_from_ptr(self._address, self.content.size)
         if not self._buffer:
             raise out_of_memory("a buffer")
-        weakref.finalize(self, native.backend_buffer_free, self._buffer)
+        free_with(self, native.backend_buffer_free, self._buffer)
 
     def place(self, tensor: TensorPointer, offset: int) -> None:
         """The tensor's values lie ``offset`` bytes from the beginning."""
@@ -203,10 +203,11 @@ class Processor:
 
     def __init__(self, threads: int) -> None:
         native = ggml()
+        check_threads(LLAMA)
         self._pointer = native.backend_cpu_init()
         if not self._pointer:
             raise out_of_memory("a backend")
-        weakref.finalize(self, native.backend_free, self._pointer)
+        free_with(self, native.backend_free, self._pointer)
         native.backend_cpu_set_n_threads(self._pointer, threads)
 
     def compute(self, graph: int) -> None:
@@ -215,6 +216,7 @@ class Processor:
         Raises:
             MobileVLMError: ggml failed.
         """
+        note_threads(LLAMA)
         status = ggml().backend_graph_compute(self._pointer, graph)
         if status:
             raise MobileVLMError(f"ggml failed (status {status}): most likely too little memory")
@@ -226,7 +228,7 @@ class Workspace:
     def __init__(self, graph: int) -> None:
         native = ggml()
         self._pointer = native.gallocr_new(native.backend_cpu_buffer_type())
-        weakref.finalize(self, native.gallocr_free, self._pointer)
+        free_with(self, native.gallocr_free, self._pointer)
         if not native.gallocr_alloc_graph(self._pointer, graph):
             raise out_of_memory("intermediate results")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import weakref
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,10 @@ from mobilevlm.runtime.engines import (
     no_experts,
     still_open,
 )
+from mobilevlm.runtime.engines.forking import free_with, note_threads
 from mobilevlm.runtime.engines.gguf_check import check_decoder
 from mobilevlm.runtime.engines.gguf_decoder import GgufDecoder
-from mobilevlm.runtime.engines.llama_native import NativeModel, address, llama_library
+from mobilevlm.runtime.engines.llama_native import LLAMA, NativeModel, address, llama_library
 from mobilevlm.spec import DecoderSpec
 
 
@@ -49,7 +49,7 @@ class LlamaState:
             )
         self._memory = library.llama_get_memory(self.pointer)
         # The finalizer holds the model, which must live longer than its contexts.
-        weakref.finalize(self, _free_context, library, self.pointer, model)
+        free_with(self, _free_context, library, self.pointer, model)
         self._length = 0
 
     @property
@@ -66,6 +66,7 @@ class LlamaState:
     def append(self, batch: Any) -> None:
         """Runs a batch; after a failure the sequence is as it was."""
         library = llama_library()
+        note_threads(LLAMA)
         code = library.llama_decode(self.pointer, batch)
         if code:
             library.llama_memory_seq_rm(self._memory, 0, self._length, -1)

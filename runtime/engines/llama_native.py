@@ -5,13 +5,14 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-import weakref
 from collections import deque
 from pathlib import Path
 from typing import Any
 
 from mobilevlm.errors import BundleError, require
+from mobilevlm.runtime.engines.forking import check_threads, free_with
 
+LLAMA = "llama.cpp"
 LOG_VARIABLE = "MOBILEVLM_LLAMA_LOG"
 """With this environment variable at 1, llama.cpp's log goes to stderr."""
 
@@ -80,6 +81,7 @@ class NativeModel:
             BundleError: llama.cpp cannot load it.
         """
         library = llama_library()
+        check_threads(LLAMA)
         catch_log()
         library.llama_backend_init()
         options = library.llama_model_default_params()
@@ -87,7 +89,7 @@ class NativeModel:
         self.pointer = library.llama_model_load_from_file(os.fsencode(path), options)
         if not self.pointer:
             raise load_error(path)
-        weakref.finalize(self, library.llama_model_free, self.pointer)
+        free_with(self, library.llama_model_free, self.pointer)
 
 
 def address(array: Any, kind: Any) -> Any:

@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mobilevlm.bundle import data_path
+from mobilevlm.runtime.engines.forking import keep_in_children
 from mobilevlm.runtime.engines.mapped_pages import drop_pages, keep_apart
 
 INTERVAL = 0.03
@@ -99,6 +100,7 @@ class Session(ort.InferenceSession):  # type: ignore[misc, unused-ignore]
     def __init__(self, path: Path, options: ort.SessionOptions, weights: MappedWeights) -> None:
         super().__init__(str(path), options, providers=["CPUExecutionProvider"])
         self.weights = weights
+        keep_in_children(self)
 
 
 def _is_whole(tensor: Tensor, size: int) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.clip_order import class_token_order
+from mobilevlm.runtime.engines.forking import free_with, note_threads
 from mobilevlm.runtime.engines.gguf_check import check_mmproj
 from mobilevlm.runtime.engines.llama_native import (
+    LLAMA,
     NativeModel,
     address,
     catch_log,
@@ -93,6 +94,7 @@ class MtmdVision:
                     f"llama.cpp makes {counts} visual tokens of a picture (code {code}), "
                     f"expected {self._shape[0]}"
                 )
+            note_threads(LLAMA)
             code = mtmd.mtmd_encode_chunk(context.pointer, images[0])
             if code:
                 raise MobileVLMError(f"llama.cpp failed on a picture (code {code})")
@@ -109,7 +111,7 @@ class _Context:
     def __init__(self, mtmd: Any, pointer: int, refers_to: object) -> None:
         self.pointer = pointer
         self.lock = threading.Lock()
-        weakref.finalize(self, _free_context, mtmd, pointer, refers_to)
+        free_with(self, _free_context, mtmd, pointer, refers_to)
 
 
 def _free_context(mtmd: Any, pointer: int, refers_to: object) -> None:

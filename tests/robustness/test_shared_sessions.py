@@ -1,8 +1,11 @@
-"""One session in several threads or streams, runs that break off, and models closed under a stream:
+"""One session in several threads, streams or processes, runs that break off, models closed at work:
 one error, never a wrong answer, and nothing wrong in the cache that sessions share."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -276,3 +279,75 @@ def test_a_stream_may_be_closed_by_another_thread_and_has_one_reader(case: Case,
     again.close()
     reading.join(60)
     assert not reading.is_alive() and list(again) == []
+
+
+# Forks
+
+FORKS = """
+import os, sys, time
+import mobilevlm
+from mobilevlm.plan import Plan
+
+bundle, image, engine, memory = sys.argv[1:]
+plan = Plan(engine, memory=memory)
+vlm = mobilevlm.load(bundle, plan=plan)
+session = vlm.new_session()
+expected = vlm.generate("What?", [image], max_new_tokens=4, session=session).token_ids
+stream = vlm.stream("What?", [image], ignore_eos=True)
+next(stream)
+
+def ask():
+    for asked in (lambda: vlm.generate("What?"), lambda: next(stream), lambda: session.step(1)):
+        try:
+            asked()
+        except mobilevlm.MobileVLMError as error:
+            assert "forked after the model was loaded" in str(error), error
+            assert "call load() in this process" in str(error), error
+        else:
+            raise AssertionError("answered")
+
+def close():
+    stream.close()
+    vlm.close()
+
+def leave_block():
+    with vlm:
+        pass
+
+def load():
+    try:
+        with mobilevlm.load(bundle, plan=plan) as own:
+            found = own.generate("What?", [image], max_new_tokens=4).token_ids
+    except mobilevlm.MobileVLMError as error:
+        assert engine != "onnx" and "start processes with multiprocessing's 'spawn'" in str(error)
+    else:
+        assert found == expected, (found, expected)
+
+for work in (ask, close, leave_block, load, lambda: None):
+    child = os.fork()
+    if not child:
+        work()
+        sys.exit(0)
+    end = time.monotonic() + 60
+    done = 0
+    while not done and time.monotonic() < end:
+        done, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.02)
+    assert done, (work, "hangs")
+    assert status == 0, (work, status)
+assert vlm.generate("What?", [image], max_new_tokens=4).token_ids == expected
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_a_forked_child_may_close_and_leave_and_is_told_to_load(
+    case: Case, bundles: Callable[[Case], Path]
+) -> None:
+    arguments = [bundles(case), case.fixture.image, case.plan.engine, case.plan.memory]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]

@@ -72,6 +72,10 @@ class PlanWarning(UserWarning):
     """A plan or setting that cannot be used as it is: the bundle runs without it, or by less."""
 
 
+class ImageWarning(UserWarning):
+    """An image that is read, but not exactly as its file says."""
+
+
 def require(module: str, extra: str, purpose: str) -> MissingExtraError:
     """The error for a missing optional package, worded the same everywhere."""
     return MissingExtraError(

@@ -1,100 +1,160 @@
-"""Picture file to the uint8 pixels that the vision stage takes.
+"""Image to the uint8 pixels that the vision stage takes.
 
 The same steps as the reference code's image processors, with Pillow: pad to a square with the mean
 colour (or not), resize the shortest edge with bicubic filtering, crop the centre; or resize
 straight to the square (SigLIP's and BLIP's). The last step, ``(pixel / 255 - mean) / std``, is
 folded into the first layer of the exported graph.
+
+Memory holds the decoded image once, as its file stores it. Turning it upright, colours, alpha and
+the first pass of resizing happen strip by strip, with the bits that the whole would have: Pillow
+resizes rows first, then columns, and a row does not depend on the others.
 """
 
 from __future__ import annotations
 
-import io
 import warnings
-from os import PathLike
-from pathlib import Path
-from typing import TypeAlias
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 
-from mobilevlm.errors import ImageError
+from mobilevlm.errors import ImageError, ImageWarning
+from mobilevlm.image_file import Room, check_size, read_image
+from mobilevlm.image_source import ImageInput, open_source
 from mobilevlm.spec import ImageSpec
+from mobilevlm.terminal import shown
 
-ImageInput: TypeAlias = "str | PathLike[str] | bytes | Image.Image | NDArray[np.uint8]"
-"""A path, the bytes of a picture file, a Pillow image, or uint8 pixels ``(height, width, 3)``."""
+__all__ = ["ImageInput", "Room", "normalize", "open_image", "preprocess", "read_pixels"]
 
-MAX_PIXELS = 178_956_970
-"""Larger pictures are refused before they are decoded (Pillow's own decompression-bomb limit)."""
 MAX_PADDED_EDGE = 32_768
-"""Longer pictures are not padded to a square: that would take minutes."""
-_STRIP = 64
-"""Rows of the padded square that are in memory at once."""
+"""Longer images are not padded to a square: that would take minutes."""
+_STRIP_PIXELS = 1 << 19
+"""Pixels of a strip, about."""
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF orientation."""
+Box = tuple[int, int, int, int]
 
 
-def open_image(source: ImageInput) -> Image.Image:
-    """Opens a picture as RGB, turned upright by its EXIF orientation, alpha over white.
+@dataclass(frozen=True)
+class _Stored:
+    """An image as its file stores it, and what makes RGB of a part of it."""
+
+    image: Image.Image
+    turn: Image.Transpose | None = None
+    full: float = 0.0
+    """Value that is white, of images of wide numbers."""
+    unsigned: bool = False
+    """Whether its 32-bit integers have no sign."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height, upright."""
+        width, height = self.image.size
+        swapped = self.turn is not None and self.turn in (
+            Image.Transpose.TRANSPOSE,
+            Image.Transpose.ROTATE_270,
+            Image.Transpose.TRANSVERSE,
+            Image.Transpose.ROTATE_90,
+        )
+        return (height, width) if swapped else (width, height)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is upright RGB already."""
+        return (
+            self.turn is None and self.image.mode == "RGB" and not self.image.has_transparency_data
+        )
+
+    def part(self, box: Box) -> Image.Image:
+        """Return a part of the upright image as RGB, alpha over white."""
+        if self.is_plain:
+            return self.image.crop(box)
+        part = self.image.crop(_stored_box(box, self.image.size, self.turn))
+        if self.turn is not None:
+            part = part.transpose(self.turn)
+        if self.full:
+            values = _numbers(part, self.unsigned).astype(np.float64)
+            values *= 255.0 / self.full
+            part = Image.fromarray(values.clip(0, 255).astype(np.uint8))
+        if part.has_transparency_data:
+            layer = part.convert("RGBA")
+            part = Image.alpha_composite(Image.new("RGBA", layer.size, (255,) * 4), layer)
+        return part.convert("RGB")
+
+    def strips(self, wide: int = 0) -> Iterator[tuple[int, Image.Image]]:
+        """Yield the first row and the content of each strip. ``wide``: pixels of a row, where it
+        is made longer than the image's."""
+        width, height = self.size
+        rows = max(_STRIP_PIXELS // max(width, wide), 1)
+        for top in range(0, height, rows):
+            yield top, self.part((0, top, width, min(top + rows, height)))
+
+
+def _stored_box(box: Box, size: tuple[int, int], turn: Image.Transpose | None) -> Box:
+    """Return where a part of the upright image lies in the stored one, which has this size."""
+    left, top, right, bottom = box
+    width, height = size
+    if turn is None:
+        return box
+    return {
+        Image.Transpose.FLIP_LEFT_RIGHT: (width - right, top, width - left, bottom),
+        Image.Transpose.ROTATE_180: (width - right, height - bottom, width - left, height - top),
+        Image.Transpose.FLIP_TOP_BOTTOM: (left, height - bottom, right, height - top),
+        Image.Transpose.TRANSPOSE: (top, left, bottom, right),
+        Image.Transpose.ROTATE_270: (top, height - right, bottom, height - left),
+        Image.Transpose.TRANSVERSE: (width - bottom, height - right, width - top, height - left),
+        Image.Transpose.ROTATE_90: (width - bottom, left, width - top, right),
+    }[turn]
+
+
+def open_image(source: ImageInput, room: Room | None = None) -> Image.Image:
+    """Open an image as RGB, turned upright by its EXIF orientation, alpha over white.
+
+    ``room``: memory that decoding may take; an image that needs more is refused.
 
     Raises:
-        ImageError: the file is missing, damaged, not a picture, or too large.
+        ImageError: it is missing, damaged, not an image, or too large.
     """
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
-            raise ImageError(
-                f"image array: expected uint8 of shape (height, width, 3), "
-                f"found {source.dtype} {source.shape}"
-            )
-        return Image.fromarray(source)
-    if isinstance(source, Image.Image):
-        if not all(source.size):
-            raise ImageError(f"image of {source.width} × {source.height} pixels: it is empty")
-        return _upright_rgb(source)
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)
-    if not isinstance(source, bytes) and not Path(source).is_file():
-        raise ImageError(f"{name}: no such picture file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # about metadata that nobody asked for
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                return _upright_rgb(image)
-    except (Image.DecompressionBombWarning, Image.DecompressionBombError):
-        raise ImageError(
-            f"{name}: more than {Image.MAX_IMAGE_PIXELS or MAX_PIXELS} pixels: scale it down first"
-        ) from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{name}: not a picture in a format that Pillow reads") from None
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise ImageError(f"{name}: damaged picture ({error})") from None
+    stored = _read(source, room, None)
+    if stored.is_plain:
+        return stored.image.copy() if stored.image is source else stored.image
+    image = Image.new("RGB", stored.size)
+    for top, strip in stored.strips():
+        image.paste(strip, (0, top))
+    return image
 
 
-def _upright_rgb(image: Image.Image) -> Image.Image:
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode.startswith(("I", "F")):  # 16-bit and float greys: scale to 8 bits
-        values = np.asarray(upright, np.float64)
-        deep = upright.mode.startswith("I;16") or values.max(initial=0.0) > 255
-        full = 65535.0 if deep else 255.0
-        upright = Image.fromarray((values * (255.0 / full)).clip(0, 255).astype(np.uint8))
-    if upright.has_transparency_data:
-        layer = upright.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        upright = Image.alpha_composite(white, layer)
-    return upright.convert("RGB")
+def read_pixels(source: ImageInput, spec: ImageSpec, room: Room | None = None) -> NDArray[np.uint8]:
+    """Return uint8 pixels ``(size, size, 3)`` of an image in any form: the same as
+    ``preprocess(open_image(source), spec)`` in less memory.
+
+    ``room``: memory that this may take. Where a JPEG needs more it is decoded at a fraction of its
+    size, and a warning says so; others are refused.
+
+    Raises:
+        ImageError: as of :func:`open_image` and :func:`preprocess`.
+    """
+    return _pixels(_read(source, room, spec.shortest_edge), spec)
 
 
 def preprocess(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
-    """RGB picture to uint8 pixels ``(size, size, 3)``, before mean and standard deviation.
+    """RGB image to uint8 pixels ``(size, size, 3)``, before mean and standard deviation.
 
     Raises:
-        ImageError: the picture is too long to be padded to a square.
+        ImageError: the image is too long to be padded to a square.
     """
-    if spec.aspect == "resize":
-        image = image.resize((spec.size, spec.size), Image.Resampling.BICUBIC)
-    elif spec.aspect == "pad":
-        image = _pad_and_resize(image, spec.pad_color, spec.shortest_edge)
-    else:
-        image = _resize_shortest_edge(image, spec.shortest_edge)
-    return _center_crop(np.asarray(image, np.uint8), spec.size)
+    return _pixels(_Stored(image), spec)
 
 
 def normalize(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
@@ -104,44 +164,142 @@ def normalize(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-def _pad_and_resize(image: Image.Image, color: tuple[int, int, int], edge: int) -> Image.Image:
-    """Pads to a square, the picture at ``(long - short) // 2`` (``expand2square`` in the reference
-    code), and resizes it to ``edge``.
+def _read(source: ImageInput, room: Room | None, edge: int | None) -> _Stored:
+    if isinstance(source, np.ndarray):
+        if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
+            raise ImageError(
+                f"image array: expected uint8 of shape (height, width, 3), "
+                f"found {source.dtype} {source.shape}"
+            )
+        return _Stored(Image.fromarray(source))
+    if isinstance(source, Image.Image):
+        name = shown(getattr(source, "filename", "")) or "Pillow image"
+        check_size(source, name)
+        return _described(source, name)
+    with open_source(source) as (name, file):
+        return _described(read_image(file, name, room, edge), name)
 
-    Pillow resizes rows first, then columns. Rows are done here strip by strip, so that the square,
-    which is much larger than a long picture, is never in memory; the result is the same.
+
+def _described(image: Image.Image, name: str) -> _Stored:
+    """Say how an image becomes upright RGB.
+
+    Raises:
+        ImageError: it cannot, or its pixels cannot be decoded (of Pillow's lazy images).
     """
-    width, height = image.size
+    try:
+        image.load()
+        turn = _TURNS.get(_orientation(image, name))
+        wide = image.mode.startswith(("I", "F"))
+        unsigned = wide and _is_unsigned(image)
+        stored = _Stored(image, turn, _full_scale(image, unsigned, name) if wide else 0.0, unsigned)
+        stored.part((0, 0, 1, 1))  # whether Pillow converts this mode
+    except ImageError:
+        raise
+    except Exception as error:  # a decoder of others' on a file of others'
+        told = shown(error) or type(error).__name__
+        raise ImageError(f"{name}: damaged {image.format or ''} image ({told})") from None
+    return stored
+
+
+def _orientation(image: Image.Image, name: str) -> int:
+    """Return the EXIF orientation; other tags are not looked at."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception as error:  # a reader of others' on a file of others'
+        told = shown(error, 80) or type(error).__name__
+        warnings.warn(
+            f"{name}: damaged EXIF ({told}): taken as upright", ImageWarning, stacklevel=2
+        )
+        return 1
+    return orientation if isinstance(orientation, int) else 1
+
+
+def _is_unsigned(image: Image.Image) -> bool:
+    """Return whether a TIFF file's 32-bit integers have no sign; Pillow reads them as if."""
+    tags = getattr(image, "tag_v2", {})
+    return image.mode == "I" and tags.get(258, (0,))[0] == 32 and tags.get(339, (1,))[0] == 1
+
+
+def _numbers(image: Image.Image, unsigned: bool) -> NDArray[np.generic]:
+    values = np.asarray(image)
+    return values.view(np.uint32) if unsigned else values
+
+
+def _full_scale(image: Image.Image, unsigned: bool, name: str) -> float:
+    """Return the value that is white in an image of 16-bit, 32-bit or float numbers.
+
+    A file does not say it but for 16 bits, so it is the least of 1 (floats), 255 and 65535 that no
+    value exceeds, else the largest value.
+    """
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    least, most = float("inf"), -float("inf")
+    rows = max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+        values = _numbers(strip, unsigned)
+        # Of not-a-number both are not-a-number, which no comparison below lets pass.
+        least, most = float(np.minimum(least, values.min())), float(np.maximum(most, values.max()))
+    if not (least >= 0 and most < float("inf")):
+        raise ImageError(
+            f"{name}: an image of numbers from {least:g} to {most:g}: scale them to 0 … 255 first"
+        )
+    scales = (1.0, 255.0, 65535.0) if image.mode == "F" else (255.0, 65535.0)
+    return next((scale for scale in scales if most <= scale), most)
+
+
+def _pixels(stored: _Stored, spec: ImageSpec) -> NDArray[np.uint8]:
+    if spec.aspect == "resize":
+        image = _resize(stored, (spec.size, spec.size))
+    elif spec.aspect == "pad":
+        image = _pad_and_resize(stored, spec.pad_color, spec.shortest_edge)
+    else:
+        image = _resize_shortest_edge(stored, spec.shortest_edge)
+    return _center_crop(np.asarray(image, np.uint8), spec.size)
+
+
+def _resize(stored: _Stored, size: tuple[int, int]) -> Image.Image:
+    """Resize to a size: rows strip by strip, then columns."""
+    width, height = size
+    narrow = Image.new("RGB", (width, stored.size[1]))
+    for top, strip in stored.strips(width):
+        narrow.paste(strip.resize((width, strip.height), Image.Resampling.BICUBIC), (0, top))
+    return narrow.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _pad_and_resize(stored: _Stored, color: tuple[int, int, int], edge: int) -> Image.Image:
+    """Pad to a square, the image at ``(long - short) // 2`` (``expand2square`` in the reference
+    code), and resize it to ``edge``. The square is never in memory as a whole."""
+    width, height = stored.size
     long = max(width, height)
     if long > MAX_PADDED_EDGE:
         raise ImageError(
-            f"picture of {width} × {height} pixels: longer than {MAX_PADDED_EDGE}: scale it down "
+            f"image of {width} × {height} pixels: longer than {MAX_PADDED_EDGE}: scale it down "
             f"or cut it first"
         )
-    left, top = (long - width) // 2, (long - height) // 2
+    left, above = (long - width) // 2, (long - height) // 2
     narrow = Image.new("RGB", (edge, long), color)
-    for start in range(0, height, _STRIP):
-        rows = min(_STRIP, height - start)
-        strip = Image.new("RGB", (long, rows), color)
-        strip.paste(image.crop((0, start, width, start + rows)), (left, 0))
-        narrow.paste(strip.resize((edge, rows), Image.Resampling.BICUBIC), (0, top + start))
+    for top, strip in stored.strips(long):
+        if width < long:
+            padded = Image.new("RGB", (long, strip.height), color)
+            padded.paste(strip, (left, 0))
+            strip = padded
+        narrow.paste(strip.resize((edge, strip.height), Image.Resampling.BICUBIC), (0, above + top))
     return narrow.resize((edge, edge), Image.Resampling.BICUBIC)
 
 
-def _resize_shortest_edge(image: Image.Image, edge: int) -> Image.Image:
-    width, height = image.size
+def _resize_shortest_edge(stored: _Stored, edge: int) -> Image.Image:
+    width, height = stored.size
     short, long = min(width, height), max(width, height)
     long_edge = int(edge * long / short)
     size = (edge, long_edge) if width <= height else (long_edge, edge)
-    if size == image.size:
-        return image
     if long_edge > 64 * edge:  # a needle: only its middle survives the crop, so resize only that
         keep = 4 * short + (long - 4 * short) % 2  # an even rest leaves the middle where it is
         start = (long - keep) // 2
         upright = (0, start, width, start + keep)
         box = upright if width <= height else (start, 0, start + keep, height)
-        return _resize_shortest_edge(image.crop(box), edge)
-    return image.resize(size, Image.Resampling.BICUBIC)
+        return _resize_shortest_edge(_Stored(stored.part(box)), edge)
+    return _resize(stored, size)
 
 
 def _center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

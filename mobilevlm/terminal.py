@@ -20,6 +20,13 @@ def plain(text: object) -> str:
     return str(text).replace("\r\n", " ").translate(_SHOWN)
 
 
+def shown(text: object, limit: int = 200) -> str:
+    """Return what others wrote (a person's argument, a library's error) for a message: as
+    :func:`plain`, without space to spare, cut after ``limit`` characters."""
+    line = " ".join(plain(text).split())
+    return line if len(line) <= limit else f"{line[:limit]}…"
+
+
 def plain_answer(text: str, stream: TextIO) -> str:
     """Return a piece of an answer as it is written to ``stream``: on a terminal without control
     characters except line breaks and tabs, elsewhere unchanged."""

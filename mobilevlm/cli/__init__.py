@@ -10,12 +10,14 @@ import re
 import sys
 import traceback
 import warnings
+from pathlib import Path
 from typing import Any
 
 import click
 
 from mobilevlm._version import __version__
 from mobilevlm.errors import (
+    ImageWarning,
     MissingExtraError,
     MobileVLMError,
     PlanWarning,
@@ -140,8 +142,10 @@ def _format_warning(
     line: str | None = None,
 ) -> str:
     """Ours as a line for people, others with the place that they come from."""
-    if issubclass(category, (PlanWarning, PrecisionWarning)):
+    if issubclass(category, (ImageWarning, PlanWarning, PrecisionWarning)):
         return f"mobilevlm: warning: {plain(message)}\n"
+    if category is UserWarning and "PIL" in Path(filename).parts:
+        return ""  # about metadata that nobody asked for
     return f"{filename}:{lineno}: {category.__name__}: {plain(message)}\n"
 
 

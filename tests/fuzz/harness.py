@@ -27,7 +27,7 @@ NAMES = tuple(
     sorted(
         path.stem
         for path in HERE.glob("[a-z]*.py")
-        if path.stem not in ("harness", "mutations", "worker")
+        if path.stem not in ("harness", "image_damage", "mutations", "worker")
     )
 )
 """Names of the fuzzers, which are those of their files."""

@@ -246,14 +246,16 @@ def message_of(source: Any) -> str:
 
 
 def test_a_missing_file_and_a_folder_are_named(tmp_path: Path) -> None:
-    assert message_of(tmp_path / "no.png") == f"{tmp_path}/no.png: no such picture file"
+    assert message_of(tmp_path / "no.png") == f"{tmp_path}/no.png: no such image file"
     assert str(tmp_path) in message_of(tmp_path)
 
 
 def test_a_file_that_is_no_picture_is_named(tmp_path: Path) -> None:
     path = tmp_path / "notes.png"
     path.write_text("not a picture")
-    assert message_of(path) == f"{path}: not a picture in a format that Pillow reads"
+    assert message_of(path) == (
+        f"{path}: not an image in a format that is read (PNG, JPEG, WebP, GIF, BMP, TIFF, AVIF …)"
+    )
     path.write_bytes(b"")
     assert str(path) in message_of(path)
 

@@ -68,6 +68,10 @@ class PrecisionWarning(UserWarning):
     """A bundle that runs here, but another export of it would be more exact."""
 
 
+class FileWarning(UserWarning):
+    """A file made elsewhere says something that is done otherwise here."""
+
+
 class PlanWarning(UserWarning):
     """A plan or setting that cannot be used as it is: the bundle runs without it, or by less."""
 

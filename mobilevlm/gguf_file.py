@@ -15,11 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.errors import BundleError
+from mobilevlm.gguf_split import with_parts
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
+OLD_MAGICS = (b"ggml", b"lmgg", b"tjgg", b"fmgg", b"algg")
+"""Of llama.cpp's formats before GGUF, in the file's order of bytes."""
+LFS_POINTER = b"version https://git-lfs"
 MAX_ENTRIES = 1 << 16
 """More metadata keys or tensors than any model has."""
+MAX_ITEMS = 1 << 21
+"""Array items of the whole file. A vocabulary of 262,144 tokens with merges has 1.4 million."""
 MAX_DIMENSIONS = 4
 DEFAULT_ALIGNMENT = 32
 
@@ -36,9 +42,21 @@ TENSOR_TYPES = {
     30: ("BF16", 1, 2), 34: ("TQ1_0", 256, 54), 35: ("TQ2_0", 256, 66), 39: ("MXFP4", 32, 17),
 }  # fmt: skip
 
+_REMOVED_TYPES = {
+    4: "Q4_2", 5: "Q4_3", 31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8",
+}  # fmt: skip
+"""Types of older files; llama.cpp has removed them."""
+_NEW_TYPES = {40: " (NVFP4)", 41: " (Q1_0)"}
+"""Types that exist and are not read here."""
+_MAX_NEW_TYPE = 127
+"""A higher number is damage rather than a type to come."""
+
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
             10: "<Q", 11: "<q", 12: "<d"}  # fmt: skip
 _STRING, _ARRAY = 8, 9
+_KINDS = {0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7: "bool",
+          8: "string", 10: "u64", 11: "i64", 12: "f64"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,8 @@ class GgufTensor:
     """From the beginning of the file."""
     size: int
     """Bytes."""
+    path: Path
+    """The file, or the part of a split one."""
 
     @property
     def row_size(self) -> int:
@@ -69,6 +89,17 @@ class GgufFile:
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    kinds: dict[str, str]
+    """Type of each value: ``u32``, ``string``, ``array of i32`` …"""
+    parts: tuple[Path, ...]
+    """All files of it: several of a split one."""
+    header_size: int
+    """Bytes before the padding that the tensors begin after."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(path.stat().st_size for path in self.parts)
 
     @property
     def architecture(self) -> str:
@@ -77,10 +108,20 @@ class GgufFile:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Reads and checks the header.
+    """Read and check the header; of a split file, the headers of all its parts.
 
     Raises:
-        BundleError: no such file, or not a whole GGUF file.
+        BundleError: no such file, not a whole GGUF file, one of another time, or a part of a split
+            one that is not the first, or whose others are missing.
+    """
+    return with_parts(read_one(path), read_one)
+
+
+def read_one(path: Path) -> GgufFile:
+    """Read and check the header of one file, which may be a part.
+
+    Raises:
+        BundleError: no such file, not a whole GGUF file, or one of another time.
     """
     if not path.is_file():
         raise BundleError(f"{path}: no such file")
@@ -99,41 +140,83 @@ class _Header:
 
     def __init__(self, path: Path, content: mmap.mmap) -> None:
         self._path, self._content, self._at = path, content, 0
+        self._items = 0
+        """Array items so far."""
 
     def read(self) -> GgufFile:
-        if self._bytes(4) != MAGIC:
-            raise self._damaged("it does not begin with 'GGUF'")
+        self._check_magic()
         version = self._number("<I")
         if version not in VERSIONS:
-            raise self._damaged(f"version {version} is not known")
+            raise self._of_another_version(version)
         num_tensors, num_keys = self._number("<Q"), self._number("<Q")
         if num_tensors > MAX_ENTRIES or num_keys > MAX_ENTRIES:
             raise self._damaged(f"it claims {num_tensors} tensors and {num_keys} keys")
         metadata: dict[str, Any] = {}
+        kinds: dict[str, str] = {}
         for _ in range(num_keys):
             key = self._text()
             if not key or key in metadata:
                 raise self._damaged(f"key {key[:60]!r} is empty or stands twice")
-            metadata[key] = self._value(self._number("<I"))
+            kinds[key], metadata[key] = self._value(self._number("<I"))
         infos = [self._tensor_info() for _ in range(num_tensors)]
-        return GgufFile(self._path, version, metadata, self._placed(infos, metadata))
+        tensors = self._placed(infos, metadata)
+        return GgufFile(self._path, version, metadata, tensors, kinds, (self._path,), self._at)
 
-    def _value(self, kind: int) -> Any:
+    def _check_magic(self) -> None:
+        if self._content[: len(LFS_POINTER)] == LFS_POINTER:
+            raise BundleError(
+                f"{self._path}: a Git LFS pointer, not the file itself: run 'git lfs pull' in its "
+                f"folder, or download the file"
+            )
+        magic = self._bytes(4)
+        if magic in OLD_MAGICS:
+            raise BundleError(
+                f"{self._path}: older than GGUF (format {magic[::-1].decode()!r} of 2023): convert "
+                f"the model again with llama.cpp's convert_hf_to_gguf.py"
+            )
+        if magic != MAGIC:
+            raise self._damaged("it does not begin with 'GGUF'")
+
+    def _of_another_version(self, version: int) -> BundleError:
+        known = " and ".join(map(str, VERSIONS))
+        if version == 1:
+            return BundleError(
+                f"{self._path}: GGUF version 1 (2023), older than {known}, which are read: convert "
+                f"the model again with llama.cpp's convert_hf_to_gguf.py"
+            )
+        if version & 0xFFFF == 0 and version >> 24 in VERSIONS:
+            return BundleError(
+                f"{self._path}: a big-endian GGUF file: take the little-endian one, or convert it "
+                f"with gguf-py's gguf_convert_endian.py"
+            )
+        if 3 < version < 100:
+            return BundleError(
+                f"{self._path}: GGUF version {version}, newer than {known}, which are read: update "
+                f"mobilevlm, or take a file of version 3"
+            )
+        return self._damaged(f"version {version} is not known")
+
+    def _value(self, kind: int) -> tuple[str, Any]:
+        """Return the name of a value's type, and the value."""
         if kind in _SCALARS:
-            return self._number(_SCALARS[kind])
+            return _KINDS[kind], self._number(_SCALARS[kind])
         if kind == _STRING:
-            return self._text()
+            return "string", self._text()
         if kind != _ARRAY:
             raise self._damaged(f"a value of type {kind}, which is not known")
         item, count = self._number("<I"), self._number("<Q")
+        if item not in _KINDS:
+            raise self._damaged(f"an array of type {item}, which is not known")
+        self._items += count
+        if self._items > MAX_ITEMS:
+            raise self._damaged(f"its arrays have more than {MAX_ITEMS} items")
+        label = f"array of {_KINDS[item]}"
         if item == _STRING:
             self._check(count * 8)
-            return [self._text() for _ in range(count)]
-        if item not in _SCALARS:
-            raise self._damaged(f"an array of type {item}, which is not known")
+            return label, [self._text() for _ in range(count)]
         code = _SCALARS[item][1]
         size = struct.calcsize(_SCALARS[item])
-        return list(struct.unpack(f"<{count}{code}", self._bytes(count * size)))
+        return label, list(struct.unpack(f"<{count}{code}", self._bytes(count * size)))
 
     def _tensor_info(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape (outermost first), type and offset in the data."""
@@ -155,7 +238,7 @@ class _Header:
         tensors: dict[str, GgufTensor] = {}
         for name, shape, kind, offset in infos:
             if kind not in TENSOR_TYPES:
-                raise self._damaged(f"tensor {name[:60]!r} has type {kind}, which is not known")
+                raise self._of_another_type(name, kind)
             label, per_block, block_size = TENSOR_TYPES[kind]
             count = math.prod(shape)
             if name in tensors or not count or shape[-1] % per_block or offset % alignment:
@@ -168,8 +251,22 @@ class _Header:
                     f"tensor {name[:60]!r} ends at byte {start + offset + size}, the file has "
                     f"{len(self._content)}"
                 )
-            tensors[name] = GgufTensor(name, label, shape, start + offset, size)
+            tensors[name] = GgufTensor(name, label, shape, start + offset, size, self._path)
         return tensors
+
+    def _of_another_type(self, name: str, kind: int) -> BundleError:
+        where = f"{self._path}: tensor {name[:60]!r}"
+        if kind in _REMOVED_TYPES:
+            return BundleError(
+                f"{where} is of type {kind} ({_REMOVED_TYPES[kind]}), older than this version "
+                f"reads and removed from llama.cpp: take the file in Q4_0, or convert it again"
+            )
+        if max(TENSOR_TYPES) < kind <= _MAX_NEW_TYPE:
+            return BundleError(
+                f"{where} is of type {kind}{_NEW_TYPES.get(kind, '')}, newer than this version "
+                f"reads: take the file in another type (Q4_0, Q4_K_M, Q8_0 …), or update mobilevlm"
+            )
+        return self._damaged(f"tensor {name[:60]!r} has type {kind}, which is not known")
 
     def _number(self, form: str) -> Any:
         return struct.unpack(form, self._bytes(struct.calcsize(form)))[0]

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from mobilevlm.bundle import SCHEMA_VERSION, Artifact, Bundle, FileEntry, Manifest, Quality
-from mobilevlm.conversation import CONVERSATIONS, two_separator_template
-from mobilevlm.errors import BundleError
+from mobilevlm.gguf_checks import (
+    check_decoder_file,
+    check_encoder_file,
+    check_vocabulary,
+    is_utf8,
+)
+from mobilevlm.gguf_conversation import gguf_conversation
+from mobilevlm.gguf_encoder import read_encoder
 from mobilevlm.gguf_file import GgufFile, read_gguf
 from mobilevlm.gguf_spec import bytes_per_token, decoder_spec
-from mobilevlm.spec import (
-    ConversationSpec,
-    ImageSpec,
-    ModelSpec,
-    ProjectorSpec,
-    VisionSpec,
-)
+from mobilevlm.spec import ModelSpec
 
 MAX_CONTEXT = 4096
 """Positions at most: llama.cpp allocates keys and values of all of them at once, and models made
 for 131072 would take tens of gigabytes."""
-LDPV2_GRID = 12
-"""Visual tokens per edge, whatever the picture's size."""
 
 
 def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
@@ -46,83 +43,47 @@ def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
                 "gguf",
                 label,
                 paths["decoder"],
-                (),
+                tuple(path.absolute().as_posix() for path in decoder.parts[1:]),
                 key="",
                 bytes_per_token=bytes_per_token(decoder, spec.decoder),
             ),
         ),
         embeddings=None,
         quality=Quality(measured=False, note="made elsewhere"),
-        files={path: FileEntry(Path(path).stat().st_size, "") for path in paths.values()},
+        files={
+            path.absolute().as_posix(): FileEntry(path.stat().st_size, "")
+            for path in (mmproj, *decoder.parts)
+        },
         tools={},
     )
     return Bundle(Path(), manifest, digest=""), decoder
 
 
 def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
-    """The spec of a language model with its image encoder.
+    """Return the spec of a language model with its image encoder, both checked for engines and
+    exports alike.
 
-    What GGUF does not say is taken from the LLaVA lineage: pictures are padded to a square, and a
-    chat template without pictures gives way to the conversation ``v1``.
+    What GGUF does not say is taken from the LLaVA lineage: images are padded to a square, and a
+    file without a chat template that can hold an image gets the conversation ``v1``.
 
     Raises:
-        BundleError: a key is missing, of the wrong kind, or beyond what the spec can say.
+        BundleError: a key or tensor is missing, of the wrong kind, contradicts the others, or is
+            beyond what the spec can say.
     """
     language = decoder_spec(decoder)
     context = min(language.context_length, MAX_CONTEXT)
-    if vision.architecture != "clip":
-        raise BundleError(f"{vision.path}: not an image encoder (mmproj)")
-    size, patch = (_positive(vision, f"clip.vision.{key}") for key in ("image_size", "patch_size"))
-    hidden = _positive(vision, "clip.vision.embedding_length")
-    grid = size // patch
-    kind = vision.metadata.get("clip.projector_type", "mlp")
-    out_grids = {"mlp": grid, "ldp": -(-grid // 2), "ldpv2": LDPV2_GRID}
-    if kind not in out_grids:
-        raise BundleError(f"{vision.path}: projector {kind!r:.60}, expected {', '.join(out_grids)}")
-    mean, std = (_channels(vision, f"clip.vision.image_{key}") for key in ("mean", "std"))
+    language = dataclasses.replace(language, context_length=context)
+    encoder = read_encoder(vision, language.hidden_size)
+    check_decoder_file(decoder, language)
+    check_encoder_file(vision, encoder)
+    check_vocabulary(decoder, language.vocab_size)
+    name = decoder.metadata.get("general.name")
     return ModelSpec(
         family="gguf",
-        name=str(decoder.metadata.get("general.name", decoder.path.stem)),
-        image=ImageSpec(size, size, "pad", mean, std),
-        vision=VisionSpec(
-            hidden_size=hidden,
-            intermediate_size=_positive(vision, "clip.vision.feed_forward_length"),
-            num_hidden_layers=_positive(vision, "clip.vision.block_count"),
-            num_attention_heads=_positive(vision, "clip.vision.attention.head_count"),
-            image_size=size,
-            patch_size=patch,
-            hidden_act="gelu" if vision.metadata.get("clip.use_gelu") else "quick_gelu",
-            layer_norm_eps=float(
-                vision.metadata.get("clip.vision.attention.layer_norm_epsilon", 1e-5)
-            ),
-        ),
-        projector=ProjectorSpec(kind, hidden, language.hidden_size, 2, grid, out_grids[kind]),
-        decoder=dataclasses.replace(language, context_length=context),
-        conversation=_conversation(decoder),
+        name=name if isinstance(name, str) and is_utf8(name) else decoder.path.stem,
+        image=encoder.image,
+        vision=encoder.vision,
+        projector=encoder.projector,
+        decoder=language,
+        conversation=gguf_conversation(decoder),
     )
-
-
-def _conversation(file: GgufFile) -> ConversationSpec:
-    template = str(file.metadata.get("tokenizer.chat_template", ""))
-    if "image" not in template:
-        template = two_separator_template(CONVERSATIONS["v1"])
-    eos = file.metadata.get("tokenizer.ggml.eos_token_id", 2)
-    tokens: Any = file.metadata.get("tokenizer.ggml.tokens")
-    known = isinstance(tokens, list) and type(eos) is int and eos in range(len(tokens))
-    return ConversationSpec(template, (int(eos),), (tokens[eos] if known else "</s>",))
-
-
-def _positive(file: GgufFile, key: str) -> int:
-    value = file.metadata.get(key)
-    if type(value) is not int or value < 1:
-        raise BundleError(f"{file.path}: {key} is {value!r:.60}, expected a positive number")
-    return value
-
-
-def _channels(file: GgufFile, key: str) -> tuple[float, float, float]:
-    """One number for each colour."""
-    value: Any = file.metadata.get(key)
-    if not isinstance(value, list) or [type(entry) for entry in value] != [float] * 3:
-        raise BundleError(f"{file.path}: {key} is {value!r:.60}, expected three numbers")
-    red, green, blue = value
-    return red, green, blue

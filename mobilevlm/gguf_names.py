@@ -140,8 +140,10 @@ _MLP_NAMES = {
 }  # fmt: skip
 
 
-def tower_entries(spec: VisionSpec) -> Iterator[Entry]:
-    """All tensors of the tower."""
+def tower_entries(spec: VisionSpec, swapped: bool = False) -> Iterator[Entry]:
+    """All tensors of the tower. ``swapped``: the two layers of an MLP are named the other way
+    round, as llama.cpp's first converter did."""
+    first, second = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
     hidden, wide, patch = spec.hidden_size, spec.intermediate_size, spec.patch_size
     token, kernel, places = (hidden,), (hidden, 3, patch, patch), (spec.num_patches + 1, hidden)
     yield Entry("v.class_embd", "vision.class_embedding", token, token, "float")
@@ -158,8 +160,8 @@ def tower_entries(spec: VisionSpec) -> Iterator[Entry]:
         for part in ("q", "k", "v", "out"):
             yield from _pair(f"{theirs}.attn_{part}", f"{ours}.attn.{part}_proj", hidden, hidden)
         yield from _pair(f"{theirs}.ln2", f"{ours}.norm2", hidden)
-        yield from _pair(f"{theirs}.ffn_up", f"{ours}.mlp.fc1", wide, hidden)
-        yield from _pair(f"{theirs}.ffn_down", f"{ours}.mlp.fc2", hidden, wide)
+        yield from _pair(f"{theirs}.{first}", f"{ours}.mlp.fc1", wide, hidden)
+        yield from _pair(f"{theirs}.{second}", f"{ours}.mlp.fc2", hidden, wide)
 
 
 def projector_entries(spec: ProjectorSpec) -> Iterator[Entry]:

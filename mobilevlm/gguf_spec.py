@@ -6,6 +6,7 @@ from typing import Any, Literal, TypeVar
 
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.gguf_file import GgufFile
+from mobilevlm.gguf_keys import check_keys
 from mobilevlm.gguf_names import OWN_PREFIX, decoder_entries, gguf_architecture, is_own
 from mobilevlm.spec import DecoderSpec, ExpertsSpec, from_dict, to_dict
 
@@ -24,6 +25,8 @@ OWN_FLAGS = {
 }
 OWN_KINDS = {"feed_forward.kind": "mlp", "hidden_activation": "hidden_act"}
 """The field of the spec that each is."""
+_LIMIT = 1 << 31
+"""No number of a model is as large."""
 
 
 def decoder_spec(file: GgufFile) -> DecoderSpec:
@@ -33,6 +36,7 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
         BundleError: another architecture, or a key is missing or of the wrong kind.
     """
     if is_own(file.architecture):
+        check_keys(file, "own decoder")
         return _with_experts(file, _shared(file))
     if file.architecture != "llama":
         raise BundleError(
@@ -41,14 +45,15 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
         )
     if file.metadata.get("llama.expert_count"):
         raise BundleError(f"{file.path}: a decoder with experts, expected a dense one")
-    return _shared(file)
+    check_keys(file, "decoder")
+    spec = _shared(file)
+    if _value(file, "rope.dimension_count", int, spec.head_dim) != spec.head_dim:
+        raise BundleError(f"{file.path}: rope.dimension_count is not the size of a head")
+    return spec
 
 
 def _shared(file: GgufFile) -> DecoderSpec:
     """What all architectures say in the same words."""
-    scaling = file.metadata.get(f"{file.architecture}.rope.scaling.type", "none")
-    if scaling not in ("none", "linear"):
-        raise BundleError(f"{file.path}: rope scaling {scaling!r:.60}, expected 'linear'")
     embeddings = file.tensors.get("token_embd.weight")
     if embeddings is None:
         raise BundleError(f"{file.path}: tensor 'token_embd.weight' is missing")
@@ -59,6 +64,9 @@ def _shared(file: GgufFile) -> DecoderSpec:
     shared = _value(file, "attention.head_count_kv", int, heads)
     if heads % shared:
         raise BundleError(f"{file.path}: {heads} heads do not divide by {shared} of keys")
+    head_dim = _value(file, "attention.key_length", int, hidden // heads)
+    if head_dim % 2:
+        raise BundleError(f"{file.path}: heads of {head_dim} channels, expected an even number")
     norm: Literal["rms", "layer"] = "rms"
     eps = "attention.layer_norm_rms_epsilon"
     if f"{file.architecture}.{eps}" not in file.metadata and is_own(file.architecture):
@@ -70,14 +78,28 @@ def _shared(file: GgufFile) -> DecoderSpec:
         num_hidden_layers=_value(file, "block_count", int),
         num_attention_heads=heads,
         num_key_value_heads=shared,
-        head_dim=_value(file, "attention.key_length", int, hidden // heads),
+        head_dim=head_dim,
         norm_eps=_value(file, eps, float),
         norm=norm,
         rope_theta=_value(file, "rope.freq_base", float, 10000.0),
-        rope_scaling=_value(file, "rope.scaling.factor", float, 1.0),
+        rope_scaling=_rope_scaling(file),
         context_length=_value(file, "context_length", int),
         tie_word_embeddings="output.weight" not in file.tensors,
     )
+
+
+def _rope_scaling(file: GgufFile) -> float:
+    """Return the factor of linear scaling as llama.cpp takes it: of the type ``none`` there is
+    none, zero means one, and the older key counts where the newer one is missing."""
+    scaling = file.metadata.get(f"{file.architecture}.rope.scaling.type", "linear")
+    if scaling not in ("none", "linear"):
+        raise BundleError(f"{file.path}: rope scaling {scaling!r:.60}, expected 'linear'")
+    for key in ("rope.scaling.factor", "rope.scale_linear"):
+        value = file.metadata.get(f"{file.architecture}.{key}")
+        if value is not None:
+            factor = 1.0 if value == 0.0 else _value(file, key, float)
+            return 1.0 if scaling == "none" else factor
+    return 1.0
 
 
 def _with_experts(file: GgufFile, spec: DecoderSpec) -> DecoderSpec:
@@ -140,7 +162,7 @@ def _value(file: GgufFile, key: str, kind: type[T], default: T | None = None) ->
     key = f"{file.architecture}.{key}"
     value: Any = file.metadata.get(key, default)
     is_number = kind in (int, float)
-    if type(value) is not kind or (is_number and not float(value) > 0):
+    if type(value) is not kind or (is_number and not 0 < float(value) < _LIMIT):
         expected = f"a positive {kind.__name__}" if is_number else kind.__name__
         raise BundleError(f"{file.path}: {key!r} is {value!r:.60}, expected {expected}")
     found: T = value

@@ -172,7 +172,7 @@ def _read_floats(file: GgufFile, name: str, size: int) -> Float32:
             f"{file.path}: tensor {name!r}: type {tensor.type}, shape {tensor.shape}, expected "
             f"{size} of F32: made for another model?"
         )
-    return np.fromfile(file.path, "<f4", size, offset=tensor.offset).astype(np.float32)
+    return np.fromfile(tensor.path, "<f4", size, offset=tensor.offset).astype(np.float32)
 
 
 def _typed(value: Any, kind: type, default: Any) -> Any:

@@ -16,7 +16,8 @@ from mobilevlm.export.gguf.decoder import half_split
 from mobilevlm.export.gguf.mmproj import LINEAR_SCALE, signed_difference
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
-from mobilevlm.gguf_file import GgufFile, read_gguf
+from mobilevlm.gguf_encoder import read_encoder
+from mobilevlm.gguf_file import TENSOR_TYPES, GgufFile, read_gguf
 from mobilevlm.gguf_model import model_spec
 from mobilevlm.gguf_names import (
     Entry,
@@ -27,7 +28,7 @@ from mobilevlm.gguf_names import (
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.spec import ModelSpec, ProjectorSpec
 
-_READABLE = {"F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q4_K", "Q5_K", "Q6_K"}
+_READABLE = {label for label, *_ in TENSOR_TYPES.values()} - {"I8", "I16", "I32", "I64", "F64"}
 """Types that become float32; to a Weights they are as good as floats."""
 
 
@@ -37,7 +38,7 @@ class GgufTensors:
 
     def __init__(self, file: GgufFile, entries: list[Entry]) -> None:
         self.folder = file.path
-        self.files = [file.path]
+        self.files = list(file.parts)
         self._file = file
         self._entries = {
             name: (entry, index) for entry in entries for index, name in enumerate(entry.parts)
@@ -79,12 +80,13 @@ class GgufTensors:
         tensor = self._file.tensors[entry.theirs]
         rows = tensor.size // tensor.row_size // len(entry.parts)
         start = tensor.offset + index * rows * tensor.row_size
-        data = np.memmap(self._file.path, np.uint8, "r", start, (rows, tensor.row_size))
+        data = np.memmap(tensor.path, np.uint8, "r", start, (rows, tensor.row_size))
         return half_split(np.array(data), entry.heads) if entry.heads else np.array(data)
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(file_sha256(self._file.path).encode()).hexdigest()
+        digests = [file_sha256(path) for path in self.files]
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def open_gguf(path: Path, mmproj: Path) -> Model:
@@ -99,7 +101,8 @@ def open_gguf(path: Path, mmproj: Path) -> Model:
     if _is_one_linear(vision, spec.projector):
         spec = dataclasses.replace(spec, projector=dataclasses.replace(spec.projector, depth=1))
     language = list(decoder_entries(spec.decoder))
-    picture = vision_entries(spec)
+    swapped = read_encoder(vision, spec.projector.out_size).swapped
+    picture = vision_entries(spec, swapped)
     refs = {
         name: TensorRef(source, name)
         for source, entries in (
@@ -126,9 +129,10 @@ def _is_one_linear(file: GgufFile, spec: ProjectorSpec) -> bool:
     )
 
 
-def vision_entries(spec: ModelSpec) -> list[Entry]:
-    """All tensors of an mmproj file that a canonical tensor can be read from."""
-    return [*tower_entries(spec.vision), *_projector_entries(spec.projector)]
+def vision_entries(spec: ModelSpec, swapped: bool = False) -> list[Entry]:
+    """All tensors of an mmproj file that a canonical tensor can be read from. ``swapped``: see
+    :class:`mobilevlm.gguf_encoder.Encoder`."""
+    return [*tower_entries(spec.vision, swapped), *_projector_entries(spec.projector)]
 
 
 def _projector_entries(spec: ProjectorSpec) -> list[Entry]:

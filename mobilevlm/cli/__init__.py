@@ -17,6 +17,7 @@ import click
 
 from mobilevlm._version import __version__
 from mobilevlm.errors import (
+    FileWarning,
     ImageWarning,
     MissingExtraError,
     MobileVLMError,
@@ -142,7 +143,7 @@ def _format_warning(
     line: str | None = None,
 ) -> str:
     """Ours as a line for people, others with the place that they come from."""
-    if issubclass(category, (ImageWarning, PlanWarning, PrecisionWarning)):
+    if issubclass(category, (FileWarning, ImageWarning, PlanWarning, PrecisionWarning)):
         return f"mobilevlm: warning: {plain(message)}\n"
     if category is UserWarning and "PIL" in Path(filename).parts:
         return ""  # about metadata that nobody asked for

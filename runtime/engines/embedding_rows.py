@@ -21,7 +21,8 @@ class EmbeddingRows:
     Rows go through ggml's own functions, so they are what llama.cpp itself computes with.
     """
 
-    def __init__(self, path: Path, tensor: GgufTensor) -> None:
+    def __init__(self, tensor: GgufTensor) -> None:
+        path = tensor.path
         rows, self._columns = tensor.shape
         self._table: NDArray[np.uint8] = np.memmap(
             path, np.uint8, "r", tensor.offset, (rows, tensor.row_size)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
+from mobilevlm.gguf_split import refuse_split
 from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
@@ -24,7 +25,7 @@ from mobilevlm.runtime.engines.expert_residency import ExpertResidency
 from mobilevlm.runtime.engines.ggml_graph import DecoderGraph
 from mobilevlm.runtime.engines.ggml_layers import GraphShape, KeyValues, Observe
 from mobilevlm.runtime.engines.ggml_native import MappedTensors, Processor
-from mobilevlm.runtime.engines.gguf_check import check_decoder, check_decoder_tensors
+from mobilevlm.runtime.engines.gguf_check import check_decoder
 from mobilevlm.runtime.engines.gguf_decoder import GgufDecoder
 from mobilevlm.spec import DecoderSpec
 
@@ -97,13 +98,14 @@ class GgmlDecoder(GgufDecoder):
         """``max_resident``: bytes of experts that may be resident; none: as the system likes."""
         header = read_gguf(path)
         check_decoder(header, spec)
-        check_decoder_tensors(header, spec)
-        super().__init__(path, header, spec, threads)
+        super().__init__(header, spec, threads)
+        if max_resident is not None:
+            refuse_split(header, "--max-resident")
         weights = MappedTensors(header)
         self._weights: MappedTensors | None = weights
         self._residency: ExpertResidency | None = None
         if max_resident is not None:
-            self._residency = ExpertResidency(header, weights.content, spec, max_resident)
+            self._residency = ExpertResidency(header, weights.contents[path], spec, max_resident)
 
     @property
     def brought_in_bytes(self) -> int | None:

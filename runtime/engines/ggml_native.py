@@ -11,6 +11,7 @@ import ctypes
 import mmap
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -183,18 +184,21 @@ class Memory:
 
 
 class MappedTensors:
-    """The tensors of a GGUF file where they lie in the mapped file: nothing is read or copied."""
+    """The tensors of a GGUF file where they lie in the mapped file, or in its mapped parts: nothing
+    is read or copied."""
 
     def __init__(self, header: GgufFile) -> None:
         """``header``: checked; sizes that do not fit each other end the process later on."""
-        with header.path.open("rb") as file:
-            self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        self._memory = Memory(self.content)
+        self.contents: dict[Path, mmap.mmap] = {}
+        for path in header.parts:
+            with path.open("rb") as file:
+                self.contents[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._memories = {path: Memory(content) for path, content in self.contents.items()}
         self._context = Context(len(header.tensors))
         self.pointers: dict[str, TensorPointer] = {}
         for tensor in header.tensors.values():
             pointer = self._context.tensor(tensor.type, *tensor.shape)
-            self._memory.place(pointer, tensor.offset)
+            self._memories[tensor.path].place(pointer, tensor.offset)
             self.pointers[tensor.name] = pointer
 
 

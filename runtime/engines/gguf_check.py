@@ -7,25 +7,20 @@ crashes on the first picture. So headers are compared with the spec before a lib
 from __future__ import annotations
 
 from mobilevlm.errors import BundleError
-from mobilevlm.gguf_file import GgufFile, GgufTensor
-from mobilevlm.gguf_names import (
-    Entry,
-    decoder_entries,
-    gguf_architecture,
-    projector_entries,
-    tower_entries,
+from mobilevlm.gguf_checks import (
+    check_decoder_file,
+    check_encoder_file,
+    check_vocabulary,
+    other,
 )
+from mobilevlm.gguf_encoder import read_encoder
+from mobilevlm.gguf_file import GgufFile
+from mobilevlm.gguf_spec import decoder_spec
 from mobilevlm.spec import DecoderSpec, ModelSpec, VisionSpec
-
-_EITHER_SHAPE = {"mm.0.weight", "mm.0.bias", "mm.2.weight"}
-"""A projector of one Linear is written as two, larger ones."""
-_NO_WEIGHTS = {"I8", "I16", "I32", "I64", "F64"}
-"""Types that no matrix can be multiplied in."""
 
 
 def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
-    """Refuses a file that is not the language model of the spec. (Missing tensors llama.cpp finds
-    itself.)
+    """Refuses a file that is not the language model of the spec.
 
     Raises:
         BundleError: names the first key or tensor that is different.
@@ -46,22 +41,11 @@ def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
     table = header.tensors.get("token_embd.weight")
     shape = table.shape if table else None
     _same(header, "shape of token_embd.weight", shape, (spec.vocab_size, spec.hidden_size))
-
-
-def check_decoder_tensors(header: GgufFile, spec: DecoderSpec) -> None:
-    """Refuses a file of another architecture, or in which a tensor of the decoder is missing or has
-    a shape or type that ggml would abort on.
-
-    Raises:
-        BundleError: names the first such tensor.
-    """
-    _same(header, "general.architecture", header.architecture, gguf_architecture(spec))
-    for entry in decoder_entries(spec):
-        tensor = _tensor(header, entry)
-        if tensor.shape != entry.stored:
-            raise _other(header, f"{entry.theirs} is {tensor.shape}, expected {entry.stored}")
-        if tensor.type in _NO_WEIGHTS or (entry.store == "float" and tensor.type != "F32"):
-            raise _other(header, f"{entry.theirs} is of type {tensor.type}")
+    found = decoder_spec(header)
+    for name in ("head_dim", "experts", "rotary_channels", "norm", "mlp", "hidden_act"):
+        _same(header, name, getattr(found, name), getattr(spec, name))
+    check_decoder_file(header, spec)
+    check_vocabulary(header, spec.vocab_size)
 
 
 def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
@@ -76,28 +60,15 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     _same(header, "clip.projector_type", kind, spec.projector.kind)
     for key, expected in _vision_metadata(spec.vision).items():
         _same(header, key, header.metadata.get(key), expected)
-    for entry in (*tower_entries(spec.vision), *projector_entries(spec.projector)):
-        tensor = _tensor(header, entry)
-        if not (entry.theirs in _EITHER_SHAPE or entry.fits(tensor.shape)):
-            raise _other(header, f"{entry.theirs} is {tensor.shape}, expected {entry.stored}")
-
-
-def _tensor(header: GgufFile, entry: Entry) -> GgufTensor:
-    tensor = header.tensors.get(entry.theirs)
-    if tensor is None:
-        raise _other(header, f"tensor {entry.theirs!r} is missing")
-    return tensor
+    found = read_encoder(header, spec.projector.out_size)
+    layers = found.vision.num_hidden_layers
+    _same(header, "number of layers that are run", layers, spec.vision.num_hidden_layers)
+    check_encoder_file(header, found)
 
 
 def _same(header: GgufFile, what: str, found: object, expected: object) -> None:
     if found != expected:
-        raise _other(header, f"{what} is {found!r:.60}, expected {expected!r}")
-
-
-def _other(header: GgufFile, what: str) -> BundleError:
-    return BundleError(
-        f"{header.path}: damaged or of another model: {what}: copy or export it again"
-    )
+        raise other(header, f"{what} is {found!r:.60}, expected {expected!r}")
 
 
 def _vision_metadata(spec: VisionSpec) -> dict[str, int]:
@@ -106,6 +77,5 @@ def _vision_metadata(spec: VisionSpec) -> dict[str, int]:
         "clip.vision.patch_size": spec.patch_size,
         "clip.vision.embedding_length": spec.hidden_size,
         "clip.vision.feed_forward_length": spec.intermediate_size,
-        "clip.vision.block_count": spec.num_hidden_layers,
         "clip.vision.attention.head_count": spec.num_attention_heads,
     }

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from mobilevlm.gguf_file import GgufFile
 from mobilevlm.runtime.engines import DecoderState, Float32, in_chunks, still_open
@@ -17,11 +16,11 @@ class GgufDecoder(ABC):
     """See :class:`mobilevlm.runtime.engines.DecoderEngine`: all that follows from appending a
     chunk. One graph runs prompts and answers alike."""
 
-    def __init__(self, path: Path, header: GgufFile, spec: DecoderSpec, threads: int) -> None:
+    def __init__(self, header: GgufFile, spec: DecoderSpec, threads: int) -> None:
         """``header``: of the file, checked."""
         self._spec, self._threads = spec, threads
         tensors = header.tensors
-        self._rows: EmbeddingRows | None = EmbeddingRows(path, tensors["token_embd.weight"])
+        self._rows: EmbeddingRows | None = EmbeddingRows(tensors["token_embd.weight"])
         self._exact = {tensor.type for tensor in tensors.values()} == {"F32"}
         """Whether keys and values are float32 too"""
 

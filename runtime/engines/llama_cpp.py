@@ -117,7 +117,7 @@ class LlamaDecoder(GgufDecoder):
         header = read_gguf(path)
         check_decoder(header, spec)
         self._model: NativeModel | None = NativeModel(path)
-        super().__init__(path, header, spec, threads)
+        super().__init__(header, spec, threads)
 
     @property
     def model(self) -> NativeModel:

@@ -16,6 +16,7 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.clip_order import class_token_order
+from mobilevlm.runtime.engines.feature_layer import with_feature_layer
 from mobilevlm.runtime.engines.forking import free_with, note_threads
 from mobilevlm.runtime.engines.gguf_check import check_mmproj
 from mobilevlm.runtime.engines.llama_native import (
@@ -35,7 +36,8 @@ class MtmdVision:
     """
 
     def __init__(self, path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> None:
-        check_mmproj(read_gguf(path), spec)
+        header = read_gguf(path)
+        check_mmproj(header, spec)
         catch_log()
         from llama_cpp import mtmd_cpp
 
@@ -47,7 +49,8 @@ class MtmdVision:
         options.warmup = False
         options.n_threads = threads
         options.cb_eval = order = class_token_order()
-        pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(path), model.pointer, options)
+        with with_feature_layer(header, spec.vision.num_hidden_layers) as opened:
+            pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(opened), model.pointer, options)
         if not pointer:
             raise load_error(path)
         self._context: _Context | None = _Context(mtmd_cpp, pointer, (model, order))

@@ -23,7 +23,7 @@ from mobilevlm.gguf_file import read_gguf
 from mobilevlm.gguf_spec import decoder_spec
 from mobilevlm.progress import ignore
 from mobilevlm.runtime.engines import ggml_native
-from mobilevlm.runtime.engines.gguf_check import check_decoder, check_decoder_tensors
+from mobilevlm.runtime.engines.gguf_check import check_decoder
 
 needs_llama = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
@@ -66,7 +66,6 @@ def check_for_engine(path: Path) -> None:
     """What the engine checks before ggml sees the file."""
     header = read_gguf(path)
     check_decoder(header, MODEL.spec.decoder)
-    check_decoder_tensors(header, MODEL.spec.decoder)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +75,7 @@ def check_for_engine(path: Path) -> None:
         (lambda content: content[: len(content) // 50], "ends inside its header"),
         (renamed("blk.2.ffn_up_exps.bias", "blk.2.ffn_up_expX.bias"), "'blk.2.ffn_up_exps.bias' i"),
         (renamed("blk.0.ffn_gate_inp", "blk.0.ffn_gate_inX"), "'blk.0.ffn_gate_inp.weight' is mis"),
-        (renamed(ARCHITECTURE, "moe-llava-qwen2"[:14]), "architecture is 'moe-llava-qwen'"),
+        (renamed(ARCHITECTURE, "moe-llava-qwen2"[:14]), "does not fit what the file says"),
         (renamed("output_norm.bias", "output_norm.biaX"), "'output_norm.bias' is missing"),
         (told("attention.head_count", 2), "head_count is 2, expected 4"),
     ],
@@ -124,8 +123,8 @@ def test_a_tensor_of_another_shape_or_type_is_refused(
         (told("rope.dimension_count", 7), "does not fit what the file says"),
         (told("rope.dimension_count", 18), "does not fit what the file says"),
         (told("attention.head_count_kv", 3), "4 heads do not divide by 3"),
-        (renamed("expert_counts", "expert_countX"), "expert_counts' is None"),
-        (renamed("feed_forward.kind", "feed_forward.kinX"), "feed_forward.kind' is None, expected"),
+        (renamed("expert_counts", "expert_countX"), "expert_countX' is not known to"),
+        (renamed("feed_forward.kind", "feed_forward.kinX"), "feed_forward.kinX' is not known to"),
         (renamed("gelu_new", "gelu_old"), "expected one of 'silu', 'gelu_new'"),
         (renamed(ARCHITECTURE, "moe-llava-qwen"), "does not fit what the file says"),
     ],

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import pytest
 from conftest import DATA, refusal, refused_mutations, run_program
+from fuzz.gguf import decoder_file, mmproj_file
 
 import mobilevlm
 from mobilevlm import bundle as bundles
 from mobilevlm.bundle import MANIFEST, describe_files
+from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.spec import to_dict
 
@@ -110,7 +112,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "data cut": (cut(0.7), "the file has"),
     "one byte short": (lambda path: path.write_bytes(path.read_bytes()[:-64]), "the file has"),
     "other magic": (write(0, b"GGML"), "does not begin with 'GGUF'"),
-    "other version": (write(4, struct.pack("<I", 99)), "version 99 is not known"),
+    "other version": (write(4, struct.pack("<I", 99)), "GGUF version 99, newer than"),
     "absurd tensor count": (write(8, struct.pack("<Q", 1 << 50)), "it claims 1125899906842624"),
     "absurd key count": (write(16, struct.pack("<Q", 1 << 50)), "and 1125899906842624 keys"),
     "absurd key length": (write(24, struct.pack("<Q", 1 << 50)), "ends inside its header"),
@@ -131,22 +133,33 @@ def test_a_damaged_file_is_refused_in_one_line(stage: str, damage: str, bundle: 
 
 @needs_llama
 @pytest.mark.parametrize(
-    ("old", "new"),
+    ("old", "new", "message"),
     [
-        (b"blk.1.ffn_up.weight", b"blk.9.ffn_up.weight"),
-        (b"llama.context_length", b"llama.contexX_length"),
-        (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenX"),
+        (b"blk.1.ffn_up.weight", b"blk.9.ffn_up.weight", "the file has tensors of 10 layers"),
+        (b"blk.1.ffn_up.weight", b"blk.1.ffn_uX.weight", "'blk.1.ffn_up.weight' is missing"),
+        (b"llama.context_length", b"llama.contexX_length", "'llama.contexX_length' is not known"),
+        (b"tokenizer.ggml.tokens", b"tokenizer.ggml.tokenX", "tokenX' is not known to"),
     ],
 )
-def test_a_decoder_without_a_part_is_refused_with_the_reason_of_llama_cpp(
-    old: bytes, new: bytes, bundle: Path
+def test_a_decoder_without_a_part_is_refused_before_llama_cpp_sees_it(
+    old: bytes, new: bytes, message: str, bundle: Path
 ) -> None:
     path = gguf_file(bundle, "decoder")
     rename(old, new)(path)
     sign(bundle)
     said = refused(bundle)
-    assert "llama.cpp cannot load it: " in said and path.name in said
-    assert "MOBILEVLM_LLAMA_LOG=1" in said
+    assert message in said and path.name in said
+
+
+@needs_llama
+def test_what_llama_cpp_alone_refuses_is_refused_with_its_reason(tmp_path: Path) -> None:
+    """It wants tensors without gaps between them."""
+    decoder, mmproj = decoder_file(0), mmproj_file("mlp")
+    decoder.tensors[-1].offset = sum(len(tensor.data) for tensor in decoder.tensors[:-1]) + 32
+    (tmp_path / "d.gguf").write_bytes(decoder.packed() + bytes(32))
+    (tmp_path / "m.gguf").write_bytes(mmproj.packed())
+    with pytest.raises(BundleError, match=r"llama\.cpp cannot load it: .*MOBILEVLM_LLAMA_LOG=1"):
+        mobilevlm.load(tmp_path / "d.gguf", "gguf", mmproj=tmp_path / "m.gguf")
 
 
 @needs_llama
@@ -159,7 +172,7 @@ def test_a_decoder_without_a_part_is_refused_with_the_reason_of_llama_cpp(
         (
             "vision",
             b"v.blk.1.attn_q.weight",
-            b"v.blk.9.attn_q.weight",
+            b"v.blk.1.attn_X.weight",
             "'v.blk.1.attn_q.weight' is missing",
         ),
         ("vision", b"v.position_embd.weight", b"v.positiXn_embd.weight", "embd.weight' is missing"),
@@ -213,6 +226,7 @@ from pathlib import Path
 import numpy as np
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
 from mobilevlm.runtime.engines.mtmd import MtmdVision

@@ -74,8 +74,8 @@ def test_every_cut_of_the_file_is_refused(small: Path, tmp_path: Path) -> None:
     ("offset", "value", "message"),
     [
         (0, b"GGML", "does not begin with 'GGUF'"),
-        (4, struct.pack("<I", 9), "version 9 is not known"),
-        (4, struct.pack(">I", 3), "version 50331648 is not known"),
+        (4, struct.pack("<I", 9), "GGUF version 9, newer than 2 and 3"),
+        (4, struct.pack(">I", 3), "a big-endian GGUF file"),
         (8, struct.pack("<Q", 1 << 60), "it claims 1152921504606846976 tensors"),
         (16, struct.pack("<Q", 1 << 60), "and 1152921504606846976 keys"),
         (24, struct.pack("<Q", 1 << 62), "ends inside its header"),

@@ -12,7 +12,7 @@ from unit.test_gguf_writer import assert_same_blocks, tensors_of
 from unit.test_tokenizer import seeded_strings
 
 import mobilevlm
-from mobilevlm.errors import CheckpointError
+from mobilevlm.errors import BundleError, CheckpointError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.source import open_gguf
@@ -115,7 +115,7 @@ def test_a_wide_mlp_is_not_taken_for_one_linear(llava_v1: Fixture, tmp_path: Pat
 def test_a_missing_tensor_is_named(llava_v1: Fixture, tmp_path: Path) -> None:
     decoder, mmproj = written(llava_v1, tmp_path, "f16", "f16")
     mmproj.write_bytes(mmproj.read_bytes().replace(b"v.pre_ln.bias", b"v.pre_ln.xxxx"))
-    with pytest.raises(CheckpointError, match=r"tensor 'v\.pre_ln\.bias' is missing"):
+    with pytest.raises(BundleError, match=r"tensor 'v\.pre_ln\.bias' is missing"):
         open_gguf(decoder, mmproj)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from types import ModuleType
 from typing import Any
@@ -18,4 +19,6 @@ class _CallablePackage(ModuleType):
         return export(*args, **kwargs)
 
 
+__doc__ = inspect.getdoc(export) or ""  # help(mobilevlm.export) and editors show the function
+__signature__ = inspect.signature(export)
 sys.modules[__name__].__class__ = _CallablePackage

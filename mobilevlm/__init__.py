@@ -3,8 +3,10 @@
 >>> import mobilevlm
 >>> mobilevlm.export("checkpoint/", "bundle/", recipe="int4")
 >>> vlm = mobilevlm.load("bundle/")
->>> for piece in vlm.stream("What is in the picture?", images=["cat.png"]):
+>>> for piece in vlm.stream("What is in the image?", images=["cat.png"]):
 ...     print(piece, end="")
+
+docs/api.md has every call.
 """
 
 from __future__ import annotations
@@ -18,9 +20,29 @@ from mobilevlm.errors import MobileVLMError, QualityError
 
 if TYPE_CHECKING:
     from mobilevlm.export import export as export
+    from mobilevlm.runtime import VLM as VLM
+    from mobilevlm.runtime import Generation as Generation
     from mobilevlm.runtime import load as load
+    from mobilevlm.runtime.chat import Chat as Chat
 
-__all__ = ["MobileVLMError", "QualityError", "__version__", "export", "load"]
+_MODULES = {
+    "VLM": "mobilevlm.runtime",
+    "Generation": "mobilevlm.runtime",
+    "Chat": "mobilevlm.runtime.chat",
+    "load": "mobilevlm.runtime",
+}
+"""Modules of the names that are imported when they are first used."""
+
+__all__ = [
+    "VLM",
+    "Chat",
+    "Generation",
+    "MobileVLMError",
+    "QualityError",
+    "__version__",
+    "export",
+    "load",
+]
 
 # onnxruntime reads this once, when it is imported: from 1.32 on it would write a device id and a
 # database of events, and send them. Whoever sets the variable has it as it is set.
@@ -34,13 +56,18 @@ if not (_HERE / "runtime").is_dir():
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the two verbs when they are first used: neither needs the other's packages."""
+    """Import a name when it is first used: neither verb needs the other's packages."""
     import importlib
 
-    if name == "load":
-        return importlib.import_module("mobilevlm.runtime").load
+    if name in _MODULES:
+        return getattr(importlib.import_module(_MODULES[name]), name)
     if (
         name == "export"
-    ):  # the package is callable: mobilevlm.export(…) and mobilevlm.export.recipes
+    ):  # a package that is callable: mobilevlm.export(…), mobilevlm.export.recipes
         return importlib.import_module("mobilevlm.export")
     raise AttributeError(f"module 'mobilevlm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Return the public names, those that are not imported yet included."""
+    return sorted(__all__)

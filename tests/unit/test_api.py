@@ -1,0 +1,82 @@
+"""The public API: what completion shows, signatures, and docs/api.md, which has every call."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import mobilevlm
+from mobilevlm.runtime import Generation, TextStream, Timings
+
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+
+
+def words_of(text: str) -> set[str]:
+    """Words in code of a document: backticks and headings."""
+    code = re.findall(r"`([^`\n]+)`", text) + re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return set(re.findall(r"\w+", " ".join(code)))
+
+
+def public(kind: type) -> list[str]:
+    return [name for name in vars(kind) if not name.startswith("_")]
+
+
+def test_completion_shows_the_public_names_alone() -> None:
+    assert dir(mobilevlm) == [
+        "Chat", "Generation", "MobileVLMError", "QualityError", "VLM", "__version__", "export",
+        "load",
+    ]  # fmt: skip
+    for name in dir(mobilevlm):
+        assert getattr(mobilevlm, name) is not None
+
+
+def test_the_function_export_shows_its_parameters() -> None:
+    from mobilevlm.export.pipeline import export
+
+    assert inspect.signature(mobilevlm.export) == inspect.signature(export)
+    assert mobilevlm.export.__doc__ == inspect.getdoc(export)
+
+
+@pytest.mark.parametrize("function", [mobilevlm.export, mobilevlm.load, mobilevlm.VLM.stream])
+def test_every_parameter_is_documented(function: object) -> None:
+    parameters = set(inspect.signature(function).parameters) - {"self"}  # type: ignore[arg-type]
+    assert parameters <= words_of(DOCUMENT), parameters - words_of(DOCUMENT)
+
+
+def test_stream_and_generate_take_the_same() -> None:
+    stream, generate = (
+        inspect.signature(function).parameters
+        for function in (mobilevlm.VLM.stream, mobilevlm.VLM.generate)
+    )
+    assert list(stream.values()) == list(generate.values())
+
+
+@pytest.mark.parametrize("kind", [mobilevlm.VLM, mobilevlm.Chat, TextStream])
+def test_every_method_and_its_parameters_are_documented(kind: type) -> None:
+    words = words_of(DOCUMENT)
+    for name in public(kind):
+        assert name in words, name
+        if inspect.isfunction(found := getattr(kind, name)):
+            for parameter in set(inspect.signature(found).parameters) - {"self", "options"}:
+                assert parameter in words, (name, parameter)
+
+
+def test_every_field_of_an_answer_is_documented() -> None:
+    words = words_of(DOCUMENT)
+    for kind in (Generation, Timings):
+        assert {field.name for field in dataclasses.fields(kind)} <= words
+
+
+def test_importing_the_package_imports_neither_runtime_nor_export() -> None:
+    code = (
+        "import sys, mobilevlm; dir(mobilevlm);"
+        "print(any(name in sys.modules for name in ('onnxruntime', 'numpy', 'torch', 'onnx')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "False", done.stderr

@@ -47,7 +47,7 @@ from mobilevlm.export.workspace import (
     replace_target,
     take_over,
 )
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import Model, OpenOptions, open_checkpoint, open_options
 from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.runtime.machine import int8_weight_bits
@@ -73,6 +73,7 @@ def export(
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
     variant: str | None = None,
+    base: str | PathLike[str] | None = None,
     measure: bool = True,
     gguf_type: GGUFType | None = None,
     imatrix: str | PathLike[str] | None = None,
@@ -90,7 +91,8 @@ def export(
     ``vision_tower``: the tower's folder, where it is not found beside the checkpoint.
     ``conversation``: ``v1``, ``llava_v1``,
     ``phi`` …, where the family's default is wrong. ``variant``: which official behaviour, where
-    there are several and the checkpoint tells the wrong one. ``measure``: compare the result with
+    there are several and the checkpoint tells the wrong one. ``base``: the whole model that an
+    adapter is merged into, where the checkpoint is one. ``measure``: compare the result with
     the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf``, ``npu`` or
     several. ``gguf_type``: type of the GGUF decoder, not the recipe's. ``imatrix``: file of an
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
@@ -126,7 +128,7 @@ def export(
     if imatrix is not None or calibration is not None:
         chosen = _with_data(chosen, imatrix, calibration, formats)
     chosen = _with_weight_bits(chosen, weight_bits, formats)
-    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation, variant)
+    options = open_options(vision_tower, conversation, variant, base)
     place = check_target(Path(bundle))
     model = _open(Path(checkpoint), options, Path(mmproj) if mmproj else None, formats)
     if "npu" in formats:
@@ -170,6 +172,7 @@ def export_imatrix(
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
     variant: str | None = None,
+    base: str | PathLike[str] | None = None,
 ) -> None:
     """Collects an importance matrix of a checkpoint folder and writes it in llama.cpp's format.
 
@@ -190,7 +193,7 @@ def export_imatrix(
     start = time.perf_counter()
     target = Path(path)
     check_imatrix_target(target)
-    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation, variant)
+    options = open_options(vision_tower, conversation, variant, base)
     model = open_checkpoint(Path(checkpoint), options)
     architecture = gguf_architecture(model.spec.decoder)
     if is_own(architecture):
@@ -275,7 +278,7 @@ def _open(
     if options != OpenOptions() or "gguf" in formats:
         raise MobileVLMError(
             f"{checkpoint}: a GGUF file becomes ONNX only, and carries its tower and conversation: "
-            f"leave --format, --vision-tower, --conversation and --variant out"
+            f"leave --format, --vision-tower, --conversation, --variant and --base out"
         )
     try:
         from mobilevlm.export.gguf.source import open_gguf

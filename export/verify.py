@@ -22,7 +22,7 @@ from mobilevlm.export.calibration import SCENES, held_out_samples
 from mobilevlm.export.figures import Float64
 from mobilevlm.export.limits import Check, check_limits, quality_error
 from mobilevlm.export.recipes import Recipe
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import Model, OpenOptions, open_checkpoint, open_options
 from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
 from mobilevlm.nano.suite import evaluation_set
 from mobilevlm.plan import choose_engine, stage_names
@@ -152,14 +152,16 @@ def verify(
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
     variant: str | None = None,
+    base: str | PathLike[str] | None = None,
     layers: bool = False,
 ) -> Verification:
     """Compares a bundle with the float32 reference of the checkpoint that it was made from.
 
     ``data``: ``scenes``, or a JSONL file (export/calibration.py). ``questions``: so many of the
     suite ``scenes`` are asked too; the reference is then a float32 export run by ONNX Runtime.
-    ``layers``: measure each layer alone, and the worst answers of the reference itself. A missed
-    limit of the bundle's recipe is no exception: see ``error``.
+    ``base``: of an adapter, as the export had it. ``layers``: measure each layer alone, and the
+    worst answers of the reference itself. A missed limit of the bundle's recipe is no exception:
+    see ``error``.
 
     Raises:
         BundleError, CheckpointError: one of them cannot be read.
@@ -168,7 +170,7 @@ def verify(
     ready = open_bundle(bundle_path(Path(bundle), engine))
     engine = choose_engine(ready, engine)
     variant = variant or ready.manifest.spec.variant or None
-    options = OpenOptions(Path(vision_tower) if vision_tower else None, conversation, variant)
+    options = open_options(vision_tower, conversation, variant, base)
     model = open_checkpoint(Path(checkpoint), options)
     check_decoder_only(model.spec, "verify")
     _check_spec(ready, model)
@@ -258,6 +260,7 @@ def _run_suite(
             vision_tower=options.vision_tower,
             conversation=options.conversation,
             variant=options.variant,
+            base=options.base,
         )
         results = []
         for ready, runs in ((bundle, engine), (open_bundle(path), "onnx")):

@@ -6,13 +6,18 @@ the delta weights of LLaVA-1.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 import numpy as np
 
-from mobilevlm.checkpoint import PICKLE, SAFETENSORS, TensorFiles, read_json
+from mobilevlm import progress
+from mobilevlm.builtin import checkpoint_path
+from mobilevlm.checkpoint import PICKLE, SAFETENSORS, TensorFiles, Weights, read_json
 from mobilevlm.errors import CheckpointError
+from mobilevlm.lora import LoraTensors, lora_tensors, model_name, read_lora_config
+from mobilevlm.merging import Addition, MergedFiles, Stored, Sum
 
 Kind: TypeAlias = Literal["lora", "projector", "delta"]
 
@@ -26,6 +31,14 @@ _WHOLE = tuple(f"{name}{end}" for name in (SAFETENSORS, PICKLE) for end in ("", 
 _LAST_NORMS = ("model.norm.weight", "model.final_layernorm.weight", "transformer.ln_f.weight")
 _NEAR_ZERO = 0.2
 """Mean magnitude of a last norm below which it is a difference: trained ones lie around one."""
+_NAMES: dict[Kind, str] = {
+    "lora": "LoRA adapter",
+    "projector": "projector alone",
+    "delta": "set of delta weights",
+}
+_TABLES = ("embed_tokens", "lm_head")
+_NOT_IN_BASE = ("mm_projector.", "vision_tower.", "rotary_emb.inv_freq")
+"""Parts of names in delta weights that a language model does not have."""
 
 
 def folder_kind(folder: Path) -> Kind | None:
@@ -72,6 +85,134 @@ def base_missing(folder: Path, kind: Kind) -> CheckpointError:
     else:
         what = "delta weights (the last norm is near zero), not a whole model"
     return CheckpointError(f"{folder}: {what}: give the folder of its base with --base")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A folder that holds a part of a model, merged into its base."""
+
+    folder: Path
+    base: Path
+    files: MergedFiles
+    changed: dict[str, str]
+    """The merged model's tensors that the adapter changes, each with the adapter's name of it."""
+
+    def check_used(self, weights: Weights) -> None:
+        """Check that the model reads every tensor of the adapter.
+
+        Raises:
+            CheckpointError: it does not read one; those of vision layers after the selected one
+                may be left out.
+        """
+        read = weights.stored_names(self.files)
+        tower = any("vision_model." in name for name in read)
+        unread = [
+            name
+            for name in self.changed
+            if name not in read and not (tower and "vision_model." in name)
+        ]
+        if unread:
+            more = f" (and {len(unread) - 1} more)" if len(unread) > 1 else ""
+            raise CheckpointError(
+                f"{self.folder}: tensor {self.changed[unread[0]]!r:.120}{more} is not read by the "
+                f"model that config.json describes: the adapter is of another model"
+            )
+
+
+def open_adapter(folder: Path, base: Path | None) -> Adapter | None:
+    """Merge an adapter into its base; none for a whole checkpoint.
+
+    Raises:
+        CheckpointError: an adapter without ``base`` or of another model; a whole checkpoint with
+            ``base``; one of the folders is damaged.
+    """
+    kind = folder_kind(folder)
+    if base is None:
+        if kind is None:
+            return None
+        raise base_missing(folder, kind)
+    if kind is None:
+        raise CheckpointError(f"{folder}: not an adapter but a checkpoint: leave --base {base} out")
+    base = checkpoint_path(base)
+    if not base.is_dir():
+        raise CheckpointError(f"{base}: no such folder: --base is the adapter's whole base model")
+    itself = base.resolve() == folder.resolve()
+    if (other := None if itself else folder_kind(base)) is not None:
+        raise CheckpointError(f"{base}: --base is a {_NAMES[other]} itself: give a whole model")
+    files = TensorFiles(base)
+    if kind == "delta":
+        merged = _merge_delta(folder, base, files)
+    else:
+        merged = (_merge_lora if kind == "lora" else _merge_projector)(folder, base, files)
+    progress.say(f"adapter     {_NAMES[kind]}, {len(merged.changed)} tensors merged into {base}")
+    return merged
+
+
+def _merge_lora(folder: Path, base: Path, files: TensorFiles) -> Adapter:
+    present = _present(folder, ADAPTER_WEIGHTS)
+    if not present:
+        raise CheckpointError(
+            f"{folder}: {' or '.join(ADAPTER_WEIGHTS)} is missing: download the adapter again"
+        )
+    config = read_lora_config(folder / ADAPTER_CONFIG)
+    found = lora_tensors(config, TensorFiles(folder, [folder / present[0]]))
+    others = _present(folder, (OTHER_TRAINED,))
+    replaced = dict(found.replacements)
+    for name, stored in _stored(folder, others).items():
+        if model_name(name) in replaced:
+            raise CheckpointError(
+                f"{folder}: tensor {name!r:.120} is in {present[0]} and in {OTHER_TRAINED}"
+            )
+        replaced[model_name(name)] = stored
+    for module in config.modules_to_save:
+        if not any(f".{module}." in f".{name}" for name in replaced):
+            raise CheckpointError(
+                f"{config.path}: 'modules_to_save' names {module!r:.60}, but {present[0]} has no "
+                f"tensor of it: download the adapter again"
+            )
+    return _merged(folder, base, files, LoraTensors(replaced, found.additions))
+
+
+def _merge_projector(folder: Path, base: Path, files: TensorFiles) -> Adapter:
+    stored = _stored(folder, _present(folder, PROJECTOR_WEIGHTS)[:1])
+    replaced = {}
+    for name, tensor in stored.items():
+        name = model_name(name)
+        replaced[f"model.{name}" if name.startswith("mm_projector.") else name] = tensor
+    return _merged(folder, base, files, LoraTensors(replaced, {}))
+
+
+def _merged(folder: Path, base: Path, files: TensorFiles, change: LoraTensors) -> Adapter:
+    tensors = {name: Stored(files, name) for name in files} | change.replacements
+    merged = MergedFiles(folder, base, tensors, change.additions)
+    changed = {name: stored.name for name, stored in change.replacements.items()}
+    for name, added in change.additions.items():
+        changed[name] = added[0].parts[0].name
+    return Adapter(folder, base, merged, changed)
+
+
+def _merge_delta(folder: Path, base: Path, files: TensorFiles) -> Adapter:
+    """Merge as apply_delta.py of LLaVA does: what the base lacks (the projector) stays as it is,
+    and where vocabularies differ, the base's rows come first."""
+    deltas = TensorFiles(folder)
+    tensors = {name: Stored(deltas, name) for name in deltas}
+    additions: dict[str, tuple[Addition, ...]] = {}
+    for name in tensors:
+        if name in files:
+            table = name.rpartition(".")[0].rpartition(".")[2] in _TABLES
+            additions[name] = (Sum(Stored(files, name), may_be_smaller=table),)
+        elif not any(part in name for part in _NOT_IN_BASE):
+            raise CheckpointError(
+                f"{base}: tensor {name!r:.120} is missing, to which {folder} is a difference: it "
+                f"was trained on another model"
+            )
+    merged = MergedFiles(folder, base, tensors, additions)
+    return Adapter(folder, base, merged, {})
+
+
+def _stored(folder: Path, names: list[str]) -> dict[str, Stored]:
+    files = TensorFiles(folder, [folder / name for name in names])
+    return {name: Stored(files, name) for name in files}
 
 
 def _present(folder: Path, names: tuple[str, ...]) -> list[str]:

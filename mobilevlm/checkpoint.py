@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -135,7 +135,8 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 class TensorFiles:
-    """The weights of one folder, opened lazily and read one tensor at a time.
+    """The weights of one folder, opened lazily and read one tensor at a time. ``files``: these
+    instead of the checkpoint's.
 
     Shards are mapped into memory; those in use are mapped anew after every ``REMAP_BYTES`` that
     were read, so that what was read does not stay resident.
@@ -144,9 +145,9 @@ class TensorFiles:
         CheckpointError: no weight file, a shard is missing or damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
-        self.files = _weight_files(folder)
+        self.files = _weight_files(folder) if files is None else list(files)
         self._shards = {path: _open_shard(path) for path in self.files}
         self._touched: set[Path] = set()
         self._bytes_read = 0
@@ -369,6 +370,10 @@ class Weights:
         """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""
         ref = self._refs[name]
         return None if name in self._factors or ref.rows else ref.files.q4_0(ref.name)
+
+    def stored_names(self, files: TensorSource) -> set[str]:
+        """Return the names in ``files`` of the tensors that are stored there."""
+        return {ref.name for ref in self._refs.values() if ref.files is files}
 
     @property
     def stored_bytes(self) -> int:

@@ -67,6 +67,12 @@ def read_tokenizer(folder: Path, legacy: bool | None = None, ready: bool = False
     return _from_json(path)
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has the files of a tokenizer."""
+    names = ("tokenizer.model", "tokenizer.json", VOCAB)
+    return any((folder / name).is_file() for name in names) or find_ranks(folder) is not None
+
+
 def _from_json(path: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(path))

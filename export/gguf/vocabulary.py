@@ -43,9 +43,8 @@ def vocabulary_of(model: Model) -> Callable[[gguf.GGUFWriter], None]:
     state, size = json.loads(model.tokenizer.to_str()), model.spec.decoder.vocab_size
     if (state.get("decoder") or {}).get("type") == "ByteLevel":
         return partial(_describe_byte_level, model=model, state=state)
-    return partial(
-        _describe_pieces, vocabulary=read_vocabulary(model.folder / model.language_model, size)
-    )
+    folder = model.tokenizer_folder or model.folder
+    return partial(_describe_pieces, vocabulary=read_vocabulary(folder, size))
 
 
 def _describe_byte_level(writer: gguf.GGUFWriter, model: Model, state: dict[str, Any]) -> None:

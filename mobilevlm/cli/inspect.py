@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import engine_option
+from mobilevlm.cli.options import base_option, engine_option
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Bundle
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     help="Folder of the vision tower of a checkpoint.",
 )
 @click.option("--variant", metavar="NAME", help="Official behaviour of a checkpoint.")
+@base_option
 @click.option(
     "--experts",
     is_flag=True,
@@ -53,28 +54,26 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     path: Path,
-    vision_tower: Path | None,
-    variant: str | None,
     experts: bool,
     data: str,
     engine: str,
     plot: Path | None,
     html: Path | None,
     as_json: bool,
+    **origin: Any,
 ) -> None:
     """Show what is in PATH: a bundle (every file is checked), a checkpoint or a GGUF file."""
     from mobilevlm.builtin import checkpoint_path
-    from mobilevlm.bundle import is_bundle
 
     if (plot or html) and not experts:
         raise click.UsageError("--plot and --html go with --experts")
     path = checkpoint_path(path)
     if experts:
-        _show_experts(path, vision_tower, data, engine, plot, html, as_json)
+        _show_experts(path, origin, data, engine, plot, html, as_json)
     elif path.suffix == ".gguf":
         _show_gguf(path, as_json)
-    elif (path / "config.json").is_file() and not is_bundle(path):
-        _show_checkpoint(path, vision_tower, variant, as_json)
+    elif _is_checkpoint(path):
+        _show_checkpoint(path, origin, as_json)
     else:
         _show_bundle(path, as_json)
 
@@ -212,14 +211,22 @@ def _printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text)
 
 
-def _show_checkpoint(
-    path: Path, vision_tower: Path | None, variant: str | None, as_json: bool
-) -> None:
+def _is_checkpoint(path: Path) -> bool:
+    """Return whether it is a checkpoint folder, or an adapter without a config.json of its own."""
+    from mobilevlm.adapters import folder_kind
+    from mobilevlm.bundle import is_bundle
+
+    if not path.is_dir() or is_bundle(path):
+        return False
+    return (path / "config.json").is_file() or folder_kind(path) is not None
+
+
+def _show_checkpoint(path: Path, origin: dict[str, Any], as_json: bool) -> None:
     from mobilevlm.families import OpenOptions, open_checkpoint
     from mobilevlm.spec import to_dict
     from mobilevlm.tables import Column, Table, show
 
-    model = open_checkpoint(path, OpenOptions(vision_tower, variant=variant))
+    model = open_checkpoint(path, OpenOptions(**origin))
     sizes = {
         stage: sum(model.weights.size(name) for name in model.weights if name.startswith(stage))
         for stage in ("vision", "projector", "decoder")
@@ -238,7 +245,7 @@ def _show_checkpoint(
 
 def _show_experts(
     path: Path,
-    vision_tower: Path | None,
+    origin: dict[str, Any],
     data: str,
     engine: str,
     plot: Path | None,
@@ -246,7 +253,6 @@ def _show_experts(
     as_json: bool,
 ) -> None:
     from mobilevlm import progress
-    from mobilevlm.bundle import is_bundle
     from mobilevlm.errors import MobileVLMError, require
 
     try:
@@ -271,8 +277,8 @@ def _show_experts(
     progress.enable()
     samples = held_out_samples(data)
     with progress.track("samples", len(samples)) as advance:
-        if (path / "config.json").is_file() and not is_bundle(path):
-            model = open_checkpoint(path, OpenOptions(vision_tower))
+        if _is_checkpoint(path):
+            model = open_checkpoint(path, OpenOptions(**origin))
             spec, source = model.spec, "float32 reference"
             layers = checkpoint_usage(model, samples, advance)
         else:

@@ -21,10 +21,20 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+base_option = click.option(
+    "--base",
+    type=click.Path(path_type=Path),
+    metavar="DIR",
+    help="Whole model that CHECKPOINT, an adapter, is merged into: a LoRA folder of PEFT or LLaVA, "
+    "a projector alone (mm_projector.bin), or delta weights.",
+)
+
+
 def checkpoint_options(function: F) -> F:
-    """CHECKPOINT, ``--vision-tower``, ``--conversation`` and ``--variant``: the last three are what
-    :class:`mobilevlm.families.OpenOptions` takes."""
+    """CHECKPOINT, ``--vision-tower``, ``--conversation``, ``--variant`` and ``--base``: the options
+    are what :class:`mobilevlm.families.OpenOptions` takes."""
     for decorate in (
+        base_option,
         click.option("--variant", metavar="NAME",
                      help="Which official behaviour, where a family has several (VILA: vila1.5, "
                      "current), if the checkpoint does not tell the right one."),

@@ -9,17 +9,19 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
 
-from mobilevlm.adapters import base_missing, folder_kind
+from mobilevlm.adapters import Adapter, open_adapter
 from mobilevlm.builtin import checkpoint_path
-from mobilevlm.checkpoint import Weights, read_json
+from mobilevlm.checkpoint import TensorFiles, Weights, read_json
 from mobilevlm.errors import CheckpointError
+from mobilevlm.merging import MergedFiles
 from mobilevlm.spec import ModelSpec
-from mobilevlm.tokenizer import read_tokenizer
+from mobilevlm.tokenizer import has_tokenizer, read_tokenizer
 
 _INSTRUCTION_TOKENIZER = "qformer_tokenizer"
 """Folder of the tokenizer of a Q-Former that reads text."""
@@ -35,6 +37,23 @@ class OpenOptions:
     """Name of the conversation, where the family's default is not what the model was trained on."""
     variant: str | None = None
     """Which of several official behaviours, where the checkpoint does not tell the right one."""
+    base: Path | None = None
+    """Folder of the whole model that an adapter is merged into, where the checkpoint is one."""
+
+
+def open_options(
+    vision_tower: str | PathLike[str] | None,
+    conversation: str | None,
+    variant: str | None,
+    base: str | PathLike[str] | None,
+) -> OpenOptions:
+    """Return the options, folders given as text included."""
+    return OpenOptions(
+        Path(vision_tower) if vision_tower else None,
+        conversation,
+        variant,
+        Path(base) if base else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -45,8 +64,8 @@ class Model:
     spec: ModelSpec
     weights: Weights
     tokenizer: Tokenizer
-    language_model: str = ""
-    """Folder of the tokenizer's files, inside ``folder``."""
+    tokenizer_folder: Path | None = None
+    """Folder of the tokenizer's files, where there are any."""
     instruction_tokenizer: Tokenizer | None = None
     """Of a Q-Former that reads text."""
 
@@ -56,11 +75,27 @@ class Source:
     """What a family reads a model from."""
 
     folder: Path
+    """Folder of config.json."""
     config: dict[str, Any]
     """Content of config.json."""
     options: OpenOptions
     tokenizer: Tokenizer
     """Its own: a family may add tokens to it."""
+    folders: tuple[Path, ...]
+    """Folders of the checkpoint: its own, then that of an adapter's base."""
+    adapter: Adapter | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folders[0].resolve().name
+
+    def weight_files(self) -> TensorFiles | MergedFiles:
+        """Open the weights in the checkpoint's own folder, an adapter merged into its base."""
+        return TensorFiles(self.folder) if self.adapter is None else self.adapter.files
+
+    def folder_with(self, name: str) -> Path:
+        """Return the first folder of the checkpoint that has a file or folder of this name."""
+        return _folder_with(self.folders, name)
 
 
 Read: TypeAlias = Callable[[Source], tuple[ModelSpec, Weights]]
@@ -140,20 +175,23 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
     folder = checkpoint_path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such checkpoint folder")
-    if (kind := folder_kind(folder)) is not None:
-        raise base_missing(folder, kind)
-    config = read_json(folder / "config.json", required_for="every checkpoint has one")
-    family = _find_family(folder, config)
     options = options or OpenOptions()
+    adapter = open_adapter(folder, options.base)
+    folders = (folder,) if adapter is None else (folder, adapter.base)
+    home = _folder_with(folders, "config.json")
+    config = read_json(home / "config.json", required_for="every checkpoint has one")
+    family = _find_family(home, config)
     if options.variant is not None and options.variant not in family.variants:
         known = f"expected {' or '.join(family.variants)}" if family.variants else "leave it out"
         raise CheckpointError(
             f"{folder}: variant {options.variant!r} is not known for {family.name}: {known}"
         )
-    tokenizer = read_tokenizer(
-        folder / family.language_model, family.legacy, family.ready_tokenizer
-    )
-    spec, weights = family.read(Source(folder, config, options, tokenizer))
+    words = [each / family.language_model for each in folders]
+    place = next((each for each in words if has_tokenizer(each)), words[-1])
+    tokenizer = read_tokenizer(place, family.legacy, family.ready_tokenizer)
+    spec, weights = family.read(Source(home, config, options, tokenizer, folders, adapter))
+    if adapter is not None:
+        adapter.check_used(weights)
     pieces = tokenizer.get_vocab_size(with_added_tokens=False)
     if pieces > spec.decoder.vocab_size:
         raise CheckpointError(
@@ -162,8 +200,13 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
         )
     asked = None
     if spec.projector.reads_text:
-        asked = read_tokenizer(folder / _INSTRUCTION_TOKENIZER, ready=True)
-    return Model(folder, spec, weights, tokenizer, family.language_model, asked)
+        own = _folder_with(folders, _INSTRUCTION_TOKENIZER)
+        asked = read_tokenizer(own / _INSTRUCTION_TOKENIZER, ready=True)
+    return Model(folder, spec, weights, tokenizer, place, asked)
+
+
+def _folder_with(folders: tuple[Path, ...], name: str) -> Path:
+    return next((folder for folder in folders if (folder / name).exists()), folders[0])
 
 
 def _find_family(folder: Path, config: dict[str, Any]) -> Family:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.checkpoint import RowRange, TensorFiles, TensorRef
+from mobilevlm.checkpoint import RowRange, TensorRef, TensorSource
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import config_value, rope_scaling
 from mobilevlm.spec import DecoderSpec, ExpertsSpec
@@ -56,7 +56,9 @@ def inside(backbone: Backbone, model: str) -> Backbone:
     return replace(backbone, root=f"{model}.{backbone.root}", lm_head=f"{model}.{backbone.lm_head}")
 
 
-def decoder_refs(files: TensorFiles, spec: DecoderSpec, backbone: Backbone) -> dict[str, TensorRef]:
+def decoder_refs(
+    files: TensorSource, spec: DecoderSpec, backbone: Backbone
+) -> dict[str, TensorRef]:
     """Where the tensors of a decoder are, by canonical name."""
     refs = {}
     for module, biased in _modules(spec):

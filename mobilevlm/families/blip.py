@@ -14,8 +14,8 @@ from typing import Any
 
 from mobilevlm.checkpoint import (
     RowRange,
-    TensorFiles,
     TensorRef,
+    TensorSource,
     Weights,
     check_presence,
     read_json,
@@ -71,7 +71,7 @@ _QUERIES = 32
 @dataclass(frozen=True)
 class _Language:
     read: ReadDecoder
-    refs: Callable[[TensorFiles, DecoderSpec], dict[str, TensorRef]]
+    refs: Callable[[TensorSource, DecoderSpec], dict[str, TensorRef]]
     defaults: dict[str, Any]
 
 
@@ -125,9 +125,8 @@ the words that the papers ask questions with."""
 )
 def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
     """Reads a BLIP-2 or InstructBLIP checkpoint. Only the latter's Q-Former reads the prompt."""
-    folder, config = source.folder, source.config
-    path = folder / "config.json"
-    files = TensorFiles(folder)
+    path, config = source.folder / "config.json", source.config
+    files = source.weight_files()
     vision = _vision_spec(path, _section(path, config, "vision_config", _VISION))
     language, text = _language(path, config)
     decoder = language.read(path, text)
@@ -137,7 +136,7 @@ def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
     )
     spec = ModelSpec(
         family="instructblip" if projector.reads_text else "blip2",
-        name=folder.resolve().name,
+        name=source.name,
         image=image_spec(_tower(path), vision, "resize"),
         vision=vision,
         projector=projector,
@@ -241,14 +240,14 @@ def _conversation(source: Source, text: dict[str, Any], qformer: QFormerSpec) ->
         mark = tokenizer.get_vocab_size()
     return ConversationSpec(
         CONVERSATIONS[name],
-        end_ids(source.folder, text),
+        end_ids(source.folder_with("generation_config.json"), text),
         (),
         "images_first",
         placeholder_ids=(mark,) * qformer.num_queries,
     )
 
 
-def _tower_refs(files: TensorFiles, spec: VisionSpec) -> dict[str, TensorRef]:
+def _tower_refs(files: TensorSource, spec: VisionSpec) -> dict[str, TensorRef]:
     embeddings = "vision_model.embeddings"
     refs = {
         "vision.class_embedding": TensorRef(files, f"{embeddings}.class_embedding", outer=2),
@@ -273,7 +272,7 @@ def _tower_refs(files: TensorFiles, spec: VisionSpec) -> dict[str, TensorRef]:
     return refs
 
 
-def _qformer_refs(files: TensorFiles, spec: QFormerSpec) -> dict[str, TensorRef]:
+def _qformer_refs(files: TensorSource, spec: QFormerSpec) -> dict[str, TensorRef]:
     names = {"norm": "embeddings.layernorm" if spec.vocab_size else "layernorm"}
     for index in range(spec.num_hidden_layers):
         parts = dict(_QFORMER_PARTS)

@@ -61,19 +61,18 @@ def read_layout(
     naming: Naming = Naming(),
 ) -> tuple[ModelSpec, Weights]:
     """Spec and weights of a checkpoint in this layout."""
-    folder, config = source.folder, source.config
-    path = folder / "config.json"
-    files = TensorFiles(folder)
+    path, config = source.folder / "config.json", source.config
+    files = source.weight_files()
     copy = f"{backbone.root}.{naming.tower}.{naming.tower}."
     embedded = f"{copy}vision_model.embeddings.class_embedding" in files
-    tower = _find_tower(path, config, naming.tower_key, source.options.vision_tower, embedded)
+    tower = _find_tower(source, naming.tower_key, embedded)
     _check_features(path, config)
     vision = vision_spec(path, config, tower, naming.tower_key)
     decoder = backbone.read(path, config)
     layout = projector(config, vision)
     spec = ModelSpec(
         family=family,
-        name=folder.resolve().name,
+        name=source.name,
         image=image_spec(tower, vision, _aspect(path, config)),
         vision=vision,
         projector=layout.spec,
@@ -126,16 +125,16 @@ def mlp_layout(
     return ProjectorLayout(spec, names)
 
 
-def _find_tower(
-    path: Path, config: dict[str, Any], key: str, given: Path | None, embedded: bool
-) -> Tower:
-    name = config_value(path, config, key, str) if given is None else str(given)
-    checkpoint = path.parent
+def _find_tower(source: Source, key: str, embedded: bool) -> Tower:
+    path, given = source.folder / "config.json", source.options.vision_tower
+    name = config_value(path, source.config, key, str) if given is None else str(given)
     base = Path(name).name
-    candidates = [given] if given is not None else [
-        Path(name), checkpoint / name, checkpoint / base, checkpoint / "vision_tower",
-        checkpoint.resolve().parent / base,
-    ]  # fmt: skip
+    candidates = [Path(name)] if given is None else [given]
+    for checkpoint in source.folders if given is None else ():
+        candidates += [
+            checkpoint / name, checkpoint / base, checkpoint / "vision_tower",
+            checkpoint.resolve().parent / base,
+        ]  # fmt: skip
     for folder in candidates:
         if folder.is_dir() and (folder / "config.json").is_file():
             tower = read_json(folder / "config.json")
@@ -185,7 +184,7 @@ def _conversation_spec(source: Source, name: str) -> ConversationSpec:
     mark = IMAGE_PLACEHOLDER
     if source.config.get("mm_use_im_start_end"):
         mark = f"<im_start>{IMAGE_PLACEHOLDER}<im_end>"
-    ids = end_ids(source.folder, source.config)
+    ids = end_ids(source.folder_with("generation_config.json"), source.config)
     end = source.tokenizer.token_to_id(style.end)
     if end is not None and end not in ids:
         ids = (*ids, end)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.checkpoint import TensorFiles, TensorRef
+from mobilevlm.checkpoint import TensorRef, TensorSource
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import config_value
 from mobilevlm.spec import DecoderSpec, RelativePositions
@@ -82,7 +82,7 @@ def read_t5(path: Path, config: dict[str, Any]) -> DecoderSpec:
     )
 
 
-def t5_refs(files: TensorFiles, spec: DecoderSpec, model: str) -> dict[str, TensorRef]:
+def t5_refs(files: TensorSource, spec: DecoderSpec, model: str) -> dict[str, TensorRef]:
     """Where the tensors are, by canonical name; ``model``: the module that T5 is."""
     refs = {
         f"decoder.{ours}.weight": TensorRef(files, f"{model}.{theirs}.weight")

@@ -71,6 +71,11 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
     """Reads a VILA checkpoint: config.json and three folders, each a model of its own. Without
     ``--variant`` it behaves as the code that it was saved with."""
     path, config = source.folder / "config.json", source.config
+    if source.adapter is not None:
+        raise CheckpointError(
+            f"{source.adapter.folder}: adapters of VILA are not merged here: merge it with VILA's "
+            f"own code and give the result"
+        )
     name = source.options.variant or _saved_with(path, config)
     variant = _VARIANTS[name]
     language, pictures, between = (source.folder / folder for folder in _FOLDERS)
@@ -86,7 +91,7 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
     decoder = LLAMA.read(language / "config.json", _language_config(path, language, config))
     spec = ModelSpec(
         family="vila",
-        name=source.folder.resolve().name,
+        name=source.name,
         image=image_spec(tower, vision, _aspect(path, config)),
         vision=vision,
         projector=projector,

@@ -112,8 +112,8 @@ class Sum:
 
     def add_to(self, array: Float32) -> None:
         added = self.part.read()
-        place = array[(*map(slice, added.shape), ...)]
-        place += added if self.factor == 1 else np.float32(self.factor) * added
+        place = array[tuple(slice(size) for size in added.shape)]
+        np.add(place, np.float32(self.factor) * added, out=place)
 
 
 def _add_product(array: Float32, left: Float32, right: Float32, factor: float) -> None:

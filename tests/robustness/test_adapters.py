@@ -363,6 +363,9 @@ def test_verbs_that_take_a_checkpoint_take_a_base(
     main(["inspect", *given, "--json"])
     shown = json.loads(capsys.readouterr().out)
     assert shown["spec"]["name"] == "adapter"
-    main(["verify", str(bundle), *given, "--json", "--quiet"])
+    sample = {"image": str(adapter.fixture.image), "prompt": "What?", "answer": "A cat."}
+    data = tmp_path / "samples.jsonl"
+    data.write_text(json.dumps(sample))
+    main(["verify", str(bundle), *given, "--data", str(data), "--json", "--quiet"])
     figures = json.loads(capsys.readouterr().out)["stages"]
     assert max(stage.get("kl", 0) for stage in figures.values()) < 1e-6

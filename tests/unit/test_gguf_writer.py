@@ -384,7 +384,7 @@ def test_a_checkpoint_without_scores_is_refused(llava_v1: Fixture, tmp_path: Pat
     shutil.copytree(llava_v1.checkpoint, folder)
     llava_v1.model.tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer.model").unlink()
-    model = dataclasses.replace(llava_v1.model, folder=folder)
+    model = dataclasses.replace(llava_v1.model, tokenizer_folder=folder)
     with pytest.raises(CheckpointError, match=r"tokenizer\.model: the file is missing"):
         write_decoder(model, "f16", tmp_path / "d.gguf", ignore)
 

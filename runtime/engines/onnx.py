@@ -38,6 +38,8 @@ from mobilevlm.spec import DecoderSpec
 
 INT8_CACHE = (1, 27)
 """The first version whose GroupQueryAttention reads them, on x86-64; 1.24 to 1.26 do not."""
+LONGEST_REASON = 200
+"""Characters of onnxruntime's messages that errors quote."""
 _NO_WORDS = (0,)
 """An instruction where none is needed: the tower's features do not depend on it."""
 
@@ -60,7 +62,7 @@ def open_session(
     """
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors come as exceptions
     options.enable_mem_pattern = planned
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
@@ -76,8 +78,14 @@ def open_session(
         with weights.read_once() if packed else nullcontext():
             return Session(path, options, weights)
     except Exception as error:  # onnxruntime raises many kinds, none of them public
-        reason = str(error).strip().splitlines()[-1]
-        raise BundleError(f"{path}: onnxruntime cannot load it: {reason:.200}") from None
+        raise BundleError(f"{path}: onnxruntime cannot load it: {load_reason(error)}") from None
+
+
+def load_reason(error: Exception) -> str:
+    """Return the end of onnxruntime's message, which says what to do; its beginning names places
+    in its source."""
+    reason = str(error).strip().splitlines()[-1]
+    return reason if len(reason) <= LONGEST_REASON else f"… {reason[-LONGEST_REASON:]}"
 
 
 class OnnxVision:

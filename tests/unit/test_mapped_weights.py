@@ -18,7 +18,7 @@ from mobilevlm.bundle import data_path
 from mobilevlm.errors import BundleError
 from mobilevlm.runtime.engines.mapped_pages import keep_apart
 from mobilevlm.runtime.engines.mapped_weights import MappedWeights, external_tensors
-from mobilevlm.runtime.engines.onnx import open_session
+from mobilevlm.runtime.engines.onnx import LONGEST_REASON, load_reason, open_session
 
 SIZE = 512
 
@@ -139,3 +139,11 @@ def test_what_is_no_onnx_file_has_no_tensors(content: bytes, tmp_path: Path) -> 
     MappedWeights(path).lend(options)
     with pytest.raises(BundleError):
         open_session(path, 1)
+
+
+def test_the_end_of_a_long_reason_is_shown_since_it_says_what_to_do() -> None:
+    remedy = "Ensure /proc is mounted in the sandbox or chroot. Error: No such file or directory"
+    reason = f"FAIL : Exception during initialization: {'initializer.cc ' * 30} {remedy}"
+    assert load_reason(RuntimeError(reason)).endswith(remedy)
+    assert len(load_reason(RuntimeError(reason))) < LONGEST_REASON + 5
+    assert load_reason(RuntimeError("first line\nshort")) == "short"

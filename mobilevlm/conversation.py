@@ -9,13 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, TypedDict
 
-from jinja2 import Template
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
+from mobilevlm.chat_template import render_template
 from mobilevlm.errors import PromptError
 from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec, ProjectorSpec
 
@@ -143,17 +141,13 @@ def user_message(prompt: str, num_images: int) -> Message:
 
 def render(conversation: ConversationSpec, messages: Sequence[Message]) -> str:
     """The prompt text up to where the assistant begins to speak."""
-    try:
-        return _template(conversation.chat_template).render(
-            messages=messages, add_generation_prompt=True, bos_token="", eos_token=""
-        )
-    except Exception as error:  # a template is data: whatever it does wrong is the bundle's fault
-        raise PromptError(f"the bundle's chat template failed: {error}") from None
-
-
-@lru_cache(maxsize=8)
-def _template(source: str) -> Template:
-    return ImmutableSandboxedEnvironment().from_string(source)
+    return render_template(
+        conversation.chat_template,
+        messages=messages,
+        add_generation_prompt=True,
+        bos_token="",
+        eos_token="",
+    )
 
 
 def tokenize(

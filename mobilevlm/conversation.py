@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 from mobilevlm.chat_template import render_template
 from mobilevlm.errors import PromptError
 from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec, ProjectorSpec
+from mobilevlm.tokenizer_json import encode
 
 SHORTEST_SYSTEM_PROMPT = 16
 """Tokens. Computing a piece of a prompt apart costs a pass over the weights, about as much as
@@ -171,7 +172,7 @@ def tokenize(
         ) from None
     if conversation is not None and conversation.tokenization == "joined":
         image = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
-        ids = [IMAGE_TOKEN_ID if token == image else token for token in tokenizer.encode(text).ids]
+        ids = [IMAGE_TOKEN_ID if token == image else token for token in encode(tokenizer, text)]
     else:
         rest, first = text, 0
         if conversation is not None and conversation.tokenization == "images_first":
@@ -187,7 +188,7 @@ def tokenize(
 def _tokenize_apart(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: list[int] = []
     for index, chunk in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        piece = tokenizer.encode(chunk, add_special_tokens=index == 0).ids
+        piece = encode(tokenizer, chunk, add_special_tokens=index == 0)
         ids += piece if index == 0 else [IMAGE_TOKEN_ID, *piece]
     return ids
 
@@ -217,7 +218,7 @@ def tokenize_instruction(
     """
     if tokenizer is None or projector.qformer is None or not projector.reads_text:
         return []
-    ids: list[int] = tokenizer.encode(text.replace(IMAGE_PLACEHOLDER, "")).ids
+    ids = encode(tokenizer, text.replace(IMAGE_PLACEHOLDER, ""))
     if len(ids) > projector.qformer.max_positions:
         raise PromptError(
             f"the prompt takes {len(ids)} tokens of the Q-Former, which reads up to "

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import GgufFile
 from mobilevlm.tokenizer import begin_with, build_tokenizer
+from mobilevlm.tokenizer_json import open_tokenizer_json
 
 _WHOLE = "tokenizer.huggingface.json"
 _BYTE = 6
@@ -53,10 +54,7 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
         BundleError: it is of another kind, or incomplete.
     """
     if _WHOLE in file.metadata:
-        try:
-            return Tokenizer.from_str(str(file.metadata[_WHOLE]))
-        except Exception as error:  # the tokenizers library raises plain Exception
-            raise BundleError(f"{file.path}: damaged tokenizer: {error}") from None
+        return open_tokenizer_json(str(file.metadata[_WHOLE]), str(file.path), BundleError)
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind != "llama":
         raise BundleError(f"{file.path}: tokenizer {kind!r:.60}, expected 'llama' (sentencepiece)")

@@ -31,6 +31,7 @@ from mobilevlm.tokenizer_bytes import (
     from_tiktoken,
     from_vocab_and_merges,
 )
+from mobilevlm.tokenizer_json import open_tokenizer_json
 
 SPACE = "\u2581"
 """The character that stands for a space inside pieces."""
@@ -74,10 +75,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _from_json(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise CheckpointError(f"{path}: damaged tokenizer: {error}") from None
+    return open_tokenizer_json(path, str(path), CheckpointError)
 
 
 def vocabulary_length(tokenizer: Tokenizer) -> int:

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 from tokenizers import Tokenizer, decoders
 
+from mobilevlm.errors import BundleError
 from mobilevlm.tokenizer import SPACE
 from mobilevlm.tokenizer_bytes import token_bytes
+from mobilevlm.tokenizer_json import foreign
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 
@@ -51,8 +53,13 @@ class Detokenizer:
         if piece[0] == "<" and (match := _BYTE.fullmatch(piece)):
             self._unfinished = True
             return self._bytes.decode(bytes([int(match[1], 16)]))
-        text = self._tokenizer.decode([token]) if first else piece.replace(SPACE, " ")
+        text = self._first(token) if first else piece.replace(SPACE, " ")
         return self.finish() + text if self._unfinished else text
+
+    def _first(self, token: int) -> str:
+        """The first token's text, which may lose its leading space."""
+        with foreign("the bundle's tokenizer failed on an answer", BundleError):
+            return str(self._tokenizer.decode([token]))
 
     def finish(self) -> str:
         """What was held back: an unfinished character comes out as U+FFFD."""

@@ -49,6 +49,7 @@ from mobilevlm.runtime.session import (
     check_session,
 )
 from mobilevlm.runtime.settings import check_settings, stop_strings
+from mobilevlm.tokenizer_json import open_tokenizer_json
 
 DEFAULT_MAX_NEW_TOKENS = 256
 IDLE_SESSIONS = 2
@@ -501,7 +502,5 @@ def _open_cache(bundle: Bundle, tokenizer: Tokenizer, plan: Plan, megabytes: flo
 
 
 def _read_tokenizer(bundle: Bundle, name: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(str(bundle.path(name)))
-    except Exception as error:  # the tokenizers library raises plain Exception
-        raise BundleError(f"{bundle.path(name)}: damaged tokenizer: {error}") from None
+    path = bundle.path(name)
+    return open_tokenizer_json(path, str(path), BundleError)

@@ -1,0 +1,262 @@
+"""``tokenizer.json`` of strangers: opened and used without letting it grow, hang or abort.
+
+The tokenizers library is Rust: where it panics, pyo3 raises an exception that is not an
+``Exception``, and where it runs out of memory the process ends. So what a file may ask for is
+checked when it is opened, and every call goes through :func:`foreign`.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from mobilevlm.errors import MobileVLMError, PromptError
+from mobilevlm.terminal import plain
+
+LARGEST = 64 << 20
+"""Bytes of a file; the largest of published models have 34 million."""
+GROWTH = 256
+"""How many times as long a text may become before it is split into tokens."""
+STEPS = 32
+PREFIX = 64
+"""Most characters, or ids, that a tokenizer adds to a text."""
+_PATTERN_LENGTH = 4000
+_REPEATS = 2
+"""Most unbounded repetitions in one alternative of a regular expression; published ones have two.
+Each multiplies the time by the length of a word."""
+
+
+@contextmanager
+def foreign(place: str, kind: type[MobileVLMError] = PromptError) -> Iterator[None]:
+    """Turn whatever the tokenizers library raises in the block into one line.
+
+    ``place``: what failed, as the message begins.
+    """
+    try:
+        yield
+    except MobileVLMError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise  # KeyboardInterrupt and its like
+        raise kind(f"{place}: {plain(error)[:200]}") from None
+
+
+def encode(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Return the ids of a text.
+
+    Raises:
+        PromptError: the tokenizer fails on it.
+    """
+    with foreign("the bundle's tokenizer failed on the prompt"):
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+    return ids
+
+
+def open_tokenizer_json(source: Path | str, place: str, kind: type[MobileVLMError]) -> Tokenizer:
+    """Return the tokenizer of a file, or of its text.
+
+    Its truncation and padding are left out, as Transformers sets both anew for every call.
+    ``place``: the file's name for messages; ``kind``: of the errors.
+
+    Raises:
+        MobileVLMError: the file is damaged, or asks for what no tokenizer needs.
+    """
+    damaged = f"{place}: damaged tokenizer"
+    with foreign(damaged, kind):
+        size = source.stat().st_size if isinstance(source, Path) else len(source)
+        if size > LARGEST:
+            raise kind(f"{place}: a tokenizer of {size} bytes, more than {LARGEST}: not a model's")
+        text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        for state in _normalizers(text):  # before the library uses it for the added tokens
+            _refuse(_precompiled_problem(state) or _problem({"normalizer": state}), place, kind)
+        tokenizer = Tokenizer.from_str(text)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        parts = {
+            name: _state(getattr(tokenizer, name))
+            for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+        }
+    _refuse(_problem(parts) or _template_problem(parts["post_processor"]), place, kind)
+    return tokenizer
+
+
+def _refuse(problem: str, place: str, kind: type[MobileVLMError]) -> None:
+    if problem:
+        raise kind(f"{place}: its {problem}: no published tokenizer does, use another file")
+
+
+def _normalizers(text: str) -> list[Any]:
+    """Return every normalizer that a tokenizer.json may have, without reading its vocabulary."""
+    places = [match.end() for match in re.finditer(r'"normalizer"\s*:\s*(?=[{\[])', text)]
+    if len(places) > 4 or re.search(r"\\u00[4-7]", text):  # or a name that is written otherwise
+        data = json.loads(text)
+        return [data.get("normalizer")] if isinstance(data, dict) else []
+    return [json.JSONDecoder().raw_decode(text, place)[0] for place in places]
+
+
+def _state(part: Any) -> Any:
+    """Return a part of a tokenizer as JSON data."""
+    return {} if part is None else json.loads(part.__getstate__())
+
+
+def _problem(parts: dict[str, Any]) -> str:
+    """Return what is wrong with the parts of a tokenizer; nothing if they are as usual."""
+    for name, state in parts.items():
+        steps = list(_steps(state))
+        if len(steps) > STEPS:
+            return f"{name} has more than {STEPS} steps"
+        growth = 1
+        for step in steps:
+            growth *= _growth(step)
+            if growth > GROWTH or len(str(step.get("prepend", ""))) > PREFIX:
+                return f"{name} makes texts more than {GROWTH} times as long"
+            if step.get("type") == "FixedLength" and not step.get("length"):
+                return f"{name} splits texts into nothing"
+            pattern = step.get("pattern")
+            if isinstance(pattern, dict) and not _is_simple(str(pattern.get("Regex", ""))):
+                return f"{name} has a regular expression that can take forever"
+    return ""
+
+
+def _steps(state: Any) -> Iterator[dict[str, Any]]:
+    """Yield the steps of a part, those of sequences one by one."""
+    rest = [state]
+    while rest:
+        item = rest.pop()
+        if isinstance(item, list):
+            rest.extend(reversed(item))
+        elif isinstance(item, dict) and item.get("type") == "Sequence":
+            rest.extend(reversed([part for part in item.values() if isinstance(part, list)]))
+        elif isinstance(item, dict):
+            yield item
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """Return how many times as long a step makes a text at most."""
+    kind = step.get("type")
+    if kind == "ByteLevel":
+        return 2
+    if kind == "Precompiled":
+        return -(-_longest_replacement(step) // 3)
+    if kind != "Replace":
+        return 1
+    content = len(str(step.get("content", "")).encode("utf-8", "replace"))
+    pattern = step.get("pattern", {})
+    literal = str(pattern.get("String", "")).encode("utf-8", "replace")
+    if "String" in pattern and literal:
+        return max(1, -(-content // len(literal)))
+    return 1 + content
+
+
+def _longest_replacement(step: dict[str, Any]) -> int:
+    """Return the bytes of the longest text that sentencepiece's table puts for a character."""
+    table = base64.b64decode(step["precompiled_charsmap"])
+    size = int.from_bytes(table[:4], "little")
+    return max(map(len, table[4 + size :].split(b"\0")))
+
+
+def _precompiled_problem(state: Any) -> str:
+    """Return what is wrong with sentencepiece's tables, on which the library would panic."""
+    for step in _steps(state):
+        if step.get("type") != "Precompiled":
+            continue
+        try:
+            table = base64.b64decode(step.get("precompiled_charsmap") or "", validate=True)
+            size = int.from_bytes(table[:4], "little")
+            table[4 + size :].decode("utf-8")
+        except (ValueError, TypeError):
+            return "normalizer has a damaged table of characters"
+        if len(table) <= 4 or size > len(table) - 4 or size % 4:
+            return "normalizer has a damaged table of characters"
+    return ""
+
+
+def _template_problem(state: Any) -> str:
+    for step in _steps(state):
+        if step.get("type") != "TemplateProcessing":
+            continue
+        names = [
+            piece.get("Sequence", {}).get("id") for piece in step["single"] if "Sequence" in piece
+        ]
+        special = step.get("special_tokens", {})
+        added = sum(
+            len(special.get(piece["SpecialToken"]["id"], {}).get("ids", ()))
+            for piece in step["single"]
+            if "SpecialToken" in piece
+        )
+        if names != ["A"] or added > PREFIX:
+            return "post_processor does not put a text between a few special tokens"
+    return ""
+
+
+_ATOM = re.compile(
+    r"\\(?:[pP]\{[^}]*\}|x\{[^}]*\}|x..|u....|.)"
+    r"|\(\?[a-zA-Z-]+[:)]|\(\?(?:[:=!>]|<[=!])|.",
+    re.DOTALL,
+)
+_QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*(?:,\d*)?\})[?+]?")
+
+
+def _is_simple(pattern: str) -> bool:
+    """Return whether a regular expression cannot take exponential time: no repeated group has a
+    choice or a repetition inside, and few repetitions follow each other."""
+    if len(pattern) > _PATTERN_LENGTH or re.search(r"\\[kg]|\(\?[<P]\w", pattern):
+        return False
+    groups: list[bool] = []  # whether there is a choice or a repetition in each that is open
+    place, unbounded = 0, 0
+    while place < len(pattern):
+        if pattern[place] == "[":
+            place, atom = _end_of_class(pattern, place), "["
+        else:
+            match = _ATOM.match(pattern, place)
+            assert match is not None
+            place, atom = match.end(), match[0]
+        complex_group = False
+        if atom == "|":
+            unbounded = 0 if not groups else unbounded
+            groups = [True] * len(groups)
+            continue
+        if atom.startswith("(") and not atom.endswith(")"):
+            groups.append(False)
+            continue
+        if atom == ")" and groups:
+            complex_group = groups.pop()
+        quantifier = _QUANTIFIER.match(pattern, place)
+        if quantifier is None:
+            continue
+        place = quantifier.end()
+        numbers = [int(number) for number in re.findall(r"\d+", quantifier[0])]
+        if quantifier[0][0] != "?":
+            if complex_group or max(numbers, default=0) > 1000:
+                return False
+            unbounded += quantifier[0][0] in "*+" or ",}" in quantifier[0]
+            groups = [True] * len(groups)
+        if unbounded > _REPEATS or _QUANTIFIER.match(pattern, place):
+            return False
+    return True
+
+
+def _end_of_class(pattern: str, place: int) -> int:
+    """Return the place after a character class, which may have others inside."""
+    depth = 0
+    while place < len(pattern):
+        if pattern[place] == "\\":
+            place += 1
+        elif pattern[place] == "[":
+            depth += 1
+            if pattern[place + 1 : place + 2] == "]" or pattern[place + 1 : place + 3] == "^]":
+                place += pattern[place + 1 : place + 3].index("]") + 1
+        elif pattern[place] == "]":
+            depth -= 1
+            if depth == 0:
+                return place + 1
+        place += 1
+    return place

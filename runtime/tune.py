@@ -43,7 +43,7 @@ def tune_bundle(
         MissingExtraError: what the only engine needs is not installed.
         OSError: the bundle's folder cannot be written to.
     """
-    ready = open_bundle(bundle_path(Path(bundle), engine))
+    ready = open_bundle(bundle_path(Path(bundle), engine, writable=True))
     engines = [engine] if engine != "auto" else _engines(ready)
     for name in engines:
         choose_engine(ready, name)

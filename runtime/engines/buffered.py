@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, still_open
-from mobilevlm.runtime.engines.mapped_pages import small_pages
+from mobilevlm.runtime.engines.mapped_pages import check_whole, small_pages
 
 
 class BufferedState:
@@ -28,7 +28,9 @@ class BufferedDecoder:
     are :class:`BufferedState`."""
 
     def __init__(self, table: Path, embeddings: EmbeddingTable) -> None:
-        self._table: NDArray[Any] | None = map_table(table, embeddings)
+        mapped = map_table(table, embeddings)
+        self._mapped: np.memmap[Any, Any] | None = mapped
+        self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing in a tenth of time
 
     @property
     def brought_in_bytes(self) -> int | None:
@@ -37,7 +39,9 @@ class BufferedDecoder:
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        rows: Float32 = still_open(self._table)[np.asarray(ids, np.int64)].astype(np.float32)
+        table = still_open(self._table)
+        check_whole(still_open(self._mapped))
+        rows: Float32 = table[np.asarray(ids, np.int64)].astype(np.float32)
         return rows
 
     def save(self, state: DecoderState, start: int) -> Segment:
@@ -52,12 +56,14 @@ class BufferedDecoder:
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, BufferedState)
+        if isinstance(segment.data, np.memmap):  # the bundle's system prompt
+            check_whole(segment.data)
         for buffer, part in zip(state.buffers.values(), segment.data, strict=True):
             buffer[0, :, segment.start : segment.end] = part
         state.length = segment.end
 
 
-def map_table(path: Path, embeddings: EmbeddingTable) -> NDArray[Any]:
+def map_table(path: Path, embeddings: EmbeddingTable) -> np.memmap[Any, Any]:
     """The embedding rows ``(rows, columns)`` in a file, mapped."""
     mapped = np.memmap(
         path,
@@ -67,4 +73,4 @@ def map_table(path: Path, embeddings: EmbeddingTable) -> NDArray[Any]:
         shape=(embeddings.rows, embeddings.columns),
     )
     small_pages(mapped)
-    return mapped.view(np.ndarray)  # indexing that takes a tenth
+    return mapped

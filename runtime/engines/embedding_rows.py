@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf_file import GgufTensor
 from mobilevlm.runtime.engines import Float32
+from mobilevlm.runtime.engines.mapped_pages import check_whole
 
 
 class EmbeddingRows:
@@ -24,13 +24,21 @@ class EmbeddingRows:
     def __init__(self, tensor: GgufTensor) -> None:
         path = tensor.path
         rows, self._columns = tensor.shape
-        self._table: NDArray[np.uint8] = np.memmap(
-            path, np.uint8, "r", tensor.offset, (rows, tensor.row_size)
-        )
+        self._table = np.memmap(path, np.uint8, "r", tensor.offset, (rows, tensor.row_size))
+        self._whole = np.memmap(path, np.uint8, "r")
         self._to_float = None if tensor.type == "F32" else _row_function(path, tensor.type)
+
+    def check(self) -> None:
+        """Check that the file, which holds all weights of the decoder, still has them.
+
+        Raises:
+            BundleError: it became shorter.
+        """
+        check_whole(self._whole)
 
     def read(self, ids: Sequence[int]) -> Float32:
         """Rows ``(len(ids), columns)``."""
+        self.check()
         stored = np.ascontiguousarray(self._table[np.asarray(ids, np.int64)])
         if self._to_float is None:
             return stored.view(np.float32)

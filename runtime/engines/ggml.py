@@ -138,6 +138,7 @@ class GgmlDecoder(GgufDecoder):
         """Appends a chunk; logits of its last ``count`` positions. A graph makes one at least."""
         assert isinstance(state, GgmlState)
         still_open(self._weights)
+        still_open(self._rows).check()
         return state.append(embeds, max(count, 1))[:count].copy()
 
     def step(self, state: DecoderState, token: int) -> Float32:

@@ -168,7 +168,7 @@ class DecoderInTurn(BufferedDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         if self._turns is not None:
             self._turns.close()
-        self._turns = self._table = None
+        self._turns = self._table = self._mapped = None
 
 
 def stages_in_turn(

@@ -141,6 +141,7 @@ class LlamaDecoder(GgufDecoder):
         """Appends a chunk; logits of its last ``count`` positions."""
         assert isinstance(state, LlamaState)
         still_open(self._model)
+        still_open(self._rows).check()
         chunk = np.ascontiguousarray(embeds, np.float32)
         wanted = np.zeros(len(chunk), np.int8)
         wanted[len(chunk) - count :] = 1
@@ -158,6 +159,7 @@ class LlamaDecoder(GgufDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, LlamaState)
         still_open(self._model)
+        still_open(self._rows).check()
         tokens = np.array([token], np.int32)
         batch = llama_library().llama_batch(n_tokens=1, token=address(tokens, ctypes.c_int32))
         state.append(batch)

@@ -10,11 +10,28 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from mobilevlm.errors import BundleError
+
 
 def drop_pages(mapped: NDArray[Any]) -> None:
     """Takes the pages of a file mapped for reading (``numpy.memmap``) out of this process; the next
     access brings them back from the system's cache. Nothing where the system has no such thing."""
     _advise(mapped, "MADV_DONTNEED")
+
+
+def check_whole(mapped: NDArray[Any]) -> None:
+    """Check that a mapped file (``numpy.memmap``) still has all that was mapped. Reading what is no
+    longer there would end the process (SIGBUS); between this check and the reading it still does.
+
+    Raises:
+        BundleError: the file was made shorter in place.
+    """
+    needed = mapped.offset + mapped.nbytes  # type: ignore[attr-defined]
+    if mapped._mmap.size() < needed:  # type: ignore[attr-defined]
+        raise BundleError(
+            f"{mapped.filename}: the file became shorter while it was in use: put "  # type: ignore[attr-defined]
+            f"it back and load the model again"
+        )
 
 
 def small_pages(mapped: NDArray[Any]) -> None:

@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 
 from mobilevlm.bundle import data_path
 from mobilevlm.runtime.engines.forking import keep_in_children
-from mobilevlm.runtime.engines.mapped_pages import drop_pages, keep_apart
+from mobilevlm.runtime.engines.mapped_pages import check_whole, drop_pages, keep_apart
 
 INTERVAL = 0.03
 """Seconds between two times that pages are given back while weights are copied: some 50 MB."""
@@ -67,6 +68,15 @@ class MappedWeights:
         for name, value in self._lent.items():
             options.add_initializer(name, value)
 
+    def check(self) -> None:
+        """Check that the file still has them all.
+
+        Raises:
+            BundleError: it became shorter.
+        """
+        if self._mapped is not None:
+            check_whole(self._mapped)
+
     def give_back(self) -> None:
         """Takes the pages out of this process; the next access brings them back."""
         if self._mapped is not None:
@@ -101,6 +111,16 @@ class Session(ort.InferenceSession):  # type: ignore[misc, unused-ignore]
         super().__init__(str(path), options, providers=["CPUExecutionProvider"])
         self.weights = weights
         keep_in_children(self)
+
+    def run(self, *arguments: Any) -> Any:
+        """Run the graph, after a check that its weights are there."""
+        self.weights.check()
+        return super().run(*arguments)
+
+    def run_with_iobinding(self, *arguments: Any) -> None:
+        """Run the graph, after a check that its weights are there."""
+        self.weights.check()
+        super().run_with_iobinding(*arguments)
 
 
 def _is_whole(tensor: Tensor, size: int) -> bool:

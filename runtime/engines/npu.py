@@ -169,7 +169,7 @@ class NpuDecoder(BufferedDecoder):
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._chunks = self._table = None
+        self._chunks = self._table = self._mapped = None
 
 
 def _shape(session: ort.InferenceSession) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from mobilevlm.runtime.engines import (
     still_open,
 )
 from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
-from mobilevlm.runtime.engines.mapped_pages import trim_heap
+from mobilevlm.runtime.engines.mapped_pages import check_whole, trim_heap
 from mobilevlm.runtime.engines.mapped_weights import MappedWeights, Session
 from mobilevlm.spec import DecoderSpec
 
@@ -336,7 +336,9 @@ class OnnxDecoder(BufferedDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, OnnxState)
         session = still_open(self._session)
-        state.step_embeds[0, 0] = still_open(self._table)[token]
+        table = still_open(self._table)
+        check_whole(still_open(self._mapped))
+        state.step_embeds[0, 0] = table[token]
         state.total_length[0] = state.length + 1
         session.run_with_iobinding(state.step_binding(session))
         state.length += 1
@@ -345,7 +347,8 @@ class OnnxDecoder(BufferedDecoder):
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._session = self._prompts = self._table = self._encoder = None
+        self._session = self._prompts = self._encoder = None
+        self._table = self._mapped = None
 
 
 def _check_version(path: Path) -> None:

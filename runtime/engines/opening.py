@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mobilevlm.builtin import is_shipped
 from mobilevlm.bundle import Artifact, Bundle, EmbeddingTable
 from mobilevlm.bundle_identity import reopened
 from mobilevlm.errors import BundleError, PrecisionWarning
@@ -68,7 +69,7 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
     best = int8_weight_bits()
     used = (bundle.artifact(*part) for part in stage_formats(bundle, engine).items())
     found = max((artifact.weight_bits or 0 for artifact in used), default=0)
-    if best is None or found in (0, best):
+    if best is None or found in (0, best) or (found < best and is_shipped(bundle.folder)):
         return
     what = (
         "8-bit weights saturate on this processor, answers may be wrong"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +16,18 @@ from conftest import refusal, run_program
 from PIL import Image
 
 import mobilevlm
-from mobilevlm.builtin import BUILT_IN, WEIGHTS, bundle_path, checkpoint_path
+from mobilevlm.builtin import (
+    BUILT_IN,
+    BUNDLES,
+    WEIGHTS,
+    _temporary,
+    bundle_path,
+    checkpoint_path,
+    is_shipped,
+)
+from mobilevlm.bundle import open_bundle
 from mobilevlm.nano.evaluate import evaluate
+from mobilevlm.nano.ship import SHIPPED, ship
 from mobilevlm.nano.suite import evaluation_set
 
 needs_llama = pytest.mark.skipif(
@@ -61,13 +74,120 @@ def test_the_files_are_small() -> None:
     assert sum(file.stat().st_size for file in bundle.rglob("*")) <= INT4_BYTES
 
 
-def test_a_name_is_exported_once(nano: mobilevlm.runtime.VLM) -> None:
-    manifest = nano.bundle.folder / "manifest.json"
-    before = manifest.stat().st_mtime_ns
+def test_nano_runs_from_the_bundle_that_comes_with_the_package(
+    nano: mobilevlm.runtime.VLM,
+) -> None:
+    assert is_shipped(nano.bundle.folder)
     assert bundle_path(Path("nano")) == nano.bundle.folder
     done = run_program("run", "nano", "--prompt", "What is 2 plus 3?", "--max-new-tokens", "8")
     assert done.returncode == 0 and "5" in done.stdout, done.stderr
+
+
+def test_the_bundle_that_comes_with_the_package_is_what_an_export_gives(tmp_path: Path) -> None:
+    """Run ``python -m mobilevlm.nano.ship`` where this fails. The digests of code and tools in the
+    manifest may be older; keys and values of the system prompt are sums of this processor."""
+    for name in SHIPPED:
+        ship(name, tmp_path / name)
+        fresh, shipped = open_bundle(tmp_path / name), open_bundle(BUNDLES / name)
+        system = fresh.manifest.system_prompt
+        assert system is not None and system == shipped.manifest.system_prompt
+        assert fresh.manifest.files.keys() == shipped.manifest.files.keys()
+        for file, entry in fresh.manifest.files.items():
+            if file != system.path:
+                assert shipped.manifest.files[file] == entry, file
+        values = [np.fromfile(bundle.path(system.path), "<f4") for bundle in (fresh, shipped)]
+        assert np.abs(values[0] - values[1]).max() <= 1e-3 * np.abs(values[0]).max()
+        assert fresh.manifest.spec == shipped.manifest.spec
+        assert fresh.manifest.recipe == shipped.manifest.recipe
+        assert fresh.manifest.embeddings == shipped.manifest.embeddings
+        for ours, theirs in zip(fresh.manifest.artifacts, shipped.manifest.artifacts, strict=True):
+            assert replace(ours, key="") == replace(theirs, key="")
+
+
+def test_a_name_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = bundle_path(Path("nano-moe")) / "manifest.json"
+    before = manifest.stat().st_mtime_ns
+    monkeypatch.setattr("mobilevlm.builtin._make", None)
+    assert bundle_path(Path("nano-moe")) == manifest.parent
     assert manifest.stat().st_mtime_ns == before
+
+
+def test_a_damaged_bundle_in_the_cache_heals_by_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = bundle_path(Path("nano"), writable=True)
+    assert folder.is_relative_to(tmp_path)
+    for damage in ("onnx/embed_tokens_fp16.onnx_data", "manifest.json"):
+        content = bytearray((folder / damage).read_bytes())
+        content[len(content) // 2] ^= 1
+        (folder / damage).write_bytes(content)
+        assert bundle_path(Path("nano"), writable=True) == folder
+        open_bundle(folder)
+    assert sorted(path.name for path in folder.parent.iterdir()) == [
+        folder.name,
+        f"{folder.name}.lock",
+    ]
+
+
+def test_tuning_leaves_the_package_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = bundle_path(Path("nano"), writable=True)
+    assert not is_shipped(folder)
+    assert bundle_path(Path("nano")) == folder  # with its plan, from now on
+
+
+@pytest.mark.parametrize("obstacle", ["no home", "a file in the way"])
+def test_without_a_cache_folder_the_models_run_all_the_same(
+    obstacle: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if obstacle == "no home":
+        monkeypatch.setattr("mobilevlm.bundle.cache_folder", homeless)
+    else:
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    with mobilevlm.load("nano") as vlm:
+        assert is_shipped(vlm.bundle.folder)
+    assert [path.name for path in tmp_path.iterdir() if path.name != "file"] == []
+    folder = bundle_path(Path("nano-moe"))
+    assert folder.is_relative_to(tmp_path)
+    open_bundle(folder)
+    assert folder == bundle_path(Path("nano-moe"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
+    monkeypatch.setattr("mobilevlm.builtin.RECIPE", "int8")
+    _temporary.cache_clear()
+    assert "XDG_CACHE_HOME" in refusal(capsys, "run", "nano-moe", "--prompt", "Who?")
+
+
+def test_nano_needs_neither_the_packages_for_exporting_nor_a_home(tmp_path: Path) -> None:
+    program = (
+        "import sys\n"
+        "for name in ('onnx', 'onnx_ir', 'onnxscript', 'safetensors', 'mobilevlm.export'):\n"
+        "    sys.modules[name] = None\n"
+        "import mobilevlm\n"
+        "print(mobilevlm.load('nano').generate('What is 2 plus 3?', max_new_tokens=8).text)\n"
+    )
+    environment = {**os.environ, "HOME": str(tmp_path / "none" / "home")}
+    del environment["XDG_CACHE_HOME"]
+    (tmp_path / "none").write_text("")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "5" in done.stdout, done.stderr
+
+
+def homeless() -> Path:
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_name_is_a_checkpoint_too(tmp_path: Path) -> None:
@@ -111,7 +231,7 @@ def test_the_demo_draws_a_new_scene_each_time(tmp_path: Path) -> None:
 def test_a_weight_file_that_is_missing_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(WEIGHTS / "nano", tmp_path / "nano")
-    (tmp_path / "nano" / "model.safetensors").unlink()
+    shutil.copytree(WEIGHTS / "nano-moe", tmp_path / "nano-moe")
+    (tmp_path / "nano-moe" / "model.safetensors").unlink()
     monkeypatch.setattr("mobilevlm.builtin.WEIGHTS", tmp_path)
-    assert "model.safetensors" in refusal(capsys, "run", "nano", "--prompt", "Who?")
+    assert "model.safetensors" in refusal(capsys, "run", "nano-moe", "--prompt", "Who?")

@@ -213,7 +213,7 @@ class _Header:
         label = f"array of {_KINDS[item]}"
         if item == _STRING:
             self._check(count * 8)
-            return label, [self._text() for _ in range(count)]
+            return label, self._texts(count)
         code = _SCALARS[item][1]
         size = struct.calcsize(_SCALARS[item])
         return label, list(struct.unpack(f"<{count}{code}", self._bytes(count * size)))
@@ -274,6 +274,22 @@ class _Header:
     def _text(self) -> str:
         # Pieces of a vocabulary may be broken characters; they stay as they are.
         return self._bytes(self._number("<Q")).decode("utf-8", "surrogateescape")
+
+    def _texts(self, count: int) -> list[str]:
+        """Return as many texts; a vocabulary is most of the work of reading a header."""
+        content, at, end = self._content, self._at, len(self._content)
+        length_at, found = struct.Struct("<Q").unpack_from, []
+        for _ in range(count):
+            start = at + 8
+            if start > end:
+                self._check(end)
+            [length] = length_at(content, at)
+            at = start + length
+            if at > end:
+                self._check(end)
+            found.append(content[start:at].decode("utf-8", "surrogateescape"))
+        self._at = at
+        return found
 
     def _bytes(self, count: int) -> bytes:
         self._check(count)

@@ -33,6 +33,10 @@ class Rule:
     """What a refused key would mean, for the message."""
 
 
+DESCRIPTIVE = "general.*"
+"""Of the keys by which a file describes itself libraries read those that are named."""
+
+
 def _rules(use: Use, kind: str, *patterns: str, why: str = "") -> tuple[Rule, ...]:
     return tuple(Rule(pattern, use, kind, why=why) for pattern in patterns)
 
@@ -56,6 +60,8 @@ _GENERAL = (
         "general.source.*", "general.base_model.*", "general.dataset.*", "general.tags",
         "general.languages", "general.datasets", "general.sampling.*", "quantize.imatrix.*",
     ),
+    *_unless((), "general.tensor_extra.*", why="settings of single tensors"),
+    Rule(DESCRIPTIVE, "no effect"),
     *_rules("read", "", "split.no", "split.count", "split.tensors.count"),
     *_unless((), "adapter.*", why="an adapter, not a model: merge it into its model first"),
     *_unless((), "imatrix.*", why="an importance matrix, not a model"),

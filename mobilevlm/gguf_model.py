@@ -16,7 +16,7 @@ from mobilevlm.gguf_conversation import gguf_conversation
 from mobilevlm.gguf_encoder import read_encoder
 from mobilevlm.gguf_file import GgufFile, read_gguf
 from mobilevlm.gguf_spec import bytes_per_token, decoder_spec
-from mobilevlm.spec import ModelSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec
 
 MAX_CONTEXT = 4096
 """Positions at most: llama.cpp allocates keys and values of all of them at once, and models made
@@ -59,6 +59,19 @@ def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
     return Bundle(Path(), manifest, digest=""), decoder
 
 
+def checked_decoder(file: GgufFile) -> DecoderSpec:
+    """Return the spec of a language model whose tensors and vocabulary fit it.
+
+    Raises:
+        BundleError: as :func:`model_spec`.
+    """
+    spec = decoder_spec(file)
+    spec = dataclasses.replace(spec, context_length=min(spec.context_length, MAX_CONTEXT))
+    check_decoder_file(file, spec)
+    check_vocabulary(file, spec.vocab_size)
+    return spec
+
+
 def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
     """Return the spec of a language model with its image encoder, both checked for engines and
     exports alike.
@@ -70,13 +83,9 @@ def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
         BundleError: a key or tensor is missing, of the wrong kind, contradicts the others, or is
             beyond what the spec can say.
     """
-    language = decoder_spec(decoder)
-    context = min(language.context_length, MAX_CONTEXT)
-    language = dataclasses.replace(language, context_length=context)
+    language = checked_decoder(decoder)
     encoder = read_encoder(vision, language.hidden_size)
-    check_decoder_file(decoder, language)
     check_encoder_file(vision, encoder)
-    check_vocabulary(decoder, language.vocab_size)
     name = decoder.metadata.get("general.name")
     return ModelSpec(
         family="gguf",

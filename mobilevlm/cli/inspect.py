@@ -156,15 +156,20 @@ def _memory(bundle: Bundle) -> dict[str, dict[str, float]]:
 def _show_gguf(path: Path, as_json: bool) -> None:
     from mobilevlm.errors import BundleError
     from mobilevlm.gguf_file import read_gguf
-    from mobilevlm.gguf_spec import decoder_spec
+    from mobilevlm.gguf_keys import check_keys
+    from mobilevlm.gguf_model import checked_decoder
     from mobilevlm.spec import to_dict
     from mobilevlm.tables import Column, Table, show
 
     file = read_gguf(path)
+    spec, obstacle = None, None
     try:
-        spec = to_dict(decoder_spec(file))
-    except BundleError:
-        spec = None  # an image encoder, or a decoder that the spec cannot say
+        if file.architecture == "clip":
+            check_keys(file, "encoder")
+        else:
+            spec = to_dict(checked_decoder(file))
+    except BundleError as error:
+        obstacle = str(error)
     types: dict[str, list[int]] = {}
     for tensor in file.tensors.values():
         count = types.setdefault(tensor.type, [0, 0])
@@ -175,6 +180,7 @@ def _show_gguf(path: Path, as_json: bool) -> None:
             {
                 "architecture": _short(file.architecture),
                 "decoder": spec,
+                "obstacle": _printable(obstacle) if obstacle else None,
                 "metadata": {
                     _printable(key): _short(value) for key, value in file.metadata.items()
                 },
@@ -195,6 +201,8 @@ def _show_gguf(path: Path, as_json: bool) -> None:
     show(table)
     if spec is not None:
         print("decoder  " + ", ".join(f"{key} {value}" for key, value in spec.items()))
+    if obstacle:
+        print(f"cannot be run or exported: {_printable(obstacle)}")
 
 
 def _short(value: Any) -> Any:

@@ -17,6 +17,7 @@ from mobilevlm import progress
 from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import MANIFEST, open_bundle
 from mobilevlm.errors import DeviceError, MobileVLMError, PlanWarning
+from mobilevlm.gguf_file import read_gguf
 from mobilevlm.runtime.bench import BenchResult
 from mobilevlm.runtime.devices import open_device, quote_command
 from mobilevlm.runtime.devices.session import DeviceSession, Output, SentFile, sent_file
@@ -63,7 +64,8 @@ def bench_on_device(
     if mmproj is not None:
         kept = f"models/{place}"
         encoder = f"mmproj/{mmproj.name}"
-        copies[kept] = {model.name: sent_file(model), encoder: sent_file(mmproj)}
+        parts = {part.name: sent_file(part) for part in read_gguf(model).parts}
+        copies[kept] = {**parts, encoder: sent_file(mmproj)}
         given = [f"{kept}/{model.name}", "--mmproj", f"{kept}/{encoder}"]
     else:
         kept = f"bundles/{model.resolve().name}-{place}"

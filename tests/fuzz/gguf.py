@@ -498,4 +498,7 @@ def attempt(case: Case) -> None:
                 vlm.generate("a the", [picture], max_new_tokens=1)
 
 
-FUZZER = Fuzzer(prepare, mutate, attempt)
+MEMORY = 128 << 20
+"""Bytes that a case may add: the libraries at a worker's first, four times a file of 0.2 MB, and
+keys and values, which are bounded by gguf_checks.KEY_VALUE_ALLOWANCE."""
+FUZZER = Fuzzer(prepare, mutate, attempt, memory=MEMORY)

@@ -21,7 +21,7 @@ from mobilevlm.errors import FileWarning, MobileVLMError
 from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.families import Model
 from mobilevlm.gguf_file import read_gguf
-from mobilevlm.gguf_keys import RULES, Role, Rule, rule_name, rule_of
+from mobilevlm.gguf_keys import DESCRIPTIVE, RULES, Role, Rule, rule_name, rule_of
 from mobilevlm.runtime import VLM
 
 needs_llama = pytest.mark.skipif(
@@ -115,7 +115,8 @@ def keys_of_the_library(holder: type = gguf.Keys) -> list[str]:
 def test_every_key_of_gguf_py_is_in_the_table(key: str) -> None:
     """A key that is new there must be looked at: is it read, without effect, or refused?"""
     role: Role = "encoder" if key.startswith("clip.") else "decoder"
-    assert rule_of(key, role) is not None
+    rule = rule_of(key, role)
+    assert rule is not None and rule.pattern != DESCRIPTIVE
 
 
 def test_a_refused_key_says_why_and_a_neutral_value_passes_its_own_type() -> None:
@@ -323,6 +324,14 @@ def test_features_of_an_earlier_layer_are_those_of_a_shorter_file(tmp_path: Path
         assert np.array_equal(visual_tokens(engine, files), expected)
     assert open_gguf(*files).spec.vision.num_hidden_layers == 1
     assert not close(visual_tokens("gguf", written(tmp_path)), expected)
+
+
+def test_what_a_file_says_about_itself_and_keys_of_other_programs_change_nothing(
+    tmp_path: Path,
+) -> None:
+    keys = {"general__of_tomorrow": (U32, 1), "quantize__imatrix__file": (STRING, "x")}
+    spec = open_gguf(*written(tmp_path, changed(PLAIN, **keys, qwen2__block_count=(U32, 9)))).spec
+    assert spec == open_gguf(*written(tmp_path)).spec
 
 
 def test_every_end_of_an_answer_and_the_first_token_are_heeded(tmp_path: Path) -> None:

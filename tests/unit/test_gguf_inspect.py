@@ -64,6 +64,17 @@ def test_both_files_are_shown(
     assert len(data["tensors"]) > 30
 
 
+def test_what_stands_in_the_way_of_running_a_file_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = written(tmp_path / "x.gguf", lambda writer: writer.add_bool("llama.swin_norm", True))
+    main(["inspect", str(path)])
+    assert "cannot be run or exported: " in capsys.readouterr().out
+    main(["inspect", str(path), "--json"])
+    data = json.loads(capsys.readouterr().out)
+    assert data["decoder"] is None and "swin_norm' is True: a model of anot" in data["obstacle"]
+
+
 def test_text_that_would_move_the_cursor_is_not_printed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,13 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias
 
+from mobilevlm.bundle_checks import check_file, check_graph, check_manifest
 from mobilevlm.bundle_identity import Identity, identity_of, steadily, unchanged
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.regular_file import read_regular
 from mobilevlm.spec import ModelSpec, from_dict, to_dict
 
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
+MOST_MANIFEST = 1 << 26
+"""Bytes of it"""
 TOKENIZER = "tokenizer.json"
 INSTRUCTION_TOKENIZER = "qformer_tokenizer.json"
 """Of a Q-Former that reads the prompt too."""
@@ -244,9 +248,9 @@ def signed_manifest(folder: Path) -> dict[str, Any]:
         reason = "no such folder" if not folder.exists() else f"{MANIFEST} is missing"
         raise BundleError(f"{folder}: not a bundle ({reason}): make one with 'mobilevlm export'")
     try:
-        data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        data: dict[str, Any] = json.loads(read_regular(path, MOST_MANIFEST).decode("utf-8"))
         version, stated, found = data["schema_version"], data["sha256"], _digest(data)
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{path}: damaged manifest: export the bundle again") from None
     if not isinstance(version, int) or version > SCHEMA_VERSION:
         raise BundleError(
@@ -308,19 +312,22 @@ def _check_files(folder: Path, manifest: Manifest, digest: str) -> None:
         if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
             raise BundleError(f"{folder}: the manifest names {name!r}, which leaves the bundle")
         path = folder / name
-        if not path.is_file():
-            raise BundleError(f"{path}: the file is missing from the bundle: export it again")
-        status = path.stat()
+        status = check_file(folder, name)
         if status.st_size != entry.size:
             raise BundleError(
                 f"{path}: {status.st_size} bytes, the manifest says {entry.size}: copy or export "
                 f"the bundle again"
             )
         stamps[name] = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-        if stamps[name] != known.get(name) and file_sha256(path) != entry.sha256:
-            raise BundleError(
-                f"{path}: sha256 mismatch: the file was changed: copy or export the bundle again"
-            )
+        if stamps[name] != known.get(name):
+            if file_sha256(path) != entry.sha256:
+                raise BundleError(
+                    f"{path}: sha256 mismatch: the file was changed: copy or export the bundle "
+                    f"again"
+                )
+            if name.endswith(".onnx"):
+                check_graph(folder, name, manifest.files)
+    check_manifest(manifest, folder / MANIFEST)
     if stamps != known:
         _write_stamps(folder, digest, stamps)
 
@@ -365,7 +372,8 @@ def _digest(data: dict[str, Any]) -> str:
 
 
 def _stamp_path(folder: Path, digest: str) -> Path:
-    place = hashlib.sha256(f"{folder.resolve()} {digest}".encode()).hexdigest()[:32]
+    # 2: graphs are checked too.
+    place = hashlib.sha256(f"2 {folder.resolve()} {digest}".encode()).hexdigest()[:32]
     return cache_folder() / "verified" / f"{place}.json"
 
 

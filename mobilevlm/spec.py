@@ -398,7 +398,7 @@ def _convert(expected: Any, data: Any, where: str, strict: bool) -> Any:
         if data is None:
             return None
         return _convert(next(arg for arg in args if arg is not type(None)), data, where, strict)
-    if expected is float and type(data) is int:
+    if expected is float and type(data) is int and abs(data) < 1 << 1023:
         return float(data)
     if expected is not Any and type(data) is not expected:
         raise MobileVLMError(f"{where}: expected {expected.__name__}, found {data!r:.60}")

@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeAlias
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import MobileVLMError, PlanWarning
-from mobilevlm.plan import ENGINES, LLAMA_ENGINES, Plan, choose_engine
+from mobilevlm.plan import ENGINES, LLAMA_ENGINES, Plan, available_processors, choose_engine
+from mobilevlm.regular_file import NotRegularError, read_regular
 from mobilevlm.runtime.drafting import MAX_DRAFT_TOKENS
 from mobilevlm.runtime.machine import installed_extras, processor_key
 from mobilevlm.runtime.settings import fitting_plan, fitting_threads
@@ -24,7 +25,11 @@ from mobilevlm.spec import from_dict, to_dict
 
 PLAN = "plan.json"
 SCHEMA_VERSION = 1
-MOST_THREADS = 1024
+MOST_FILE = 1 << 24
+"""Bytes of it"""
+MOST_PER_PROCESSOR = 4
+"""Threads that a plan may want for each processor"""
+MOST_MEGABYTES = 1e9
 
 PlanChoice: TypeAlias = Literal["auto", "none"]
 
@@ -144,8 +149,11 @@ def write_plan(bundle: Bundle, tuned: TunedPlan) -> Path:
 def _read_entries(path: Path) -> dict[str, Any] | None:
     """By processor. None where there is no file, or none that can be read."""
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_regular(path, MOST_FILE).decode("utf-8"))
     except FileNotFoundError:
+        return None
+    except NotRegularError:
+        _warn(f"{path}: not a regular file: not used: delete it, or run 'mobilevlm tune' again")
         return None
     except (OSError, ValueError, RecursionError):
         _warn(f"{path}: damaged plan: not used: delete it, or run 'mobilevlm tune' again")
@@ -171,17 +179,19 @@ def _plans_for(tuned: TunedPlan, engine: str) -> list[Plan]:
 
 def _check(plan: Plan, where: str) -> None:
     """Raises MobileVLMError: a value that no engine could work with."""
-    ranges = {
-        "vision_threads": (0, MOST_THREADS),
-        "decoder_threads": (0, MOST_THREADS),
+    most_threads = MOST_PER_PROCESSOR * available_processors()
+    ranges: dict[str, tuple[float, float]] = {
+        "vision_threads": (0, most_threads),
+        "decoder_threads": (0, most_threads),
         "prefill_chunk": (1, 1 << 20),
         "prefill_from": (1, 1 << 20),
         "draft_tokens": (0, MAX_DRAFT_TOKENS),
+        "max_resident_mb": (1, MOST_MEGABYTES),
     }
     for name, (least, most) in ranges.items():
         value = getattr(plan, name)
         if value is not None and not least <= value <= most:
-            raise MobileVLMError(f"{where}: {name} is {value}, expected {least} to {most}")
+            raise MobileVLMError(f"{where}: {name} is {value!r:.60}, expected {least} to {most}")
     if plan.engine not in ENGINES:
         raise MobileVLMError(f"{where}: engine {plan.engine!r} is not known")
 

@@ -20,6 +20,8 @@ import numpy as np
 import onnxruntime as ort
 
 from mobilevlm.bundle import data_path
+from mobilevlm.errors import BundleError
+from mobilevlm.protobuf import fields, text, varints
 from mobilevlm.runtime.engines.forking import keep_in_children
 from mobilevlm.runtime.engines.mapped_pages import check_whole, drop_pages, keep_apart
 
@@ -52,11 +54,12 @@ class MappedWeights:
         self._lent: dict[str, ort.OrtValue] = {}
         self._borders: list[int] = []
         data = data_path(path)
-        if not data.is_file() or data.stat().st_size == 0:
+        tensors = [tensor for tensor in external_tensors(path) if tensor.location == data.name]
+        if not tensors or not data.is_file() or data.stat().st_size == 0:
             return
         self._mapped = np.memmap(data, np.uint8, "r")
-        for tensor in external_tensors(path):
-            if tensor.location == data.name and _is_whole(tensor, len(self._mapped)):
+        for tensor in tensors:
+            if _is_whole(tensor, len(self._mapped)):
                 span = self._mapped[tensor.offset : tensor.offset + tensor.length]
                 array = span.view(_TYPES[tensor.type]).reshape(tensor.shape)
                 self._lent[tensor.name] = ort.OrtValue.ortvalue_from_numpy(array)
@@ -109,18 +112,33 @@ class Session(ort.InferenceSession):  # type: ignore[misc, unused-ignore]
 
     def __init__(self, path: Path, options: ort.SessionOptions, weights: MappedWeights) -> None:
         super().__init__(str(path), options, providers=["CPUExecutionProvider"])
-        self.weights = weights
+        self.weights, self.path = weights, path
         keep_in_children(self)
 
     def run(self, *arguments: Any) -> Any:
-        """Run the graph, after a check that its weights are there."""
+        """Run the graph, after a check that its weights are there.
+
+        Raises:
+            BundleError: an operator refuses what the graph gives it.
+        """
         self.weights.check()
-        return super().run(*arguments)
+        try:
+            return super().run(*arguments)
+        except Exception as error:  # onnxruntime raises many kinds, none of them public
+            raise _refused(self.path, error) from None
 
     def run_with_iobinding(self, *arguments: Any) -> None:
-        """Run the graph, after a check that its weights are there."""
+        """Run the graph on bound arrays; errors as of :meth:`run`."""
         self.weights.check()
-        super().run_with_iobinding(*arguments)
+        try:
+            super().run_with_iobinding(*arguments)
+        except Exception as error:
+            raise _refused(self.path, error) from None
+
+
+def _refused(path: Path, error: Exception) -> BundleError:
+    reason = " ".join(str(error).split())
+    return BundleError(f"{path}: onnxruntime cannot run it: {reason:.300}: export the bundle again")
 
 
 def _is_whole(tensor: Tensor, size: int) -> bool:
@@ -140,10 +158,10 @@ def external_tensors(path: Path) -> list[Tensor]:
     onnxruntime says what is wrong with it. Field numbers are those of onnx.proto."""
     found: list[Tensor] = []
     try:
-        for field, graph in _fields(memoryview(path.read_bytes())):
+        for field, graph in fields(memoryview(path.read_bytes())):
             if field != 7 or isinstance(graph, int):  # ModelProto.graph
                 continue
-            for part, value in _fields(graph):
+            for part, value in fields(graph):
                 if part == 5 and not isinstance(value, int):  # GraphProto.initializer
                     found += _external(value)
     except (ValueError, IndexError):
@@ -154,7 +172,7 @@ def external_tensors(path: Path) -> list[Tensor]:
 def _external(encoded: memoryview) -> list[Tensor]:
     name, kind, location, shape = "", 0, 0, []
     entries: dict[str, str] = {}
-    for field, value in _fields(encoded):
+    for field, value in fields(encoded):
         if isinstance(value, int):
             if field == 1:
                 shape.append(value)
@@ -163,58 +181,13 @@ def _external(encoded: memoryview) -> list[Tensor]:
             elif field == 14:
                 location = value
         elif field == 1:  # all dimensions in one piece
-            shape += _varints(value)
+            shape += varints(value)
         elif field == 8:
-            name = _text(value)
+            name = text(value)
         elif field == 13:
-            pair = {key: _text(part) for key, part in _fields(value)}
+            pair = {key: text(part) for key, part in fields(value)}
             entries[pair.get(1, "")] = pair.get(2, "")
     if location != _EXTERNAL:
         return []
     offset, length = int(entries.get("offset") or 0), int(entries.get("length") or 0)
     return [Tensor(name, kind, tuple(shape), entries.get("location", ""), offset, length)]
-
-
-def _text(value: int | memoryview) -> str:
-    return "" if isinstance(value, int) else str(value, "utf-8")
-
-
-def _fields(encoded: memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """Number and value of each field of a protobuf message: a number, or bytes."""
-    at = 0
-    while at < len(encoded):
-        key, at = _varint(encoded, at)
-        kind = key & 7
-        if kind == 0:
-            value, at = _varint(encoded, at)
-            yield key >> 3, value
-            continue
-        if kind == 2:
-            size, at = _varint(encoded, at)
-        elif kind in (1, 5):
-            size = 8 if kind == 1 else 4
-        else:
-            raise ValueError(f"wire type {kind}")
-        if at + size > len(encoded):
-            raise ValueError("cut off")
-        yield key >> 3, encoded[at : at + size]
-        at += size
-
-
-def _varints(encoded: memoryview) -> Iterator[int]:
-    at = 0
-    while at < len(encoded):
-        value, at = _varint(encoded, at)
-        yield value
-
-
-def _varint(encoded: memoryview, at: int) -> tuple[int, int]:
-    """A number of at most 64 bits in pieces of seven, and where it ends."""
-    value = 0
-    for shift in range(0, 64, 7):
-        byte = encoded[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-    raise ValueError("a number without an end")

@@ -26,6 +26,7 @@ from mobilevlm.runtime.engines import (
     still_open,
 )
 from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
+from mobilevlm.runtime.engines.contracts import check_static_decoder
 from mobilevlm.runtime.engines.mapped_weights import Session
 from mobilevlm.runtime.engines.onnx import open_session
 from mobilevlm.spec import DecoderSpec
@@ -93,8 +94,13 @@ class NpuDecoder(BufferedDecoder):
         self._chunks: Session | None = open_session(chunks, threads, entries=FIXED_POINT)
         self._tokens = open_session(tokens, threads, entries=FIXED_POINT)
         self.chunk, self.window = _shape(self._chunks)
-        if _shape(self._tokens) != (1, self.window) or self.window < spec.context_length:
-            raise BundleError(f"{chunks}: shapes that do not fit each other: export it again")
+        if self.window != spec.context_length or not 0 < self.chunk <= self.window:
+            raise BundleError(
+                f"{chunks}: a graph for {self.chunk} positions behind {self.window}, the context "
+                f"has {spec.context_length}: export the bundle again"
+            )
+        check_static_decoder(self._chunks, spec, self.chunk, self.window)
+        check_static_decoder(self._tokens, spec, 1, self.window)
         shapes = {value.name: value.type for value in self._chunks.get_inputs()}
         self._by_row = shapes["logits_position"] == "tensor(float)"
         self._cos, self._sin = signed_tables(spec)
@@ -172,7 +178,14 @@ class NpuDecoder(BufferedDecoder):
         self._chunks = self._table = self._mapped = None
 
 
-def _shape(session: ort.InferenceSession) -> tuple[int, int]:
-    """Positions of a run, and of the window."""
+def _shape(session: Session) -> tuple[int, int]:
+    """Return the positions of a run, and of the window.
+
+    Raises:
+        BundleError: the graph has no such inputs, or of sizes that vary.
+    """
     shapes = {value.name: value.shape for value in session.get_inputs()}
-    return shapes["inputs_embeds"][1], shapes[f"{_PAST}0.key"][2]
+    found = shapes.get("inputs_embeds", [])[1:2] + shapes.get(f"{_PAST}0.key", [])[2:3]
+    if len(found) != 2 or not all(isinstance(size, int) for size in found):
+        raise BundleError(f"{session.path}: no decoder of fixed shapes: export the bundle again")
+    return found[0], found[1]

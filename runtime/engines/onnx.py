@@ -7,6 +7,7 @@ which of the two computes a piece of a prompt depends on the length of that piec
 from __future__ import annotations
 
 import copy
+import math
 import mmap
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -20,7 +21,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
-from mobilevlm.errors import BundleError
+from mobilevlm.errors import BundleError, MemoryLimitError
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines import (
     CacheType,
@@ -32,9 +33,10 @@ from mobilevlm.runtime.engines import (
     still_open,
 )
 from mobilevlm.runtime.engines.buffered import BufferedDecoder, BufferedState
+from mobilevlm.runtime.engines.contracts import check_decoder, check_encoder, check_vision
 from mobilevlm.runtime.engines.mapped_pages import check_whole, trim_heap
 from mobilevlm.runtime.engines.mapped_weights import MappedWeights, Session
-from mobilevlm.spec import DecoderSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec
 
 INT8_CACHE = (1, 27)
 """The first version whose GroupQueryAttention reads them, on x86-64; 1.24 to 1.26 do not."""
@@ -90,7 +92,8 @@ def load_reason(error: Exception) -> str:
 
 class OnnxVision:
     """The vision stage: tower and projector in one graph. ``compact``: buffers of a run are given
-    back after it. The other arguments as of :func:`open_session`."""
+    back after it; ``spec``: what the graph must be. The other arguments as of
+    :func:`open_session`."""
 
     def __init__(
         self,
@@ -100,8 +103,11 @@ class OnnxVision:
         packed: bool = True,
         entries: Mapping[str, str] = MappingProxyType({}),
         compact: bool = False,
+        spec: ModelSpec | None = None,
     ) -> None:
         session = open_session(path, threads, spinning, packed, entries, planned=False)
+        if spec is not None:
+            check_vision(session, spec)
         self._reads_text = len(session.get_inputs()) > 1
         self._run_options = _giving_back() if compact else None
         self._session: Session | None = session
@@ -217,11 +223,15 @@ class OnnxDecoder(BufferedDecoder):
             planned=plan.memory == "fast",
         )
         self._session: Session | None = opened(path)
+        check_decoder(self._session, spec, cache)
         self._encoder = None if encoder is None else opened(encoder)
+        if self._encoder is not None:
+            check_encoder(self._encoder, spec)
         self._prompts: Session | None = None
         if prompts is not None:
             packed = plan.prefill_weights == "packed" and plan.memory == "fast"
             self._prompts = opened(prompts, packed=packed)
+            check_decoder(self._prompts, spec, cache)
         self._run_options = None if plan.memory == "fast" else _giving_back()
 
     def planned(self, plan: Plan) -> OnnxDecoder:
@@ -371,8 +381,15 @@ def _giving_back() -> ort.RunOptions:
 
 def _lazy_zeros(shape: tuple[int, ...], kind: CacheType) -> NDArray[Any]:
     """Zeros in fresh pages of 4 KiB (numpy would ask for huge pages, resident at first touch)."""
-    count = int(np.prod(shape))
-    fresh = mmap.mmap(-1, count * np.dtype(kind).itemsize)
+    count = math.prod(shape)
+    size = count * np.dtype(kind).itemsize
+    try:
+        fresh = mmap.mmap(-1, size)
+    except (OSError, OverflowError, ValueError):
+        raise MemoryLimitError(
+            f"keys and values of the whole context take {size / 1e6:.0f} MB of address space in "
+            f"each layer, the system refuses that: use a model with a shorter context"
+        ) from None
     return np.frombuffer(fresh, kind, count).reshape(shape)
 
 

@@ -41,7 +41,7 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
     )
     threads = plan.threads_of("vision")
     if engine == "npu" or (engine == "ort" and bundle.artifact("decoder", "ort").data):
-        return _npu_vision(vision, threads), _npu_decoder(bundle, plan, engine)
+        return _npu_vision(vision, threads, spec), _npu_decoder(bundle, plan, engine)
     if engine == "gguf":
         language = _llama_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, language.model, threads), language
@@ -82,11 +82,11 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
     warnings.warn(f"{bundle.folder}: {what}: {remedy}", PrecisionWarning, stacklevel=2)
 
 
-def _npu_vision(path: Path, threads: int) -> VisionEngine:
+def _npu_vision(path: Path, threads: int, spec: ModelSpec) -> VisionEngine:
     from mobilevlm.runtime.engines.npu import FIXED_POINT
     from mobilevlm.runtime.engines.onnx import OnnxVision
 
-    return OnnxVision(path, threads, entries=FIXED_POINT)
+    return OnnxVision(path, threads, entries=FIXED_POINT, spec=spec)
 
 
 def _npu_decoder(bundle: Bundle, plan: Plan, form: str) -> DecoderEngine:
@@ -131,7 +131,8 @@ def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
     mappable = _artifact_at(bundle, path).precision == "int8"
     packed = plan.vision_weights == "packed" or not mappable
     threads, compact = plan.threads_of("vision"), plan.memory != "fast"
-    return OnnxVision(path, threads, plan.spinning, packed, compact=compact)
+    spec = bundle.manifest.spec
+    return OnnxVision(path, threads, plan.spinning, packed, compact=compact, spec=spec)
 
 
 def _artifact_at(bundle: Bundle, path: Path) -> Artifact:

@@ -7,7 +7,7 @@ from typing import Any
 
 NUMBERS: tuple[Any, ...] = (
     0, -1, 1, 2, 3, 7, 255, 256, 1000, 10**6, 2**31 - 1, 2**31, 2**32, 2**40, 2**63 - 1, 2**64,
-    10**30, -(2**31), 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), -float("inf"),
+    10**30, 10**400, -(2**31), 0.5, -0.0, 1e-320, 1e308, float("nan"), float("inf"), -float("inf"),
 )  # fmt: skip
 """Numbers at which programs break."""
 TEXTS = ("", "\0", "\n", "../..", "/etc/passwd", "a" * 5000, "[/bold]", "\x1b[31m", "\u202eé🙂")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 import warnings
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import mobilevlm
 from fuzz.harness import Fuzzer
-from fuzz.mutations import mutate_bytes, mutate_json
+from fuzz.mutations import VALUES, mutate_bytes, mutate_json
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import PlanWarning
-from mobilevlm.plan import Plan
+from mobilevlm.plan import Plan, available_processors
+from mobilevlm.runtime.fitting import fit_plan
+from mobilevlm.runtime.memory_limits import memory_limits
 from mobilevlm.runtime.plan_file import Candidate, TunedPlan, settle_plans, write_plan
 
 
@@ -30,22 +33,55 @@ def mutate(base: Path, random: random.Random, scratch: Path) -> Bundle:
     """Put the bundle's manifest and a wrong plan into the scratch folder."""
     bundle = open_bundle(base / "bundle")
     plan = base / "bundle" / "plan.json"
-    if random.random() < 0.5:
+    shutil.copyfile(base / "bundle" / "manifest.json", scratch / "manifest.json")
+    kind = random.random()
+    if kind < 0.05:
+        _put_something_else(random, scratch / "plan.json")
+        return Bundle(scratch, bundle.manifest, bundle.digest)
+    if kind < 0.4:
         content = mutate_bytes(random, plan.read_bytes())
     else:
-        content = json.dumps(mutate_json(random, json.loads(plan.read_text()))).encode()
-    shutil.copyfile(base / "bundle" / "manifest.json", scratch / "manifest.json")
+        data = json.loads(plan.read_text())
+        if kind < 0.7:
+            data = mutate_json(random, data)
+        else:
+            [processor] = data["processors"].values()
+            [settings] = processor["plans"]
+            settings[random.choice(sorted(settings))] = random.choice(VALUES)
+        content = json.dumps(data).encode()
     (scratch / "plan.json").write_bytes(content)
     return Bundle(scratch, bundle.manifest, bundle.digest)
 
 
+def _put_something_else(random: random.Random, path: Path) -> None:
+    """Put what is no regular file where the plan should be."""
+    kind = random.randrange(4)
+    if kind == 0:
+        os.mkfifo(path)
+    elif kind == 1:
+        path.mkdir()
+    else:
+        targets = ("/dev/zero", "/dev/stdin", "/proc/self/mem", "plan.json", "nothing")
+        path.symlink_to(random.choice(targets))
+
+
 def attempt(bundle: Bundle) -> None:
-    """Settle the plan as loading does; any warning must be ours."""
+    """Settle the plan as loading does; any warning must be ours, and what engines would be given
+    has its types and ranges."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.simplefilter("ignore", PlanWarning)
-        for plan in settle_plans(bundle, "auto", None, "auto"):
-            assert 0 < plan.threads_of("decoder") <= 1024
+        plans = settle_plans(bundle, "auto", None, "auto")
+        fit_plan(bundle, plans[0], memory_limits(), plans[1:])
+    most = 4 * available_processors()
+    for plan in plans:
+        for threads in (plan.threads_of("vision"), plan.threads_of("decoder")):
+            assert type(threads) is int and 0 < threads <= most
+        for count in (plan.prefill_chunk, plan.prefill_from):
+            assert type(count) is int and 0 < count <= 1 << 20
+        assert plan.draft_tokens is None or type(plan.draft_tokens) is int
+        assert type(plan.spinning) is bool
+        assert isinstance(plan.describe(), str)
 
 
 FUZZER = Fuzzer(prepare, mutate, attempt)

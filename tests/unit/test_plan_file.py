@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from dataclasses import replace
@@ -15,13 +16,14 @@ from conftest import BundleOf, refusal, run_program
 import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import BundleError, MemoryLimitError, PlanWarning
-from mobilevlm.plan import Plan
+from mobilevlm.plan import Plan, available_processors
 from mobilevlm.runtime import plan_file
 from mobilevlm.runtime.fitting import fit_plan
 from mobilevlm.runtime.memory import estimate
 from mobilevlm.runtime.memory_limits import Limit
 from mobilevlm.runtime.plan_file import PLAN, TunedPlan, read_plan, settle_plans, write_plan
 
+MOST_THREADS = 4 * available_processors()
 ONE = Plan("onnx", vision_threads=1, decoder_threads=1, spinning=False, prefill_from=40)
 
 
@@ -120,8 +122,13 @@ def test_a_damaged_file_is_passed_over_with_a_line(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"decoder_threads": -1}, "decoder_threads is -1, expected 0 to 1024"),
-        ({"decoder_threads": 10**9}, "expected 0 to 1024"),
+        ({"decoder_threads": -1}, f"decoder_threads is -1, expected 0 to {MOST_THREADS}"),
+        ({"decoder_threads": MOST_THREADS + 1}, f"expected 0 to {MOST_THREADS}"),
+        ({"vision_threads": 10**400}, f"expected 0 to {MOST_THREADS}"),
+        ({"vision_threads": 1.0}, "vision_threads: expected int, found 1.0"),
+        ({"decoder_threads": True}, "decoder_threads: expected int, found True"),
+        ({"max_resident_mb": float("nan")}, "max_resident_mb is nan"),
+        ({"max_resident_mb": 10**400}, "max_resident_mb: expected float"),
         ({"prefill_chunk": 0}, "prefill_chunk is 0"),
         ({"prefill_weights": "gone"}, "expected one of 'mapped', 'released', 'packed'"),
         ({"engine": "gone"}, "engine 'gone' is not known"),
@@ -135,6 +142,20 @@ def test_values_that_no_engine_takes_are_passed_over(
     write_plan(bundle, tuned(bundle, ONE))
     change(bundle, **values)
     with pytest.warns(PlanWarning, match=message):
+        assert settle_plan(bundle, "auto", None, "auto") == Plan("onnx")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "folder"])
+def test_what_is_no_regular_file_is_passed_over_at_once(bundle: Bundle, kind: str) -> None:
+    """Opening a FIFO would wait for a writer, reading a device would never end."""
+    path = bundle.path(PLAN)
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.mkdir()
+    with pytest.warns(PlanWarning, match="not a regular file: not used"):
         assert settle_plan(bundle, "auto", None, "auto") == Plan("onnx")
 
 

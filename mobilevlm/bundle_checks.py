@@ -1,0 +1,324 @@
+"""What a manifest says against itself and against the files that are there.
+
+A bundle may be a stranger's: its numbers decide how much memory is taken and how long loops run. So
+each is bounded before anything is built, by the bytes of the bundle's files: whatever a model
+consists of has weights there.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from mobilevlm.errors import BundleError
+from mobilevlm.protobuf import external_files
+from mobilevlm.regular_file import leaves_folder
+
+if TYPE_CHECKING:
+    from mobilevlm.bundle import Artifact, Manifest
+    from mobilevlm.spec import DecoderSpec, ModelSpec, ProjectorSpec, VisionSpec
+
+MOST_POSITIONS = 1 << 20
+"""Of a context"""
+MOST_LAYERS = 1 << 12
+LEAST_BITS = 2
+"""Of a weight in a file"""
+SUFFIXES = {"onnx": ".onnx", "npu": ".onnx", "ort": ".ort", "gguf": ".gguf"}
+"""How files that engines open end, by the format of the artifact"""
+MAX_ENLARGED = 8
+"""How many times as large as the tower's input an image may be made before it is cropped"""
+
+_Check: TypeAlias = tuple[str, object, bool, str]
+"""Field, value, whether it is right, and what is expected"""
+
+
+def check_file(folder: Path, name: str) -> os.stat_result:
+    """Return the status of a file of a bundle; raise BundleError unless it is a regular file in the
+    folder (or a link of the Hugging Face cache)."""
+    path = folder / name
+    try:
+        status = path.stat()
+        outside = leaves_folder(path, folder)
+    except (OSError, ValueError, RuntimeError):  # names that no file can have; links in a circle
+        raise BundleError(f"{path}: the file is missing from the bundle: export it again") from None
+    if not stat.S_ISREG(status.st_mode):
+        raise BundleError(f"{path}: not a regular file: copy or export the bundle again")
+    if outside:
+        raise BundleError(f"{path}: a link that leaves the bundle: put the file itself there")
+    return status
+
+
+def check_graph(folder: Path, name: str, listed: Iterable[str]) -> None:
+    """Check that an ONNX file keeps its weights in listed files beside it, whatever the version of
+    onnxruntime would open.
+
+    Raises:
+        BundleError: it names another file, or is no ONNX file.
+    """
+    path = folder / name
+    try:
+        found = external_files(path)
+    except (ValueError, OSError):
+        raise BundleError(
+            f"{path}: damaged or no ONNX file: copy or export the bundle again"
+        ) from None
+    beside = Path(name).parent
+    for place in sorted(found):
+        if (beside / place).as_posix() not in listed or Path(place).name != place:
+            raise BundleError(
+                f"{path}: its weights are in {place!r:.100}, which is no file of the bundle: "
+                f"export the bundle again"
+            )
+
+
+def check_manifest(manifest: Manifest, where: Path) -> None:
+    """Check the numbers of a manifest whose files have the sizes that it says. ``where``: its path.
+
+    Raises:
+        BundleError: a number is out of its range, or contradicts another one or the files.
+    """
+    spec = manifest.spec
+    total = sum(entry.size for entry in manifest.files.values())
+    # One after the other: later checks compute with what earlier ones have found right.
+    checks = chain(
+        _image(spec),
+        _vision(spec.vision, total),
+        _projector(spec, total),
+        _decoder(spec.decoder, total),
+        _conversation(spec),
+        _recipe(manifest),
+        _artifacts(manifest.artifacts),
+        _stored(manifest),
+    )
+    for name, value, is_right, expected in checks:
+        if not is_right:
+            raise BundleError(
+                f"{where}: {name} is {_short(value)}, expected {expected}: export the bundle again"
+            )
+
+
+def _short(value: object) -> str:
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return f"a number of {value.bit_length()} bits"
+    return f"{value!r:.80}"
+
+
+def _whole(part: str, values: dict[str, int], least: int = 1) -> Iterator[_Check]:
+    for name, value in values.items():
+        yield f"{part}.{name}", value, least <= value < 1 << 31, f"{least} or more"
+
+
+def _positive(part: str, values: dict[str, float]) -> Iterator[_Check]:
+    for name, value in values.items():
+        yield f"{part}.{name}", value, 0 < value < math.inf, "a positive number"
+
+
+def _weights(part: str, count: int, total: int) -> _Check:
+    """Check that so many weights may be in the files."""
+    what = f"the number of weights that {part} needs"
+    return what, count, count * LEAST_BITS <= 8 * total, f"what {total} bytes of files can hold"
+
+
+def _image(spec: ModelSpec) -> Iterator[_Check]:
+    image, edge = spec.image, spec.vision.image_size
+    yield from _whole("image", {"size": image.size, "shortest_edge": image.shortest_edge})
+    yield "image.size", image.size, image.size == edge, f"the tower's {_short(edge)}"
+    most = MAX_ENLARGED * image.size
+    found = image.shortest_edge
+    yield "image.shortest_edge", found, found <= most, f"at most {_short(most)}"
+    for name, value in (("mean", image.mean), ("std", image.std)):
+        is_right = all(0 <= item <= 1 for item in value) and (name == "mean" or min(value) > 0)
+        yield f"image.{name}", value, is_right, "shares of the brightest value"
+
+
+def _vision(vision: VisionSpec, total: int) -> Iterator[_Check]:
+    numbers = {
+        "hidden_size": vision.hidden_size,
+        "intermediate_size": vision.intermediate_size,
+        "num_hidden_layers": vision.num_hidden_layers,
+        "num_attention_heads": vision.num_attention_heads,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+    }
+    yield from _whole("vision", numbers)
+    yield from _positive("vision", {"layer_norm_eps": vision.layer_norm_eps})
+    yield _layers("vision.num_hidden_layers", vision.num_hidden_layers)
+    hidden, heads = vision.hidden_size, vision.num_attention_heads
+    yield "vision.hidden_size", hidden, hidden % heads == 0, f"a multiple of {_short(heads)} heads"
+    patch, edge = vision.patch_size, vision.image_size
+    yield "vision.patch_size", patch, patch <= edge, f"at most the image's {_short(edge)}"
+    layer = 4 * hidden**2 + 2 * hidden * vision.intermediate_size
+    positions = vision.num_positions + 3 * patch**2
+    count = vision.num_hidden_layers * layer + hidden * positions
+    yield _weights("vision", count, total)
+
+
+def _layers(name: str, count: int) -> _Check:
+    return name, count, count <= MOST_LAYERS, f"at most {MOST_LAYERS}"
+
+
+def _projector(spec: ModelSpec, total: int) -> Iterator[_Check]:
+    projector, vision = spec.projector, spec.vision
+    yield from _whole("projector", {"depth": projector.depth, "out_size": projector.out_size})
+    yield _layers("projector.depth", projector.depth)
+    for name, value, expected in (
+        ("in_size", projector.in_size, vision.hidden_size),
+        ("grid", projector.grid, vision.grid),
+        ("out_size", projector.out_size, spec.decoder.hidden_size),
+    ):
+        yield f"projector.{name}", value, value == expected, str(expected)
+    is_grid = 0 <= projector.out_grid <= projector.grid
+    yield "projector.out_grid", projector.out_grid, is_grid, f"0 to {projector.grid}"
+    has_queries = (projector.qformer is not None) == (projector.kind == "qformer")
+    yield "projector.kind", projector.kind, has_queries, "that of its parts"
+    yield from _qformer(projector, total)
+    yield "the number of visual tokens", projector.num_tokens, projector.num_tokens > 0, "1 or more"
+    count = sum(
+        first * second
+        for first, second in zip(projector.mlp_sizes, projector.mlp_sizes[1:], strict=False)
+    )
+    yield _weights("projector", count, total)
+
+
+def _qformer(projector: ProjectorSpec, total: int) -> Iterator[_Check]:
+    queries = projector.qformer
+    if queries is None:
+        return
+    numbers = {
+        "hidden_size": queries.hidden_size,
+        "intermediate_size": queries.intermediate_size,
+        "num_hidden_layers": queries.num_hidden_layers,
+        "num_attention_heads": queries.num_attention_heads,
+        "cross_attention_frequency": queries.cross_attention_frequency,
+        "num_queries": queries.num_queries,
+    }
+    yield from _whole("qformer", numbers)
+    texts = {"vocab_size": queries.vocab_size, "max_positions": queries.max_positions}
+    yield from _whole("qformer", texts, 0)
+    yield from _positive("qformer", {"layer_norm_eps": queries.layer_norm_eps})
+    yield _layers("qformer.num_hidden_layers", queries.num_hidden_layers)
+    hidden, heads = queries.hidden_size, queries.num_attention_heads
+    yield "qformer.hidden_size", hidden, hidden % heads == 0, f"a multiple of {_short(heads)} heads"
+    rows = queries.num_queries + queries.vocab_size + queries.max_positions
+    layer = 4 * hidden + queries.intermediate_size
+    yield _weights("qformer", hidden * (rows + queries.num_hidden_layers * layer), total)
+
+
+def _decoder(decoder: DecoderSpec, total: int) -> Iterator[_Check]:
+    numbers = {
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.intermediate_size,
+        "num_hidden_layers": decoder.num_hidden_layers,
+        "num_attention_heads": decoder.num_attention_heads,
+        "num_key_value_heads": decoder.num_key_value_heads,
+        "head_dim": decoder.head_dim,
+        "context_length": decoder.context_length,
+    }
+    yield from _whole("decoder", numbers)
+    yield from _whole("decoder", {"encoder_layers": decoder.encoder_layers}, 0)
+    floats = {
+        "norm_eps": decoder.norm_eps,
+        "rope_theta": decoder.rope_theta,
+        "rope_scaling": decoder.rope_scaling,
+        "attention_scale": decoder.score_scale,
+    }
+    yield from _positive("decoder", floats)
+    for name in ("num_hidden_layers", "encoder_layers"):
+        yield _layers(f"decoder.{name}", getattr(decoder, name))
+    length = decoder.context_length
+    yield "decoder.context_length", length, length <= MOST_POSITIONS, f"at most {MOST_POSITIONS}"
+    heads, groups = decoder.num_attention_heads, decoder.num_key_value_heads
+    expected = f"a divisor of {_short(heads)} heads"
+    yield "decoder.num_key_value_heads", groups, heads % groups == 0, expected
+    channels, most = decoder.rotary_channels, decoder.head_dim
+    is_right = 0 <= channels <= most and channels % 2 == 0
+    yield "decoder.rotary_dim", channels, is_right, f"an even number up to {_short(most)}"
+    start = decoder.start_token_id
+    is_right = 0 <= start < decoder.vocab_size
+    yield "decoder.start_token_id", start, is_right, "an id of the vocabulary"
+    buckets = decoder.relative_positions
+    if buckets is not None:
+        values = {"num_buckets": buckets.num_buckets, "max_distance": buckets.max_distance}
+        yield from _whole("decoder.relative_positions", values)
+        yield _weights("decoder.relative_positions", buckets.num_buckets * heads, total)
+    yield from _experts(decoder)
+    yield _weights("decoder", _decoder_weights(decoder), total)
+
+
+def _experts(decoder: DecoderSpec) -> Iterator[_Check]:
+    experts = decoder.experts
+    if experts is None:
+        return
+    layers, counts = experts.layers, experts.num_experts
+    is_right = list(layers) == sorted(set(layers)) and len(layers) == len(counts) > 0
+    is_right = is_right and layers[0] >= 0 and layers[-1] < decoder.num_hidden_layers
+    yield "experts.layers", layers, is_right, "layers of the decoder, each with its experts"
+    is_right = all(1 <= experts.top_k <= count < 1 << 16 for count in counts)
+    yield "experts.num_experts", counts, is_right, f"at least top_k {_short(experts.top_k)}"
+
+
+def _decoder_weights(decoder: DecoderSpec) -> int:
+    """Return how many weights the linear layers and the embeddings have at least."""
+    hidden = decoder.hidden_size
+    heads = 2 * (decoder.num_attention_heads + decoder.num_key_value_heads)
+    attention = hidden * decoder.head_dim * heads
+    mlp = hidden * decoder.intermediate_size * (len(decoder.mlp_linears[0]) + 1)
+    dense = decoder.num_hidden_layers + decoder.encoder_layers
+    sparse = 0
+    if decoder.experts is not None:
+        dense -= len(decoder.experts.layers)
+        sparse = sum(decoder.experts.num_experts)
+    layers = decoder.num_hidden_layers + decoder.encoder_layers
+    return layers * attention + (dense + sparse) * mlp + hidden * decoder.vocab_size
+
+
+def _conversation(spec: ModelSpec) -> Iterator[_Check]:
+    for name in ("eos_token_ids", "image_end_ids"):
+        ids: tuple[int, ...] = getattr(spec.conversation, name)
+        is_right = all(0 <= item < spec.decoder.vocab_size for item in ids)
+        yield f"conversation.{name}", ids, is_right, "ids of the vocabulary"
+
+
+def _recipe(manifest: Manifest) -> Iterator[_Check]:
+    recipe = manifest.recipe
+    yield "recipe.name", recipe.get("name"), isinstance(recipe.get("name"), str), "a text"
+    kind = recipe.get("kv_cache", "fp32")
+    yield "recipe.kv_cache", kind, kind in ("fp32", "int8"), "'fp32' or 'int8'"
+    for name, part in recipe.items():
+        size = part.get("block_size", 32) if isinstance(part, dict) else 32
+        is_right = type(size) is int and 1 <= size <= 1 << 16
+        yield f"recipe.{name}.block_size", size, is_right, "a number of weights"
+
+
+def _artifacts(artifacts: tuple[Artifact, ...]) -> Iterator[_Check]:
+    paths = [artifact.path for artifact in artifacts]
+    for artifact in artifacts:
+        path, suffix = artifact.path, SUFFIXES[artifact.format]
+        yield "artifacts.path", path, paths.count(path) == 1, "a file of one artifact only"
+        yield "artifacts.path", path, path.endswith(suffix), f"a file that ends in {suffix}"
+        bits = artifact.bits_per_weight
+        yield "artifacts.bits_per_weight", bits, bits is None or 0 < bits <= 64, "up to 64"
+        if artifact.format in ("npu", "ort") and artifact.stage == "decoder" and artifact.data:
+            path = artifact.data[0]  # the graph for single tokens
+            yield "artifacts.data", path, path.endswith(suffix), f"a file that ends in {suffix}"
+
+
+def _stored(manifest: Manifest) -> Iterator[_Check]:
+    decoder, table, system = manifest.spec.decoder, manifest.embeddings, manifest.system_prompt
+    if table is not None:
+        shape, expected = (table.rows, table.columns), (decoder.vocab_size, decoder.hidden_size)
+        yield "embeddings.rows and columns", shape, shape == expected, str(expected)
+        size, item = manifest.files[table.path].size, int(table.dtype[-2:]) // 8
+        end = table.offset + table.rows * table.columns * item
+        is_right = table.offset >= 0 and table.offset % item == 0 and end <= size
+        yield "embeddings.offset", table.offset, is_right, f"rows within {size} bytes"
+    if system is not None:
+        ids = system.ids
+        is_right = all(0 <= item < decoder.vocab_size for item in ids)
+        yield "system_prompt.ids", ids, is_right, "ids of the vocabulary"

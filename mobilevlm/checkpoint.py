@@ -1,8 +1,8 @@
 """Reading a checkpoint folder: JSON files and weights, one tensor at a time.
 
 Weights come as safetensors (read without torch) or as PyTorch pickles (read by torch, weights
-only, so that no code in them runs). A damaged or incomplete folder gives one line that names the
-file or key.
+only, so that no code in them runs), see ``shards.py``. A damaged or incomplete folder gives one
+line that names the file or key.
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -19,15 +22,16 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.errors import CheckpointError, require
-
-Float32 = NDArray[np.float32]
+from mobilevlm.errors import CheckpointError, FileWarning
+from mobilevlm.shards import FLOATS, Float32, Shard, open_shard, refuse_pointer
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MAX_JSON_BYTES = 64 * 2**20
-FLOATS = frozenset({"f64", "f32", "f16", "bf16"})
-_TORCH_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_SHARDS = {SAFETENSORS: "model-*-of-*.safetensors", PICKLE: "pytorch_model-*-of-*.bin"}
+_INCOMPLETE = ("*.incomplete", ".cache/huggingface/download/**/*.incomplete")
 REMAP_BYTES = 2**29
+_NAME_BYTES = 255
+"""Longest name that file systems take."""
 
 
 def read_json(path: Path, required_for: str = "") -> dict[str, Any]:
@@ -41,97 +45,14 @@ def read_json(path: Path, required_for: str = "") -> dict[str, Any]:
         raise CheckpointError(f"{path}: the file is missing{purpose}")
     if path.stat().st_size > MAX_JSON_BYTES:
         raise CheckpointError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, not a config file")
+    refuse_pointer(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        raise CheckpointError(f"{path}: not valid JSON: {error!s:.100}") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, found {type(data).__name__}")
     return data
-
-
-class _Shard(Protocol):
-    """One open weight file."""
-
-    def names(self) -> list[str]: ...
-    def shape(self, name: str) -> tuple[int, ...]: ...
-    def dtype(self, name: str) -> str: ...
-    def read(self, name: str) -> Float32: ...
-
-
-class _SafetensorsShard:
-    def __init__(self, path: Path) -> None:
-        try:
-            import ml_dtypes  # noqa: F401  (teaches numpy the type bfloat16)
-            from safetensors import SafetensorError, safe_open
-        except ImportError:
-            raise require("safetensors", "export", f"reading {path}") from None
-        try:
-            self._file: Any = safe_open(path, framework="numpy")
-        except (SafetensorError, OSError) as error:
-            raise _damaged(path, error) from None
-
-    def names(self) -> list[str]:
-        return list(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> str:
-        return str(self._file.get_slice(name).get_dtype()).lower()
-
-    def read(self, name: str) -> Float32:
-        array: Float32 = self._file.get_tensor(name).astype(np.float32)
-        return array
-
-
-class _PickleShard:
-    def __init__(self, path: Path) -> None:
-        try:
-            import torch
-        except ImportError:
-            raise require("torch", "reference", f"reading {path}") from None
-        try:
-            try:
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-            except RuntimeError as error:
-                if "mmap can only be used" not in str(error):
-                    raise
-                tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch raises its own kinds for each sort of damage
-            raise _damaged(path, error) from None
-        if not isinstance(tensors, dict):
-            raise CheckpointError(
-                f"{path}: expected a dictionary of tensors, found {type(tensors).__name__}"
-            )
-        self._tensors = {
-            str(name): value for name, value in tensors.items() if isinstance(value, torch.Tensor)
-        }
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def dtype(self, name: str) -> str:
-        kind = str(self._tensors[name].dtype).removeprefix("torch.")
-        return _TORCH_DTYPES.get(kind, kind)
-
-    def read(self, name: str) -> Float32:
-        array: Float32 = self._tensors[name].detach().float().numpy()
-        return array
-
-
-def _open_shard(path: Path) -> _Shard:
-    return _SafetensorsShard(path) if path.suffix == ".safetensors" else _PickleShard(path)
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return CheckpointError(
-        f"{path}: damaged or truncated weight file ({reason:.120}): download it again"
-    )
 
 
 class TensorFiles:
@@ -148,7 +69,7 @@ class TensorFiles:
     def __init__(self, folder: Path, files: Sequence[Path] | None = None) -> None:
         self.folder = folder
         self.files = _weight_files(folder) if files is None else list(files)
-        self._shards = {path: _open_shard(path) for path in self.files}
+        self._shards = {path: open_shard(path) for path in self.files}
         self._touched: set[Path] = set()
         self._bytes_read = 0
         self._index = {name: path for path, shard in self._shards.items() for name in shard.names()}
@@ -172,7 +93,7 @@ class TensorFiles:
         self._touched.add(self._index[name])
         self._bytes_read += array.nbytes
         if self._bytes_read > REMAP_BYTES:
-            self._shards.update({path: _open_shard(path) for path in self._touched})
+            self._shards.update({path: open_shard(path) for path in self._touched})
             self._touched.clear()
             self._bytes_read = 0
         return array
@@ -189,7 +110,7 @@ class TensorFiles:
             total.update(file_sha256(path).encode())
         return total.hexdigest()
 
-    def _shard(self, name: str) -> _Shard:
+    def _shard(self, name: str) -> Shard:
         if name not in self._index:
             raise CheckpointError(
                 f"{self.folder}: tensor {name!r} is missing from "
@@ -208,37 +129,70 @@ def file_sha256(path: Path) -> str:
 
 
 def _weight_files(folder: Path) -> list[Path]:
+    """Return the files of the first kind that is there: whole before shards, safetensors before
+    pickles."""
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: not a folder")
     for single in (SAFETENSORS, PICKLE):
-        index = folder / f"{single}.index.json"
+        whole, index = folder / single, folder / f"{single}.index.json"
+        if whole.is_file():
+            if index.is_file():
+                _ignore(index, f"{single} is there as a whole")
+            return [whole]
         if index.is_file():
-            return _indexed_shards(index)
-        if (folder / single).is_file():
-            return [folder / single]
-    if (folder / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{folder}: a LoRA adapter, not a whole model: merge it into its base model first"
-        )
+            shards = _indexed_shards(index)
+            missing = [path for path in shards if not path.is_file()]
+            if not missing:
+                return shards
+            if len(missing) == len(shards) and single == SAFETENSORS and _has(folder, PICKLE):
+                _ignore(index, f"none of its shards is there, but {PICKLE} is")
+                continue
+            raise CheckpointError(
+                f"{missing[0]}: the shard is missing, {index.name} names it"
+                f"{_more(len(missing) - 1)}{_unfinished(folder)}"
+            )
+        if shards := sorted(folder.glob(_SHARDS[single])):
+            raise CheckpointError(
+                f"{index}: the index of the shards is missing (there are {len(shards)}, the first "
+                f"is {shards[0].name}): download it too{_unfinished(folder)}"
+            )
     raise CheckpointError(
         f"{folder}: no weights: expected {SAFETENSORS} or {PICKLE}, or shards with {SAFETENSORS}"
-        f".index.json or {PICKLE}.index.json"
+        f".index.json or {PICKLE}.index.json{_unfinished(folder)}"
     )
+
+
+def _has(folder: Path, single: str) -> bool:
+    return any((folder / name).is_file() for name in (single, f"{single}.index.json"))
+
+
+def _ignore(index: Path, reason: str) -> None:
+    warnings.warn(f"{index}: not read: {reason}", FileWarning, stacklevel=2)
+
+
+def _unfinished(folder: Path) -> str:
+    """Return the hint that a download has not ended, where there are signs of one."""
+    found = [path.name for pattern in _INCOMPLETE for path in sorted(folder.glob(pattern))]
+    return f": {found[0]:.60} is of a download that has not ended: start it again" if found else ""
+
+
+def _more(count: int) -> str:
+    return f" (and {count} more)" if count else ""
 
 
 def _indexed_shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: key 'weight_map' is missing or empty")
-    paths = []
-    for name in sorted({str(value) for value in weight_map.values()}):
-        if Path(name).name != name:
-            raise CheckpointError(f"{index}: shard name {name!r} leaves the folder")
-        path = index.parent / name
-        if not path.is_file():
-            raise CheckpointError(f"{path}: the shard is missing, {index.name} names it")
-        paths.append(path)
-    return paths
+    names = sorted({str(value) for value in weight_map.values()})
+    for name in names:
+        if Path(name).name != name or not name.endswith((".safetensors", ".bin")):
+            raise CheckpointError(
+                f"{index}: shard name {name!r:.60} leaves the folder or is no weight file"
+            )
+        if len(os.fsencode(name)) > _NAME_BYTES:
+            raise CheckpointError(f"{index}: shard name {name!r:.60} is too long for a file")
+    return [index.parent / name for name in names]
 
 
 class TensorSource(Protocol):
@@ -248,6 +202,7 @@ class TensorSource(Protocol):
     files: list[Path]
 
     def __contains__(self, name: object) -> bool: ...
+    def __iter__(self) -> Iterator[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> str: ...
     def read(self, name: str) -> Float32: ...
@@ -344,12 +299,7 @@ class Weights:
             CheckpointError: it is missing, of another shape, not of floats, or not finite.
         """
         ref = self._refs[name]
-        found = ref.files.shape(ref.name)
-        if found != ref.stored_shape(shape):
-            raise CheckpointError(
-                f"{ref.files.folder}: tensor {ref.name!r} has shape {list(found)}, "
-                f"expected {list(ref.stored_shape(shape))} from config.json"
-            )
+        self.check(name, shape)
         if (kind := ref.files.dtype(ref.name)) not in FLOATS:
             raise CheckpointError(
                 f"{ref.files.folder}: tensor {ref.name!r} is stored as {kind}, expected floats: "
@@ -365,6 +315,16 @@ class Weights:
         for factors in self._factors.get(name, ()):
             array = factors.apply(array)
         return array
+
+    def check(self, name: str, shape: tuple[int, ...]) -> None:
+        """Raise CheckpointError where a tensor has another shape."""
+        ref = self._refs[name]
+        found = ref.files.shape(ref.name)
+        if found != ref.stored_shape(shape):
+            raise CheckpointError(
+                f"{ref.files.folder}: tensor {ref.name!r} has shape {list(found)}, "
+                f"expected {list(ref.stored_shape(shape))!s:.100} from config.json"
+            )
 
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
         """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""
@@ -398,15 +358,38 @@ class Weights:
 
 
 def check_presence(refs: Mapping[str, TensorRef]) -> None:
-    """Names a missing tensor before any work begins.
+    """Name a missing tensor before any work begins.
 
     Raises:
         CheckpointError: the files lack some.
     """
     missing = [ref for ref in refs.values() if ref.name not in ref.files]
     if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
         raise CheckpointError(
-            f"{missing[0].files.folder}: tensor {missing[0].name!r} is missing{more}: the weights "
-            f"do not fit config.json"
+            f"{missing[0].files.folder}: tensor {missing[0].name!r} is missing"
+            f"{_more(len(missing) - 1)}: the weights do not fit config.json"
         )
+
+
+def check_unread(
+    refs: Mapping[str, TensorRef], files: TensorSource, may_skip: Iterable[str]
+) -> None:
+    """Name tensors that nothing reads. ``may_skip``: regular expressions of those that a family
+    knows to be without effect, from the beginning of a name.
+
+    Raises:
+        CheckpointError: there are others.
+    """
+    read = {ref.name for ref in refs.values() if ref.files is files}
+    known = re.compile("|".join(f"(?:{pattern})" for pattern in may_skip) or "(?!)")
+    unread = [name for name in files if name not in read and not known.match(name)]
+    if not unread:
+        return
+    named = ", ".join(repr(name)[:90] for name in sorted(unread)[:2])
+    remedy = "config.json describes a smaller or another model"
+    if any("lora_" in name for name in unread):
+        remedy = "these weights hold an adapter that is not merged: merge it first"
+    raise CheckpointError(
+        f"{files.folder}: nothing reads {len(unread)} of its tensors "
+        f"({named}{', …' * (len(unread) > 2)}): {remedy}"
+    )

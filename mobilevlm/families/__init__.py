@@ -17,8 +17,9 @@ from tokenizers import Tokenizer
 
 from mobilevlm.adapters import Adapter, open_adapter
 from mobilevlm.builtin import checkpoint_path
-from mobilevlm.checkpoint import TensorFiles, Weights, read_json
+from mobilevlm.checkpoint import TensorFiles, Weights
 from mobilevlm.errors import CheckpointError
+from mobilevlm.families.config import read_config
 from mobilevlm.merging import MergedFiles
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizer import has_tokenizer, read_tokenizer
@@ -179,7 +180,7 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
     adapter = open_adapter(folder, options.base)
     folders = (folder,) if adapter is None else (folder, adapter.base)
     home = _folder_with(folders, "config.json")
-    config = read_json(home / "config.json", required_for="every checkpoint has one")
+    config = read_config(home / "config.json", "every checkpoint has one")
     family = _find_family(home, config)
     if options.variant is not None and options.variant not in family.variants:
         known = f"expected {' or '.join(family.variants)}" if family.variants else "leave it out"
@@ -198,6 +199,8 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
             f"{folder}: the tokenizer has {pieces} pieces, but 'vocab_size' in config.json is "
             f"{spec.decoder.vocab_size}: these files are of different models"
         )
+    sizes = (spec.decoder.vocab_size, spec.decoder.hidden_size)
+    weights.check("decoder.embed_tokens.weight", sizes)
     asked = None
     if spec.projector.reads_text:
         own = _folder_with(folders, _INSTRUCTION_TOKENIZER)
@@ -222,14 +225,15 @@ def _find_family(folder: Path, config: dict[str, Any]) -> Family:
     for family in FAMILIES.values():
         if not family.keys and family.claims(config):
             return family
-    known = sorted(kind for family in FAMILIES.values() for kind in family.model_types)
+    known = sorted({kind for family in FAMILIES.values() for kind in family.model_types})
     if model_type not in known:
         raise CheckpointError(
-            f"{path}: model_type is {model_type!r}, expected one of {', '.join(sorted(set(known)))}"
+            f"{path}: model_type is {model_type!r:.60}, expected one of {', '.join(known)}"
         )
     raise CheckpointError(
-        f"{path}: mm_projector_type {config.get('mm_projector_type')!r} is not known for "
-        f"model_type {model_type!r}: expected linear, mlp2x_gelu (any depth), ldpnet or ldpnetv2"
+        f"{path}: mm_projector_type {config.get('mm_projector_type')!r:.60} is not known for "
+        f"model_type {model_type!r:.60}: expected linear, mlp2x_gelu (any depth), ldpnet or "
+        f"ldpnetv2"
     )
 
 

@@ -6,18 +6,24 @@ names).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.checkpoint import RowRange, TensorRef, TensorSource
+from mobilevlm.checkpoint import RowRange, TensorRef, TensorSource, check_presence
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import config_value, rope_scaling
 from mobilevlm.spec import DecoderSpec, ExpertsSpec
 
+_MANY = 1000
+"""Missing tensors after which no further ones are looked for."""
+
 ReadDecoder = Callable[[Path, dict[str, Any]], DecoderSpec]
 
+_PARTIAL = "partial_rotary_factor"
+"""Key of the share of a head that rotates."""
 _MOE_LAYERS: dict[str, Callable[[int], range]] = {
     "sparse": lambda layers: range(0, layers, 2),
     "dense": range,
@@ -51,6 +57,16 @@ class Backbone:
     """Query, key and value are the rows of one tensor."""
 
 
+def skipped_names(spec: DecoderSpec, backbone: Backbone) -> list[str]:
+    """Return regular expressions of tensors that a language model's files may hold and that have no
+    effect: tables that are computed, and the copy of embeddings that are the head too."""
+    root = re.escape(backbone.root)
+    names = [rf"{root}\.(.*\.)?(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)$"]
+    if spec.tie_word_embeddings:
+        names.append(rf"{re.escape(backbone.lm_head)}\.weight$")
+    return names
+
+
 def inside(backbone: Backbone, model: str) -> Backbone:
     """The same where the language model is a module ``model`` of a larger one."""
     return replace(backbone, root=f"{model}.{backbone.root}", lm_head=f"{model}.{backbone.lm_head}")
@@ -60,11 +76,15 @@ def decoder_refs(
     files: TensorSource, spec: DecoderSpec, backbone: Backbone
 ) -> dict[str, TensorRef]:
     """Where the tensors of a decoder are, by canonical name."""
-    refs = {}
+    refs: dict[str, TensorRef] = {}
+    absent = 0
     for module, biased in _modules(spec):
         name, rows = _stored(module, spec, backbone)
         for part in ("weight", "bias") if biased else ("weight",):
             refs[f"decoder.{module}.{part}"] = TensorRef(files, f"{name}.{part}", rows)
+            absent += f"{name}.{part}" not in files
+        if absent > _MANY:
+            check_presence(refs)
     if spec.tie_word_embeddings:
         refs["decoder.lm_head.weight"] = refs["decoder.embed_tokens.weight"]
     return refs
@@ -146,9 +166,11 @@ def _experts(path: Path, config: dict[str, Any], layers: int) -> ExpertsSpec | N
     counts: Any = moe.get("num_experts")
     if places is None:
         mode = moe.get("moe_mode")
-        if mode not in _MOE_LAYERS:
+        if not isinstance(mode, str) or mode not in _MOE_LAYERS:
             known = ", ".join(_MOE_LAYERS)
-            raise CheckpointError(f"{path}: 'moe.moe_mode' is {mode!r}, expected one of {known}")
+            raise CheckpointError(
+                f"{path}: 'moe.moe_mode' is {mode!r:.60}, expected one of {known}"
+            )
         places = list(_MOE_LAYERS[mode](layers))
     if not _are_numbers(places, 0, layers - 1) or len(set(places)) < len(places):
         raise CheckpointError(
@@ -187,16 +209,17 @@ def _attention_sizes(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     hidden = config_value(path, config, "hidden_size", int)
     heads = config_value(path, config, "num_attention_heads", int)
     key_value_heads = config_value(path, config, "num_key_value_heads", int, heads)
-    if hidden % heads or heads % key_value_heads:
+    head_dim = config_value(path, config, "head_dim", int, max(hidden // heads, 1))
+    if (hidden % heads and config.get("head_dim") is None) or heads % key_value_heads:
         raise CheckpointError(
-            f"{path}: 'hidden_size' {hidden}, 'num_attention_heads' {heads} and "
-            f"'num_key_value_heads' {key_value_heads} do not divide"
+            f"{path}: 'hidden_size' must be a multiple of 'num_attention_heads', and that of "
+            f"'num_key_value_heads': found {hidden}, {heads} and {key_value_heads}"
         )
     return {
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_key_value_heads": key_value_heads,
-        "head_dim": hidden // heads,
+        "head_dim": head_dim,
     }
 
 
@@ -208,6 +231,8 @@ def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, An
         raise CheckpointError(f"{path}: 'hidden_act' is {found!r}, expected {activation!r}")
     layers = config_value(path, config, "num_hidden_layers", int)
     scaling = rope_scaling(path, config)
+    trained = config_value(path, config, "max_position_embeddings", int)
+    longest = {"max_position_embeddings": int(trained * scaling)}
     return {
         **_attention_sizes(path, config),
         "vocab_size": config_value(path, config, "vocab_size", int),
@@ -215,8 +240,8 @@ def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, An
         "num_hidden_layers": layers,
         "rope_theta": config_value(path, config, "rope_theta", float, 10000.0),
         "rope_scaling": scaling,
-        "context_length": int(config_value(path, config, "max_position_embeddings", int) * scaling),
-        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "context_length": config_value(path, longest, "max_position_embeddings", int),
+        "tie_word_embeddings": config_value(path, config, "tie_word_embeddings", bool, False),
         "hidden_act": activation,
         "experts": _experts(path, config, layers),
     }
@@ -225,15 +250,16 @@ def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, An
 def _with_rope_parameters(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """With the keys that transformers 5 has joined in one, as they were before."""
     joined = config_value(path, config, "rope_parameters", dict, {"rope_type": "default"})
-    if joined.get("rope_type", "default") == "default":
-        return {**config, **{key: joined[key] for key in ("rope_theta",) if key in joined}}
-    return {**config, "rope_scaling": joined, "rope_theta": joined.get("rope_theta")}
+    if "rope_parameters" not in config:
+        return config
+    inside = {key: joined[key] for key in ("rope_theta", _PARTIAL) if joined.get(key) is not None}
+    return {**config, "rope_scaling": joined, **inside}
 
 
 def _rotary_dim(path: Path, config: dict[str, Any], key: str, head_dim: int) -> int:
     """Rotated channels of a head: an even number of them."""
     share = config_value(path, config, key, float)
-    channels = int(head_dim * share)
+    channels = int(head_dim * min(share, 2.0))
     if channels % 2 or channels > head_dim:
         raise CheckpointError(
             f"{path}: {key!r} {share} of {head_dim} channels are {channels}, expected an even "
@@ -243,13 +269,19 @@ def _rotary_dim(path: Path, config: dict[str, Any], key: str, head_dim: int) -> 
 
 
 def _read_llama(path: Path, config: dict[str, Any]) -> DecoderSpec:
-    biased = bool(config.get("attention_bias", False))
+    biased = config_value(path, config, "attention_bias", bool, False)
+    common = _common(path, config, "silu")
+    if common["head_dim"] % 2:
+        raise CheckpointError(
+            f"{path}: heads have {common['head_dim']} channels, expected an even number: rotary "
+            f"positions turn pairs"
+        )
     return DecoderSpec(
-        **_common(path, config, "silu"),
+        **common,
         norm_eps=config_value(path, config, "rms_norm_eps", float, 1e-6),
         qkv_bias=biased,
         o_bias=biased,
-        mlp_bias=bool(config.get("mlp_bias", False)),
+        mlp_bias=config_value(path, config, "mlp_bias", bool, False),
     )
 
 
@@ -272,11 +304,12 @@ def _read_phi(path: Path, config: dict[str, Any]) -> DecoderSpec:
             f"{path}: norms of queries and keys ('qk_layernorm') are not known here"
         )
     common = _common(path, config, "gelu_new")
+    joined = _with_rope_parameters(path, config)
     return DecoderSpec(
         **common,
         norm_eps=config_value(path, config, "layer_norm_eps", float, 1e-5),
         norm="layer",
-        rotary_dim=_rotary_dim(path, config, "partial_rotary_factor", common["head_dim"]),
+        rotary_dim=_rotary_dim(path, joined, _PARTIAL, common["head_dim"]),
         qkv_bias=True,
         o_bias=True,
         mlp="plain",

@@ -18,6 +18,7 @@ from mobilevlm.checkpoint import (
     TensorSource,
     Weights,
     check_presence,
+    check_unread,
     read_json,
 )
 from mobilevlm.conversation import turns_template
@@ -30,10 +31,11 @@ from mobilevlm.families.backbones import (
     ReadDecoder,
     decoder_refs,
     inside,
+    skipped_names,
 )
-from mobilevlm.families.config import config_value, end_ids
+from mobilevlm.families.config import config_value, end_ids, refuse_quantized
 from mobilevlm.families.t5 import DEFAULTS as T5_DEFAULTS
-from mobilevlm.families.t5 import read_t5, t5_refs
+from mobilevlm.families.t5 import read_t5, skipped_t5_names, t5_refs
 from mobilevlm.families.towers import Tower, image_spec, transformer_spec
 from mobilevlm.spec import (
     IMAGE_PLACEHOLDER,
@@ -72,18 +74,28 @@ _QUERIES = 32
 class _Language:
     read: ReadDecoder
     refs: Callable[[TensorSource, DecoderSpec], dict[str, TensorRef]]
+    skipped: Callable[[DecoderSpec], list[str]]
+    """Regular expressions of tensors without effect."""
     defaults: dict[str, Any]
 
 
 def _decoder_only(backbone: Backbone, defaults: dict[str, Any]) -> _Language:
     placed = inside(backbone, _LANGUAGE_MODEL)
-    return _Language(backbone.read, lambda files, spec: decoder_refs(files, spec, placed), defaults)
+    return _Language(
+        backbone.read,
+        lambda files, spec: decoder_refs(files, spec, placed),
+        lambda spec: skipped_names(spec, placed),
+        defaults,
+    )
 
 
 _LANGUAGE_MODEL = "language_model"
 _LANGUAGES = {
     "t5": _Language(
-        read_t5, lambda files, spec: t5_refs(files, spec, _LANGUAGE_MODEL), T5_DEFAULTS
+        read_t5,
+        lambda files, spec: t5_refs(files, spec, _LANGUAGE_MODEL),
+        lambda spec: skipped_t5_names(spec, _LANGUAGE_MODEL),
+        T5_DEFAULTS,
     ),
     "opt": _decoder_only(
         OPT,
@@ -148,6 +160,12 @@ def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
     for part in ("weight", "bias"):
         refs[f"projector.mlp.0.{part}"] = TensorRef(files, f"language_projection.{part}")
     check_presence(refs)
+    last = qformer.num_hidden_layers - 1
+    unused = rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\."  # of the text's states
+    positions = r"(qformer|vision_model)\.embeddings\.position_ids$"
+    check_unread(
+        refs, files, [*language.skipped(decoder), positions, *[unused] * projector.reads_text]
+    )
     return spec, Weights(refs)
 
 
@@ -176,7 +194,8 @@ def _vision_spec(path: Path, config: dict[str, Any]) -> VisionSpec:
 def _language(path: Path, config: dict[str, Any]) -> tuple[_Language, dict[str, Any]]:
     text = config_value(path, config, "text_config", dict)
     kind = text.get("model_type")
-    if kind not in _LANGUAGES:
+    refuse_quantized(path, text)
+    if not isinstance(kind, str) or kind not in _LANGUAGES:
         raise CheckpointError(
             f"{path}: the language model is {kind!r:.60}, expected {' or '.join(_LANGUAGES)}"
         )

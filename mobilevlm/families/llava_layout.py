@@ -7,18 +7,35 @@ config.json and weights of a language model (``backbones.py``) with ``mm_*`` key
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights, check_presence, read_json
+from mobilevlm import progress
+from mobilevlm.checkpoint import (
+    SAFETENSORS,
+    TensorFiles,
+    TensorRef,
+    Weights,
+    check_presence,
+    check_unread,
+    read_json,
+)
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
-from mobilevlm.errors import CheckpointError
+from mobilevlm.errors import CheckpointError, FileWarning
 from mobilevlm.families import Source
-from mobilevlm.families.backbones import LLAMA, Backbone, decoder_refs
-from mobilevlm.families.config import config_value, end_ids
-from mobilevlm.families.towers import KNOWN_TOWERS, Tower, image_spec, tower_names, vision_spec
+from mobilevlm.families.backbones import LLAMA, Backbone, decoder_refs, skipped_names
+from mobilevlm.families.config import config_value, end_ids, read_config
+from mobilevlm.families.towers import (
+    KNOWN_TOWERS,
+    Tower,
+    image_spec,
+    skipped_tower_names,
+    tower_names,
+    vision_spec,
+)
 from mobilevlm.spec import (
     IMAGE_PLACEHOLDER,
     ConversationSpec,
@@ -26,6 +43,10 @@ from mobilevlm.spec import (
     ProjectorSpec,
     VisionSpec,
 )
+
+_DEEPEST = 999
+_OPENCLIP = ("open_clip_config.json", "open_clip_pytorch_model.bin", "open_clip_model.safetensors")
+"""Files of a tower in the layout of OpenCLIP."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +90,7 @@ def read_layout(
     _check_features(path, config)
     vision = vision_spec(path, config, tower, naming.tower_key)
     decoder = backbone.read(path, config)
+    check_depth(path, config, "mm_projector_type")
     layout = projector(config, vision)
     spec = ModelSpec(
         family=family,
@@ -83,21 +105,68 @@ def read_layout(
     for ours, name in layout.names.items():
         stored = f"{backbone.root}.{naming.projector}.{name}"
         refs[f"projector.{ours}"] = TensorRef(files, stored)
-    from_checkpoint = embedded and (prefer_checkpoint_tower or tower.folder is None)
+    trained = _training_of_tower(path, config)
+    own = embedded and (prefer_checkpoint_tower or trained is not None or tower.folder is None)
     prefix, tower_files = copy, files
-    if not from_checkpoint:
+    if not own:
         assert tower.folder is not None
         prefix, tower_files = "", TensorFiles(tower.folder)
+    _say_which_tower(path, tower, own, embedded, trained)
     for ours, name in tower_names(vision).items():
         refs[ours] = TensorRef(tower_files, prefix + name)
     check_presence(refs)
+    skipped = skipped_names(decoder, backbone)
+    if own:
+        check_unread(
+            refs, files, skipped + skipped_tower_names(vision, tower.config, re.escape(copy))
+        )
+    else:
+        check_unread(refs, files, [*skipped, re.escape(copy)])
+        check_unread(refs, tower_files, skipped_tower_names(vision, tower.config))
     return spec, Weights(refs)
+
+
+def _training_of_tower(path: Path, config: dict[str, Any]) -> str | None:
+    """Return the setting of config.json by which the tower was trained with the rest, so that the
+    checkpoint's own counts."""
+    for key in ("unfreeze_mm_vision_tower", "tune_vision_tower"):
+        if config_value(path, config, key, bool, False):
+            return f"{key!r}"
+    parts = config_value(path, config, "mm_tunable_parts", str, "-")
+    return "'mm_tunable_parts'" if "mm_vision_tower" in parts.split(",") else None
+
+
+def _say_which_tower(
+    path: Path, tower: Tower, own: bool, embedded: bool, trained: str | None
+) -> None:
+    if own:
+        reason = f" (trained with it, says {trained})" if trained else ""
+        progress.say(f"vision tower: the weights in {path.parent}{reason}")
+        return
+    copy = "; the copy in the checkpoint is not read, as in the official code"
+    progress.say(f"vision tower: the weights in {tower.folder}{copy * embedded}")
+    if trained and not embedded:
+        warnings.warn(
+            f"{path}: {trained} says that the vision tower was trained, but the checkpoint holds "
+            f"none: {tower.folder} must be the trained one",
+            FileWarning,
+            stacklevel=2,
+        )
 
 
 def mlp_projector(config: dict[str, Any], vision: VisionSpec) -> ProjectorLayout:
     """``linear`` (one Linear) or ``mlpNx_gelu`` (N Linears with GELU between)."""
     match = re.fullmatch(r"mlp(\d+)x_gelu", config.get("mm_projector_type") or "linear")
     return mlp_layout(config, vision, int(match[1]), "{}.") if match else mlp_layout(config, vision)
+
+
+def check_depth(path: Path, config: dict[str, Any], key: str) -> None:
+    """Raise CheckpointError where a projector's name has more Linears than any model has."""
+    match = re.search(r"mlp(\d+)x_gelu", str(config.get(key)))
+    if match and (len(match[1]) > len(str(_DEEPEST)) or int(match[1]) > _DEEPEST):
+        raise CheckpointError(
+            f"{path}: {key!r} is {config[key]!r:.40}, expected a depth of at most {_DEEPEST}"
+        )
 
 
 def mlp_layout(
@@ -136,31 +205,75 @@ def _find_tower(source: Source, key: str, embedded: bool) -> Tower:
             checkpoint.resolve().parent / base,
         ]  # fmt: skip
     for folder in candidates:
-        if folder.is_dir() and (folder / "config.json").is_file():
-            tower = read_json(folder / "config.json")
-            tower = config_value(folder / "config.json", tower, "vision_config", dict, tower)
+        where = folder / "config.json"
+        if _is_file(where):
+            tower = read_config(where, "every vision tower has one")
+            tower = config_value(where, tower, "vision_config", dict, tower)
+            _check_kind(where, tower)
             preprocessor = folder / "preprocessor_config.json"
             return Tower(
-                str(folder / "config.json"),
+                str(where),
                 tower,
                 read_json(preprocessor) if preprocessor.is_file() else {},
                 folder,
             )
+        if any(_is_file(folder / file) for file in _OPENCLIP):
+            raise CheckpointError(
+                f"{folder}: a tower in the layout of OpenCLIP, which is not supported: expected "
+                f"CLIP as transformers saves it (config.json and {SAFETENSORS})"
+            )
     if given is not None:
         raise CheckpointError(f"{given}: no vision tower there: expected a folder with config.json")
+    for part, known in _OTHER_TOWERS.items():
+        if part in name.lower():
+            raise CheckpointError(
+                f"{path}: the vision tower {name!r:.80} is {known}, not supported in this layout: "
+                f"expected CLIP (SigLIP is supported in VILA)"
+            )
     if embedded and name in KNOWN_TOWERS:
         return Tower(name, KNOWN_TOWERS[name], {}, None)
     raise CheckpointError(
-        f"{path}: vision tower {name!r} is not on this machine: put its folder beside the "
-        f"checkpoint as {base!r}, or pass --vision-tower DIR"
+        f"{path}: vision tower {name!r:.120} is not on this machine: put its folder beside the "
+        f"checkpoint as {base!r:.80}, or pass --vision-tower DIR"
     )
+
+
+_OTHER_TOWERS = {
+    "siglip": "SigLIP",
+    "open_clip": "OpenCLIP",
+    "open-clip": "OpenCLIP",
+    "hf-hub:": "OpenCLIP",
+    "laion": "OpenCLIP",
+    "eva": "EVA-CLIP",
+    "convnext": "ConvNeXt",
+    "dinov": "DINO",
+    "intern": "InternViT",
+}
+"""Parts of names of towers that LLaVA's descendants use and that are not CLIP of OpenAI's shape."""
+
+
+def _check_kind(where: Path, tower: dict[str, Any]) -> None:
+    """Refuse a tower of another kind by its name, before its keys and tensors look wrong."""
+    kind = tower.get("model_type", "clip_vision_model")
+    if kind not in ("clip_vision_model", "clip", None):
+        raise CheckpointError(
+            f"{where}: model_type is {kind!r:.60}, which is not supported in this layout: expected "
+            f"clip_vision_model (siglip_vision_model is supported in VILA)"
+        )
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def _check_features(path: Path, config: dict[str, Any]) -> None:
     feature = config_value(path, config, "mm_vision_select_feature", str, "patch")
     if feature != "patch":
         raise CheckpointError(
-            f"{path}: 'mm_vision_select_feature' is {feature!r}, expected 'patch'"
+            f"{path}: 'mm_vision_select_feature' is {feature!r:.60}, expected 'patch'"
         )
 
 
@@ -168,7 +281,7 @@ def _aspect(path: Path, config: dict[str, Any]) -> Literal["pad", "crop"]:
     aspect = config.get("image_aspect_ratio")
     if isinstance(aspect, str) and aspect.startswith("anyres"):
         raise CheckpointError(
-            f"{path}: 'image_aspect_ratio' is {aspect!r} (LLaVA-NeXT tiles): expected 'pad' or "
+            f"{path}: 'image_aspect_ratio' is {aspect!r:.60} (LLaVA-NeXT tiles): expected 'pad' or "
             f"'square'"
         )
     return "pad" if aspect == "pad" else "crop"

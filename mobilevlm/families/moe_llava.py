@@ -13,7 +13,13 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families import Source, register
 from mobilevlm.families.backbones import LLAMA, PHI, QWEN, STABLELM, Backbone
-from mobilevlm.families.llava_layout import Naming, ProjectorLayout, mlp_layout, read_layout
+from mobilevlm.families.llava_layout import (
+    Naming,
+    ProjectorLayout,
+    check_depth,
+    mlp_layout,
+    read_layout,
+)
 from mobilevlm.spec import ModelSpec, VisionSpec
 from mobilevlm.tokenizer import vocabulary_length
 
@@ -63,6 +69,7 @@ def read_moe_llava(source: Source) -> tuple[ModelSpec, Weights]:
 
 def _projector(source: Source, config: dict[str, Any], vision: VisionSpec) -> ProjectorLayout:
     """``linear``, ``mlpNx_gelu``, or the same after pooling 2 × 2 (``pool_mlpNx_gelu``)."""
+    check_depth(source.folder / "config.json", config, "image_projector_type")
     kind = config.get("image_projector_type") or "linear"
     match = re.fullmatch(r"(pool_)?mlp([1-9]\d*)x_gelu", str(kind))
     if kind == "linear":

@@ -93,6 +93,12 @@ def t5_refs(files: TensorSource, spec: DecoderSpec, model: str) -> dict[str, Ten
     return refs
 
 
+def skipped_t5_names(spec: DecoderSpec, model: str) -> list[str]:
+    """Return regular expressions of copies of the embeddings that a file may hold too."""
+    copies = r"(encoder|decoder)\.embed_tokens"
+    return [rf"{model}\.({copies}{'|lm_head' * spec.tie_word_embeddings})\.weight$"]
+
+
 def _names(spec: DecoderSpec) -> Iterator[tuple[str, str]]:
     yield "embed_tokens", "shared"
     for ours, stack in (("encoder.", "encoder"), ("", "decoder")):

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families.config import config_value
+from mobilevlm.families.config import RANGES, config_value
 from mobilevlm.spec import ImageSpec, VisionSpec
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3
+_FAR = 1000.0
+"""Beyond any mean and deviation of channels from 0 to 1, or to 255."""
 
 _CLIP_LARGE = {
     "hidden_size": 1024,
@@ -65,9 +67,9 @@ def vision_spec(
     """
     layers = config_value(Path(tower.where), tower.config, "num_hidden_layers", int)
     select = config.get("mm_vision_select_layer", -2)
-    if not isinstance(select, int) or not -layers - 1 <= select <= layers:
+    if type(select) is not int or not -layers - 1 <= select <= layers:
         raise CheckpointError(
-            f"{path}: 'mm_vision_select_layer' is {select!r}, but the tower {tower.where} "
+            f"{path}: 'mm_vision_select_layer' is {select!r:.60}, but the tower {tower.where} "
             f"has {layers} layers"
         )
     kept = select if select >= 0 else layers + 1 + select
@@ -120,6 +122,21 @@ def transformer_spec(
     return vision
 
 
+def skipped_tower_names(vision: VisionSpec, config: dict[str, Any], prefix: str = "") -> list[str]:
+    """Return regular expressions of tensors that a tower's files may hold and that nobody reads:
+    what comes after the layer whose features are used, the text model of a whole CLIP, and tables
+    of positions. ``prefix``: of the tower's names, as a regular expression."""
+    layers = config.get("num_hidden_layers")
+    dropped = range(vision.num_hidden_layers, layers if isinstance(layers, int) else 0)
+    numbers = "|".join(map(str, dropped)) or "(?!)"
+    return [
+        rf"{prefix}vision_model\.encoder\.layers\.({numbers})\.",
+        rf"{prefix}vision_model\.(post_layernorm|head)\.",
+        rf"{prefix}vision_model\.embeddings\.position_ids$",
+        rf"{prefix}(text_model|text_projection|visual_projection|logit_scale|logit_bias)\b",
+    ]
+
+
 def image_spec(
     tower: Tower, vision: VisionSpec, aspect: Literal["pad", "crop", "resize"]
 ) -> ImageSpec:
@@ -139,7 +156,7 @@ def image_spec(
         )
     if settings.get("resample", BICUBIC) != BICUBIC:
         raise CheckpointError(
-            f"{where}: 'resample' is {settings['resample']!r}, expected 3 (bicubic)"
+            f"{where}: 'resample' is {settings['resample']!r:.60}, expected 3 (bicubic)"
         )
     return ImageSpec(
         size=crop,
@@ -191,7 +208,7 @@ def _edge(value: Any, default: int, where: str, key: str) -> int:
         value = value.get("shortest_edge", value.get("height"))
     if value is None:
         return default
-    if type(value) is not int or value <= 0:
+    if type(value) is not int or not 0 < value <= RANGES["image_size"][1]:
         raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a number of pixels")
     return value
 
@@ -201,7 +218,9 @@ def _channels(
 ) -> tuple[float, float, float]:
     if value is None:
         return default
-    numbers = isinstance(value, list) and all(type(item) in (int, float) for item in value)
+    numbers = isinstance(value, list) and all(
+        type(item) in (int, float) and abs(item) <= _FAR for item in value
+    )
     if not numbers or len(value) != 3 or (key == "image_std" and min(value) <= 0):
         raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected three numbers")
     red, green, blue = (float(channel) for channel in value)

@@ -13,13 +13,27 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken
 
-from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights, check_presence, read_json
+from mobilevlm import progress
+from mobilevlm.checkpoint import (
+    TensorFiles,
+    TensorRef,
+    Weights,
+    check_presence,
+    check_unread,
+    read_json,
+)
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families import Source, register
-from mobilevlm.families.backbones import LLAMA, decoder_refs
-from mobilevlm.families.config import config_value, end_ids
-from mobilevlm.families.towers import Tower, image_spec, tower_names, vision_spec
+from mobilevlm.families.backbones import LLAMA, decoder_refs, skipped_names
+from mobilevlm.families.config import config_value, end_ids, read_config
+from mobilevlm.families.towers import (
+    Tower,
+    image_spec,
+    skipped_tower_names,
+    tower_names,
+    vision_spec,
+)
 from mobilevlm.spec import (
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_ID,
@@ -81,7 +95,7 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
     language, pictures, between = (source.folder / folder for folder in _FOLDERS)
     tower = _tower(source.options.vision_tower or pictures)
     kind = tower.config.get("model_type")
-    if kind not in _TRAITS:
+    if not isinstance(kind, str) or kind not in _TRAITS:
         raise CheckpointError(
             f"{tower.where}: model_type is {kind!r:.60}, expected {' or '.join(_TRAITS)}"
         )
@@ -105,13 +119,18 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
             f"has {decoder.hidden_size}"
         )
     assert tower.folder is not None
-    refs = decoder_refs(TensorFiles(language), decoder, LLAMA)
+    words = TensorFiles(language)
+    refs = decoder_refs(words, decoder, LLAMA)
     images, links = TensorFiles(tower.folder), TensorFiles(between)
+    progress.say(f"vision tower: the weights in {tower.folder}")
     refs |= {ours: TensorRef(images, theirs) for ours, theirs in tower_names(vision).items()}
     for ours, place in {"norm": 1, "mlp.0": 2, "mlp.1": 4}.items():
         for part in ("weight", "bias"):
             refs[f"projector.{ours}.{part}"] = TensorRef(links, f"layers.{place}.{part}")
     check_presence(refs)
+    check_unread(refs, words, skipped_names(decoder, LLAMA))
+    check_unread(refs, images, skipped_tower_names(vision, tower.config))
+    check_unread(refs, links, ())
     return spec, Weights(refs)
 
 
@@ -129,7 +148,7 @@ def _saved_with(path: Path, config: dict[str, Any]) -> str:
 
 def _tower(folder: Path) -> Tower:
     where = folder / "config.json"
-    tower = read_json(where, required_for="the vision tower of a VILA checkpoint")
+    tower = read_config(where, "the vision tower of a VILA checkpoint")
     preprocessor = folder / "preprocessor_config.json"
     settings = read_json(preprocessor) if preprocessor.is_file() else {}
     return Tower(str(where), tower, settings, folder)
@@ -177,7 +196,7 @@ def _language_config(path: Path, folder: Path, config: dict[str, Any]) -> dict[s
     """Of the language model. Where the whole model was trained on longer texts, the official loader
     interpolates positions."""
     where = folder / "config.json"
-    language = read_json(where, required_for="the language model of a VILA checkpoint")
+    language = read_config(where, "the language model of a VILA checkpoint")
     if language.get("model_type") != "llama":
         raise CheckpointError(
             f"{where}: model_type is {language.get('model_type')!r:.60}, expected 'llama'"

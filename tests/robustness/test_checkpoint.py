@@ -5,64 +5,16 @@ from __future__ import annotations
 import builtins
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import Fixture, fixture_named
-from safetensors.numpy import load_file, save_file
+from checkpoints import Copy, copy_of, message_of
+from conftest import fixture_named
 
-from mobilevlm.errors import MobileVLMError
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
-from mobilevlm.reference.model import ReferenceModel
-
-
-@dataclass(frozen=True)
-class Copy:
-    """A copy of a fixture that a test damages."""
-
-    checkpoint: Path
-    tower: Path
-
-    @property
-    def config(self) -> Path:
-        return self.checkpoint / "config.json"
-
-    @property
-    def weights(self) -> Path:
-        return self.checkpoint / "model.safetensors"
-
-    def change(self, path: Path, **changes: Any) -> None:
-        """Sets keys of a JSON file; ``None`` removes one."""
-        data = {**json.loads(path.read_text()), **changes}
-        path.write_text(json.dumps({k: v for k, v in data.items() if v is not None}))
-
-    def change_tensors(self, path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-        tensors = load_file(path)
-        change(tensors)
-        save_file(tensors, path)
-
-    def open(self) -> Model:
-        return open_checkpoint(self.checkpoint, OpenOptions(self.tower))
-
-    def read_everything(self) -> None:
-        """As an export does: opens, then reads each tensor in the shape that the spec asks for."""
-        model = self.open()
-        with torch.device("meta"):
-            reference = ReferenceModel(model.spec)
-        for name, parameter in reference.named_parameters():
-            model.weights.read(name, tuple(parameter.shape))
-
-
-def copy_of(fixture: Fixture, folder: Path) -> Copy:
-    copy = Copy(folder / "model" / "checkpoint", folder / "towers" / "clip")
-    shutil.copytree(fixture.checkpoint, copy.checkpoint)
-    shutil.copytree(fixture.tower, copy.tower)
-    return copy
+from mobilevlm.families import OpenOptions, open_checkpoint
 
 
 @pytest.fixture
@@ -75,16 +27,6 @@ def copy(tmp_path: Path) -> Copy:
 def pickled(tmp_path: Path) -> Copy:
     """A checkpoint of two .bin shards with an index (llava_v15) and its tower."""
     return copy_of(fixture_named("llava_v15"), tmp_path)
-
-
-def message_of(action: Callable[[], object], *expected: str) -> str:
-    with pytest.raises(MobileVLMError) as caught:
-        action()
-    message = str(caught.value)
-    assert "\n" not in message and len(message) < 500, message
-    for part in expected:
-        assert part in message, f"{part!r} not in {message!r}"
-    return message
 
 
 def test_the_undamaged_copy_opens(copy: Copy) -> None:

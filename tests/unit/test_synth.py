@@ -182,10 +182,15 @@ def test_other_families_have_the_published_number_of_parameters(name: str, param
 def test_every_tensor_of_a_big_configuration_has_the_shape_that_the_model_expects(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    write_values = synth._write_values
+
     def leave_a_hole(file, name, shape, seed, depth):  # type: ignore[no-untyped-def]
-        """Sparse files: full size to the reader, no disk used."""
+        """Sparse files: full size to the reader, no disk used. Norms of zeros would be deltas."""
+        if len(shape) == 1:
+            return write_values(file, name, shape, seed, depth)
         os.ftruncate(file.fileno(), file.tell() + 2 * math.prod(shape))
         file.seek(0, os.SEEK_END)
+        return None
 
     monkeypatch.setattr(synth, "_write_values", leave_a_hole)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))

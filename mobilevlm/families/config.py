@@ -61,10 +61,14 @@ def config_value(
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
         raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, expected {kind.__name__}")
     if isinstance(value, (int, float)) and kind is not bool:
+        if value <= 0:
+            raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, expected a positive number")
         lowest, highest = RANGES.get(key, (0, _LARGEST))
-        if not (lowest <= value <= highest and value > 0):
-            expected = f"from {lowest:g} to {highest:g}" if key in RANGES else "positive"
-            raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, expected a number {expected}")
+        if not lowest <= value <= highest:
+            raise CheckpointError(
+                f"{path}: {key!r} is {value!r:.60}, expected a number from {lowest:.10g} to "
+                f"{highest:.10g}"
+            )
     return value
 
 

@@ -202,13 +202,18 @@ class TensorSource(Protocol):
     files: list[Path]
 
     def __contains__(self, name: object) -> bool: ...
-    def __iter__(self) -> Iterator[str]: ...
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> str: ...
     def read(self, name: str) -> Float32: ...
     def q4_0(self, name: str) -> NDArray[np.uint8] | None: ...
     @property
     def sha256(self) -> str: ...
+
+
+class ListedTensors(TensorSource, Protocol):
+    """A source that tells all names."""
+
+    def __iter__(self) -> Iterator[str]: ...
 
 
 @dataclass(frozen=True)
@@ -372,7 +377,7 @@ def check_presence(refs: Mapping[str, TensorRef]) -> None:
 
 
 def check_unread(
-    refs: Mapping[str, TensorRef], files: TensorSource, may_skip: Iterable[str]
+    refs: Mapping[str, TensorRef], files: ListedTensors, may_skip: Iterable[str]
 ) -> None:
     """Name tensors that nothing reads. ``may_skip``: regular expressions of those that a family
     knows to be without effect, from the beginning of a name.

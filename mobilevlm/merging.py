@@ -16,8 +16,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.checkpoint import FLOATS, Float32, TensorFiles
+from mobilevlm.checkpoint import TensorFiles
 from mobilevlm.errors import CheckpointError
+from mobilevlm.shards import FLOATS, Float32
 
 _BLOCK_NUMBERS = 2**22
 """Numbers of a product that are computed at a time."""

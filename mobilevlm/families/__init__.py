@@ -7,7 +7,7 @@ in config.json (``model_type`` and ``mm_projector_type``).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,7 +17,13 @@ from tokenizers import Tokenizer
 
 from mobilevlm.adapters import Adapter, open_adapter
 from mobilevlm.builtin import checkpoint_path
-from mobilevlm.checkpoint import TensorFiles, Weights
+from mobilevlm.checkpoint import (
+    ListedTensors,
+    TensorFiles,
+    TensorRef,
+    Weights,
+    check_unread,
+)
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import read_config
 from mobilevlm.merging import MergedFiles
@@ -93,6 +99,15 @@ class Source:
     def weight_files(self) -> TensorFiles | MergedFiles:
         """Open the weights in the checkpoint's own folder, an adapter merged into its base."""
         return TensorFiles(self.folder) if self.adapter is None else self.adapter.files
+
+    def check_unread(
+        self, refs: Mapping[str, TensorRef], files: ListedTensors, may_skip: Iterable[str]
+    ) -> None:
+        """See :func:`mobilevlm.checkpoint.check_unread`. What is an adapter's is named as it is
+        there."""
+        if self.adapter is not None and files is self.adapter.files:
+            self.adapter.check_used(Weights(dict(refs)))
+        check_unread(refs, files, may_skip)
 
     def folder_with(self, name: str) -> Path:
         """Return the first folder of the checkpoint that has a file or folder of this name."""
@@ -191,8 +206,6 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
     place = next((each for each in words if has_tokenizer(each)), words[-1])
     tokenizer = read_tokenizer(place, family.legacy, family.ready_tokenizer)
     spec, weights = family.read(Source(home, config, options, tokenizer, folders, adapter))
-    if adapter is not None:
-        adapter.check_used(weights)
     pieces = tokenizer.get_vocab_size(with_added_tokens=False)
     if pieces > spec.decoder.vocab_size:
         raise CheckpointError(

@@ -18,7 +18,6 @@ from mobilevlm.checkpoint import (
     TensorSource,
     Weights,
     check_presence,
-    check_unread,
     read_json,
 )
 from mobilevlm.conversation import turns_template
@@ -163,7 +162,7 @@ def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
     last = qformer.num_hidden_layers - 1
     unused = rf"qformer\.encoder\.layer\.{last}\.(intermediate|output)\."  # of the text's states
     positions = r"(qformer|vision_model)\.embeddings\.position_ids$"
-    check_unread(
+    source.check_unread(
         refs, files, [*language.skipped(decoder), positions, *[unused] * projector.reads_text]
     )
     return spec, Weights(refs)

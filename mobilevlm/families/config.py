@@ -57,19 +57,23 @@ def config_value(
             raise CheckpointError(f"{path}: key {key!r} is missing, expected {kind.__name__}")
         return default
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(min(max(value, -_LARGEST), _LARGEST))
+        value = float(min(max(value, -(10**300)), 10**300))
     if not isinstance(value, kind) or isinstance(value, bool) is not (kind is bool):
         raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, expected {kind.__name__}")
-    if isinstance(value, (int, float)) and kind is not bool:
-        if value <= 0:
-            raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, expected a positive number")
-        lowest, highest = RANGES.get(key, (0, _LARGEST))
-        if not lowest <= value <= highest:
-            raise CheckpointError(
-                f"{path}: {key!r} is {value!r:.60}, expected a number from {lowest:.10g} to "
-                f"{highest:.10g}"
-            )
+    if kind in (int, float):
+        _check_range(path, key, config[key])
     return value
+
+
+def _check_range(path: Path, key: str, value: float) -> None:
+    if value <= 0:
+        raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, expected a positive number")
+    lowest, highest = RANGES.get(key, (0, _LARGEST))
+    if not lowest <= value <= highest:
+        raise CheckpointError(
+            f"{path}: {key!r} is {value!r:.60}, expected a number from {lowest:.10g} to "
+            f"{highest:.10g}"
+        )
 
 
 def read_config(path: Path, required_for: str) -> dict[str, Any]:

@@ -20,7 +20,6 @@ from mobilevlm.checkpoint import (
     TensorRef,
     Weights,
     check_presence,
-    check_unread,
     read_json,
 )
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
@@ -117,12 +116,12 @@ def read_layout(
     check_presence(refs)
     skipped = skipped_names(decoder, backbone)
     if own:
-        check_unread(
+        source.check_unread(
             refs, files, skipped + skipped_tower_names(vision, tower.config, re.escape(copy))
         )
     else:
-        check_unread(refs, files, [*skipped, re.escape(copy)])
-        check_unread(refs, tower_files, skipped_tower_names(vision, tower.config))
+        source.check_unread(refs, files, [*skipped, re.escape(copy)])
+        source.check_unread(refs, tower_files, skipped_tower_names(vision, tower.config))
     return spec, Weights(refs)
 
 

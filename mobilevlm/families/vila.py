@@ -19,7 +19,6 @@ from mobilevlm.checkpoint import (
     TensorRef,
     Weights,
     check_presence,
-    check_unread,
     read_json,
 )
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
@@ -128,9 +127,9 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
         for part in ("weight", "bias"):
             refs[f"projector.{ours}.{part}"] = TensorRef(links, f"layers.{place}.{part}")
     check_presence(refs)
-    check_unread(refs, words, skipped_names(decoder, LLAMA))
-    check_unread(refs, images, skipped_tower_names(vision, tower.config))
-    check_unread(refs, links, ())
+    source.check_unread(refs, words, skipped_names(decoder, LLAMA))
+    source.check_unread(refs, images, skipped_tower_names(vision, tower.config))
+    source.check_unread(refs, links, ())
     return spec, Weights(refs)
 
 

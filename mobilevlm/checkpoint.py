@@ -271,9 +271,14 @@ class Weights:
     """
 
     def __init__(
-        self, refs: dict[str, TensorRef], factors: Mapping[str, tuple[Rescaling, ...]] | None = None
+        self,
+        refs: dict[str, TensorRef],
+        factors: Mapping[str, tuple[Rescaling, ...]] | None = None,
+        notes: tuple[str, ...] = (),
     ) -> None:
         self._refs, self._factors = refs, dict(factors or {})
+        self.notes = notes
+        """Lines for people about where tensors come from."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._refs
@@ -283,16 +288,16 @@ class Weights:
         merged = dict(self._factors)
         for name, factor in factors.items():
             merged[name] = (*merged.get(name, ()), factor)
-        return Weights(self._refs, merged)
+        return Weights(self._refs, merged, self.notes)
 
     def replaced(self, refs: Mapping[str, TensorRef]) -> Weights:
         """The same tensors, those that ``refs`` names from elsewhere."""
-        return Weights({**self._refs, **refs}, self._factors)
+        return Weights({**self._refs, **refs}, self._factors, self.notes)
 
     def first_rows(self, names: Iterable[str], rows: int, total: int) -> Weights:
         """The same tensors, of these only the first ``rows`` of ``total``."""
         cut = {name: replace(self._refs[name], rows=RowRange(0, rows, total)) for name in names}
-        return Weights({**self._refs, **cut}, self._factors)
+        return Weights({**self._refs, **cut}, self._factors, self.notes)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._refs)

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mobilevlm import progress
 from mobilevlm.checkpoint import (
     SAFETENSORS,
     TensorFiles,
@@ -110,7 +109,6 @@ def read_layout(
     if not own:
         assert tower.folder is not None
         prefix, tower_files = "", TensorFiles(tower.folder)
-    _say_which_tower(path, tower, own, embedded, trained)
     for ours, name in tower_names(vision).items():
         refs[ours] = TensorRef(tower_files, prefix + name)
     check_presence(refs)
@@ -122,7 +120,7 @@ def read_layout(
     else:
         source.check_unread(refs, files, [*skipped, re.escape(copy)])
         source.check_unread(refs, tower_files, skipped_tower_names(vision, tower.config))
-    return spec, Weights(refs)
+    return spec, Weights(refs, notes=(_which_tower(path, tower, own, embedded, trained),))
 
 
 def _training_of_tower(path: Path, config: dict[str, Any]) -> str | None:
@@ -135,15 +133,12 @@ def _training_of_tower(path: Path, config: dict[str, Any]) -> str | None:
     return "'mm_tunable_parts'" if "mm_vision_tower" in parts.split(",") else None
 
 
-def _say_which_tower(
-    path: Path, tower: Tower, own: bool, embedded: bool, trained: str | None
-) -> None:
+def _which_tower(path: Path, tower: Tower, own: bool, embedded: bool, trained: str | None) -> str:
+    """Return the line that says where the tower's weights are read, and why there."""
     if own:
         reason = f" (trained with it, says {trained})" if trained else ""
-        progress.say(f"vision tower: the weights in {path.parent}{reason}")
-        return
-    copy = "; the copy in the checkpoint is not read, as in the official code"
-    progress.say(f"vision tower: the weights in {tower.folder}{copy * embedded}")
+        return f"tower       weights in {path.parent}{reason}"
+    copy = " (the copy in the checkpoint is not read, as in the official code)"
     if trained and not embedded:
         warnings.warn(
             f"{path}: {trained} says that the vision tower was trained, but the checkpoint holds "
@@ -151,6 +146,7 @@ def _say_which_tower(
             FileWarning,
             stacklevel=2,
         )
+    return f"tower       weights in {tower.folder}{copy * embedded}"
 
 
 def mlp_projector(config: dict[str, Any], vision: VisionSpec) -> ProjectorLayout:

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 from tokenizers import AddedToken
 
-from mobilevlm import progress
 from mobilevlm.checkpoint import (
     TensorFiles,
     TensorRef,
@@ -121,7 +120,6 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
     words = TensorFiles(language)
     refs = decoder_refs(words, decoder, LLAMA)
     images, links = TensorFiles(tower.folder), TensorFiles(between)
-    progress.say(f"vision tower: the weights in {tower.folder}")
     refs |= {ours: TensorRef(images, theirs) for ours, theirs in tower_names(vision).items()}
     for ours, place in {"norm": 1, "mlp.0": 2, "mlp.1": 4}.items():
         for part in ("weight", "bias"):
@@ -130,7 +128,7 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
     source.check_unread(refs, words, skipped_names(decoder, LLAMA))
     source.check_unread(refs, images, skipped_tower_names(vision, tower.config))
     source.check_unread(refs, links, ())
-    return spec, Weights(refs)
+    return spec, Weights(refs, notes=(f"tower       weights in {tower.folder}",))
 
 
 def _saved_with(path: Path, config: dict[str, Any]) -> str:

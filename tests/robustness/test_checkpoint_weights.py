@@ -17,7 +17,7 @@ from checkpoints import Copy, copy_of, message_of
 from conftest import Fixture, fixture_named
 from safetensors.numpy import load_file, save_file
 
-from mobilevlm import progress
+from mobilevlm import export, progress
 from mobilevlm.errors import FileWarning
 from mobilevlm.families import OpenOptions, open_checkpoint
 
@@ -139,33 +139,21 @@ def scale_of_tower(copy: Copy) -> float:
     ],
     ids=lambda setting: next(iter(setting)),
 )
-def test_a_trained_tower_counts_before_the_folder(
-    setting: dict[str, Any], copy: Copy, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_trained_tower_counts_before_the_folder(setting: dict[str, Any], copy: Copy) -> None:
     embed_tower(copy, 1.3)
     copy.change(copy.config, **setting)
-    progress.enable()
-    try:
-        assert scale_of_tower(copy) == pytest.approx(1.3, rel=1e-3)
-    finally:
-        progress.enable(False)
+    assert scale_of_tower(copy) == pytest.approx(1.3, rel=1e-3)
     [key] = setting
-    said = capsys.readouterr().err
-    assert f"vision tower: the weights in {copy.checkpoint}" in said and key in said
+    [said] = copy.open().weights.notes
+    assert f"weights in {copy.checkpoint}" in said and key in said
 
 
-def test_an_untrained_copy_of_the_tower_is_not_read_and_that_is_said(
-    copy: Copy, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_untrained_copy_of_the_tower_is_not_read_and_that_is_said(copy: Copy) -> None:
     embed_tower(copy, 1.3)
     copy.change(copy.config, unfreeze_mm_vision_tower=False, mm_tunable_parts="mm_mlp_adapter")
-    progress.enable()
-    try:
-        assert scale_of_tower(copy) == pytest.approx(1.0, rel=1e-3)
-    finally:
-        progress.enable(False)
-    said = capsys.readouterr().err
-    assert f"vision tower: the weights in {copy.tower}" in said and "not read" in said
+    assert scale_of_tower(copy) == pytest.approx(1.0, rel=1e-3)
+    [said] = copy.open().weights.notes
+    assert f"weights in {copy.tower}" in said and "not read" in said
 
 
 def test_a_trained_tower_that_the_checkpoint_lacks_is_a_warning(copy: Copy) -> None:
@@ -199,6 +187,17 @@ def test_a_tower_in_the_layout_of_openclip_is_named(copy: Copy) -> None:
 def test_a_name_of_another_tower_is_not_asked_for_as_a_folder(name: str, copy: Copy) -> None:
     copy.change(copy.config, mm_vision_tower=name)
     message_of(lambda: open_checkpoint(copy.checkpoint), repr(name), "not supported")
+
+
+def test_an_export_says_which_tower_it_read(
+    copy: Copy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    progress.enable()
+    try:
+        export(copy.checkpoint, tmp_path / "bundle", vision_tower=copy.tower, measure=False)
+    finally:
+        progress.enable(False)
+    assert f"tower       weights in {copy.tower}\n" in capsys.readouterr().err
 
 
 # Files that are not what they seem

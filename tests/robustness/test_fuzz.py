@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from fuzz.harness import NAMES, run
 
-COUNTS: dict[str, int] = {"gguf": 100, "manifests": 40, "templates": 60}
+COUNTS: dict[str, int] = {"checkpoints": 60, "gguf": 100, "manifests": 40, "templates": 60}
 """Cases of fuzzers that are slower, or much faster, than most."""
 
 

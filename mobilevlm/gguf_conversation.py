@@ -68,12 +68,16 @@ def _template(file: GgufFile, tokens: list[str], eos: int) -> str:
     if not is_utf8(source):
         raise BundleError(f"{file.path}: tokenizer.chat_template is not UTF-8: convert it again")
     adds_bos = file.metadata.get("tokenizer.ggml.add_bos_token", True)
-    bos = file.metadata.get("tokenizer.ggml.bos_token_id", 1)
+    bos = file.metadata.get("tokenizer.ggml.bos_token_id")
     names = {
-        "bos_token": "" if adds_bos or bos >= len(tokens) else tokens[bos],
+        "bos_token": "" if adds_bos or bos is None else tokens[bos],
         "eos_token": tokens[eos],
     }
-    named = "".join(f"{{%- set {name} = {json.dumps(text)} -%}}" for name, text in names.items())
+    named = "".join(
+        f"{{%- set {name} = {json.dumps(text)} -%}}"
+        for name, text in names.items()
+        if name in source
+    )
     reasons = []
     for template in (named + source, named + _FLATTENED + source):
         if not (reason := _obstacle(template)):

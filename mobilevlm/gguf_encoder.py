@@ -16,6 +16,8 @@ from mobilevlm.spec import ImageSpec, ProjectorSpec, VisionSpec
 FEATURE_LAYER = "clip.vision.feature_layer"
 MAX_GRID = 96
 """Patches per edge: attention over more of them would take gigabytes."""
+SMALLEST_DEVIATION = 1e-3
+"""Of a channel whose values lie between 0 and 1."""
 LDP_GRID = 24
 """llama.cpp's LDP and LDPv2 are written for this patch grid."""
 LDPV2_GRID = 12
@@ -90,8 +92,15 @@ def read_encoder(file: GgufFile, out_size: int) -> Encoder:
         layer_norm_eps=_epsilon(file),
     )
     mean, std = (_channels(file, f"clip.vision.image_{key}") for key in ("mean", "std"))
-    if min(std) <= 0:
-        raise BundleError(f"{file.path}: clip.vision.image_std is {std}, expected positive numbers")
+    for key, values, (least, most) in (
+        ("mean", mean, (0.0, 1.0)),
+        ("std", std, (SMALLEST_DEVIATION, 1 / SMALLEST_DEVIATION)),
+    ):
+        if not all(least <= value <= most for value in values):
+            raise BundleError(
+                f"{file.path}: clip.vision.image_{key} is {values}, expected numbers from {least} "
+                f"to {most}"
+            )
     image = ImageSpec(size, size, _aspect(file), mean, std)
     kind = projector_kind(file, grid)
     out_grid = {"mlp": grid, "ldp": -(-grid // 2), "ldpv2": LDPV2_GRID}[kind]

@@ -57,7 +57,7 @@ def catch_log() -> None:
 
 def _write_log(level: int, text: bytes, _: Any) -> None:
     if level == _ERROR:
-        _errors.append(text.decode(errors="replace").strip())
+        _errors.append(" ".join(text.decode(errors="replace").split()))
     if os.environ.get(LOG_VARIABLE) == "1":
         sys.stderr.write(text.decode(errors="replace"))
 

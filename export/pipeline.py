@@ -429,8 +429,6 @@ def _obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> s
 
 def _run_obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> str:
     """Why these cannot be run during an export of this checkpoint; empty when they can."""
-    if int8_weight_bits() == 7 and any(part.weight_bits == 8 for part in artifacts):
-        return "8-bit weights saturate on this processor: --weight-bits 7 would not"
     needed = MEMORY_LIBRARIES + sum(
         (RESIDENT_GGUF if artifact.format == "gguf" else RESIDENT.get(artifact.precision, 1.3))
         * work.path(name).stat().st_size

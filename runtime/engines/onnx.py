@@ -42,6 +42,9 @@ INT8_CACHE = (1, 27)
 """The first version whose GroupQueryAttention reads them, on x86-64; 1.24 to 1.26 do not."""
 LONGEST_REASON = 200
 """Characters of onnxruntime's messages that errors quote."""
+EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
+"""Settings of a session whose int8 products do not saturate on x86 without VNNI: weights become
+unsigned, and pairs are summed in 32 bits. Slower, and nothing elsewhere."""
 _NO_WORDS = (0,)
 """An instruction where none is needed: the tower's features do not depend on it."""
 
@@ -199,7 +202,7 @@ class OnnxState(BufferedState):
 class OnnxDecoder(BufferedDecoder):
     """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
     second graph that computes pieces of prompts from ``plan.prefill_from`` positions on; ``cache``:
-    what both store keys and values in."""
+    what both store keys and values in; ``entries`` as of :func:`open_session`."""
 
     def __init__(
         self,
@@ -211,6 +214,7 @@ class OnnxDecoder(BufferedDecoder):
         prompts: Path | None = None,
         encoder: Path | None = None,
         cache: CacheType = np.float32,
+        entries: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         if cache is np.int8:
             _check_version(path)
@@ -220,6 +224,7 @@ class OnnxDecoder(BufferedDecoder):
             open_session,
             threads=plan.threads_of("decoder"),
             spinning=plan.spinning,
+            entries=entries,
             planned=plan.memory == "fast",
         )
         self._session: Session | None = opened(path)

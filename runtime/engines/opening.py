@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -71,11 +71,12 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
     found = max((artifact.weight_bits or 0 for artifact in used), default=0)
     if best is None or found in (0, best) or (found < best and is_shipped(bundle.folder)):
         return
-    what = (
-        "8-bit weights saturate on this processor, answers may be wrong"
-        if found > best
-        else "this processor takes 8-bit weights at the same speed, the bundle has 7-bit ones"
-    )
+    if found < best:
+        what = "this processor takes 8-bit weights at the same speed, the bundle has 7-bit ones"
+    elif engine == "ort":
+        what = "8-bit weights saturate on this processor, answers may be wrong"
+    else:
+        what = "8-bit weights take more time on this processor, whose fastest products saturate"
     target = bundle.manifest.target
     where = f"without --target {target}, " if target else ""
     remedy = f"export it {where}with --weight-bits {best}"
@@ -131,8 +132,17 @@ def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
     mappable = _artifact_at(bundle, path).precision == "int8"
     packed = plan.vision_weights == "packed" or not mappable
     threads, compact = plan.threads_of("vision"), plan.memory != "fast"
-    spec = bundle.manifest.spec
-    return OnnxVision(path, threads, plan.spinning, packed, compact=compact, spec=spec)
+    spec, entries = bundle.manifest.spec, _products(_artifact_at(bundle, path))
+    return OnnxVision(path, threads, plan.spinning, packed, entries, compact, spec)
+
+
+def _products(*artifacts: Artifact) -> Mapping[str, str]:
+    """Return the settings of sessions for artifacts whose int8 products would saturate here. Those
+    of .ort files are settled when they are made."""
+    from mobilevlm.runtime.engines.onnx import EXACT_PRODUCTS
+
+    eight = any((part.weight_bits, part.format) == (8, "onnx") for part in artifacts)
+    return EXACT_PRODUCTS if eight and int8_weight_bits() == 7 else {}
 
 
 def _artifact_at(bundle: Bundle, path: Path) -> Artifact:
@@ -171,15 +181,18 @@ def onnx_decoder(
     from mobilevlm.runtime.engines.onnx import OnnxDecoder
 
     spec, table = bundle.manifest.spec, _embedding_table(bundle)
+    parts = [_artifact_at(bundle, path)]
     encoder = None
     if spec.decoder.encoder_layers:
-        encoder = bundle.path(bundle.artifact("encoder", "onnx").path)
+        parts.append(bundle.artifact("encoder", "onnx"))
+        encoder = bundle.path(parts[-1].path)
     prompts = None
-    form = _artifact_at(bundle, path).format  # engines are named as what they open
+    form = parts[0].format  # engines are named as what they open
     if "prefill" in stage_formats(bundle, form):
-        prompts = bundle.path(bundle.artifact("prefill", form).path)
-    rows, stored = bundle.path(table.path), cache or cache_type(bundle)
-    return OnnxDecoder(path, rows, table, spec.decoder, plan, prompts, encoder, stored)
+        parts.append(bundle.artifact("prefill", form))
+        prompts = bundle.path(parts[-1].path)
+    rows, stored, entries = bundle.path(table.path), cache or cache_type(bundle), _products(*parts)
+    return OnnxDecoder(path, rows, table, spec.decoder, plan, prompts, encoder, stored, entries)
 
 
 def cache_type(bundle: Bundle) -> CacheType:

@@ -9,26 +9,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 from tokenizers import Tokenizer
 
 from mobilevlm.chat_template import render_template
 from mobilevlm.errors import PromptError
+from mobilevlm.messages import Message
+from mobilevlm.plain_text import encode_marked
 from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec, ProjectorSpec
-from mobilevlm.tokenizer_json import encode
 
 SHORTEST_SYSTEM_PROMPT = 16
 """Tokens. Computing a piece of a prompt apart costs a pass over the weights, about as much as
 computing some more tokens."""
-
-
-class Message(TypedDict):
-    """One turn. ``content`` is text (``<image>`` marks pictures where they stand) or a list of
-    parts ``{"type": "image"}`` and ``{"type": "text", "text": …}``."""
-
-    role: str
-    content: str | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -120,13 +113,14 @@ CONVERSATIONS = {
 """By the reference code's names."""
 
 
-def user_message(prompt: str, num_images: int) -> Message:
-    """A user's turn: pictures where ``<image>`` stands in the prompt, else before the text.
+def user_message(prompt: str, num_images: int, marks_in_text: bool = True) -> Message:
+    """A user's turn: images where ``<image>`` stands in the prompt, else before the text; always
+    before it without ``marks_in_text``.
 
     Raises:
         PromptError: the prompt is empty, or its number of ``<image>`` is not the number of images.
     """
-    marks = prompt.count(IMAGE_PLACEHOLDER)
+    marks = prompt.count(IMAGE_PLACEHOLDER) if marks_in_text else 0
     if marks and marks != num_images:
         raise PromptError(
             f"the prompt holds {marks} {IMAGE_PLACEHOLDER} but {num_images} images were given: "
@@ -172,7 +166,8 @@ def tokenize(
         ) from None
     if conversation is not None and conversation.tokenization == "joined":
         image = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
-        ids = [IMAGE_TOKEN_ID if token == image else token for token in encode(tokenizer, text)]
+        found = encode_marked(tokenizer, text)
+        ids = [IMAGE_TOKEN_ID if token == image else token for token in found]
     else:
         rest, first = text, 0
         if conversation is not None and conversation.tokenization == "images_first":
@@ -188,7 +183,7 @@ def tokenize(
 def _tokenize_apart(tokenizer: Tokenizer, text: str) -> list[int]:
     ids: list[int] = []
     for index, chunk in enumerate(text.split(IMAGE_PLACEHOLDER)):
-        piece = encode(tokenizer, chunk, add_special_tokens=index == 0)
+        piece = encode_marked(tokenizer, chunk, add_special_tokens=index == 0)
         ids += piece if index == 0 else [IMAGE_TOKEN_ID, *piece]
     return ids
 
@@ -218,7 +213,7 @@ def tokenize_instruction(
     """
     if tokenizer is None or projector.qformer is None or not projector.reads_text:
         return []
-    ids = encode(tokenizer, text.replace(IMAGE_PLACEHOLDER, ""))
+    ids = encode_marked(tokenizer, text.replace(IMAGE_PLACEHOLDER, ""))
     if len(ids) > projector.qformer.max_positions:
         raise PromptError(
             f"the prompt takes {len(ids)} tokens of the Q-Former, which reads up to "

@@ -84,6 +84,7 @@ def open_tokenizer_json(source: Path | str, place: str, kind: type[MobileVLMErro
             name: _state(getattr(tokenizer, name))
             for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
         }
+        _refuse(_added_problem(tokenizer), place, kind)
     _refuse(_problem(parts) or _template_problem(parts["post_processor"]), place, kind)
     return tokenizer
 
@@ -123,6 +124,18 @@ def _problem(parts: dict[str, Any]) -> str:
             pattern = step.get("pattern")
             if isinstance(pattern, dict) and not _is_simple(str(pattern.get("Regex", ""))):
                 return f"{name} has a regular expression that can take forever"
+    return ""
+
+
+def _added_problem(tokenizer: Tokenizer) -> str:
+    """Return whether an added token is empty once it is normalized: the library finds such a token
+    again and again in the same place."""
+    for token in tokenizer.get_added_tokens_decoder().values():
+        text = token.content
+        if token.normalized and tokenizer.normalizer is not None:
+            text = tokenizer.normalizer.normalize_str(text)
+        if not text:
+            return f"added token {token.content!r:.60} is empty"
     return ""
 
 

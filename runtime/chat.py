@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from typing import Any
 
-from mobilevlm.conversation import Message, user_message
+from mobilevlm.conversation import user_message
 from mobilevlm.image import ImageInput, open_image
+from mobilevlm.messages import Message
 from mobilevlm.runtime.generation import Generation, TextStream
 from mobilevlm.runtime.vlm import VLM
-from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 
 class Chat:
@@ -28,6 +28,7 @@ class Chat:
         """
         self.images = [open_image(image) for image in images]
         self.messages: list[Message] = []
+        self._session.told = []
 
     @property
     def room(self) -> int:
@@ -38,7 +39,8 @@ class Chat:
         """Answers; ``options`` as in :meth:`VLM.stream`. The turn is kept when the stream ends, or
         with what was said so far when it is closed."""
         first = not self.messages
-        message = user_message(question, len(self.images) if first else 0)
+        marks_in_text = bool(options.get("special_tokens", True))
+        message = user_message(question, len(self.images) if first else 0, marks_in_text)
         stream = self._vlm.stream(
             [*self.messages, message], self.images, session=self._session, **options
         )
@@ -57,7 +59,5 @@ class Chat:
         finally:
             stream.close()
             if begun:
-                # An answer that happens to say <image> must not ask for a picture.
-                text = "".join(said).replace(IMAGE_PLACEHOLDER, "")
-                answer: Message = {"role": "assistant", "content": text}
+                answer: Message = {"role": "assistant", "content": "".join(said)}
                 self.messages += [message, answer]

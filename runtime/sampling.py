@@ -10,6 +10,13 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 
+_DIVIDING = "a number from 1e-6 on, not infinite"
+
+
+def _divides(value: float) -> bool:
+    """Return whether logits that are divided by this stay numbers."""
+    return 1e-6 <= value < float("inf")
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -32,12 +39,25 @@ class SamplingOptions:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        for name, kind in (
+            *((name, "a number") for name in ("temperature", "top_p", "min_p")),
+            ("repetition_penalty", "a number"),
+            *((name, "a whole number") for name in ("top_k", "seed")),
+        ):
+            value = getattr(self, name)
+            wanted = (int, float) if kind == "a number" else (int, type(None))
+            if isinstance(value, bool) or not isinstance(value, wanted):
+                raise MobileVLMError(f"{name} is {value!r:.60}, expected {kind}")
+        penalty = self.repetition_penalty
         limits = (
             ("temperature", self.temperature, self.temperature >= 0, "0 or more"),
+            ("temperature", self.temperature, _divides(self.temperature or 1), _DIVIDING),
             ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
             ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0, at most 1"),
             ("min_p", self.min_p, 0 <= self.min_p < 1, "0 or more, below 1"),
-            ("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "above 0"),
+            ("repetition_penalty", penalty, penalty > 0, "above 0"),
+            ("repetition_penalty", penalty, _divides(penalty), _DIVIDING),
+            ("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "0 to 2**64 - 1"),
         )
         for name, value, fits, expected in limits:
             if not fits:

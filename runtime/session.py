@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError, SessionError
+from mobilevlm.messages import Message
 from mobilevlm.runtime.cache import Border, PositionKey, PromptCache, borders, pieces
 from mobilevlm.runtime.engines import DecoderEngine, ExpertChoices, Float32, VisionEngine
 from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
@@ -208,6 +209,8 @@ class Session:
         self._borders: list[Border] = []
         """Of the sequence, up to where it was computed in whole pieces."""
         self.turns = Turns()
+        self.told: list[Message] = []
+        """Messages of the last prompt, where it had any."""
         self.prompt_tokens = 0
         """Positions of the last prompt, pictures expanded."""
 

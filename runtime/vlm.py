@@ -17,7 +17,6 @@ from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import INSTRUCTION_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from mobilevlm.bundle_identity import steadily, unchanged
 from mobilevlm.conversation import (
-    Message,
     input_ids,
     official_ids,
     render,
@@ -29,6 +28,8 @@ from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, open_image, preprocess
+from mobilevlm.messages import Message, check_continued, read_messages
+from mobilevlm.plain_text import check_text, protect
 from mobilevlm.plan import DRAFTING_ENGINES, Plan, engine_for_limit
 from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
@@ -49,12 +50,16 @@ from mobilevlm.runtime.session import (
     check_session,
 )
 from mobilevlm.runtime.settings import check_settings, stop_strings
+from mobilevlm.spec import IMAGE_TOKEN_ID
 from mobilevlm.tokenizer_json import open_tokenizer_json
 
 DEFAULT_MAX_NEW_TOKENS = 256
 IDLE_SESSIONS = 2
 """Sequences that are kept when their answers are finished; the others leave their beginnings to the
 cache."""
+
+SHORT_TOKEN = 8
+"""Characters. A prompt whose tokens are no longer is tokenized without a closer look."""
 
 Images = Sequence[ImageInput]
 
@@ -206,6 +211,8 @@ class VLM:
         """Sessions of finished answers, the one used last at the end."""
         self._lock = threading.Lock()
         self._process = os.getpid()
+        self._longest_token: int | None = None
+        """Characters; found when a prompt is long."""
 
     def stream(
         self,
@@ -222,17 +229,22 @@ class VLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         raw: bool = False,
+        special_tokens: bool = True,
         draft_tokens: int | None = None,
         session: Session | None = None,
     ) -> TextStream:
         """Answers piece by piece.
 
         ``prompt``: the user's text, or the messages of a chat; ``raw``: the text is the whole
-        prompt, no template around it. ``images`` go where ``<image>`` stands, else before the text.
+        prompt, no template around it. ``images`` go where ``<image>`` stands, else before the text;
+        with messages they are those of image parts that bring none (mobilevlm/messages.py).
+        ``special_tokens``: what the text has of special tokens (``</s>``) and ``<image>`` counts as
+        such, as in the official code; without, it is ordinary text.
         ``stop``: further strings that end the answer. ``ignore_eos``: go on where the model would
         end (for measuring). ``draft_tokens``: tokens to guess and check at a time (see
         runtime/drafting.py; the answer is the same), 0 for none; by default where the engine can.
-        ``session``: of :meth:`new_session`; it takes one stream and one thread at a time.
+        ``session``: of :meth:`new_session`; it takes one stream and one thread at a time. It keeps
+        what was computed, not what was said: messages that leave out earlier turns are refused.
 
         Raises:
             PromptError, ImageError, MobileVLMError: before the first piece, if the input is wrong;
@@ -255,8 +267,15 @@ class VLM:
             frozenset() if ignore_eos else frozenset(conversation.eos_token_ids),
             (*(() if ignore_eos else conversation.stop_strings), *stops),
         )
-        ready = self._prepare(prompt, images, raw)
-        return TextStream(self._answer(ready, sampling, rules, draft_tokens, session))
+        ready, said = self._prepare_said(prompt, images, raw, special_tokens)
+        if session is None:
+            return TextStream(self._answer(ready, sampling, rules, draft_tokens, None))
+        if isinstance(prompt, str):
+            said = []
+        else:
+            check_continued(session.told, said)
+        pieces = self._answer(ready, sampling, rules, draft_tokens, session)
+        return TextStream(_noted(session, said, pieces))
 
     def generate(
         self,
@@ -273,6 +292,7 @@ class VLM:
         stop: str | Sequence[str] = (),
         ignore_eos: bool = False,
         raw: bool = False,
+        special_tokens: bool = True,
         draft_tokens: int | None = None,
         session: Session | None = None,
     ) -> Generation:
@@ -290,6 +310,7 @@ class VLM:
             stop=stop,
             ignore_eos=ignore_eos,
             raw=raw,
+            special_tokens=special_tokens,
             draft_tokens=draft_tokens,
             session=session,
         ).finish()
@@ -323,17 +344,23 @@ class VLM:
         return vision.features(preprocess(open_image(image), self.spec.image))
 
     def prompt_ids(
-        self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False
+        self,
+        prompt: str | Sequence[Message],
+        images: int = 0,
+        raw: bool = False,
+        special_tokens: bool = True,
     ) -> list[int]:
         """Input ids as the official code has them: where an image goes its mark, which is -200 in
-        most."""
-        return official_ids(self._input_ids(prompt, images, raw), self.spec.conversation)
+        most. ``special_tokens`` as in :meth:`stream`."""
+        ids = self._input_ids(prompt, images, raw, special_tokens)
+        return official_ids(ids, self.spec.conversation)
 
     def count_text_tokens(
         self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False
     ) -> int:
         """Positions that a prompt takes beside the visual tokens of its images."""
-        return len(self._input_ids(prompt, images, raw)) - images
+        ids = self._input_ids(prompt, images, raw)
+        return len(ids) - ids.count(IMAGE_TOKEN_ID)
 
     def prompt_logits(
         self,
@@ -401,16 +428,48 @@ class VLM:
     def __exit__(self, *reason: object) -> None:
         self.close()
 
-    def _input_ids(self, prompt: str | Sequence[Message], images: int, raw: bool) -> list[int]:
+    def _input_ids(
+        self,
+        prompt: str | Sequence[Message],
+        images: int,
+        raw: bool,
+        special_tokens: bool = True,
+    ) -> list[int]:
         """-200 where visual tokens of an image go."""
-        return self._text_ids(self._text(prompt, images, raw), images)
+        text, shown, _ = self._read(prompt, [b""] * images, raw, special_tokens)
+        return self._text_ids(text, len(shown))
 
-    def _text(self, prompt: str | Sequence[Message], images: int, raw: bool) -> str:
-        """The prompt in its template."""
+    def _read(
+        self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
+    ) -> tuple[str, Images, list[Message]]:
+        """The prompt in its template, its images, and what was said."""
         if raw:
-            return str(prompt)
-        messages = [user_message(prompt, images)] if isinstance(prompt, str) else prompt
-        return render(self.spec.conversation, messages)
+            if not isinstance(prompt, str) or not special_tokens:
+                wrong = "messages" if special_tokens else "special_tokens=False"
+                raise PromptError(f"raw: the text is the whole prompt, {wrong} does not go with it")
+            check_text(prompt)
+            self._check_length(len(prompt))
+            return prompt, images, []
+        if isinstance(prompt, str):
+            prompt = [user_message(prompt, len(images), special_tokens)]
+        said = read_messages(prompt, images, special_tokens)
+        self._check_length(said.characters)
+        messages = protect(said.messages, self.tokenizer, special_tokens)
+        return render(self.spec.conversation, messages), said.images, said.messages
+
+    def _check_length(self, characters: int) -> None:
+        """Refuse text that cannot fit into the context, before anything is done with it."""
+        context = self.spec.decoder.context_length
+        if characters <= context * SHORT_TOKEN:
+            return
+        if self._longest_token is None:
+            self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
+        most = context * self._longest_token
+        if characters > most:
+            raise PromptError(
+                f"the prompt has {characters} characters, the context of {context} tokens holds "
+                f"{most} at the very most: shorten it"
+            )
 
     def _text_ids(self, text: str, images: int) -> list[int]:
         conversation, vocab_size = self.spec.conversation, self.spec.decoder.vocab_size
@@ -478,13 +537,37 @@ class VLM:
             surplus.save()
 
     def _prepare(self, prompt: str | Sequence[Message], images: Images, raw: bool) -> Prompt:
+        return self._prepare_said(prompt, images, raw, True)[0]
+
+    def _prepare_said(
+        self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
+    ) -> tuple[Prompt, list[Message]]:
+        """A prompt that is ready to run, and its messages."""
         start = time.perf_counter()
         if isinstance(images, (str, bytes, PathLike, np.ndarray, Image.Image)):
             raise MobileVLMError("images: expected a list of pictures, found a single one")
-        text = self._text(prompt, len(images), raw)
-        ids = self._text_ids(text, len(images))
-        pixels = [preprocess(open_image(image), self.spec.image) for image in images]
-        return Prompt(ids, pixels, time.perf_counter() - start, self._instruction(text))
+        text, shown, said = self._read(prompt, images, raw, special_tokens)
+        ids = self._text_ids(text, len(shown))
+        pixels = [preprocess(open_image(image), self.spec.image) for image in shown]
+        seconds = time.perf_counter() - start
+        return Prompt(ids, pixels, seconds, self._instruction(text)), said
+
+
+def _noted(
+    session: Session, said: list[Message], pieces: Generator[str, None, Generation]
+) -> Generator[str, None, Generation]:
+    """Yields the pieces; from the first on the session knows what was said."""
+    try:
+        piece = next(pieces)
+        session.told = said
+        yield piece
+        return (yield from pieces)
+    except StopIteration as stop:
+        session.told = said
+        generation: Generation = stop.value
+        return generation
+    finally:
+        pieces.close()
 
 
 def _open_cache(bundle: Bundle, tokenizer: Tokenizer, plan: Plan, megabytes: float) -> PromptCache:

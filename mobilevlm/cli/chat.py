@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mobilevlm.cli.options import ModelOptions, model_options, sampling_options, show_timings
+from mobilevlm.cli.options import (
+    ModelOptions,
+    model_options,
+    plain_text_option,
+    sampling_options,
+    show_timings,
+)
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.terminal import plain, plain_answer
 
@@ -29,6 +35,7 @@ NEARLY_FULL = 1 / 8
 @click.command("chat", epilog=f"\b\nIn the conversation:\n{HELP}")
 @model_options
 @click.option("--image", "images", multiple=True, metavar="FILE", help="A picture; repeatable.")
+@plain_text_option
 @sampling_options
 def command(
     model: ModelOptions,

@@ -160,6 +160,12 @@ def sampling_options(function: F) -> F:
     return function
 
 
+plain_text_option = click.option(
+    "--plain-text", "special_tokens", is_flag=True, flag_value=False, default=True,
+    help="Read special tokens (</s>) and <image> in the text as ordinary words.",
+)  # fmt: skip
+
+
 def _bits_per_weight(context: Any, option: Any, value: str | None) -> float | None:
     """``4.5bpw`` as a number."""
     if value is None:

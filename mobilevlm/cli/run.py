@@ -10,7 +10,13 @@ from typing import Any
 import click
 
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import ModelOptions, model_options, sampling_options, show_timings
+from mobilevlm.cli.options import (
+    ModelOptions,
+    model_options,
+    plain_text_option,
+    sampling_options,
+    show_timings,
+)
 from mobilevlm.terminal import plain_answer
 
 EXAMPLES = """\b
@@ -44,6 +50,7 @@ Examples:
 )
 @click.option("--prompt", required=True, help="The question. <image> in it places a picture.")
 @click.option("--raw", is_flag=True, help="The prompt is complete: no conversation around it.")
+@plain_text_option
 @sampling_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of the stream."

@@ -18,10 +18,11 @@ from tokenizers.models import BPE
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.conversation import Message, render, tokenize, user_message
+from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.errors import CheckpointError, MobileVLMError
 from mobilevlm.families import OpenOptions, open_checkpoint
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.messages import Message
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 

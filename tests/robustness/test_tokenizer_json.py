@@ -156,6 +156,19 @@ def test_a_file_that_is_no_tokenizer_is_one_line(tmp_path: Path) -> None:
             read_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize("content", ["\0", "\u200e\0"])
+def test_an_added_token_that_is_empty_once_normalized_is_refused(
+    content: str, tmp_path: Path
+) -> None:
+    """The library would find it in the same place without end."""
+    token = {"id": 1, "content": content, "single_word": False, "lstrip": False, "rstrip": False,
+             "normalized": True, "special": True}  # fmt: skip
+    clean = {"type": "BertNormalizer", "clean_text": True, "handle_chinese_chars": True,
+             "strip_accents": None, "lowercase": True}  # fmt: skip
+    message = refused(changed(tmp_path, added_tokens=[token], normalizer=clean))
+    assert "added token" in message and "is empty" in message
+
+
 def test_a_huge_file_is_refused_by_its_size(tmp_path: Path) -> None:
     with (tmp_path / "tokenizer.json").open("wb") as file:
         file.truncate(1 << 40)

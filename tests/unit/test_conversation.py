@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from conftest import Fixture, fixture_named
 
-from mobilevlm.conversation import Message, render, tokenize, user_message
+from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.errors import PromptError
+from mobilevlm.messages import Message
 from mobilevlm.spec import ConversationSpec
 
 SYSTEM = (

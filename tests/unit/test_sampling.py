@@ -140,6 +140,14 @@ def test_tokens_are_drawn_with_their_probabilities() -> None:
         ("min_p", -0.5, "0 or more, below 1"),
         ("repetition_penalty", 0.0, "above 0"),
         ("repetition_penalty", -2.0, "above 0"),
+        ("repetition_penalty", math.inf, "a number from 1e-6 on, not infinite"),
+        ("repetition_penalty", 1e-320, "a number from 1e-6 on, not infinite"),
+        ("temperature", math.inf, "a number from 1e-6 on, not infinite"),
+        ("temperature", 1e-320, "a number from 1e-6 on, not infinite"),
+        ("seed", -1, "0 to 2**64 - 1"),
+        ("seed", 2**64, "0 to 2**64 - 1"),
+        ("seed", 1.5, "a whole number"),
+        ("top_k", True, "a whole number"),
     ],
 )
 def test_a_value_out_of_range_is_named_in_one_line(name: str, value: float, expected: str) -> None:

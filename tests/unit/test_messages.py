@@ -1,0 +1,154 @@
+"""Chat messages: what is in them is read, or named in one line; nothing is dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import fixture_named
+
+from mobilevlm.errors import MobileVLMError, PromptError
+from mobilevlm.messages import read_messages
+from mobilevlm.runtime import VLM
+from mobilevlm.runtime.chat import Chat
+
+IMAGE = fixture_named("llava_v1").image
+OTHER = np.zeros((20, 30, 3), np.uint8)
+
+
+def user(*parts: Any) -> list[Any]:
+    return [{"role": "user", "content": list(parts)}]
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": IMAGE},
+        {"type": "image", "image": str(IMAGE)},
+        {"type": "image", "path": str(IMAGE)},
+        {"type": "image", "url": IMAGE.as_uri()},
+        {"type": "image", "image": IMAGE.read_bytes()},
+        {"type": "image_url", "image_url": {"url": str(IMAGE)}},
+        {"type": "image_url", "image_url": {"url": IMAGE.as_uri(), "detail": "auto"}},
+        {"type": "image_url", "image_url": IMAGE.as_uri().replace("file:///", "file://localhost/")},
+    ],
+    ids=lambda part: str(part)[:50],
+)
+def test_an_image_in_a_part_is_seen(part: dict[str, Any], vlm: VLM) -> None:
+    expected = vlm.generate("Who?", [IMAGE], max_new_tokens=4)
+    found = vlm.generate(user(part, text("Who?")), max_new_tokens=4)
+    assert (found.token_ids, found.visual_tokens) == (expected.token_ids, 144)
+
+
+def test_images_fill_the_parts_that_bring_none_in_order() -> None:
+    parts = [{"type": "image"}, {"type": "image", "image": "b"}, {"type": "image"}, text("?")]
+    assert read_messages(user(*parts), ["a", "c"]).images == ["a", "b", "c"]
+    marked = [{"role": "user", "content": "Is <image> like <image>?"}]
+    assert read_messages(marked, ["a", "b"]).images == ["a", "b"]
+
+
+def test_templates_see_image_parts_without_what_they_bring() -> None:
+    found = read_messages(user({"type": "image_url", "image_url": {"url": "a"}}, text("b")), [])
+    assert found.messages == user({"type": "image"}, text("b"))
+    assert found.characters == 1
+
+
+WRONG: list[tuple[Any, list[Any], str]] = [
+    ([], [], "empty"),
+    ({}, [], "expected a text or a list"),
+    (None, [], "expected a text or a list"),
+    (["Who?"], [], r"messages\[0\]: expected role and content, found str"),
+    ([{"content": "Who?"}], [], r"messages\[0\]: role is None"),
+    ([{"role": "tool", "content": "Who?"}], [], "'tool', expected system, user, assistant"),
+    ([{"role": "user"}], [], r"messages\[0\]: it has no content"),
+    ([{"role": "user", "content": None}], [], "no content"),
+    ([{"role": "user", "content": []}], [], "no content"),
+    ([{"role": "user", "content": 3}], [], "content is int"),
+    ([{"role": "user", "content": " "}], [], "the prompt is empty"),
+    ([{"role": "user", "content": "a", "tool_calls": []}], [], "'tool_calls' is not known"),
+    ([{"role": "system", "content": "a"}], [], "none is the user's"),
+    ([*user(text("a")), {"role": "assistant", "content": "b"}], [], "nothing to answer"),
+    (user("Who?"), [], r"messages\[0\]\.content\[0\]: type is str"),
+    (user({"text": "Who?"}), [], "type is None"),
+    (user({"type": "text"}), [], "text is nothing"),
+    (user({"type": "text", "text": "a", "lang": "en"}), [], "'lang' is not known"),
+    (user({"type": "picture"}), [], "type is 'picture', expected text, image or image_url"),
+    (user({"type": "input_audio", "input_audio": {}}), [], "no audio"),
+    (user({"type": "audio", "audio": "a.wav"}), [], "no audio"),
+    (user({"type": "video", "video": "a.mp4"}), [], "no video: give its frames"),
+    (user({"type": "image", "image": None}), [], "expected one image"),
+    (user({"type": "image", "image": "a", "url": "b"}), [], "expected one image"),
+    (user({"type": "image", "size": 3}), [], "'size' is not known"),
+    (user({"type": "image_url"}), [], "no url"),
+    (user({"type": "image_url", "image_url": {"url": ""}}), [], "no url"),
+    (user({"type": "image_url", "image_url": {"url": "a", "detail": "high"}}), [], "detail 'high'"),
+    (user({"type": "image_url", "image_url": {"url": "http://x/a.png"}}), [], "downloaded"),
+    (user({"type": "image", "url": "HTTPS://x/a.png"}), [], "nothing is downloaded"),
+    (user({"type": "image", "image": "file://server/a.png"}), [], "another machine"),
+    ([{"role": "system", "content": [{"type": "image"}]}, *user(text("a"))], [OTHER], "system"),
+    (user(text("a")), [OTHER], "0 image parts without an image, but images= has 1"),
+    (user({"type": "image"}, text("a")), [], "1 image parts without an image, but images= has 0"),
+    (user({"type": "image", "image": "a"}, text("a")), [OTHER], "images= has 1"),
+    (user({"type": "image"}, text("<image>")), [OTHER], "use one of both"),
+    (user(text("<image>")), [], "1 <image> marks, but images= has 0"),
+    (user(text("a")), "a.png", "a single one"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("messages", "images", "expected"), WRONG, ids=lambda v: str(v)[:40])
+def test_what_is_wrong_in_messages_is_named_in_one_line(
+    messages: Any, images: Any, expected: str, vlm: VLM
+) -> None:
+    with pytest.raises(PromptError, match=expected) as caught:
+        read_messages(messages, images)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+    with pytest.raises(MobileVLMError):
+        vlm.generate(messages, images)
+
+
+def test_an_answer_or_system_prompt_that_says_image_asks_for_no_image(vlm: VLM) -> None:
+    messages: list[Any] = [
+        {"role": "system", "content": "An <image> is a word."},
+        *user({"type": "image", "image": IMAGE}, text("Who?")),
+        {"role": "assistant", "content": "<image> and <image>"},
+        *user(text("Why?")),
+    ]
+    assert vlm.generate(messages, max_new_tokens=2).visual_tokens == 144
+    ids = vlm.prompt_ids(messages)
+    assert ids.count(-200) == 1
+    said = vlm.tokenizer.decode([token for token in ids if token >= 0])
+    assert "<image> and <image>" in said and "An <image> is a word." in said
+
+
+def test_a_session_refuses_messages_that_leave_out_earlier_turns(vlm: VLM) -> None:
+    session = vlm.new_session()
+    first: list[Any] = user({"type": "image", "image": IMAGE}, text("Who?"))
+    answer = vlm.generate(first, max_new_tokens=3, session=session)
+    with pytest.raises(PromptError, match="give all messages from the first on"):
+        vlm.generate(user(text("Why?")), max_new_tokens=3, session=session)
+    turns: list[Any] = [*first, {"role": "assistant", "content": answer.text}, *user(text("Why?"))]
+    again = vlm.generate(turns, max_new_tokens=3, session=session)
+    assert again.reused.tokens > 144
+    assert again.token_ids == vlm.generate(turns, max_new_tokens=3).token_ids
+    assert vlm.generate(user(text("Why?")), max_new_tokens=3, session=vlm.new_session()).token_ids
+
+
+def test_a_question_that_failed_is_not_part_of_what_a_session_was_told(vlm: VLM) -> None:
+    session = vlm.new_session()
+    with pytest.raises(PromptError):
+        vlm.generate(user(text("a " * 3000)), session=session)
+    assert vlm.generate(user(text("Who?")), max_new_tokens=2, session=session).token_ids
+
+
+def test_a_chat_goes_on_after_an_answer_that_says_image(vlm: VLM, tmp_path: Path) -> None:
+    chat = Chat(vlm, [IMAGE])
+    chat.ask("Who?", max_new_tokens=2).finish()
+    chat.messages[-1] = {"role": "assistant", "content": "an <image> mark"}
+    chat._session.told = []
+    assert chat.ask("Why?", max_new_tokens=2).finish().visual_tokens == 144

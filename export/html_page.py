@@ -8,6 +8,7 @@ from typing import Any
 import jinja2
 
 from mobilevlm._version import __version__
+from mobilevlm.whole_file import written_whole
 
 
 def write_page(template: str, path: Path, **values: Any) -> None:
@@ -20,6 +21,5 @@ def write_page(template: str, path: Path, **values: Any) -> None:
         lstrip_blocks=True,
     )
     text = environment.get_template(template).render(**values, version=__version__)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    with written_whole(path) as draft:
+        draft.write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from mobilevlm.export.recipe_file import recipe_text
 from mobilevlm.export.recipes import QuantizerName, find_recipe
 from mobilevlm.export.search import Data, Found, Goal, candidates, search
 from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.whole_file import written_whole
 
 MARK = "# Mixed precision by sensitivity"
 """How the files of a search begin."""
@@ -135,13 +136,8 @@ def _comments(found: Found) -> dict[str, str]:
 
 
 def _write(path: Path, text: str) -> None:
-    """In one step."""
-    draft = path.with_name(f"{path.name}.partial")
-    try:
+    with written_whole(path) as draft:
         draft.write_text(text, encoding="utf-8")
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def check_matplotlib() -> None:

@@ -121,7 +121,8 @@ def write_checkpoint(
     """Writes the checkpoint ``name``, one of :data:`NAMES`, to ``folder``. The same name and seed
     give the same bytes.
 
-    The folder appears when it is complete (it is written beside as ``<folder>.partial``).
+    The folder appears when it is complete; until then a work folder beside it is written to, as by
+    exports.
 
     Raises:
         MobileVLMError: unknown name, the folder is not empty, or the disk is too small.
@@ -131,6 +132,8 @@ def write_checkpoint(
         raise MobileVLMError(f"configuration {name!r} is not known: expected {', '.join(NAMES)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise MobileVLMError(f"{folder}: exists and is not an empty folder: name another one")
+    from mobilevlm.export.work_folder import CONTENT, claim, discard, settle
+
     layout = layout_of(name)
     total = sum(_size(shape) for part in layout.parts for shape in part.shapes.values())
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -140,20 +143,21 @@ def write_checkpoint(
             f"{folder}: {name} takes {total / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free there: "
             f"name a folder on a larger disk"
         )
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        for part in layout.parts:
-            (partial / part.folder).mkdir(parents=True, exist_ok=True)
-        layout.write_settings(partial, name)
-        count = _Counter(total, progress)
-        for part in layout.parts:
-            words = f"{name} {seed} {part.seed}".strip()
-            _write_weights(partial / part.folder, part.shapes, words, part.depth, count)
-        partial.rename(folder)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+    with claim(folder.resolve()) as home:
+        settle(home, folder.resolve())
+        draft = home.path / CONTENT
+        shutil.rmtree(draft, ignore_errors=True)  # of one that was killed
+        try:
+            for part in layout.parts:
+                (draft / part.folder).mkdir(parents=True, exist_ok=True)
+            layout.write_settings(draft, name)
+            count = _Counter(total, progress)
+            for part in layout.parts:
+                words = f"{name} {seed} {part.seed}".strip()
+                _write_weights(draft / part.folder, part.shapes, words, part.depth, count)
+            draft.rename(folder.resolve())
+        finally:
+            discard(home)
 
 
 def layout_of(name: str) -> Layout:

@@ -7,8 +7,6 @@ does not know it. Whatever is wrong with it, the bundle runs without.
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +20,7 @@ from mobilevlm.runtime.drafting import MAX_DRAFT_TOKENS
 from mobilevlm.runtime.machine import installed_extras, processor_key
 from mobilevlm.runtime.settings import fitting_plan, fitting_threads
 from mobilevlm.spec import from_dict, to_dict
+from mobilevlm.whole_file import written_whole
 
 PLAN = "plan.json"
 SCHEMA_VERSION = 1
@@ -132,17 +131,8 @@ def write_plan(bundle: Bundle, tuned: TunedPlan) -> Path:
     processors[processor_key()] = to_dict(tuned)
     data = {"schema_version": SCHEMA_VERSION, "processors": processors}
     text = json.dumps(data, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
-    handle, draft = tempfile.mkstemp(dir=bundle.folder, prefix=f".{PLAN}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(draft).chmod(0o644)
-        Path(draft).replace(path)
-    except BaseException:
-        Path(draft).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as draft:
+        draft.write_text(text, encoding="utf-8")
     return path
 
 

@@ -22,6 +22,7 @@ from mobilevlm.export.gguf.tensors import Tensor, write_file
 from mobilevlm.gguf_file import GgufFile, GgufTensor, read_gguf
 from mobilevlm.gguf_names import decoder_entries
 from mobilevlm.spec import DecoderSpec
+from mobilevlm.whole_file import written_whole
 
 Float32 = NDArray[np.float32]
 
@@ -90,12 +91,8 @@ def write_imatrix(matrix: ImportanceMatrix, path: Path) -> None:
     for name, entry in matrix.entries.items():
         tensors.append(tensor(f"{name}{SQUARES}", entry.squares))
         tensors.append(tensor(f"{name}{COUNTS}", np.array([entry.count], np.float32)))
-    draft = path.with_name(f"{path.name}.partial")
-    try:
+    with written_whole(path) as draft:
         write_file(draft, "imatrix", describe, tensors)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
 
 
 def check_imatrix_target(path: Path) -> None:

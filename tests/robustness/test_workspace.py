@@ -19,6 +19,8 @@ from mobilevlm.errors import BundleError
 from mobilevlm.export import pipeline, work_folder, workspace
 from mobilevlm.export.workspace import open_workspace
 from mobilevlm.runtime.plan_file import PLAN
+from mobilevlm.synth import write_checkpoint
+from mobilevlm.whole_file import written_whole
 
 Capture = pytest.CaptureFixture[str]
 
@@ -222,6 +224,29 @@ def test_a_file_that_appears_during_the_export_is_not_lost(
     mobilevlm.export(tiny_checkpoint, target, recipe="int8", measure=False)
     assert tree_of(target) == tree_of(bundle_of("tiny", "int8"))
     assert list(target.parent.iterdir()) == [target]
+
+
+def test_other_verbs_leave_what_has_the_names_of_their_drafts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["tiny.partial/thesis.txt", "page.html.partial"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    write_checkpoint("tiny", tmp_path / "tiny")
+    with written_whole(tmp_path / "page.html") as draft:
+        draft.write_text("page")
+    with pytest.raises(OSError), written_whole(tmp_path / "page.html") as draft:
+        draft.write_text("half")
+        raise OSError
+    assert (tmp_path / "page.html").read_text() == "page"
+    assert [(tmp_path / name).read_text() for name in names] == ["mine", "mine"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "page.html",
+        "page.html.partial",
+        "tiny",
+        "tiny.partial",
+    ]
 
 
 # plan.json

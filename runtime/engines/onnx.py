@@ -45,6 +45,10 @@ LONGEST_REASON = 200
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 """Settings of a session whose int8 products do not saturate on x86 without VNNI: weights become
 unsigned, and pairs are summed in 32 bits. Slower, and nothing elsewhere."""
+EMPTY_PRODUCTS = (1, 32)
+"""The first version whose DynamicQuantizeMatMul gives no rows for no rows."""
+INTEGER_EXPERTS = (1, 31)
+"""The first version whose QMoE has the attributes that it is exported with."""
 _NO_WORDS = (0,)
 """An instruction where none is needed: the tower's features do not depend on it."""
 
@@ -83,6 +87,8 @@ def open_session(
         with weights.read_once() if packed else nullcontext():
             return Session(path, options, weights)
     except Exception as error:  # onnxruntime raises many kinds, none of them public
+        if "QMoE" in str(error) and _version() < INTEGER_EXPERTS:
+            raise _too_old(path, "sparse experts in 4 bits", INTEGER_EXPERTS) from None
         raise BundleError(f"{path}: onnxruntime cannot load it: {load_reason(error)}") from None
 
 
@@ -306,15 +312,16 @@ class OnnxDecoder(BufferedDecoder):
         filled."""
         assert isinstance(state, OnnxState)
         chunk = np.ascontiguousarray(embeds[None])
-        positions = np.arange(len(embeds) - count, len(embeds))
-        logits = np.empty((1, count, self._spec.vocab_size), np.float32)
+        computed = max(count, 0 if _version() >= EMPTY_PRODUCTS else 1)
+        positions = np.arange(len(embeds) - computed, len(embeds))
+        logits = np.empty((1, computed, self._spec.vocab_size), np.float32)
         binding = state.bind(session, chunk, positions, logits)
         for name, values in also.items():
             _bind_output(binding, name, values)
         state.total_length[0] = state.length + len(embeds)
         session.run_with_iobinding(binding, self._run_options)
         state.length += len(embeds)
-        result: Float32 = logits[0]
+        result: Float32 = logits[0, computed - count :]
         return result
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
@@ -366,15 +373,22 @@ class OnnxDecoder(BufferedDecoder):
         self._table = self._mapped = None
 
 
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, ort.__version__.split(".")[:2]))
+
+
 def _check_version(path: Path) -> None:
     """Raises BundleError: this onnxruntime has no attention for keys and values in int8. (Some
     versions would say so at the first run only.)"""
-    if tuple(map(int, ort.__version__.split(".")[:2])) < INT8_CACHE:
-        needed = ".".join(map(str, INT8_CACHE))
-        raise BundleError(
-            f"{path}: keys and values in int8 need onnxruntime {needed}, this is "
-            f"{ort.__version__}: pip install -U onnxruntime"
-        )
+    if _version() < INT8_CACHE:
+        raise _too_old(path, "keys and values in int8", INT8_CACHE)
+
+
+def _too_old(path: Path, feature: str, needed: tuple[int, int]) -> BundleError:
+    return BundleError(
+        f"{path}: {feature} need onnxruntime {needed[0]}.{needed[1]}, this is {ort.__version__}: "
+        f"pip install -U onnxruntime"
+    )
 
 
 def _giving_back() -> ort.RunOptions:

@@ -117,7 +117,7 @@ def _scalar(kind: int, value: Any) -> bytes:
         except OverflowError:
             return struct.pack(f"<{form}", math.inf)
     size = struct.calcsize(form)
-    number = int(value) if math.isfinite(value) else 0
+    number = int(value) if isinstance(value, int) or math.isfinite(value) else 0
     return (number % 2 ** (8 * size)).to_bytes(size, "little")
 
 
@@ -201,6 +201,21 @@ def decoder_file(kind: int, architecture: str = "llama") -> File:
     return file
 
 
+def legacy(encoder: File) -> File:
+    """Return an image encoder as llama.cpp's first converter wrote it: the layers of each MLP have
+    each other's names, and nothing says which layer's features are used."""
+    encoder = encoder.copy()
+    dropped = ("clip.vision.feature_layer", "clip.vision.mm_patch_merge_type")
+    encoder.keys = [pair for pair in encoder.keys if pair[0] not in dropped]
+    for tensor in encoder.tensors:
+        up, down = ".ffn_up.", ".ffn_down."
+        if up in tensor.name:
+            tensor.name = tensor.name.replace(up, down)
+        else:
+            tensor.name = tensor.name.replace(down, up)
+    return encoder
+
+
 def mmproj_file(projector: str) -> File:
     """Return an image encoder of 2 × 2 patches (``mlp``) or 24 × 24 (``ldpv2``)."""
     file, source = File(), np.random.default_rng(2)
@@ -258,7 +273,7 @@ DECODERS = (
     decoder_file(8),
     decoder_file(1, "moe-llava-llama"),
 )
-ENCODERS = (mmproj_file("mlp"), mmproj_file("ldpv2"))
+ENCODERS = (mmproj_file("mlp"), mmproj_file("ldpv2"), legacy(mmproj_file("mlp")))
 
 
 _PACKED.update(

@@ -12,7 +12,19 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-from fuzz.gguf import ARRAY, BOOL, F32, I32, STRING, U32, File, Tensor, decoder_file, mmproj_file
+from fuzz.gguf import (
+    ARRAY,
+    BOOL,
+    F32,
+    I32,
+    STRING,
+    U32,
+    File,
+    Tensor,
+    decoder_file,
+    legacy,
+    mmproj_file,
+)
 from numpy.typing import NDArray
 
 import mobilevlm
@@ -280,19 +292,6 @@ def test_rotary_factors_of_one_change_nothing(tmp_path: Path) -> None:
     assert "rope_freqs.weight" in read_gguf(files[0]).tensors
     assert close(logits("gguf", files), logits("ggml", files))
     assert open_gguf(*files).spec.decoder.rope_scaling == 1.0
-
-
-def legacy(encoder: File) -> File:
-    """With the names of llama.cpp's first converter, which does not name the layer either."""
-    encoder = changed(encoder, clip__vision__feature_layer=None, clip__projector_type=None)
-    encoder.add("clip.projector_type", STRING, "mlp")
-    for tensor in encoder.tensors:
-        if ".ffn_" in tensor.name:
-            other = {"up": "down", "down": "up"}
-            head, tail = tensor.name.split(".ffn_")
-            part, ending = tail.split(".")
-            tensor.name = f"{head}.ffn_{other[part]}.{ending}"
-    return encoder
 
 
 @needs_llama

@@ -442,5 +442,5 @@ def test_the_verb_writes_over_nothing_else(tmp_path: Path) -> None:
 def test_a_picture_that_is_none_is_named(llava_v1: Fixture, tmp_path: Path) -> None:
     (tmp_path / "a.png").write_text("no picture")
     data = written(tmp_path, {"image": "a.png", "prompt": "What?"})
-    with pytest.raises(ImageError, match=r"a\.png: not a picture"):
+    with pytest.raises(ImageError, match=r"a\.png: not an image"):
         collect(llava_v1.model, read_samples(data), "x", ignore)

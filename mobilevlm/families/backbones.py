@@ -248,12 +248,23 @@ def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, An
 
 
 def _with_rope_parameters(path: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """With the keys that transformers 5 has joined in one, as they were before."""
-    joined = config_value(path, config, "rope_parameters", dict, {"rope_type": "default"})
-    if "rope_parameters" not in config:
-        return config
+    """Return the configuration with the keys that transformers 5 has joined in ``rope_parameters``
+    (or leaves in ``rope_scaling``) as they were before.
+
+    Raises:
+        CheckpointError: two places say different things.
+    """
+    scaling = config_value(path, config, "rope_scaling", dict, {})
+    joined = config_value(path, config, "rope_parameters", dict, scaling)
     inside = {key: joined[key] for key in ("rope_theta", _PARTIAL) if joined.get(key) is not None}
-    return {**config, "rope_scaling": joined, **inside}
+    outside: dict[str, Any] = {"rope_scaling": joined, **inside}
+    for key, value in outside.items():
+        if config.get(key) not in (None, {}, value):
+            raise CheckpointError(
+                f"{path}: {key!r} is {config[key]!r:.60}, but {value!r:.60} where transformers 5 "
+                f"keeps it ('rope_parameters'): remove the one that is wrong"
+            )
+    return {**config, **outside}
 
 
 def _rotary_dim(path: Path, config: dict[str, Any], key: str, head_dim: int) -> int:

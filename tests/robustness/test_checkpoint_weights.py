@@ -335,6 +335,25 @@ def test_rope_parameters_of_transformers_5_are_read(copy: Copy) -> None:
     assert (decoder.rope_scaling, decoder.rope_theta, decoder.context_length) == (2, 5000, 4096)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 1e4, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_theta": 1e4, "rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+        {
+            "rope_scaling": {"type": "linear", "factor": 2.0},
+            "rope_parameters": {"rope_type": "default"},
+        },
+    ],
+    ids=repr,
+)
+def test_rotary_settings_that_contradict_each_other_are_refused(
+    changes: dict[str, Any], copy: Copy
+) -> None:
+    copy.change(copy.config, **changes)
+    message_of(copy.open, str(copy.config), next(iter(changes)), "transformers 5")
+
+
 @pytest.mark.parametrize("kind", ["yarn", "dynamic", "llama3", "longrope", "su", "ntk"])
 @pytest.mark.parametrize("key", ["type", "rope_type"])
 def test_a_type_of_scaling_that_is_not_supported_is_named_with_those_that_are(

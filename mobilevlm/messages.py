@@ -67,22 +67,28 @@ def read_messages(
         raise PromptError("messages: the list is empty: give at least a user's message")
     found: list[Message] = []
     sources: list[ImageInput | None] = []
-    marks = 0
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
         role, content = _read_message(place, message)
         parts: str | list[dict[str, Any]] = content
+        before = len(sources)
         if not isinstance(content, str):
             parts = [
                 _read_part(f"{place}.content[{index}]", part, role, sources)
                 for index, part in enumerate(content)
             ]
-        marks += _marks(parts) if role == "user" and marks_in_text else 0
+        marks = _marks(parts) if role == "user" and marks_in_text else 0
+        if marks and len(sources) > before:
+            raise PromptError(
+                f"{place}: images stand as parts and as {IMAGE_PLACEHOLDER} in the text: use one "
+                f"of both in a message"
+            )
+        sources += [None] * marks
         found.append({"role": role, "content": parts})
     if not any(message["role"] == "user" for message in found):
         raise PromptError("messages: none is the user's: there is nothing to answer")
     _check_last(found)
-    return Conversation(found, _placed(sources, marks, images))
+    return Conversation(found, _placed(sources, images))
 
 
 def _read_message(place: str, message: Any) -> tuple[str, Any]:
@@ -160,25 +166,18 @@ def _local(place: str, source: str) -> str:
     return source
 
 
-def _placed(
-    sources: list[ImageInput | None], marks: int, images: Sequence[ImageInput]
-) -> list[ImageInput]:
+def _placed(sources: list[ImageInput | None], images: Sequence[ImageInput]) -> list[ImageInput]:
     """Return all images in the order of the prompt."""
     if isinstance(images, (str, bytes, PathLike)) or not isinstance(images, Sequence):
         raise PromptError("images: expected a list of images, found a single one")
-    if marks and sources:
-        raise PromptError(
-            f"messages: images stand as parts and as {IMAGE_PLACEHOLDER} in texts: use one of both"
-        )
-    bare = marks or sources.count(None)
+    bare = sum(source is None for source in sources)
     if bare != len(images):
-        place = f"{IMAGE_PLACEHOLDER} marks" if marks else "image parts without an image"
         raise PromptError(
-            f"messages: they have {bare} {place}, but images= has {len(images)}: "
-            f"give one for each, or put the images into the parts"
+            f"messages: they have {bare} {IMAGE_PLACEHOLDER} marks and image parts without an "
+            f"image, but images= has {len(images)}: give one for each"
         )
     rest = iter(images)
-    return [next(rest) if source is None else source for source in sources] or list(rest)
+    return [next(rest) if source is None else source for source in sources]
 
 
 def _check_last(messages: list[Message]) -> None:

@@ -113,7 +113,7 @@ def test_a_bench_over_ssh_gives_what_a_bench_here_gives_and_nobody_else_hears_of
     assert (there / "runtime" / "mobilevlm" / "cli" / "bench.py").is_file()
     assert not (there / "runtime" / "mobilevlm" / "export").exists()
 
-    again = bench(server, bundle, *OPTIONS, *where, "-o", "md")
+    again = bench(server, bundle, *OPTIONS, *where, "--format", "md")
     assert again.returncode == 0 and "copying" not in again.stderr  # all is there
     assert "| vision | ms |" in again.stdout
     assert f"Measured on {server.address}: " in again.stdout
@@ -164,7 +164,9 @@ def test_throttling_there_is_told(
     assert len(told["samples"]) >= 2
     assert all(sample["celsius"] == {"0 cpu-thermal": 84.2} for sample in told["samples"])
     (zone / "temp").write_text("50000\n")
-    assert "Throttled: no (no trip point reached)" in bench(server, *options, "-o", "md").stdout
+    assert (
+        "Throttled: no (no trip point reached)" in bench(server, *options, "--format", "md").stdout
+    )
 
 
 def test_a_bench_over_adb_reaches_the_device_of_that_serial_number_only(

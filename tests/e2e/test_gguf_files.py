@@ -84,7 +84,7 @@ def test_run_and_bench_take_the_files(bundles: dict[str, Path], tmp_path: Path) 
     assert done.returncode == 0, done.stderr
     assert done.stdout == data.expected["decoded_text"] + "\n"
     done = run_program(
-        "bench", model, "--mmproj", mmproj, "--runs", "1", "--new-tokens", "3", "-o", "md"
+        "bench", model, "--mmproj", mmproj, "--runs", "1", "--new-tokens", "3", "--format", "md"
     )
     assert done.returncode == 0 and "engine gguf" in done.stdout, done.stderr
 
@@ -99,7 +99,7 @@ def test_the_files_are_measured_on_a_device(bundles: dict[str, Path], tmp_path: 
     with adb_server(tmp_path, R58="device") as phone:
         done = run_program(
             "bench", tmp_path / "model" / "ggml.gguf", "--runs", "1", "--new-tokens", "3",
-            "--mmproj", tmp_path / "encoder" / "ggml.gguf", "--device", "adb", "-o", "md",
+            "--mmproj", tmp_path / "encoder" / "ggml.gguf", "--device", "adb", "--format", "md",
             "--device-python", sys.executable, "--device-folder", tmp_path / "there",
             ADB_SERVER_SOCKET=f"tcp:127.0.0.1:{phone.port}",
         )  # fmt: skip

@@ -68,7 +68,8 @@ class Plan:
     """0: as many as this process may use."""
     decoder_threads: int = 0
     spinning: bool = True
-    """Threads of ONNX Runtime wait for work awake: faster, unless other programs want them."""
+    """Threads of ONNX Runtime wait for work awake, if no other program wants the processors when
+    the model is loaded."""
     vision_weights: Literal["mapped", "packed"] = "mapped"
     """Of an ``int8`` image encoder in ONNX Runtime. ``mapped``: used where they lie in the file,
     whose pages the system can take back and share, and loading reads none of them; ``packed``:

@@ -23,15 +23,16 @@ from numpy.typing import NDArray
 
 import mobilevlm
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
-from mobilevlm.cli import SPINS, main
+from mobilevlm.cli import main
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.runtime import VLM
 from mobilevlm.spec import KVCache
 from mobilevlm.synth import write_checkpoint
+from mobilevlm.waiting import wait_asleep
 
 # In the background of a script SIGINT is ignored, and programs would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
-os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # tests run side by side; programs inherit it
+wait_asleep()  # tests run side by side; programs inherit it
 DATA = Path(__file__).parent / "data"
 FLOAT32 = 2e-5
 """Relative error that float32 in another order of summation may make (tests/parity says why)."""

@@ -27,6 +27,7 @@ from mobilevlm.errors import (
     require,
 )
 from mobilevlm.terminal import plain
+from mobilevlm.waiting import wait_asleep
 
 VERBS = {
     "demo": "Let the built-in model answer questions about a new picture.",
@@ -47,10 +48,6 @@ VERBS = {
 
 TORCH_VERBS = ("export", "search", "imatrix", "inspect", "verify")
 """Those that may run torch's reference."""
-SPINS = "1000"
-"""How long threads of torch (GNU OpenMP) wait in a loop before they sleep. By default they wait so
-long that two exports at once, on two processors, take ten times as long as one after the other;
-alone, both settings are alike."""
 
 
 class _Verbs(click.Group):
@@ -63,7 +60,7 @@ class _Verbs(click.Group):
         if cmd_name not in VERBS:
             return None
         if cmd_name in TORCH_VERBS:
-            os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is loaded
+            wait_asleep()  # read when torch is loaded
         command: click.Command = importlib.import_module(f"mobilevlm.cli.{cmd_name}").command
         return command
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from mobilevlm.errors import BundleError, require
 from mobilevlm.runtime.engines.forking import check_threads, free_with
+from mobilevlm.waiting import waiting_asleep
 
 LLAMA = "llama.cpp"
 LOG_VARIABLE = "MOBILEVLM_LLAMA_LOG"
@@ -32,7 +33,8 @@ def llama_library(purpose: str = "running GGUF files") -> Any:
         MissingExtraError: llama-cpp-python is not installed, or does not load.
     """
     try:
-        import llama_cpp
+        with waiting_asleep():
+            import llama_cpp
     except (ImportError, OSError, RuntimeError):
         raise require("llama-cpp-python", "gguf", purpose) from None
     return llama_cpp

@@ -37,6 +37,7 @@ from mobilevlm.runtime.engines.contracts import check_decoder, check_encoder, ch
 from mobilevlm.runtime.engines.mapped_pages import check_whole, trim_heap
 from mobilevlm.runtime.engines.mapped_weights import MappedWeights, Session
 from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.waiting import processors_wanted
 
 INT8_CACHE = (1, 27)
 """The first version whose GroupQueryAttention reads them, on x86-64; 1.24 to 1.26 do not."""
@@ -61,10 +62,11 @@ def open_session(
     entries: Mapping[str, str] = MappingProxyType({}),
     planned: bool = True,
 ) -> Session:
-    """A session on an ONNX file. ``spinning``: threads wait for work awake; ``packed``: weights are
-    copied in the order that kernels like best, else they are used where they lie in the mapped
-    file. ``entries``: further settings of it, as onnxruntime names them. ``planned``: the second
-    run with the same shapes gets one block for all its buffers, beside what the first took.
+    """A session on an ONNX file. ``spinning``: threads wait for work awake, unless other programs
+    want the processors; ``packed``: weights are copied in the order that kernels like best, else
+    they are used where they lie in the mapped file. ``entries``: further settings of it, as
+    onnxruntime names them. ``planned``: the second run with the same shapes gets one block for all
+    its buffers, beside what the first took.
 
     Raises:
         BundleError: onnxruntime cannot load it.
@@ -73,7 +75,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.log_severity_level = 4  # errors come as exceptions
     options.enable_mem_pattern = planned
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spinning)))
+    awake = spinning and not processors_wanted(threads)
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(awake)))
     options.add_session_config_entry("session.prepack.enable_parallel", "1")
     options.add_session_config_entry("session.disable_prepacking", str(int(not packed)))
     # What multiplies integer weights of fixed-point graphs would round their activations, whose 16

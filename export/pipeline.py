@@ -52,6 +52,7 @@ from mobilevlm.gguf_names import gguf_architecture, is_own
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import GGUFType, KVCache
+from mobilevlm.tokenizer import save_tokenizer
 
 FORMATS = tuple(JOBS)
 
@@ -140,9 +141,9 @@ def export(
         progress.say(note)
     with open_workspace(place) as work:
         artifacts = tuple(_make(job, work) for job in jobs)
-        model.tokenizer.save(str(work.path(TOKENIZER)))
+        save_tokenizer(model.tokenizer, work.path(TOKENIZER))
         if model.instruction_tokenizer is not None:
-            model.instruction_tokenizer.save(str(work.path(INSTRUCTION_TOKENIZER)))
+            save_tokenizer(model.instruction_tokenizer, work.path(INSTRUCTION_TOKENIZER))
         draft = _manifest(model, chosen, artifacts)
         if chosen.kv_cache != "fp32" and "onnx" in formats:
             _quantize_cache(model, chosen, work, draft)

@@ -372,8 +372,9 @@ def _digest(data: dict[str, Any]) -> str:
 
 
 def _stamp_path(folder: Path, digest: str) -> Path:
-    # 2: graphs are checked too.
-    place = hashlib.sha256(f"2 {folder.resolve()} {digest}".encode()).hexdigest()[:32]
+    # 2: graphs are checked too. Names of files need not be UTF-8.
+    name = b"2 " + os.fsencode(folder.resolve())
+    place = hashlib.sha256(name + f" {digest}".encode()).hexdigest()[:32]
     return cache_folder() / "verified" / f"{place}.json"
 
 

@@ -17,6 +17,7 @@ from mobilevlm.synth_shapes import (
     write_json,
 )
 from mobilevlm.synth_tokenizer import byte_level_tokenizer, tokenizer_model
+from mobilevlm.tokenizer import save_tokenizer
 
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -273,7 +274,7 @@ def _write_blip2_opt(folder: Path, name: str) -> None:
     }
     write_json(folder / "config.json", config)
     _write_preprocessor(folder, _EVA, _CLIP_MEAN, _CLIP_STD)
-    byte_level_tokenizer(_OPT_TOKENS).save(str(folder / "tokenizer.json"))
+    save_tokenizer(byte_level_tokenizer(_OPT_TOKENS), folder / "tokenizer.json")
 
 
 def _write_preprocessor(

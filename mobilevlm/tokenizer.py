@@ -42,6 +42,11 @@ _BPE = 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
 
+def save_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a ``tokenizer.json``. (The library's own ``save`` takes UTF-8 names only.)"""
+    path.write_bytes(tokenizer.to_str(pretty=True).encode())
+
+
 def read_tokenizer(folder: Path, legacy: bool | None = None, ready: bool = False) -> Tokenizer:
     """The tokenizer of a checkpoint folder: ``tokenizer.model``, ranks of tiktoken, ``vocab.json``
     with ``merges.txt``, else ``tokenizer.json``. ``legacy``: as the official loader sets it for a

@@ -7,13 +7,14 @@ does not know it. Whatever is wrong with it, the bundle runs without.
 from __future__ import annotations
 
 import json
+import tempfile
 import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from mobilevlm.bundle import Bundle
-from mobilevlm.errors import MobileVLMError, PlanWarning
+from mobilevlm.errors import BundleError, MobileVLMError, PlanWarning
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, Plan, available_processors, choose_engine
 from mobilevlm.regular_file import NotRegularError, read_regular
 from mobilevlm.runtime.drafting import MAX_DRAFT_TOKENS
@@ -118,6 +119,22 @@ def read_plan(bundle: Bundle) -> TunedPlan | None:
         )
         return None
     return found
+
+
+def check_writable(bundle: Bundle) -> None:
+    """Refuse a bundle whose folder cannot be written to, before anything is measured for it.
+
+    Raises:
+        BundleError: it is read-only.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=bundle.folder):
+            pass
+    except OSError as error:
+        raise BundleError(
+            f"{bundle.folder}: {PLAN} cannot be written there ({error.strerror}): tune a copy of "
+            f"the bundle in a folder of your own"
+        ) from None
 
 
 def write_plan(bundle: Bundle, tuned: TunedPlan) -> Path:

@@ -21,7 +21,7 @@ from mobilevlm.plan import (
 from mobilevlm.runtime.fitting import fit_plan
 from mobilevlm.runtime.machine import available_memory
 from mobilevlm.runtime.memory_limits import Limit, memory_limits
-from mobilevlm.runtime.plan_file import TunedPlan, write_plan
+from mobilevlm.runtime.plan_file import TunedPlan, check_writable, write_plan
 from mobilevlm.runtime.probe import EngineProbe
 from mobilevlm.runtime.tuning import DEFAULT_BUDGET, Budget, tune
 
@@ -39,11 +39,12 @@ def tune_bundle(
 
     Raises:
         MemoryLimitError: every engine needs more than a limit. Nothing was loaded.
-        BundleError: no bundle there, damaged, or nothing in it that the engine can run.
+        BundleError: no bundle there, damaged, or nothing in it that the engine can run; or its
+            folder cannot be written to.
         MissingExtraError: what the only engine needs is not installed.
-        OSError: the bundle's folder cannot be written to.
     """
     ready = open_bundle(bundle_path(Path(bundle), engine, writable=True))
+    check_writable(ready)
     engines = [engine] if engine != "auto" else _engines(ready)
     for name in engines:
         choose_engine(ready, name)

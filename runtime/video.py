@@ -44,14 +44,14 @@ def sample_frames(path: Path, count: int = DEFAULT_FRAMES) -> list[Image.Image]:
 
 def _count_frames(av: Any, path: Path) -> int:
     """Frames of the first video stream; counted where the file does not say."""
-    with av.open(str(path)) as file:
+    with path.open("rb") as content, av.open(content) as file:
         stream = file.streams.video[0]
         return int(stream.frames) or sum(packet.size > 0 for packet in file.demux(stream))
 
 
 def _frames_at(av: Any, path: Path, places: set[int]) -> list[Image.Image]:
     found = []
-    with av.open(str(path)) as file:
+    with path.open("rb") as content, av.open(content) as file:
         stream = file.streams.video[0]
         stream.thread_type = "AUTO"
         for index, frame in enumerate(file.decode(stream)):

@@ -26,6 +26,7 @@ from mobilevlm.errors import (
     QualityError,
     require,
 )
+from mobilevlm.standard_streams import open_closed_streams
 from mobilevlm.terminal import plain
 from mobilevlm.waiting import wait_asleep
 
@@ -83,6 +84,7 @@ def program(debug: bool) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the program and exits: 0 success, 1 a check or limit failed, 2 wrong input."""
+    open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     debug = "--debug" in arguments[:1]
     for stream in (sys.stdout, sys.stderr):  # an answer may hold what the terminal cannot show
@@ -93,8 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
         # Not program.main: that one turns a closed pipe into exit code 1.
         with program.make_context("mobilevlm", list(arguments)) as context:
             program.invoke(context)
-        if sys.stdout:  # there is none when it was closed (>&-)
-            sys.stdout.flush()
+        sys.stdout.flush()
     except click.exceptions.Exit as stop:
         sys.exit(stop.exit_code)
     except click.ClickException as error:

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ def bench_on_device(
     model = bundle_path(model, engine)
     check_paths(model, mmproj)
     copies = {"runtime": dict(runtime_files())}
-    place = hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:8]
+    place = hashlib.sha256(os.fsencode(model.resolve())).hexdigest()[:8]
     if mmproj is not None:
         kept = f"models/{place}"
         encoder = f"mmproj/{mmproj.name}"

@@ -9,6 +9,7 @@ cache. Several sessions and processes share them.
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -111,7 +112,8 @@ class Session(ort.InferenceSession):  # type: ignore[misc, unused-ignore]
     """A session and the mapping that its weights lie in."""
 
     def __init__(self, path: Path, options: ort.SessionOptions, weights: MappedWeights) -> None:
-        super().__init__(str(path), options, providers=["CPUExecutionProvider"])
+        with _utf8_name(path) as name:
+            super().__init__(name, options, providers=["CPUExecutionProvider"])
         self.weights, self.path = weights, path
         keep_in_children(self)
 
@@ -139,6 +141,21 @@ class Session(ort.InferenceSession):  # type: ignore[misc, unused-ignore]
 def _refused(path: Path, error: Exception) -> BundleError:
     reason = " ".join(str(error).split())
     return BundleError(f"{path}: onnxruntime cannot run it: {reason:.300}: export the bundle again")
+
+
+@contextmanager
+def _utf8_name(path: Path) -> Iterator[str]:
+    """Name a file by UTF-8, which onnxruntime asks for, whatever its folder is called."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            yield f"/proc/self/fd/{folder}/{path.name}"
+        finally:
+            os.close(folder)
+    else:
+        yield str(path)
 
 
 def _is_whole(tensor: Tensor, size: int) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mobilevlm.bundle import StageQuality
-from mobilevlm.errors import QualityError
-from mobilevlm.export.recipes import Limits
+from mobilevlm.errors import MobileVLMError, QualityError
+from mobilevlm.export.recipes import Limits, Recipe
 
 StageKind = Literal["vision", "decoder", "prefill", "end_to_end"]
 
@@ -28,6 +28,21 @@ LIMITED: dict[str, tuple[StageKind, str, Literal["most", "least"]]] = {
 MTMD_ERROR = 2e-3
 """What llama.cpp's vision stage may be off at least: whatever the type, its activations are
 tables in float16."""
+
+
+def with_limits(recipe: Recipe, given: Mapping[str, float]) -> Recipe:
+    """Return the recipe with these limits instead of its own.
+
+    Raises:
+        MobileVLMError: a name or a value that is no limit.
+    """
+    for name, value in given.items():
+        if name not in LIMITED:
+            raise MobileVLMError(f"limit {name!r:.80} is not known: expected {', '.join(LIMITED)}")
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1e9:
+            raise MobileVLMError(f"limit {name} is {value!r:.80}, expected a number from 0 on")
+    values = {name: float(value) for name, value in given.items()}
+    return replace(recipe, limits=replace(recipe.limits, **values))
 
 
 @dataclass(frozen=True)
@@ -71,6 +86,17 @@ def check_limits(
     return tuple(checks)
 
 
+def require_checks(names: Iterable[str], checks: Sequence[Check], note: str) -> None:
+    """Raise QualityError unless each of these limits, which a person gave, was checked. ``note``:
+    why something was not measured."""
+    found = {(check.kind, check.figure) for check in checks}
+    for name in names:
+        kind, figure, _ = LIMITED[name]
+        if (kind, figure) not in found:
+            why = note or "an export does not measure it: see 'mobilevlm verify' and 'eval'"
+            raise QualityError(f"limit {name} was not checked ({why}): leave it out")
+
+
 def quality_error(
     recipe: str, failed: Sequence[Check], reasons: Mapping[StageKind, str]
 ) -> QualityError:
@@ -81,7 +107,7 @@ def quality_error(
     lines = [
         f"quality of recipe {recipe!r}: {check.stage} {check.figure} is {check.value:.4g}, the "
         f"limit is {check.limit:.4g}: {reasons.get(check.kind, '')}choose a finer recipe, or "
-        f"change the limit in a recipe file"
+        f"another limit (--limit, or a recipe file that extends this one)"
         for check in failed
     ]
     return QualityError("\n".join(lines))

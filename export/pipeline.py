@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -30,7 +30,13 @@ from mobilevlm.conversation import system_ids
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
 from mobilevlm.export.jobs import JOBS, Job, fixed_context, tool_versions
 from mobilevlm.export.layer_formats import expand_layers
-from mobilevlm.export.limits import check_limits, quality_error
+from mobilevlm.export.limits import (
+    Check,
+    check_limits,
+    quality_error,
+    require_checks,
+    with_limits,
+)
 from mobilevlm.export.mobile import for_accelerator
 from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe, WeightBits, find_recipe
 from mobilevlm.export.system_prompt import write_system_prompt
@@ -83,6 +89,7 @@ def export(
     weight_bits: WeightBits | None = None,
     kv_cache: KVCache | None = None,
     target: str | None = None,
+    limits: Mapping[str, float] | None = None,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
@@ -100,7 +107,8 @@ def export(
     (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
     recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
     machine: 7 for x86 without VNNI, 8 for all others. ``kv_cache``: how the ONNX decoder stores
-    keys and values, not the recipe's.
+    keys and values, not the recipe's. ``limits``: by name, instead of the recipe's (``decoder_kl``
+    … as in a recipe file); the export fails where one of them cannot be checked.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -122,6 +130,10 @@ def export(
             raise MobileVLMError(f"format {name!r} is not known: expected {', '.join(FORMATS)}")
     start = time.perf_counter()
     chosen = goal.settled() if goal else find_recipe(recipe or "int4")
+    if limits:
+        if not measure:
+            raise MobileVLMError("--limit is checked by measuring: leave --no-measure out")
+        chosen = with_limits(chosen, limits)
     if gguf_type is not None:
         chosen = dataclasses.replace(chosen, gguf=gguf_type)
     if kv_cache is not None:
@@ -148,7 +160,7 @@ def export(
         if chosen.kv_cache != "fp32" and "onnx" in formats:
             _quantize_cache(model, chosen, work, draft)
         draft = dataclasses.replace(draft, system_prompt=_system_prompt(model, work, draft))
-        quality = _measure(model, chosen, work, draft, measure)
+        quality = _measure(model, chosen, work, draft, measure, limits or ())
         if goal is not None:
             draft = compiled_for(goal, work, draft)
             draft = for_accelerator(goal, work, draft, model)
@@ -361,9 +373,16 @@ def _system_prompt(model: Model, work: Workspace, draft: Manifest) -> SystemProm
 
 
 def _measure(
-    model: Model, recipe: Recipe, work: Workspace, draft: Manifest, wanted: bool
+    model: Model,
+    recipe: Recipe,
+    work: Workspace,
+    draft: Manifest,
+    wanted: bool,
+    required: Collection[str],
 ) -> Quality:
-    """Figures against the float32 reference, or the reason why there are none."""
+    """Figures against the float32 reference, or the reason why there are none. ``required``: limits
+    that a person gave."""
+    checked: list[Check] = []
     stages: dict[str, StageQuality] = {}
     obstacles: dict[str, str] = {}
     for form in _formats_of(draft.artifacts):
@@ -390,6 +409,7 @@ def _measure(
             progress.say(f"quality     {name}: {figures}")
         progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
         checks = check_limits(measured.stages, recipe.limits, stage_names(bundle, engine))
+        checked += checks
         failed = [check for check in checks if not check.passed]
         if failed:
             if model.spec.decoder.encoder_layers:
@@ -399,6 +419,7 @@ def _measure(
             raise quality_error(recipe.name, failed, worst_layers(effects))
         stages |= measured.stages
     note = _note(obstacles, alike=not stages)
+    require_checks(required, checked, note)
     if note:
         progress.say(f"quality     not measured ({note})")
     return Quality(bool(stages), note, stages)

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize.blocks import Scheme
+from mobilevlm.regular_file import read_regular
 from mobilevlm.spec import GGUFType, KVCache, from_dict
 
 if sys.version_info >= (3, 11):
@@ -69,6 +70,8 @@ _SCALED: dict[ScalingName, tuple[Precision, ...]] = {
     "awq": tuple(BLOCK_BITS),
     "smoothquant": ("int8", *QDQ),
 }
+MOST_FILE = 1 << 24
+"""Bytes of a recipe file"""
 PARTS = ("tower", "projector", "decoder", "lm_head")
 """Parts of a model whose linear layers have a format of their own."""
 PREFILL = "prefill"
@@ -356,6 +359,11 @@ def find_recipe(name: str) -> Recipe:
     Raises:
         MobileVLMError: no such recipe, or the file's fields are wrong.
     """
+    return _find_recipe(name, ())
+
+
+def _find_recipe(name: str, extending: tuple[Path, ...]) -> Recipe:
+    """``extending``: the files that lead here."""
     if name in RECIPES:
         return RECIPES[name]
     path = Path(name)
@@ -364,7 +372,7 @@ def find_recipe(name: str) -> Recipe:
             f"recipe {name!r} is not known: expected {', '.join(RECIPES)}, or a .toml file"
         )
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = tomllib.loads(read_regular(path, MOST_FILE).decode("utf-8"))
     except FileNotFoundError:
         raise MobileVLMError(f"{path}: no such recipe file") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -375,7 +383,15 @@ def find_recipe(name: str) -> Recipe:
     if isinstance(layers, dict):
         for key in layers:
             layers |= _spelled_out(layers, key)
-    recipe = from_dict(Recipe, {"name": path.stem, **data}, str(path), strict=True)
+    # What it names lies beside it.
+    for key in ("gguf_imatrix", "gguf_calibration", "calibration"):
+        if isinstance(data.get(key), str) and (key == "gguf_imatrix" or data[key] != "scenes"):
+            data[key] = str(path.parent / data[key])
+    if "extends" in data:
+        data = _extended(data, path, (*extending, path.resolve()))
+    recipe = from_dict(
+        Recipe, {**data, "name": data.get("name", path.stem)}, str(path), strict=True
+    )
     for part in PARTS:
         _check(getattr(recipe, part), f"{path}.{part}")
     if recipe.prefill is not None:
@@ -387,14 +403,35 @@ def find_recipe(name: str) -> Recipe:
         raise MobileVLMError(
             f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
         )
-    # What it names lies beside it.
-    if recipe.gguf_imatrix is not None:
-        recipe = replace(recipe, gguf_imatrix=str(path.parent / recipe.gguf_imatrix))
-    if recipe.calibration != "scenes":
-        recipe = replace(recipe, calibration=str(path.parent / recipe.calibration))
-    if recipe.gguf_calibration not in (None, "scenes"):
-        recipe = replace(recipe, gguf_calibration=str(path.parent / str(recipe.gguf_calibration)))
     return recipe
+
+
+def _extended(data: dict[str, Any], path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """Return a recipe file's data with what it leaves out as in the recipe that it extends.
+    ``limits`` and ``layers`` are merged, layers of the file after the others (of patterns the last
+    counts). A part with a precision is a new one; without, it changes the other's settings."""
+    base = data.pop("extends")
+    if not isinstance(base, str):
+        raise MobileVLMError(
+            f"{path}.extends: expected a recipe's name or file, found {base!r:.60}"
+        )
+    if base not in RECIPES:
+        base = str(path.parent / base)
+        if Path(base).resolve() in extending:
+            raise MobileVLMError(f"{path}.extends: {base} extends itself: name another recipe")
+    merged: dict[str, Any] = asdict(_find_recipe(base, extending))
+    del merged["name"]
+    for key, value in data.items():
+        old = merged.get(key)
+        if not (isinstance(value, dict) and isinstance(old, dict)):
+            merged[key] = value
+        elif key == "layers":
+            kept = {name: layer for name, layer in old.items() if name not in value}
+            merged[key] = {**kept, **value}
+        else:
+            is_new = key != "limits" and "precision" in value
+            merged[key] = value if is_new else {**old, **value}
+    return merged
 
 
 def _spelled_out(table: dict[str, Any], key: str) -> dict[str, Any]:

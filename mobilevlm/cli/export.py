@@ -94,6 +94,14 @@ Examples:
 @click.option(
     "--no-measure", is_flag=True, help="Do not compare the result with the float32 reference."
 )
+@click.option(
+    "--limit",
+    "limits",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Limit of quality instead of the recipe's, as in a recipe file: decoder_kl=0.2, "
+    "vision_relative_error=0.1 …; may be given several times.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the quality and sizes as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(
@@ -112,6 +120,7 @@ def command(
     kv_cache: KVCache | None,
     mmproj: Path | None,
     no_measure: bool,
+    limits: tuple[str, ...],
     as_json: bool,
     quiet: bool,
     **origin: Any,
@@ -156,6 +165,7 @@ def command(
         weight_bits={"auto": None, "7": 7, "8": 8}[weight_bits],
         kv_cache=kv_cache,
         target=target,
+        limits=_limits(limits),
         **origin,
     )
     if as_json:
@@ -170,3 +180,16 @@ def command(
         )
     else:
         progress.say(f'next        mobilevlm run {bundle} --image PHOTO --prompt "What is this?"')
+
+
+def _limits(given: tuple[str, ...]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            found[name] = float(value)
+        except ValueError:
+            raise click.UsageError(
+                f"--limit {text[:80]!r}: expected NAME=VALUE, as decoder_kl=0.2"
+            ) from None
+    return found

@@ -65,8 +65,9 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
 
 
 def _check_weight_bits(bundle: Bundle, engine: str) -> None:
-    """Warns where other int8 weights than those of the artifacts in use fit this machine."""
-    best = int8_weight_bits()
+    """Warns where other int8 weights than those of the artifacts in use fit this machine, unless
+    they are being exported for another one."""
+    best = int8_weight_bits() if bundle.digest else None
     used = (bundle.artifact(*part) for part in stage_formats(bundle, engine).items())
     found = max((artifact.weight_bits or 0 for artifact in used), default=0)
     if best is None or found in (0, best) or (found < best and is_shipped(bundle.folder)):

@@ -8,7 +8,15 @@ import math
 import pytest
 
 from mobilevlm.bundle import StageQuality
-from mobilevlm.export.limits import LIMITED, MTMD_ERROR, check_limits, quality_error
+from mobilevlm.errors import MobileVLMError, QualityError
+from mobilevlm.export.limits import (
+    LIMITED,
+    MTMD_ERROR,
+    check_limits,
+    quality_error,
+    require_checks,
+    with_limits,
+)
 from mobilevlm.export.recipes import RECIPES, Limits
 
 STAGES = {
@@ -81,3 +89,28 @@ def test_built_in_recipes_limit_what_a_person_notices() -> None:
     for name in ("int8", "int4"):
         limits = RECIPES[name].limits
         assert limits.accuracy_loss is not None and limits.perplexity_ratio is not None
+
+
+def test_limits_that_a_person_gives_replace_the_recipe_s() -> None:
+    found = with_limits(RECIPES["int4"], {"decoder_kl": 0.2, "vision_cosine": 0.9})
+    assert (found.limits.decoder_kl, found.limits.vision_cosine) == (0.2, 0.9)
+    assert found.limits.vision_relative_error == RECIPES["int4"].limits.vision_relative_error
+    assert dataclasses.replace(found, limits=RECIPES["int4"].limits) == RECIPES["int4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("kl", 0.2), ("decoder_kl", math.nan), ("decoder_kl", -1.0), ("decoder_kl", math.inf)],
+)
+def test_a_limit_that_is_none_is_refused(name: str, value: float) -> None:
+    with pytest.raises(MobileVLMError, match=f"limit '?{name}'? is"):
+        with_limits(RECIPES["int4"], {name: value})
+
+
+def test_a_limit_that_a_person_gives_is_checked_or_the_export_fails() -> None:
+    checks = check_limits(STAGES, Limits(1, 1), ONNX)
+    require_checks(["decoder_kl", "vision_relative_error"], checks, "")
+    with pytest.raises(QualityError, match=r"accuracy_loss was not checked \(an export does not"):
+        require_checks(["decoder_kl", "accuracy_loss"], checks, "")
+    with pytest.raises(QualityError, match=r"decoder_kl was not checked \(no torch"):
+        require_checks(["decoder_kl"], (), "no torch")

@@ -61,6 +61,52 @@ def test_a_file_may_name_its_recipe(tmp_path: Path) -> None:
     assert find_recipe(written(tmp_path, 'name = "other"\n' + MINE)).name == "other"
 
 
+def test_a_file_may_extend_a_recipe(tmp_path: Path) -> None:
+    """Parts with a precision are new, without one changed; limits and layers are merged."""
+    base = RECIPES["int8-calibrated"]
+    own = 'decoder = {block_size = 64, precision = "q4"}\nlm_head = "fp16"\n'
+    own += '[limits]\ndecoder_kl = 0.2\n[layers]\n"vision.layers.1.*" = "fp32"\n'
+    found = find_recipe(written(tmp_path, 'extends = "int8-calibrated"\n' + own))
+    assert found == replace(
+        base,
+        name="mine",
+        decoder=LinearFormat("q4", block_size=64),
+        lm_head=LinearFormat("fp16"),
+        limits=replace(base.limits, decoder_kl=0.2),
+        layers={**base.layers, "vision.layers.1.*": LinearFormat("fp32")},
+    )
+    (tmp_path / "further.toml").write_text('extends = "mine.toml"\ntower = {weight_bits = 8}\n')
+    further = find_recipe(str(tmp_path / "further.toml"))
+    assert further == replace(found, name="further", tower=replace(base.tower, weight_bits=8))
+
+
+def test_files_that_a_recipe_names_lie_beside_the_file_that_names_them(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    base = tmp_path / "sub" / "base.toml"
+    base.write_text('extends = "int8-calibrated"\ncalibration = "mine.jsonl"\n')
+    found = find_recipe(written(tmp_path, 'extends = "sub/base.toml"\n'))
+    assert found.calibration == str(tmp_path / "sub" / "mine.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('extends = "mine.toml"', "extends itself"),
+        ('extends = "other.toml"', "extends itself"),
+        ('extends = "gone"', "recipe .* is not known"),
+        ('extends = "gone.toml"', "no such recipe file"),
+        ("extends = 4", "expected a recipe's name or file, found 4"),
+        ('extends = "int4"\ndecoder = {blocksize = 64}', "key 'blocksize' is not known"),
+        ('extends = "int4"\n[limits]\nkl = 1.0', "key 'kl' is not known"),
+    ],
+)
+def test_what_cannot_be_extended_is_refused(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "other.toml").write_text('extends = "mine.toml"')
+    with pytest.raises(MobileVLMError, match=message) as refused:
+        find_recipe(written(tmp_path, text))
+    assert "\n" not in str(refused.value)
+
+
 def test_each_layer_has_the_format_of_its_part(tmp_path: Path) -> None:
     recipe = find_recipe(written(tmp_path, MINE))
     assert recipe.format_of("vision.layers.0.mlp.fc1") is recipe.tower

@@ -1,0 +1,65 @@
+"""What an export measures: for other processors too, and against limits that a person gives."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+import pytest
+from conftest import fixture_named, refusal
+
+import mobilevlm
+from mobilevlm.bundle import open_bundle
+from mobilevlm.errors import PrecisionWarning
+
+Capture = pytest.CaptureFixture[str]
+FIXTURE = fixture_named("llava_v1")
+
+
+def test_an_export_for_processors_with_8_bit_products_is_measured_on_any(tmp_path: Path) -> None:
+    """0.018 is what 8 bits lose; where sums saturate it were 0.092."""
+    pytest.importorskip("torch")
+    place = tmp_path / "bundle"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PrecisionWarning)  # the person chose another processor
+        mobilevlm.export(FIXTURE.checkpoint, place, target="cpu-arm64", vision_tower=FIXTURE.tower)
+    manifest = open_bundle(place).manifest
+    assert {part.weight_bits for part in manifest.artifacts} == {8, None}
+    assert manifest.quality.measured and not manifest.quality.note
+    assert manifest.quality.stages["vision"].figures["relative_error"] < 0.03
+    assert manifest.system_prompt is not None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", PrecisionWarning)
+        with mobilevlm.load(place) as vlm:
+            assert vlm.generate("Who?", [FIXTURE.image], max_new_tokens=2).token_ids
+
+
+def export(capsys: Capture, tmp_path: Path, *options: str, code: int = 2) -> str:
+    place = ["-o", tmp_path / "bundle", "--vision-tower", FIXTURE.tower, "--quiet"]
+    message = refusal(capsys, "export", FIXTURE.checkpoint, *place, *options, code=code)
+    assert not (tmp_path / "bundle").exists()
+    return message
+
+
+def test_a_limit_on_the_command_line_fails_an_export_that_misses_it(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    pytest.importorskip("torch")
+    message = export(capsys, tmp_path, "--limit", "vision_relative_error=0.0001", code=1)
+    assert "vision relative_error is 0.0" in message and "the limit is 0.0001" in message
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (("--limit", "decoder_kl"), "--limit 'decoder_kl': expected NAME=VALUE"),
+        (("--limit", "decoder_kl=few"), "expected NAME=VALUE, as decoder_kl=0.2"),
+        (("--limit", "kl=0.2"), "limit 'kl' is not known: expected vision_relative_error"),
+        (("--limit", "decoder_kl=nan"), "limit decoder_kl is nan"),
+        (("--limit", "decoder_kl=1", "--no-measure"), "leave --no-measure out"),
+    ],
+)
+def test_a_limit_that_is_none_is_refused_before_anything_is_made(
+    options: tuple[str, ...], expected: str, tmp_path: Path, capsys: Capture
+) -> None:
+    assert expected in export(capsys, tmp_path, *options)

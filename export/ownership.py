@@ -44,11 +44,17 @@ def check_owned(folder: Path, known: Owned | None = None, hashed: bool = True) -
     are compared, not only names and sizes.
 
     Raises:
-        BundleError: something there is not the bundle's. It is named.
+        BundleError: something there is not the bundle's, or cannot be removed. It is named.
     """
     if not stat.S_ISDIR(folder.lstat().st_mode):
         raise BundleError(f"{folder}: no folder, but in the way: choose another name")
     entries = dict(_entries(folder))
+    below = [folder / name for name, status in entries.items() if stat.S_ISDIR(status.st_mode)]
+    if closed := [path for path in (folder, *below) if not os.access(path, os.W_OK | os.X_OK)]:
+        raise BundleError(
+            f"{closed[0]}: the folder cannot be written to, so the bundle cannot be replaced: "
+            f"change its permissions, or choose another output"
+        )
     if not entries:
         return Owned({}, "")
     if MANIFEST not in entries:

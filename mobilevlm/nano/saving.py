@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,28 @@ def official_name(name: str) -> str:
 
 
 def save_checkpoint(model: NanoModel, tokenizer: NanoTokenizer, folder: Path, name: str) -> None:
-    """Writes float16 weights, configuration and tokenizer; an existing folder is replaced.
+    """Writes float16 weights, configuration and tokenizer to a new or empty folder.
 
     Features come from layer -2, as in the official checkpoints. So that nothing trained is wasted,
     the tower's last layer, which no one reads, is an identity: its output projections are zero.
+
+    Raises:
+        CheckpointError: something is in the folder, or a weight does not fit float16.
     """
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: exists and is not an empty folder: name another one")
+    temporary = Path(tempfile.mkdtemp(prefix=f"{folder.name}.partial-", dir=folder.parent))
+    try:
+        _write_checkpoint(model, tokenizer, temporary / "checkpoint", name)
+        (temporary / "checkpoint").replace(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_checkpoint(
+    model: NanoModel, tokenizer: NanoTokenizer, temporary: Path, name: str
+) -> None:
     (temporary / "vision_tower").mkdir(parents=True)
     weights = {
         key: value.detach().to("cpu", torch.float16).contiguous()
@@ -92,8 +108,6 @@ def save_checkpoint(model: NanoModel, tokenizer: NanoTokenizer, folder: Path, na
     }
     for file, content in files.items():
         (temporary / file).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
 
 
 def load_checkpoint(folder: Path) -> tuple[NanoModel, NanoTokenizer]:

@@ -195,6 +195,11 @@ def test_saved_weights_answer_the_same(tmp_path: Path, tokenizer: NanoTokenizer)
     torch.manual_seed(1)
     model = Trainee(CONFIG).nano
     save_checkpoint(model, tokenizer, tmp_path / "nano", "nano")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="not an empty folder"):
+        save_checkpoint(model, tokenizer, tmp_path / "mine", "nano")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "nano"]
     loaded, _ = load_checkpoint(tmp_path / "nano")
     half = {key: value.half().float() for key, value in model.state_dict().items()}
     model.load_state_dict(half)

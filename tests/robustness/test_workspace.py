@@ -199,6 +199,15 @@ def test_a_mount_point_is_refused_before_the_work(tiny_checkpoint: Path, capsys:
     assert "another file system is mounted there" in message
 
 
+def test_a_bundle_that_may_not_be_changed_is_named_before_the_work(
+    target: Path, tiny_checkpoint: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Root may, so the system's answer is given here."""
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != target / "onnx")
+    message = refusal(capsys, "export", tiny_checkpoint, "-o", target)
+    assert f"{target / 'onnx'}: the folder cannot be written to" in message
+
+
 def test_a_file_that_appears_during_the_export_is_not_lost(
     target: Path,
     tiny_checkpoint: Path,

@@ -62,8 +62,8 @@ clean:
 	rm -rf $(VENV) build *.egg-info
 
 $(VENV)/bin/pip:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-		{ echo "mobilevlm needs Python 3.10 or newer: make PYTHON=python3.11 …" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "mobilevlm needs Python 3.11 or newer: make PYTHON=python3.11 …" >&2; exit 2; }
 	@$(PYTHON) -m venv $(VENV) || \
 		{ echo "no venv module: sudo apt-get install python3-venv" >&2; rm -rf $(VENV); exit 2; }
 

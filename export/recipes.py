@@ -8,7 +8,7 @@ it is.
 from __future__ import annotations
 
 import dataclasses
-import sys
+import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -17,11 +17,6 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize.blocks import Scheme
 from mobilevlm.regular_file import read_regular
 from mobilevlm.spec import GGUFType, KVCache, from_dict
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2", "qdq8", "qdq16"]
 """How the weights of a linear layer are stored and multiplied.

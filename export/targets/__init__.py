@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import tomllib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -12,11 +12,6 @@ from mobilevlm.export.htp import Chip
 from mobilevlm.export.providers import find_provider
 from mobilevlm.export.recipes import LinearFormat, Precision, Recipe, WeightBits, find_recipe
 from mobilevlm.spec import from_dict
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 FOLDER = Path(__file__).parent
 

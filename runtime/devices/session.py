@@ -19,7 +19,7 @@ NO_SUCH_PROGRAM = (126, 127)
 """Exit codes of shells that cannot start a command."""
 BOOTSTRAP = (
     "import sys;"
-    'sys.version_info<(3,10)and sys.exit("Python 3.10 or newer is needed, not "+sys.version[:6]);'
+    'sys.version_info<(3,11)and sys.exit("Python 3.11 or newer is needed, not "+sys.version[:6]);'
     "sys.path=[place for place in sys.path if place];"  # its working folder may hold any names
     "exec(sys.stdin.buffer.read({length}))"
 )
@@ -128,7 +128,7 @@ class DeviceSession:
             if ended.code not in NO_SUCH_PROGRAM:
                 raise self._error(self._device.explain(ended))
         raise self._error(
-            f"no Python to start there (tried {', '.join(pythons)}): install Python 3.10 or newer "
+            f"no Python to start there (tried {', '.join(pythons)}): install Python 3.11 or newer "
             f"there, or say where it is with --device-python"
         )
 

@@ -367,7 +367,7 @@ def test_an_old_python_is_named(there: Path, tmp_path: Path) -> None:
     pretended = "import sys; sys.version_info = (3, 9); sys.version = '3.9.2 (x)'"
     old.write_text(f'#!/bin/sh\nexec {sys.executable} -c "{pretended}; $2"\n')
     old.chmod(0o755)
-    with pytest.raises(DeviceError, match=r"Python 3.10 or newer is needed, not 3.9.2"):
+    with pytest.raises(DeviceError, match=r"Python 3.11 or newer is needed, not 3.9.2"):
         DeviceSession(LocalDevice((str(there),), pythons=(str(old),)), {})
 
 

@@ -1,0 +1,23 @@
+"""Versions: the oldest that setup.cfg allows are those that .ci/oldest runs."""
+
+from __future__ import annotations
+
+import configparser
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_oldest_versions_that_are_allowed_are_the_ones_that_are_run() -> None:
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(ROOT / "setup.cfg")
+    lists = config["options"]["install_requires"], config["options.extras_require"]["export"]
+    allowed = dict(re.findall(r"^([\w-]+) >= ([\d.]+)$", "\n".join(lists), re.MULTILINE))
+    text = (ROOT / ".ci" / "oldest.txt").read_text(encoding="utf-8")
+    run = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, re.MULTILINE))
+    assert {name.lower() for name in allowed} == {name.lower() for name in run}
+    oldest = {name.lower(): version for name, version in run.items()}
+    for name, version in allowed.items():
+        found = oldest[name.lower()]
+        assert f"{found}.".startswith(f"{version}."), (name, version, found)

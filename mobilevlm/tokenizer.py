@@ -8,8 +8,9 @@ beginning-of-text id, the ``legacy`` switch).
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tokenizers import (
     AddedToken,
@@ -36,7 +37,7 @@ from mobilevlm.tokenizer_json import open_tokenizer_json
 SPACE = "\u2581"
 """The character that stands for a space inside pieces."""
 
-ADDED = "added_tokens.json"
+ADDED, SETTINGS, WHOLE = "added_tokens.json", "tokenizer_config.json", "tokenizer.json"
 
 _BPE = 2
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
@@ -56,8 +57,8 @@ def read_tokenizer(folder: Path, legacy: bool | None = None, ready: bool = False
     Raises:
         CheckpointError: no tokenizer, a damaged one, or a sentencepiece model that is not BPE.
     """
-    if ready and (folder / "tokenizer.json").is_file():
-        return _from_json(folder / "tokenizer.json")
+    if ready and (folder / WHOLE).is_file():
+        return _begin_and_end(_from_json(folder / WHOLE), folder)
     if (folder / "tokenizer.model").is_file():
         return _from_sentencepiece(folder, legacy)
     if (ranks := find_ranks(folder)) is not None:
@@ -70,7 +71,7 @@ def read_tokenizer(folder: Path, legacy: bool | None = None, ready: bool = False
             f"{folder}: no tokenizer: expected tokenizer.model, tokenizer.json, {VOCAB} and "
             f"{MERGES}, arcade100k.tiktoken or qwen.tiktoken"
         )
-    return _from_json(path)
+    return _begin_and_end(_from_json(path), folder)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -94,6 +95,7 @@ def _from_sentencepiece(folder: Path, legacy: bool | None) -> Tokenizer:
     if model.trainer_spec.model_type != _BPE:
         raise CheckpointError(f"{path}: expected a sentencepiece BPE model (LLaMA's kind)")
     settings = tokenizer_settings(folder)
+    _check_ending(folder, settings)
     if legacy is None:
         legacy = bool(settings.get("legacy", True))
     tokenizer = build_tokenizer(model, legacy)
@@ -213,33 +215,122 @@ def _set_spaces(tokenizer: Tokenizer, rules: Any, legacy: bool) -> None:
 
 def _add_file_tokens(tokenizer: Tokenizer, folder: Path, num_pieces: int) -> None:
     vocab = tokenizer.get_vocab()
-    added = added_tokens(folder)
-    for expected, (text, index) in enumerate(added, start=num_pieces):
-        if text not in vocab and index != expected:
+    added: list[AddedToken] = []
+    for token in _described_tokens(folder):
+        known = vocab.get(token.text)
+        expected = num_pieces + len(added) if known is None else known
+        if token.index != expected:
+            after = f" (ids go on from the {num_pieces} pieces of tokenizer.model)"
             raise CheckpointError(
-                f"{folder / ADDED}: token {text!r} has id {index}, expected {expected} (ids go on "
-                f"from the {num_pieces} pieces of tokenizer.model)"
+                f"{token.path}: token {token.text!r:.60} has id {token.index}, expected "
+                f"{expected}{after if known is None else ''}"
             )
-    tokenizer.add_tokens([AddedToken(text, normalized=False) for text, _ in added])
+        if known is None:
+            added.append(AddedToken(token.text, normalized=False, special=token.special))
+    tokenizer.add_tokens(added)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A token beside those of the model, as a file has it."""
+
+    text: str
+    index: int
+    path: Path
+    special: bool = False
 
 
 def added_tokens(folder: Path) -> list[tuple[str, int]]:
-    """Tokens of added_tokens.json with their ids, in order of the ids.
+    """Tokens of added_tokens.json, tokenizer_config.json (added_tokens_decoder) and tokenizer.json
+    with their ids, in order of the ids. Those of the model itself may be among them.
 
     Raises:
-        CheckpointError: an id is not a number.
+        CheckpointError: an id is not a number, or two files contradict each other.
     """
-    path = folder / ADDED
-    ids = read_json(path) if path.is_file() else {}
-    for text, index in ids.items():
-        if not text or type(index) is not int:
-            raise CheckpointError(f"{path}: token {text!r} has id {index!r}, expected a number")
-    return sorted(ids.items(), key=lambda item: item[1])
+    return [(token.text, token.index) for token in _described_tokens(folder)]
+
+
+def _described_tokens(folder: Path) -> list[_Described]:
+    found: dict[str, _Described] = {}
+    for path, entries in (
+        (folder / ADDED, _of_added_file),
+        (folder / SETTINGS, _of_settings),
+        (folder / WHOLE, _of_whole_file),
+    ):
+        for text, index, special in entries(path) if path.is_file() else ():
+            if not text or not isinstance(text, str) or type(index) is not int:
+                raise CheckpointError(
+                    f"{path}: token {text!r:.60} has id {index!r:.60}, expected a number"
+                )
+            known = found.setdefault(text, _Described(text, index, path, special))
+            if known.index != index:
+                raise CheckpointError(
+                    f"{path}: token {text!r:.60} has id {index}, but {known.index} in "
+                    f"{known.path.name}: these files are of different models"
+                )
+            if special and not known.special:
+                found[text] = replace(known, special=True)
+    return sorted(found.values(), key=lambda token: token.index)
+
+
+_Entries: TypeAlias = "list[tuple[Any, Any, bool]]"
+"""Text, id, and whether the token is special."""
+
+
+def _of_added_file(path: Path) -> _Entries:
+    return [(text, index, False) for text, index in read_json(path).items()]
+
+
+def _of_settings(path: Path) -> _Entries:
+    entries = read_json(path).get("added_tokens_decoder") or {}
+    if not isinstance(entries, dict) or not all(isinstance(at, dict) for at in entries.values()):
+        raise CheckpointError(f"{path}: added_tokens_decoder: expected ids with their tokens")
+    return [
+        (entry.get("content"), int(index) if index.isdecimal() else index, _is_special(entry))
+        for index, entry in entries.items()
+    ]
+
+
+def _of_whole_file(path: Path) -> _Entries:
+    entries = read_json(path).get("added_tokens") or []
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise CheckpointError(f"{path}: added_tokens: expected a list of tokens")
+    return [(entry.get("content"), entry.get("id"), _is_special(entry)) for entry in entries]
+
+
+def _is_special(entry: dict[str, Any]) -> bool:
+    return entry.get("special") is True
+
+
+def _begin_and_end(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    """Return the tokenizer of a tokenizer.json with the ids around a text that the settings say, as
+    LlamaTokenizer sets them anew; other classes leave what the file has.
+
+    Raises:
+        CheckpointError: a text would end with a special token.
+    """
+    settings = tokenizer_settings(folder)
+    _check_ending(folder, settings)
+    llama = str(settings.get("tokenizer_class", "")).startswith("LlamaTokenizer")
+    if settings.get("add_bos_token", llama):
+        if llama or tokenizer.post_processor is None:
+            begin_with(tokenizer, token_text(settings.get("bos_token")) or "<s>")
+    elif llama:
+        tokenizer.post_processor = None
+    return tokenizer
+
+
+def _check_ending(folder: Path, settings: dict[str, Any]) -> None:
+    if settings.get("add_eos_token"):
+        raise CheckpointError(
+            f"{folder / SETTINGS}: 'add_eos_token' is true: each prompt would be finished before "
+            f"the answer begins: set it to false"
+        )
 
 
 def tokenizer_settings(folder: Path) -> dict[str, Any]:
     """The content of tokenizer_config.json, empty where there is none."""
-    path = folder / "tokenizer_config.json"
+    path = folder / SETTINGS
     return read_json(path) if path.is_file() else {}
 
 

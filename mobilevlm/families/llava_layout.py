@@ -291,6 +291,12 @@ def _conversation_spec(source: Source, name: str) -> ConversationSpec:
     style = CONVERSATIONS[name]
     mark = IMAGE_PLACEHOLDER
     if source.config.get("mm_use_im_start_end"):
+        for token in ("<im_start>", "<im_end>"):
+            if source.tokenizer.token_to_id(token) is None:
+                raise CheckpointError(
+                    f"{source.folder / 'config.json'}: 'mm_use_im_start_end' is true, but the "
+                    f"vocabulary has no {token}: give the checkpoint's added_tokens.json too"
+                )
         mark = f"<im_start>{IMAGE_PLACEHOLDER}<im_end>"
     ids = end_ids(source.folder_with("generation_config.json"), source.config)
     end = source.tokenizer.token_to_id(style.end)

@@ -110,7 +110,8 @@ def _change_spec(random: random.Random, data: Any, folder: Path) -> Any:
             part[key] = not old
         elif isinstance(old, int | float):
             near = (old + 1, old - 1, old * 2, old // 2, -old, old * 1000)
-            part[key] = type(old)(random.choice((*near, *(n for n in NUMBERS if n == n // 1))))
+            value = random.choice((*near, *(n for n in NUMBERS if n == n // 1)))
+            part[key] = value if isinstance(old, float) else int(value)
         else:
             part.update(mutate_json(random, {key: old}, 1))
     return data

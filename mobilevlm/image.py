@@ -21,15 +21,26 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevlm.errors import ImageError, ImageWarning
-from mobilevlm.image_file import Room, check_size, read_image
-from mobilevlm.image_source import ImageInput, open_source
+from mobilevlm.image_file import Room, RoomFor, check_size, read_image
+from mobilevlm.image_source import ImageInput, PreparedImage, open_source
 from mobilevlm.spec import ImageSpec
 from mobilevlm.terminal import shown
 
-__all__ = ["ImageInput", "Room", "normalize", "open_image", "preprocess", "read_pixels"]
+__all__ = [
+    "ImageInput",
+    "PreparedImage",
+    "Room",
+    "RoomFor",
+    "normalize",
+    "open_image",
+    "preprocess",
+    "read_pixels",
+]
 
 MAX_PADDED_EDGE = 32_768
-"""Longer images are not padded to a square: that would take minutes."""
+"""Longer images are not padded to a square."""
+MAX_PADDED_PIXELS = 1 << 28
+"""Pixels of a square's rows that a tall image takes; more would take many seconds."""
 _STRIP_PIXELS = 1 << 19
 """Pixels of a strip, about."""
 _ORIENTATION = 0x0112
@@ -118,15 +129,15 @@ def _stored_box(box: Box, size: tuple[int, int], turn: Image.Transpose | None) -
     }[turn]
 
 
-def open_image(source: ImageInput, room: Room | None = None) -> Image.Image:
+def open_image(source: ImageInput, room_for: RoomFor | None = None) -> Image.Image:
     """Open an image as RGB, turned upright by its EXIF orientation, alpha over white.
 
-    ``room``: memory that decoding may take; an image that needs more is refused.
+    ``room_for``: memory that decoding may take; an image that needs more is refused.
 
     Raises:
         ImageError: it is missing, damaged, not an image, or too large.
     """
-    stored = _read(source, room, None)
+    stored = _read(source, room_for, None)
     if stored.is_plain:
         return stored.image.copy() if stored.image is source else stored.image
     image = Image.new("RGB", stored.size)
@@ -135,17 +146,19 @@ def open_image(source: ImageInput, room: Room | None = None) -> Image.Image:
     return image
 
 
-def read_pixels(source: ImageInput, spec: ImageSpec, room: Room | None = None) -> NDArray[np.uint8]:
+def read_pixels(
+    source: ImageInput, spec: ImageSpec, room_for: RoomFor | None = None
+) -> NDArray[np.uint8]:
     """Return uint8 pixels ``(size, size, 3)`` of an image in any form: the same as
     ``preprocess(open_image(source), spec)`` in less memory.
 
-    ``room``: memory that this may take. Where a JPEG needs more it is decoded at a fraction of its
-    size, and a warning says so; others are refused.
+    ``room_for``: memory that this may take. Where a JPEG needs more it is decoded at a fraction of
+    its size, and a warning says so; others are refused.
 
     Raises:
         ImageError: as of :func:`open_image` and :func:`preprocess`.
     """
-    return _pixels(_read(source, room, spec.shortest_edge), spec)
+    return _pixels(_read(source, room_for, spec.shortest_edge), spec)
 
 
 def preprocess(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
@@ -164,7 +177,7 @@ def normalize(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]
     return np.ascontiguousarray(values.transpose(2, 0, 1))
 
 
-def _read(source: ImageInput, room: Room | None, edge: int | None) -> _Stored:
+def _read(source: ImageInput, room_for: RoomFor | None, edge: int | None) -> _Stored:
     if isinstance(source, np.ndarray):
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ImageError(
@@ -177,7 +190,7 @@ def _read(source: ImageInput, room: Room | None, edge: int | None) -> _Stored:
         check_size(source, name)
         return _described(source, name)
     with open_source(source) as (name, file):
-        return _described(read_image(file, name, room, edge), name)
+        return _described(read_image(file, name, room_for, edge), name)
 
 
 def _described(image: Image.Image, name: str) -> _Stored:
@@ -272,10 +285,11 @@ def _pad_and_resize(stored: _Stored, color: tuple[int, int, int], edge: int) -> 
     code), and resize it to ``edge``. The square is never in memory as a whole."""
     width, height = stored.size
     long = max(width, height)
-    if long > MAX_PADDED_EDGE:
+    if long > MAX_PADDED_EDGE or height * long > MAX_PADDED_PIXELS:
+        most = MAX_PADDED_EDGE if width > height else int(MAX_PADDED_PIXELS**0.5)
         raise ImageError(
-            f"image of {width} × {height} pixels: longer than {MAX_PADDED_EDGE}: scale it down "
-            f"or cut it first"
+            f"image of {width} × {height} pixels: this model pads images to a square, and those "
+            f"longer than {most} are not padded: scale it down or cut it first"
         )
     left, above = (long - width) // 2, (long - height) // 2
     narrow = Image.new("RGB", (edge, long), color)

@@ -11,8 +11,9 @@ import hashlib
 import io
 import struct
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from PIL import Image, ImageFile
 
@@ -54,11 +55,17 @@ class Room:
     """For a person: what sets the limit."""
 
 
-def read_image(file: IO[bytes], name: str, room: Room | None, edge: int | None) -> Image.Image:
+RoomFor: TypeAlias = Callable[[float], Room]
+"""Gives the memory that there is for an image which needs so many bytes; it may free some first."""
+
+
+def read_image(
+    file: IO[bytes], name: str, room_for: RoomFor | None, edge: int | None
+) -> Image.Image:
     """Decode the first frame of an image file, as it is stored.
 
-    ``edge``: the shortest edge that is needed. Where ``room`` demands it, a JPEG is decoded at a
-    half, a quarter or an eighth of its size, but not smaller than that, and a warning says so.
+    ``edge``: the shortest edge that is needed. Where ``room_for`` demands it, a JPEG is decoded at
+    a half, a quarter or an eighth of its size, but not smaller than that, and a warning says so.
 
     Raises:
         ImageError: it is no image, damaged, or too large.
@@ -66,8 +73,10 @@ def read_image(file: IO[bytes], name: str, room: Room | None, edge: int | None) 
     image = _open(file, name)
     check_size(image, name)
     needed = _needed(image, _stored_pixels(image, file))
+    if edge is not None:  # resized rows of the whole
+        needed += storage_bytes("RGB") * edge * max(image.size)
     asked = image.size
-    if room is not None and needed > room.size:
+    if room_for is not None and needed > (room := room_for(needed)).size:
         asked = _decode_smaller(image, name, room, edge, needed)
     kind = str(image.format)
     try:

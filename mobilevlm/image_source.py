@@ -14,6 +14,7 @@ import re
 import stat
 import urllib.parse
 from collections.abc import Iterator
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -25,12 +26,21 @@ from PIL import Image
 from mobilevlm.errors import ImageError
 from mobilevlm.terminal import shown
 
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as the pixels that a model takes (``VLM.prepare_image``)."""
+
+    pixels: NDArray[np.uint8]
+    """(size, size, 3)"""
+
+
 ImageInput: TypeAlias = (
     "str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | "
-    "NDArray[np.uint8]"
+    "NDArray[np.uint8] | PreparedImage"
 )
 """A path; a ``file://`` or ``data:`` URI; the bytes of an image file; a binary file object; a
-Pillow image; or uint8 pixels ``(height, width, 3)``."""
+Pillow image; uint8 pixels ``(height, width, 3)``; or what ``VLM.prepare_image`` returned."""
 MAX_FILE_BYTES = 1 << 30
 """Most bytes that are read of a file object or held by a ``data:`` URI."""
 _SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.runtime.engines import Float32, Segment
+from mobilevlm.runtime.engines.mapped_pages import trim_heap
 
 DEFAULT_CACHE_MB = 256
 """Four pictures of MobileVLM V2 1.7B with their questions' prefix."""
@@ -83,6 +84,14 @@ class SizedLRU(Generic[T]):
             self._entries[key] = value, nbytes
             self.nbytes += nbytes
 
+    def shrink(self, nbytes: float) -> None:
+        """Free this many bytes, or everything; what was not used for longest first."""
+        with self._lock:
+            goal = self.nbytes - nbytes
+            while self._entries and self.nbytes > goal:
+                _, (_, freed) = self._entries.popitem(last=False)
+                self.nbytes -= freed
+
     def clear(self) -> None:
         """Frees everything."""
         with self._lock:
@@ -100,16 +109,22 @@ class PromptCache:
 
     ``megabytes``: for everything that is kept; 0 keeps nothing. ``system``: ids that prompts begin
     with, and, where the bundle has them, their keys and values (mapped, and not counted).
+    ``room``: bytes that may be taken now; where that is little, less is kept, down to nothing.
     """
 
     def __init__(
-        self, megabytes: float, system: Sequence[int] = (), stored: Segment | None = None
+        self,
+        megabytes: float,
+        system: Sequence[int] = (),
+        stored: Segment | None = None,
+        room: Callable[[], float] | None = None,
     ) -> None:
         if not 0 <= megabytes < float("inf"):
             raise MobileVLMError(f"cache_mb is {megabytes}, expected 0 or more")
         limit = int(megabytes * 1e6)
         self.system = list(system)
         self.enabled = limit > 0
+        self._room = room
         self.images: SizedLRU[Float32] = SizedLRU(int(limit * IMAGE_SHARE))
         """Visual tokens by the digest of the pixels."""
         self.segments: SizedLRU[Segment] = SizedLRU(limit - int(limit * IMAGE_SHARE))
@@ -142,7 +157,25 @@ class PromptCache:
 
     def keep(self, border: Border, segment: Segment) -> None:
         """Keeps a segment that reaches to a border."""
-        self.segments.put(border.digest, segment, segment.data.nbytes)
+        if self.make_room(segment.data.nbytes):
+            self.segments.put(border.digest, segment, segment.data.nbytes)
+
+    def keep_image(self, digest: bytes, tokens: Float32) -> None:
+        """Keep the visual tokens of an image."""
+        if self.enabled and self.make_room(tokens.nbytes):
+            self.images.put(digest, tokens, tokens.nbytes)
+
+    def make_room(self, nbytes: float) -> bool:
+        """Free what the memory that is left demands; return whether so much may be taken then."""
+        if self._room is None:
+            return True
+        for kept in (self.segments, self.images):
+            missing = nbytes - self._room()
+            if missing <= 0:
+                return True
+            kept.shrink(missing)
+            trim_heap()
+        return self._room() >= nbytes
 
     def clear(self) -> None:
         """Frees all but what the bundle has."""

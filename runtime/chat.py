@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from mobilevlm.conversation import user_message
-from mobilevlm.image import ImageInput, open_image
+from mobilevlm.image import ImageInput
 from mobilevlm.messages import Message
 from mobilevlm.runtime.generation import Generation, TextStream
 from mobilevlm.runtime.vlm import VLM
@@ -26,7 +26,7 @@ class Chat:
         Raises:
             ImageError: a picture cannot be opened; the conversation stays as it was.
         """
-        self.images = [open_image(image) for image in images]
+        self.images = [self._vlm.prepare_image(image) for image in images]
         self.messages: list[Message] = []
         self._session.told = []
 

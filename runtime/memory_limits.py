@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeAlias
 
 from mobilevlm.control_groups import group_files
+from mobilevlm.image_file import Room
 from mobilevlm.runtime.machine import proc_bytes
 
 Kind: TypeAlias = Literal["asked", "address space", "data", "cgroup", "available"]
@@ -40,6 +42,40 @@ def in_use(root: Path = Path("/")) -> tuple[float, float]:
     tell)."""
     status = proc_bytes(root / "proc/self/status")
     return status.get("VmSize", 0.0), status.get("VmData", 0.0)
+
+
+def room_left(limits: Sequence[Limit], root: Path = Path("/")) -> Room:
+    """Return the memory that this process may take now beside what it has, by the limit of
+    :func:`memory_limits` that leaves least. Pages of files count as taken only where a person sets
+    the limit: the system can take them back."""
+    status = proc_bytes(root / "proc/self/status")
+    own = status.get("RssAnon", 0.0) + status.get("RssShmem", 0.0)
+    fields: dict[Kind, str] = {"asked": "VmRSS", "address space": "VmSize", "data": "VmData"}
+    rooms = [Room(float("inf"), "no limit")]
+    for limit in limits:
+        if limit.kind == "available":
+            rooms += [Room(now.size, now.where) for now in _available(root)]
+        elif limit.kind == "cgroup":
+            rooms.append(Room(limit.size - _group_use(Path(limit.where), own), limit.where))
+        else:
+            rooms.append(Room(limit.size - status.get(fields[limit.kind], 0.0), limit.where))
+    return min(rooms, key=lambda room: room.size)
+
+
+def _group_use(path: Path, own: float) -> float:
+    """Return the bytes in use by a control group, pages of files not counted. ``path``: of its
+    limit; ``own``: this process's, where the group does not tell."""
+    is_unified = path.name == "memory.max"
+    usage = path.with_name("memory.current" if is_unified else "memory.usage_in_bytes")
+    try:
+        total = float(usage.read_text(encoding="ascii"))
+        lines = path.with_name("memory.stat").read_text(encoding="ascii").splitlines()
+    except (OSError, ValueError):
+        return own
+    names = ["inactive_file", "active_file"]
+    fields = dict(line.split() for line in lines if line.count(" ") == 1)
+    files = sum(float(fields.get(name if is_unified else f"total_{name}", 0)) for name in names)
+    return max(total - files, own)
 
 
 def _rlimits() -> list[Limit]:

@@ -183,6 +183,25 @@ def check_session(session: object, decoder: DecoderEngine) -> None:
         raise SessionError("the session is of another model: make one with new_session() of this")
 
 
+def check_length(length: int, images: int, tokens_per_image: int, context: int) -> None:
+    """Raise if a prompt of so many positions, those of its images among them, has no room.
+
+    Raises:
+        PromptError: it does not fit; the message says how many images would.
+    """
+    if length < context:
+        return
+    told = f", {tokens_per_image} for each image" if images else ""
+    fitting = (context - 1 - (length - images * tokens_per_image)) // tokens_per_image
+    remedy = "shorten it"
+    if images and fitting > 0:
+        remedy = f"{fitting} of the {images} images or frames would fit (--frames of a video)"
+    raise PromptError(
+        f"the prompt takes {length} tokens{told}, the context holds {context} with the answer: "
+        f"{remedy}"
+    )
+
+
 class Session:
     """A sequence and its KV state.
 
@@ -382,12 +401,7 @@ class Session:
 
     def _checked_keys(self, prompt: Prompt) -> list[PositionKey]:
         keys = prompt.position_keys(self.tokens_per_image)
-        if len(keys) >= self._context:
-            pictures = f", {self.tokens_per_image} for each picture" if prompt.pixels else ""
-            raise PromptError(
-                f"the prompt takes {len(keys)} tokens{pictures}, the context holds "
-                f"{self._context} with the answer: shorten it"
-            )
+        check_length(len(keys), len(prompt.pixels), self.tokens_per_image, self._context)
         return keys
 
     def _common_prefix(self, keys: Sequence[PositionKey]) -> int:
@@ -410,7 +424,7 @@ class Session:
                 known = self._cache.images.get(digest)
                 if known is None:
                     known = self._vision.encode(pixels[digest], *asked)
-                    self._cache.images.put(digest, known, known.nbytes)
+                    self._cache.keep_image(digest, known)
                     encoded.add(digest)
                 images[digest] = known
             note.reused_images = sum(digest not in encoded for digest in prompt.digests)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
@@ -27,7 +28,7 @@ from mobilevlm.conversation import (
 from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
-from mobilevlm.image import ImageInput, open_image, preprocess
+from mobilevlm.image import ImageInput, PreparedImage, Room, read_pixels
 from mobilevlm.messages import Message, check_continued, read_messages
 from mobilevlm.plain_text import check_text, protect
 from mobilevlm.plan import DRAFTING_ENGINES, Plan, engine_for_limit
@@ -35,10 +36,12 @@ from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.encoded_session import EncodedSession
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine, still_open
+from mobilevlm.runtime.engines.mapped_pages import trim_heap
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.fitting import fit_plan
 from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
-from mobilevlm.runtime.memory_limits import memory_limits
+from mobilevlm.runtime.memory import estimate
+from mobilevlm.runtime.memory_limits import Limit, memory_limits, room_left
 from mobilevlm.runtime.plan_file import PlanChoice, settle_plans
 from mobilevlm.runtime.sampling import SamplingOptions
 from mobilevlm.runtime.session import (
@@ -46,6 +49,7 @@ from mobilevlm.runtime.session import (
     PromptChoices,
     Reuse,
     Session,
+    check_length,
     check_process,
     check_session,
 )
@@ -61,7 +65,8 @@ cache."""
 SHORT_TOKEN = 8
 """Characters. A prompt whose tokens are no longer is tokenized without a closer look."""
 
-Images = Sequence[ImageInput]
+
+Images: TypeAlias = "Sequence[ImageInput]"
 
 
 def load(
@@ -165,13 +170,21 @@ def open_model(
     start = time.perf_counter() if start is None else start
     with unchanged(bundle.folder, bundle.identity):
         first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
-        settled = fit_plan(bundle, first, memory_limits(asked_mb=max_memory_mb), others)
+        limits = memory_limits(asked_mb=max_memory_mb)
+        settled = fit_plan(bundle, first, limits, others)
         vision, decoder = open_engines(bundle, settled.engine, settled)
         # After the engines: memory is scarcest while they pack weights.
         tokenizer = tokenizer or _read_tokenizer(bundle, TOKENIZER)
-        cache = _open_cache(bundle, tokenizer, settled, cache_mb)
+        memory = estimate(bundle.manifest, settled)
+        turns = memory.weights if settled.memory == "in turn" else 0.0  # of the other stage
+        answer = memory.working + memory.states + turns
+
+        def room() -> float:
+            return room_left(limits).size - answer
+
+        cache = _open_cache(bundle, tokenizer, settled, cache_mb, room)
         seconds = time.perf_counter() - start
-        return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds)
+        return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds, limits)
 
 
 class VLM:
@@ -192,6 +205,7 @@ class VLM:
         cache: PromptCache,
         plan: Plan,
         load_seconds: float,
+        limits: Sequence[Limit] = (),
     ) -> None:
         self.bundle = bundle
         self.plan = plan
@@ -206,6 +220,7 @@ class VLM:
         self._vision: VisionEngine | None = vision
         self._decoder: DecoderEngine | None = decoder
         self._cache = cache
+        self._limits = limits
         self._drafting = Drafting()
         self._idle: list[Session] = []
         """Sessions of finished answers, the one used last at the end."""
@@ -327,11 +342,22 @@ class VLM:
                 session.forget()
         self._cache.clear()
 
+    def prepare_image(self, image: ImageInput) -> PreparedImage:
+        """Return an image as the pixels that this model takes, which may be given in its place:
+        an image that is used again, or the frames of a video, need not stay in memory.
+
+        Raises:
+            ImageError: as of :func:`mobilevlm.image.read_pixels`.
+        """
+        if isinstance(image, PreparedImage):
+            return image
+        return PreparedImage(read_pixels(image, self.spec.image, self.room_for))
+
     def encode_image(self, image: ImageInput, prompt: str = "") -> Float32:
         """Visual tokens ``(num_tokens, hidden_size)``: the projector's output. ``prompt``: what is
         asked about the image, where a Q-Former reads it (InstructBLIP)."""
         vision, _ = self._engines()
-        pixels = preprocess(open_image(image), self.spec.image)
+        pixels = self.prepare_image(image).pixels
         if self._instruction_tokenizer is None:
             return vision.encode(pixels)
         parts = [{"type": "text", "text": prompt}]
@@ -341,7 +367,7 @@ class VLM:
     def image_features(self, image: ImageInput) -> Float32:
         """The tower's features ``(num_features, vision hidden_size)``; for verification."""
         vision, _ = self._engines()
-        return vision.features(preprocess(open_image(image), self.spec.image))
+        return vision.features(self.prepare_image(image).pixels)
 
     def prompt_ids(
         self,
@@ -532,9 +558,38 @@ class VLM:
             if self._decoder is None:
                 return
             self._idle.append(session)
-            surplus = self._idle.pop(0) if len(self._idle) > IDLE_SESSIONS else None
+            is_surplus = len(self._idle) > IDLE_SESSIONS or not self._cache.make_room(0)
+            surplus = self._idle.pop(0) if is_surplus else None
         if surplus is not None:
             surplus.save()
+
+    def check_fits(
+        self,
+        prompt: str | Sequence[Message],
+        images: int,
+        raw: bool = False,
+        special_tokens: bool = True,
+    ) -> None:
+        """Raise if a prompt with so many images has no room, before these are there.
+
+        Raises:
+            PromptError: it does not fit; the message says how many images would.
+        """
+        self._check_fits(self._input_ids(prompt, images, raw, special_tokens), images)
+
+    def _check_fits(self, ids: Sequence[int], images: int) -> None:
+        each = self.spec.projector.num_tokens
+        length = len(ids) + images * (each - 1)
+        check_length(length, images, each, self.spec.decoder.context_length)
+
+    def room_for(self, needed: float) -> Room:
+        """Return the memory that is left; what earlier requests left goes first."""
+        room = room_left(self._limits)
+        if room.size < needed:
+            self._cache.clear()
+            trim_heap()
+            room = room_left(self._limits)
+        return room
 
     def _prepare(self, prompt: str | Sequence[Message], images: Images, raw: bool) -> Prompt:
         return self._prepare_said(prompt, images, raw, True)[0]
@@ -548,7 +603,8 @@ class VLM:
             raise MobileVLMError("images: expected a list of pictures, found a single one")
         text, shown, said = self._read(prompt, images, raw, special_tokens)
         ids = self._text_ids(text, len(shown))
-        pixels = [preprocess(open_image(image), self.spec.image) for image in shown]
+        self._check_fits(ids, len(shown))
+        pixels = [self.prepare_image(image).pixels for image in shown]
         seconds = time.perf_counter() - start
         return Prompt(ids, pixels, seconds, self._instruction(text)), said
 
@@ -570,18 +626,24 @@ def _noted(
         pieces.close()
 
 
-def _open_cache(bundle: Bundle, tokenizer: Tokenizer, plan: Plan, megabytes: float) -> PromptCache:
+def _open_cache(
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    megabytes: float,
+    room: Callable[[], float],
+) -> PromptCache:
     system = bundle.manifest.system_prompt
     if plan.engine == "onnx" and system is not None:
         stored = stored_system_prompt(bundle)
         if not plan.computes_prompt_like(Plan(), len(system.ids)):
             stored = None  # what this plan computes has other bits
-        return PromptCache(megabytes, system.ids, stored)
+        return PromptCache(megabytes, system.ids, stored, room)
     try:
         ids = system_ids(tokenizer, bundle.manifest.spec.conversation)
     except PromptError:  # questions will say so; raw prompts can do without a template
         ids = []
-    return PromptCache(megabytes, ids)
+    return PromptCache(megabytes, ids, room=room)
 
 
 def _read_tokenizer(bundle: Bundle, name: str) -> Tokenizer:

@@ -67,11 +67,17 @@ def command(
 ) -> None:
     """Ask one question about pictures and stream the answer of the model in BUNDLE."""
     pictures: list[Any] = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    clip = None
     if video is not None:
-        from mobilevlm.runtime.video import sample_frames
+        from mobilevlm.runtime.video import decode_frames, open_video
 
-        pictures += sample_frames(video, frames)
+        clip = open_video(video, frames)
     with model.open() as vlm:
+        if clip is not None:
+            asked = len(pictures) + len(clip.places)
+            vlm.check_fits(prompt, asked, raw, sampling["special_tokens"])
+            for frame in decode_frames(clip, vlm.room_for):
+                pictures.append(vlm.prepare_image(frame))
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

@@ -154,3 +154,41 @@ def test_a_control_group_bounds_a_model_that_runs_and_doctor_shows_it(
     done = subprocess.run([*program, "doctor", "--json"], capture_output=True, text=True)
     limits = json.loads(done.stdout)["memory_limits"]
     assert any(item["kind"] == "cgroup" and item["bytes"] < 161e6 for item in limits)
+
+
+MANY = """
+import sys
+import numpy as np
+from mobilevlm.runtime import load
+with load(sys.argv[1], threads=1, cache_mb=float(sys.argv[3])) as vlm:
+    for seed in range(int(sys.argv[2])):
+        image = np.random.default_rng(seed).integers(0, 256, (48, 48, 3), np.uint8)
+        print(*vlm.generate("What is it?", [image], max_new_tokens=1, ignore_eos=True).token_ids)
+"""
+
+
+def test_more_images_than_a_control_group_has_room_for_are_answered_as_without_a_cache(
+    group: Path, bundles: dict[str, Path]
+) -> None:
+    """Without bounds the cache of 256 MB took 1.4 MB an image, and the kernel ended the process."""
+    (group / "memory.limit_in_bytes").write_text("100000000")
+    enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")]
+    program = [sys.executable, "-c", MANY, str(bundles["nano"]), "55"]
+    bounded = subprocess.run([*enter, *program, "256"], capture_output=True, text=True)
+    assert bounded.returncode == 0, bounded.stderr
+    free = subprocess.run([*program, "0"], capture_output=True, text=True)
+    assert bounded.stdout == free.stdout and bounded.stdout.count("\n") == 55
+
+
+def test_an_image_that_needs_more_than_a_person_allows_is_refused_before_it_is_decoded(
+    bundles: dict[str, Path], tmp_path: Path
+) -> None:
+    from PIL import Image
+
+    path = tmp_path / "large.png"
+    Image.new("RGB", (9000, 9000)).save(path)
+    given = ("run", bundles["nano"], "--prompt", "What?", "--max-memory", "200MB", "--image", path)
+    done = run_program(*given)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "9000 × 9000 pixels takes" in done.stderr and "(--max-memory)" in done.stderr
+    assert done.stdout == ""

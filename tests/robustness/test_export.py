@@ -444,7 +444,7 @@ PICTURE = fixture_named("llava_v1").image
         (["--prompt", " \n"], "the prompt is empty"),
         (["--prompt", "", "--image", PICTURE], "the prompt is empty"),
         (["--prompt", "a" + " a" * 2048], "the context holds 2048 with the answer: shorten it"),
-        (["--prompt", "<image>" * 15, *["--image", PICTURE] * 15], "144 for each picture"),
+        (["--prompt", "<image>" * 15, *["--image", PICTURE] * 15], "144 for each image"),
         (["--prompt", "<image>?"], "holds 1 <image> but 0 images were given"),
         (["--prompt", "<image><image>", "--image", PICTURE], "holds 2 <image> but 1 images"),
         (["--prompt", "<image>", *["--image", PICTURE] * 2], "holds 1 <image> but 2 images"),

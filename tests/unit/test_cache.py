@@ -18,7 +18,7 @@ import mobilevlm
 from mobilevlm.bundle import read_manifest, write_manifest
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.cache import PromptCache, SizedLRU, borders, pieces
+from mobilevlm.runtime.cache import Border, PromptCache, SizedLRU, borders, pieces
 from mobilevlm.runtime.engines import Segment
 
 A, B = b"A" * 16, b"B" * 16
@@ -87,6 +87,31 @@ def test_a_chain_with_a_gap_is_not_taken() -> None:
     cache.keep(first, Segment(0, first.position, data))
     assert [part.end for part in cache.find([first, second], 0)] == [first.position, 7]
     assert cache.find([first, second], second.position) == []
+
+
+def test_the_cache_shrinks_to_what_memory_is_left_and_to_nothing() -> None:
+    data = np.zeros(25_000, np.float32)  # 0.1 MB
+    left = 0.35e6
+
+    def room() -> float:
+        return left - cache.segments.nbytes - cache.images.nbytes
+
+    cache = PromptCache(1, room=room)
+    digests = [bytes([number]) * 16 for number in range(6)]
+    for digest in digests:
+        cache.keep(Border(1, digest), Segment(0, 1, data))
+    assert [cache.segments.get(digest) is not None for digest in digests] == [False] * 3 + [
+        True
+    ] * 3
+    cache.keep_image(A, data[:1000])
+    assert cache.images.get(A) is not None
+    left = 0.15e6
+    assert cache.make_room(0) and cache.segments.nbytes == 0.1e6
+    left = 0.0
+    cache.keep_image(B, data[:1000])
+    assert cache.segments.nbytes == cache.images.nbytes == 0
+    left = -1.0
+    assert not cache.make_room(0)
 
 
 # Answers

@@ -251,3 +251,42 @@ def test_stages_in_turn_are_never_open_together(
             vlm.generate(text, [picture], max_new_tokens=2)
         assert most == [1, 1]  # the second question needs the decoder only, which is there
     assert not alive
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        (
+            "0::/a\n",
+            {"a/memory.max": "1000", "a/memory.current": "700",
+             "a/memory.stat": "anon 400\nactive_file 100\ninactive_file 50\n"},
+            1000 - 550,
+        ),
+        (
+            "4:memory:/a\n",
+            {"memory/a/memory.limit_in_bytes": "1000", "memory/a/memory.usage_in_bytes": "700",
+             "memory/a/memory.stat": "cache 9\ntotal_active_file 100\ntotal_inactive_file 50\n"},
+            1000 - 550,
+        ),
+        ("0::/a\n", {"a/memory.max": "90000"}, 90000 - 30 * 1024),  # a group that does not tell
+    ],
+)  # fmt: skip
+def test_what_is_left_of_a_group_counts_no_pages_of_files(
+    groups: str,
+    files: dict[str, str],
+    left: float,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_limits, "_rlimits", list)
+    root = fake_root(tmp_path, groups, files, "MemAvailable: 1000 kB\n")
+    own = "RssAnon: 20 kB\nRssShmem: 10 kB\nVmRSS: 50 kB\n"
+    if "memory.current" not in " ".join(files) and "usage" not in " ".join(files):
+        (root / "proc/self/status").write_text(own)
+    limits = memory_limits.memory_limits(root)
+    assert memory_limits.room_left(limits, root).size == left
+    (root / "proc/self/status").write_text(own)
+    asked = memory_limits.memory_limits(root, asked_mb=0.06)
+    assert memory_limits.room_left(asked[-1:], root).size in (0.06e6 - 50 * 1024, 1000 * 1024)
+    (root / "proc/meminfo").write_text("MemAvailable: 0 kB\n")
+    assert memory_limits.room_left(limits, root).size <= 0

@@ -233,7 +233,7 @@ def test_a_prompt_that_fills_the_context_is_refused_and_the_sequence_stays(vlm: 
         run.fill(Prompt(ids_of_length(vlm, context), [], 0.0))
     assert f"the prompt takes {context} tokens, the context holds {context}" in str(caught.value)
     assert run.session.length == length
-    with pytest.raises(PromptError, match="144 for each picture"):
+    with pytest.raises(PromptError, match="144 for each image"):
         ids = ids_of_length(vlm, context - 144)
         run.fill(Prompt([*ids, -200], [picture(1, vlm)], 0.0))
     assert run.vision.pictures == 0

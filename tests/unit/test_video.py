@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import random
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import BundleOf, refusal
+from fuzz.mutations import mutate_bytes
 
+import mobilevlm
 from mobilevlm.cli import main
 from mobilevlm.errors import ImageError, MissingExtraError
-from mobilevlm.runtime.video import sample_frames
+from mobilevlm.image import Room
+from mobilevlm.runtime.video import decode_frames, open_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed ([video] extra)")
 
@@ -25,7 +31,7 @@ def write_video(path: Path, frames: int, kind: str = "mpeg4") -> Path:
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
         stream.bit_rate = 2_000_000
         for index in range(frames):
-            picture = np.full((48, 64, 3), GREY * index, np.uint8)
+            picture = np.full((48, 64, 3), GREY * index % 256, np.uint8)
             file.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         file.mux(stream.encode())
     return path
@@ -39,7 +45,7 @@ def write_video(path: Path, frames: int, kind: str = "mpeg4") -> Path:
 def test_frames_are_the_first_the_last_and_those_between_at_equal_distances(
     name: str, frames: int, count: int, places: list[int], tmp_path: Path
 ) -> None:
-    found = sample_frames(write_video(tmp_path / name, frames), count)
+    found = list(decode_frames(open_video(write_video(tmp_path / name, frames), count)))
     assert [round(np.asarray(image).mean() / GREY) for image in found] == places
     assert {(image.mode, image.size) for image in found} == {("RGB", (64, 48))}
 
@@ -48,10 +54,10 @@ def test_frames_are_the_first_the_last_and_those_between_at_equal_distances(
 def test_a_file_that_is_no_video_is_named_in_one_line(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.mp4"
     with pytest.raises(ImageError, match="no such video"):
-        sample_frames(path)
+        open_video(path)
     path.write_bytes(content)
     with pytest.raises(ImageError, match=r"not a video|no frames") as caught:
-        sample_frames(path)
+        open_video(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -62,7 +68,7 @@ def test_without_the_extra_its_name_is_told(
 
     monkeypatch.setitem(sys.modules, "av", None)
     with pytest.raises(MissingExtraError, match=r"'mobilevlm-edge\[video\]'"):
-        sample_frames(tmp_path / "a.mp4")
+        open_video(tmp_path / "a.mp4")
 
 
 def test_run_gives_the_model_a_videos_frames_as_pictures(
@@ -74,7 +80,7 @@ def test_run_gives_the_model_a_videos_frames_as_pictures(
     main([*given, "--video", str(video), "--frames", "3"])
     frames = json.loads(capsys.readouterr().out)
     paths = []
-    for index, image in enumerate(sample_frames(video, 3)):
+    for index, image in enumerate(decode_frames(open_video(video, 3))):
         image.save(tmp_path / f"{index}.png")
         paths += ["--image", str(tmp_path / f"{index}.png")]
     main([*given, *paths])
@@ -83,3 +89,63 @@ def test_run_gives_the_model_a_videos_frames_as_pictures(
     assert frames["visual_tokens"] == 3 * 9
     message = refusal(capsys, *given, "--video", tmp_path / "none.mp4")
     assert "no such video file" in message
+
+
+def test_a_video_with_more_frames_than_fit_says_how_many_would(
+    bundle_of: BundleOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = bundle_of("vila", "fp32")
+    video = write_video(tmp_path / "a.mp4", 256)
+    prompt = "a" + " a" * 1500
+    given = ["run", bundle, "--prompt", prompt, "--max-new-tokens", "1", "--video", video]
+    message = refusal(capsys, *given, "--frames", 256)
+    found = re.search(r"(\d+) of the 256 images or frames would fit \(--frames", message)
+    assert found is not None, message
+    most = int(found[1])
+    with mobilevlm.load(bundle) as vlm:
+        vlm.check_fits(prompt, most)
+
+
+def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
+    write_video(tmp_path / "secret.ts", 5, "mpeg2video")
+    lists = {
+        "a.m3u8": f"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\n{tmp_path}/secret.ts\n"
+        "#EXT-X-ENDLIST\n",
+        "a.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.ts\n#EXT-X-ENDLIST\n",
+        "a.txt": f"ffconcat version 1.0\nfile {tmp_path}/secret.ts\n",
+        "a.sdp": "v=0\no=- 0 0 IN IP4 127.0.0.1\nm=video 9 RTP/AVP 96\n",
+    }
+    for name, text in lists.items():
+        path = tmp_path / name
+        path.write_text(text)
+        with pytest.raises(ImageError, match="not a video") as caught:
+            list(decode_frames(open_video(path)))
+        assert str(path) in str(caught.value)
+
+
+def test_a_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.mp4")
+    with pytest.raises(ImageError, match="not a regular file"):
+        open_video(tmp_path / "a.mp4")
+
+
+def test_frames_beyond_the_memory_that_is_left_are_refused_before_they_are_decoded(
+    tmp_path: Path,
+) -> None:
+    video = open_video(write_video(tmp_path / "a.mp4", 3))
+    with pytest.raises(ImageError, match=r"frames of 64 × 48 pixels takes .* are left \(a test\)"):
+        next(decode_frames(video, lambda needed: Room(50e3, "a test")))
+
+
+def test_damaged_videos_give_frames_or_one_line(tmp_path: Path) -> None:
+    generator = random.Random(0)
+    for name, kind in (("a.mp4", "mpeg4"), ("a.mkv", "mpeg4"), ("a.avi", "mjpeg")):
+        whole = write_video(tmp_path / name, 12, kind).read_bytes()
+        for _ in range(60):
+            (tmp_path / name).write_bytes(mutate_bytes(generator, whole))
+            try:
+                found = list(decode_frames(open_video(tmp_path / name)))
+            except ImageError as error:
+                assert len(str(error).splitlines()) == 1
+            else:
+                assert 0 < len(found) <= 8

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO, TypeAlias
 
+from mobilevlm.terminal import plain
+
 
 @dataclass(frozen=True)
 class Column:
@@ -58,7 +60,11 @@ def show(table: Table, file: TextIO | None = None) -> None:
 
 
 def _text(cell: Cell) -> str:
-    return cell.text if isinstance(cell, Styled) else cell
+    return plain(cell.text if isinstance(cell, Styled) else cell)
+
+
+def _title(table: Table) -> str:
+    return "\n".join(map(plain, table.title.splitlines()))
 
 
 def _lines(table: Table) -> list[str]:
@@ -68,7 +74,7 @@ def _lines(table: Table) -> list[str]:
     if not any(cells[0]):
         cells = cells[1:]
     widths = [max(len(row[index]) for row in cells) for index in range(len(table.columns))]
-    lines = [table.title] if table.title else []
+    lines = [_title(table)] if table.title else []
     for row in cells:
         aligned = [
             text.rjust(width) if column.right else text.ljust(width)
@@ -87,7 +93,7 @@ def _draw(table: Table, file: TextIO) -> None:
     console = Console(file=file)
     titled = any(column.title for column in table.columns)
     drawing = Drawing(
-        title=Text(table.title) if table.title else None,
+        title=Text(_title(table)) if table.title else None,
         box=box.SIMPLE_HEAD if titled else None,
         show_header=titled,
         pad_edge=False,

@@ -9,6 +9,7 @@ import click
 
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import base_option, engine_option
+from mobilevlm.terminal import plain
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Bundle
@@ -107,26 +108,26 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         table.add(artifact.stage, artifact.path, precision, bits, f"{size / 1e6:.1f}")
     show(table)
     total = sum(entry.size for entry in manifest.files.values())
-    print(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all")
+    print(plain(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all"))
     for artifact in manifest.artifacts:
         worst = artifact.largest_weight_error
         if worst is not None:
-            print(f"largest weight error of {artifact.stage}: "
-                  f"{worst.relative_error:.2%}, {worst.tensor}")  # fmt: skip
+            print(plain(f"largest weight error of {artifact.stage}: "
+                        f"{worst.relative_error:.2%}, {worst.tensor}"))  # fmt: skip
     for artifact in manifest.artifacts:
         if artifact.bytes_per_token is not None:
             read = artifact.bytes_per_token / 1e6
-            print(f"a token reads {read:.1f} MB of weights in {artifact.path}")
+            print(plain(f"a token reads {read:.1f} MB of weights in {artifact.path}"))
     if manifest.recipe.get("kv_cache", "fp32") != "fp32":
-        print(f"keys and values are {manifest.recipe['kv_cache']}")
+        print(plain(f"keys and values are {manifest.recipe['kv_cache']}"))
     for engine, settings in _memory(bundle).items():
         peaks = ", ".join(f"{peak:.0f} MB ({name})" for name, peak in settings.items())
-        print(f"engine {engine} takes {peaks}")
+        print(plain(f"engine {engine} takes {peaks}"))
     if not manifest.quality.measured:
-        print(f"quality not measured: {manifest.quality.note}")
+        print(plain(f"quality not measured: {manifest.quality.note}"))
         return
     if manifest.quality.note:
-        print(f"not measured: {manifest.quality.note}")
+        print(plain(f"not measured: {manifest.quality.note}"))
     quality = Table((Column("stage", True), Column("figure", True), Column("value", True, True)))
     for name, measured in manifest.quality.stages.items():
         for figure, value in measured.figures.items():
@@ -202,7 +203,7 @@ def _show_gguf(path: Path, as_json: bool) -> None:
     if spec is not None:
         print("decoder  " + ", ".join(f"{key} {value}" for key, value in spec.items()))
     if obstacle:
-        print(f"cannot be run or exported: {_printable(obstacle)}")
+        print(plain(f"cannot be run or exported: {_printable(obstacle)}"))
 
 
 def _short(value: Any) -> Any:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from conftest import BundleOf
 
 import mobilevlm.cli
 from mobilevlm import progress
+from mobilevlm.bundle import read_manifest, write_manifest
 from mobilevlm.errors import PlanWarning
 from mobilevlm.terminal import plain, plain_answer
 
@@ -68,3 +73,28 @@ def test_json_escapes_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) 
     assert json.loads(printed) == {"name": HOSTILE}
     assert not any((ord(letter) < 32 and letter != "\n") or 127 <= ord(letter) < 160
                    for letter in printed)  # fmt: skip
+
+
+def test_tables_show_neither_control_characters_nor_markup() -> None:
+    from mobilevlm.tables import Column, Table, show
+
+    for stream in (Terminal(), io.StringIO()):
+        table = Table((Column("name", whole=True), Column("value")), title="[/bold]\x1b[2J")
+        table.add("[/bold]", HOSTILE)
+        show(table, stream)
+        printed = stream.getvalue()
+        assert "[/bold]" in printed and "\x1b[2J" not in printed and "\x9b" not in printed
+        assert "\x1b[31m" not in printed and "\x07" not in printed
+
+
+def test_a_model_whose_name_is_markup_is_inspected(
+    bundle_of: BundleOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(bundle_of("tiny", "fp32"), bundle)
+    manifest, _ = read_manifest(bundle)
+    spec = replace(manifest.spec, name="[/bold]\x1b[31m")
+    write_manifest(bundle, replace(manifest, spec=spec))
+    mobilevlm.cli.main(["inspect", str(bundle)])
+    printed = capsys.readouterr().out
+    assert "[/bold]\ufffd[31m" in printed and "\x1b" not in printed

@@ -49,10 +49,10 @@ def mutate_json(random: random.Random, data: Any, changes: int | None = None) ->
     for _ in range(random.choice((1, 1, 1, 2, 5)) if changes is None else changes):
         holder, key = random.choice(places(data)) if places(data) else (None, None)
         if holder is None:
-            return random.choice(VALUES)
+            return copy.deepcopy(random.choice(VALUES))
         kind = random.randrange(8)
         if kind < 4:
-            holder[key] = random.choice(VALUES)
+            holder[key] = copy.deepcopy(random.choice(VALUES))
         elif kind == 4:
             del holder[key]
         elif kind == 5 and isinstance(holder[key], int | float):

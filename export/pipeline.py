@@ -149,9 +149,9 @@ def export(
     chosen = expand_layers(in_stored_blocks(chosen, model), model.spec)
     jobs = [job for form in formats for job in JOBS[form](model, chosen)]
     _check_vision(model, jobs)
-    for note in model.weights.notes:
-        progress.say(note)
     with open_workspace(place) as work:
+        for note in model.weights.notes:
+            progress.say(note)
         artifacts = tuple(_make(job, work) for job in jobs)
         save_tokenizer(model.tokenizer, work.path(TOKENIZER))
         if model.instruction_tokenizer is not None:

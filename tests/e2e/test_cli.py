@@ -111,7 +111,7 @@ def test_a_picture_may_come_from_standard_input(bundle: Path) -> None:
     assert piped["token_ids"] == named["token_ids"] != other["token_ids"]
     nothing = run_program("run", bundle, *question, "--image", "-")
     assert nothing.returncode == 2 and nothing.stderr.count("\n") == 1
-    assert "not a picture" in nothing.stderr
+    assert "not an image" in nothing.stderr
 
 
 def test_two_pictures_are_seen_in_their_order(bundle: Path) -> None:

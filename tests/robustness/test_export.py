@@ -449,10 +449,10 @@ PICTURE = fixture_named("llava_v1").image
         (["--prompt", "<image><image>", "--image", PICTURE], "holds 2 <image> but 1 images"),
         (["--prompt", "<image>", *["--image", PICTURE] * 2], "holds 1 <image> but 2 images"),
         (["--prompt", "a", "--raw", "--image", PICTURE], "holds 0 <image> but 1 images"),
-        (["--prompt", "a", "--image", "none.png"], "none.png: no such picture file"),
-        (["--prompt", "a", "--image", "."], ".: no such picture file"),
-        (["--prompt", "a", "--image", ""], "no such picture file"),
-        (["--prompt", "a", "--image", __file__], "not a picture in a format that Pillow reads"),
+        (["--prompt", "a", "--image", "none.png"], "none.png: no such image file"),
+        (["--prompt", "a", "--image", "."], ".: not a regular file"),
+        (["--prompt", "a", "--image", ""], "not a regular file"),
+        (["--prompt", "a", "--image", __file__], "not an image in a format that is read"),
         (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0, expected 0 or more"),
         (["--prompt", "a", "--top-p", "0"], "top_p is 0.0, expected above 0, at most 1"),
         (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens is 0, expected 1 or more"),
@@ -470,7 +470,7 @@ def test_a_corrupt_picture_is_named(bundle: Path, tmp_path: Path, capsys: Captur
     picture = tmp_path / "cut.png"
     picture.write_bytes(PICTURE.read_bytes()[:2000])
     message = refusal(capsys, "run", bundle, "--prompt", "a", "--image", picture)
-    assert f"{picture}: damaged picture" in message
+    assert f"{picture}: damaged PNG image" in message
 
 
 @pytest.mark.parametrize("size", [(1, 1), (8000, 6000), (1, 3000)], ids=str)

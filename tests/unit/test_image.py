@@ -235,7 +235,7 @@ def test_an_array_of_another_kind_is_refused(array: NDArray[Any]) -> None:
         open_image(array)
 
 
-# What is not a picture.
+# What is not an image.
 
 
 def message_of(source: Any) -> str:

@@ -195,7 +195,7 @@ def test_a_jsonl_file_names_its_pictures_from_its_own_folder(tmp_path: Path) -> 
         ({"prompt": 3}, "line 2.prompt: expected str, found 3"),
         ({"prompt": "What?", "picture": "a.png"}, "line 2: key 'picture' is not known"),
         ({"prompt": "What?", "image": "a.png", "images": ["a.png"]}, "leave one of them out"),
-        ({"prompt": "What?", "image": "gone.png"}, "gone.png: no such picture file"),
+        ({"prompt": "What?", "image": "gone.png"}, "gone.png: no such image file"),
         ({"prompt": "<image> <image>", "image": "a.png"}, "holds 2 <image> but 1 images"),
         ({"prompt": " "}, "the prompt is empty"),
     ],

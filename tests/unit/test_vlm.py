@@ -150,7 +150,7 @@ def test_messages_may_be_given_in_place_of_a_question(vlm: VLM) -> None:
         ({"prompt": "\udcff", "raw": True}, "not text: give it in UTF-8"),
         ({"prompt": "<image>"}, "holds 1 <image> but 0 images were given"),
         ({"prompt": "<image>", "raw": True}, "holds 1 <image> but 0 images were given"),
-        ({"images": [b""]}, "not a picture"),
+        ({"images": [b""]}, "not an image"),
     ],
     ids=str,
 )

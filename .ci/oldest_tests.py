@@ -15,10 +15,11 @@ _ABSENT = re.compile(
 )
 
 
-@pytest.hookimpl(hookwrapper=True)
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    outcome = yield
-    report = outcome.get_result()
+    """Report a test that ends for want of a package as left out."""
+    report = yield
     if report.failed and call.excinfo is not None and _ABSENT.search(call.excinfo.exconly()):
         report.outcome = "skipped"
         report.longrepr = (str(item.path), item.location[1], call.excinfo.exconly()[:200])
+    return report

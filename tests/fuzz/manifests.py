@@ -166,6 +166,8 @@ def _change_values(random: random.Random, graph: onnx.GraphProto) -> None:
 
 def _change_weights(random: random.Random, graph: onnx.GraphProto) -> None:
     """Change an initializer: its place in a file, its type or shape."""
+    if not graph.initializer:
+        return
     tensor = random.choice(graph.initializer)
     kind = random.randrange(4)
     if kind == 0 and tensor.dims:
@@ -180,6 +182,7 @@ def _change_weights(random: random.Random, graph: onnx.GraphProto) -> None:
         if tensor.data_location != TensorProto.EXTERNAL:
             tensor.data_location = TensorProto.EXTERNAL
             tensor.ClearField("raw_data")
+        if not tensor.external_data:
             for key, text in (("location", "/etc/passwd"), ("offset", "0"), ("length", "64")):
                 tensor.external_data.add(key=key, value=text)
         entry = random.choice(tensor.external_data)
@@ -192,6 +195,8 @@ def _change_weights(random: random.Random, graph: onnx.GraphProto) -> None:
 
 def _change_nodes(random: random.Random, graph: onnx.GraphProto) -> None:
     """Remove a node, rename it or an edge, or change one of its numbers."""
+    if not graph.node:
+        return
     node = random.choice(graph.node)
     kind = random.randrange(5)
     if kind == 0:

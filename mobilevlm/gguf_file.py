@@ -16,12 +16,12 @@ from typing import Any
 
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf_split import with_parts
+from mobilevlm.regular_file import LFS_POINTER, LFS_REMEDY
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 OLD_MAGICS = (b"ggml", b"lmgg", b"tjgg", b"fmgg", b"algg")
 """Of llama.cpp's formats before GGUF, in the file's order of bytes."""
-LFS_POINTER = b"version https://git-lfs"
 MAX_ENTRIES = 1 << 16
 """More metadata keys or tensors than any model has."""
 MAX_ITEMS = 1 << 21
@@ -164,10 +164,7 @@ class _Header:
 
     def _check_magic(self) -> None:
         if self._content[: len(LFS_POINTER)] == LFS_POINTER:
-            raise BundleError(
-                f"{self._path}: a Git LFS pointer, not the file itself: run 'git lfs pull' in its "
-                f"folder, or download the file"
-            )
+            raise BundleError(f"{self._path}: {LFS_REMEDY}")
         magic = self._bytes(4)
         if magic in OLD_MAGICS:
             raise BundleError(

@@ -18,6 +18,7 @@ from typing import IO, Any, TypeAlias
 from PIL import Image, ImageFile
 
 from mobilevlm.errors import ImageError, ImageWarning
+from mobilevlm.regular_file import LFS_POINTER
 from mobilevlm.terminal import shown
 
 FORMATS = (
@@ -37,7 +38,7 @@ _BESIDE_OTHERS = 4
 _OTHER_KINDS = (
     (b"%!", "PostScript"), (b"\xc5\xd0\xd3\xc6", "PostScript"), (b"%PDF", "PDF"),
     (b"\xd7\xcd\xc6\x9a", "WMF"), (b"<svg", "SVG"), (b"<?xml", "XML"), (b"8BPS", "Photoshop"),
-    (b"version https://git-lfs", "a Git LFS pointer (git lfs pull brings the image)"),
+    (LFS_POINTER, "a Git LFS pointer (git lfs pull brings the image)"),
 )  # fmt: skip
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _END = b"\xff\xd9"

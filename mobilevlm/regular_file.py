@@ -9,6 +9,12 @@ import os
 import stat
 from pathlib import Path
 
+LFS_POINTER = b"version https://git-lfs"
+"""Beginning of what Git LFS leaves in place of a large file."""
+LFS_REMEDY = (
+    "a Git LFS pointer, not the file itself: run 'git lfs pull' in its folder, or download the file"
+)
+
 
 class NotRegularError(OSError):
     """A FIFO, a device, a socket or a folder in place of a file."""

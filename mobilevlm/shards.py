@@ -15,12 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import CheckpointError, require
+from mobilevlm.regular_file import LFS_POINTER, LFS_REMEDY
 
 Float32 = NDArray[np.float32]
 
 FLOATS = frozenset({"f64", "f32", "f16", "bf16"})
 _TORCH_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
-_POINTER = b"version https://git-lfs.github.com/"
 _PREFIX = 8
 """Bytes of the length that a safetensors file begins with."""
 _MAX_HEADER = 100 * 10**6
@@ -52,14 +52,11 @@ def refuse_pointer(path: Path) -> None:
     be read at all."""
     try:
         with path.open("rb") as file:
-            begin = file.read(len(_POINTER))
+            begin = file.read(len(LFS_POINTER))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    if begin == _POINTER:
-        raise CheckpointError(
-            f"{path}: a pointer of Git LFS, not the file itself: run 'git lfs pull' in its folder, "
-            f"or download the file"
-        )
+    if begin == LFS_POINTER:
+        raise CheckpointError(f"{path}: {LFS_REMEDY}")
 
 
 class _SafetensorsShard:

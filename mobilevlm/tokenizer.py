@@ -25,6 +25,7 @@ from tokenizers.models import BPE
 
 from mobilevlm.checkpoint import read_json
 from mobilevlm.errors import CheckpointError, require
+from mobilevlm.shards import refuse_pointer
 from mobilevlm.tokenizer_bytes import (
     MERGES,
     VOCAB,
@@ -152,6 +153,7 @@ def parse_sentencepiece(path: Path) -> Any:
         from sentencepiece import sentencepiece_model_pb2
     except ImportError:
         raise require("sentencepiece", "export", f"reading {path}") from None
+    refuse_pointer(path)
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(path.read_bytes())

@@ -203,7 +203,7 @@ def test_an_export_says_which_tower_it_read(
 # Files that are not what they seem
 
 
-@pytest.mark.parametrize("kind", ["model.safetensors", "config.json"])
+@pytest.mark.parametrize("kind", ["model.safetensors", "config.json", "tokenizer.model"])
 def test_a_git_lfs_pointer_is_named(kind: str, copy: Copy) -> None:
     (copy.checkpoint / kind).write_bytes(POINTER)
     message_of(copy.open, str(copy.checkpoint / kind), "Git LFS", "git lfs pull")

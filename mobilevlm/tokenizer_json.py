@@ -75,6 +75,7 @@ def open_tokenizer_json(source: Path | str, place: str, kind: type[MobileVLMErro
         if size > LARGEST:
             raise kind(f"{place}: a tokenizer of {size} bytes, more than {LARGEST}: not a model's")
         text = source.read_text(encoding="utf-8") if isinstance(source, Path) else source
+        _refuse(_merges_problem(text), place, kind)
         for state in _normalizers(text):  # before the library uses it for the added tokens
             _refuse(_precompiled_problem(state) or _problem({"normalizer": state}), place, kind)
         tokenizer = Tokenizer.from_str(text)
@@ -94,10 +95,36 @@ def _refuse(problem: str, place: str, kind: type[MobileVLMError]) -> None:
         raise kind(f"{place}: its {problem}: no published tokenizer does, use another file")
 
 
+_ESCAPED = re.compile(r"\\u00[4-7]")
+"""A letter or "_" that is written by its number, as a key may be."""
+_KEY = "continuing_subword_prefix"
+_PREFIX = re.compile(rf'"{_KEY}"\s*:\s*(?!null\b|""|\s)')
+
+
+def _merges_problem(text: str) -> str:
+    """Return whether merges have a prefix for what continues a word.
+
+    The library cuts off its number of bytes from what each merge joins, unchecked: the rest may be
+    no text, and the process aborts.
+    """
+    if not _PREFIX.search(text) and not _ESCAPED.search(text):
+        return ""
+    found = []
+
+    def note(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        # all pairs, as the library reads each of several of one name
+        prefixes = [value for name, value in pairs if name == _KEY and isinstance(value, str)]
+        found.append(any(prefixes) and any(name == "merges" for name, _ in pairs))
+        return dict(pairs)
+
+    json.loads(text, object_pairs_hook=note)
+    return "merges have a continuing_subword_prefix" if any(found) else ""
+
+
 def _normalizers(text: str) -> list[Any]:
     """Return every normalizer that a tokenizer.json may have, without reading its vocabulary."""
     places = [match.end() for match in re.finditer(r'"normalizer"\s*:\s*(?=[{\[])', text)]
-    if len(places) > 4 or re.search(r"\\u00[4-7]", text):  # or a name that is written otherwise
+    if len(places) > 4 or _ESCAPED.search(text):
         data = json.loads(text)
         return [data.get("normalizer")] if isinstance(data, dict) else []
     return [json.JSONDecoder().raw_decode(text, place)[0] for place in places]
@@ -157,6 +184,10 @@ def _growth(step: dict[str, Any]) -> int:
     kind = step.get("type")
     if kind == "ByteLevel":
         return 2
+    if kind == "CTC":  # a space goes between all characters where nothing marks the words
+        return 3 if step.get("cleanup") and not step.get("word_delimiter_token") else 1
+    if kind == "BPEDecoder":
+        return 1 if step.get("suffix") else 3
     if kind == "Precompiled":
         return -(-_longest_replacement(step) // 3)
     if kind != "Replace":

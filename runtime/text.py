@@ -50,7 +50,7 @@ class Detokenizer:
         if self._byte_level:
             return self._bytes.decode(token_bytes(piece))
         first, self._begun = not self._begun, True
-        if piece[0] == "<" and (match := _BYTE.fullmatch(piece)):
+        if piece.startswith("<") and (match := _BYTE.fullmatch(piece)):
             self._unfinished = True
             return self._bytes.decode(bytes([int(match[1], 16)]))
         text = self._first(token) if first else piece.replace(SPACE, " ")

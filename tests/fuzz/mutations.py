@@ -43,28 +43,37 @@ def mutate_bytes(random: random.Random, content: bytes) -> bytes:
 
 def mutate_json(random: random.Random, data: Any, changes: int | None = None) -> Any:
     """Return a copy of JSON data in which a few places are changed, removed or added."""
-    import copy
-
-    data = copy.deepcopy(data)
+    data = copied(data)
     for _ in range(random.choice((1, 1, 1, 2, 5)) if changes is None else changes):
-        holder, key = random.choice(places(data)) if places(data) else (None, None)
-        if holder is None:
-            return copy.deepcopy(random.choice(VALUES))
+        found = places(data)
+        if not found:
+            return copied(random.choice(VALUES))
+        holder, key = random.choice(found)
         kind = random.randrange(8)
         if kind < 4:
-            holder[key] = copy.deepcopy(random.choice(VALUES))
+            holder[key] = copied(random.choice(VALUES))
         elif kind == 4:
             del holder[key]
         elif kind == 5 and isinstance(holder[key], int | float):
             holder[key] = random.choice((holder[key] + 1, -holder[key], holder[key] * 1000))
         elif kind == 6:
-            other, place = random.choice(places(data))
-            holder[key] = copy.deepcopy(other[place])
+            other, place = random.choice(found)
+            holder[key] = copied(other[place])
         elif isinstance(holder, dict):
             holder[random.choice(("unknown", key + "x" if isinstance(key, str) else "x"))] = 1
         else:
-            holder.insert(key, copy.deepcopy(holder[key]))
+            holder.insert(key, copied(holder[key]))
     return data
+
+
+def copied(data: Any) -> Any:
+    """Return a copy of JSON data, in which no two places share a list or an object.
+
+    Else a change would be made in each of them, and a copy of all into all would grow without end.
+    """
+    if isinstance(data, dict):
+        return {key: copied(value) for key, value in data.items()}
+    return [copied(value) for value in data] if isinstance(data, list) else data
 
 
 def places(data: Any) -> list[tuple[Any, Any]]:

@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from random import Random
 
 from fuzz.harness import Fuzzer, case_random, find_fuzzer
 from mobilevlm.errors import MobileVLMError
@@ -28,8 +29,16 @@ def main(name: str, seed: int, first: int, last: int, folder: Path) -> None:
         scratch = folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        case = fuzzer.mutate(folder / "base", case_random(seed, number), scratch)
-        print(outcome_of(fuzzer, case), file=report)
+        print(run_case(fuzzer, folder / "base", case_random(seed, number), scratch), file=report)
+
+
+def run_case(fuzzer: Fuzzer, base: Path, random: Random, scratch: Path) -> str:
+    """Make one case and return what became of it in one line."""
+    try:
+        case = fuzzer.mutate(base, random, scratch)
+    except Exception as error:  # the fuzzer's own fault: not a signal, which it would look like
+        return "raw no case was made: " + _line(error)
+    return outcome_of(fuzzer, case)
 
 
 def outcome_of(fuzzer: Fuzzer, case: object) -> str:
@@ -44,9 +53,13 @@ def outcome_of(fuzzer: Fuzzer, case: object) -> str:
     except MemoryError:
         outcome = "raw MemoryError"
     except BaseException as error:
-        outcome = "raw " + " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        outcome = "raw " + _line(error)
     added = _status("VmHWM") - before
     return f"memory {added}" if added > fuzzer.memory else outcome
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _reset_peak() -> int:

@@ -17,6 +17,7 @@ import mobilevlm
 from mobilevlm.bundle import TOKENIZER, read_manifest, write_manifest
 from mobilevlm.conversation import tokenize
 from mobilevlm.errors import CheckpointError, MobileVLMError, PromptError
+from mobilevlm.runtime.text import Detokenizer
 from mobilevlm.tokenizer import read_tokenizer
 from mobilevlm.tokenizer_bytes import _PATTERN
 from mobilevlm.tokenizer_json import _is_simple, foreign
@@ -119,6 +120,62 @@ def test_a_normalizer_that_explodes_while_added_tokens_are_read_is_refused(tmp_p
 )  # fmt: skip
 def test_what_makes_the_library_panic_is_one_line(part: str, state: Any, tmp_path: Path) -> None:
     assert "tokenizer.json" in refused(changed(tmp_path, **{part: state}))
+
+
+BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "é": 2, "ab": 3, "aé": 4},
+       "merges": [["a", "b"], ["a", "é"]]}  # fmt: skip
+
+
+@pytest.mark.parametrize("prefix", ["#", "\0", "##", "é"])
+def test_merges_that_continue_a_word_by_a_prefix_are_refused(prefix: str, tmp_path: Path) -> None:
+    """The library cuts the prefix's bytes off the merge's second half and aborts the process."""
+    parts = {"added_tokens": [], "post_processor": None}
+    model = {**BPE, "continuing_subword_prefix": prefix}
+    assert "continuing_subword_prefix" in refused(changed(tmp_path, model=model, **parts))
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"continuing_sub', '"\\u0063ontinuing_sub'))
+    assert "continuing_subword_prefix" in refused(tmp_path)
+    twice = json.dumps({**BPE, "continuing_subword_prefix": prefix})
+    state = json.dumps({**json.loads(path.read_text()), "model": BPE})
+    path.write_text(f'{{"model": {twice}, {state[1:]}')
+    assert "continuing_subword_prefix" in refused(tmp_path)
+
+
+@pytest.mark.parametrize("prefix", ["", None])
+def test_merges_without_a_prefix_are_read(prefix: str | None, tmp_path: Path) -> None:
+    model = {**BPE, "continuing_subword_prefix": prefix}
+    parts = {"added_tokens": [], "post_processor": None, "normalizer": None}
+    assert tokenize(read_tokenizer(changed(tmp_path, model=model, **parts)), "abaé") == [3, 4]
+
+
+def test_word_pieces_with_a_prefix_are_read(tmp_path: Path) -> None:
+    model = {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
+             "max_input_chars_per_word": 100,
+             "vocab": {"a": 0, "##b": 1, "merges": 2, "continuing_subword_prefix": 3}}  # fmt: skip
+    parts = {"added_tokens": [], "post_processor": None, "normalizer": None}
+    assert tokenize(read_tokenizer(changed(tmp_path, model=model, **parts)), "ab") == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"type": "CTC", "pad_token": "a", "word_delimiter_token": "", "cleanup": True},
+        {"type": "BPEDecoder", "suffix": ""},
+        {"type": "Replace", "pattern": {"String": ""}, "content": "aaa"},
+    ],
+    ids=lambda step: str(step["type"]),
+)
+def test_a_decoder_that_makes_answers_explode_is_refused(step: Any, tmp_path: Path) -> None:
+    """A space goes between all characters, once a step."""
+    decoder = {"type": "Sequence", "decoders": [step] * 20}
+    assert "decoder makes texts more than" in refused(changed(tmp_path, decoder=decoder))
+
+
+def test_an_empty_token_of_an_answer_is_no_text(tmp_path: Path) -> None:
+    model = {**BPE, "vocab": {**BPE["vocab"], "": 5}}  # type: ignore[dict-item]
+    parts = {"added_tokens": [], "post_processor": None, "normalizer": None, "decoder": None}
+    answer = Detokenizer(read_tokenizer(changed(tmp_path, model=model, **parts)))
+    assert [answer.add(token) for token in (0, 5, 1)] == ["a", "", "b"]
 
 
 def test_a_panic_is_one_line_and_an_interrupt_stays_one() -> None:

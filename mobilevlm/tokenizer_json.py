@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
+from tokenizers.models import Unigram, WordPiece
 
 from mobilevlm.errors import MobileVLMError, PromptError
 from mobilevlm.terminal import plain
@@ -27,6 +28,10 @@ GROWTH = 256
 STEPS = 32
 PREFIX = 64
 """Most characters, or ids, that a tokenizer adds to a text."""
+WORD = 400
+"""Most characters of a word that are looked up piece by piece, and of a piece where all that a text
+may begin with are looked up: the time grows with their cube and their number. Published word pieces
+have 100 or 200, published pieces tens."""
 _PATTERN_LENGTH = 4000
 _REPEATS = 2
 """Most unbounded repetitions in one alternative of a regular expression; published ones have two.
@@ -85,7 +90,7 @@ def open_tokenizer_json(source: Path | str, place: str, kind: type[MobileVLMErro
             name: _state(getattr(tokenizer, name))
             for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder")
         }
-        _refuse(_added_problem(tokenizer), place, kind)
+        _refuse(_added_problem(tokenizer) or _model_problem(tokenizer), place, kind)
     _refuse(_problem(parts) or _template_problem(parts["post_processor"]), place, kind)
     return tokenizer
 
@@ -163,6 +168,21 @@ def _added_problem(tokenizer: Tokenizer) -> str:
             text = tokenizer.normalizer.normalize_str(text)
         if not text:
             return f"added token {token.content!r:.60} is empty"
+    return ""
+
+
+def _model_problem(tokenizer: Tokenizer) -> str:
+    """Return whether splitting a long word would take minutes."""
+    model = tokenizer.model
+    for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+        if len(getattr(model, name, None) or "") > PREFIX:
+            return f"model has a {name} of more than {PREFIX} characters"
+    if isinstance(model, WordPiece) and model.max_input_chars_per_word > WORD:
+        return f"model splits words of more than {WORD} characters"
+    if isinstance(model, Unigram):
+        longest = max(map(len, tokenizer.get_vocab(with_added_tokens=False)), default=0)
+        if longest > WORD:
+            return f"model has a piece of {longest} characters, more than {WORD}"
     return ""
 
 

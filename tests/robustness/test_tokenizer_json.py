@@ -124,6 +124,9 @@ def test_what_makes_the_library_panic_is_one_line(part: str, state: Any, tmp_pat
 
 BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "é": 2, "ab": 3, "aé": 4},
        "merges": [["a", "b"], ["a", "é"]]}  # fmt: skip
+WORD_PIECE = {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
+              "max_input_chars_per_word": 100, "vocab": {"a": 0, "##b": 1}}  # fmt: skip
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "byte_fallback": False}
 
 
 @pytest.mark.parametrize("prefix", ["#", "\0", "##", "é"])
@@ -149,9 +152,8 @@ def test_merges_without_a_prefix_are_read(prefix: str | None, tmp_path: Path) ->
 
 
 def test_word_pieces_with_a_prefix_are_read(tmp_path: Path) -> None:
-    model = {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
-             "max_input_chars_per_word": 100,
-             "vocab": {"a": 0, "##b": 1, "merges": 2, "continuing_subword_prefix": 3}}  # fmt: skip
+    vocabulary = {"a": 0, "##b": 1, "merges": 2, "continuing_subword_prefix": 3}
+    model = {**WORD_PIECE, "vocab": vocabulary}
     parts = {"added_tokens": [], "post_processor": None, "normalizer": None}
     assert tokenize(read_tokenizer(changed(tmp_path, model=model, **parts)), "ab") == [0, 1]
 
@@ -169,6 +171,41 @@ def test_a_decoder_that_makes_answers_explode_is_refused(step: Any, tmp_path: Pa
     """A space goes between all characters, once a step."""
     decoder = {"type": "Sequence", "decoders": [step] * 20}
     assert "decoder makes texts more than" in refused(changed(tmp_path, decoder=decoder))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ({**WORD_PIECE, "max_input_chars_per_word": 2**40}, "words of more than 400 characters"),
+        ({**WORD_PIECE, "continuing_subword_prefix": "#" * 10**6}, "continuing_subword_prefix"),
+        ({**BPE, "end_of_word_suffix": "#" * 10**6}, "end_of_word_suffix"),
+        ({**UNIGRAM, "vocab": [["a" * length, -1.0] for length in range(1, 500)]},
+         "piece of 499 characters"),
+    ],
+    ids=["long words", "long prefix", "long suffix", "long pieces"],
+)  # fmt: skip
+def test_a_model_that_splits_long_words_for_minutes_is_refused(
+    model: Any, said: str, tmp_path: Path
+) -> None:
+    folder = changed(tmp_path, model=model, added_tokens=[], post_processor=None)
+    assert said in refused(folder)
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        {**WORD_PIECE, "max_input_chars_per_word": 400},
+        {**UNIGRAM, "vocab": [["a" * length, -1.0] for length in range(1, 401)]},
+    ],
+    ids=["words", "pieces"],
+)
+def test_the_longest_words_that_are_split_take_seconds(model: Any, tmp_path: Path) -> None:
+    parts = {"added_tokens": [], "post_processor": None, "normalizer": None}
+    pre_tokenizer = {"type": "WhitespaceSplit"}
+    folder = changed(tmp_path, model=model, pre_tokenizer=pre_tokenizer, **parts)
+    start = time.process_time()
+    tokenize(read_tokenizer(folder), ("a" * 400 + " ") * 50)
+    assert time.process_time() - start < 5
 
 
 def test_an_empty_token_of_an_answer_is_no_text(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any, TypeAlias
 from PIL import Image, ImageFile
 
 from mobilevlm.errors import ImageError, ImageWarning
-from mobilevlm.regular_file import LFS_POINTER
+from mobilevlm.regular_file import LFS_POINTER, LFS_REMEDY
 from mobilevlm.terminal import shown
 
 FORMATS = (
@@ -38,7 +38,6 @@ _BESIDE_OTHERS = 4
 _OTHER_KINDS = (
     (b"%!", "PostScript"), (b"\xc5\xd0\xd3\xc6", "PostScript"), (b"%PDF", "PDF"),
     (b"\xd7\xcd\xc6\x9a", "WMF"), (b"<svg", "SVG"), (b"<?xml", "XML"), (b"8BPS", "Photoshop"),
-    (LFS_POINTER, "a Git LFS pointer (git lfs pull brings the image)"),
 )  # fmt: skip
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 _END = b"\xff\xd9"
@@ -157,6 +156,8 @@ def _accepted(accept: Any, start: bytes, kind: str, name: str) -> bool:
 
 def _check_kind(start: bytes, name: str) -> None:
     """Raise for known files that are not images of pixels, or need another package."""
+    if start.startswith(LFS_POINTER):
+        raise ImageError(f"{name}: {LFS_REMEDY}")
     for prefix, kind in _OTHER_KINDS:
         if start.startswith(prefix):
             raise ImageError(f"{name}: {kind} is not a raster image: convert it to PNG first")

@@ -166,10 +166,19 @@ def _local(place: str, source: str) -> str:
     return source
 
 
+def check_images(images: object) -> None:
+    """Raise PromptError unless ``images`` is a list of images; a single one is not."""
+    single = (str, bytes, bytearray, memoryview, PathLike)
+    if isinstance(images, single) or not isinstance(images, Sequence):
+        raise PromptError(
+            f"images: expected a list of images, found {type(images).__name__}: put a single one "
+            f"into a list, leave the argument out for none"
+        )
+
+
 def _placed(sources: list[ImageInput | None], images: Sequence[ImageInput]) -> list[ImageInput]:
     """Return all images in the order of the prompt."""
-    if isinstance(images, (str, bytes, PathLike)) or not isinstance(images, Sequence):
-        raise PromptError("images: expected a list of images, found a single one")
+    check_images(images)
     bare = sum(source is None for source in sources)
     if bare != len(images):
         raise PromptError(

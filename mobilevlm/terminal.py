@@ -1,7 +1,9 @@
-"""Text from files and models on its way to a terminal, which obeys control characters."""
+"""Text from files and models on its way to a terminal, which obeys control characters; and what a
+person typed there."""
 
 from __future__ import annotations
 
+import os
 from typing import TextIO
 
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
@@ -10,6 +12,19 @@ _DIRECTIONS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A), 0x2028, 0x2029)
 """Change the order in which a line is shown, or begin a new one."""
 _SHOWN = {**dict.fromkeys((*_CONTROLS, *_DIRECTIONS), "\ufffd"), 9: " ", 10: " "}
 _ANSWER = {code: None for code in _CONTROLS if chr(code) not in "\n\t"}
+
+
+def typed(text: str) -> str:
+    """Return what a person typed in UTF-8, also where Python takes the bytes for those of another
+    encoding (``LC_ALL=C`` without its UTF-8 mode). Bytes that are no UTF-8 stay as they are."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode("utf-8")
+        except UnicodeError:
+            return text
+    return text
 
 
 def plain(text: object) -> str:

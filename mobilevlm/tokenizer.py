@@ -82,6 +82,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _from_json(path: Path) -> Tokenizer:
+    refuse_pointer(path)
     return open_tokenizer_json(path, str(path), CheckpointError)
 
 

@@ -17,6 +17,7 @@ from tokenizers.models import BPE
 
 from mobilevlm.checkpoint import read_json
 from mobilevlm.errors import CheckpointError
+from mobilevlm.shards import refuse_pointer
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
 
@@ -163,6 +164,7 @@ def _added(folder: Path, settings: dict[str, Any]) -> list[tuple[int, AddedToken
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
+    refuse_pointer(path)
     ranks: dict[bytes, int] = {}
     try:
         for line in path.read_bytes().splitlines():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import fields, replace
+from os import PathLike
 from typing import Any
 
 from mobilevlm.errors import MobileVLMError, PlanWarning
@@ -15,6 +16,7 @@ MOST_TEXT = 80
 
 
 def check_settings(
+    bundle: object,
     engine: object,
     threads: object,
     plan: object,
@@ -27,6 +29,8 @@ def check_settings(
     Raises:
         MobileVLMError: names the first of them.
     """
+    if not isinstance(bundle, (str, PathLike)):
+        raise MobileVLMError(f"bundle is {_shown(bundle)}, expected a path or a built-in name")
     if not isinstance(engine, str):
         raise MobileVLMError(f"engine is {_shown(engine)}, expected a name: 'auto', 'onnx' …")
     check_engine(engine)

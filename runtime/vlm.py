@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
-from PIL import Image
 from tokenizers import Tokenizer
 
 from mobilevlm.builtin import bundle_path
@@ -25,11 +24,11 @@ from mobilevlm.conversation import (
     tokenize_instruction,
     user_message,
 )
-from mobilevlm.errors import BundleError, MobileVLMError, PromptError
+from mobilevlm.errors import BundleError, PromptError
 from mobilevlm.gguf_model import gguf_bundle
 from mobilevlm.gguf_tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, PreparedImage, Room, read_pixels
-from mobilevlm.messages import Message, check_continued, read_messages
+from mobilevlm.messages import Message, check_continued, check_images, read_messages
 from mobilevlm.plain_text import check_text, protect
 from mobilevlm.plan import DRAFTING_ENGINES, Plan, engine_for_limit
 from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
@@ -100,7 +99,7 @@ def load(
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
         ReplacedError: exports replace the bundle again and again.
     """
-    check_settings(engine, threads, plan, cache_mb, max_resident_mb, max_memory_mb)
+    check_settings(bundle, engine, threads, plan, cache_mb, max_resident_mb, max_memory_mb)
     engine = engine_for_limit(engine, max_resident_mb)
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
@@ -469,6 +468,7 @@ class VLM:
         self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
     ) -> tuple[str, Images, list[Message]]:
         """The prompt in its template, its images, and what was said."""
+        check_images(images)
         if raw:
             if not isinstance(prompt, str) or not special_tokens:
                 wrong = "messages" if special_tokens else "special_tokens=False"
@@ -599,8 +599,6 @@ class VLM:
     ) -> tuple[Prompt, list[Message]]:
         """A prompt that is ready to run, and its messages."""
         start = time.perf_counter()
-        if isinstance(images, (str, bytes, PathLike, np.ndarray, Image.Image)):
-            raise MobileVLMError("images: expected a list of pictures, found a single one")
         text, shown, said = self._read(prompt, images, raw, special_tokens)
         ids = self._text_ids(text, len(shown))
         self._check_fits(ids, len(shown))

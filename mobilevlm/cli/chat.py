@@ -17,7 +17,7 @@ from mobilevlm.cli.options import (
     show_timings,
 )
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.terminal import plain, plain_answer
+from mobilevlm.terminal import plain, plain_answer, typed
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.chat import Chat
@@ -59,7 +59,7 @@ def command(
             elif line.startswith("/"):
                 _obey(chat, line)
             elif line:
-                _answer(chat, line, sampling, timings)
+                _answer(chat, typed(line), sampling, timings)
                 _warn_of_end(chat, vlm.spec.decoder.context_length)
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from mobilevlm.plan import ENGINE_CHOICES
-from mobilevlm.terminal import plain
+from mobilevlm.terminal import plain, typed
 
 if TYPE_CHECKING:
     from mobilevlm.runtime import VLM, Generation
@@ -143,7 +143,8 @@ def sampling_options(function: F) -> F:
         click.option("--draft-tokens", type=int, metavar="N",
                      help="Tokens to guess from the text so far and to check at once; the answer "
                      "stays the same. 0: none. Default: 4 with llama.cpp and --temperature 0."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here."),
+        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here.",
+                     callback=lambda context, option, texts: tuple(map(typed, texts))),
         click.option("--seed", type=int, help="Makes drawing repeatable."),
         click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
         click.option("--min-p", type=float, default=0.0, show_default=True,

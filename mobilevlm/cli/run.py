@@ -17,7 +17,7 @@ from mobilevlm.cli.options import (
     sampling_options,
     show_timings,
 )
-from mobilevlm.terminal import plain_answer
+from mobilevlm.terminal import plain_answer, typed
 
 EXAMPLES = """\b
 Examples:
@@ -67,7 +67,7 @@ def command(
 ) -> None:
     """Ask one question about pictures and stream the answer of the model in BUNDLE."""
     pictures: list[Any] = [sys.stdin.buffer.read() if image == "-" else image for image in images]
-    clip = None
+    prompt, clip = typed(prompt), None
     if video is not None:
         from mobilevlm.runtime.video import decode_frames, open_video
 

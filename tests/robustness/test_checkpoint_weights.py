@@ -203,8 +203,13 @@ def test_an_export_says_which_tower_it_read(
 # Files that are not what they seem
 
 
-@pytest.mark.parametrize("kind", ["model.safetensors", "config.json", "tokenizer.model"])
+@pytest.mark.parametrize(
+    "kind",
+    ["model.safetensors", "config.json", "tokenizer.model", "tokenizer.json", "qwen.tiktoken"],
+)
 def test_a_git_lfs_pointer_is_named(kind: str, copy: Copy) -> None:
+    if kind in ("tokenizer.json", "qwen.tiktoken"):
+        (copy.checkpoint / "tokenizer.model").unlink()
     (copy.checkpoint / kind).write_bytes(POINTER)
     message_of(copy.open, str(copy.checkpoint / kind), "Git LFS", "git lfs pull")
 

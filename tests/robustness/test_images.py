@@ -88,6 +88,13 @@ def test_only_formats_of_the_list_are_opened(kind: str) -> None:
         assert "image" in message_of(content)
 
 
+def test_a_git_lfs_pointer_is_not_to_be_converted(tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476\n")
+    told = message_of(path)
+    assert "photo.jpg: a Git LFS pointer" in told and "PNG" not in told
+
+
 def test_heic_is_named_with_the_package_that_reads_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +330,7 @@ def test_an_image_takes_no_more_than_its_room(
     small, path = tmp_path / f"small.{kind}", tmp_path / name
     noise().save(small)
     size, exif = (3000, 2000), Image.Exif()
+    room += 4 * 56 * 3000  # rows of the resized image
     if name in ("rgb.png", "rgba.png", "grey.png"):
         path.write_bytes(png_of(*size, {"rgb": "RGB", "rgba": "RGBA", "grey": "L"}[path.stem]))
     elif name == "turned.png":

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import BundleOf, fixture_named, refusal
+from conftest import BundleOf, fixture_named, refusal, run_program
 
 import mobilevlm
 from mobilevlm.runtime import plan_file
@@ -148,6 +148,16 @@ def test_a_reader_that_goes_away_is_no_error(verb: str, pipe: str, bundle: Path)
     rest = {"run": (bundle, *QUESTION), "inspect": (bundle, "--json")}.get(verb, ())
     done = program(verb, *rest, shell=f"{pipe}; exit ${{PIPESTATUS[0]}}")
     assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+
+
+def test_text_in_utf8_is_read_where_the_locale_is_another(bundle: Path) -> None:
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    asked = ("--prompt", "Größe?", "--stop", "日", "--max-new-tokens", "2")
+    usual, found = (run_program("run", bundle, *asked, **names) for names in ({}, plain))
+    assert (found.returncode, found.stdout) == (0, usual.stdout.encode("ascii", "replace").decode())
+    talk = run_program("chat", bundle, "--max-new-tokens", 2, stdin="Größe?\n".encode(), **plain)
+    assert talk.returncode == 0 and "error" not in talk.stderr
+    assert "UTF-8" in run_program("run", bundle, "--prompt", os.fsdecode(b"\xff"), **plain).stderr
 
 
 # Folders

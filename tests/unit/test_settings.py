@@ -48,6 +48,12 @@ def test_a_setting_that_is_none_is_one_line(
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 600
 
 
+@pytest.mark.parametrize("bundle", [None, 7, b"nano", ["nano"]])
+def test_a_bundle_that_is_no_path_is_one_line(bundle: Any) -> None:
+    with pytest.raises(MobileVLMError, match=r"bundle is .*, expected a path or a built-in name"):
+        mobilevlm.load(bundle)
+
+
 def test_threads_beyond_the_processors_are_reduced_with_a_warning(bundle_of: BundleOf) -> None:
     most, bundle = default_threads(), bundle_of("tiny", "fp32")
     with (

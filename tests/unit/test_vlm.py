@@ -65,11 +65,13 @@ def test_a_picture_is_the_same_from_a_path_bytes_pillow_and_an_array(vlm: VLM) -
         IMAGE.read_bytes(),
         np.zeros((4, 4, 3), np.uint8),
         Image.new("RGB", (4, 4)),
+        None,
+        iter([IMAGE]),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_a_single_picture_in_place_of_a_list_is_refused(single: Any, vlm: VLM) -> None:
-    with pytest.raises(MobileVLMError, match="expected a list of pictures, found a single one"):
+def test_what_is_no_list_of_images_is_refused(single: Any, vlm: VLM) -> None:
+    with pytest.raises(MobileVLMError, match="images: expected a list of images, found "):
         vlm.stream("What is it?", single)
 
 

@@ -450,7 +450,13 @@ def _obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> s
 
 
 def _run_obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> str:
-    """Why these cannot be run during an export of this checkpoint; empty when they can."""
+    """Return why these cannot be run during an export of this checkpoint; empty when they can."""
+    from mobilevlm.runtime.engines.onnx import EXACT_SINCE, exact_products
+
+    eight = any((part.weight_bits, part.format) == (8, "onnx") for part in artifacts)
+    if eight and int8_weight_bits() == 7 and not exact_products():
+        version = ".".join(map(str, EXACT_SINCE))
+        return f"8-bit weights saturate on this processor before onnxruntime {version}"
     needed = MEMORY_LIBRARIES + sum(
         (RESIDENT_GGUF if artifact.format == "gguf" else RESIDENT.get(artifact.precision, 1.3))
         * work.path(name).stat().st_size

@@ -46,6 +46,8 @@ LONGEST_REASON = 200
 EXACT_PRODUCTS = {"session.x64quantprecision": "1"}
 """Settings of a session whose int8 products do not saturate on x86 without VNNI: weights become
 unsigned, and pairs are summed in 32 bits. Slower, and nothing elsewhere."""
+EXACT_SINCE = (1, 30)
+"""The first version tried that takes them; 1.24 and 1.27 end the process."""
 EMPTY_PRODUCTS = (1, 32)
 """The first version whose DynamicQuantizeMatMul gives no rows for no rows."""
 INTEGER_EXPERTS = (1, 31)
@@ -374,6 +376,11 @@ class OnnxDecoder(BufferedDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         self._session = self._prompts = self._encoder = None
         self._table = self._mapped = None
+
+
+def exact_products() -> Mapping[str, str]:
+    """Return ``EXACT_PRODUCTS`` where this version of onnxruntime has them, else nothing."""
+    return EXACT_PRODUCTS if _version() >= EXACT_SINCE else {}
 
 
 def _version() -> tuple[int, ...]:

@@ -67,6 +67,8 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
 def _check_weight_bits(bundle: Bundle, engine: str) -> None:
     """Warns where other int8 weights than those of the artifacts in use fit this machine, unless
     they are being exported for another one."""
+    from mobilevlm.runtime.engines.onnx import exact_products
+
     best = int8_weight_bits() if bundle.digest else None
     used = (bundle.artifact(*part) for part in stage_formats(bundle, engine).items())
     found = max((artifact.weight_bits or 0 for artifact in used), default=0)
@@ -74,7 +76,7 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
         return
     if found < best:
         what = "this processor takes 8-bit weights at the same speed, the bundle has 7-bit ones"
-    elif engine == "ort":
+    elif engine == "ort" or not exact_products():
         what = "8-bit weights saturate on this processor, answers may be wrong"
     else:
         what = "8-bit weights take more time on this processor, whose fastest products saturate"
@@ -140,10 +142,10 @@ def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
 def _products(*artifacts: Artifact) -> Mapping[str, str]:
     """Return the settings of sessions for artifacts whose int8 products would saturate here. Those
     of .ort files are settled when they are made."""
-    from mobilevlm.runtime.engines.onnx import EXACT_PRODUCTS
+    from mobilevlm.runtime.engines.onnx import exact_products
 
     eight = any((part.weight_bits, part.format) == (8, "onnx") for part in artifacts)
-    return EXACT_PRODUCTS if eight and int8_weight_bits() == 7 else {}
+    return exact_products() if eight and int8_weight_bits() == 7 else {}
 
 
 def _artifact_at(bundle: Bundle, path: Path) -> Artifact:

@@ -11,6 +11,7 @@ from conftest import fixture_named, refusal
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import PrecisionWarning
+from mobilevlm.runtime.engines import onnx
 
 Capture = pytest.CaptureFixture[str]
 FIXTURE = fixture_named("llava_v1")
@@ -63,3 +64,19 @@ def test_a_limit_that_is_none_is_refused_before_anything_is_made(
     options: tuple[str, ...], expected: str, tmp_path: Path, capsys: Capture
 ) -> None:
     assert expected in export(capsys, tmp_path, *options)
+
+
+def test_before_exact_products_8_bit_weights_are_not_measured_and_loading_says_that_they_saturate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """1.24 and 1.27 end the process where the setting is given."""
+    for module in ("runtime.engines.opening", "export.pipeline"):
+        monkeypatch.setattr(f"mobilevlm.{module}.int8_weight_bits", lambda: 7)
+    monkeypatch.setattr(onnx, "_version", lambda: (1, 27))
+    manifest = mobilevlm.export("nano", tmp_path / "bundle", recipe="int8", weight_bits=8)
+    assert not manifest.quality.measured
+    assert "8-bit weights saturate on this processor before onnxruntime 1.30" in (
+        manifest.quality.note
+    )
+    with pytest.warns(PrecisionWarning, match="answers may be wrong"):
+        mobilevlm.load(tmp_path / "bundle").close()

@@ -29,7 +29,7 @@ from mobilevlm.export.quantize.blocks import INT8, Scheme, dequantize, signed_co
 from mobilevlm.export.recipes import LinearFormat
 from mobilevlm.plan import Plan
 from mobilevlm.runtime import machine
-from mobilevlm.runtime.engines.onnx import EXACT_PRODUCTS
+from mobilevlm.runtime.engines.onnx import EXACT_PRODUCTS, exact_products
 from mobilevlm.runtime.engines.opening import open_engines
 
 Float32 = NDArray[np.float32]
@@ -204,6 +204,10 @@ def test_loading_warns_where_other_bits_fit_the_machine(
     assert ours == ([f"{bundle.folder}: {message}"] if message else [])
 
 
+exact = pytest.mark.skipif(not exact_products(), reason="an onnxruntime before 1.30")
+
+
+@exact
 @pytest.mark.parametrize("rows", [1, 7, 40])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_exact_products_saturate_on_no_processor(sign: int, rows: int) -> None:
@@ -213,6 +217,7 @@ def test_exact_products_saturate_on_no_processor(sign: int, rows: int) -> None:
     assert np.array_equal(found, pair_sums(a, eight, UNLIMITED))
 
 
+@exact
 @pytest.mark.parametrize("vision_weights", ["mapped", "packed"])
 def test_8_bit_weights_are_exact_on_this_processor_too(
     vision_weights: Any, tmp_path: Path, bundle_of: BundleOf

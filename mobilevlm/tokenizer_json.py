@@ -12,6 +12,7 @@ import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,13 @@ may begin with are looked up: the time grows with their cube and their number. P
 have 100 or 200, published pieces tens."""
 _PATTERN_LENGTH = 4000
 _REPEATS = 2
-"""Most unbounded repetitions in one alternative of a regular expression; published ones have two.
-Each multiplies the time by the length of a word."""
+"""Most long repetitions in one alternative of a regular expression; published ones have two, and
+nothing behind both that can fail. Each that can multiplies the time by the length of a text."""
+_ALL_REPEATS = 32
+"""Most long repetitions in all alternatives; published ones have about 12."""
+_SHORT_REPEAT = 16
+_WAYS = 256
+"""Most ways to take and leave the optional parts of an alternative; published ones have 32."""
 
 
 @contextmanager
@@ -270,12 +276,13 @@ _QUANTIFIER = re.compile(r"(?:[*+?]|\{\d*(?:,\d*)?\})[?+]?")
 
 
 def _is_simple(pattern: str) -> bool:
-    """Return whether a regular expression cannot take exponential time: no repeated group has a
-    choice or a repetition inside, and few repetitions follow each other."""
+    """Return whether a regular expression takes a time that grows with the square of a text at
+    most: no repeated group has a choice or a repetition inside, few repetitions follow each other,
+    and nothing that can fail follows those."""
     if len(pattern) > _PATTERN_LENGTH or re.search(r"\\[kg]|\(\?[<P]\w", pattern):
         return False
-    groups: list[bool] = []  # whether there is a choice or a repetition in each that is open
-    place, unbounded = 0, 0
+    groups: list[_Group] = []
+    place, unbounded, total, ways = 0, 0, 0, 1
     while place < len(pattern):
         if pattern[place] == "[":
             place, atom = _end_of_class(pattern, place), "["
@@ -283,29 +290,58 @@ def _is_simple(pattern: str) -> bool:
             match = _ATOM.match(pattern, place)
             assert match is not None
             place, atom = match.end(), match[0]
-        complex_group = False
         if atom == "|":
-            unbounded = 0 if not groups else unbounded
-            groups = [True] * len(groups)
+            if groups:
+                groups[-1].ways += 1
+            else:
+                unbounded, ways = 0, 1
+            for group in groups:
+                group.is_complex = True
             continue
         if atom.startswith("(") and not atom.endswith(")"):
-            groups.append(False)
+            groups.append(_Group())
             continue
-        if atom == ")" and groups:
-            complex_group = groups.pop()
+        closed = groups.pop() if atom == ")" and groups else _Group()
+        can_fail = closed.can_fail if atom == ")" else unbounded >= _REPEATS
+        ways *= closed.ways
         quantifier = _QUANTIFIER.match(pattern, place)
-        if quantifier is None:
-            continue
-        place = quantifier.end()
-        numbers = [int(number) for number in re.findall(r"\d+", quantifier[0])]
-        if quantifier[0][0] != "?":
-            if complex_group or max(numbers, default=0) > 1000:
+        sign = quantifier[0] if quantifier else "{1}"
+        numbers = [int(number) for number in re.findall(r"\d+", sign)]
+        if sign[0] in "?*" or sign.startswith(("{0", "{,")):
+            can_fail = False
+        if can_fail and not groups:
+            return False
+        if can_fail:
+            groups[-1].can_fail = True
+        if quantifier is not None:
+            place = quantifier.end()
+            if sign[0] == "?":
+                ways *= 2
+            elif closed.is_complex or max(numbers, default=0) > 1000:
                 return False
-            unbounded += quantifier[0][0] in "*+" or ",}" in quantifier[0]
-            groups = [True] * len(groups)
-        if unbounded > _REPEATS or _QUANTIFIER.match(pattern, place):
+            elif sign[0] in "*+" or ",}" in sign or max(numbers, default=0) > _SHORT_REPEAT:
+                unbounded, total = unbounded + 1, total + 1
+            elif "," in sign:
+                ways *= 1 + numbers[-1] - (numbers[0] if len(numbers) > 1 else 0)
+            for group in groups if sign[0] != "?" else []:
+                group.is_complex = True
+        if unbounded > _REPEATS or total > _ALL_REPEATS or ways > _WAYS:
+            return False
+        if quantifier is not None and _QUANTIFIER.match(pattern, place):
             return False
     return True
+
+
+@dataclass
+class _Group:
+    """A group of a regular expression that is read."""
+
+    is_complex: bool = False
+    """It has a choice or a repetition inside."""
+    can_fail: bool = False
+    """It has a part that must be there, behind as many repetitions as there may be."""
+    ways: int = 1
+    """Number of its alternatives."""
 
 
 def _end_of_class(pattern: str, place: int) -> int:

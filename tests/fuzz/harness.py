@@ -142,20 +142,26 @@ def _run_worker(
     number, last = span
     command = [sys.executable, "-m", "fuzz.worker", name, str(figures.seed), str(number), str(last)]
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    worker = subprocess.Popen(
-        [*command, str(folder)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
-        start_new_session=True,
-    )
+    errors = folder / "errors.txt"
+    errors.unlink(missing_ok=True)
+    with errors.open("ab") as stderr:  # which the worker empties before each case
+        worker = subprocess.Popen(
+            [*command, str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
+            start_new_session=True,
+        )
     assert worker.stdout is not None
     try:
         while number < last and (end is None or time.monotonic() < end):
             line = _next_line(worker, worker.stdout, fuzzer.seconds)
             if line == "ready":
                 continue
+            if line.startswith("signals exit"):  # Python ended by itself, and said why
+                said = errors.read_text(errors="replace").strip().splitlines()[-1:]
+                line = ": ".join([line, *said])[:300]
             figures.note(number, line or "signals before a case")
             number += 1
             if line.startswith(("signals", "hangs", "memory over")):

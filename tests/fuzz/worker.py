@@ -29,6 +29,7 @@ def main(name: str, seed: int, first: int, last: int, folder: Path) -> None:
         scratch = folder / "scratch"
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
+        os.ftruncate(2, 0)
         print(run_case(fuzzer, folder / "base", case_random(seed, number), scratch), file=report)
 
 

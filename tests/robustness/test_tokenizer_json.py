@@ -274,7 +274,14 @@ PUBLISHED = [
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
     r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]*[\p{Ll}\p{M}]+(?i:'s|'t|'re)?|\p{N}{1,3}|\s*[\r\n]+|\s+",
     r" ?[^(\s|[.,!?…。，、।۔،])]+",
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}]+[\p{Ll}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+    r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+",
+    r"[\p{Han}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}&&[^\p{Han}]]*[\p{Ll}&&[^\p{Han}]]+(?i:'s|'t|'re)?",
     " {2,}",
+    r"\s+$",
 ]
 
 
@@ -286,7 +293,9 @@ def test_regular_expressions_of_published_tokenizers_are_taken(pattern: str) -> 
 @pytest.mark.parametrize(
     "pattern",
     ["(a+)+$", "(a|aa)+$", r"(\s*)*x", "(a*)*b", "(?:(?:a?)*)*c", ".*.*.*x", "((a)+)+", "a{99999}",
-     "(a{999}){999}", r"(?<n>a)\k<n>+", "a++++", "[" * 5000],
+     "(a{999}){999}", "a*a*x", "[^x]+[^y]+(?=z)", "a*(?:b|a+)x", "a*a*$", "|".join(["a*x"] * 100),
+     "a?" * 20 + "x", "a{0,15}" * 4 + "x", "a{0,999}" * 2 + "x", "(?:a|a)" * 20 + "x",
+     r"(?<n>a)\k<n>+", "a++++", "[" * 5000],
 )  # fmt: skip
 def test_regular_expressions_that_can_take_forever_are_refused(pattern: str) -> None:
     assert not _is_simple(pattern)

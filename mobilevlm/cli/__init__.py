@@ -164,6 +164,8 @@ def _describe(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}no space left on the disk: free some and run the same command again"
+    if isinstance(error, OSError) and error.errno == errno.EROFS:
+        return f"{error.filename}: on a read-only file system: give a place that can be written"
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
     return " ".join(str(error).split())

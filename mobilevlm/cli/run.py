@@ -66,7 +66,9 @@ def command(
     **sampling: Any,
 ) -> None:
     """Ask one question about pictures and stream the answer of the model in BUNDLE."""
-    pictures: list[Any] = [sys.stdin.buffer.read() if image == "-" else image for image in images]
+    if raw and not sampling["special_tokens"]:
+        raise click.UsageError("--plain-text does not go with --raw, whose text is all the prompt")
+    pictures: list[Any] = [_from_stdin() if image == "-" else image for image in images]
     prompt, clip = typed(prompt), None
     if video is not None:
         from mobilevlm.runtime.video import decode_frames, open_video
@@ -88,3 +90,9 @@ def command(
             show_json(dataclasses.asdict(answer))
         else:
             show_timings(answer)
+
+
+def _from_stdin() -> bytes:
+    if not (content := sys.stdin.buffer.read()):
+        raise click.UsageError("--image -: standard input is empty: send one image file into it")
+    return content

@@ -133,7 +133,8 @@ def test_an_export_writes_the_same_files_with_all_streams_closed(tmp_path: Path)
 def test_an_image_from_a_closed_stdin_is_refused_in_one_line(bundle: Path) -> None:
     done = program("run", bundle, *QUESTION, "--image", "-", shell="<&-")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("mobilevlm: error: ") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("mobilevlm: error: --image -: standard input is empty")
+    assert done.stderr.count("\n") == 1
 
 
 def test_an_error_with_stderr_closed_does_not_go_to_stdout(tmp_path: Path) -> None:
@@ -173,6 +174,17 @@ def test_tune_says_that_a_bundle_is_read_only_before_it_measures(
     monkeypatch.setattr("mobilevlm.runtime.tune.tune", lambda *_, **__: pytest.fail("measures"))
     said = refusal(capsys, "tune", bundle)
     assert "plan.json cannot be written there (Read-only file system): tune a copy" in said
+
+
+def test_a_read_only_file_system_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(tmp_path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    said = refusal(capsys, "synth", "tiny", "-o", tmp_path / "new")
+    assert "on a read-only file system: give a place that can be written" in said
 
 
 @pytest.mark.parametrize("cache", ["/proc/none", "/dev/null", ""])

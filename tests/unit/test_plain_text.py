@@ -97,7 +97,8 @@ def test_plain_text_has_a_switch(bundle_of: BundleOf) -> None:
     asked = ("run", bundle, "--prompt", "What is <image>?", "--max-new-tokens", 2)
     assert run_program(*asked).returncode == 2
     assert run_program(*asked, "--plain-text").returncode == 0
-    assert run_program(*asked, "--plain-text", "--raw").returncode == 2
+    refused = run_program(*asked, "--plain-text", "--raw")
+    assert refused.returncode == 2 and "--plain-text does not go with --raw" in refused.stderr
     done = run_program("chat", bundle, "--plain-text", "--max-new-tokens", 2, stdin=b"<image>?\n")
     assert done.returncode == 0 and "error" not in done.stderr
 

@@ -39,7 +39,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "coverage": [],
     }
     assert [line.split()[0] for line in export.stderr.splitlines()] == [
-        "vision", "embeddings", "decoder", "quality", "bundle",
+        "tower", "vision", "embeddings", "decoder", "quality", "bundle",
     ]  # fmt: skip
     return folder
 

@@ -145,7 +145,7 @@ def test_an_error_of_the_bench_there_is_shown_as_its_one_line(
     assert done.returncode == 2 and done.stdout == ""
     line = done.stderr.splitlines()[-1]
     assert line.startswith(f"mobilevlm: error: {server.address}: {there}/pictures/")
-    assert "not a picture" in line and "Traceback" not in done.stderr
+    assert "not an image" in line and "Traceback" not in done.stderr
 
 
 def test_throttling_there_is_told(

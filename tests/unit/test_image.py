@@ -310,3 +310,26 @@ def test_fixture_pictures_are_cut_as_the_official_code_does() -> None:
     """Sizes as integers in preprocessor_config.json and a crop that is not a pad."""
     spec = fixture_named("llava_v1").model.spec.image
     assert (spec.size, spec.shortest_edge, spec.aspect) == (224, 224, "crop")
+
+
+@pytest.mark.parametrize("size", [(31, 70), (60, 200), (1, 90), (70, 31), (100, 3000), (48, 500)])
+@pytest.mark.parametrize("aspect", ["resize", "crop"])
+def test_passes_of_resizing_are_in_pillows_order(
+    aspect: Any, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From version 13 on Pillow resizes the columns of tall images first."""
+    monkeypatch.setattr("mobilevlm.image._STRIP_PIXELS", 1000)  # several strips
+    width, height = size
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8))
+    spec = ImageSpec(48, 48, aspect, (0.5,) * 3, (0.5,) * 3)
+    if aspect == "resize":
+        scaled = (48, 48)
+    else:
+        edges = 48, int(48 * max(size) / min(size))
+        scaled = edges if width <= height else edges[::-1]
+    if max(scaled) > 64 * 48:  # only the middle of a needle is resized
+        return
+    whole = np.asarray(image.resize(scaled, Image.Resampling.BICUBIC))
+    top, left = (scaled[1] - 48) // 2, (scaled[0] - 48) // 2
+    expected = whole[top : top + 48, left : left + 48]
+    assert np.array_equal(preprocess(image, spec), expected)

@@ -151,7 +151,7 @@ def test_requirements_are_those_of_the_base_install() -> None:
     assert found.keys() == {
         "click", "jinja2", "numpy", "onnxruntime", "pillow", "rich", "tokenizers",
     }  # fmt: skip
-    assert found["pillow"] == ("PIL", "10.3")
+    assert found["pillow"] == ("PIL", "11.0")
     stated = importlib.metadata.requires("mobilevlm-edge") or []
     assert f"numpy>={found['numpy'][1]}" in stated
 

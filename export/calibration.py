@@ -151,7 +151,7 @@ def _read_sample(text: str, path: Path, where: str) -> Sample:
     images = tuple(path.parent / name for name in names)
     for image in images:
         if not image.is_file():
-            raise ImageError(f"{where}: {image}: no such picture file")
+            raise ImageError(f"{where}: {image}: no such image file")
     try:
         user_message(line.prompt, len(images))
     except PromptError as error:

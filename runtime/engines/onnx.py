@@ -93,7 +93,7 @@ def open_session(
             return Session(path, options, weights)
     except Exception as error:  # onnxruntime raises many kinds, none of them public
         if "QMoE" in str(error) and _version() < INTEGER_EXPERTS:
-            raise _too_old(path, "sparse experts in 4 bits", INTEGER_EXPERTS) from None
+            raise _too_old(path, "sparse experts in 4 or 8 bits", INTEGER_EXPERTS) from None
         raise BundleError(f"{path}: onnxruntime cannot load it: {load_reason(error)}") from None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from conftest import BundleOf, fixture_named, run_program
 
+import mobilevlm
 from mobilevlm.bundle import open_bundle
 
 FIRST, SECOND = (fixture_named(name).image for name in ("llava_v1", "mobilevlm_v2"))
@@ -111,7 +112,7 @@ def test_a_picture_may_come_from_standard_input(bundle: Path) -> None:
     assert piped["token_ids"] == named["token_ids"] != other["token_ids"]
     nothing = run_program("run", bundle, *question, "--image", "-")
     assert nothing.returncode == 2 and nothing.stderr.count("\n") == 1
-    assert "not an image" in nothing.stderr
+    assert "standard input is empty" in nothing.stderr
 
 
 def test_two_pictures_are_seen_in_their_order(bundle: Path) -> None:
@@ -119,7 +120,17 @@ def test_two_pictures_are_seen_in_their_order(bundle: Path) -> None:
     here = answered(bundle, *question, "--image", FIRST, "--image", SECOND)
     swapped = answered(bundle, *question, "--image", SECOND, "--image", FIRST)
     assert here["visual_tokens"] == swapped["visual_tokens"] == 288
-    assert here["token_ids"] != swapped["token_ids"]
+    # Random weights may answer both orders alike, as they do on processors without VNNI.
+    with mobilevlm.load(bundle) as vlm:
+        one, other = (
+            vlm.prompt_logits(question[1], order)[-1]
+            for order in ([FIRST, SECOND], [SECOND, FIRST])
+        )
+        assert abs(one - other).max() > 0.01
+        assert (
+            vlm.generate(question[1], [FIRST, SECOND], max_new_tokens=12).token_ids
+            == (here["token_ids"])
+        )
 
 
 def test_sampling_options_reach_the_sampler(bundle: Path) -> None:
@@ -162,7 +173,7 @@ def test_chat_obeys_commands_and_prints_only_answers(bundle: Path, tmp_path: Pat
     assert answers[1] not in answers[:1] and answers[4]
     said = done.stderr.splitlines()
     assert said[0].endswith("/help lists commands.")
-    assert "error: none.png: no such picture file" in said
+    assert "error: none.png: no such image file" in said
     assert any(line.startswith("/dance: not a command.") for line in said)
     assert done.stderr.count("/quit         leave") == 2  # once after /dance, once after /help
     assert said[-1].startswith("load ") and "tokens/s" in said[-1]
@@ -180,7 +191,7 @@ def test_chat_ends_with_its_input_and_goes_on_after_a_refused_question(bundle: P
 
 def test_chat_with_a_missing_picture_is_refused(bundle: Path) -> None:
     done = run_program("chat", bundle, "--image", "none.png")
-    assert done.returncode == 2 and "none.png: no such picture file" in done.stderr
+    assert done.returncode == 2 and "none.png: no such image file" in done.stderr
 
 
 def test_inspect_shows_a_bundle(bundle: Path) -> None:

@@ -28,7 +28,8 @@ GREY = 8
 def write_video(path: Path, frames: int, kind: str = "mpeg4") -> Path:
     with av.open(str(path), "w") as file:
         stream = file.add_stream(kind, rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        colors = "yuvj420p" if kind == "mjpeg" else "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 64, 48, colors
         stream.bit_rate = 2_000_000
         for index in range(frames):
             picture = np.full((48, 64, 3), GREY * index % 256, np.uint8)

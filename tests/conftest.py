@@ -22,6 +22,7 @@ import pytest
 from numpy.typing import NDArray
 
 import mobilevlm
+from mobilevlm import progress
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.cli import main
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
@@ -222,6 +223,13 @@ def cache_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         yield folder
+
+
+@pytest.fixture(autouse=True)
+def silent_progress() -> Iterator[None]:
+    """Hides progress again that a test's command has turned on."""
+    yield
+    progress.enable(False)
 
 
 @pytest.fixture(scope="session")

@@ -26,8 +26,8 @@ from emulation.root import make_root, root_folder
 from numpy.typing import NDArray
 
 import mobilevlm
-from mobilevlm import progress
 from mobilevlm.builtin import BUILT_IN, WEIGHTS
+from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.runtime.machine import describe_machine, int8_weight_bits
 

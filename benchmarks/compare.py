@@ -36,7 +36,7 @@ from comparison.results import Comparison, Entry, read_result, write_result
 from comparison.roofline import Peaks, Work, decode_work, measure_peaks, prefill_work, vision_work
 from comparison.work import PROMPT_TOKENS, Shapes
 
-from mobilevlm import progress
+from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.plan import default_threads
 from mobilevlm.runtime.machine import describe_machine

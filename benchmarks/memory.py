@@ -26,7 +26,7 @@ from typing import Any
 from mobilevlm.bundle import read_manifest
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.machine import describe_machine
-from mobilevlm.runtime.memory import estimate
+from mobilevlm.runtime.memory.estimate import estimate
 
 NEW_TOKENS = 16
 GROUPS = Path("/sys/fs/cgroup")
@@ -38,7 +38,7 @@ def answer(path: str, engine: str, memory: str, text_tokens: int) -> dict[str, A
     import numpy as np
 
     from mobilevlm.runtime import load
-    from mobilevlm.runtime.bench import prompt_of_length
+    from mobilevlm.runtime.bench.bench import prompt_of_length
     from mobilevlm.runtime.machine import peak_memory_mb
 
     plan: Any = "none" if memory == "auto" else Plan(engine or "auto", memory=memory)  # type: ignore[arg-type]

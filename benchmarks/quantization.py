@@ -32,17 +32,17 @@ from tokenizers import Tokenizer
 
 import mobilevlm
 from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
-from mobilevlm.export.calibration import (
+from mobilevlm.export.calibration.samples import (
     held_out_samples,
     measuring_samples,
     sample_ids,
     scene_samples,
 )
-from mobilevlm.export.figures import Float32, compare_logits, token_figures
-from mobilevlm.export.recipe_file import recipe_text
-from mobilevlm.export.recipes import Limits, LinearFormat, Recipe
-from mobilevlm.export.search import Data, Goal, Sensitivity, candidates, choose, measure
-from mobilevlm.export.sensitivity import answer_positions
+from mobilevlm.export.quality.metrics import Float32, compare_logits, token_figures
+from mobilevlm.export.quality.sensitivity import answer_positions
+from mobilevlm.export.recipes.file import recipe_text
+from mobilevlm.export.recipes.recipe import Limits, LinearFormat, Recipe
+from mobilevlm.export.search.search import Data, Goal, Sensitivity, candidates, choose, measure
 from mobilevlm.families import Model, open_checkpoint
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.evaluate import LONGEST_ANSWER, is_right
@@ -50,9 +50,9 @@ from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import evaluation_set, pictures
 from mobilevlm.plan import Plan
 from mobilevlm.reference import load_reference
-from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.engines import VisionEngine
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
+from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.vlm import VLM
 
 METHODS = {

@@ -19,17 +19,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 import mobilevlm
-from mobilevlm import progress
 from mobilevlm.builtin import BUILT_IN, WEIGHTS
 from mobilevlm.bundle import Artifact, Bundle, Compiled, Coverage, open_bundle
-from mobilevlm.export.calibration import held_out_samples
-from mobilevlm.export.htp import Chip, compile_graphs, emulate
+from mobilevlm.console import progress
+from mobilevlm.export.calibration.samples import held_out_samples
 from mobilevlm.export.targets import Target, find_target, target_names
+from mobilevlm.export.targets.htp import Chip, compile_graphs, emulate
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.evaluate import evaluate_vlm
 from mobilevlm.nano.suite import evaluation_set
-from mobilevlm.runtime.engines.npu import FIXED_POINT, causal_mask, signed_tables
-from mobilevlm.runtime.engines.onnx import open_session
+from mobilevlm.runtime.engines.onnx.engine import open_session
+from mobilevlm.runtime.engines.onnx.npu import FIXED_POINT, causal_mask, signed_tables
 
 HEAD = """\
 # Targets

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import mobilevlm
-from mobilevlm.export.report import write_report
-from mobilevlm.export.verify import verify
+from mobilevlm.export.verification.report import write_report
+from mobilevlm.export.verification.verify import verify
 
 
 def main() -> int:

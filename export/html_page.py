@@ -1,4 +1,4 @@
-"""HTML pages from the templates of this folder: one file each, written whole or not at all."""
+"""HTML pages from the templates of this package: one file each, written whole or not at all."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from collections.abc import Collection, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 
-from mobilevlm import progress
 from mobilevlm.bundle import (
     INSTRUCTION_TOKENIZER,
     SCHEMA_VERSION,
@@ -26,23 +25,24 @@ from mobilevlm.bundle import (
     named_files,
     write_manifest,
 )
+from mobilevlm.console import progress
 from mobilevlm.conversation import system_ids
 from mobilevlm.errors import MissingExtraError, MobileVLMError, require
-from mobilevlm.export.jobs import JOBS, Job, fixed_context, tool_versions
-from mobilevlm.export.layer_formats import expand_layers
-from mobilevlm.export.limits import (
+from mobilevlm.export.finish.system_prompt import write_system_prompt
+from mobilevlm.export.formats.jobs import JOBS, Job, fixed_context, tool_versions
+from mobilevlm.export.quality.limits import (
     Check,
     check_limits,
     quality_error,
     require_checks,
     with_limits,
 )
-from mobilevlm.export.mobile import for_accelerator
-from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe, WeightBits, find_recipe
-from mobilevlm.export.system_prompt import write_system_prompt
-from mobilevlm.export.target_checks import check_memory, check_tools, compiled_for
+from mobilevlm.export.recipes.layer_formats import expand_layers
+from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe, WeightBits, find_recipe
 from mobilevlm.export.targets import find_target
-from mobilevlm.export.workspace import (
+from mobilevlm.export.targets.checks import check_memory, check_tools, compiled_for
+from mobilevlm.export.targets.mobile import for_accelerator
+from mobilevlm.export.workspace.workspace import (
     Workspace,
     begin_artifact,
     check_recorded,
@@ -54,11 +54,11 @@ from mobilevlm.export.workspace import (
     take_over,
 )
 from mobilevlm.families import Model, OpenOptions, open_checkpoint, open_options
-from mobilevlm.gguf_names import gguf_architecture, is_own
+from mobilevlm.gguf.names import gguf_architecture, is_own
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import GGUFType, KVCache
-from mobilevlm.tokenizer import save_tokenizer
+from mobilevlm.tokenizers.tokenizer import save_tokenizer
 
 FORMATS = tuple(JOBS)
 
@@ -104,11 +104,11 @@ def export(
     the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf``, ``npu`` or
     several. ``gguf_type``: type of the GGUF decoder, not the recipe's. ``imatrix``: file of an
     importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
-    (export/calibration.py) to collect one from, and to calibrate the ONNX artifacts with where the
-    recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike this
-    machine: 7 for x86 without VNNI, 8 for all others. ``kv_cache``: how the ONNX decoder stores
-    keys and values, not the recipe's. ``limits``: by name, instead of the recipe's (``decoder_kl``
-    … as in a recipe file); the export fails where one of them cannot be checked.
+    (export/calibration/samples.py) to collect one from, and to calibrate the ONNX artifacts with
+    where the recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike
+    this machine: 7 for x86 without VNNI, 8 for all others. ``kv_cache``: how the ONNX decoder
+    stores keys and values, not the recipe's. ``limits``: by name, instead of the recipe's
+    (``decoder_kl`` … as in a recipe file); the export fails where one of them cannot be checked.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -191,7 +191,7 @@ def export_imatrix(
 ) -> None:
     """Collects an importance matrix of a checkpoint folder and writes it in llama.cpp's format.
 
-    ``calibration``: ``scenes`` or a JSONL file (export/calibration.py).
+    ``calibration``: ``scenes`` or a JSONL file (export/calibration/samples.py).
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -344,7 +344,7 @@ def _make(job: Job, work: Workspace) -> Artifact:
 
 def _quantize_cache(model: Model, recipe: Recipe, work: Workspace, draft: Manifest) -> None:
     """Makes the finished ONNX decoder store keys and values in 8 bits."""
-    from mobilevlm.export.kv_cache import quantize_cache
+    from mobilevlm.export.finish.kv_cache import quantize_cache
 
     start = time.perf_counter()
     parts = [part for part in draft.artifacts if part.format == "onnx"]
@@ -394,9 +394,9 @@ def _measure(
         if obstacle:
             obstacles[form] = obstacle
             continue
-        from mobilevlm.export.artifact_weights import artifact_weights
-        from mobilevlm.export.layer_effects import layer_effects, worst_layers
-        from mobilevlm.export.measure import measure, synthetic_samples, with_own_answers
+        from mobilevlm.export.quality.artifact_weights import artifact_weights
+        from mobilevlm.export.quality.layer_effects import layer_effects, worst_layers
+        from mobilevlm.export.quality.measure import measure, synthetic_samples, with_own_answers
 
         start = time.perf_counter()
         bundle = Bundle(work.folder, dataclasses.replace(draft, artifacts=artifacts), digest="")
@@ -439,7 +439,7 @@ def _obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> s
         import torch  # noqa: F401
 
         if artifacts[0].format == "gguf":
-            from mobilevlm.runtime.engines.llama_native import llama_library
+            from mobilevlm.runtime.engines.llama.native import llama_library
 
             llama_library()
     except ImportError:
@@ -451,7 +451,7 @@ def _obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> s
 
 def _run_obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> str:
     """Return why these cannot be run during an export of this checkpoint; empty when they can."""
-    from mobilevlm.runtime.engines.onnx import EXACT_SINCE, exact_products
+    from mobilevlm.runtime.engines.onnx.engine import EXACT_SINCE, exact_products
 
     eight = any((part.weight_bits, part.format) == (8, "onnx") for part in artifacts)
     if eight and int8_weight_bits() == 7 and not exact_products():

@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from mobilevlm.runtime import VLM as VLM
     from mobilevlm.runtime import Generation as Generation
     from mobilevlm.runtime import load as load
-    from mobilevlm.runtime.chat import Chat as Chat
+    from mobilevlm.runtime.answer.chat import Chat as Chat
 
 _MODULES = {
     "VLM": "mobilevlm.runtime",
     "Generation": "mobilevlm.runtime",
-    "Chat": "mobilevlm.runtime.chat",
+    "Chat": "mobilevlm.runtime.answer.chat",
     "load": "mobilevlm.runtime",
 }
 """Modules of the names that are imported when they are first used."""
@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_MODULES[name]), name)
     if (
         name == "export"
-    ):  # a package that is callable: mobilevlm.export(…), mobilevlm.export.recipes
+    ):  # a package that is callable: mobilevlm.export(…), mobilevlm.export.recipes.recipe
         return importlib.import_module("mobilevlm.export")
     raise AttributeError(f"module 'mobilevlm' has no attribute {name!r}")
 

@@ -25,7 +25,7 @@ BUILT_IN = ("nano", "nano-moe")
 
 WEIGHTS = Path(__file__).parent / "nano" / "weights"
 BUNDLES = Path(__file__).parent / "nano" / "bundles"
-"""Bundles that come with the package, made by ``python -m mobilevlm.nano.ship``."""
+"""Bundles that come with the package, made by ``python -m mobilevlm.nano.training.ship``."""
 RECIPE = "int4"
 """What a built-in model is exported with when it is used by its name."""
 PATIENCE = 180.0
@@ -159,7 +159,7 @@ def _clear(folder: Path) -> None:
 
 
 def _make(name: str, formats: tuple[str, ...], folder: Path) -> None:
-    from mobilevlm import progress
+    from mobilevlm.console import progress
 
     shipped = BUNDLES / name
     if formats == ("onnx",) and shipped.is_dir():
@@ -179,7 +179,7 @@ def _make(name: str, formats: tuple[str, ...], folder: Path) -> None:
 @cache
 def _temporary(name: str, formats: tuple[str, ...], reason: str) -> Path:
     """A bundle for as long as this process lives."""
-    from mobilevlm import progress
+    from mobilevlm.console import progress
 
     try:
         folder = Path(tempfile.mkdtemp(prefix="mobilevlm-"))

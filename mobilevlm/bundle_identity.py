@@ -148,7 +148,7 @@ def _lock(handle: int, shared: bool, seconds: float) -> bool:
 
 def work_folder_prefix(target: Path) -> str:
     """Return what names of exports' work folders beside a bundle begin with. Long names are cut;
-    the token in the folder has all of it (export/work_folder.py)."""
+    the token in the folder has all of it (export/workspace/work_folder.py)."""
     return f"{target.name[:60]}.partial-"
 
 

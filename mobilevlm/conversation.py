@@ -13,11 +13,11 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from mobilevlm.chat_template import render_template
 from mobilevlm.errors import PromptError
 from mobilevlm.messages import Message
-from mobilevlm.plain_text import encode_marked
 from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec, ProjectorSpec
+from mobilevlm.templates.chat_template import render_template
+from mobilevlm.templates.plain_text import encode_marked
 
 SHORTEST_SYSTEM_PROMPT = 16
 """Tokens. Computing a piece of a prompt apart costs a pass over the weights, about as much as

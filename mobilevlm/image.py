@@ -21,11 +21,11 @@ import PIL
 from numpy.typing import NDArray
 from PIL import Image
 
+from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
-from mobilevlm.image_file import Room, RoomFor, check_size, read_image
-from mobilevlm.image_source import ImageInput, PreparedImage, open_source
+from mobilevlm.media.image_file import Room, RoomFor, check_size, read_image
+from mobilevlm.media.image_source import ImageInput, PreparedImage, open_source
 from mobilevlm.spec import ImageSpec
-from mobilevlm.terminal import shown
 
 __all__ = [
     "ImageInput",

@@ -89,7 +89,7 @@ class Plan:
     """What ONNX Runtime spends. ``compact``: prompts in short chunks, buffers are given back after
     a run, the graph for prompts has released weights. ``in turn``: besides, the weights of one
     stage only are in memory; for each new picture both are loaded once more. ``load`` takes the
-    first that a limit allows (runtime/fitting.py)."""
+    first that a limit allows (runtime/memory/fitting.py)."""
     max_resident_mb: float | None = None
     """Megabytes of sparse experts in memory at a time (ggml). Never tuned: a person sets it."""
 

@@ -1,8 +1,8 @@
 """Runtime: a bundle in, a streamed answer out. Imports neither torch, transformers nor onnx."""
 
-from mobilevlm.runtime.generation import Generation, TextStream, Timings
-from mobilevlm.runtime.sampling import SamplingOptions
-from mobilevlm.runtime.session import Session
+from mobilevlm.runtime.answer.generation import Generation, TextStream, Timings
+from mobilevlm.runtime.answer.sampling import SamplingOptions
+from mobilevlm.runtime.sequence.session import Session
 from mobilevlm.runtime.vlm import VLM, load
 
 __all__ = ["VLM", "Generation", "SamplingOptions", "Session", "TextStream", "Timings", "load"]

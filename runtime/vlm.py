@@ -25,25 +25,23 @@ from mobilevlm.conversation import (
     user_message,
 )
 from mobilevlm.errors import BundleError, PromptError
-from mobilevlm.gguf_model import gguf_bundle
-from mobilevlm.gguf_tokenizer import gguf_tokenizer
+from mobilevlm.gguf.model import gguf_bundle
+from mobilevlm.gguf.tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, PreparedImage, Room, read_pixels
 from mobilevlm.messages import Message, check_continued, check_images, read_messages
-from mobilevlm.plain_text import check_text, protect
 from mobilevlm.plan import DRAFTING_ENGINES, Plan, engine_for_limit
-from mobilevlm.runtime.cache import DEFAULT_CACHE_MB, PromptCache
-from mobilevlm.runtime.drafting import Drafting, check_draft_tokens
-from mobilevlm.runtime.encoded_session import EncodedSession
+from mobilevlm.runtime.answer.generation import Generation, StopRules, TextStream, generate_text
+from mobilevlm.runtime.answer.sampling import SamplingOptions
 from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine, still_open
-from mobilevlm.runtime.engines.mapped_pages import trim_heap
+from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
-from mobilevlm.runtime.fitting import fit_plan
-from mobilevlm.runtime.generation import Generation, StopRules, TextStream, generate_text
-from mobilevlm.runtime.memory import estimate
-from mobilevlm.runtime.memory_limits import Limit, memory_limits, room_left
-from mobilevlm.runtime.plan_file import PlanChoice, settle_plans
-from mobilevlm.runtime.sampling import SamplingOptions
-from mobilevlm.runtime.session import (
+from mobilevlm.runtime.memory.estimate import estimate
+from mobilevlm.runtime.memory.fitting import fit_plan
+from mobilevlm.runtime.memory.limits import Limit, memory_limits, room_left
+from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB, PromptCache
+from mobilevlm.runtime.sequence.drafting import Drafting, check_draft_tokens
+from mobilevlm.runtime.sequence.encoded_session import EncodedSession
+from mobilevlm.runtime.sequence.session import (
     Prompt,
     PromptChoices,
     Reuse,
@@ -53,8 +51,10 @@ from mobilevlm.runtime.session import (
     check_session,
 )
 from mobilevlm.runtime.settings import check_settings, stop_strings
+from mobilevlm.runtime.tuning.plan_file import PlanChoice, settle_plans
 from mobilevlm.spec import IMAGE_TOKEN_ID
-from mobilevlm.tokenizer_json import open_tokenizer_json
+from mobilevlm.templates.plain_text import check_text, protect
+from mobilevlm.tokenizers.json_file import open_tokenizer_json
 
 DEFAULT_MAX_NEW_TOKENS = 256
 IDLE_SESSIONS = 2
@@ -91,8 +91,8 @@ def load(
     ``ggml``. ``plan``: ``auto`` takes the one that ``mobilevlm tune`` measured for this processor,
     where there is one (``engine``, ``threads`` and ``max_resident_mb`` win over it); ``none`` does
     without. ``max_memory_mb``: the most that may be resident while one question about one picture
-    is answered, in megabytes, besides the limits that the system has (runtime/fitting.py); settings
-    that take less are chosen where they are needed.
+    is answered, in megabytes, besides the limits that the system has (runtime/memory/fitting.py);
+    settings that take less are chosen where they are needed.
 
     Raises:
         MemoryLimitError: the model needs more than a limit. Nothing was loaded.
@@ -256,9 +256,10 @@ class VLM:
         such, as in the official code; without, it is ordinary text.
         ``stop``: further strings that end the answer. ``ignore_eos``: go on where the model would
         end (for measuring). ``draft_tokens``: tokens to guess and check at a time (see
-        runtime/drafting.py; the answer is the same), 0 for none; by default where the engine can.
-        ``session``: of :meth:`new_session`; it takes one stream and one thread at a time. It keeps
-        what was computed, not what was said: messages that leave out earlier turns are refused.
+        runtime/sequence/drafting.py; the answer is the same), 0 for none; by default where the
+        engine can. ``session``: of :meth:`new_session`; it takes one stream and one thread at a
+        time. It keeps what was computed, not what was said: messages that leave out earlier turns
+        are refused.
 
         Raises:
             PromptError, ImageError, MobileVLMError: before the first piece, if the input is wrong;

@@ -22,18 +22,21 @@ import pytest
 from numpy.typing import NDArray
 
 import mobilevlm
-from mobilevlm import progress
+import mobilevlm.nano
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.cli import main
+from mobilevlm.console import progress
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.runtime import VLM
 from mobilevlm.spec import KVCache
-from mobilevlm.synth import write_checkpoint
+from mobilevlm.synth.checkpoints import write_checkpoint
 from mobilevlm.waiting import wait_asleep
 
 # In the background of a script SIGINT is ignored, and programs would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 wait_asleep()  # tests run side by side; programs inherit it
+# The training of the built-in models is no part of the installed package.
+mobilevlm.nano.__path__.append(str(Path(__file__).parents[1] / "mobilevlm" / "nano"))
 DATA = Path(__file__).parent / "data"
 FLOAT32 = 2e-5
 """Relative error that float32 in another order of summation may make (tests/parity says why)."""

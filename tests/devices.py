@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobilevlm.runtime.devices import Ended
-from mobilevlm.runtime.devices.ssh import SshCommand
+from mobilevlm.runtime.bench.devices import Ended
+from mobilevlm.runtime.bench.devices.ssh import SshCommand
 
 NOT_THERE = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir",
              "safetensors", "sentencepiece", "gguf", "llama_cpp")  # fmt: skip

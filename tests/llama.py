@@ -20,7 +20,7 @@ from llama_cpp import llama_cpp
 from llama_cpp import mtmd_cpp as mtmd
 
 from mobilevlm.families import Model, open_checkpoint
-from mobilevlm.synth import CONFIGURATIONS, Configuration, Tower, write_checkpoint
+from mobilevlm.synth.checkpoints import CONFIGURATIONS, Configuration, Tower, write_checkpoint
 
 THREADS = 2
 Float32 = NDArray[np.float32]

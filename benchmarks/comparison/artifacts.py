@@ -12,13 +12,13 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import mobilevlm
-from mobilevlm import progress
 from mobilevlm.builtin import checkpoint_path
 from mobilevlm.bundle import Bundle, cache_folder, is_bundle, open_bundle
+from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.spec import GGUFType
-from mobilevlm.synth import CONFIGURATIONS, write_checkpoint
+from mobilevlm.synth.checkpoints import CONFIGURATIONS, write_checkpoint
 
 TUNING = 240.0
 """Seconds that ``mobilevlm tune`` is given"""
@@ -45,7 +45,7 @@ class Artifacts:
 
     def tuned(self, recipe: str) -> Bundle:
         """The same bundle (its files are linked) with the plan that ``mobilevlm tune`` finds."""
-        from mobilevlm.runtime.tune import tune_bundle
+        from mobilevlm.runtime.tuning.tune import tune_bundle
 
         def write(path: Path) -> None:
             shutil.copytree(self.onnx(recipe).folder, path, copy_function=os.link)

@@ -13,7 +13,7 @@ from comparison.artifacts import Artifacts
 from comparison.process import one_line
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.gguf_file import read_gguf
+from mobilevlm.gguf.file import read_gguf
 from mobilevlm.plan import engine_files
 
 OURS, LLAMA = "mobilevlm", "llama.cpp"

@@ -16,8 +16,8 @@ from pathlib import Path
 from comparison.candidates import Candidate
 from comparison.process import Worker, WorkerError, one_line
 from comparison.work import NEW_TOKENS, PROMPT_TOKENS, NotSupportedError, Shapes
-from mobilevlm import progress
-from mobilevlm.progress import Advance
+from mobilevlm.console import progress
+from mobilevlm.console.progress import Advance
 
 LENGTHS = (64, 128, 256, 512, 1024)
 """Prompts of the curves."""

@@ -61,7 +61,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
 
     from comparison.work import PROMPT_TOKENS, picture
     from mobilevlm.bundle import open_bundle
-    from mobilevlm.runtime.engines import onnx as engine
+    from mobilevlm.runtime.engines.onnx import engine
     from mobilevlm.runtime.engines.opening import onnx_decoder, onnx_vision
 
     bundle = open_bundle(folder)

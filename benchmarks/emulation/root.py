@@ -15,8 +15,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from mobilevlm import progress
 from mobilevlm.bundle import cache_folder
+from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 
 CHECKOUT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-// The two stages of a bundle in onnxruntime-web, as runtime/engines/onnx.py has them.
+// The two stages of a bundle in onnxruntime-web, as runtime/engines/onnx/engine.py has them.
 
 import * as ort from "./vendor/ort.wasm.bundle.min.mjs";
 

@@ -1,5 +1,5 @@
-// A bundle that answers questions about pictures: the course of runtime/session.py and
-// runtime/generation.py, with greedy decoding.
+// A bundle that answers questions about pictures: the course of runtime/sequence/session.py and
+// runtime/answer/generation.py, with greedy decoding.
 
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
 import { readBundle, tokenizerDescription } from "./bundle.js";

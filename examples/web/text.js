@@ -1,4 +1,4 @@
-// Tokens to text as they come, as runtime/text.py: whole characters only, ending at stop strings.
+// Tokens to text as they come, as runtime/answer/text.py: whole characters only, ending at stop strings.
 
 const SPACE = "\u2581"; // stands for a space inside sentencepiece's pieces
 const BYTE = /^<0x([0-9A-F]{2})>$/;

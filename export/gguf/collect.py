@@ -7,12 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.export.activations import sample_groups, watch_decoder
-from mobilevlm.export.calibration import Sample
+from mobilevlm.console.progress import Advance
+from mobilevlm.export.calibration.activations import sample_groups, watch_decoder
+from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, InputStatistics
 from mobilevlm.families import Model
-from mobilevlm.gguf_names import decoder_entries
-from mobilevlm.progress import Advance
+from mobilevlm.gguf.names import decoder_entries
 
 TIED_HEAD = {"decoder.lm_head.weight": "token_embd.weight"}
 """What llama.cpp calls a head that is the embedding table."""

@@ -19,15 +19,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.console.progress import Advance
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, TensorType, write_file
 from mobilevlm.export.gguf.vocabulary import vocabulary_of
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
-from mobilevlm.gguf_names import Entry, decoder_entries, gguf_architecture, is_own
-from mobilevlm.gguf_spec import EXPERT_COUNTS, OWN_FLAGS, OWN_KINDS
-from mobilevlm.progress import Advance
+from mobilevlm.gguf.names import Entry, decoder_entries, gguf_architecture, is_own
+from mobilevlm.gguf.spec import EXPERT_COUNTS, OWN_FLAGS, OWN_KINDS
 from mobilevlm.spec import DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
 
 T = TypeVar("T", bound=np.generic)

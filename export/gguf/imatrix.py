@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import BundleError
 from mobilevlm.export.gguf.tensors import Tensor, write_file
-from mobilevlm.gguf_file import GgufFile, GgufTensor, read_gguf
-from mobilevlm.gguf_names import decoder_entries
+from mobilevlm.gguf.file import GgufFile, GgufTensor, read_gguf
+from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.spec import DecoderSpec
 from mobilevlm.whole_file import written_whole
 

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mobilevlm import progress
 from mobilevlm.checkpoint import file_sha256
+from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibrated import calibration_key, check_torch
-from mobilevlm.export.calibration import SCENES, find_samples
+from mobilevlm.export.calibration.samples import SCENES, find_samples
+from mobilevlm.export.calibration.stages import calibration_key, check_torch
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from mobilevlm.export.gguf.tensors import WEIGHABLE
-from mobilevlm.export.recipes import Recipe
+from mobilevlm.export.recipes.recipe import Recipe
 from mobilevlm.families import Model
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.plan import default_threads
-from mobilevlm.runtime.engines.llama_native import address, catch_log, llama_library
+from mobilevlm.runtime.engines.llama.native import address, catch_log, llama_library
 from mobilevlm.spec import GGUFType
 
 

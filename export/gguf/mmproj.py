@@ -14,12 +14,12 @@ import gguf
 import numpy as np
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.console.progress import Advance
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
-from mobilevlm.gguf_names import Entry, projector_entries, tower_entries
-from mobilevlm.progress import Advance
+from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
 from mobilevlm.spec import GGUFType, ModelSpec, ProjectorSpec
 
 LDP_GRID = 24

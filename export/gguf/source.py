@@ -16,16 +16,16 @@ from mobilevlm.export.gguf.decoder import half_split
 from mobilevlm.export.gguf.mmproj import LINEAR_SCALE, signed_difference
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
-from mobilevlm.gguf_encoder import read_encoder
-from mobilevlm.gguf_file import TENSOR_TYPES, GgufFile, read_gguf
-from mobilevlm.gguf_model import model_spec
-from mobilevlm.gguf_names import (
+from mobilevlm.gguf.encoder import read_encoder
+from mobilevlm.gguf.file import TENSOR_TYPES, GgufFile, read_gguf
+from mobilevlm.gguf.model import model_spec
+from mobilevlm.gguf.names import (
     Entry,
     decoder_entries,
     projector_entries,
     tower_entries,
 )
-from mobilevlm.gguf_tokenizer import gguf_tokenizer
+from mobilevlm.gguf.tokenizer import gguf_tokenizer
 from mobilevlm.spec import ModelSpec, ProjectorSpec
 
 _READABLE = {label for label, *_ in TENSOR_TYPES.values()} - {"I8", "I16", "I32", "I64", "F64"}
@@ -131,7 +131,7 @@ def _is_one_linear(file: GgufFile, spec: ProjectorSpec) -> bool:
 
 def vision_entries(spec: ModelSpec, swapped: bool = False) -> list[Entry]:
     """All tensors of an mmproj file that a canonical tensor can be read from. ``swapped``: see
-    :class:`mobilevlm.gguf_encoder.Encoder`."""
+    :class:`mobilevlm.gguf.encoder.Encoder`."""
     return [*tower_entries(spec.vision, swapped), *_projector_entries(spec.projector)]
 
 

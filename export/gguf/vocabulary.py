@@ -15,7 +15,12 @@ import gguf
 from mobilevlm.checkpoint import read_json
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families import Model
-from mobilevlm.tokenizer import added_tokens, parse_sentencepiece, token_text, tokenizer_settings
+from mobilevlm.tokenizers.tokenizer import (
+    added_tokens,
+    parse_sentencepiece,
+    token_text,
+    tokenizer_settings,
+)
 
 _ADDED_SCORE = -1000.0
 """Of tokens that are matched as they stand, as llama.cpp's converter sets it."""

@@ -13,6 +13,8 @@ from onnxscript import GraphBuilder
 
 from mobilevlm.bundle import data_path
 from mobilevlm.checkpoint import Weights
+from mobilevlm.console.progress import Advance, ignore
+from mobilevlm.export.formats.written import Written
 from mobilevlm.export.graph.decoder import DecoderStage
 from mobilevlm.export.graph.dialects import CPU, ELEMENTARY, STATIC, Dialect
 from mobilevlm.export.graph.encoder_decoder import EncodedDecoderStage, EncoderStage
@@ -21,9 +23,7 @@ from mobilevlm.export.graph.static_decoder import StaticDecoderStage
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
-from mobilevlm.export.recipes import Recipe
-from mobilevlm.export.written import Written
-from mobilevlm.progress import Advance, ignore
+from mobilevlm.export.recipes.recipe import Recipe
 from mobilevlm.spec import ModelSpec
 
 IR_VERSION = 10

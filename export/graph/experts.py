@@ -22,9 +22,9 @@ from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.layers import FLOAT, product_of_rows, relative_error
 from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.layer_formats import quantize, to_half
 from mobilevlm.export.quantize.blocks import Float32, Quantized
-from mobilevlm.export.recipes import BLOCK_BITS, BLOCK_SIZES, LinearFormat
+from mobilevlm.export.recipes.layer_formats import quantize, to_half
+from mobilevlm.export.recipes.recipe import BLOCK_BITS, BLOCK_SIZES, LinearFormat
 from mobilevlm.spec import DecoderSpec
 
 _ACTIVATIONS = {

@@ -12,10 +12,10 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.layer_formats import quantize, to_half
 from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.blocks import signed_columns
-from mobilevlm.export.recipes import BLOCK_BITS
+from mobilevlm.export.recipes.layer_formats import quantize, to_half
+from mobilevlm.export.recipes.recipe import BLOCK_BITS
 
 FLOAT = ir.DataType.FLOAT
 SMALLEST = float(np.finfo(np.float32).tiny)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from mobilevlm.checkpoint import Rescaling, Weights
-from mobilevlm.export.linear_groups import LinearGroup, linear_groups
 from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.spec import DecoderSpec, ModelSpec
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Literal
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.htp import Chip
-from mobilevlm.export.providers import find_provider
-from mobilevlm.export.recipes import LinearFormat, Precision, Recipe, WeightBits, find_recipe
+from mobilevlm.export.recipes.recipe import LinearFormat, Precision, Recipe, WeightBits, find_recipe
+from mobilevlm.export.targets.htp import Chip
+from mobilevlm.export.targets.providers import find_provider
 from mobilevlm.spec import from_dict
 
 FOLDER = Path(__file__).parent
@@ -21,7 +21,7 @@ class ProviderGoal:
     """An accelerator behind ONNX Runtime, and how much of the model it has to take."""
 
     name: str
-    """Of a table in export/providers"""
+    """Of a table in export/targets/providers"""
     least: dict[str, float]
     """Share of the operators of each stage that goes to it; the others are for the processor"""
 
@@ -44,13 +44,13 @@ class Target:
     """Of ``int8`` weights"""
     chunk_length: int = 64
     context_length: int = 1024
-    """Shapes of graphs for NPUs, see :class:`mobilevlm.export.recipes.Recipe`"""
+    """Shapes of graphs for NPUs, see :class:`mobilevlm.export.recipes.recipe.Recipe`"""
     layer_norm: Literal["fused", "centred", "spelled"] = "fused"
     operators: Literal["runtime", "elementary"] = "runtime"
     vision: Precision | None = None
     """Of tower and projector, where not the recipe's"""
     experts: Literal["fused", "plain", "dense"] = "fused"
-    """Form of sparse experts, see :class:`mobilevlm.export.recipes.Recipe`"""
+    """Form of sparse experts, see :class:`mobilevlm.export.recipes.recipe.Recipe`"""
     htp: Chip | None = None
     """Chip to compile for"""
     share_weights: bool = False

@@ -16,6 +16,8 @@ from typing import Any
 import click
 
 from mobilevlm._version import __version__
+from mobilevlm.console.standard_streams import open_closed_streams
+from mobilevlm.console.terminal import plain
 from mobilevlm.errors import (
     FileWarning,
     ImageWarning,
@@ -26,8 +28,6 @@ from mobilevlm.errors import (
     QualityError,
     require,
 )
-from mobilevlm.standard_streams import open_closed_streams
-from mobilevlm.terminal import plain
 from mobilevlm.waiting import wait_asleep
 
 VERBS = {

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import ModelOptions, model_options
+from mobilevlm.console import progress
 from mobilevlm.plan import engine_for_limit
 
 if TYPE_CHECKING:
-    from mobilevlm.runtime.bench import BenchResult
+    from mobilevlm.runtime.bench.bench import BenchResult
 
 
 @click.command(
@@ -95,7 +95,7 @@ def command(
         _show_plan(model.bundle, model.engine, as_json or form == "json")
         return
     if device is not None:
-        from mobilevlm.runtime.devices.measuring import bench_on_device
+        from mobilevlm.runtime.bench.devices.measuring import bench_on_device
 
         options = [
             *model.words(),
@@ -119,7 +119,7 @@ def command(
         return
     import numpy as np
 
-    from mobilevlm.runtime.bench import run_bench
+    from mobilevlm.runtime.bench.bench import run_bench
 
     with model.open() as vlm:
         grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
@@ -138,7 +138,7 @@ def command(
 
 
 def _show(result: BenchResult, form: str) -> None:
-    from mobilevlm.runtime.bench import (
+    from mobilevlm.runtime.bench.bench import (
         as_markdown,
         described_machine,
         percentiles,
@@ -150,7 +150,7 @@ def _show(result: BenchResult, form: str) -> None:
     elif form == "md":
         print(as_markdown(result))
     else:
-        from mobilevlm.tables import Column, Table, show
+        from mobilevlm.console.tables import Column, Table, show
 
         print(summary(result))
         print(described_machine(result))
@@ -166,7 +166,7 @@ def _show_plan(path: Path, engine: str, as_json: bool) -> None:
     from mobilevlm.bundle import open_bundle
     from mobilevlm.cli.tune import show_plan
     from mobilevlm.errors import BundleError
-    from mobilevlm.runtime.plan_file import read_plan
+    from mobilevlm.runtime.tuning.plan_file import read_plan
     from mobilevlm.spec import to_dict
 
     bundle = open_bundle(bundle_path(path, engine))

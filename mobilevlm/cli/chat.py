@@ -16,11 +16,11 @@ from mobilevlm.cli.options import (
     sampling_options,
     show_timings,
 )
+from mobilevlm.console.terminal import plain, plain_answer, typed
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.terminal import plain, plain_answer, typed
 
 if TYPE_CHECKING:
-    from mobilevlm.runtime.chat import Chat
+    from mobilevlm.runtime.answer.chat import Chat
 
 HELP = """\
 /image FILE   talk about another image, or several (a new conversation begins)
@@ -43,7 +43,7 @@ def command(
     **sampling: Any,
 ) -> None:
     """Talk about pictures with the model in BUNDLE. Ctrl-C stops an answer."""
-    from mobilevlm.runtime.chat import Chat
+    from mobilevlm.runtime.answer.chat import Chat
 
     with model.open() as vlm:
         chat = Chat(vlm, list(images))

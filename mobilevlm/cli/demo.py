@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli.options import engine_option, show_timings, threads_option
-from mobilevlm.terminal import plain_answer
+from mobilevlm.console import progress
+from mobilevlm.console.terminal import plain_answer
 
 if TYPE_CHECKING:
     from mobilevlm.nano.questions import Question

@@ -15,7 +15,7 @@ def command(as_json: bool) -> None:
     """Show what this machine can run: processor features, memory, providers, installed extras."""
     from mobilevlm.control_groups import processor_limits
     from mobilevlm.runtime.machine import describe_machine, installed_extras
-    from mobilevlm.runtime.memory_limits import memory_limits
+    from mobilevlm.runtime.memory.limits import memory_limits
 
     machine, extras, limits = describe_machine(), installed_extras(), memory_limits()
     if as_json:
@@ -29,7 +29,7 @@ def command(as_json: bool) -> None:
             }
         )
         return
-    from mobilevlm.tables import Column, Styled, Table, show
+    from mobilevlm.console.tables import Column, Styled, Table, show
 
     table = Table((Column("", whole=True), Column("")))
     for key, value in machine.items():

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import ModelOptions, model_options
+from mobilevlm.console import progress
 
 
 @click.command(
@@ -44,7 +44,7 @@ def command(
     if as_json:
         show_json({**result.to_dict(), "tokens_per_second": rate})
         return
-    from mobilevlm.tables import show as show_table
+    from mobilevlm.console.tables import show as show_table
 
     show_table(table(result, title=f"{suite}: {vlm.spec.name}"))
     print(f"{rate:.1f} tokens/s")

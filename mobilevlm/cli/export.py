@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import checkpoint_options, goal_options, output_option
+from mobilevlm.console import progress
 from mobilevlm.spec import GGUF_TYPES, GGUFType, KVCache
 
 EXAMPLES = """\b
@@ -133,8 +133,8 @@ def command(
     if budget is not None or max_kl is not None:
         if form == "gguf":
             raise click.UsageError("--budget and --max-kl are for ONNX: GGUF has a type for all")
-        from mobilevlm.export.mixed_recipe import search_recipe
-        from mobilevlm.export.search import Goal
+        from mobilevlm.export.search.recipe import search_recipe
+        from mobilevlm.export.search.search import Goal
         from mobilevlm.families import OpenOptions
 
         plan = plan_out or bundle.with_name(f"{bundle.name}.toml")

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli.options import checkpoint_options, output_option
+from mobilevlm.console import progress
 
 EXAMPLES = """\b
 Examples:

@@ -9,12 +9,12 @@ import click
 
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import base_option, engine_option
-from mobilevlm.terminal import plain
+from mobilevlm.console.terminal import plain
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Bundle
+    from mobilevlm.console.tables import Table
     from mobilevlm.families import Model
-    from mobilevlm.tables import Table
 
 
 @click.command("inspect")
@@ -81,8 +81,8 @@ def command(
 
 def _show_bundle(path: Path, as_json: bool) -> None:
     from mobilevlm.bundle import open_bundle
+    from mobilevlm.console.tables import Column, Table, show
     from mobilevlm.spec import to_dict
-    from mobilevlm.tables import Column, Table, show
 
     bundle = open_bundle(path)
     manifest = bundle.manifest
@@ -139,7 +139,7 @@ def _memory(bundle: Bundle) -> dict[str, dict[str, float]]:
     """Megabytes at the peak of a question about a picture, by engine and setting of memory."""
     from mobilevlm.errors import BundleError
     from mobilevlm.plan import ENGINES, Plan, choose_engine, memory_settings
-    from mobilevlm.runtime.memory import estimate
+    from mobilevlm.runtime.memory.estimate import estimate
 
     found: dict[str, dict[str, float]] = {}
     for engine in ENGINES:
@@ -155,12 +155,12 @@ def _memory(bundle: Bundle) -> dict[str, dict[str, float]]:
 
 
 def _show_gguf(path: Path, as_json: bool) -> None:
+    from mobilevlm.console.tables import Column, Table, show
     from mobilevlm.errors import BundleError
-    from mobilevlm.gguf_file import read_gguf
-    from mobilevlm.gguf_keys import check_keys
-    from mobilevlm.gguf_model import checked_decoder
+    from mobilevlm.gguf.file import read_gguf
+    from mobilevlm.gguf.keys import check_keys
+    from mobilevlm.gguf.model import checked_decoder
     from mobilevlm.spec import to_dict
-    from mobilevlm.tables import Column, Table, show
 
     file = read_gguf(path)
     spec, obstacle = None, None
@@ -222,7 +222,7 @@ def _printable(text: str) -> str:
 
 def _is_checkpoint(path: Path) -> bool:
     """Return whether it is a checkpoint folder, or an adapter without a config.json of its own."""
-    from mobilevlm.adapters import folder_kind
+    from mobilevlm.adapters.adapter import folder_kind
     from mobilevlm.bundle import is_bundle
 
     if not path.is_dir() or is_bundle(path):
@@ -231,9 +231,9 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _show_checkpoint(path: Path, origin: dict[str, Any], as_json: bool) -> None:
+    from mobilevlm.console.tables import Column, Table, show
     from mobilevlm.families import OpenOptions, open_checkpoint
     from mobilevlm.spec import to_dict
-    from mobilevlm.tables import Column, Table, show
 
     model = open_checkpoint(path, OpenOptions(**origin))
     sizes = {
@@ -261,24 +261,24 @@ def _show_experts(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    from mobilevlm import progress
+    from mobilevlm.console import progress
     from mobilevlm.errors import MobileVLMError, require
 
     try:
-        from mobilevlm.export.calibration import held_out_samples
-        from mobilevlm.export.expert_maps import (
+        from mobilevlm.export.calibration.samples import held_out_samples
+        from mobilevlm.export.experts.maps import (
             UsageMap,
             check_targets,
             draw_usage,
             usage_table,
             write_map_page,
         )
-        from mobilevlm.export.expert_usage import bundle_usage, checkpoint_usage
+        from mobilevlm.export.experts.usage import bundle_usage, checkpoint_usage
     except ImportError as error:
         raise require(error.name or "safetensors", "export", "showing experts") from None
+    from mobilevlm.console.tables import show
     from mobilevlm.families import OpenOptions, open_checkpoint
     from mobilevlm.runtime import load
-    from mobilevlm.tables import show
 
     if path.suffix == ".gguf":
         raise MobileVLMError(f"{path}: --experts needs a bundle or a checkpoint folder")
@@ -322,7 +322,7 @@ def _activated(model: Model) -> int:
 
 def _spec_table(spec: dict[str, Any]) -> Table:
     """Return each part of the spec in a row, without the chat template and what is unset."""
-    from mobilevlm.tables import Column, Table
+    from mobilevlm.console.tables import Column, Table
 
     table = Table((Column("part", whole=True), Column("settings")))
     table.add("model", f"{spec['name']} (family {spec['family']})")

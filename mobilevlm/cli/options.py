@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mobilevlm.console.terminal import plain, typed
 from mobilevlm.plan import ENGINE_CHOICES
-from mobilevlm.terminal import plain, typed
 
 if TYPE_CHECKING:
     from mobilevlm.runtime import VLM, Generation
-    from mobilevlm.runtime.plan_file import PlanChoice
+    from mobilevlm.runtime.tuning.plan_file import PlanChoice
 
 F = TypeVar("F", bound=Callable[..., Any])
 

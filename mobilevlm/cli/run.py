@@ -17,7 +17,7 @@ from mobilevlm.cli.options import (
     sampling_options,
     show_timings,
 )
-from mobilevlm.terminal import plain_answer, typed
+from mobilevlm.console.terminal import plain_answer, typed
 
 EXAMPLES = """\b
 Examples:
@@ -71,7 +71,7 @@ def command(
     pictures: list[Any] = [_from_stdin() if image == "-" else image for image in images]
     prompt, clip = typed(prompt), None
     if video is not None:
-        from mobilevlm.runtime.video import decode_frames, open_video
+        from mobilevlm.runtime.answer.video import decode_frames, open_video
 
         clip = open_video(video, frames)
     with model.open() as vlm:

@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import checkpoint_options, goal_options, output_option
+from mobilevlm.console import progress
 
 EXAMPLES = """\b
 Examples:
@@ -82,8 +82,8 @@ def command(
     """Find how many bits each layer of the decoder of a CHECKPOINT needs, and write a recipe file
     (needs torch)."""
     progress.enable(not quiet)
-    from mobilevlm.export.mixed_recipe import search_recipe
-    from mobilevlm.export.search import Goal
+    from mobilevlm.export.search.recipe import search_recipe
+    from mobilevlm.export.search.search import Goal
     from mobilevlm.families import OpenOptions
     from mobilevlm.spec import to_dict
 

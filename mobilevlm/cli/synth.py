@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli.options import output_option
+from mobilevlm.console import progress
 
 
 @click.command("synth", epilog="\b\nExample:\n  mobilevlm synth mobilevlm_v2_1.7b -o checkpoint/")
@@ -20,7 +20,7 @@ def command(name: str, folder: Path, seed: int, quiet: bool) -> None:
     downloads. NAME: mobilevlm_v2_0.5b, mobilevlm_v2_1.7b, mobilevlm_v2_3b, llava_v1.5_7b,
     moe_llava_stablelm_1.6b_4e, vila_1.5_3b, blip2_opt_2.7b, llava_2b or tiny."""
     progress.enable(not quiet)
-    from mobilevlm.synth import write_checkpoint
+    from mobilevlm.synth.checkpoints import write_checkpoint
 
     with progress.track_share("weights") as show:
         write_checkpoint(name, folder, seed, show)

@@ -24,7 +24,7 @@ def command(as_json: bool) -> None:
         found = {item.name: {**to_dict(item), "verified": item.verified} for item in targets}
         show_json({"targets": found})
         return
-    from mobilevlm.tables import Column, Table, show
+    from mobilevlm.console.tables import Column, Table, show
 
     table = Table(
         (

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import engine_option, max_memory_option
+from mobilevlm.console import progress
 
 if TYPE_CHECKING:
-    from mobilevlm.runtime.plan_file import TunedPlan
+    from mobilevlm.runtime.tuning.plan_file import TunedPlan
 
 
 EXAMPLES = """\b
@@ -52,7 +52,7 @@ def command(
     run, chat, bench and eval use them from then on; their options win, --no-plan does without.
     """  # fmt: skip
     progress.enable()
-    from mobilevlm.runtime.tune import tune_bundle
+    from mobilevlm.runtime.tuning.tune import tune_bundle
     from mobilevlm.spec import to_dict
 
     with progress.track_share("tuning") as show:
@@ -66,7 +66,7 @@ def command(
 
 def show_plan(tuned: TunedPlan) -> None:
     """What was chosen, and the measurements behind it."""
-    from mobilevlm.tables import Column, Table, show
+    from mobilevlm.console.tables import Column, Table, show
 
     table = Table((Column("question"), Column("candidate"), Column("ms", True, True), Column("")))
     last = ""

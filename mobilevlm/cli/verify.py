@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mobilevlm import progress
 from mobilevlm.cli import show_json
 from mobilevlm.cli.options import checkpoint_options, engine_option, threads_option
+from mobilevlm.console import progress
 
 if TYPE_CHECKING:
-    from mobilevlm.export.verify import Verification
-    from mobilevlm.tables import Table
+    from mobilevlm.console.tables import Table
+    from mobilevlm.export.verification.verify import Verification
 
 EXAMPLES = """\b
 Examples:
@@ -68,10 +68,10 @@ def command(
     if questions and not suite:
         raise click.UsageError("--questions goes with --suite")
     progress.enable(not quiet)
-    from mobilevlm.export.verify import verify
+    from mobilevlm.export.verification.verify import verify
 
     if html is not None:
-        from mobilevlm.export.report import check_report_target, write_report
+        from mobilevlm.export.verification.report import check_report_target, write_report
 
         check_report_target(html)
     found = verify(
@@ -90,7 +90,7 @@ def command(
     if as_json:
         show_json(found.to_dict())
     else:
-        from mobilevlm.tables import show
+        from mobilevlm.console.tables import show
 
         show(_figures_table(found))
         if found.layers:
@@ -101,7 +101,7 @@ def command(
 
 def _figures_table(found: Verification) -> Table:
     """Return the measured figures beside their limits."""
-    from mobilevlm.tables import Column, Table
+    from mobilevlm.console.tables import Column, Table
 
     name = found.bundle.manifest.spec.name
     view = Table(
@@ -130,7 +130,7 @@ def _figures_table(found: Verification) -> Table:
 
 def _layers_table(found: Verification) -> Table:
     """Return the layers that hurt most."""
-    from mobilevlm.tables import Column, Table
+    from mobilevlm.console.tables import Column, Table
 
     view = Table(
         (

@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 
 from tokenizers import Tokenizer
 
-from mobilevlm.adapters import Adapter, open_adapter
+from mobilevlm.adapters.adapter import Adapter, open_adapter
+from mobilevlm.adapters.merging import MergedFiles
 from mobilevlm.builtin import checkpoint_path
 from mobilevlm.checkpoint import (
     ListedTensors,
@@ -26,9 +27,8 @@ from mobilevlm.checkpoint import (
 )
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import read_config
-from mobilevlm.merging import MergedFiles
 from mobilevlm.spec import ModelSpec
-from mobilevlm.tokenizer import has_tokenizer, read_tokenizer
+from mobilevlm.tokenizers.tokenizer import has_tokenizer, read_tokenizer
 
 _INSTRUCTION_TOKENIZER = "qformer_tokenizer"
 """Folder of the tokenizer of a Q-Former that reads text."""

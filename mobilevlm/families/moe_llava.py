@@ -21,7 +21,7 @@ from mobilevlm.families.llava_layout import (
     read_layout,
 )
 from mobilevlm.spec import ModelSpec, VisionSpec
-from mobilevlm.tokenizer import vocabulary_length
+from mobilevlm.tokenizers.tokenizer import vocabulary_length
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mobilevlm.console.tables import Column, Table
 from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import SUITE_KINDS, Example, noise, pictures
-from mobilevlm.tables import Column, Table
 
 if TYPE_CHECKING:
     from mobilevlm.runtime import VLM

@@ -10,7 +10,7 @@ import numpy as np
 
 from mobilevlm.errors import BundleError
 from mobilevlm.runtime.engines import CacheType
-from mobilevlm.runtime.engines.mapped_weights import Session
+from mobilevlm.runtime.engines.onnx.mapped_weights import Session
 from mobilevlm.spec import DecoderSpec, ModelSpec
 
 Value: TypeAlias = tuple[str, tuple[int | None, ...]]

@@ -21,9 +21,9 @@ from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import ModelSpec
 
 if TYPE_CHECKING:
-    from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
-    from mobilevlm.runtime.engines.llama_native import NativeModel
-    from mobilevlm.runtime.engines.onnx import OnnxDecoder, OnnxVision
+    from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
+    from mobilevlm.runtime.engines.llama.native import NativeModel
+    from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxVision
 
 
 def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine, DecoderEngine]:
@@ -46,7 +46,7 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
         language = _llama_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, language.model, threads), language
     if formats["vision"] == "gguf":
-        from mobilevlm.runtime.engines.stand_in import stand_in
+        from mobilevlm.runtime.engines.llama.stand_in import stand_in
 
         own = _ggml_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
@@ -67,7 +67,7 @@ def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine,
 def _check_weight_bits(bundle: Bundle, engine: str) -> None:
     """Warns where other int8 weights than those of the artifacts in use fit this machine, unless
     they are being exported for another one."""
-    from mobilevlm.runtime.engines.onnx import exact_products
+    from mobilevlm.runtime.engines.onnx.engine import exact_products
 
     best = int8_weight_bits() if bundle.digest else None
     used = (bundle.artifact(*part) for part in stage_formats(bundle, engine).items())
@@ -87,14 +87,14 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
 
 
 def _npu_vision(path: Path, threads: int, spec: ModelSpec) -> VisionEngine:
-    from mobilevlm.runtime.engines.npu import FIXED_POINT
-    from mobilevlm.runtime.engines.onnx import OnnxVision
+    from mobilevlm.runtime.engines.onnx.engine import OnnxVision
+    from mobilevlm.runtime.engines.onnx.npu import FIXED_POINT
 
     return OnnxVision(path, threads, entries=FIXED_POINT, spec=spec)
 
 
 def _npu_decoder(bundle: Bundle, plan: Plan, form: str) -> DecoderEngine:
-    from mobilevlm.runtime.engines.npu import NpuDecoder
+    from mobilevlm.runtime.engines.onnx.npu import NpuDecoder
 
     spec, table = bundle.manifest.spec, bundle.manifest.embeddings
     artifact = bundle.artifact("decoder", form)
@@ -106,7 +106,7 @@ def _npu_decoder(bundle: Bundle, plan: Plan, form: str) -> DecoderEngine:
 
 
 def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> VisionEngine:
-    from mobilevlm.runtime.engines.mtmd import MtmdVision
+    from mobilevlm.runtime.engines.llama.mtmd import MtmdVision
 
     return MtmdVision(path, spec, model, threads)
 
@@ -114,7 +114,7 @@ def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) 
 def _in_turn(
     bundle: Bundle, vision: Path, decoder: Path, plan: Plan
 ) -> tuple[VisionEngine, DecoderEngine]:
-    from mobilevlm.runtime.engines.in_turn import stages_in_turn
+    from mobilevlm.runtime.engines.onnx.in_turn import stages_in_turn
 
     table = _embedding_table(bundle)
     return stages_in_turn(
@@ -129,7 +129,7 @@ def _in_turn(
 
 def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
     """Opens the vision stage from an ONNX or .ort file of the bundle."""
-    from mobilevlm.runtime.engines.onnx import OnnxVision
+    from mobilevlm.runtime.engines.onnx.engine import OnnxVision
 
     # Kernels of weights in blocks take them in their own order only.
     mappable = _artifact_at(bundle, path).precision == "int8"
@@ -142,7 +142,7 @@ def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
 def _products(*artifacts: Artifact) -> Mapping[str, str]:
     """Return the settings of sessions for artifacts whose int8 products would saturate here. Those
     of .ort files are settled when they are made."""
-    from mobilevlm.runtime.engines.onnx import exact_products
+    from mobilevlm.runtime.engines.onnx.engine import exact_products
 
     eight = any((part.weight_bits, part.format) == (8, "onnx") for part in artifacts)
     return exact_products() if eight and int8_weight_bits() == 7 else {}
@@ -155,13 +155,13 @@ def _artifact_at(bundle: Bundle, path: Path) -> Artifact:
 
 
 def _llama_decoder(bundle: Bundle, path: Path, plan: Plan) -> LlamaDecoder:
-    from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
+    from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
 
     return LlamaDecoder(path, bundle.manifest.spec.decoder, plan.threads_of("decoder"))
 
 
 def _ggml_decoder(bundle: Bundle, path: Path, plan: Plan) -> DecoderEngine:
-    from mobilevlm.runtime.engines.ggml import GgmlDecoder
+    from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 
     limit = None if plan.max_resident_mb is None else int(plan.max_resident_mb * 1e6)
     threads = plan.threads_of("decoder")
@@ -181,7 +181,7 @@ def onnx_decoder(
     """Opens the decoder stage from an ONNX or .ort file of the bundle, and the graph for prompts in
     the same format where there is one. ``cache``: what it stores keys and values in, where that is
     not what the bundle says."""
-    from mobilevlm.runtime.engines.onnx import OnnxDecoder
+    from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 
     spec, table = bundle.manifest.spec, _embedding_table(bundle)
     parts = [_artifact_at(bundle, path)]

@@ -27,8 +27,8 @@ from mobilevlm.builtin import (
 )
 from mobilevlm.bundle import open_bundle
 from mobilevlm.nano.evaluate import evaluate
-from mobilevlm.nano.ship import SHIPPED, ship
 from mobilevlm.nano.suite import evaluation_set
+from mobilevlm.nano.training.ship import SHIPPED, ship
 
 needs_llama = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
@@ -84,8 +84,9 @@ def test_nano_runs_from_the_bundle_that_comes_with_the_package(
 
 
 def test_the_bundle_that_comes_with_the_package_is_what_an_export_gives(tmp_path: Path) -> None:
-    """Run ``python -m mobilevlm.nano.ship`` where this fails. The digests of code and tools in the
-    manifest may be older; keys and values of the system prompt are sums of this processor."""
+    """Run ``python -m mobilevlm.nano.training.ship`` where this fails. The digests of code and
+    tools in the manifest may be older; keys and values of the system prompt are sums of this
+    processor."""
     for name in SHIPPED:
         ship(name, tmp_path / name)
         fresh, shipped = open_bundle(tmp_path / name), open_bundle(BUNDLES / name)

@@ -11,7 +11,7 @@ from conftest import Fixture, refusal
 
 from mobilevlm.bundle import open_bundle
 from mobilevlm.cli import main
-from mobilevlm.export.calibration import scene_samples
+from mobilevlm.export.calibration.samples import scene_samples
 
 RECIPE = """\
 tower = {{ precision = "{precision}", calibrator = "percentile"{more} }}

@@ -15,8 +15,8 @@ from conftest import DATA, fixture_named, refusal, run_program
 
 import mobilevlm
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.gguf_file import read_gguf
-from mobilevlm.gguf_model import model_spec
+from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.model import model_spec
 
 needs_llama = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"

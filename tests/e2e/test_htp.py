@@ -14,12 +14,12 @@ import mobilevlm
 from mobilevlm.builtin import WEIGHTS
 from mobilevlm.bundle import Artifact, Bundle, open_bundle
 from mobilevlm.errors import TargetError
-from mobilevlm.export.calibration import held_out_samples
-from mobilevlm.export.htp import Chip, compile_graphs, emulate
+from mobilevlm.export.calibration.samples import held_out_samples
 from mobilevlm.export.targets import find_target
+from mobilevlm.export.targets.htp import Chip, compile_graphs, emulate
 from mobilevlm.image import open_image, preprocess
-from mobilevlm.runtime.engines.npu import FIXED_POINT, causal_mask
-from mobilevlm.runtime.engines.onnx import open_session
+from mobilevlm.runtime.engines.onnx.engine import open_session
+from mobilevlm.runtime.engines.onnx.npu import FIXED_POINT, causal_mask
 
 if os.environ.get("MOBILEVLM_WITHOUT_NPU") == "1":
     pytest.skip("asked to go without onnxruntime-qnn", allow_module_level=True)

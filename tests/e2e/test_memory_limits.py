@@ -16,7 +16,7 @@ from conftest import refusal, run_program
 from mobilevlm.bundle import read_manifest
 from mobilevlm.cli import main
 from mobilevlm.plan import Plan
-from mobilevlm.runtime.memory import estimate
+from mobilevlm.runtime.memory.estimate import estimate
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Linux only")
 UNDER = """
@@ -25,7 +25,7 @@ os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 import onnxruntime
 from mobilevlm.cli import main
 from mobilevlm.runtime import load
-from mobilevlm.runtime.memory_limits import in_use
+from mobilevlm.runtime.memory.limits import in_use
 kind, size = getattr(resource, sys.argv[1]), int(sys.argv[2])
 if size < 0:  # what is in use by now, and so much more
     size = int(in_use()[kind == resource.RLIMIT_DATA]) - size

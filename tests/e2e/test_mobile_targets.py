@@ -18,13 +18,13 @@ from PIL import Image
 import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle, write_manifest
 from mobilevlm.cli import main
-from mobilevlm.export import ort_format, pipeline
-from mobilevlm.export.calibration import scene_samples
-from mobilevlm.export.ort_format import _example
-from mobilevlm.export.targets import find_target
+from mobilevlm.export import pipeline
+from mobilevlm.export.calibration.samples import scene_samples
+from mobilevlm.export.targets import find_target, ort_format
+from mobilevlm.export.targets.ort_format import _example
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines.opening import open_engines
-from mobilevlm.runtime.memory import estimate
+from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.vlm import open_model
 
 Capture = pytest.CaptureFixture[str]
@@ -192,7 +192,7 @@ def test_elementary_operators_need_a_vision_stage_in_float(
 def test_without_the_extra_an_export_says_that_there_is_no_package(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobilevlm.export import coreml_package
+    from mobilevlm.export.targets import coreml_package
 
     monkeypatch.setattr(coreml_package, "find_spec", lambda _: None)
     place = str(tmp_path / "bundle")
@@ -209,7 +209,7 @@ def test_a_core_ml_package_is_an_ml_program_with_the_weights_of_the_model(bundle
         assert bundle.manifest.packages == ()
         return
     pytest.importorskip("coremltools", reason="Apple's converter: pip install '.[coreml]'")
-    from mobilevlm.export.coreml_package import read_package
+    from mobilevlm.export.targets.coreml_package import read_package
 
     (package,) = bundle.manifest.packages
     assert all(name in bundle.manifest.files for name in package.files) and len(package.files) == 3

@@ -14,23 +14,23 @@ pytest.importorskip("torch")
 import torch
 
 from mobilevlm.errors import CheckpointError
-from mobilevlm.nano.answering import answer_questions
 from mobilevlm.nano.drawing import render
-from mobilevlm.nano.packed_attention import attention_mask, packing
-from mobilevlm.nano.packing import make_batch, normalized
-from mobilevlm.nano.preference import (
+from mobilevlm.nano.questions import questions
+from mobilevlm.nano.scenes import sample_scene
+from mobilevlm.nano.training.answering import answer_questions
+from mobilevlm.nano.training.packed_attention import attention_mask, packing
+from mobilevlm.nano.training.packing import make_batch, normalized
+from mobilevlm.nano.training.preference import (
     Preference,
     PreferenceDataset,
     PreferenceObjective,
     read_preferences,
     write_preferences,
 )
-from mobilevlm.nano.questions import questions
-from mobilevlm.nano.recipes import RECIPES, SIZES, Recipe
-from mobilevlm.nano.saving import load_checkpoint, save_checkpoint
-from mobilevlm.nano.scenes import sample_scene
-from mobilevlm.nano.tokenizer import NanoTokenizer, train_tokenizer
-from mobilevlm.nano.train import Run, Trainee, load_state, measure, train
+from mobilevlm.nano.training.recipes import RECIPES, SIZES, Recipe
+from mobilevlm.nano.training.saving import load_checkpoint, save_checkpoint
+from mobilevlm.nano.training.tokenizer import NanoTokenizer, train_tokenizer
+from mobilevlm.nano.training.train import Run, Trainee, load_state, measure, train
 
 CONFIG = SIZES["test"]
 

@@ -14,7 +14,7 @@ from conftest import Fixture, refusal
 from mobilevlm.bundle import open_bundle
 from mobilevlm.cli import main
 from mobilevlm.export import pipeline
-from mobilevlm.export.calibration import scene_samples
+from mobilevlm.export.calibration.samples import scene_samples
 from mobilevlm.export.targets import FOLDER, find_target, target_names
 
 Capture = pytest.CaptureFixture[str]

@@ -14,8 +14,8 @@ from conftest import BundleOf, Fixture, refusal, run_program
 
 import mobilevlm
 from mobilevlm.cli import main
-from mobilevlm.export.calibration import held_out_samples
-from mobilevlm.synth import write_checkpoint
+from mobilevlm.export.calibration.samples import held_out_samples
+from mobilevlm.synth.checkpoints import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 

@@ -14,8 +14,8 @@ import mobilevlm
 from mobilevlm.builtin import checkpoint_path
 from mobilevlm.bundle import open_bundle
 from mobilevlm.cli import main
-from mobilevlm.export.artifact_weights import artifact_weights
-from mobilevlm.export.calibration import held_out_samples
+from mobilevlm.export.calibration.samples import held_out_samples
+from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.families import open_checkpoint
 
 Capture = pytest.CaptureFixture[str]

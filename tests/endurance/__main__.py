@@ -14,7 +14,7 @@ def _import_all() -> None:
     """What children would else import each by itself."""
     import mobilevlm.export.graph.author
     import mobilevlm.export.pipeline
-    import mobilevlm.runtime.engines.onnx  # noqa: F401
+    import mobilevlm.runtime.engines.onnx.engine  # noqa: F401
 
 
 @click.command(help=__doc__)

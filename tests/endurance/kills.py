@@ -49,7 +49,7 @@ def run(folder: Path, count: int, seed: int) -> Figures:
     Raises:
         AssertionError: something is not as it should be.
     """
-    from mobilevlm.synth import write_checkpoint
+    from mobilevlm.synth.checkpoints import write_checkpoint
 
     choose, figures = random.Random(seed), Figures()
     write_checkpoint("tiny", folder / "checkpoint")

@@ -31,7 +31,7 @@ def run(folder: Path, exports: int, loads: int, one_step: bool = True) -> Figure
     Raises:
         AssertionError: a load failed, or gave something else.
     """
-    from mobilevlm.synth import write_checkpoint
+    from mobilevlm.synth.checkpoints import write_checkpoint
 
     checkpoints = [folder / "first", folder / "second"]
     for seed, checkpoint in enumerate(checkpoints):
@@ -41,7 +41,7 @@ def run(folder: Path, exports: int, loads: int, one_step: bool = True) -> Figure
     target, over, begun = folder / "bundle", folder / "over", time.monotonic()
 
     def replace_on() -> None:
-        from mobilevlm.export import workspace
+        from mobilevlm.export.workspace import workspace
 
         if not one_step:
             workspace.exchange = lambda first, second: False

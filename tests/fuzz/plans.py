@@ -15,9 +15,9 @@ from fuzz.mutations import VALUES, mutate_bytes, mutate_json
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import PlanWarning
 from mobilevlm.plan import Plan, available_processors
-from mobilevlm.runtime.fitting import fit_plan
-from mobilevlm.runtime.memory_limits import memory_limits
-from mobilevlm.runtime.plan_file import Candidate, TunedPlan, settle_plans, write_plan
+from mobilevlm.runtime.memory.fitting import fit_plan
+from mobilevlm.runtime.memory.limits import memory_limits
+from mobilevlm.runtime.tuning.plan_file import Candidate, TunedPlan, settle_plans, write_plan
 
 
 def prepare(folder: Path) -> None:

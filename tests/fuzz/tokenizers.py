@@ -10,8 +10,8 @@ from typing import Any
 from fuzz.harness import Fuzzer
 from fuzz.mutations import NUMBERS, TEXTS, mutate_bytes, mutate_json
 from mobilevlm.conversation import tokenize
-from mobilevlm.runtime.text import Detokenizer
-from mobilevlm.tokenizer import read_tokenizer, vocabulary_length
+from mobilevlm.runtime.answer.text import Detokenizer
+from mobilevlm.tokenizers.tokenizer import read_tokenizer, vocabulary_length
 
 DATA = Path(__file__).parents[1] / "data"
 SOURCES = (

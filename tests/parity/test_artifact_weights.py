@@ -20,11 +20,11 @@ from conftest import (
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import BundleError
-from mobilevlm.export.artifact_weights import artifact_weights
 from mobilevlm.export.graph.reading import OnnxTensors
-from mobilevlm.export.linear_groups import linear_groups
+from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.linear_groups import linear_groups
 from mobilevlm.reference import load_reference
 
 SCALED = """\

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mobilevlm.builtin import WEIGHTS
-from mobilevlm.export.calibration import held_out_samples
+from mobilevlm.export.calibration.samples import held_out_samples
 from mobilevlm.families import OpenOptions, open_checkpoint
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import load_reference
@@ -139,7 +139,7 @@ def run(package: Path, large: dict[str, NDArray[Any]], pixels: Tensor) -> Tensor
 
 # Measured: 1.4e-4; weights of 16 bits are up to 5e-4 off.
 def test_the_program_of_a_package_gives_the_visual_tokens_of_the_reference(tmp_path: Path) -> None:
-    from mobilevlm.export.coreml_package import read_package, write_package
+    from mobilevlm.export.targets.coreml_package import read_package, write_package
 
     model = open_checkpoint(WEIGHTS / "nano", OpenOptions())
     package = tmp_path / "vision.mlpackage"

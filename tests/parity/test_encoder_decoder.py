@@ -22,7 +22,7 @@ from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.encoder_decoder import relative_buckets
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.engines.onnx import OnnxDecoder, open_session
+from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, open_session
 from mobilevlm.spec import RelativePositions
 
 NEW_TOKENS = 24

@@ -26,9 +26,9 @@ from conftest import DATA, Fixture, fixture_named, relative_error, run_program
 import mobilevlm
 from mobilevlm.errors import MobileVLMError, PromptError
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.chat import Chat
-from mobilevlm.runtime.drafting import INEXACT, Drafting, Drafts
-from mobilevlm.runtime.session import Fill
+from mobilevlm.runtime.answer.chat import Chat
+from mobilevlm.runtime.sequence.drafting import INEXACT, Drafting, Drafts
+from mobilevlm.runtime.sequence.session import Fill
 
 pytestmark = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"

@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.plan import Plan
-from mobilevlm.progress import ignore
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines import ExpertChoices
-from mobilevlm.runtime.engines.ggml import GgmlDecoder
+from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.opening import onnx_decoder
 
 LLAMA = pytest.mark.skipif(

@@ -18,14 +18,14 @@ from test_graphs import in_memory, vision_spec
 
 from mobilevlm.checkpoint import TensorRef
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibration import Sample
+from mobilevlm.export.calibration.samples import Sample
+from mobilevlm.export.fixed_shapes.vision import author_qdq
 from mobilevlm.export.graph.reading import OnnxTensors
-from mobilevlm.export.qdq import author_qdq
-from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe
+from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import load_reference
-from mobilevlm.runtime.engines.onnx import OnnxVision
+from mobilevlm.runtime.engines.onnx.engine import OnnxVision
 
 Array = NDArray[np.float32]
 

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from unit.test_tokenizer import seeded_strings
 
 import mobilevlm
+from mobilevlm.console.progress import ignore
 from mobilevlm.export.gguf.decoder import decoder_tensors, write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, convert
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
-from mobilevlm.progress import ignore
-from mobilevlm.runtime.engines.clip_order import class_token_order
-from mobilevlm.runtime.engines.ggml import GgmlDecoder
-from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
+from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
+from mobilevlm.runtime.engines.llama.clip_order import class_token_order
+from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
 from mobilevlm.spec import IMAGE_TOKEN_ID, GGUFType
 
 LIMITS: dict[GGUFType, float] = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2}

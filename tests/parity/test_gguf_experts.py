@@ -17,20 +17,20 @@ from numpy.typing import NDArray
 import mobilevlm
 from mobilevlm.builtin import checkpoint_path
 from mobilevlm.bundle import open_bundle
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
-from mobilevlm.gguf_file import read_gguf
-from mobilevlm.gguf_model import model_spec
-from mobilevlm.gguf_names import decoder_entries
-from mobilevlm.gguf_spec import bytes_per_token, decoder_spec
-from mobilevlm.gguf_tokenizer import gguf_tokenizer
-from mobilevlm.progress import ignore
+from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.model import model_spec
+from mobilevlm.gguf.names import decoder_entries
+from mobilevlm.gguf.spec import bytes_per_token, decoder_spec
+from mobilevlm.gguf.tokenizer import gguf_tokenizer
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.engines.ggml import GgmlDecoder
+from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.spec import GGUFType
 
 pytestmark = pytest.mark.skipif(

@@ -18,7 +18,8 @@ from safetensors.numpy import save_file
 import mobilevlm
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.cli import main
-from mobilevlm.export.calibration import Sample
+from mobilevlm.console.progress import ignore
+from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.gguf import collect as collecting
 from mobilevlm.export.gguf.collect import collect
 from mobilevlm.export.gguf.decoder import write_decoder
@@ -31,7 +32,6 @@ from mobilevlm.export.gguf.imatrix import (
 from mobilevlm.export.gguf.llama_quantizer import quantize_rows
 from mobilevlm.export.gguf.tensors import WEIGHABLE
 from mobilevlm.families import Model
-from mobilevlm.progress import ignore
 from mobilevlm.spec import GGUFType
 
 Float32 = NDArray[np.float32]

@@ -29,9 +29,9 @@ from numpy.typing import NDArray
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.author import author_decoder, author_embeddings, author_vision
 from mobilevlm.export.graph.dialects import STANDARD
-from mobilevlm.export.layer_formats import restored
 from mobilevlm.export.quantize.gptq import no_hessian
-from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe
+from mobilevlm.export.recipes.layer_formats import restored
+from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import ReferenceModel, load_reference

@@ -25,16 +25,16 @@ from safetensors.numpy import load_file, save_file
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import tokenize
-from mobilevlm.export.artifact_weights import artifact_weights
-from mobilevlm.export.system_prompt import PATH
+from mobilevlm.export.finish.system_prompt import PATH
+from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.families import Model, open_checkpoint
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.plan import Plan
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.memory import estimate
+from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.spec import KVCache
-from mobilevlm.synth import CONFIGURATIONS, Configuration, Tower, write_checkpoint
+from mobilevlm.synth.checkpoints import CONFIGURATIONS, Configuration, Tower, write_checkpoint
 
 SIZES = {12: 4, 20: 2, 100: 2}
 """Heads of so many channels, and how many of them."""

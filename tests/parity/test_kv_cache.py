@@ -26,13 +26,13 @@ from conftest import (
 import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import BundleError
-from mobilevlm.export.calibration import held_out_samples
-from mobilevlm.export.kv_cache import HEADROOM, quantize_cache
-from mobilevlm.export.system_prompt import PATH
+from mobilevlm.export.calibration.samples import held_out_samples
+from mobilevlm.export.finish.kv_cache import HEADROOM, quantize_cache
+from mobilevlm.export.finish.system_prompt import PATH
 from mobilevlm.plan import Plan
-from mobilevlm.runtime.engines.onnx import OnnxDecoder, OnnxState
+from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxState
 from mobilevlm.runtime.engines.opening import onnx_decoder
-from mobilevlm.runtime.memory import estimate
+from mobilevlm.runtime.memory.estimate import estimate
 
 DENSE, SPARSE = 0.044, 0.08
 

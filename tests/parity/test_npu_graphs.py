@@ -21,15 +21,15 @@ from conftest import (
 from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibration import Sample
+from mobilevlm.export.calibration.samples import Sample
+from mobilevlm.export.fixed_shapes.decoder import author_qdq_decoder
+from mobilevlm.export.formats.jobs import npu_jobs
 from mobilevlm.export.graph.author import ChunkShape, author_embeddings, author_static_decoder
-from mobilevlm.export.jobs import npu_jobs
-from mobilevlm.export.qdq_decoder import author_qdq_decoder
-from mobilevlm.export.recipes import RECIPES, Recipe
+from mobilevlm.export.recipes.recipe import RECIPES, Recipe
 from mobilevlm.families import Model
-from mobilevlm.progress import ignore
-from mobilevlm.runtime.engines.npu import NpuDecoder
+from mobilevlm.runtime.engines.onnx.npu import NpuDecoder
 
 CHUNK = 24
 FIXED = RECIPES["a16w8"].with_weight_bits(8, auto_only=True)

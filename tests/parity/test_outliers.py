@@ -17,18 +17,18 @@ from conftest import Fixture, relative_error
 from numpy.typing import NDArray
 
 from mobilevlm.builtin import checkpoint_path
-from mobilevlm.export.calibrated import calibrate
-from mobilevlm.export.calibration import scene_samples
+from mobilevlm.export.calibration.samples import scene_samples
+from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.graph.author import author_decoder, author_vision
-from mobilevlm.export.layer_formats import expand_layers
 from mobilevlm.export.quantize.folding import find_folds, fold
-from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe, WeightBits
+from mobilevlm.export.recipes.layer_formats import expand_layers
+from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe, WeightBits
 from mobilevlm.families import Model, open_checkpoint
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.scenes import sample_scene
 from mobilevlm.reference import load_reference
-from mobilevlm.runtime.engines.onnx import EXACT_PRODUCTS
+from mobilevlm.runtime.engines.onnx.engine import EXACT_PRODUCTS
 
 Float32 = NDArray[np.float32]
 OUTLIER = 60

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import render, tokenize, tokenize_instruction, user_message
-from mobilevlm.export.measure import GREEDY_TOKENS, PROMPTS, calibration_image
+from mobilevlm.export.quality.measure import GREEDY_TOKENS, PROMPTS, calibration_image
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime import VLM

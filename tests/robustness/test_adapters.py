@@ -16,7 +16,7 @@ from conftest import DATA, Fixture, refusal, tree_of
 from safetensors.numpy import load_file, save_file
 
 import mobilevlm
-from mobilevlm.adapters import folder_kind
+from mobilevlm.adapters.adapter import folder_kind
 from mobilevlm.cli import main
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families import Model, OpenOptions, open_checkpoint

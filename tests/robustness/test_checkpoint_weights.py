@@ -17,7 +17,8 @@ from checkpoints import Copy, copy_of, message_of
 from conftest import Fixture, fixture_named
 from safetensors.numpy import load_file, save_file
 
-from mobilevlm import export, progress
+from mobilevlm import export
+from mobilevlm.console import progress
 from mobilevlm.errors import FileWarning
 from mobilevlm.families import OpenOptions, open_checkpoint
 

@@ -19,7 +19,7 @@ from devices import LocalDevice, device_python
 from sshd import SshServer, free_port, make_key, ssh_server, write_known_hosts
 
 from mobilevlm.errors import DeviceError
-from mobilevlm.runtime.devices.session import DeviceSession, sent_file
+from mobilevlm.runtime.bench.devices.conversation import DeviceSession, sent_file
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,8 @@ import mobilevlm
 from mobilevlm.bundle import open_bundle, read_manifest
 from mobilevlm.cli import main
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.workspace import open_workspace
-from mobilevlm.synth import write_checkpoint
+from mobilevlm.export.workspace.workspace import open_workspace
+from mobilevlm.synth.checkpoints import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 
@@ -113,7 +113,9 @@ def test_what_an_interrupted_export_took_from_the_older_bundle_is_not_written_th
 
     with monkeypatch.context() as patch:
         patch.setattr("mobilevlm.export.pipeline.write_manifest", interrupt)
-        patch.setattr("mobilevlm.export.workspace.discard", lambda home: None)  # as if killed
+        patch.setattr(
+            "mobilevlm.export.workspace.workspace.discard", lambda home: None
+        )  # as if killed
         with pytest.raises(KeyboardInterrupt):
             mobilevlm.export(tiny_checkpoint, target, measure=False)
     work = work_folder(target) / "bundle"

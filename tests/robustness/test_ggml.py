@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from conftest import fixture_named, refused_mutations
 
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
-from mobilevlm.gguf_file import read_gguf
-from mobilevlm.gguf_spec import decoder_spec
-from mobilevlm.progress import ignore
-from mobilevlm.runtime.engines import ggml_native
-from mobilevlm.runtime.engines.gguf_check import check_decoder
+from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.spec import decoder_spec
+from mobilevlm.runtime.engines.ggml import native as ggml_native
+from mobilevlm.runtime.engines.llama.gguf_check import check_decoder
 
 needs_llama = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
@@ -141,9 +141,9 @@ import sys
 from pathlib import Path
 import numpy as np
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.gguf_file import read_gguf
-from mobilevlm.gguf_model import model_spec
-from mobilevlm.runtime.engines.ggml import GgmlDecoder
+from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.model import model_spec
+from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 
 source, mmproj, path, mutations = Path(sys.argv[1]), *map(Path, sys.argv[2:4]), int(sys.argv[4])
 whole, vision = source.read_bytes(), read_gguf(mmproj)

@@ -18,10 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, features
 
+from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
 from mobilevlm.image import Room, RoomFor, open_image, read_pixels
 from mobilevlm.spec import ImageSpec
-from mobilevlm.terminal import shown
 
 SPECS = [
     ImageSpec(56, 56, aspect, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
@@ -298,7 +298,7 @@ Image.init()
 from mobilevlm.errors import ImageWarning
 from mobilevlm.image import Room, read_pixels, open_image
 from mobilevlm.spec import ImageSpec
-from mobilevlm.terminal import shown
+from mobilevlm.console.terminal import shown
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))

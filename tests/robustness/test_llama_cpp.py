@@ -21,7 +21,7 @@ import mobilevlm
 from mobilevlm import bundle as bundles
 from mobilevlm.bundle import MANIFEST, describe_files
 from mobilevlm.errors import BundleError
-from mobilevlm.gguf_file import read_gguf
+from mobilevlm.gguf.file import read_gguf
 from mobilevlm.spec import to_dict
 
 needs_llama = pytest.mark.skipif(
@@ -227,9 +227,9 @@ import numpy as np
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.errors import BundleError
-from mobilevlm.gguf_file import read_gguf
-from mobilevlm.runtime.engines.llama_cpp import LlamaDecoder
-from mobilevlm.runtime.engines.mtmd import MtmdVision
+from mobilevlm.gguf.file import read_gguf
+from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
+from mobilevlm.runtime.engines.llama.mtmd import MtmdVision
 
 bundle, stage, path, mutations = (
     open_bundle(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])

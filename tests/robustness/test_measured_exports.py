@@ -11,7 +11,7 @@ from conftest import fixture_named, refusal
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import PrecisionWarning
-from mobilevlm.runtime.engines import onnx
+from mobilevlm.runtime.engines.onnx import engine as onnx
 
 Capture = pytest.CaptureFixture[str]
 FIXTURE = fixture_named("llava_v1")

@@ -23,7 +23,7 @@ from mobilevlm.errors import MobileVLMError, SessionError
 from mobilevlm.plan import LLAMA_ENGINES, Plan
 from mobilevlm.runtime import VLM, Session
 from mobilevlm.runtime.machine import installed_extras
-from mobilevlm.runtime.session import Fill, Prompt
+from mobilevlm.runtime.sequence.session import Fill, Prompt
 
 ROUNDS, THREADS = 4, 4
 QUESTIONS = ("What is it?", "Who are they?", "Where is <image>?", "How many, and of which colour?")

@@ -15,8 +15,8 @@ import pytest
 from conftest import BundleOf, fixture_named, refusal, run_program
 
 import mobilevlm
-from mobilevlm.runtime import plan_file
 from mobilevlm.runtime.machine import installed_extras
+from mobilevlm.runtime.tuning import plan_file
 
 FIXTURE = fixture_named("llava_v1")
 QUESTION = ("--prompt", "Who?", "--max-new-tokens", "2")
@@ -171,7 +171,9 @@ def test_tune_says_that_a_bundle_is_read_only_before_it_measures(
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr(plan_file.tempfile, "TemporaryFile", refuse)
-    monkeypatch.setattr("mobilevlm.runtime.tune.tune", lambda *_, **__: pytest.fail("measures"))
+    monkeypatch.setattr(
+        "mobilevlm.runtime.tuning.tune.tune", lambda *_, **__: pytest.fail("measures")
+    )
     said = refusal(capsys, "tune", bundle)
     assert "plan.json cannot be written there (Read-only file system): tune a copy" in said
 

@@ -17,10 +17,10 @@ import mobilevlm
 from mobilevlm.bundle import TOKENIZER, read_manifest, write_manifest
 from mobilevlm.conversation import tokenize
 from mobilevlm.errors import CheckpointError, MobileVLMError, PromptError
-from mobilevlm.runtime.text import Detokenizer
-from mobilevlm.tokenizer import read_tokenizer
-from mobilevlm.tokenizer_bytes import _PATTERN
-from mobilevlm.tokenizer_json import _is_simple, foreign
+from mobilevlm.runtime.answer.text import Detokenizer
+from mobilevlm.tokenizers.byte_level import _PATTERN
+from mobilevlm.tokenizers.json_file import _is_simple, foreign
+from mobilevlm.tokenizers.tokenizer import read_tokenizer
 
 
 def changed(folder: Path, **parts: Any) -> Path:

@@ -16,10 +16,11 @@ from conftest import BundleOf, refusal, tree_of
 import mobilevlm
 from mobilevlm.bundle import open_bundle, read_manifest
 from mobilevlm.errors import BundleError
-from mobilevlm.export import pipeline, work_folder, workspace
-from mobilevlm.export.workspace import open_workspace
-from mobilevlm.runtime.plan_file import PLAN
-from mobilevlm.synth import write_checkpoint
+from mobilevlm.export import pipeline
+from mobilevlm.export.workspace import work_folder, workspace
+from mobilevlm.export.workspace.workspace import open_workspace
+from mobilevlm.runtime.tuning.plan_file import PLAN
+from mobilevlm.synth.checkpoints import write_checkpoint
 from mobilevlm.whole_file import written_whole
 
 Capture = pytest.CaptureFixture[str]
@@ -58,7 +59,7 @@ def interrupted(patch: pytest.MonkeyPatch, place: str, export: Callable[[], obje
 
     with patch.context() as inner:
         inner.setattr(place, kill)
-        inner.setattr("mobilevlm.export.workspace.discard", lambda home: None)
+        inner.setattr("mobilevlm.export.workspace.workspace.discard", lambda home: None)
         with pytest.raises(Killed):
             export()
 
@@ -399,7 +400,7 @@ def test_an_export_killed_while_it_replaces_a_bundle(
                 with pytest.raises(KeyboardInterrupt):
                     export()
         else:
-            interrupted(monkeypatch, f"mobilevlm.export.workspace.{function}", export)
+            interrupted(monkeypatch, f"mobilevlm.export.workspace.workspace.{function}", export)
     export()
     assert tree_of(target) == tree_of(bundle_of("tiny", "int8"))
     assert list(target.parent.iterdir()) == [target]

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import nn
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export import activations
-from mobilevlm.export.activations import Block, watch_decoder, watch_vision
-from mobilevlm.export.calibration import Sample, find_samples, sample_ids, scene_samples
+from mobilevlm.export.calibration import activations
+from mobilevlm.export.calibration.activations import Block, watch_decoder, watch_vision
+from mobilevlm.export.calibration.samples import Sample, find_samples, sample_ids, scene_samples
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import load_reference
 

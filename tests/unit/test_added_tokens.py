@@ -12,7 +12,7 @@ from conftest import fixture_named
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families import open_checkpoint
-from mobilevlm.tokenizer import read_tokenizer
+from mobilevlm.tokenizers.tokenizer import read_tokenizer
 
 SOURCE = fixture_named("llava_v1_im_start_end")
 MARKS = {"<im_patch>": 620, "<im_start>": 621, "<im_end>": 622}

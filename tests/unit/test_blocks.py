@@ -28,7 +28,7 @@ from mobilevlm.export.quantize.blocks import (
     packed_size,
     unpack,
 )
-from mobilevlm.export.recipes import BLOCK_SIZES, RECIPES, LinearFormat, Precision
+from mobilevlm.export.recipes.recipe import BLOCK_SIZES, RECIPES, LinearFormat, Precision
 
 Float32 = NDArray[np.float32]
 SYMMETRIES = [pytest.param(True, id="symmetric"), pytest.param(False, id="asymmetric")]

@@ -18,8 +18,8 @@ import mobilevlm
 from mobilevlm.bundle import read_manifest, write_manifest
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.cache import Border, PromptCache, SizedLRU, borders, pieces
 from mobilevlm.runtime.engines import Segment
+from mobilevlm.runtime.sequence.cache import Border, PromptCache, SizedLRU, borders, pieces
 
 A, B = b"A" * 16, b"B" * 16
 

@@ -11,7 +11,7 @@ from conftest import BundleOf, fixture_named
 import mobilevlm
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.chat import Chat
+from mobilevlm.runtime.answer.chat import Chat
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -132,7 +132,7 @@ def test_an_answer_that_says_image_does_not_ask_for_a_picture(
 
     chat = Chat(vlm, [IMAGE])
     with monkeypatch.context() as patch:
-        patch.setattr("mobilevlm.runtime.generation.Detokenizer", Says)
+        patch.setattr("mobilevlm.runtime.answer.generation.Detokenizer", Says)
         answer = chat.ask("Who?", max_new_tokens=2, ignore_eos=True).finish()
     assert answer.text == "an <image> mark"
     assert chat.ask("Why?", max_new_tokens=2).finish().visual_tokens == 144

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from mobilevlm.chat_template import NODES, SOURCE_CHARACTERS, render_template
 from mobilevlm.errors import PromptError
+from mobilevlm.templates.chat_template import NODES, SOURCE_CHARACTERS, render_template
 
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},

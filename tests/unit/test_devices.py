@@ -21,10 +21,11 @@ from devices import LocalDevice
 
 from mobilevlm.cli.bench import command as bench_command
 from mobilevlm.errors import DeviceError
-from mobilevlm.runtime.devices import agent, measuring, open_device, quote_command, session
-from mobilevlm.runtime.devices.adb import AdbDevice, server_address
-from mobilevlm.runtime.devices.session import DeviceSession, SentFile, sent_file
-from mobilevlm.runtime.devices.ssh import SshDevice, parse_address
+from mobilevlm.runtime.bench.devices import agent, measuring, open_device, quote_command
+from mobilevlm.runtime.bench.devices import conversation as session
+from mobilevlm.runtime.bench.devices.adb import AdbDevice, server_address
+from mobilevlm.runtime.bench.devices.conversation import DeviceSession, SentFile, sent_file
+from mobilevlm.runtime.bench.devices.ssh import SshDevice, parse_address
 
 # Addresses
 

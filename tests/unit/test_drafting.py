@@ -14,7 +14,10 @@ import numpy as np
 import pytest
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.runtime.drafting import (
+from mobilevlm.runtime.answer.generation import single_tokens
+from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
+from mobilevlm.runtime.engines import Float32
+from mobilevlm.runtime.sequence.drafting import (
     INEXACT,
     Drafting,
     Drafts,
@@ -22,10 +25,7 @@ from mobilevlm.runtime.drafting import (
     check_draft_tokens,
     drafted_tokens,
 )
-from mobilevlm.runtime.engines import Float32
-from mobilevlm.runtime.generation import single_tokens
-from mobilevlm.runtime.sampling import Sampler, SamplingOptions
-from mobilevlm.runtime.session import Session
+from mobilevlm.runtime.sequence.session import Session
 from mobilevlm.spec import IMAGE_TOKEN_ID
 
 VOCABULARY = 40

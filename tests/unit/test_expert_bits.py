@@ -11,11 +11,11 @@ from conftest import fixture_named, run_program
 
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.bit_allocation import Option
-from mobilevlm.export.calibration import Sample
-from mobilevlm.export.expert_bits import PRIOR, ExpertUse, by_usage, expert_uses
-from mobilevlm.export.recipes import LinearFormat, find_recipe
-from mobilevlm.export.search import Data, Goal, search
+from mobilevlm.export.calibration.samples import Sample
+from mobilevlm.export.recipes.recipe import LinearFormat, find_recipe
+from mobilevlm.export.search.bit_allocation import Option
+from mobilevlm.export.search.expert_bits import PRIOR, ExpertUse, by_usage, expert_uses
+from mobilevlm.export.search.search import Data, Goal, search
 
 MLP = "decoder.layers.0.mlp.experts"
 Q2, Q4 = LinearFormat("q2"), LinearFormat("q4")

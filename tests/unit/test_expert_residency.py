@@ -14,13 +14,13 @@ import torch
 from conftest import Fixture, fixture_named, memory_weights, refusal, run_program
 
 import mobilevlm
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
-from mobilevlm.gguf_file import read_gguf
-from mobilevlm.progress import ignore
+from mobilevlm.gguf.file import read_gguf
 from mobilevlm.reference import ReferenceModel
-from mobilevlm.runtime.engines.expert_residency import ExpertResidency
-from mobilevlm.runtime.engines.ggml import GgmlDecoder
+from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
+from mobilevlm.runtime.engines.ggml.residency import ExpertResidency
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 LLAMA = pytest.mark.skipif(

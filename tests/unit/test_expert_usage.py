@@ -11,9 +11,9 @@ from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
 from PIL import Image
 
 import mobilevlm
-from mobilevlm.export.calibration import Sample, sample_ids
-from mobilevlm.export.expert_maps import UsageMap, draw_usage, write_map_page
-from mobilevlm.export.expert_usage import LayerUsage, bundle_usage, checkpoint_usage, shares
+from mobilevlm.export.calibration.samples import Sample, sample_ids
+from mobilevlm.export.experts.maps import UsageMap, draw_usage, write_map_page
+from mobilevlm.export.experts.usage import LayerUsage, bundle_usage, checkpoint_usage, shares
 from mobilevlm.spec import IMAGE_TOKEN_ID
 
 

@@ -17,13 +17,13 @@ from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
 from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.errors import CheckpointError, MobileVLMError
-from mobilevlm.export.calibrated import calibrate
-from mobilevlm.export.calibration import Sample
+from mobilevlm.export.calibration.samples import Sample
+from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.pipeline import export
-from mobilevlm.export.recipes import RECIPES, LinearFormat, Recipe
+from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
-from mobilevlm.gguf_names import gguf_architecture
+from mobilevlm.gguf.names import gguf_architecture
 from mobilevlm.spec import DecoderSpec
 
 

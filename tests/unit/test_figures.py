@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from mobilevlm.export import figures
-from mobilevlm.export.figures import (
+from mobilevlm.export.quality import metrics as figures
+from mobilevlm.export.quality.metrics import (
     TextFigures,
     compare_logits,
     compare_vectors,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mobilevlm.errors import BundleError
-from mobilevlm.gguf_file import TENSOR_TYPES, read_gguf
+from mobilevlm.gguf.file import TENSOR_TYPES, read_gguf
 
 MUTATIONS = 2000
 

@@ -12,15 +12,15 @@ from unit.test_gguf_writer import assert_same_blocks, tensors_of
 from unit.test_tokenizer import seeded_strings
 
 import mobilevlm
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import BundleError, CheckpointError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.pipeline import in_stored_blocks
-from mobilevlm.export.recipes import RECIPES
+from mobilevlm.export.recipes.recipe import RECIPES
 from mobilevlm.families import Model
-from mobilevlm.progress import ignore
 from mobilevlm.spec import GGUFType
 
 

@@ -13,12 +13,12 @@ import pytest
 from conftest import Fixture, refusal
 
 from mobilevlm.cli import main
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import BundleError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
-from mobilevlm.gguf_file import read_gguf
-from mobilevlm.gguf_spec import decoder_spec
-from mobilevlm.progress import ignore
+from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.spec import decoder_spec
 
 MUTATIONS = 2000
 

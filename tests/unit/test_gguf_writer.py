@@ -22,17 +22,17 @@ import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import CheckpointError, MissingExtraError, MobileVLMError
+from mobilevlm.export.formats.jobs import gguf_jobs
 from mobilevlm.export.gguf.decoder import decoder_tensors, half_split, interleave, write_decoder
 from mobilevlm.export.gguf.imatrix import write_imatrix
 from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, Tensor, convert, write_file
 from mobilevlm.export.graph.author import author_decoder
-from mobilevlm.export.jobs import gguf_jobs
-from mobilevlm.export.recipes import RECIPES, LinearFormat
+from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat
 from mobilevlm.families import Model
-from mobilevlm.gguf_names import decoder_entries
-from mobilevlm.progress import ignore
+from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.spec import GGUF_TYPES, DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]

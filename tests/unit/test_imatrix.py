@@ -17,9 +17,10 @@ from PIL import Image
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
+from mobilevlm.console.progress import ignore
 from mobilevlm.errors import BundleError, ImageError, MobileVLMError, PromptError
-from mobilevlm.export import activations
-from mobilevlm.export.calibration import (
+from mobilevlm.export.calibration import activations
+from mobilevlm.export.calibration.samples import (
     NUM_SCENES,
     Sample,
     read_samples,
@@ -36,8 +37,7 @@ from mobilevlm.export.gguf.imatrix import (
     read_imatrix,
     write_imatrix,
 )
-from mobilevlm.export.recipes import find_recipe
-from mobilevlm.progress import ignore
+from mobilevlm.export.recipes.recipe import find_recipe
 from mobilevlm.spec import DecoderSpec
 
 Float64 = NDArray[np.float64]

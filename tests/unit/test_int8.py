@@ -26,10 +26,10 @@ from mobilevlm.export.graph.author import IR_VERSION
 from mobilevlm.export.graph.dialects import CPU
 from mobilevlm.export.quantize import gptq, hqq, rtn
 from mobilevlm.export.quantize.blocks import INT8, Scheme, dequantize, signed_columns
-from mobilevlm.export.recipes import LinearFormat
+from mobilevlm.export.recipes.recipe import LinearFormat
 from mobilevlm.plan import Plan
 from mobilevlm.runtime import machine
-from mobilevlm.runtime.engines.onnx import EXACT_PRODUCTS, exact_products
+from mobilevlm.runtime.engines.onnx.engine import EXACT_PRODUCTS, exact_products
 from mobilevlm.runtime.engines.opening import open_engines
 
 Float32 = NDArray[np.float32]

@@ -9,7 +9,7 @@ import pytest
 
 from mobilevlm.bundle import StageQuality
 from mobilevlm.errors import MobileVLMError, QualityError
-from mobilevlm.export.limits import (
+from mobilevlm.export.quality.limits import (
     LIMITED,
     MTMD_ERROR,
     check_limits,
@@ -17,7 +17,7 @@ from mobilevlm.export.limits import (
     require_checks,
     with_limits,
 )
-from mobilevlm.export.recipes import RECIPES, Limits
+from mobilevlm.export.recipes.recipe import RECIPES, Limits
 
 STAGES = {
     "vision": StageQuality({"relative_error": 0.1, "cosine": 0.9}),

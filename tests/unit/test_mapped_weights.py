@@ -16,9 +16,9 @@ from onnx.external_data_helper import convert_model_to_external_data
 
 from mobilevlm.bundle import data_path
 from mobilevlm.errors import BundleError
-from mobilevlm.runtime.engines.mapped_pages import keep_apart
-from mobilevlm.runtime.engines.mapped_weights import MappedWeights, external_tensors
-from mobilevlm.runtime.engines.onnx import LONGEST_REASON, load_reason, open_session
+from mobilevlm.runtime.engines.onnx.engine import LONGEST_REASON, load_reason, open_session
+from mobilevlm.runtime.engines.onnx.mapped_pages import keep_apart
+from mobilevlm.runtime.engines.onnx.mapped_weights import MappedWeights, external_tensors
 
 SIZE = 512
 

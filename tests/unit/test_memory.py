@@ -14,10 +14,10 @@ import mobilevlm
 from mobilevlm.bundle import Bundle, Manifest, open_bundle
 from mobilevlm.errors import MemoryLimitError
 from mobilevlm.plan import MemorySetting, Plan, memory_settings
-from mobilevlm.runtime import memory_limits
-from mobilevlm.runtime.fitting import DOUBT, fit_plan, need
-from mobilevlm.runtime.memory import IN_PASSING, Memory, estimate
-from mobilevlm.runtime.memory_limits import Limit
+from mobilevlm.runtime.memory import limits as memory_limits
+from mobilevlm.runtime.memory.estimate import IN_PASSING, Memory, estimate
+from mobilevlm.runtime.memory.fitting import DOUBT, fit_plan, need
+from mobilevlm.runtime.memory.limits import Limit
 
 SETTINGS: tuple[MemorySetting, ...] = ("fast", "compact", "in turn")
 
@@ -222,7 +222,7 @@ def test_settings_give_the_same_answers_and_stages_in_turn_the_same_bits_as_comp
 def test_stages_in_turn_are_never_open_together(
     bundle_of: BundleOf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobilevlm.runtime.engines import onnx
+    from mobilevlm.runtime.engines.onnx import engine as onnx
 
     alive: set[int] = set()
     most = []

@@ -12,7 +12,7 @@ from conftest import fixture_named
 from mobilevlm.errors import MobileVLMError, PromptError
 from mobilevlm.messages import read_messages
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.chat import Chat
+from mobilevlm.runtime.answer.chat import Chat
 
 IMAGE = fixture_named("llava_v1").image
 OTHER = np.zeros((20, 30, 3), np.uint8)

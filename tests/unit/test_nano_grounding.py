@@ -7,11 +7,11 @@ import pytest
 
 pytest.importorskip("torch")
 
-from mobilevlm.nano.grounding import cells_of, phrases
-from mobilevlm.nano.packing import add_question, filled_row, start_row
 from mobilevlm.nano.questions import Question, plural, questions
 from mobilevlm.nano.scenes import sample_scene
-from mobilevlm.nano.tokenizer import prompt_text, train_tokenizer
+from mobilevlm.nano.training.grounding import cells_of, phrases
+from mobilevlm.nano.training.packing import add_question, filled_row, start_row
+from mobilevlm.nano.training.tokenizer import prompt_text, train_tokenizer
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mobilevlm.nano.dense import CLASSES, dense_targets
 from mobilevlm.nano.drawing import RGB, render
 from mobilevlm.nano.evaluate import evaluate, is_right, normalize, wilson
 from mobilevlm.nano.pairs import INTERLEAVED, STACKED, pair_questions
@@ -33,6 +32,7 @@ from mobilevlm.nano.scenes import (
 )
 from mobilevlm.nano.suite import SUITE_KINDS, evaluation_set
 from mobilevlm.nano.text_only import text_questions
+from mobilevlm.nano.training.dense import CLASSES, dense_targets
 
 TRAINING = [sample_scene(seed) for seed in range(400)]
 EVALUATION = [sample_scene(TRAINING_SEEDS + seed, "evaluation") for seed in range(400)]

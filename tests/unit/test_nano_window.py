@@ -10,11 +10,11 @@ pytest.importorskip("torch")
 
 import torch
 
-from mobilevlm.nano.model import NanoModel
-from mobilevlm.nano.optimizer import orthogonal
-from mobilevlm.nano.packing import normalized
-from mobilevlm.nano.recipes import SIZES
-from mobilevlm.nano.window import CODE_SIZE, attentions, keep_codes, set_window, sharpen
+from mobilevlm.nano.training.model import NanoModel
+from mobilevlm.nano.training.optimizer import orthogonal
+from mobilevlm.nano.training.packing import normalized
+from mobilevlm.nano.training.recipes import SIZES
+from mobilevlm.nano.training.window import CODE_SIZE, attentions, keep_codes, set_window, sharpen
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from conftest import BundleOf
 import mobilevlm
 from mobilevlm.errors import BundleError
 from mobilevlm.runtime import VLM
-from mobilevlm.runtime.engines import onnx
+from mobilevlm.runtime.engines.onnx import engine as onnx
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ from conftest import BundleOf, Fixture, fixture_named, run_program
 from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.errors import PromptError
 from mobilevlm.messages import read_messages
-from mobilevlm.plain_text import _special_names, protect
 from mobilevlm.runtime import VLM
 from mobilevlm.spec import IMAGE_PLACEHOLDER
+from mobilevlm.templates.plain_text import _special_names, protect
 
 IMAGE = fixture_named("llava_v1").image
 

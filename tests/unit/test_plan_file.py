@@ -17,11 +17,11 @@ import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import BundleError, MemoryLimitError, PlanWarning
 from mobilevlm.plan import Plan, available_processors
-from mobilevlm.runtime import plan_file
-from mobilevlm.runtime.fitting import fit_plan
-from mobilevlm.runtime.memory import estimate
-from mobilevlm.runtime.memory_limits import Limit
-from mobilevlm.runtime.plan_file import PLAN, TunedPlan, read_plan, settle_plans, write_plan
+from mobilevlm.runtime.memory.estimate import estimate
+from mobilevlm.runtime.memory.fitting import fit_plan
+from mobilevlm.runtime.memory.limits import Limit
+from mobilevlm.runtime.tuning import plan_file
+from mobilevlm.runtime.tuning.plan_file import PLAN, TunedPlan, read_plan, settle_plans, write_plan
 
 MOST_THREADS = 4 * available_processors()
 ONE = Plan("onnx", vision_threads=1, decoder_threads=1, spinning=False, prefill_from=40)

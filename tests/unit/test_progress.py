@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mobilevlm import progress
+from mobilevlm.console import progress
 
 Capture = pytest.CaptureFixture[str]
 

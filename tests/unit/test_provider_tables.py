@@ -11,10 +11,10 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper, save
 
-from mobilevlm.export.coverage import GraphCoverage, cover
-from mobilevlm.export.ort_format import _operators
-from mobilevlm.export.providers import ONNXRUNTIME, find_provider, provider_names
 from mobilevlm.export.targets import find_target, target_names
+from mobilevlm.export.targets.coverage import GraphCoverage, cover
+from mobilevlm.export.targets.ort_format import _operators
+from mobilevlm.export.targets.providers import ONNXRUNTIME, find_provider, provider_names
 
 Constants = dict[str, NDArray[np.generic]]
 LISTS = {

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.recipe_file import recipe_text
-from mobilevlm.export.recipes import RECIPES, Limits, LinearFormat, Recipe, find_recipe
+from mobilevlm.export.recipes.file import recipe_text
+from mobilevlm.export.recipes.recipe import RECIPES, Limits, LinearFormat, Recipe, find_recipe
 
 MINE = """\
 tower = "int8"

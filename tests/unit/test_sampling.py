@@ -11,7 +11,7 @@ import pytest
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.runtime.sampling import Sampler, SamplingOptions, candidates
+from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions, candidates
 
 LOGITS = np.random.default_rng(7).normal(0, 2, 50).astype(np.float32)
 

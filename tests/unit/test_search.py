@@ -11,11 +11,11 @@ import pytest
 from conftest import Fixture
 
 from mobilevlm.errors import MobileVLMError, QualityError
-from mobilevlm.export.calibration import Sample
-from mobilevlm.export.mixed_recipe import check_target
-from mobilevlm.export.recipe_file import recipe_text
-from mobilevlm.export.recipes import RECIPES, Limits, LinearFormat, find_recipe
-from mobilevlm.export.search import Data, Found, Goal, search
+from mobilevlm.export.calibration.samples import Sample
+from mobilevlm.export.recipes.file import recipe_text
+from mobilevlm.export.recipes.recipe import RECIPES, Limits, LinearFormat, find_recipe
+from mobilevlm.export.search.recipe import check_target
+from mobilevlm.export.search.search import Data, Found, Goal, search
 
 TEXTS = [
     Sample("What is red?", "Blood is, and so are roses.", ()),

@@ -10,13 +10,14 @@ import torch
 from conftest import Fixture
 from numpy.typing import NDArray
 
-from mobilevlm.export import activations, sensitivity
-from mobilevlm.export.calibration import Sample, sample_ids, scene_samples
-from mobilevlm.export.figures import compare_logits
-from mobilevlm.export.linear_groups import LinearGroup, linear_groups
-from mobilevlm.export.sensitivity import Change, Effect, Probe
+from mobilevlm.export.calibration import activations
+from mobilevlm.export.calibration.samples import Sample, sample_ids, scene_samples
+from mobilevlm.export.quality import sensitivity
+from mobilevlm.export.quality.metrics import compare_logits
+from mobilevlm.export.quality.sensitivity import Change, Effect, Probe
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.reference import ReferenceModel, load_reference
 
 SAMPLES = [*scene_samples(3), Sample("What is red?", "Blood is.", ()), Sample("Hello", "", ())]

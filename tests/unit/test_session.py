@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError
 from mobilevlm.runtime import VLM, Session
-from mobilevlm.runtime.cache import PromptCache
 from mobilevlm.runtime.engines import DecoderEngine, DecoderState, Float32, Segment, VisionEngine
-from mobilevlm.runtime.session import Fill, Prompt, Reuse
+from mobilevlm.runtime.sequence.cache import PromptCache
+from mobilevlm.runtime.sequence.session import Fill, Prompt, Reuse
 
 
 @dataclass

@@ -16,12 +16,12 @@ import sentencepiece
 import torch
 from safetensors import safe_open
 
-from mobilevlm import synth
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import open_checkpoint
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.model import ReferenceModel
-from mobilevlm.synth import (
+from mobilevlm.synth import checkpoints as synth
+from mobilevlm.synth.checkpoints import (
     CONFIGURATIONS,
     NAMES,
     decoder_shapes,
@@ -29,7 +29,7 @@ from mobilevlm.synth import (
     tower_shapes,
     write_checkpoint,
 )
-from mobilevlm.synth_tokenizer import MIN_VOCABULARY, tokenizer_model
+from mobilevlm.synth.tokenizer import MIN_VOCABULARY, tokenizer_model
 
 BIG = [name for name in NAMES if name != "tiny"]
 

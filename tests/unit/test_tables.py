@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from mobilevlm.tables import Column, Styled, Table, show
+from mobilevlm.console.tables import Column, Styled, Table, show
 
 NAME = "onnx/decoder_model_merged_q4_with_a_long_suffix.onnx"
 

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mobilevlm.runtime.machine import describe_machine
-from mobilevlm.runtime.sensors import Sample, Sensors
-from mobilevlm.runtime.telemetry import (
+from mobilevlm.runtime.bench.sensors import Sample, Sensors
+from mobilevlm.runtime.bench.telemetry import (
     FEWEST,
     Course,
     Limits,
@@ -19,6 +18,7 @@ from mobilevlm.runtime.telemetry import (
     recorded,
     summarize,
 )
+from mobilevlm.runtime.machine import describe_machine
 
 
 def write(root: Path, **values: object) -> None:

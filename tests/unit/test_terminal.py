@@ -13,10 +13,10 @@ import pytest
 from conftest import BundleOf
 
 import mobilevlm.cli
-from mobilevlm import progress
 from mobilevlm.bundle import read_manifest, write_manifest
+from mobilevlm.console import progress
+from mobilevlm.console.terminal import plain, plain_answer
 from mobilevlm.errors import PlanWarning
-from mobilevlm.terminal import plain, plain_answer
 
 HOSTILE = "a\x1b[31m\x9b2J\x07\x7f\u202eb[/bold]\r\n\tc"
 SHOWN = "a\ufffd[31m\ufffd2J\ufffd\ufffd\ufffdb[/bold]  c"
@@ -76,7 +76,7 @@ def test_json_escapes_what_a_terminal_obeys(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_tables_show_neither_control_characters_nor_markup() -> None:
-    from mobilevlm.tables import Column, Table, show
+    from mobilevlm.console.tables import Column, Table, show
 
     for stream in (Terminal(), io.StringIO()):
         table = Table((Column("name", whole=True), Column("value")), title="[/bold]\x1b[2J")

@@ -11,7 +11,7 @@ from conftest import Fixture, fixture_named
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, normalizers
 
-from mobilevlm.runtime.text import Detokenizer, StopStrings
+from mobilevlm.runtime.answer.text import Detokenizer, StopStrings
 
 TEXTS = [
     "Hello world",

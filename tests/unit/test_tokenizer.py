@@ -15,7 +15,7 @@ from sentencepiece import sentencepiece_model_pb2
 from tokenizers import Tokenizer
 
 from mobilevlm.errors import CheckpointError
-from mobilevlm.tokenizer import read_tokenizer
+from mobilevlm.tokenizers.tokenizer import read_tokenizer
 
 STRINGS = 4000
 WORDS = "What is in the picture? USER: ASSISTANT: The quick brown fox, 3.14; don't"

@@ -14,8 +14,8 @@ import pytest
 from conftest import DATA, MOE_FIXTURES, Fixture, fixture_named
 
 from mobilevlm.errors import CheckpointError
-from mobilevlm.runtime.text import Detokenizer
-from mobilevlm.tokenizer import read_tokenizer
+from mobilevlm.runtime.answer.text import Detokenizer
+from mobilevlm.tokenizers.tokenizer import read_tokenizer
 
 STRINGS = 2000
 SNIPPETS = [

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 import pytest
 
 from mobilevlm.plan import PREFILL_FROM, Plan
-from mobilevlm.runtime.plan_file import TunedPlan
-from mobilevlm.runtime.tuning import (
+from mobilevlm.runtime.tuning.plan_file import TunedPlan
+from mobilevlm.runtime.tuning.questions import (
     LENGTHS,
     ROUNDS,
     Budget,

@@ -17,7 +17,7 @@ import mobilevlm
 from mobilevlm.cli import main
 from mobilevlm.errors import ImageError, MissingExtraError
 from mobilevlm.image import Room
-from mobilevlm.runtime.video import decode_frames, open_video
+from mobilevlm.runtime.answer.video import decode_frames, open_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed ([video] extra)")
 

@@ -14,7 +14,7 @@ import pytest
 from conftest import DATA
 
 import mobilevlm
-from mobilevlm.runtime.engines import onnx
+from mobilevlm.runtime.engines.onnx import engine as onnx
 from mobilevlm.waiting import SPINS, processors_wanted, wait_asleep, waiting_asleep
 
 PROCESSORS = os.cpu_count() or 1
@@ -97,7 +97,7 @@ class Finder:
         if name == "llama_cpp":
             seen.append(os.environ.get("GOMP_SPINCOUNT"))
 sys.meta_path.insert(0, Finder())
-from mobilevlm.runtime.engines.llama_native import llama_library
+from mobilevlm.runtime.engines.llama.native import llama_library
 try:
     llama_library()
 except Exception:

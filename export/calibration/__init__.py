@@ -1,0 +1,1 @@
+"""Calibration: samples, activations of the reference, and what calibrated methods make of them."""

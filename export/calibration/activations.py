@@ -1,0 +1,282 @@
+"""What the inputs of linear layers look like on calibration data (needs torch).
+
+All samples pass the float32 reference layer by layer: memory holds one layer's weights, its
+statistics, and the activations between two layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mobilevlm.console import progress
+from mobilevlm.errors import MobileVLMError, PromptError
+from mobilevlm.export.calibration.samples import Sample, instruction_ids, sample_ids
+from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.families import Model
+from mobilevlm.image import normalize, open_image, preprocess
+from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.reference.decoder import rotary_tables
+from mobilevlm.reference.model import held
+from mobilevlm.reference.streaming import project
+from mobilevlm.spec import IMAGE_TOKEN_ID, DecoderSpec, ModelSpec
+
+MAX_POSITIONS = 1 << 14
+"""Of all samples together, in the tower or in the decoder: a layer's inputs stay in memory."""
+
+Run: TypeAlias = Callable[[Tensor], Tensor]
+Wanted: TypeAlias = Callable[[str], bool]
+
+
+@dataclass(frozen=True)
+class InputStatistics:
+    """Of the inputs of one linear layer over all tokens that reached it."""
+
+    count: int
+    """Tokens; without any the arrays are empty."""
+    maximum: Float32
+    """Largest magnitude of each input ``(in_size,)``"""
+    mean_square: Float32
+    """``(in_size,)``"""
+    hessian: Float32 | None
+    """``Xᵀ X / count`` ``(in_size, in_size)``, where it was asked for"""
+
+
+Block: TypeAlias = dict[str, InputStatistics]
+"""Statistics of the linear layers of one part of the model, by canonical name."""
+
+
+class _Sums:
+    """Adds up the inputs of one linear layer."""
+
+    def __init__(self, hessian: bool) -> None:
+        self.count = 0
+        self.maximum = self.squares = torch.zeros(1)
+        self.products = torch.zeros(1) if hessian else None
+
+    def add(self, inputs: Tensor) -> None:
+        """``(…, in_size)``"""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if not len(rows):
+            return  # an expert that no token chose
+        self.count += len(rows)
+        self.maximum = torch.maximum(self.maximum, rows.abs().amax(dim=0))
+        self.squares = self.squares + rows.double().square().sum(dim=0)
+        if self.products is not None:
+            if self.products.ndim == 1:
+                self.products = torch.zeros(rows.shape[1], rows.shape[1])
+            self.products.addmm_(rows.T, rows)
+
+    def finish(self) -> InputStatistics:
+        if not self.count:
+            return InputStatistics(0, np.zeros(0, np.float32), np.zeros(0, np.float32), None)
+        hessian = None if self.products is None else self.products.div_(self.count).numpy()
+        mean_square = (self.squares / self.count).float().numpy()
+        return InputStatistics(self.count, self.maximum.numpy(), mean_square, hessian)
+
+
+def watch_vision(
+    model: Model, samples: Sequence[Sample], wanted: Wanted, hessian: bool
+) -> Iterator[Block]:
+    """Statistics of the tower's layers and the projector, in the order of use.
+
+    ``wanted``: the layers to watch. ``hessian``: with the second moments, which take the square of
+    a layer's input size.
+
+    Raises:
+        MobileVLMError: no sample has a picture; an activation is infinite or no number.
+        ImageError: a picture cannot be read.
+    """
+    reference = load_reference(model, streamed=True)
+    hidden = embed_pictures(reference, _usable_pictures(model, samples))
+    if not hidden:
+        raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
+    for index, layer in enumerate(reference.vision.layers):
+        name = f"vision.layers.{index}"
+        yield _pass(layer, name, layer, hidden, wanted, hessian)
+    features = [reference.vision.features(item) for item in hidden]
+    del hidden
+    asked = iter(_instructions(model, samples))
+    yield _pass(
+        reference.projector,
+        "projector",
+        lambda item: reference.project(item, next(asked)),
+        features,
+        wanted,
+        hessian,
+    )
+
+
+def watch_decoder(
+    model: Model, samples: Sequence[Sample], wanted: Wanted, hessian: bool
+) -> Iterator[Block]:
+    """The same for the decoder's layers and its head.
+
+    Raises:
+        PromptError: a sample does not fit into the context.
+        ImageError: a picture cannot be read.
+        MobileVLMError: an activation is infinite or no number.
+    """
+    check_decoder_only(model.spec, "calibration")
+    reference = load_reference(model, streamed=True)
+    decoder = reference.decoder
+    hidden = [decoder.begin(item) for item in _embed_samples(reference, model, samples)]
+    for index, layer in enumerate(decoder.layers):
+        yield _pass(
+            layer,
+            f"decoder.layers.{index}",
+            partial(run_decoder_layer, layer, model.spec.decoder),
+            hidden,
+            wanted,
+            hessian,
+        )
+    if wanted("decoder.lm_head"):
+        sums = _Sums(hessian)
+        with torch.no_grad():
+            for item in hidden:
+                sums.add(decoder.norm(item))
+        yield _finished({"decoder.lm_head": sums})
+
+
+def check_decoder_only(spec: ModelSpec, purpose: str) -> None:
+    """Raises MobileVLMError: the model has an encoder, through which samples are not run here."""
+    if spec.decoder.encoder_layers:
+        raise MobileVLMError(
+            f"{purpose} is for decoder-only language models, that of {spec.name} has an encoder"
+        )
+
+
+def run_decoder_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:
+    """Runs whole samples ``(batch, length, hidden_size)`` from position 0 on."""
+    out: Tensor = layer(hidden, rotary_tables(spec, torch.arange(hidden.shape[1])))
+    return out
+
+
+@torch.no_grad()
+def _pass(
+    block: nn.Module,
+    prefix: str,
+    run: Run,
+    hidden: list[Tensor],
+    wanted: Wanted,
+    hessian: bool,
+) -> Block:
+    """Runs a block on all samples, replaces each by its output, and watches what goes on inside.
+    Layers that are given the same tensor share its statistics."""
+    sums: dict[str, _Sums] = {}
+    last: tuple[Tensor, _Sums] | None = None
+
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+            nonlocal last
+            if last is not None and last[0] is inputs[0]:
+                sums[name] = last[1]
+                return
+            found = sums.setdefault(name, _Sums(hessian))
+            found.add(inputs[0])
+            last = (inputs[0], found)
+
+        return add
+
+    with ExitStack() as stack:
+        stack.enter_context(held(block))
+        for name, module in block.named_modules(prefix=prefix):
+            if isinstance(module, nn.Linear) and wanted(name):
+                handle = module.register_forward_pre_hook(watch(name))
+                stack.callback(handle.remove)
+        for index, item in enumerate(hidden):
+            hidden[index] = run(item)
+    return _finished(sums)
+
+
+def _finished(sums: dict[str, _Sums]) -> Block:
+    """Each once, also where layers share it."""
+    done = {id(item): item.finish() for item in {id(item): item for item in sums.values()}.values()}
+    for name, item in sums.items():
+        if not np.isfinite(done[id(item)].mean_square).all():
+            raise MobileVLMError(
+                f"calibration: inputs of {name!r} are infinite or no numbers: the checkpoint may "
+                f"be damaged"
+            )
+    return {name: done[id(item)] for name, item in sums.items()}
+
+
+def _instructions(model: Model, samples: Sequence[Sample]) -> list[list[int]]:
+    """For each picture of the samples, what a Q-Former reads beside it."""
+    return [instruction_ids(model, sample) for sample in samples for _ in sample.images]
+
+
+def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
+    """Pictures of the samples, as many as there is room for."""
+    pictures = [picture for sample in samples for picture in sample.images]
+    room = max(1, MAX_POSITIONS // model.spec.vision.num_positions)
+    if len(pictures) > room:
+        progress.say(f"calibration the tower sees {room} of {len(pictures)} pictures")
+    return pictures[:room]
+
+
+@torch.no_grad()
+def embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[Tensor]:
+    """Input of the first layer ``(1, num_positions, hidden_size)`` of each."""
+    tower, spec = reference.vision, reference.spec.image
+    with ExitStack() as stack:
+        for block in (tower.patch_embedding, tower.position_embedding, tower.pre_norm):
+            stack.enter_context(held(block))
+        return [
+            tower.embed(torch.from_numpy(normalize(preprocess(open_image(item), spec), spec))[None])
+            for item in pictures
+        ]
+
+
+def sample_groups(
+    model: Model, samples: Sequence[Sample], positions: int | None = None
+) -> Iterator[list[Sample]]:
+    """The samples in groups of neighbours of so many positions in the decoder, by default
+    ``MAX_POSITIONS``; a longer sample is a group of its own.
+
+    Raises:
+        PromptError: a sample does not fit into the context.
+    """
+    group: list[Sample] = []
+    limit = positions or MAX_POSITIONS
+    room = limit
+    for number, sample in enumerate(samples, 1):
+        ids = sample_ids(model, sample)
+        length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.projector.num_tokens - 1)
+        if length > model.spec.decoder.context_length:
+            raise PromptError(
+                f"calibration sample {number} takes {length} tokens, the context holds "
+                f"{model.spec.decoder.context_length}: shorten it"
+            )
+        if group and length > room:
+            yield group
+            group, room = [], limit
+        group.append(sample)
+        room -= length
+    yield group
+
+
+@torch.no_grad()
+def _embed_samples(
+    reference: ReferenceModel, model: Model, samples: Sequence[Sample]
+) -> list[Tensor]:
+    """Input of the decoder ``(1, length, hidden_size)`` of each sample there is room for."""
+    used = next(sample_groups(model, samples))
+    if len(used) < len(samples):
+        progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
+    visual = embed_pictures(reference, [item for sample in used for item in sample.images])
+    for index, layer in enumerate(reference.vision.layers):
+        _pass(layer, f"vision.layers.{index}", layer, visual, lambda _: False, False)
+    tokens = iter(project(reference, visual, _instructions(model, used)))
+    with held(reference.decoder.embed_tokens):
+        return [
+            reference.embed(sample_ids(model, sample), [next(tokens) for _ in sample.images])[None]
+            for sample in used
+        ]

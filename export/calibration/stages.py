@@ -1,0 +1,146 @@
+"""What the calibrated methods of a recipe need for one stage: weights with factors moved between
+layers (AWQ, SmoothQuant), and Hessians (GPTQ)."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, TypeAlias
+
+import numpy as np
+
+from mobilevlm.checkpoint import Weights
+from mobilevlm.errors import require
+from mobilevlm.export.calibration.samples import Sample, samples_digest
+from mobilevlm.export.quantize import awq, smoothquant
+from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.export.quantize.folding import Fold, find_folds, fold
+from mobilevlm.export.quantize.gptq import HessianOf
+from mobilevlm.export.recipes.recipe import LinearFormat, Recipe
+from mobilevlm.families import Model
+from mobilevlm.spec import to_dict
+
+if TYPE_CHECKING:
+    from mobilevlm.export.calibration.activations import Block, InputStatistics, Wanted
+
+CalibratedStage: TypeAlias = Literal["vision", "decoder"]
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """A stage's weights, ready to be quantized."""
+
+    weights: Weights
+    hessian: HessianOf
+    """To be asked in the order of use"""
+
+
+def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:
+    """All that statistics of activations depend on beside the weights that they are for."""
+    spec = model.spec
+    return [
+        samples_digest(samples),
+        [model.weights.sha256(prefix) for prefix in ("vision.", "projector.", "decoder.")],
+        [to_dict(part) for part in (spec.vision, spec.projector, spec.image, spec.conversation)],
+        importlib.metadata.version("torch"),
+    ]
+
+
+def check_torch(purpose: str) -> None:
+    """Raises MissingExtraError: torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise require("torch", "reference", purpose) from None
+
+
+def calibrate(
+    model: Model, recipe: Recipe, samples: Sequence[Sample], stage: CalibratedStage
+) -> Calibrated:
+    """Runs the samples as far as the recipe's methods need it: for scaling now, for Hessians layer
+    by layer as they are asked for.
+
+    Raises:
+        MobileVLMError, PromptError, ImageError: a sample is wrong.
+    """
+    folds = [
+        place
+        for place in find_folds(model.spec)
+        if place.consumers[0].startswith(f"{stage}.")
+        and recipe.format_of(place.consumers[0]).scaling != "none"
+    ]
+    weights = model.weights
+    if folds:
+        weights = fold(weights, _factors(model, recipe, samples, stage, folds))
+    scaled = dataclasses.replace(model, weights=weights)
+
+    def wanted(name: str) -> bool:
+        return recipe.format_of(name).quantizer == "gptq"
+
+    return Calibrated(weights, hessians(scaled, samples, stage, wanted))
+
+
+def hessians(
+    model: Model, samples: Sequence[Sample], stage: CalibratedStage, wanted: Wanted
+) -> HessianOf:
+    """Hessians of the wanted layers, to be asked in the order of use: the samples run as far as the
+    layer that is asked for."""
+    return _Hessians(_watch(model, samples, stage, wanted, True)).find
+
+
+class _Hessians:
+    """Hands out Hessians block by block; the ones before are forgotten."""
+
+    def __init__(self, blocks: Iterator[Block]) -> None:
+        self._blocks = blocks
+        self._block: Block = {}
+
+    def find(self, name: str) -> Float32 | None:
+        while name not in self._block:
+            self._block = {}  # before the next is made
+            self._block = next(self._blocks)
+        return self._block[name].hessian
+
+
+def _watch(
+    model: Model, samples: Sequence[Sample], stage: CalibratedStage, wanted: Wanted, hessian: bool
+) -> Iterator[Block]:
+    from mobilevlm.export.calibration.activations import watch_decoder, watch_vision
+
+    watch = watch_vision if stage == "vision" else watch_decoder
+    return watch(model, samples, wanted, hessian)
+
+
+def _factors(
+    model: Model,
+    recipe: Recipe,
+    samples: Sequence[Sample],
+    stage: CalibratedStage,
+    folds: Sequence[Fold],
+) -> Mapping[Fold, Float32]:
+    places = {place.consumers[0]: place for place in folds}
+    found = {}
+    hessian = any(recipe.format_of(name).scaling == "awq" for name in places)
+    for block in _watch(model, samples, stage, lambda name: name in places, hessian):
+        for name, statistics in block.items():
+            layers = recipe.format_of(name)
+            found[places[name]] = _fold_factors(model.weights, places[name], layers, statistics)
+    return found
+
+
+def _fold_factors(
+    weights: Weights, place: Fold, layers: LinearFormat, statistics: InputStatistics
+) -> Float32:
+    """``(in_size,)``, equal where the fold needs them to be; ones where no token came by."""
+    if not statistics.count:
+        return np.ones(place.in_size, np.float32)
+    sizes = zip(place.consumers, place.out_sizes, strict=True)
+    consumers = [weights.read(f"{name}.weight", (size, place.in_size)) for name, size in sizes]
+    if layers.scaling == "smoothquant":
+        maximum = place.tie(statistics.maximum, np.max)
+        return place.tie(smoothquant.factors(consumers, maximum), np.mean)
+    assert layers.scheme is not None and statistics.hessian is not None
+    mean_square = place.tie(statistics.mean_square, np.mean)
+    return awq.factors(consumers, mean_square, statistics.hessian, layers.scheme)

@@ -1,0 +1,1 @@
+"""Usage of experts in sparse models."""

@@ -1,0 +1,134 @@
+"""Which experts a sparse model uses: shares of the choices by layer, expert and modality."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.console.progress import Advance, ignore
+from mobilevlm.errors import require
+from mobilevlm.export.calibration.samples import Sample, sample_ids, sample_text
+from mobilevlm.families import Model
+from mobilevlm.runtime import VLM
+from mobilevlm.runtime.engines import no_experts
+from mobilevlm.runtime.sequence.session import PromptChoices
+from mobilevlm.spec import IMAGE_TOKEN_ID, ExpertsSpec
+
+if TYPE_CHECKING:
+    from mobilevlm.reference import ReferenceModel
+    from mobilevlm.reference.experts import SparseMLP
+
+
+@dataclass(frozen=True)
+class LayerUsage:
+    """Choices in one sparse layer."""
+
+    layer: int
+    visual: tuple[int, ...]
+    """Of positions of pictures, by expert"""
+    text: tuple[int, ...]
+
+    @property
+    def total(self) -> tuple[int, ...]:
+        """Of both."""
+        return tuple(seen + read for seen, read in zip(self.visual, self.text, strict=True))
+
+
+def shares(counts: Sequence[int]) -> tuple[float, ...]:
+    """Of the whole; zeros where nothing was counted."""
+    whole = max(sum(counts), 1)
+    return tuple(count / whole for count in counts)
+
+
+def checkpoint_usage(
+    model: Model, samples: Sequence[Sample], advance: Advance = ignore
+) -> tuple[LayerUsage, ...]:
+    """Of the float32 reference on the samples, answers included (needs torch). ``advance`` hears of
+    each sample.
+
+    Raises:
+        PromptError: a sample does not fit into the context.
+        ImageError: a picture cannot be read.
+        MobileVLMError: the decoder has no experts.
+        MissingExtraError: torch is not installed.
+    """
+    return _counted(model.spec.decoder.experts, _reference_choices(model, samples), advance)
+
+
+def bundle_usage(
+    vlm: VLM, samples: Sequence[Sample], advance: Advance = ignore
+) -> tuple[LayerUsage, ...]:
+    """The same of a bundle in the engine that it was loaded in; torch is not needed."""
+    choices = (
+        vlm.expert_choices(sample_text(vlm.spec, sample), sample.images, raw=True)
+        for sample in samples
+    )
+    return _counted(vlm.spec.decoder.experts, choices, advance)
+
+
+def _counted(
+    experts: ExpertsSpec | None, choices: Iterator[PromptChoices], advance: Advance
+) -> tuple[LayerUsage, ...]:
+    if experts is None:
+        raise no_experts()
+    sizes = dict(zip(experts.layers, experts.num_experts, strict=True))
+    found = {layer: np.zeros((2, size), np.int64) for layer, size in sizes.items()}
+    for sample in choices:
+        for layer, chosen in sample.layers.items():
+            for row, places in enumerate((sample.is_visual, ~sample.is_visual)):
+                found[layer][row] += np.bincount(chosen[places].ravel(), minlength=sizes[layer])
+        advance(1)
+    return tuple(
+        LayerUsage(layer, tuple(visual.tolist()), tuple(text.tolist()))
+        for layer, (visual, text) in found.items()
+    )
+
+
+def _reference_choices(model: Model, samples: Sequence[Sample]) -> Iterator[PromptChoices]:
+    """Of one sample after the other; layers are read once for a group of samples."""
+    try:
+        from mobilevlm.export.calibration.activations import sample_groups
+        from mobilevlm.export.quality.measure import POSITIONS, reference_embeds
+        from mobilevlm.reference import load_reference
+        from mobilevlm.reference.streaming import decoder_states, last_states
+    except ImportError:
+        raise require("torch", "reference", "running a checkpoint") from None
+    reference = load_reference(model, streamed=True)
+    for group in sample_groups(model, samples, POSITIONS):
+        embeds = reference_embeds(model, reference, group)
+        with _noted(reference) as found:
+            last_states(decoder_states(reference, embeds), embeds)
+        for index, sample in enumerate(group):
+            layers = {layer: chosen[index] for layer, chosen in found.items()}
+            yield PromptChoices(layers, _visual_positions(model, sample))
+
+
+@contextmanager
+def _noted(reference: ReferenceModel) -> Iterator[dict[int, list[NDArray[np.int64]]]]:
+    """What each pass through a sparse layer chose ``(length, top_k)``, by layer."""
+    found: dict[int, list[NDArray[np.int64]]] = {}
+
+    def note(layer: int, sparse: SparseMLP, *_: object) -> None:
+        found.setdefault(layer, []).append(sparse.chosen.numpy())
+
+    hooks = [
+        sparse.register_forward_hook(partial(note, layer))
+        for layer, sparse in reference.decoder.sparse_layers.items()
+    ]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _visual_positions(model: Model, sample: Sample) -> NDArray[np.bool_]:
+    """Which positions of a sample are of pictures ``(length,)``."""
+    is_image = np.array(sample_ids(model, sample)) == IMAGE_TOKEN_ID
+    return np.repeat(is_image, np.where(is_image, model.spec.projector.num_tokens, 1))

@@ -1,0 +1,1 @@
+"""Parts of a bundle that need the finished decoder."""

@@ -1,0 +1,1 @@
+"""Graphs with fixed shapes for NPUs and phones."""

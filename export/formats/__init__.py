@@ -1,0 +1,1 @@
+"""Artifacts that a recipe asks for, and how each is written."""

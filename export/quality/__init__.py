@@ -1,0 +1,1 @@
+"""Losses: measured, attributed to layers, and held against limits."""

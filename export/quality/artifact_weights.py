@@ -1,0 +1,102 @@
+"""The weights that a bundle's artifacts stand for, as another checkpoint: integers become floats
+again, and factors that AWQ or SmoothQuant moved between layers go back to where they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mobilevlm.bundle import Bundle
+from mobilevlm.checkpoint import TensorRef, TensorSource, Weights
+from mobilevlm.export.graph.reading import OnnxTensors
+from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.export.quantize.folding import Fold, find_folds, fold
+from mobilevlm.export.recipes.recipe import Recipe
+from mobilevlm.families import Model
+from mobilevlm.linear_groups import LinearGroup
+from mobilevlm.plan import stage_formats
+from mobilevlm.spec import from_dict
+
+
+def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
+    """The model's weights, with those of a bundle's artifacts instead of the checkpoint's: linear
+    layers and norms of ONNX files, all tensors of GGUF files. What activations lose is not in it.
+
+    Raises:
+        BundleError: an artifact cannot be read.
+        CheckpointError: a GGUF file lacks a tensor.
+    """
+    refs: dict[str, TensorRef] = {}
+    formats = stage_formats(bundle, engine)
+    for stage in ("vision", "decoder"):
+        form = formats[stage]
+        path = bundle.path(bundle.artifact(stage, form).path)
+        source, names = _open(model, stage, form, path)
+        refs |= {name: TensorRef(source, name) for name in names}
+    weights = model.weights.replaced(refs)
+    recipe = from_dict(Recipe, bundle.manifest.recipe, f"{bundle.folder}: recipe")
+    scaled = [place for place in _scaled(model, recipe) if _is_onnx(refs, place)]
+    one = np.float32(1)
+    inverse = {place: one / _factors(model.weights, weights, place) for place in scaled}
+    return fold(weights, inverse)
+
+
+def weight_error(exact: Weights, stored: Weights, group: LinearGroup) -> float:
+    """Relative, of the layers of a group."""
+    ours = stacked(exact, group)
+    norm = float(np.linalg.norm(ours))
+    return float(np.linalg.norm(stacked(stored, group) - ours)) / norm if norm else 0.0
+
+
+def stacked(weights: Weights, group: LinearGroup) -> Float32:
+    """``(out_size, in_size)``"""
+    sizes = zip(group.names, group.out_sizes, strict=True)
+    return np.concatenate(
+        [weights.read(f"{name}.weight", (size, group.in_size)) for name, size in sizes]
+    )
+
+
+def _open(model: Model, stage: str, form: str, path: Path) -> tuple[TensorSource, list[str]]:
+    """An artifact's tensors, and their names."""
+    if form != "gguf":
+        onnx = OnnxTensors(path, model.spec, model.weights)
+        return onnx, onnx.names
+    from mobilevlm.export.gguf.source import GgufTensors, vision_entries
+    from mobilevlm.gguf.file import read_gguf
+    from mobilevlm.gguf.names import decoder_entries
+
+    spec = model.spec
+    entries = list(decoder_entries(spec.decoder)) if stage == "decoder" else vision_entries(spec)
+    names = [name for entry in entries for name in entry.parts]
+    return GgufTensors(read_gguf(path), entries), names
+
+
+def _scaled(model: Model, recipe: Recipe) -> Iterator[Fold]:
+    return (
+        place
+        for place in find_folds(model.spec)
+        if recipe.format_of(place.consumers[0]).scaling != "none"
+    )
+
+
+def _is_onnx(refs: dict[str, TensorRef], place: Fold) -> bool:
+    first = refs.get(f"{place.consumers[0]}.weight")
+    return first is not None and isinstance(first.files, OnnxTensors)
+
+
+def _factors(exact: Weights, stored: Weights, place: Fold) -> Float32:
+    """What the inputs of a fold's consumers were multiplied by ``(in_size,)``: of a norm exactly,
+    of a linear layer, which was rounded, by least squares over the columns of its consumers."""
+    norm, shape = f"{place.producer}.weight", (place.in_size,)
+    if "norm" in place.producer:
+        return exact.read(norm, shape) / stored.read(norm, shape)
+    products = squares = np.zeros(place.in_size)
+    for name, out_size in zip(place.consumers, place.out_sizes, strict=True):
+        consumer = f"{name}.weight", (out_size, place.in_size)
+        ours, theirs = exact.read(*consumer), stored.read(*consumer)
+        products = products + (ours * theirs).sum(axis=0, dtype=np.float64)
+        squares = squares + np.square(ours).sum(axis=0, dtype=np.float64)
+    factors = np.divide(products, squares, out=np.ones_like(squares), where=products > 0)
+    return place.tie(factors.astype(np.float32), np.mean)

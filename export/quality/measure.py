@@ -1,0 +1,371 @@
+"""How far the artifacts of a bundle are from the float32 reference (needs torch).
+
+The reference is streamed layer by layer over a group of samples, and logits are compared sample by
+sample, so this needs no more memory than the export itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from mobilevlm.bundle import Bundle, StageQuality
+from mobilevlm.console.progress import Advance, ignore
+from mobilevlm.export.calibration.activations import embed_pictures, sample_groups
+from mobilevlm.export.calibration.samples import (
+    Sample,
+    answer_ids,
+    instruction_ids,
+    sample_ids,
+    sample_text,
+)
+from mobilevlm.export.quality.metrics import (
+    Float32,
+    TextFigures,
+    TokenFigures,
+    VectorFigures,
+    compare_logits,
+    compare_vectors,
+    greedy_figures,
+    greedy_match,
+    perplexity_figures,
+    text_figures,
+    token_figures,
+    vision_figures,
+)
+from mobilevlm.families import Model
+from mobilevlm.plan import stage_formats, stage_names
+from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.reference.model import held
+from mobilevlm.reference.streaming import (
+    decoder_states,
+    last_states,
+    project,
+    tower_states,
+)
+from mobilevlm.runtime.vlm import VLM, open_model
+
+PROMPTS = (
+    "Describe the picture.",
+    "What colour is the largest shape?\nAnswer the question using a single word or phrase.",
+)
+GREEDY_TOKENS = 16
+POSITIONS = 1 << 12
+"""Of a group's prompts and answers: their states stay in memory while the layers stream by."""
+
+
+_Seen: TypeAlias = tuple[tuple[VectorFigures, ...], tuple[VectorFigures, ...]]
+"""Of a sample's pictures: the tower's features (none where the engine keeps them inside), and the
+visual tokens."""
+
+
+@dataclass(frozen=True)
+class SampleFigures:
+    """What one sample showed."""
+
+    sample: Sample
+    features: tuple[VectorFigures, ...]
+    """Of the tower's output, a picture each; empty where the engine does not give it"""
+    visual: tuple[VectorFigures, ...]
+    """Of the visual tokens, a picture each"""
+    decoder: TokenFigures
+    """Given the reference's visual tokens, where the model answers"""
+    prefill: TokenFigures | None
+    """The same of the graph for prompts, where there is one"""
+    whole: TokenFigures | None
+    """Given the bundle's own visual tokens; where the sample has an answer"""
+    text: TextFigures | None
+    """Of the sample's answer, given the bundle's own visual tokens"""
+    greedy: tuple[int, ...]
+    """Tokens that the bundle answers with, up to the end-of-text token"""
+    match: float
+    """Share of them before the first that the reference would not have chosen"""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A bundle in one engine, beside the reference."""
+
+    stages: dict[str, StageQuality]
+    samples: tuple[SampleFigures, ...]
+
+
+def measure(
+    model: Model,
+    bundle: Bundle,
+    engine: str,
+    samples: Sequence[Sample],
+    max_new_tokens: int = GREEDY_TOKENS,
+    threads: int | None = None,
+    advance: Advance = ignore,
+) -> Measurement:
+    """Runs bundle and reference on the same samples. docs/quality.md says what the figures mean.
+
+    ``max_new_tokens``: of each greedy answer. ``advance`` hears of each sample.
+
+    Raises:
+        PromptError: a sample does not fit into the context.
+        ImageError: a picture cannot be read.
+    """
+    found: list[SampleFigures] = []
+    with open_model(bundle, engine, threads) as vlm, torch.no_grad():
+        reference = load_reference(model, streamed=True)
+        for group in sample_groups(model, samples, POSITIONS):
+            found += _measure_group(model, reference, vlm, group, max_new_tokens, advance)
+    return Measurement(_stages(found, stage_names(bundle, engine)), tuple(found))
+
+
+def synthetic_samples(size: int) -> list[Sample]:
+    """What an export is measured on: pictures with edges ``size``, the same ones every time."""
+    return [
+        Sample(prompt, "", (Image.fromarray(calibration_image(seed, size)),))
+        for seed, prompt in enumerate(PROMPTS)
+    ]
+
+
+def with_own_answers(model: Model, measured: Measurement) -> list[Sample]:
+    """The samples, those without an answer with the bundle's own."""
+    return [
+        item.sample
+        if item.sample.answer
+        else dataclasses.replace(item.sample, answer=greedy_text(model, item.greedy))
+        for item in measured.samples
+    ]
+
+
+def greedy_text(model: Model, tokens: Sequence[int]) -> str:
+    """Tokens of an answer as a person sees them."""
+    text: str = model.tokenizer.decode(list(tokens))
+    return text.strip()
+
+
+def calibration_image(seed: int, size: int) -> NDArray[np.uint8]:
+    """A picture ``(size, size, 3)`` of smooth colours, edges and noise, fixed by the seed."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / np.float32(size)
+    picture = np.zeros((size, size, 3), np.float32)
+    for channel in range(3):
+        a, b, phase = random.uniform(1, 8, 3)
+        picture[..., channel] = 0.5 + 0.3 * np.sin(a * x + b * y + phase)
+    for _ in range(6):
+        left, top = random.uniform(0, 0.8, 2)
+        width, height = random.uniform(0.05, 0.3, 2)
+        inside = (x > left) & (x < left + width) & (y > top) & (y < top + height)
+        picture[inside] = random.uniform(0, 1, 3)
+    picture += random.normal(0, 0.02, picture.shape)
+    return (picture.clip(0, 1) * 255).astype(np.uint8)
+
+
+def reference_answers(
+    model: Model, figures: Sequence[SampleFigures], max_new_tokens: int
+) -> list[list[int]]:
+    """The greedy tokens of the reference itself, where a bundle's were measured: from the first
+    token on that differs a full pass for each, with no cache to be wrong."""
+    reference = load_reference(model, streamed=True)
+    samples = [item.sample for item in figures]
+    ends = model.spec.conversation.eos_token_ids
+    answers = [list(item.greedy[: round(item.match * len(item.greedy))]) for item in figures]
+    visual = _visual_tokens(model, reference, samples)
+    prompts = [_prompt_ids(model, sample) for sample in samples]
+
+    def is_open(index: int) -> bool:
+        tokens = answers[index]
+        return len(tokens) < max_new_tokens and not (tokens and tokens[-1] in ends)
+
+    with torch.no_grad():
+        while going := [index for index in range(len(figures)) if is_open(index)]:
+            ids = [[*prompts[index], *answers[index]] for index in going]
+            embeds = _embed(reference, ids, [visual[index] for index in going])
+            states = last_states(decoder_states(reference, embeds), embeds)
+            for index, state in zip(going, states, strict=True):
+                answers[index].append(int(_logits(reference, state[:, -1:])[0].argmax()))
+    return answers
+
+
+def _measure_group(
+    model: Model,
+    reference: ReferenceModel,
+    vlm: VLM,
+    samples: Sequence[Sample],
+    max_new_tokens: int,
+    advance: Advance,
+) -> list[SampleFigures]:
+    visual, seen = _measure_pictures(model, reference, vlm, samples)
+    if model.spec.decoder.encoder_layers:
+        return [
+            _measure_encoded(model, reference, vlm, sample, visual[index], seen[index], advance)
+            for index, sample in enumerate(samples)
+        ]
+    greedy = [_greedy(vlm, sample, max_new_tokens) for sample in samples]
+    # Each sample's prompt with the bundle's own answer, then those with the sample's answer.
+    answered = [index for index, sample in enumerate(samples) if sample.answer]
+    ids = [
+        [*_prompt_ids(model, sample), *tokens]
+        for sample, tokens in zip(samples, greedy, strict=True)
+    ] + [sample_ids(model, samples[index]) for index in answered]
+    embeds = _embed(reference, ids, [*visual, *(visual[index] for index in answered)])
+    states = last_states(decoder_states(reference, embeds), embeds)
+    has_prefill = "prefill" in stage_formats(vlm.bundle, vlm.engine)
+    found: list[SampleFigures] = []
+    with held(reference.decoder.norm), held(reference.decoder.lm_head):
+        for index, sample in enumerate(samples):
+            tokens = greedy[index]
+            exact = _logits(reference, states[index][:, -len(tokens) - 1 :])
+            match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
+            given, whole, text = index, None, None
+            if sample.answer:
+                given = len(samples) + answered.index(index)
+                answer = answer_ids(model, sample)
+                exact = _logits(reference, states[given][:, -len(answer) - 1 :])
+                prompt = sample_text(model.spec, sample)
+                # As in use: the graph for prompts, if there is one, does not see the answer.
+                own = vlm.prompt_logits(prompt, sample.images, raw=True, answer_tokens=len(answer))
+                own = own[-len(exact) :]
+                whole = compare_logits(own, exact)
+                text = text_figures(own[:-1], exact[:-1], answer)
+            decoder, *prompts = (
+                compare_logits(
+                    vlm.embeds_logits(embeds[given][0].numpy(), as_prompt)[-len(exact) :], exact
+                )
+                for as_prompt in ((False, True) if has_prefill else (False,))
+            )
+            prefill = prompts[0] if prompts else None
+            found.append(
+                SampleFigures(
+                    sample, *seen[index], decoder, prefill, whole, text, tuple(tokens), match
+                )
+            )
+            advance(1)
+    return found
+
+
+def _measure_encoded(
+    model: Model,
+    reference: ReferenceModel,
+    vlm: VLM,
+    sample: Sample,
+    visual: Sequence[Tensor],
+    seen: _Seen,
+    advance: Advance,
+) -> SampleFigures:
+    """Of a model with an encoder, which reads the prompt alone: the bundle's own answer."""
+    tokens = _greedy(vlm, sample, GREEDY_TOKENS)
+    [embeds] = _embed(reference, [_prompt_ids(model, sample)], [visual])
+    exact = reference.answer_logits(embeds[0], tokens).numpy()
+    decoder = compare_logits(vlm.answer_logits(embeds[0].numpy(), tokens), exact)
+    match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
+    advance(1)
+    return SampleFigures(sample, *seen, decoder, None, None, None, tuple(tokens), match)
+
+
+def _measure_pictures(
+    model: Model, reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
+) -> tuple[list[list[Tensor]], list[_Seen]]:
+    """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
+    has_features = stage_formats(vlm.bundle, vlm.engine)["vision"] != "gguf"
+    exact = exact_pictures(model, reference, samples)
+    visual: list[list[Tensor]] = []
+    seen: list[_Seen] = []
+    for sample in samples:
+        features: list[VectorFigures] = []
+        tokens: list[VectorFigures] = []
+        visual.append([])
+        for image in sample.images:
+            state, projected = next(exact)
+            visual[-1].append(projected)
+            found = vlm.encode_image(image, sample.prompt)
+            tokens.append(compare_vectors(found, projected.numpy()))
+            if has_features:
+                features.append(compare_vectors(vlm.image_features(image), state.numpy()))
+        seen.append((tuple(features), tuple(tokens)))
+    return visual, seen
+
+
+def exact_pictures(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The tower's features and the visual tokens of all pictures."""
+    states = embed_pictures(reference, [image for sample in samples for image in sample.images])
+    states = last_states(tower_states(reference, states), states)
+    features = (reference.vision.features(state)[0] for state in states)
+    asked = [instruction_ids(model, sample) for sample in samples for _ in sample.images]
+    return zip(features, project(reference, states, asked), strict=True)
+
+
+def reference_embeds(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> list[Tensor]:
+    """What the reference's decoder is given ``(1, length, hidden_size)``, of each sample."""
+    ids = [sample_ids(model, sample) for sample in samples]
+    return _embed(reference, ids, _visual_tokens(model, reference, samples))
+
+
+def _visual_tokens(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> list[list[Tensor]]:
+    pictures = exact_pictures(model, reference, samples)
+    return [[next(pictures)[1] for _ in sample.images] for sample in samples]
+
+
+def _embed(
+    reference: ReferenceModel, ids: Sequence[Sequence[int]], visual: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """``(1, length, hidden_size)`` each."""
+    with torch.no_grad(), held(reference.decoder.embed_tokens):
+        return [
+            reference.embed(tokens, images)[None]
+            for tokens, images in zip(ids, visual, strict=True)
+        ]
+
+
+def _logits(reference: ReferenceModel, state: Tensor) -> Float32:
+    """States after the last layer ``(1, length, hidden_size)`` to ``(length, vocab_size)``."""
+    decoder = reference.decoder
+    out: Float32 = decoder.lm_head(decoder.norm(state))[0].numpy()
+    return out
+
+
+def _prompt_ids(model: Model, sample: Sample) -> list[int]:
+    return sample_ids(model, dataclasses.replace(sample, answer=""))
+
+
+def _greedy(vlm: VLM, sample: Sample, max_new_tokens: int) -> list[int]:
+    """The bundle's answer, with the end-of-text token where it comes to one."""
+    tokens = vlm.generate(
+        sample.prompt, sample.images, max_new_tokens=max_new_tokens, ignore_eos=True
+    ).token_ids
+    ends = vlm.spec.conversation.eos_token_ids
+    end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: end + 1]
+
+
+def _stages(found: Sequence[SampleFigures], names: Mapping[str, str]) -> dict[str, StageQuality]:
+    vision: dict[str, float] = {}
+    visual = [part for item in found for part in item.visual]
+    features = [part for item in found for part in item.features]
+    if visual:
+        vision = vision_figures(visual)
+    if features:
+        near = vision_figures(features)
+        vision |= {f"features_{name}": near[name] for name in ("cosine", "relative_error")}
+    whole = [item.whole for item in found if item.whole is not None]
+    texts = [item.text for item in found if item.text is not None]
+    end_to_end = greedy_figures([item.match for item in found])
+    if whole:
+        end_to_end |= {"kl": token_figures(whole)["kl"], **perplexity_figures(texts)}
+    prefill = [item.prefill for item in found if item.prefill is not None]
+    stages = {
+        "vision": vision,
+        "decoder": token_figures([item.decoder for item in found]),
+        "prefill": token_figures(prefill) if prefill else {},
+        "end_to_end": end_to_end,
+    }
+    return {names[stage]: StageQuality(figures) for stage, figures in stages.items() if figures}

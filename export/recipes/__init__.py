@@ -1,0 +1,1 @@
+"""Recipes: the precision of each part, in code, in TOML and layer by layer."""

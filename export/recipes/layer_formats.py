@@ -1,0 +1,129 @@
+"""The format of each linear layer of a model: which entry of a recipe's ``layers`` it has, what it
+makes of the weights, and how many bytes these take."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.quantize import gptq, hqq, rtn
+from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize, packed_size
+from mobilevlm.export.quantize.folding import find_folds
+from mobilevlm.export.quantize.gptq import HessianOf
+from mobilevlm.export.recipes.recipe import QDQ, LinearFormat, Recipe
+from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.spec import ModelSpec
+
+
+def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
+    """The recipe with an entry of ``layers`` for each layer that a key stands for.
+
+    A key is a layer's canonical name, which stands for its whole group, or a pattern with ``*``.
+    Names go before patterns, and of several patterns the last counts.
+
+    Raises:
+        MobileVLMError: a key stands for nothing, layers of one group differ, nothing can take the
+            factors of a scaling, or a layer is in a stage of fixed point.
+    """
+    groups = list(linear_groups(spec))
+    foldable = {name for place in find_folds(spec) for name in place.consumers}
+    patterns: dict[str, LinearFormat] = {}
+    named: dict[str, tuple[str, LinearFormat]] = {}
+    for key, layers in recipe.layers.items():
+        where = f"recipe {recipe.name!r}: layers.{key}"
+        is_pattern = "*" in key
+        found = [
+            group
+            for group in groups
+            if any(fnmatchcase(name, key) if is_pattern else name == key for name in group.names)
+        ]
+        if not found:
+            raise MobileVLMError(f"{where}: no such layer: {_remedy(key, groups)}")
+        if layers.scaling != "none" and foldable.isdisjoint(group.name for group in found):
+            raise MobileVLMError(f"{where}.scaling: nothing before takes the factors: leave it out")
+        _check_stage(recipe, found, where)
+        for group in found:
+            if is_pattern:
+                patterns[group.name] = layers
+                continue
+            other, format_there = named.setdefault(group.name, (key, layers))
+            if format_there != layers:
+                raise MobileVLMError(
+                    f"{where}: {other} has another format, and both are one product with "
+                    f"{', '.join(group.names)}: keep one of the entries"
+                )
+    chosen = {**patterns, **{name: layers for name, (_, layers) in named.items()}}
+    members = {group.name: group.names for group in groups}
+    expanded = {member: layers for name, layers in chosen.items() for member in members[name]}
+    return replace(recipe, layers=expanded)
+
+
+def _check_stage(recipe: Recipe, groups: Iterable[LinearGroup], where: str) -> None:
+    """Raises MobileVLMError: a group is in a stage that is in fixed point as a whole."""
+    for group in groups:
+        here = replace(recipe, layers={}).format_of(group.name)
+        if here.precision in QDQ:
+            raise MobileVLMError(
+                f"{where}: {group.name} is in a graph that is {here.precision} as a whole: leave "
+                f"it out"
+            )
+
+
+def _remedy(key: str, groups: Iterable[LinearGroup]) -> str:
+    names = [name for group in groups for name in group.names]
+    if "*" in key:
+        return f"a pattern must match one of {names[0]} … {names[-1]}"
+    nearest = difflib.get_close_matches(key, names, 1, cutoff=0)
+    return f"did you mean {nearest[0]}?"
+
+
+def quantize(weight: Float32, layers: LinearFormat, name: str, hessian: HessianOf) -> Quantized:
+    """``weight (out_size, in_size)`` as the format's integers; ``name`` of a layer that reads its
+    inputs. The format must not be a float."""
+    assert layers.scheme is not None
+    if layers.quantizer == "gptq":
+        moments = hessian(name)
+        if moments is not None:
+            return gptq.quantize(weight, layers.scheme, moments)
+        return hqq.quantize(weight, layers.scheme)  # an expert that no calibration token chose
+    return {"rtn": rtn.quantize, "hqq": hqq.quantize}[layers.quantizer](weight, layers.scheme)
+
+
+def restored(weight: Float32, layers: LinearFormat, name: str, hessian: HessianOf) -> Float32:
+    """``weight (out_size, in_size)`` as it is after storing: arguments of :func:`quantize`."""
+    if layers.scheme is not None:
+        return dequantize(quantize(weight, layers, name, hessian))
+    return to_half(weight).astype(np.float32) if layers.precision == "fp16" else weight
+
+
+def to_half(weight: NDArray[Any]) -> NDArray[np.float16]:
+    """float16, saturated: a bfloat16 weight beyond 65504 would become infinite."""
+    limit = np.finfo(np.float16).max
+    return weight.clip(-limit, limit).astype(np.float16)
+
+
+def stored_bytes(layers: LinearFormat, group: LinearGroup) -> int:
+    """What the weights of a group take in an ONNX file, with scales and zero points."""
+    scheme = layers.scheme
+    if scheme is None:
+        return group.size * (2 if layers.precision == "fp16" else 4)
+    blocks = scheme.blocks(group.in_size)
+    row = blocks * packed_size(scheme.block(group.in_size), scheme.bits)
+    row += blocks * 4  # scales, float32
+    if not scheme.symmetric:
+        row += packed_size(blocks, scheme.bits)
+    return row * group.out_size
+
+
+def bits_per_weight(recipe: Recipe, groups: Iterable[LinearGroup]) -> float:
+    """Mean over the weights of the groups, with scales and zero points."""
+    groups = list(groups)
+    size = sum(stored_bytes(recipe.format_of(group.name), group) for group in groups)
+    return 8 * size / sum(group.size for group in groups)

@@ -1,0 +1,1 @@
+"""Mixed precision found by measurement."""

@@ -1,0 +1,1 @@
+"""The work folder of an export, and what it may remove."""

@@ -1,0 +1,1 @@
+"""Adapters: LoRA checkpoints, merged into their base while its weights are read."""

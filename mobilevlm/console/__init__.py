@@ -1,0 +1,1 @@
+"""Output for people: progress, tables, and text that a terminal can show safely."""

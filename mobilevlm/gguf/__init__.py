@@ -1,0 +1,1 @@
+"""GGUF files: reading them, and what a model is from their metadata."""

@@ -1,0 +1,98 @@
+"""A language model and an image encoder in GGUF files made elsewhere, seen as a bundle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from mobilevlm.bundle import SCHEMA_VERSION, Artifact, Bundle, FileEntry, Manifest, Quality
+from mobilevlm.gguf.checks import (
+    check_decoder_file,
+    check_encoder_file,
+    check_vocabulary,
+    is_utf8,
+)
+from mobilevlm.gguf.conversation import gguf_conversation
+from mobilevlm.gguf.encoder import read_encoder
+from mobilevlm.gguf.file import GgufFile, read_gguf
+from mobilevlm.gguf.spec import bytes_per_token, decoder_spec
+from mobilevlm.spec import DecoderSpec, ModelSpec
+
+MAX_CONTEXT = 4096
+"""Positions at most: llama.cpp allocates keys and values of all of them at once, and models made
+for 131072 would take tens of gigabytes."""
+
+
+def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
+    """Both files as a bundle that lies nowhere, and the header of the language model.
+
+    Raises:
+        BundleError: a file is damaged, or of a kind that the spec cannot say.
+    """
+    decoder, vision = read_gguf(model), read_gguf(mmproj)
+    paths = {"vision": mmproj.absolute().as_posix(), "decoder": model.absolute().as_posix()}
+    spec, label = model_spec(decoder, vision), "as in the file"
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        spec=spec,
+        recipe={"name": "gguf"},
+        artifacts=(
+            Artifact("vision", "gguf", label, paths["vision"], (), key=""),
+            Artifact(
+                "decoder",
+                "gguf",
+                label,
+                paths["decoder"],
+                tuple(path.absolute().as_posix() for path in decoder.parts[1:]),
+                key="",
+                bytes_per_token=bytes_per_token(decoder, spec.decoder),
+            ),
+        ),
+        embeddings=None,
+        quality=Quality(measured=False, note="made elsewhere"),
+        files={
+            path.absolute().as_posix(): FileEntry(path.stat().st_size, "")
+            for path in (mmproj, *decoder.parts)
+        },
+        tools={},
+    )
+    return Bundle(Path(), manifest, digest=""), decoder
+
+
+def checked_decoder(file: GgufFile) -> DecoderSpec:
+    """Return the spec of a language model whose tensors and vocabulary fit it.
+
+    Raises:
+        BundleError: as :func:`model_spec`.
+    """
+    spec = decoder_spec(file)
+    spec = dataclasses.replace(spec, context_length=min(spec.context_length, MAX_CONTEXT))
+    check_decoder_file(file, spec)
+    check_vocabulary(file, spec.vocab_size)
+    return spec
+
+
+def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
+    """Return the spec of a language model with its image encoder, both checked for engines and
+    exports alike.
+
+    What GGUF does not say is taken from the LLaVA lineage: images are padded to a square, and a
+    file without a chat template that can hold an image gets the conversation ``v1``.
+
+    Raises:
+        BundleError: a key or tensor is missing, of the wrong kind, contradicts the others, or is
+            beyond what the spec can say.
+    """
+    language = checked_decoder(decoder)
+    encoder = read_encoder(vision, language.hidden_size)
+    check_encoder_file(vision, encoder)
+    name = decoder.metadata.get("general.name")
+    return ModelSpec(
+        family="gguf",
+        name=name if isinstance(name, str) and is_utf8(name) else decoder.path.stem,
+        image=encoder.image,
+        vision=encoder.vision,
+        projector=encoder.projector,
+        decoder=language,
+        conversation=gguf_conversation(decoder),
+    )

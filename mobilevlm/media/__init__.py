@@ -1,0 +1,1 @@
+"""Images from files, addresses of data and arrays."""

@@ -1,0 +1,138 @@
+"""Every way to give an image, as one kind of binary file with a name for messages.
+
+Only what is given is read: no network, no device, no pipe that never ends.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import io
+import os
+import re
+import stat
+import urllib.parse
+from collections.abc import Iterator
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from mobilevlm.console.terminal import shown
+from mobilevlm.errors import ImageError
+
+
+@dataclass(frozen=True)
+class PreparedImage:
+    """An image as the pixels that a model takes (``VLM.prepare_image``)."""
+
+    pixels: NDArray[np.uint8]
+    """(size, size, 3)"""
+
+
+ImageInput: TypeAlias = (
+    "str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | "
+    "NDArray[np.uint8] | PreparedImage"
+)
+"""A path; a ``file://`` or ``data:`` URI; the bytes of an image file; a binary file object; a
+Pillow image; uint8 pixels ``(height, width, 3)``; or what ``VLM.prepare_image`` returned."""
+MAX_FILE_BYTES = 1 << 30
+"""Most bytes that are read of a file object or held by a ``data:`` URI."""
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*)://|data:", re.IGNORECASE)
+
+
+@contextlib.contextmanager
+def open_source(source: Any) -> Iterator[tuple[str, IO[bytes]]]:
+    """Yield the name of an image file and the file, which can seek.
+
+    Raises:
+        ImageError: there is no such file, it cannot be read, or it is another kind of object.
+    """
+    if isinstance(source, str) and (scheme := _SCHEME.match(source)):
+        if scheme[0].lower() == "data:":
+            yield f"{shown(source, 40)} ({len(source)} characters)", io.BytesIO(_data(source))
+            return
+        source = _local_path(source, scheme[1].lower())
+    if isinstance(source, (str, PathLike)):
+        with _open_path(Path(source)) as file:
+            yield shown(source), file
+    elif isinstance(source, (bytes, bytearray, memoryview)):
+        content = bytes(source)
+        yield f"{len(content)} bytes", io.BytesIO(content)
+    elif hasattr(source, "read"):
+        given = getattr(source, "name", None)
+        name = shown(given) if isinstance(given, str) else f"{type(source).__name__} object"
+        yield name, io.BytesIO(_read(source, name))
+    else:
+        raise ImageError(
+            f"image: expected a path, a data URI, bytes, a binary file, a Pillow image or an "
+            f"array, found {type(source).__name__}"
+        )
+
+
+def _local_path(uri: str, scheme: str) -> str:
+    """Return the path of a ``file://`` URI."""
+    if scheme in ("http", "https"):
+        raise ImageError(
+            f"{shown(uri)}: images are not fetched from the network: download it and give the file"
+        )
+    parts = urllib.parse.urlsplit(uri)
+    if scheme != "file" or parts.netloc not in ("", "localhost"):
+        raise ImageError(f"{shown(uri)}: expected a path, a file:/// URI or a data: URI")
+    return urllib.parse.unquote(parts.path)
+
+
+def _data(uri: str) -> bytes:
+    """Return the content of a ``data:`` URI (RFC 2397)."""
+    head, comma, body = uri.partition(",")
+    name = f"{shown(uri, 40)} ({len(uri)} characters)"
+    if not comma:
+        raise ImageError(f"{name}: a data URI without content: expected data:image/png;base64,…")
+    if not head.lower().rstrip().endswith(";base64"):
+        return urllib.parse.unquote_to_bytes(body)
+    text = "".join(urllib.parse.unquote(body).split()).rstrip("=")
+    try:
+        return base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise ImageError(f"{name}: damaged base64 ({shown(error)})") from None
+
+
+def _open_path(path: Path) -> IO[bytes]:
+    """Open a regular file; a pipe or a device never."""
+    try:
+        # Opening a pipe that nobody writes to would wait.
+        number = os.open(
+            path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+        )
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise ImageError(f"{shown(path)}: no such image file") from None
+    except OSError as error:
+        raise ImageError(f"{shown(path)}: {error.strerror or error}") from None
+    if not stat.S_ISREG(os.fstat(number).st_mode):
+        os.close(number)
+        raise ImageError(f"{shown(path)}: not a regular file: give an image file")
+    return os.fdopen(number, "rb")
+
+
+def _read(file: Any, name: str) -> bytes:
+    """Read a file object from its beginning, or a stream from where it is."""
+    parts: list[bytes] = []
+    left = MAX_FILE_BYTES
+    try:
+        if callable(getattr(file, "seekable", None)) and file.seekable():
+            file.seek(0)
+        while part := file.read(min(left + 1, 1 << 24)):
+            if not isinstance(part, (bytes, bytearray)):
+                raise ImageError(f"{name}: opened as text: open it in binary mode ('rb')")
+            parts.append(bytes(part))
+            left -= len(part)
+            if left < 0:
+                raise ImageError(f"{name}: more than {MAX_FILE_BYTES} bytes: give a smaller image")
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{name}: cannot be read ({shown(error)})") from None
+    return b"".join(parts)

@@ -1,0 +1,1 @@
+"""Synthetic checkpoints: random weights in official layouts and published shapes."""

@@ -1,0 +1,1 @@
+"""Tokenizers of checkpoints as ``tokenizer.json``, with the same ids."""

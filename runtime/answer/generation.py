@@ -1,0 +1,231 @@
+"""The answer: its text as it comes, and what was measured on the way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from tokenizers import Tokenizer
+
+from mobilevlm.errors import MobileVLMError, SessionError
+from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
+from mobilevlm.runtime.answer.text import Detokenizer, StopStrings
+from mobilevlm.runtime.engines import Float32
+from mobilevlm.runtime.sequence.drafting import Drafting, Drafts, Lookup, drafted_tokens
+from mobilevlm.runtime.sequence.session import Clock, Fill, Prompt, Session
+from mobilevlm.runtime.settings import check_new_tokens
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Seconds, except for ``tokens_per_second``."""
+
+    load: float
+    """Opening the bundle, once per process."""
+    preprocess: float
+    """Pictures to pixels, prompt to ids."""
+    vision: float
+    prefill: float
+    ttft: float
+    """Time to first token: preprocess, vision, prefill and the first choice."""
+    decode: float
+    """All tokens after the first; time that the caller takes between pieces is not counted."""
+    tokens_per_second: float
+    """Of the tokens after the first; 0 when there is none."""
+
+
+@dataclass(frozen=True)
+class Reused:
+    """What of the prompt was there already, from earlier ones or from the bundle."""
+
+    tokens: int = 0
+    """Positions that were not computed, pictures expanded."""
+    images: int = 0
+    """Pictures that were not encoded."""
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A finished answer."""
+
+    text: str
+    token_ids: list[int]
+    """Without the end-of-text token."""
+    finish_reason: Literal["stop", "length"]
+    """``stop``: end-of-text token or stop string; ``length``: max_new_tokens or context full."""
+    prompt_tokens: int
+    """Positions of the prompt, pictures expanded."""
+    visual_tokens: int
+    timings: Timings
+    token_seconds: list[float]
+    """Of each token after the first; guessed ones take next to nothing after the one before."""
+    reused: Reused
+    drafts: Drafts
+
+
+class TextStream(Iterator[str]):
+    """Pieces of an answer as they are made. After the last, :attr:`generation` tells the rest. One
+    thread reads at a time."""
+
+    def __init__(self, pieces: Generator[str, None, Generation]) -> None:
+        self._pieces = pieces
+        self._generation: Generation | None = None
+        self._reader: dict[str, int] = {}
+        """The thread that is at a piece; set in one step, so that no interrupt leaves it behind."""
+
+    def __next__(self) -> str:
+        """Return the next piece.
+
+        Raises:
+            SessionError: another thread is reading.
+        """
+        me = threading.get_ident()
+        try:
+            if self._reader.setdefault("thread", me) != me:
+                raise SessionError(
+                    "another thread is reading this stream: read it in one, or open one for each"
+                )
+            return next(self._pieces)
+        except StopIteration as stop:
+            if stop.value is not None:
+                self._generation = stop.value
+            raise StopIteration from None
+        finally:
+            self._leave(me)
+
+    @property
+    def generation(self) -> Generation:
+        """The finished answer.
+
+        Raises:
+            MobileVLMError: the stream was not read to its end.
+        """
+        if self._generation is None:
+            raise MobileVLMError("the answer is not finished: read the stream to its end first")
+        return self._generation
+
+    def finish(self) -> Generation:
+        """Reads the remaining pieces and returns the finished answer."""
+        for _ in self:
+            pass
+        return self.generation
+
+    def close(self) -> None:
+        """Stops the work; waits for the token that another thread is at."""
+        me = threading.get_ident()
+        try:
+            while self._reader.setdefault("thread", me) != me:
+                time.sleep(0.001)
+            self._pieces.close()
+        finally:
+            self._leave(me)
+
+    def _leave(self, thread: int) -> None:
+        if self._reader.get("thread") == thread:
+            self._reader.clear()
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When an answer ends."""
+
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    strings: Sequence[str]
+
+    def __post_init__(self) -> None:
+        check_new_tokens(self.max_new_tokens)
+
+
+def generate_text(
+    session: Session,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    sampling: SamplingOptions,
+    rules: StopRules,
+    load_seconds: float,
+    drafting: Drafting,
+    draft_tokens: int = 0,
+) -> Generator[str, None, Generation]:
+    """Yields pieces of text; its return value is the finished answer. ``draft_tokens``: guessed at
+    a time."""
+    fill, decode, drafts = Fill(), Clock(), Drafts()
+    sampler, detokenizer, stops = (
+        Sampler(sampling),
+        Detokenizer(tokenizer),
+        StopStrings(rules.strings),
+    )
+    tokens: list[int] = []
+    shown: list[str] = []
+    finish: Literal["stop", "length"] = "length"
+    logits = session.fill(prompt, fill)
+    prompt_tokens, stopped = session.prompt_tokens, False
+    if draft_tokens:
+        lookup = Lookup(prompt.ids)
+        limit = rules.max_new_tokens
+        source = drafted_tokens(
+            session, logits, sampler, tokens, lookup, draft_tokens, limit, drafting, drafts
+        )
+    else:
+        source = single_tokens(session, logits, sampler, tokens)
+    with fill.prefill:
+        token = next(source, None)
+    while token is not None:
+        if token in rules.eos_token_ids:
+            finish = "stop"
+            break
+        tokens.append(token)
+        piece, stopped = stops.add(detokenizer.add(token))
+        if piece:
+            shown.append(piece)
+            yield piece
+        if stopped:
+            finish = "stop"
+            break
+        if len(tokens) == rules.max_new_tokens:
+            break
+        with decode:
+            token = next(source, None)
+    source.close()
+    if token is None:
+        decode.samples.pop()  # the context is full: nothing came
+    if not stopped:
+        piece, stopped = stops.add(detokenizer.finish())
+        piece += "" if stopped else stops.finish()
+        if piece:
+            shown.append(piece)
+            yield piece
+    timings = Timings(
+        load=load_seconds,
+        preprocess=prompt.seconds,
+        vision=fill.vision.seconds,
+        prefill=fill.prefill.seconds,
+        ttft=prompt.seconds + fill.vision.seconds + fill.prefill.seconds,
+        decode=decode.seconds,
+        tokens_per_second=len(decode.samples) / decode.seconds if decode.samples else 0.0,
+    )
+    visual = len(prompt.pixels) * session.tokens_per_image
+    return Generation(
+        "".join(shown),
+        tokens,
+        finish,
+        prompt_tokens,
+        visual,
+        timings,
+        decode.samples,
+        Reused(fill.reused_tokens, fill.reused_images),
+        drafts,
+    )
+
+
+def single_tokens(
+    session: Session, logits: Float32, sampler: Sampler, produced: Sequence[int]
+) -> Generator[int, None, None]:
+    """Tokens one after another until the context is full, from the logits after the prompt on. The
+    caller appends each to ``produced``."""
+    yield sampler(logits, produced)
+    while not session.full:
+        yield sampler(session.step(produced[-1]), produced)

@@ -1,0 +1,1 @@
+"""Engine on ggml's operators, for architectures of our own."""

@@ -1,0 +1,77 @@
+"""A decoder as a ggml graph of one shape, run as often as that shape comes again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from mobilevlm.runtime.engines import Float32
+from mobilevlm.runtime.engines.ggml.layers import GraphShape, Inputs, KeyValues, Layers, Observe
+from mobilevlm.runtime.engines.ggml.native import (
+    Context,
+    Processor,
+    TensorPointer,
+    Workspace,
+    ggml,
+)
+from mobilevlm.spec import DecoderSpec
+
+_NODES_PER_LAYER = 96
+"""More than any layer has, by half."""
+_DTYPES = {
+    "embeds": ("F32", np.float32),
+    "positions": ("I32", np.int32),
+    "rows": ("I64", np.int64),
+    "mask": ("F16", np.float16),
+}
+"""Of the inputs, for ggml and for numpy."""
+
+
+class DecoderGraph:
+    """The graph with memory for its intermediate results."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: Mapping[str, TensorPointer],
+        cache: KeyValues,
+        shape: GraphShape,
+        observe: Observe | None = None,
+    ) -> None:
+        native, nodes = ggml(), (spec.num_hidden_layers + 1) * _NODES_PER_LAYER
+        self.shape = shape
+        self._context = Context(nodes, nodes)
+        self._graph = native.new_graph_custom(self._context.pointer, nodes, False)
+        sizes: dict[str, tuple[int, ...]] = {
+            "embeds": (shape.length, spec.hidden_size),
+            "positions": (shape.length,),
+            "rows": (shape.length,),
+            "mask": (shape.length, shape.visible),
+        }
+        inputs = {name: self._context.tensor(_DTYPES[name][0], *sizes[name]) for name in sizes}
+        for tensor in inputs.values():
+            native.set_input(tensor)
+        layers = Layers(
+            spec, weights, cache, shape, Inputs(**inputs), self._context, self._graph, observe
+        )
+        logits = layers.logits()
+        native.set_output(logits)
+        native.build_forward_expand(self._graph, logits)
+        workspace = Workspace(self._graph)
+        self._arrays = {
+            name: workspace.values(inputs[name], _DTYPES[name][1], *sizes[name]) for name in sizes
+        }
+        self._logits = workspace.values(logits, np.float32, shape.outputs, spec.vocab_size)
+
+    def run(self, processor: Processor, embeds: Float32, start: int) -> Float32:
+        """Appends embeddings ``(length, hidden_size)`` at position ``start``; logits ``(outputs,
+        vocab_size)``, valid until the next call."""
+        arrays = self._arrays
+        positions = np.arange(start, start + self.shape.length)
+        arrays["embeds"][:] = embeds
+        arrays["positions"][:] = arrays["rows"][:] = positions
+        seen = np.arange(self.shape.visible) <= positions[:, None]
+        arrays["mask"][:] = np.where(seen, np.float16(0), np.float16(-np.inf))
+        processor.compute(self._graph)
+        return self._logits

@@ -1,0 +1,46 @@
+"""What decoders of GGUF files share, whichever graph they run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from functools import partial
+
+from mobilevlm.gguf.file import GgufFile
+from mobilevlm.runtime.engines import DecoderState, Float32, in_chunks, still_open
+from mobilevlm.runtime.engines.llama.embedding_rows import EmbeddingRows
+from mobilevlm.spec import DecoderSpec
+
+
+class GgufDecoder(ABC):
+    """See :class:`mobilevlm.runtime.engines.DecoderEngine`: all that follows from appending a
+    chunk. One graph runs prompts and answers alike."""
+
+    def __init__(self, header: GgufFile, spec: DecoderSpec, threads: int) -> None:
+        """``header``: of the file, checked."""
+        self._spec, self._threads = spec, threads
+        tensors = header.tensors
+        self._rows: EmbeddingRows | None = EmbeddingRows(tensors["token_embd.weight"])
+        self._exact = {tensor.type for tensor in tensors.values()} == {"F32"}
+        """Whether keys and values are float32 too"""
+
+    @abstractmethod
+    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
+        """Appends a chunk; logits of its last ``count`` positions."""
+
+    def embed(self, ids: Sequence[int]) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return still_open(self._rows).read(ids)
+
+    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        count = len(embeds) if all_logits else 1
+        return in_chunks(partial(self._append, state), embeds, count)
+
+    def extend(self, state: DecoderState, embeds: Float32) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        in_chunks(partial(self._append, state), embeds, 0)
+
+    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        return self.prefill(state, embeds, all_logits=True)

@@ -1,0 +1,121 @@
+"""The vision stage in llama.cpp's multimodal library, from an mmproj GGUF file."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.gguf.file import read_gguf
+from mobilevlm.runtime.engines import Float32, still_open
+from mobilevlm.runtime.engines.llama.clip_order import class_token_order
+from mobilevlm.runtime.engines.llama.gguf_check import check_mmproj
+from mobilevlm.runtime.engines.llama.native import (
+    LLAMA,
+    NativeModel,
+    address,
+    catch_log,
+    load_error,
+)
+from mobilevlm.runtime.engines.onnx.feature_layer import with_feature_layer
+from mobilevlm.runtime.engines.onnx.forking import free_with, note_threads
+from mobilevlm.spec import ModelSpec
+
+
+class MtmdVision:
+    """See :class:`mobilevlm.runtime.engines.VisionEngine`.
+
+    mtmd checks the image encoder against the language model, so it is given that too.
+    """
+
+    def __init__(self, path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> None:
+        header = read_gguf(path)
+        check_mmproj(header, spec)
+        catch_log()
+        from llama_cpp import mtmd_cpp
+
+        self._mtmd = mtmd_cpp
+        self._shape = spec.projector.num_tokens, spec.decoder.hidden_size
+        options = mtmd_cpp.mtmd_context_params_default()
+        options.use_gpu = False
+        options.print_timings = False
+        options.warmup = False
+        options.n_threads = threads
+        options.cb_eval = order = class_token_order()
+        with with_feature_layer(header, spec.vision.num_hidden_layers) as opened:
+            pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(opened), model.pointer, options)
+        if not pointer:
+            raise load_error(path)
+        self._context: _Context | None = _Context(mtmd_cpp, pointer, (model, order))
+
+    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.VisionEngine`. One picture at a time: mtmd keeps
+        the result inside."""
+        context = still_open(self._context)
+        with context.lock:
+            return self._encode(context, np.ascontiguousarray(pixels))
+
+    def features(self, pixels: NDArray[np.uint8]) -> Float32:
+        """Not to be had: mtmd runs tower and projector in one."""
+        raise MobileVLMError(
+            "the gguf engine gives no tower features, only visual tokens: use --engine onnx"
+        )
+
+    def close(self) -> None:
+        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+        self._context = None
+
+    def _encode(self, context: _Context, pixels: NDArray[np.uint8]) -> Float32:
+        mtmd = self._mtmd
+        height, width, _ = pixels.shape
+        bitmap = mtmd.mtmd_bitmap_init(width, height, address(pixels, ctypes.c_uint8))
+        chunks = mtmd.mtmd_input_chunks_init()
+        try:
+            marker = mtmd.mtmd_default_marker()
+            text = mtmd.mtmd_input_text(marker, len(marker), False, False)
+            bitmaps = (ctypes.c_void_p * 1)(bitmap)
+            code = mtmd.mtmd_tokenize(context.pointer, chunks, ctypes.byref(text), bitmaps, 1)
+            pieces = [
+                mtmd.mtmd_input_chunks_get(chunks, index)
+                for index in range(mtmd.mtmd_input_chunks_size(chunks) if not code else 0)
+            ]
+            images = [
+                piece
+                for piece in pieces
+                if mtmd.mtmd_input_chunk_get_type(piece) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE
+            ]
+            counts = [mtmd.mtmd_input_chunk_get_n_tokens(image) for image in images]
+            if counts != [self._shape[0]]:
+                raise MobileVLMError(
+                    f"llama.cpp makes {counts} visual tokens of a picture (code {code}), "
+                    f"expected {self._shape[0]}"
+                )
+            note_threads(LLAMA)
+            code = mtmd.mtmd_encode_chunk(context.pointer, images[0])
+            if code:
+                raise MobileVLMError(f"llama.cpp failed on a picture (code {code})")
+            result = mtmd.mtmd_get_output_embd(context.pointer)
+            return np.ctypeslib.as_array(result, self._shape).copy()
+        finally:
+            mtmd.mtmd_input_chunks_free(chunks)
+            mtmd.mtmd_bitmap_free(bitmap)
+
+
+class _Context:
+    """An mtmd_context, used by one thread at a time; freed before what it refers to."""
+
+    def __init__(self, mtmd: Any, pointer: int, refers_to: object) -> None:
+        self.pointer = pointer
+        self.lock = threading.Lock()
+        free_with(self, _free_context, mtmd, pointer, refers_to)
+
+
+def _free_context(mtmd: Any, pointer: int, refers_to: object) -> None:
+    mtmd.mtmd_free(pointer)

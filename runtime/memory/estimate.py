@@ -1,0 +1,345 @@
+"""How much memory a bundle takes, told from its manifest: the peak of a process that loads it and
+answers one question about one picture.
+
+The parts, and what each follows from (docs/runtime.md tells more, benchmarks/memory.py measures):
+
+- libraries: Python, numpy, onnxruntime, tokenizers and their files; a tokenizer takes eight times
+  its file.
+- weights, as ONNX Runtime's kernels order them. A product of weights in blocks (MatMulNBits) keeps
+  ``bits / 8`` bytes of each weight and 8 of each block (a float32 scale, and a float32 sum beside
+  it), whatever the file has. 8-bit weights of ``int8`` and floats take what the file has; those of
+  ``fp16`` are made float32, and kept twice. llama.cpp keeps a second copy of Q4_0 in another order.
+- loading: pages of the file that are being packed, which go as the copies come
+  (runtime/engines/onnx/mapped_weights.py).
+- buffers of a run: attention and MLP of one layer at a time, which the formulas below add up.
+- keys and values of the positions that are filled.
+- mapped: pages of files that the system can take back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
+from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
+from mobilevlm.spec import DecoderSpec, VisionSpec
+
+LIBRARIES = 32e6
+"""Own memory of Python, numpy, onnxruntime, tokenizers and the rest before they hold a model."""
+LIBRARY_FILES = 50e6
+"""Their files' resident pages."""
+LLAMA_FILES = 4e6
+"""llama.cpp's besides."""
+ONLY_LLAMA, ONLY_LLAMA_FILES = 30e6, 34e6
+"""Both where all is llama.cpp's, and onnxruntime stays away."""
+ROWS = 256
+"""Different embedding rows that a text of any length is taken to have."""
+REPACKED = ("q4_0", "q4_k_m")
+"""Types that llama.cpp keeps once more in another order (x86 with AVX2)."""
+TOKENIZER_FACTOR = 8
+SESSION = 2.5e6
+"""Of ONNX Runtime, for a graph with little in it."""
+IN_PASSING = 80e6
+"""Pages of a file that are resident at a time while its weights are packed, at most."""
+ROW = 1 << 16
+"""Resident pages around an embedding row that is read."""
+TEXT_POSITIONS = 128
+"""Of a question and its answer, beside the picture, where nobody says how many."""
+
+BLOCK_BITS = {"q8": 8, "q4": 4, "q2": 2}
+"""Bits of precisions with weights in blocks."""
+STORED = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "qdq8": 1.0, "qdq16": 1.0}
+"""Bytes of a weight in the file, of the others."""
+PACKED = {"fp32": 4.0, "fp16": 8.0, "int8": 1.0, "qdq8": 5.0, "qdq16": 5.0}
+"""Bytes in memory."""
+_BLOCK_SUMS = 8
+"""Bytes of a block in memory: scale and sum in float32."""
+_SCALE = 4
+_FLOAT, _HALF, _BYTE = 4, 2, 1
+_FIXED_POINT = ("qdq8", "qdq16")
+"""Precisions of graphs that keep keys and values in bytes"""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a process at its peak."""
+
+    libraries: float
+    """Before there is a model, tokenizer included; without pages of files."""
+    weights: float
+    """Copies of them, in the kernels' order"""
+    working: float
+    """Buffers of runs"""
+    states: float
+    """Keys and values of the positions that are filled at the peak"""
+    files: float
+    """Resident pages of libraries' files"""
+    mapped: float
+    """Resident pages of the model's files, most of which are read once; as those of libraries, the
+    system can take them back"""
+    reserved: float
+    """Address space beyond all this: keys and values that are not filled, files that are mapped"""
+
+    @property
+    def own(self) -> float:
+        """What must be there: without pages that can be taken back."""
+        return self.libraries + self.weights + self.working + self.states
+
+    @property
+    def peak(self) -> float:
+        """Resident at the peak."""
+        return self.own + self.files + self.mapped
+
+    @property
+    def steady(self) -> float:
+        """What is in use all the time: without pages of the model's files."""
+        return self.own + self.files
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """A stage in ONNX Runtime."""
+
+    weights: float
+    """Resident when it is loaded"""
+    run: float
+    """Buffers of a run"""
+    kept: float
+    """Of these, what stays until the next"""
+    mapped: float = 0.0
+    """Pages of its file while it is open"""
+    unpacked: float = 0.0
+    """Pages of its file while it is being loaded"""
+
+
+def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Memory:
+    """The peak of a process that loads a bundle by a plan (its engine settled), and fills
+    ``positions`` of the context: by default a picture's, and :data:`TEXT_POSITIONS`. Of a bundle
+    compiled for an NPU: on the device, where binaries are mapped once."""
+    decoder = manifest.spec.decoder
+    if positions is None:
+        positions = manifest.spec.projector.num_tokens + TEXT_POSITIONS
+    positions = min(positions, decoder.context_length)
+    artifacts = _artifacts(manifest, plan.engine)
+    own, pages, mapped = LIBRARIES, LIBRARY_FILES, 0.0
+    if all(part.format == "gguf" for part in artifacts.values()):
+        own, pages = ONLY_LLAMA, ONLY_LLAMA_FILES
+    elif plan.engine in LLAMA_ENGINES:
+        pages += LLAMA_FILES
+    stored = artifacts["decoder"]
+    channels = decoder.head_dim if stored.format == "gguf" else decoder.cache_head_dim
+    position = _position_size(decoder, channels, _value_size(manifest, stored))
+    # llama.cpp's keys and values are there for the whole context at once.
+    whole = plan.engine in LLAMA_ENGINES[:2]
+    states = position * (decoder.context_length if whole else positions)
+    libraries = own + TOKENIZER_FACTOR * _size(manifest, [TOKENIZER])
+    if plan.engine == "npu" and manifest.compiled:
+        names = [name for part in manifest.compiled for name in part.files]
+        binaries = _size(manifest, names)
+        return Memory(libraries, binaries, 0.0, states, pages, 0.0, 0.0)
+    stages: list[_Stage] = []
+    for name, artifact in artifacts.items():
+        size = _size(manifest, artifact.files)
+        if name == "embeddings":
+            text = positions - manifest.spec.projector.num_tokens
+            mapped += min(size, max(min(text, ROWS), 0) * ROW)
+        elif artifact.format == "gguf":
+            read = size * _read_share(decoder) if name == "decoder" else size
+            stages.append(_gguf_stage(manifest, name, artifact, read, plan, positions))
+            mapped += read if name == "decoder" else 0.0
+        elif name == "prefill" and (plan.prefill_weights != "packed" or plan.memory != "fast"):
+            stages.append(_Stage(SESSION, 0.0, 0.0, size))
+        elif name == "vision" and artifact.precision == "int8" and plan.vision_weights == "mapped":
+            run = _vision_buffers(manifest.spec.vision)
+            stages.append(_Stage(SESSION, run, run * (plan.memory == "fast"), size))
+        else:
+            stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
+    if manifest.system_prompt is not None and plan.engine == "onnx":
+        mapped += _size(manifest, [manifest.system_prompt.path])
+    weights, filled, working, read = _peak(stages, states, plan)
+    files = sum(_size(manifest, part.files) for part in artifacts.values())
+    reserved = files + position * decoder.context_length - filled
+    return Memory(libraries, weights, working, filled, pages, mapped + read, reserved)
+
+
+def _size(manifest: Manifest, names: Iterable[str]) -> float:
+    """Of files together; of a GGUF file made elsewhere there is no tokenizer apart."""
+    return float(sum(manifest.files[name].size for name in names if name in manifest.files))
+
+
+def _artifacts(manifest: Manifest, engine: str) -> dict[str, Artifact]:
+    """What an engine opens, by stage."""
+    kinds: dict[str, tuple[str, ...]] = {**ENGINES[engine]}
+    kinds |= {stage: (kind,) for stage, kind in OPTIONAL.get(engine, {}).items()}
+    if manifest.spec.decoder.encoder_layers:
+        kinds["encoder"] = ("onnx",)
+    found: dict[str, Artifact] = {}
+    for stage, formats in kinds.items():
+        for kind in formats:
+            for part in manifest.artifacts:
+                if (part.stage, part.format) == (stage, kind):
+                    found.setdefault(stage, part)
+    return found
+
+
+def _peak(stages: list[_Stage], states: float, plan: Plan) -> tuple[float, float, float, float]:
+    """Weights, keys and values, and what is needed beside them when these are most, and the pages
+    of files that make up the rest of the peak. The first stage is the vision stage, which runs
+    before there are keys and values."""
+    moments = []
+    in_turn = plan.engine == "onnx" and plan.memory == "in turn"
+    for turn in [stages[:1], stages[1:]] if in_turn else [stages]:
+        weights, read = sum(part.weights for part in turn), sum(part.mapped for part in turn)
+        # Of a second turn keys and values are there while it loads. Loading reads what it packs,
+        # not what stays in the file.
+        there = states * (turn[0] is not stages[0])
+        unpacked = sum(part.unpacked for part in turn)
+        moments.append((weights, there, 0.0, unpacked))
+        for at, part in enumerate(turn):
+            kept = sum(other.kept for other in turn[:at])
+            filled = states * (part is not stages[0])
+            moments.append((weights, filled, kept + part.run, read))
+    most = max(moments, key=lambda moment: sum(moment[:3]))
+    return (*most[:3], max(map(sum, moments)) - sum(most[:3]))
+
+
+def _onnx_stage(
+    manifest: Manifest, name: str, artifact: Artifact, size: float, plan: Plan, positions: int
+) -> _Stage:
+    spec = manifest.spec
+    if name == "vision":
+        part = _settings(manifest.recipe, "tower", artifact)
+        weights, run = size * _growth(part), _vision_buffers(spec.vision)
+    else:
+        weights = _decoder_bytes(manifest, name, artifact)
+        run = _decoder_buffers(spec.decoder, min(plan.chunk_length, positions), positions)
+    kept = run if plan.memory == "fast" else 0.0
+    return _Stage(weights + SESSION, run, kept, unpacked=min(size, IN_PASSING))
+
+
+def _decoder_bytes(manifest: Manifest, name: str, artifact: Artifact) -> float:
+    """Of its weights in the kernels' order; ``name``: of its stage."""
+    recipe, parts = manifest.recipe, _decoder_weights(manifest.spec.decoder, name)
+    found = [
+        (count, _settings(recipe, "prefill" if name == "prefill" else key, artifact))
+        for key, count in parts
+    ]
+    if recipe.get("layers") and artifact.bits_per_weight and name == "decoder":
+        block = _block(found[-1][1]) or 32
+        return sum(count for count, _ in found) * (artifact.bits_per_weight / 8 + _SCALE / block)
+    return sum(count * _packed(part) for count, part in found)
+
+
+def _gguf_stage(
+    manifest: Manifest, name: str, artifact: Artifact, read: float, plan: Plan, positions: int
+) -> _Stage:
+    """llama.cpp reads the image encoder into memory of its own and maps the decoder, some types of
+    which it packs anew. ``read``: bytes of the file that are used."""
+    if name == "vision":
+        return _Stage(read, _vision_buffers(manifest.spec.vision) / 2, 0.0)
+    packed = read if artifact.precision in REPACKED and plan.engine != "ggml" else 0.0
+    run = _decoder_buffers(manifest.spec.decoder, min(PREFILL_CHUNK, positions), positions)
+    return _Stage(packed, run, run)
+
+
+def _read_share(spec: DecoderSpec) -> float:
+    """What of a GGUF decoder is read as a whole: all but embeddings that are not the head too."""
+    embeddings = 0.0 if spec.tie_word_embeddings else float(spec.hidden_size * spec.vocab_size)
+    others = sum(count for _, count in _decoder_weights(spec, "decoder"))
+    return others / (others + embeddings)
+
+
+def _settings(recipe: Mapping[str, Any], part: str, artifact: Artifact) -> Mapping[str, Any]:
+    """Precision and block size of a part of the model, as the recipe in the manifest has them.
+    What is not known counts as float32, but where bundles of earlier versions say it otherwise."""
+    found = recipe.get(part)
+    found = found if isinstance(found, dict) else {"precision": artifact.precision}
+    known = found.get("precision") in (*BLOCK_BITS, *PACKED)
+    return found if known else {"precision": "fp32"}
+
+
+def _stored(part: Mapping[str, Any]) -> float:
+    """Bytes of a weight in the file."""
+    precision, block = part["precision"], _block(part)
+    return BLOCK_BITS[precision] / 8 + _SCALE / block if block else STORED[precision]
+
+
+def _packed(part: Mapping[str, Any]) -> float:
+    """Bytes of a weight in memory."""
+    precision, block = part["precision"], _block(part)
+    return BLOCK_BITS[precision] / 8 + _BLOCK_SUMS / block if block else PACKED[precision]
+
+
+def _block(part: Mapping[str, Any]) -> int:
+    return int(part.get("block_size", 32)) if part["precision"] in BLOCK_BITS else 0
+
+
+def _growth(part: Mapping[str, Any]) -> float:
+    """Bytes in memory for one in the file."""
+    return _packed(part) / _stored(part)
+
+
+def _decoder_weights(spec: DecoderSpec, stage: str) -> list[tuple[str, float]]:
+    """Weights of the linear layers, by the part of the recipe."""
+    hidden, wide = spec.hidden_size, spec.intermediate_size
+    heads = spec.num_attention_heads * spec.head_dim
+    grouped = spec.num_key_value_heads * spec.head_dim
+    attention = 2.0 * hidden * (heads + grouped)
+    mlp = float(hidden * wide * (len(spec.mlp_linears[0]) + 1))
+    if stage == "encoder":
+        return [("decoder", spec.encoder_layers * (attention + mlp))]
+    layers = sum(
+        attention * (2 if spec.encoder_layers else 1) + len(spec.mlp_names(index)) * mlp
+        for index in range(spec.num_hidden_layers)
+    )
+    return [("decoder", layers), ("lm_head", float(hidden * spec.vocab_size))]
+
+
+def _vision_buffers(spec: VisionSpec) -> float:
+    """Of one layer: the hidden states and what attention makes of them, and the MLP's inner states,
+    which 8-bit products have five of (each operator's, before and after). Its attention keeps no
+    scores."""
+    states = 4 * spec.hidden_size + 5 * spec.intermediate_size
+    return _FLOAT * spec.num_positions * states
+
+
+def _decoder_buffers(spec: DecoderSpec, chunk: int, total: int) -> float:
+    """Of one layer over a chunk, with the scores of its attention."""
+    products = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
+    states = chunk * (4 * spec.hidden_size + 2 * products + 4 * spec.intermediate_size)
+    return _FLOAT * (states + spec.num_attention_heads * chunk * total + 2 * spec.vocab_size)
+
+
+def _value_size(manifest: Manifest, decoder: Artifact) -> int:
+    """Bytes of a number in the keys and values of a decoder."""
+    if decoder.format == "gguf":
+        return _HALF
+    is_integer = manifest.recipe.get("kv_cache") == "int8" or decoder.precision in _FIXED_POINT
+    return _BYTE if is_integer else _FLOAT
+
+
+def _position_size(spec: DecoderSpec, channels: int, value: int) -> float:
+    """Bytes of the keys and values of a position, each head with so many channels."""
+    return 2.0 * spec.num_hidden_layers * spec.num_key_value_heads * channels * value
+
+
+PAGE_MB = 350.0
+"""A browser's process with a page, onnxruntime-web and a model of next to no weights (Chromium)."""
+RESIDENT_WEB = 1.8
+"""Its memory as a multiple of the weight files: onnxruntime's copy, and what it packs anew."""
+STATE_COPIES = 4
+"""Keys and values before and after a step, in the page and in onnxruntime."""
+
+
+def estimate_web_mb(manifest: Manifest) -> float:
+    """Resident megabytes of a browser's process in which the page of examples/web runs a bundle and
+    has answered with a full context. The embedding table is held as it is."""
+    files = {artifact.stage: artifact.files for artifact in manifest.artifacts}
+    weights = {stage: sum(manifest.files[name].size for name in files[stage]) for stage in files}
+    decoder = manifest.spec.decoder
+    position = _position_size(decoder, decoder.cache_head_dim, _FLOAT)
+    states = STATE_COPIES * decoder.context_length * position
+    model = RESIDENT_WEB * (weights["vision"] + weights["decoder"]) + weights["embeddings"]
+    return PAGE_MB + (model + states) / 1e6

@@ -1,0 +1,1 @@
+"""Sequences in the decoder: state, prefix reuse, drafts."""

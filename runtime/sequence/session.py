@@ -1,0 +1,440 @@
+"""One sequence in the decoder: what stands at each position, and how a prompt gets there."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.errors import PromptError, SessionError
+from mobilevlm.messages import Message
+from mobilevlm.runtime.engines import DecoderEngine, ExpertChoices, Float32, VisionEngine
+from mobilevlm.runtime.sequence.cache import Border, PositionKey, PromptCache, borders, pieces
+from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
+
+Pixels: TypeAlias = "NDArray[np.uint8]"
+Reuse: TypeAlias = Literal["nothing", "pieces", "everything"]
+"""What a prompt may take over from the sequence that is there, and from the cache. ``pieces``:
+whole pieces, so that its logits are those of a fresh sequence bit for bit
+(runtime/sequence/cache.py). ``everything``: answers too (the turns of a chat). Their tokens came
+one by one, for which kernels sum in another order than for a prompt, so the last digits may
+differ."""
+
+
+ONE_AT_A_TIME = "one stream at a time per session: give each its own with new_session()"
+
+
+class Clock:
+    """Collects the seconds of each ``with clock:``."""
+
+    def __init__(self) -> None:
+        self.samples: list[float] = []
+
+    @property
+    def seconds(self) -> float:
+        """The sum."""
+        return sum(self.samples)
+
+    def __enter__(self) -> Clock:
+        self._start = time.perf_counter()
+        return self
+
+    def __exit__(self, *reason: object) -> None:
+        self.samples.append(time.perf_counter() - self._start)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Input ids with -200 for each picture, and the pictures' pixels ``(size, size, 3)``."""
+
+    ids: list[int]
+    pixels: list[Pixels]
+    seconds: float
+    """What it took to make them."""
+    instruction: list[int] = field(default_factory=list)
+    """What a Q-Former that reads text is given beside each picture."""
+
+    @cached_property
+    def digests(self) -> list[bytes]:
+        """Of each picture, and of all that its visual tokens depend on."""
+        asked = np.asarray(self.instruction, np.int64).tobytes()
+        return [
+            hashlib.blake2b(image.tobytes() + asked, digest_size=16).digest()
+            for image in self.pixels
+        ]
+
+    def position_keys(self, tokens_per_image: int) -> list[PositionKey]:
+        """What stands at each position, pictures expanded."""
+        keys: list[PositionKey] = []
+        images = iter(self.digests)
+        for token in self.ids:
+            if token == IMAGE_TOKEN_ID:
+                digest = next(images)
+                keys += [(digest, row) for row in range(tokens_per_image)]
+            else:
+                keys.append(token)
+        return keys
+
+
+@dataclass
+class Fill:
+    """What it took to make a sequence equal to a prompt."""
+
+    vision: Clock = field(default_factory=Clock)
+    prefill: Clock = field(default_factory=Clock)
+    reused_tokens: int = 0
+    """Positions whose keys and values were there."""
+    reused_images: int = 0
+    """Pictures of the prompt that were not encoded."""
+
+
+@dataclass(frozen=True)
+class PromptChoices:
+    """What the routers of a decoder with experts made of a prompt, pictures expanded."""
+
+    layers: ExpertChoices
+    is_visual: NDArray[np.bool_]
+    """Which positions are of pictures ``(length,)``"""
+
+
+class Turns:
+    """Who uses a sequence: one thread at a time, and one answer at a time.
+
+    Each of the two is an entry of a dict, set in one step, so that Ctrl-C between two steps leaves
+    at worst an entry of the same thread, which does not stop that.
+    """
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+        self._taken: dict[str, object] = {}
+        self.broken = False
+        """Whether a change was begun and not finished: the sequence is of no use any more."""
+        self.was_broken = False
+        """Whether it was when the change that goes on began."""
+
+    def __enter__(self) -> None:
+        """Begin a change.
+
+        Raises:
+            SessionError: another thread is at it, or this process was forked from the session's.
+        """
+        check_process(self._process)
+        me = threading.get_ident()
+        if self._taken.setdefault("thread", me) != me:
+            raise SessionError(f"another thread is using this session: {ONE_AT_A_TIME}")
+        self.was_broken, self.broken = self.broken, True
+
+    def __exit__(self, kind: object, *reason: object) -> None:
+        self.broken = kind is not None
+        self._taken.pop("thread", None)
+
+    @contextmanager
+    def answer(self) -> Iterator[None]:
+        """Keep other answers out of the sequence.
+
+        Raises:
+            SessionError: it has an answer that is not finished.
+        """
+        check_process(self._process)
+        mine = object()
+        try:
+            if self._taken.setdefault("answer", mine) is not mine:
+                raise SessionError(
+                    f"this session has an answer that is not finished (read its stream to the end, "
+                    f"or close it): {ONE_AT_A_TIME}"
+                )
+            yield
+        finally:
+            if self._taken.get("answer") is mine:
+                del self._taken["answer"]
+
+
+def check_process(process: int) -> None:
+    """Refuse what was loaded in another process, whose threads a fork does not copy.
+
+    Raises:
+        SessionError: this is not the process with the id ``process``.
+    """
+    if os.getpid() != process:
+        raise SessionError(
+            "this process was forked after the model was loaded, and threads are not copied by a "
+            "fork: call load() in this process"
+        )
+
+
+def check_session(session: object, decoder: DecoderEngine) -> None:
+    """Refuse what is no session of a model with this decoder.
+
+    Raises:
+        SessionError: something else, or a session of another model.
+    """
+    if not isinstance(session, Session):
+        kind = type(session).__name__
+        raise SessionError(f"session is of type {kind}, expected one that new_session() made")
+    if not session.belongs_to(decoder):
+        raise SessionError("the session is of another model: make one with new_session() of this")
+
+
+def check_length(length: int, images: int, tokens_per_image: int, context: int) -> None:
+    """Raise if a prompt of so many positions, those of its images among them, has no room.
+
+    Raises:
+        PromptError: it does not fit; the message says how many images would.
+    """
+    if length < context:
+        return
+    told = f", {tokens_per_image} for each image" if images else ""
+    fitting = (context - 1 - (length - images * tokens_per_image)) // tokens_per_image
+    remedy = "shorten it"
+    if images and fitting > 0:
+        remedy = f"{fitting} of the {images} images or frames would fit (--frames of a video)"
+    raise PromptError(
+        f"the prompt takes {length} tokens{told}, the context holds {context} with the answer: "
+        f"{remedy}"
+    )
+
+
+class Session:
+    """A sequence and its KV state.
+
+    One thread and one answer at a time: a second one gets a :class:`SessionError`. A run that ended
+    in an exception leaves nothing behind: the next prompt begins with an empty sequence.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        vision: VisionEngine,
+        decoder: DecoderEngine,
+        cache: PromptCache,
+        reuse: Reuse,
+    ) -> None:
+        self.tokens_per_image = spec.projector.num_tokens
+        self._context = spec.decoder.context_length
+        self._hidden_size = spec.decoder.hidden_size
+        self._start = spec.decoder.start_token_id
+        self._vision, self._decoder = vision, decoder
+        self._cache, self._reuse = cache, reuse
+        self._state = decoder.new_state()
+        self._keys: list[PositionKey] = []
+        self._borders: list[Border] = []
+        """Of the sequence, up to where it was computed in whole pieces."""
+        self.turns = Turns()
+        self.told: list[Message] = []
+        """Messages of the last prompt, where it had any."""
+        self.prompt_tokens = 0
+        """Positions of the last prompt, pictures expanded."""
+
+    def belongs_to(self, decoder: DecoderEngine) -> bool:
+        """Whether the sequence is one of this engine."""
+        return self._decoder is decoder
+
+    @property
+    def length(self) -> int:
+        """Positions that are filled."""
+        return self._state.length
+
+    @property
+    def room(self) -> int:
+        """Tokens that the context has room for."""
+        return self._context - self._state.length
+
+    @property
+    def full(self) -> bool:
+        """Whether the context has no room for another token."""
+        return self.room <= 0
+
+    def fill(self, prompt: Prompt, note: Fill) -> Float32:
+        """Makes the sequence equal to the prompt; logits after it ``(vocab_size,)``.
+
+        Raises:
+            PromptError: it does not fit into the context.
+        """
+        keys = self._checked_keys(prompt)
+        with self._changing():
+            return self._fill(keys, prompt, note)
+
+    def _fill(self, keys: list[PositionKey], prompt: Prompt, note: Fill) -> Float32:
+        self.prompt_tokens = len(keys)
+        ends = borders(keys, self._cache.system)
+        with note.prefill:
+            whole = self._take_over(keys, ends)
+            start = note.reused_tokens = self.length
+        embeds = self._embed(keys[start:], prompt, note)
+        with note.prefill:
+            *before, (first, _) = pieces(start, ends, len(keys))
+            for here, there in before:
+                self._decoder.extend(self._state, embeds[here - start : there - start])
+            logits: Float32 = self._decoder.prefill(self._state, embeds[first - start :])[-1]
+        self._keys = keys
+        if whole:
+            self._borders = ends
+        return logits
+
+    def all_logits(self, prompt: Prompt, answer: int = 0) -> Float32:
+        """Logits after every position of the prompt ``(length, vocab_size)``, in a fresh sequence
+        and in the same pieces. Its last ``answer`` positions are those of an answer."""
+        keys = self._checked_keys(prompt)
+        asked = len(keys) - answer
+        spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
+        with self._changing():
+            self._shorten(0)
+            embeds = self._embed(keys, prompt, Fill())
+            logits = [
+                self._decoder.prefill(self._state, embeds[here:there], True)
+                for here, there in spans
+            ]
+            if answer:
+                logits.append(self._decoder.answer(self._state, embeds[asked:]))
+            self._shorten(0)
+        return np.concatenate(logits)
+
+    def expert_choices(self, prompt: Prompt) -> PromptChoices:
+        """Where the routers send each position of the prompt, in a fresh sequence."""
+        keys = self._checked_keys(prompt)
+        embeds = self._embed(keys, prompt, Fill())
+        is_visual = np.array([isinstance(key, tuple) for key in keys])
+        return PromptChoices(self._decoder.expert_choices(embeds), is_visual)
+
+    def step(self, token: int) -> Float32:
+        """Appends a token; logits ``(vocab_size,)``, valid until the next call."""
+        with self._going_on():
+            logits = self._decoder.step(self._state, token)
+            self._keys.append(token)
+        return logits
+
+    def extend(self, tokens: Sequence[int]) -> Float32:
+        """Appends tokens of an answer in one run; logits after each ``(len(tokens),
+        vocab_size)``."""
+        with self._going_on():
+            return self._extend(tokens)
+
+    def _extend(self, tokens: Sequence[int]) -> Float32:
+        logits = self._decoder.answer(self._state, self._decoder.embed(tokens))
+        self._keys += tokens
+        return logits
+
+    def rewind(self, length: int) -> None:
+        """Goes back to where the sequence had this length."""
+        with self._changing():
+            self._shorten(length)
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Let one thread change the sequence, which is empty if the change before broke off."""
+        with self.turns:
+            if self.turns.was_broken:
+                self._clear()
+            yield
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Let one thread append to the sequence.
+
+        Raises:
+            SessionError: besides, where the change before broke off.
+        """
+        with self.turns:
+            if self.turns.was_broken:
+                raise SessionError("this session's last run broke off: give it a prompt first")
+            yield
+
+    def forget(self) -> None:
+        """Empty the sequence."""
+        with self._changing():
+            self._clear()
+
+    def _clear(self) -> None:
+        self._shorten(0)
+
+    def _shorten(self, length: int) -> None:
+        self._state.length = min(length, self._state.length)
+        del self._keys[length:]
+        self._borders = [border for border in self._borders if border.position <= length]
+
+    def shared(self, prompt: Prompt) -> int:
+        """How many positions of a prompt are here already."""
+        return self._common_prefix(prompt.position_keys(self.tokens_per_image))
+
+    def save(self, kept: int = 0) -> None:
+        """Leaves to the cache what it has not yet of the pieces behind position ``kept``; the
+        sequence may end there then."""
+        with self._changing():
+            self._save(kept)
+
+    def _save(self, kept: int) -> None:
+        start, missing = 0, []
+        for border in self._borders:
+            if not self._cache.wants(border):
+                start = border.position
+            elif border.position > kept:
+                missing.append((border, start))
+                start = border.position
+        for border, start in reversed(missing):
+            self._shorten(border.position)
+            self._cache.keep(border, self._decoder.save(self._state, start))
+
+    def _take_over(self, keys: Sequence[PositionKey], ends: Sequence[Border]) -> bool:
+        """Shortens the sequence to what it has in common with ``keys``, and lengthens it from the
+        cache. Whether it consists of whole pieces then."""
+        common = 0 if self._reuse == "nothing" else self._common_prefix(keys)
+        ours = [0, *(border.position for border in self._borders if border.position <= common)]
+        kept = common if self._reuse == "everything" else ours[-1]
+        chain = self._cache.find(ends, kept)
+        self._save(kept)
+        self._shorten(kept)
+        for segment in chain:
+            self._decoder.restore(self._state, segment)
+        self._keys = list(keys[: self.length])
+        whole = (chain[0].start if chain else kept) in ours
+        if whole:
+            self._borders = [border for border in ends if border.position <= self.length]
+        return whole
+
+    def _checked_keys(self, prompt: Prompt) -> list[PositionKey]:
+        keys = prompt.position_keys(self.tokens_per_image)
+        check_length(len(keys), len(prompt.pixels), self.tokens_per_image, self._context)
+        return keys
+
+    def _common_prefix(self, keys: Sequence[PositionKey]) -> int:
+        """How much of the present sequence may stay; at least one position is computed."""
+        count = 0
+        for ours, theirs in zip(self._keys[: self.length], keys[:-1], strict=False):
+            if ours != theirs:
+                break
+            count += 1
+        return count
+
+    def _embed(self, keys: Sequence[PositionKey], prompt: Prompt, note: Fill) -> Float32:
+        """Embeddings ``(len(keys), hidden_size)``: of tokens, and of pictures the visual tokens."""
+        with note.vision:
+            pixels = dict(zip(prompt.digests, prompt.pixels, strict=True))
+            asked = [prompt.instruction] if prompt.instruction else []
+            images: dict[bytes, Float32] = {}
+            encoded = set()
+            for digest in {key[0]: None for key in keys if isinstance(key, tuple)}:
+                known = self._cache.images.get(digest)
+                if known is None:
+                    known = self._vision.encode(pixels[digest], *asked)
+                    self._cache.keep_image(digest, known)
+                    encoded.add(digest)
+                images[digest] = known
+            note.reused_images = sum(digest not in encoded for digest in prompt.digests)
+        with note.prefill:
+            embeds = np.empty((len(keys), self._hidden_size), np.float32)
+            tokens = [index for index, key in enumerate(keys) if isinstance(key, int)]
+            if tokens:
+                embeds[tokens] = self._decoder.embed([key for key in keys if isinstance(key, int)])
+            for index, key in enumerate(keys):
+                if isinstance(key, tuple):
+                    embeds[index] = images[key[0]][key[1]]
+        return embeds

@@ -1,0 +1,1 @@
+"""Tuning: what is tried, measured and kept."""

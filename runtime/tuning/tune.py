@@ -1,0 +1,120 @@
+"""``mobilevlm tune``: measures a bundle on this machine and keeps what was chosen beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from os import PathLike
+from pathlib import Path
+
+from mobilevlm.builtin import bundle_path
+from mobilevlm.bundle import Bundle, open_bundle
+from mobilevlm.errors import BundleError, MemoryLimitError, MissingExtraError
+from mobilevlm.plan import (
+    ENGINES,
+    LLAMA_ENGINES,
+    MemorySetting,
+    Plan,
+    choose_engine,
+    default_threads,
+    stage_formats,
+)
+from mobilevlm.runtime.machine import available_memory
+from mobilevlm.runtime.memory.fitting import fit_plan
+from mobilevlm.runtime.memory.limits import Limit, memory_limits
+from mobilevlm.runtime.tuning.plan_file import TunedPlan, check_writable, write_plan
+from mobilevlm.runtime.tuning.probe import EngineProbe
+from mobilevlm.runtime.tuning.questions import DEFAULT_BUDGET, Budget, tune
+
+
+def tune_bundle(
+    bundle: str | PathLike[str],
+    budget_seconds: float = DEFAULT_BUDGET,
+    engine: str = "auto",
+    show: Callable[[int, int], None] = lambda done, total: None,
+    max_memory_mb: float | None = None,
+) -> tuple[TunedPlan, Path]:
+    """Measures engines and settings (runtime/tuning/questions.py) and writes the plan; the path of
+    its file. ``engine``: that one only; ``show`` hears ``(done, total)``. ``max_memory_mb`` and the
+    limits of the system as in ``mobilevlm.load``: engines that need more are left out, settings
+    too.
+
+    Raises:
+        MemoryLimitError: every engine needs more than a limit. Nothing was loaded.
+        BundleError: no bundle there, damaged, or nothing in it that the engine can run; or its
+            folder cannot be written to.
+        MissingExtraError: what the only engine needs is not installed.
+    """
+    ready = open_bundle(bundle_path(Path(bundle), engine, writable=True))
+    check_writable(ready)
+    engines = [engine] if engine != "auto" else _engines(ready)
+    for name in engines:
+        choose_engine(ready, name)
+    limits = memory_limits(asked_mb=max_memory_mb)
+    memory = _fitting(ready, engines, limits)
+    engines = list(memory)
+    prompts = [name for name in engines if "prefill" in stage_formats(ready, name)]
+    probe = EngineProbe(ready)
+    budget = Budget(budget_seconds, advance=lambda share, what: show(int(100 * share), 100))
+    try:
+        tuned = tune(
+            probe,
+            budget,
+            ready.digest,
+            engines,
+            default_threads(),
+            prompts=prompts,
+            packing="onnx" in engines and _may_pack(ready, limits),
+            memory=memory,
+        )
+    finally:
+        probe.close()
+    return tuned, write_plan(ready, tuned)
+
+
+def _engines(bundle: Bundle) -> list[str]:
+    """Those that can run the bundle here: ``auto`` means the first of them."""
+    found = [choose_engine(bundle, "auto")]
+    for name in ENGINES:
+        try:
+            choose_engine(bundle, name)
+            if name in LLAMA_ENGINES:
+                from mobilevlm.runtime.engines.llama.native import llama_library
+
+                llama_library()
+        except (BundleError, MissingExtraError):
+            continue
+        if name not in found:
+            found.append(name)
+    return found
+
+
+def _fitting(
+    bundle: Bundle, engines: Sequence[str], limits: list[Limit]
+) -> dict[str, MemorySetting]:
+    """The engines that the limits allow, and by which setting of memory."""
+    found: dict[str, MemorySetting] = {}
+    refusals = []
+    for name in engines:
+        try:
+            found[name] = fit_plan(bundle, Plan(name), limits).memory
+        except MemoryLimitError as error:
+            refusals.append(error)
+    if not found:
+        raise refusals[0]
+    return found
+
+
+def _may_pack(bundle: Bundle, limits: list[Limit]) -> bool:
+    """Whether the limits allow copies of the weights that may stay in their file (of the image
+    encoder, of the graph for prompts), which take less than half of the memory that is free."""
+    files = [
+        name
+        for artifact in bundle.manifest.artifacts
+        if artifact.format == "onnx" and artifact.stage in ("vision", "prefill")
+        for name in artifact.files
+    ]
+    packed = Plan("onnx", vision_weights="packed", prefill_weights="packed")
+    return (
+        2 * sum(bundle.path(name).stat().st_size for name in files) < available_memory()
+        and fit_plan(bundle, packed, limits) == packed
+    )

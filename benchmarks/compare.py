@@ -272,8 +272,8 @@ def _announce(lined: LineUp) -> None:
 
 def _shapes(spec: ModelSpec) -> Shapes:
     return Shapes(
-        image_size=spec.image.size,
-        visual_tokens=spec.projector.num_tokens,
+        image_size=spec.image.preparation.size,
+        visual_tokens=spec.image.connector.num_tokens,
         hidden_size=spec.decoder.hidden_size,
         vocab_size=spec.decoder.vocab_size,
         context_length=spec.decoder.context_length,

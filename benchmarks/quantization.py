@@ -158,7 +158,10 @@ class Bench:
         reference = load_reference(model)
         with torch.no_grad():
             for sample in held_out_samples("scenes"):
-                pixels = [preprocess(open_image(item), model.spec.image) for item in sample.images]
+                pixels = [
+                    preprocess(open_image(item), model.spec.image.preparation)
+                    for item in sample.images
+                ]
                 tokens = [reference.visual_tokens(item) for item in pixels]
                 embeds = reference.embed(sample_ids(model, sample), tokens)
                 self.tails.append(answer_positions(model, sample))

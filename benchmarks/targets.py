@@ -272,7 +272,7 @@ def _decoder_errors(
 
 def _pixels(bundle: Bundle) -> NDArray[np.uint8]:
     image = held_out_samples("scenes")[0].images[0]
-    return preprocess(open_image(image), bundle.manifest.spec.image)[None]
+    return preprocess(open_image(image), bundle.manifest.spec.image.preparation)[None]
 
 
 def _error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

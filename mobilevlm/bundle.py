@@ -19,9 +19,11 @@ from mobilevlm.bundle_identity import Identity, identity_of, steadily, unchanged
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.regular_file import read_regular
+from mobilevlm.schema_1 import upgraded
 from mobilevlm.spec import ModelSpec, from_dict, to_dict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""1: one image input, whose parts were keys of the spec (schema_1.py)."""
 MANIFEST = "manifest.json"
 MOST_MANIFEST = 1 << 26
 """Bytes of it"""
@@ -270,7 +272,8 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """
     data = signed_manifest(folder)
     try:
-        manifest = from_dict(Manifest, data, str(folder / MANIFEST))
+        current = upgraded(data) if data["schema_version"] == 1 else data
+        manifest = from_dict(Manifest, current, str(folder / MANIFEST))
     except MobileVLMError as error:
         raise BundleError(f"{error}: export the bundle again") from None
     return manifest, data["sha256"]
@@ -345,7 +348,7 @@ def named_files(manifest: Manifest) -> list[str]:
     binaries += [name for package in manifest.packages for name in package.files]
     if manifest.reduced_build is not None:
         binaries.append(manifest.reduced_build.config)
-    asked = [INSTRUCTION_TOKENIZER] if manifest.spec.projector.reads_text else []
+    asked = [INSTRUCTION_TOKENIZER] if manifest.spec.image.connector.reads_text else []
     return [TOKENIZER, *asked, *singles, *parts, *binaries]
 
 

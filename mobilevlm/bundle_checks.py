@@ -21,7 +21,7 @@ from mobilevlm.regular_file import leaves_folder
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Artifact, Manifest
-    from mobilevlm.spec import DecoderSpec, ModelSpec, ProjectorSpec, VisionSpec
+    from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, TransformerEncoder
 
 MOST_POSITIONS = 1 << 20
 """Of a context"""
@@ -87,7 +87,7 @@ def check_manifest(manifest: Manifest, where: Path) -> None:
     # One after the other: later checks compute with what earlier ones have found right.
     checks = chain(
         _image(spec),
-        _vision(spec.vision, total),
+        _vision(spec.image.encoder, total),
         _projector(spec, total),
         _decoder(spec.decoder, total),
         _conversation(spec),
@@ -125,7 +125,7 @@ def _weights(part: str, count: int, total: int) -> _Check:
 
 
 def _image(spec: ModelSpec) -> Iterator[_Check]:
-    image, edge = spec.image, spec.vision.image_size
+    image, edge = spec.image.preparation, spec.image.encoder.image_size
     yield from _whole("image", {"size": image.size, "shortest_edge": image.shortest_edge})
     yield "image.size", image.size, image.size == edge, f"the tower's {_short(edge)}"
     most = MAX_ENLARGED * image.size
@@ -136,7 +136,7 @@ def _image(spec: ModelSpec) -> Iterator[_Check]:
         yield f"image.{name}", value, is_right, "shares of the brightest value"
 
 
-def _vision(vision: VisionSpec, total: int) -> Iterator[_Check]:
+def _vision(vision: TransformerEncoder, total: int) -> Iterator[_Check]:
     numbers = {
         "hidden_size": vision.hidden_size,
         "intermediate_size": vision.intermediate_size,
@@ -163,7 +163,7 @@ def _layers(name: str, count: int) -> _Check:
 
 
 def _projector(spec: ModelSpec, total: int) -> Iterator[_Check]:
-    projector, vision = spec.projector, spec.vision
+    projector, vision = spec.image.connector, spec.image.encoder
     yield from _whole("projector", {"depth": projector.depth, "out_size": projector.out_size})
     yield _layers("projector.depth", projector.depth)
     for name, value, expected in (
@@ -185,7 +185,7 @@ def _projector(spec: ModelSpec, total: int) -> Iterator[_Check]:
     yield _weights("projector", count, total)
 
 
-def _qformer(projector: ProjectorSpec, total: int) -> Iterator[_Check]:
+def _qformer(projector: ConnectorSpec, total: int) -> Iterator[_Check]:
     queries = projector.qformer
     if queries is None:
         return

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 
 from mobilevlm.errors import PromptError
 from mobilevlm.messages import Message
-from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConversationSpec, ProjectorSpec
+from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConnectorSpec, ConversationSpec
 from mobilevlm.templates.chat_template import render_template
 from mobilevlm.templates.plain_text import encode_marked
 
@@ -203,7 +203,7 @@ def official_ids(ids: Sequence[int], conversation: ConversationSpec) -> list[int
 
 
 def tokenize_instruction(
-    tokenizer: Tokenizer | None, text: str, projector: ProjectorSpec
+    tokenizer: Tokenizer | None, text: str, projector: ConnectorSpec
 ) -> list[int]:
     """Prompt text as the ids that a Q-Former reads beside each image (BERT's, with those that begin
     and end a text); empty where it reads none.

@@ -25,7 +25,7 @@ from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
 from mobilevlm.media.image_file import Room, RoomFor, check_size, read_image
 from mobilevlm.media.image_source import ImageInput, PreparedImage, open_source
-from mobilevlm.spec import ImageSpec
+from mobilevlm.spec import FixedImage
 
 __all__ = [
     "ImageInput",
@@ -156,7 +156,7 @@ def open_image(source: ImageInput, room_for: RoomFor | None = None) -> Image.Ima
 
 
 def read_pixels(
-    source: ImageInput, spec: ImageSpec, room_for: RoomFor | None = None
+    source: ImageInput, spec: FixedImage, room_for: RoomFor | None = None
 ) -> NDArray[np.uint8]:
     """Return uint8 pixels ``(size, size, 3)`` of an image in any form: the same as
     ``preprocess(open_image(source), spec)`` in less memory.
@@ -170,7 +170,7 @@ def read_pixels(
     return _pixels(_read(source, room_for, spec.shortest_edge), spec)
 
 
-def preprocess(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
+def preprocess(image: Image.Image, spec: FixedImage) -> NDArray[np.uint8]:
     """RGB image to uint8 pixels ``(size, size, 3)``, before mean and standard deviation.
 
     Raises:
@@ -179,7 +179,7 @@ def preprocess(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
     return _pixels(_Stored(image), spec)
 
 
-def normalize(pixels: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.float32]:
+def normalize(pixels: NDArray[np.uint8], spec: FixedImage) -> NDArray[np.float32]:
     """uint8 ``(size, size, 3)`` to float32 ``(3, size, size)``: ``(pixel / 255 - mean) / std``."""
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
     values = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
@@ -270,7 +270,7 @@ def _full_scale(image: Image.Image, unsigned: bool, name: str) -> float:
     return next((scale for scale in scales if most <= scale), most)
 
 
-def _pixels(stored: _Stored, spec: ImageSpec) -> NDArray[np.uint8]:
+def _pixels(stored: _Stored, spec: FixedImage) -> NDArray[np.uint8]:
     if spec.aspect == "resize":
         image = _resize(stored, (spec.size, spec.size))
     elif spec.aspect == "pad":

@@ -36,7 +36,7 @@ class LinearGroup:
 
 def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
     """All linear layers that a recipe has a format for, in the order of use."""
-    vision, projector, decoder = spec.vision, spec.projector, spec.decoder
+    vision, projector, decoder = spec.image.encoder, spec.image.connector, spec.decoder
     size, wide = vision.hidden_size, vision.intermediate_size
     for index in range(vision.num_hidden_layers):
         attn, mlp = f"vision.layers.{index}.attn", f"vision.layers.{index}.mlp"

@@ -22,8 +22,8 @@ IMAGE_PLACEHOLDER = "<image>"
 
 
 @dataclass(frozen=True)
-class ImageSpec:
-    """How a picture becomes the square input of the vision tower."""
+class FixedImage:
+    """Preparation of an image as one square of uint8 pixels ``(size, size, 3)``."""
 
     size: int
     """Edge of the square that the tower takes, in pixels."""
@@ -43,7 +43,7 @@ class ImageSpec:
 
 
 @dataclass(frozen=True)
-class VisionSpec:
+class TransformerEncoder:
     """A vision transformer, cut after the layer whose features are used; with all defaults CLIP's.
 
     SigLIP's (VILA) has no class token; BLIP-2's (of EVA's shape) gives its class token on, after
@@ -127,7 +127,7 @@ class QFormerSpec:
 
 
 @dataclass(frozen=True)
-class ProjectorSpec:
+class ConnectorSpec:
     """Tower features ``(num_features, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
 
     kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer"]
@@ -307,18 +307,43 @@ class ConversationSpec:
 
 
 @dataclass(frozen=True)
+class InputSpec:
+    """One kind of input beside text: prepared, encoded, and brought into the decoder's space."""
+
+    preparation: FixedImage
+    encoder: TransformerEncoder
+    connector: ConnectorSpec
+
+
+@dataclass(frozen=True)
 class ModelSpec:
-    """One vision-language model: encoder, projector, decoder, and what surrounds them."""
+    """One multimodal language model: its inputs, its decoder, and what surrounds them."""
 
     family: str
     name: str
-    image: ImageSpec
-    vision: VisionSpec
-    projector: ProjectorSpec
+    inputs: dict[str, InputSpec]
+    """Inputs beside text by their kind: ``image``; none of a plain language model."""
     decoder: DecoderSpec
     conversation: ConversationSpec
     variant: str = ""
     """Which of several official behaviours, for families that have them."""
+
+    @property
+    def image(self) -> InputSpec:
+        """The input for images.
+
+        Raises:
+            MobileVLMError: the model takes no images.
+        """
+        if "image" not in self.inputs:
+            raise MobileVLMError(f"{self.name}: this model takes no images: leave them out")
+        return self.inputs["image"]
+
+
+def with_image(spec: ModelSpec, **parts: Any) -> ModelSpec:
+    """Return a spec with other parts (fields of :class:`InputSpec`) of its image input."""
+    image = dataclasses.replace(spec.image, **parts)
+    return dataclasses.replace(spec, inputs={**spec.inputs, "image": image})
 
 
 GGUFType: TypeAlias = Literal[

@@ -213,7 +213,7 @@ class VLM:
         self.spec = bundle.manifest.spec
         self.tokenizer = tokenizer
         self._instruction_tokenizer: Tokenizer | None = None
-        if self.spec.projector.reads_text:
+        if self.spec.image.connector.reads_text:
             self._instruction_tokenizer = _read_tokenizer(bundle, INSTRUCTION_TOKENIZER)
         self.load_seconds = load_seconds
         self._vision: VisionEngine | None = vision
@@ -351,7 +351,7 @@ class VLM:
         """
         if isinstance(image, PreparedImage):
             return image
-        return PreparedImage(read_pixels(image, self.spec.image, self.room_for))
+        return PreparedImage(read_pixels(image, self.spec.image.preparation, self.room_for))
 
     def encode_image(self, image: ImageInput, prompt: str = "") -> Float32:
         """Visual tokens ``(num_tokens, hidden_size)``: the projector's output. ``prompt``: what is
@@ -503,7 +503,7 @@ class VLM:
         return input_ids(self.tokenizer, conversation, text, images, vocab_size)
 
     def _instruction(self, text: str) -> list[int]:
-        return tokenize_instruction(self._instruction_tokenizer, text, self.spec.projector)
+        return tokenize_instruction(self._instruction_tokenizer, text, self.spec.image.connector)
 
     def _engines(self) -> tuple[VisionEngine, DecoderEngine]:
         check_process(self._process)
@@ -579,7 +579,7 @@ class VLM:
         self._check_fits(self._input_ids(prompt, images, raw, special_tokens), images)
 
     def _check_fits(self, ids: Sequence[int], images: int) -> None:
-        each = self.spec.projector.num_tokens
+        each = self.spec.image.connector.num_tokens
         length = len(ids) + images * (each - 1)
         check_length(length, images, each, self.spec.decoder.context_length)
 

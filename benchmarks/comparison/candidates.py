@@ -226,7 +226,7 @@ def _transformers(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
     stored = sum(file.stat().st_size for file in files)
     spec = artifacts.spec
     embeddings = 2 * spec.decoder.vocab_size * spec.decoder.hidden_size
-    tower = 2 * 12 * spec.vision.num_hidden_layers * spec.vision.hidden_size**2
+    tower = 2 * 12 * spec.image.encoder.num_hidden_layers * spec.image.encoder.hidden_size**2
     for dtype, size in (("bfloat16", 1), ("float32", 2)):  # the checkpoint is float16
         yield Candidate(
             name=f"transformers {dtype}",
@@ -265,7 +265,7 @@ def _openvino(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
 
 
 def _mnn(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
-    image = artifacts.spec.image
+    image = artifacts.spec.image.preparation
     for bits, settings in ((None, {}), (8, {"memory": "low", "precision": "low"})):
         path = artifacts.mnn(python, bits)
         yield Candidate(

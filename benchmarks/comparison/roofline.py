@@ -15,7 +15,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mobilevlm.spec import DecoderSpec, ModelSpec, ProjectorSpec, QFormerSpec, VisionSpec
+from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, QFormerSpec, TransformerEncoder
 
 BYTES_READ = 2**30
 CHUNK = 2**23
@@ -115,7 +115,10 @@ def _product(operator: str, threads: int) -> Callable[[], object]:
 
 def vision_work(spec: ModelSpec, weight_bytes: int) -> Work:
     """One picture through tower and projector."""
-    return Work(tower_operations(spec.vision) + projector_operations(spec.projector), weight_bytes)
+    return Work(
+        tower_operations(spec.image.encoder) + projector_operations(spec.image.connector),
+        weight_bytes,
+    )
 
 
 def prefill_work(spec: DecoderSpec, length: int, weight_bytes: int) -> Work:
@@ -143,7 +146,7 @@ def layer_operations(spec: DecoderSpec) -> float:
     return 2.0 * (attention + 3 * spec.hidden_size * spec.intermediate_size)
 
 
-def tower_operations(spec: VisionSpec) -> float:
+def tower_operations(spec: TransformerEncoder) -> float:
     """Patch embedding, and for each layer four projections, attention and the MLP."""
     tokens = spec.num_positions
     size, wide = spec.hidden_size, spec.intermediate_size
@@ -153,7 +156,7 @@ def tower_operations(spec: VisionSpec) -> float:
     return patches + spec.num_hidden_layers * (products + attention)
 
 
-def projector_operations(spec: ProjectorSpec) -> float:
+def projector_operations(spec: ConnectorSpec) -> float:
     """The least that gives the exact result: LDPv2's second product comes after its pooling."""
     patches, tokens = spec.grid**2, spec.num_tokens
     products = sum(2.0 * inner * outer for inner, outer in pairwise(spec.mlp_sizes))

@@ -216,7 +216,7 @@ def _instructions(model: Model, samples: Sequence[Sample]) -> list[list[int]]:
 def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
     """Pictures of the samples, as many as there is room for."""
     pictures = [picture for sample in samples for picture in sample.images]
-    room = max(1, MAX_POSITIONS // model.spec.vision.num_positions)
+    room = max(1, MAX_POSITIONS // model.spec.image.encoder.num_positions)
     if len(pictures) > room:
         progress.say(f"calibration the tower sees {room} of {len(pictures)} pictures")
     return pictures[:room]
@@ -225,7 +225,7 @@ def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
 @torch.no_grad()
 def embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[Tensor]:
     """Input of the first layer ``(1, num_positions, hidden_size)`` of each."""
-    tower, spec = reference.vision, reference.spec.image
+    tower, spec = reference.vision, reference.spec.image.preparation
     with ExitStack() as stack:
         for block in (tower.patch_embedding, tower.position_embedding, tower.pre_norm):
             stack.enter_context(held(block))
@@ -249,7 +249,7 @@ def sample_groups(
     room = limit
     for number, sample in enumerate(samples, 1):
         ids = sample_ids(model, sample)
-        length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.projector.num_tokens - 1)
+        length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.image.connector.num_tokens - 1)
         if length > model.spec.decoder.context_length:
             raise PromptError(
                 f"calibration sample {number} takes {length} tokens, the context holds "

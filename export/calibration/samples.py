@@ -173,7 +173,7 @@ def sample_ids(model: Model, sample: Sample) -> list[int]:
 def instruction_ids(model: Model, sample: Sample) -> list[int]:
     """What a Q-Former reads beside a picture: the prompt; empty where it reads none."""
     text = sample_text(model.spec, replace(sample, answer=""))
-    return tokenize_instruction(model.instruction_tokenizer, text, model.spec.projector)
+    return tokenize_instruction(model.instruction_tokenizer, text, model.spec.image.connector)
 
 
 def sample_embeds(
@@ -186,7 +186,7 @@ def sample_embeds(
     for is_image, run in groupby(sample_ids(model, sample), IMAGE_TOKEN_ID.__eq__):
         if is_image:
             for _ in run:
-                pixels = preprocess(open_image(next(pictures)), model.spec.image)
+                pixels = preprocess(open_image(next(pictures)), model.spec.image.preparation)
                 parts.append(vision.encode(pixels, words))
         else:
             parts.append(embed(list(run)))

@@ -43,7 +43,15 @@ def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:
     return [
         samples_digest(samples),
         [model.weights.sha256(prefix) for prefix in ("vision.", "projector.", "decoder.")],
-        [to_dict(part) for part in (spec.vision, spec.projector, spec.image, spec.conversation)],
+        [
+            to_dict(part)
+            for part in (
+                spec.image.encoder,
+                spec.image.connector,
+                spec.image.preparation,
+                spec.conversation,
+            )
+        ],
         importlib.metadata.version("torch"),
     ]
 

@@ -131,4 +131,4 @@ def _noted(reference: ReferenceModel) -> Iterator[dict[int, list[NDArray[np.int6
 def _visual_positions(model: Model, sample: Sample) -> NDArray[np.bool_]:
     """Which positions of a sample are of pictures ``(length,)``."""
     is_image = np.array(sample_ids(model, sample)) == IMAGE_TOKEN_ID
-    return np.repeat(is_image, np.where(is_image, model.spec.projector.num_tokens, 1))
+    return np.repeat(is_image, np.where(is_image, model.spec.image.connector.num_tokens, 1))

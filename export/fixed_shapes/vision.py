@@ -31,7 +31,7 @@ from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.recipes.recipe import CalibratorName, LinearFormat, Recipe
 from mobilevlm.image import ImageInput, open_image, preprocess
 from mobilevlm.linear_groups import linear_groups
-from mobilevlm.spec import ImageSpec, ModelSpec
+from mobilevlm.spec import FixedImage, ModelSpec
 
 Inputs: TypeAlias = dict[str, NDArray[Any]]
 Overrides: TypeAlias = dict[str, list[dict[str, Any]]]
@@ -77,7 +77,7 @@ def author_qdq(
     """
     import onnx
 
-    if spec.projector.reads_text:
+    if spec.image.connector.reads_text:
         raise MobileVLMError(
             f"a fixed-point recipe: the vision stage of {spec.name} reads text beside the picture, "
             f"which has no fixed shape: use int8 for tower and projector"
@@ -91,7 +91,7 @@ def author_qdq(
         source = Path(folder) / "float.onnx"
         author_vision(weights, spec, floats, source, advance, hessian, dialect)
         with progress.track("calibration", len(pictures)) as seen, silent():
-            inputs = _inputs(pictures, spec.image, seen)
+            inputs = _inputs(pictures, spec.image.preparation, seen)
             model = float_model(source)
             ranges = watch_ranges(source, recipe.tower.calibrator, model, inputs)
             model = quantize_model(model, recipe.tower, ranges, {})
@@ -114,7 +114,7 @@ class _Once:
         return self._left.pop() if self._left else None
 
 
-def _inputs(pictures: Sequence[ImageInput], image: ImageSpec, seen: Advance) -> Iterator[Inputs]:
+def _inputs(pictures: Sequence[ImageInput], image: FixedImage, seen: Advance) -> Iterator[Inputs]:
     for picture in pictures:
         yield {"pixels": preprocess(open_image(picture), image)[None]}
         seen(1)

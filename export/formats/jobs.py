@@ -156,7 +156,11 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             "vision_encoder",
             recipe.tower.precision,
             ("vision.", "projector."),
-            [to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)],
+            [
+                to_dict(spec.image.encoder),
+                to_dict(spec.image.connector),
+                to_dict(spec.image.preparation),
+            ],
             partial(author_qdq, samples) if recipe.tower.precision in QDQ else author.author_vision,
         ),
         job(
@@ -246,7 +250,11 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
             "mmproj-",
             recipe.mmproj_type,
             ("vision.", "projector."),
-            [to_dict(spec.vision), to_dict(spec.projector), to_dict(spec.image)],
+            [
+                to_dict(spec.image.encoder),
+                to_dict(spec.image.connector),
+                to_dict(spec.image.preparation),
+            ],
             picture,
         ),
         job(
@@ -276,7 +284,7 @@ def _check_npu_family(spec: ModelSpec) -> None:
     parts = {
         "a decoder with an encoder": spec.decoder.encoder_layers > 0,
         "a decoder with learned positions": spec.decoder.learned_positions,
-        "a Q-Former": spec.projector.qformer is not None,
+        "a Q-Former": spec.image.connector.qformer is not None,
     }
     if found := [name for name, there in parts.items() if there]:
         raise MobileVLMError(f"no graphs for NPUs of {found[0]} yet: use --format onnx")
@@ -348,7 +356,9 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
             return author_float_decoder(model, recipe, paths, shapes, data, advance)
         return author_qdq_decoder(model, samples, recipe, paths, shapes, data, advance)
 
-    towers = [to_dict(part) for part in (spec.vision, spec.projector, spec.image)]
+    towers = [
+        to_dict(part) for part in (spec.image.encoder, spec.image.connector, spec.image.preparation)
+    ]
     sizes, form = [to_dict(shape) for shape in shapes], [recipe.layer_norm, recipe.operators]
     return [
         job(

@@ -20,7 +20,7 @@ from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
 from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
-from mobilevlm.spec import GGUFType, ModelSpec, ProjectorSpec
+from mobilevlm.spec import ConnectorSpec, GGUFType, ModelSpec
 
 LDP_GRID = 24
 """llama.cpp's LDP and LDPv2 are written for this patch grid."""
@@ -50,7 +50,7 @@ def check_support(spec: ModelSpec) -> None:
 
 def obstacle(spec: ModelSpec) -> str:
     """Why llama.cpp has no graph for tower and projector; empty where it has one."""
-    projector, vision = spec.projector, spec.vision
+    projector, vision = spec.image.connector, spec.image.encoder
     if projector.kind not in ("mlp", "ldp", "ldpv2"):
         return f"llama.cpp has no projector of the kind {projector.kind}"
     if not (vision.class_token and vision.pre_norm) or vision.post_norm or vision.class_feature:
@@ -73,15 +73,15 @@ def obstacle(spec: ModelSpec) -> str:
 
 
 def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
-    vision, image = spec.vision, spec.image
+    vision, image = spec.image.encoder, spec.image.preparation
     writer.add_type("mmproj")
     writer.add_name(spec.name)
     writer.add_file_type(FILE_TYPES[kind])
     writer.add_quantization_version(2)
     writer.add_clip_has_vision_encoder(True)
     writer.add_bool("clip.has_llava_projector", True)
-    writer.add_clip_projector_type(spec.projector.kind)
-    writer.add_vision_projection_dim(spec.projector.out_size)
+    writer.add_clip_projector_type(spec.image.connector.kind)
+    writer.add_vision_projection_dim(spec.image.connector.out_size)
     writer.add_vision_image_size(vision.image_size)
     writer.add_vision_patch_size(vision.patch_size)
     writer.add_vision_embedding_length(vision.hidden_size)
@@ -114,9 +114,9 @@ def _tensors(model: Model, kind: GGUFType, advance: Advance) -> Iterator[Tensor]
 
         return Tensor(entry.theirs, entry.stored, kinds[entry.store], [read])
 
-    for entry in tower_entries(model.spec.vision):
+    for entry in tower_entries(model.spec.image.encoder):
         yield tensor(entry)
-    projector = model.spec.projector
+    projector = model.spec.image.connector
     if projector.kind == "mlp" and projector.depth == 1:
         yield from _linear_as_mlp(model.weights, projector, kind, advance)
         return
@@ -125,7 +125,7 @@ def _tensors(model: Model, kind: GGUFType, advance: Advance) -> Iterator[Tensor]
 
 
 def _linear_as_mlp(
-    weights: Weights, spec: ProjectorSpec, kind: GGUFType, advance: Advance
+    weights: Weights, spec: ConnectorSpec, kind: GGUFType, advance: Advance
 ) -> Iterator[Tensor]:
     """LLaVA's one Linear as the two that llama.cpp has, with GELU between: gelu(z) − gelu(−z) = z.
 

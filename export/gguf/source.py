@@ -26,7 +26,7 @@ from mobilevlm.gguf.names import (
     tower_entries,
 )
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
-from mobilevlm.spec import ModelSpec, ProjectorSpec
+from mobilevlm.spec import ConnectorSpec, ModelSpec, with_image
 
 _READABLE = {label for label, *_ in TENSOR_TYPES.values()} - {"I8", "I16", "I32", "I64", "F64"}
 """Types that become float32; to a Weights they are as good as floats."""
@@ -98,10 +98,10 @@ def open_gguf(path: Path, mmproj: Path) -> Model:
     """
     decoder, vision = read_gguf(path), read_gguf(mmproj)
     spec = model_spec(decoder, vision)
-    if _is_one_linear(vision, spec.projector):
-        spec = dataclasses.replace(spec, projector=dataclasses.replace(spec.projector, depth=1))
+    if _is_one_linear(vision, spec.image.connector):
+        spec = with_image(spec, connector=dataclasses.replace(spec.image.connector, depth=1))
     language = list(decoder_entries(spec.decoder))
-    swapped = read_encoder(vision, spec.projector.out_size).swapped
+    swapped = read_encoder(vision, spec.image.connector.out_size).swapped
     picture = vision_entries(spec, swapped)
     refs = {
         name: TensorRef(source, name)
@@ -117,7 +117,7 @@ def open_gguf(path: Path, mmproj: Path) -> Model:
     return Model(path.parent, spec, Weights(refs), gguf_tokenizer(decoder))
 
 
-def _is_one_linear(file: GgufFile, spec: ProjectorSpec) -> bool:
+def _is_one_linear(file: GgufFile, spec: ConnectorSpec) -> bool:
     """Whether the MLP is the one that our export writes for a single Linear."""
     size, name = spec.out_size, "mm.2.weight"
     if spec.kind != "mlp" or name not in file.tensors:
@@ -132,10 +132,10 @@ def _is_one_linear(file: GgufFile, spec: ProjectorSpec) -> bool:
 def vision_entries(spec: ModelSpec, swapped: bool = False) -> list[Entry]:
     """All tensors of an mmproj file that a canonical tensor can be read from. ``swapped``: see
     :class:`mobilevlm.gguf.encoder.Encoder`."""
-    return [*tower_entries(spec.vision, swapped), *_projector_entries(spec.projector)]
+    return [*tower_entries(spec.image.encoder, swapped), *_projector_entries(spec.image.connector)]
 
 
-def _projector_entries(spec: ProjectorSpec) -> list[Entry]:
+def _projector_entries(spec: ConnectorSpec) -> list[Entry]:
     """Of a single Linear: the first half of the first layer, scaled down."""
     if spec.depth > 1:
         return list(projector_entries(spec))

@@ -58,10 +58,10 @@ def author_vision(
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
         stage = VisionStage(file, spec, dialect)
-        size, count = spec.image.size, spec.vision.num_features
+        size, count = spec.image.preparation.size, spec.image.encoder.num_features
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
         instruction = None
-        if spec.projector.reads_text:
+        if spec.image.connector.reads_text:
             kind, length = ir.DataType.INT64, "instruction_length"
             instruction = _input(builder, "instruction_ids", kind, [1, length])
         tokens, features = stage(builder.op, pixels, instruction)
@@ -69,9 +69,9 @@ def author_vision(
             builder,
             tokens,
             "visual_tokens",
-            [1, spec.projector.num_tokens, spec.projector.out_size],
+            [1, spec.image.connector.num_tokens, spec.image.connector.out_size],
         )
-        _output(builder, features, "features", [1, count, spec.vision.hidden_size])
+        _output(builder, features, "features", [1, count, spec.image.encoder.hidden_size])
 
     file = WeightFile(weights, data_path(path), recipe, advance, hessian)
     return _author("vision_encoder", path, file, build, dialect)

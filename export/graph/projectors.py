@@ -16,13 +16,13 @@ from mobilevlm.export.graph.dialects import CPU, Dialect
 from mobilevlm.export.graph.layers import LayerNorm, Linear, gelu, product_of_rows
 from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import ProjectorSpec
+from mobilevlm.spec import ConnectorSpec
 
 
 class MLPProjector(nn.Module):  # type: ignore[misc]
     """Linears with exact GELU between, for some after average pooling."""
 
-    def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
+    def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.pooling, self.elementary = None, weights.recipe.elementary
         if spec.out_grid < spec.grid:
@@ -66,7 +66,7 @@ class AveragePooling(nn.Module):  # type: ignore[misc]
 class DownsampleProjector(nn.Module):  # type: ignore[misc]
     """Squares of 2 × 2 patches as one vector each, norm, Linears with exact GELU between."""
 
-    def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
+    def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.spec, self.elementary = spec, weights.recipe.elementary
         self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
@@ -92,7 +92,7 @@ class DownsampleProjector(nn.Module):  # type: ignore[misc]
 class LDPv2Projector(nn.Module):  # type: ignore[misc]
     """MLP, average pooling to ``out_grid``, depthwise 3 × 3 with residual."""
 
-    def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
+    def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.spec, self.elementary = spec, weights.recipe.elementary
         self.mlp = _linears(weights, spec)
@@ -114,7 +114,7 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
 class LDPProjector(nn.Module):  # type: ignore[misc]
     """MLP and two inverted-residual blocks, the second of stride 2."""
 
-    def __init__(self, weights: WeightFile, spec: ProjectorSpec) -> None:
+    def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.spec, self.elementary = spec, weights.recipe.elementary
         self.mlp = _linears(weights, spec)
@@ -138,7 +138,7 @@ class LDPProjector(nn.Module):  # type: ignore[misc]
 class InvertedResidual(nn.Module):  # type: ignore[misc]
     """Depthwise 3 × 3, squeeze-and-excitation, pointwise, on ``(1, channels, grid, grid)``."""
 
-    def __init__(self, weights: WeightFile, name: str, spec: ProjectorSpec, stride: int) -> None:
+    def __init__(self, weights: WeightFile, name: str, spec: ConnectorSpec, stride: int) -> None:
         super().__init__()
         channels, squeezed = spec.out_size, spec.squeeze_size
         self.elementary = weights.recipe.elementary
@@ -195,7 +195,7 @@ class ChannelNorm(nn.Module):  # type: ignore[misc]
         return op.Transpose(hidden, perm=[0, 3, 1, 2])
 
 
-def build_projector(weights: WeightFile, spec: ProjectorSpec, dialect: Dialect = CPU) -> nn.Module:
+def build_projector(weights: WeightFile, spec: ConnectorSpec, dialect: Dialect = CPU) -> nn.Module:
     """The projector that the spec names."""
     if spec.kind == "qformer":
         return QFormerProjector(weights, spec, dialect)
@@ -208,7 +208,7 @@ def build_projector(weights: WeightFile, spec: ProjectorSpec, dialect: Dialect =
     return kinds[spec.kind](weights, spec)
 
 
-def _linears(weights: WeightFile, spec: ProjectorSpec) -> nn.ModuleList:
+def _linears(weights: WeightFile, spec: ConnectorSpec) -> nn.ModuleList:
     return nn.ModuleList(
         [
             Linear(weights, f"projector.mlp.{index}", *sizes)

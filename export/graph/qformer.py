@@ -15,13 +15,13 @@ from onnxscript import nn
 from mobilevlm.export.graph.dialects import Dialect
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import ProjectorSpec, QFormerSpec
+from mobilevlm.spec import ConnectorSpec, QFormerSpec
 
 
 class QFormerProjector(nn.Module):  # type: ignore[misc]
     """``(1, num_features, in_size)`` to ``(1, num_tokens, out_size)``."""
 
-    def __init__(self, weights: WeightFile, spec: ProjectorSpec, dialect: Dialect) -> None:
+    def __init__(self, weights: WeightFile, spec: ConnectorSpec, dialect: Dialect) -> None:
         super().__init__()
         assert spec.qformer is not None
         former = spec.qformer

@@ -15,7 +15,7 @@ from mobilevlm.export.graph.dialects import CPU, Dialect
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear, gelu, product_of_rows
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import ImageSpec, ModelSpec, VisionSpec
+from mobilevlm.spec import FixedImage, ModelSpec, TransformerEncoder
 
 
 class VisionStage(nn.Module):  # type: ignore[misc]
@@ -25,9 +25,9 @@ class VisionStage(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ModelSpec, dialect: Dialect = CPU) -> None:
         super().__init__("vision")
-        self.tower = ClipTower(weights, spec.vision, spec.image, dialect)
-        self.projector = build_projector(weights, spec.projector, dialect)
-        self.reads_text = spec.projector.reads_text
+        self.tower = ClipTower(weights, spec.image.encoder, spec.image.preparation, dialect)
+        self.projector = build_projector(weights, spec.image.connector, dialect)
+        self.reads_text = spec.image.connector.reads_text
 
     def forward(self, op: Any, pixels: Any, instruction: Any | None = None) -> tuple[Any, Any]:
         features = self.tower(op, pixels)
@@ -38,7 +38,7 @@ class VisionStage(nn.Module):  # type: ignore[misc]
 
 class ClipTower(nn.Module):  # type: ignore[misc]
     def __init__(
-        self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, dialect: Dialect
+        self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage, dialect: Dialect
     ) -> None:
         super().__init__()
         self.dropped = spec.num_positions - spec.num_features
@@ -71,7 +71,7 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
     """Patches times the convolution's weights, with positions and a class token if there is one."""
 
     def __init__(
-        self, weights: WeightFile, spec: VisionSpec, image: ImageSpec, dialect: Dialect
+        self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage, dialect: Dialect
     ) -> None:
         super().__init__()
         self.pixel_offset, self.elementary = dialect.pixel_offset, weights.recipe.elementary
@@ -115,7 +115,9 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
 
 
 class ClipLayer(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, name: str, spec: VisionSpec, dialect: Dialect) -> None:
+    def __init__(
+        self, weights: WeightFile, name: str, spec: TransformerEncoder, dialect: Dialect
+    ) -> None:
         super().__init__()
         size, wide = spec.hidden_size, spec.intermediate_size
         self.spec, self.dialect, self.elementary = spec, dialect, weights.recipe.elementary

@@ -215,7 +215,7 @@ class Probe:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Embeddings ``(length, hidden_size)`` of each sample with nothing where its visual tokens
         go, and a mask of these places ``(length,)``."""
-        tokens = self._spec.projector.num_tokens
+        tokens = self._spec.image.connector.num_tokens
         blank = torch.zeros(tokens, self._spec.decoder.hidden_size)
         templates, places = [], []
         with held(self._reference.decoder.embed_tokens):

@@ -47,7 +47,7 @@ class Fold:
 def find_folds(spec: ModelSpec) -> Iterator[Fold]:
     """All folds of a model, in the order of use. Not here: what reads an activation function or the
     tower's features, which nothing linear makes."""
-    vision, decoder = spec.vision, spec.decoder
+    vision, decoder = spec.image.encoder, spec.decoder
     groups = {group.name: group for group in (*linear_groups(spec), *_routers(decoder))}
 
     def place(producer: str, *readers: str, heads: tuple[int, int] = (1, 1)) -> Fold:

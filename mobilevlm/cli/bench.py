@@ -122,7 +122,9 @@ def command(
     from mobilevlm.runtime.bench.bench import run_bench
 
     with model.open() as vlm:
-        grey = np.full((vlm.spec.image.size, vlm.spec.image.size, 3), 128, np.uint8)
+        grey = np.full(
+            (vlm.spec.image.preparation.size, vlm.spec.image.preparation.size, 3), 128, np.uint8
+        )
         picture = None if no_image else (image or grey)
         with progress.track("runs", runs + 1) as advance:
             result = run_bench(

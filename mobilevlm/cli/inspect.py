@@ -326,7 +326,12 @@ def _spec_table(spec: dict[str, Any]) -> Table:
 
     table = Table((Column("part", whole=True), Column("settings")))
     table.add("model", f"{spec['name']} (family {spec['family']})")
-    for part in ("image", "vision", "projector", "decoder"):
-        said = (f"{key} {value}" for key, value in spec[part].items() if value is not None)
-        table.add(part, ", ".join(said))
+    parts = [
+        (f"{kind} {name}", part)
+        for kind, inputs in spec["inputs"].items()
+        for name, part in inputs.items()
+    ]
+    for name, part in [*parts, ("decoder", spec["decoder"])]:
+        said = (f"{key} {value}" for key, value in part.items() if value is not None)
+        table.add(name, ", ".join(said))
     return table

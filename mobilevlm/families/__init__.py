@@ -215,7 +215,7 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
     sizes = (spec.decoder.vocab_size, spec.decoder.hidden_size)
     weights.check("decoder.embed_tokens.weight", sizes)
     asked = None
-    if spec.projector.reads_text:
+    if spec.image.connector.reads_text:
         own = _folder_with(folders, _INSTRUCTION_TOKENIZER)
         asked = read_tokenizer(own / _INSTRUCTION_TOKENIZER, ready=True)
     return Model(folder, spec, weights, tokenizer, place, asked)

@@ -38,12 +38,13 @@ from mobilevlm.families.t5 import read_t5, skipped_t5_names, t5_refs
 from mobilevlm.families.towers import Tower, image_spec, transformer_spec
 from mobilevlm.spec import (
     IMAGE_PLACEHOLDER,
+    ConnectorSpec,
     ConversationSpec,
     DecoderSpec,
+    InputSpec,
     ModelSpec,
-    ProjectorSpec,
     QFormerSpec,
-    VisionSpec,
+    TransformerEncoder,
 )
 
 _VISION: dict[str, Any] = {
@@ -142,15 +143,13 @@ def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
     language, text = _language(path, config)
     decoder = language.read(path, text)
     qformer = _qformer_spec(path, config, vision)
-    projector = ProjectorSpec(
+    projector = ConnectorSpec(
         "qformer", vision.hidden_size, decoder.hidden_size, 1, vision.grid, 0, qformer=qformer
     )
     spec = ModelSpec(
         family="instructblip" if projector.reads_text else "blip2",
         name=source.name,
-        image=image_spec(_tower(path), vision, "resize"),
-        vision=vision,
-        projector=projector,
+        inputs={"image": InputSpec(image_spec(_tower(path), vision, "resize"), vision, projector)},
         decoder=decoder,
         conversation=_conversation(source, text, qformer),
     )
@@ -174,7 +173,7 @@ def _section(
     return {**defaults, **config_value(path, config, key, dict)}
 
 
-def _vision_spec(path: Path, config: dict[str, Any]) -> VisionSpec:
+def _vision_spec(path: Path, config: dict[str, Any]) -> TransformerEncoder:
     if config["qkv_bias"] is not True:
         raise CheckpointError(f"{path}: 'qkv_bias' of the vision model is not true, as expected")
     layers = config_value(path, config, "num_hidden_layers", int)
@@ -201,7 +200,7 @@ def _language(path: Path, config: dict[str, Any]) -> tuple[_Language, dict[str, 
     return _LANGUAGES[kind], {**_LANGUAGES[kind].defaults, **text}
 
 
-def _qformer_spec(path: Path, config: dict[str, Any], vision: VisionSpec) -> QFormerSpec:
+def _qformer_spec(path: Path, config: dict[str, Any], vision: TransformerEncoder) -> QFormerSpec:
     settings = _section(path, config, "qformer_config", _QFORMER)
     sizes = {
         key: config_value(path, settings, key, int)
@@ -265,7 +264,7 @@ def _conversation(source: Source, text: dict[str, Any], qformer: QFormerSpec) ->
     )
 
 
-def _tower_refs(files: TensorSource, spec: VisionSpec) -> dict[str, TensorRef]:
+def _tower_refs(files: TensorSource, spec: TransformerEncoder) -> dict[str, TensorRef]:
     embeddings = "vision_model.embeddings"
     refs = {
         "vision.class_embedding": TensorRef(files, f"{embeddings}.class_embedding", outer=2),

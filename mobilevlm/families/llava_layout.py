@@ -36,10 +36,11 @@ from mobilevlm.families.towers import (
 )
 from mobilevlm.spec import (
     IMAGE_PLACEHOLDER,
+    ConnectorSpec,
     ConversationSpec,
+    InputSpec,
     ModelSpec,
-    ProjectorSpec,
-    VisionSpec,
+    TransformerEncoder,
 )
 
 _DEEPEST = 999
@@ -52,7 +53,7 @@ class ProjectorLayout:
     """A projector and the names of its tensors: ours under ``projector.``, theirs under
     ``mm_projector.``."""
 
-    spec: ProjectorSpec
+    spec: ConnectorSpec
     names: dict[str, str]
 
 
@@ -74,7 +75,7 @@ def read_layout(
     *,
     family: str,
     conversation: str,
-    projector: Callable[[dict[str, Any], VisionSpec], ProjectorLayout],
+    projector: Callable[[dict[str, Any], TransformerEncoder], ProjectorLayout],
     prefer_checkpoint_tower: bool,
     backbone: Backbone = LLAMA,
     naming: Naming = Naming(),
@@ -93,9 +94,11 @@ def read_layout(
     spec = ModelSpec(
         family=family,
         name=source.name,
-        image=image_spec(tower, vision, _aspect(path, config)),
-        vision=vision,
-        projector=layout.spec,
+        inputs={
+            "image": InputSpec(
+                image_spec(tower, vision, _aspect(path, config)), vision, layout.spec
+            )
+        },
         decoder=decoder,
         conversation=_conversation_spec(source, source.options.conversation or conversation),
     )
@@ -149,7 +152,7 @@ def _which_tower(path: Path, tower: Tower, own: bool, embedded: bool, trained: s
     return f"tower       weights in {tower.folder}{copy * embedded}"
 
 
-def mlp_projector(config: dict[str, Any], vision: VisionSpec) -> ProjectorLayout:
+def mlp_projector(config: dict[str, Any], vision: TransformerEncoder) -> ProjectorLayout:
     """``linear`` (one Linear) or ``mlpNx_gelu`` (N Linears with GELU between)."""
     match = re.fullmatch(r"mlp(\d+)x_gelu", config.get("mm_projector_type") or "linear")
     return mlp_layout(config, vision, int(match[1]), "{}.") if match else mlp_layout(config, vision)
@@ -166,14 +169,14 @@ def check_depth(path: Path, config: dict[str, Any], key: str) -> None:
 
 def mlp_layout(
     config: dict[str, Any],
-    vision: VisionSpec,
+    vision: TransformerEncoder,
     depth: int = 1,
     place: str = "",
     out_grid: int | None = None,
 ) -> ProjectorLayout:
     """An MLP of ``depth`` Linears. ``place``: where each is, by its number in a Sequential with
     activations; ``out_grid``: visual tokens per edge, where it pools first."""
-    spec = ProjectorSpec(
+    spec = ConnectorSpec(
         "mlp",
         vision.hidden_size,
         config["hidden_size"],

@@ -10,7 +10,7 @@ from typing import Any
 from mobilevlm.checkpoint import Weights
 from mobilevlm.families import Source, register
 from mobilevlm.families.llava_layout import ProjectorLayout, mlp_projector, read_layout
-from mobilevlm.spec import ModelSpec, ProjectorSpec, VisionSpec
+from mobilevlm.spec import ConnectorSpec, ModelSpec, TransformerEncoder
 
 LDPV2_GRID = 12
 """LDPv2 pools any patch grid to 12 × 12."""
@@ -32,16 +32,16 @@ def read_mobilevlm(source: Source) -> tuple[ModelSpec, Weights]:
     )
 
 
-def _ldpv2(config: dict[str, Any], vision: VisionSpec) -> ProjectorLayout:
+def _ldpv2(config: dict[str, Any], vision: TransformerEncoder) -> ProjectorLayout:
     hidden = config["hidden_size"]
-    spec = ProjectorSpec("ldpv2", vision.hidden_size, hidden, 2, vision.grid, LDPV2_GRID)
+    spec = ConnectorSpec("ldpv2", vision.hidden_size, hidden, 2, vision.grid, LDPV2_GRID)
     names = {"mlp.0": "mlp.mlp.0", "mlp.1": "mlp.mlp.2", "peg": "peg.peg.0"}
     return ProjectorLayout(spec, _with_parts(names, ("weight", "bias")))
 
 
-def _ldp(config: dict[str, Any], vision: VisionSpec) -> ProjectorLayout:
+def _ldp(config: dict[str, Any], vision: TransformerEncoder) -> ProjectorLayout:
     hidden = config["hidden_size"]
-    spec = ProjectorSpec("ldp", vision.hidden_size, hidden, 2, vision.grid, -(-vision.grid // 2))
+    spec = ConnectorSpec("ldp", vision.hidden_size, hidden, 2, vision.grid, -(-vision.grid // 2))
     names = _with_parts({"mlp.0": "model.mlp.1", "mlp.1": "model.mlp.3"}, ("weight", "bias"))
     for block in (0, 1):
         ours, theirs = f"blocks.{block}", f"model.mb_block.{block + 1}.block"

@@ -20,7 +20,7 @@ from mobilevlm.families.llava_layout import (
     mlp_layout,
     read_layout,
 )
-from mobilevlm.spec import ModelSpec, VisionSpec
+from mobilevlm.spec import ModelSpec, TransformerEncoder
 from mobilevlm.tokenizers.tokenizer import vocabulary_length
 
 
@@ -67,7 +67,9 @@ def read_moe_llava(source: Source) -> tuple[ModelSpec, Weights]:
     return replace(spec, decoder=decoder), weights.first_rows(tables, length, stored)
 
 
-def _projector(source: Source, config: dict[str, Any], vision: VisionSpec) -> ProjectorLayout:
+def _projector(
+    source: Source, config: dict[str, Any], vision: TransformerEncoder
+) -> ProjectorLayout:
     """``linear``, ``mlpNx_gelu``, or the same after pooling 2 × 2 (``pool_mlpNx_gelu``)."""
     check_depth(source.folder / "config.json", config, "image_projector_type")
     kind = config.get("image_projector_type") or "linear"

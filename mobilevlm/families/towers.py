@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import RANGES, config_value
-from mobilevlm.spec import ImageSpec, VisionSpec
+from mobilevlm.spec import FixedImage, TransformerEncoder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -56,11 +56,12 @@ def vision_spec(
     tower: Tower,
     key: str,
     **traits: bool,
-) -> VisionSpec:
+) -> TransformerEncoder:
     """The tower as far as the layer that ``mm_vision_select_layer`` names in the checkpoint's
     config.json (``path``, ``config``).
 
-    ``key``: of the tower's name there; ``traits``: fields of VisionSpec in which it is unlike CLIP.
+    ``key``: of the tower's name there; ``traits``: fields of TransformerEncoder in which it is
+    unlike CLIP.
 
     Raises:
         CheckpointError: a value is missing or wrong, or does not fit the others.
@@ -86,7 +87,7 @@ def vision_spec(
 
 def transformer_spec(
     where: Path, config: dict[str, Any], layers: int, activation: str, **traits: bool
-) -> VisionSpec:
+) -> TransformerEncoder:
     """A tower's own configuration, cut after so many layers.
 
     Raises:
@@ -98,7 +99,7 @@ def transformer_spec(
         raise CheckpointError(
             f"{where}: 'hidden_act' is {name!r}, expected {', '.join(most)} or {last}"
         )
-    vision = VisionSpec(
+    vision = TransformerEncoder(
         hidden_size=config_value(where, config, "hidden_size", int),
         intermediate_size=config_value(where, config, "intermediate_size", int),
         num_hidden_layers=layers,
@@ -122,7 +123,9 @@ def transformer_spec(
     return vision
 
 
-def skipped_tower_names(vision: VisionSpec, config: dict[str, Any], prefix: str = "") -> list[str]:
+def skipped_tower_names(
+    vision: TransformerEncoder, config: dict[str, Any], prefix: str = ""
+) -> list[str]:
     """Return regular expressions of tensors that a tower's files may hold and that nobody reads:
     what comes after the layer whose features are used, the text model of a whole CLIP, and tables
     of positions. ``prefix``: of the tower's names, as a regular expression."""
@@ -138,8 +141,8 @@ def skipped_tower_names(vision: VisionSpec, config: dict[str, Any], prefix: str 
 
 
 def image_spec(
-    tower: Tower, vision: VisionSpec, aspect: Literal["pad", "crop", "resize"]
-) -> ImageSpec:
+    tower: Tower, vision: TransformerEncoder, aspect: Literal["pad", "crop", "resize"]
+) -> FixedImage:
     """Preprocessing as preprocessor_config.json has it; CLIP's where it says nothing.
 
     Raises:
@@ -158,7 +161,7 @@ def image_spec(
         raise CheckpointError(
             f"{where}: 'resample' is {settings['resample']!r:.60}, expected 3 (bicubic)"
         )
-    return ImageSpec(
+    return FixedImage(
         size=crop,
         shortest_edge=size,
         aspect=aspect,
@@ -167,7 +170,7 @@ def image_spec(
     )
 
 
-def tower_names(spec: VisionSpec) -> dict[str, str]:
+def tower_names(spec: TransformerEncoder) -> dict[str, str]:
     """Our names and those of a CLIPVisionModel or SiglipVisionModel (``pre_layrnorm`` is spelled so
     in every release)."""
     embeddings = "vision_model.embeddings"

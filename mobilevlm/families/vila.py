@@ -35,10 +35,11 @@ from mobilevlm.families.towers import (
 from mobilevlm.spec import (
     IMAGE_PLACEHOLDER,
     IMAGE_TOKEN_ID,
+    ConnectorSpec,
     ConversationSpec,
+    InputSpec,
     ModelSpec,
-    ProjectorSpec,
-    VisionSpec,
+    TransformerEncoder,
 )
 
 
@@ -104,9 +105,9 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
     spec = ModelSpec(
         family="vila",
         name=source.name,
-        image=image_spec(tower, vision, _aspect(path, config)),
-        vision=vision,
-        projector=projector,
+        inputs={
+            "image": InputSpec(image_spec(tower, vision, _aspect(path, config)), vision, projector)
+        },
         decoder=decoder,
         conversation=_conversation(source, language, variant),
         variant=name,
@@ -151,7 +152,7 @@ def _tower(folder: Path) -> Tower:
     return Tower(str(where), tower, settings, folder)
 
 
-def _check_features(path: Path, config: dict[str, Any], vision: VisionSpec) -> None:
+def _check_features(path: Path, config: dict[str, Any], vision: TransformerEncoder) -> None:
     """Refuses tiled pictures, and a class token among the features."""
     if config.get("s2") or config.get("dynamic_s2"):
         raise CheckpointError(f"{path}: pictures in several scales ('s2') are not known here")
@@ -173,8 +174,8 @@ def _aspect(path: Path, config: dict[str, Any]) -> Literal["pad", "resize"]:
 
 
 def _projector(
-    where: Path, config: dict[str, Any], vision: VisionSpec, variant: _Variant
-) -> ProjectorSpec:
+    where: Path, config: dict[str, Any], vision: TransformerEncoder, variant: _Variant
+) -> ConnectorSpec:
     kind = read_json(where, required_for="the projector of a VILA checkpoint").get(
         "mm_projector_type"
     )
@@ -184,7 +185,7 @@ def _projector(
         )
     hidden = config_value(where.parent.parent / "config.json", config, "hidden_size", int)
     grid, out_grid = vision.grid, -(-vision.grid // 2)
-    return ProjectorSpec(
+    return ConnectorSpec(
         "mlp_downsample", vision.hidden_size, hidden, 2, grid, out_grid, variant.order
     )
 

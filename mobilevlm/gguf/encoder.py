@@ -11,7 +11,7 @@ from mobilevlm.errors import BundleError
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.keys import check_keys
 from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
-from mobilevlm.spec import ImageSpec, ProjectorSpec, VisionSpec
+from mobilevlm.spec import ConnectorSpec, FixedImage, TransformerEncoder
 
 FEATURE_LAYER = "clip.vision.feature_layer"
 MAX_GRID = 96
@@ -28,10 +28,10 @@ LDPV2_GRID = 12
 class Encoder:
     """Image encoder and projector of a file."""
 
-    image: ImageSpec
-    vision: VisionSpec
+    image: FixedImage
+    vision: TransformerEncoder
     """Up to the layer whose features are used."""
-    projector: ProjectorSpec
+    projector: ConnectorSpec
     blocks: int
     """Layers that the file has."""
     swapped: bool
@@ -81,7 +81,7 @@ def read_encoder(file: GgufFile, out_size: int) -> Encoder:
             f"{file.path}: embedding_length and feed_forward_length are both {hidden}: llama.cpp "
             f"cannot tell the two layers of the MLP apart"
         )
-    vision = VisionSpec(
+    vision = TransformerEncoder(
         hidden_size=hidden,
         intermediate_size=wide,
         num_hidden_layers=_feature_layer(file, blocks),
@@ -101,10 +101,10 @@ def read_encoder(file: GgufFile, out_size: int) -> Encoder:
                 f"{file.path}: clip.vision.image_{key} is {values}, expected numbers from {least} "
                 f"to {most}"
             )
-    image = ImageSpec(size, size, _aspect(file), mean, std)
+    image = FixedImage(size, size, _aspect(file), mean, std)
     kind = projector_kind(file, grid)
     out_grid = {"mlp": grid, "ldp": -(-grid // 2), "ldpv2": LDPV2_GRID}[kind]
-    projector = ProjectorSpec(kind, hidden, out_size, 2, grid, out_grid)
+    projector = ConnectorSpec(kind, hidden, out_size, 2, grid, out_grid)
     first = file.tensors.get("v.blk.0.ffn_down.weight")
     swapped = first is not None and first.shape == (wide, hidden)
     return Encoder(image, vision, projector, blocks, swapped)

@@ -16,7 +16,7 @@ from mobilevlm.gguf.conversation import gguf_conversation
 from mobilevlm.gguf.encoder import read_encoder
 from mobilevlm.gguf.file import GgufFile, read_gguf
 from mobilevlm.gguf.spec import bytes_per_token, decoder_spec
-from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.spec import DecoderSpec, InputSpec, ModelSpec
 
 MAX_CONTEXT = 4096
 """Positions at most: llama.cpp allocates keys and values of all of them at once, and models made
@@ -90,9 +90,7 @@ def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
     return ModelSpec(
         family="gguf",
         name=name if isinstance(name, str) and is_utf8(name) else decoder.path.stem,
-        image=encoder.image,
-        vision=encoder.vision,
-        projector=encoder.projector,
+        inputs={"image": InputSpec(encoder.image, encoder.vision, encoder.projector)},
         decoder=language,
         conversation=gguf_conversation(decoder),
     )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.spec import DecoderSpec, ProjectorSpec, VisionSpec
+from mobilevlm.spec import ConnectorSpec, DecoderSpec, TransformerEncoder
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ _MLP_NAMES = {
 }  # fmt: skip
 
 
-def tower_entries(spec: VisionSpec, swapped: bool = False) -> Iterator[Entry]:
+def tower_entries(spec: TransformerEncoder, swapped: bool = False) -> Iterator[Entry]:
     """All tensors of the tower. ``swapped``: the two layers of an MLP are named the other way
     round, as llama.cpp's first converter did."""
     first, second = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
@@ -164,7 +164,7 @@ def tower_entries(spec: VisionSpec, swapped: bool = False) -> Iterator[Entry]:
         yield from _pair(f"{theirs}.{second}", f"{ours}.mlp.fc2", hidden, wide)
 
 
-def projector_entries(spec: ProjectorSpec) -> Iterator[Entry]:
+def projector_entries(spec: ConnectorSpec) -> Iterator[Entry]:
     """All tensors of a projector that begins with an MLP of two layers."""
     size = spec.out_size
     first, second = {
@@ -182,7 +182,7 @@ def projector_entries(spec: ProjectorSpec) -> Iterator[Entry]:
         yield Entry("mm.model.peg.0.bias", "projector.peg.bias", (size,), (size,), "float")
 
 
-def _inverted_residual(spec: ProjectorSpec, block: int) -> Iterator[Entry]:
+def _inverted_residual(spec: ConnectorSpec, block: int) -> Iterator[Entry]:
     size, squeezed = spec.out_size, spec.squeeze_size
     ours, theirs = f"projector.blocks.{block}", f"mm.model.mb_block.{block + 1}.block"
     yield _depthwise(f"{theirs}.0.0.weight", f"{ours}.depthwise.weight", size)

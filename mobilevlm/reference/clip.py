@@ -7,11 +7,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevlm.spec import VisionSpec
+from mobilevlm.spec import TransformerEncoder
 
 
 class ClipAttention(nn.Module):
-    def __init__(self, spec: VisionSpec) -> None:
+    def __init__(self, spec: TransformerEncoder) -> None:
         super().__init__()
         self.num_heads, self.head_dim = spec.num_attention_heads, spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
@@ -31,7 +31,7 @@ class ClipAttention(nn.Module):
 
 
 class ClipMLP(nn.Module):
-    def __init__(self, spec: VisionSpec) -> None:
+    def __init__(self, spec: TransformerEncoder) -> None:
         super().__init__()
         self.activation = spec.hidden_act
         self.fc1 = nn.Linear(spec.hidden_size, spec.intermediate_size)
@@ -43,7 +43,7 @@ class ClipMLP(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    def __init__(self, spec: VisionSpec) -> None:
+    def __init__(self, spec: TransformerEncoder) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
         self.attn = ClipAttention(spec)
@@ -65,7 +65,7 @@ class ClipTower(nn.Module):
     """Normalised pixels ``(batch, 3, size, size)`` to features
     ``(batch, num_features, hidden_size)``."""
 
-    def __init__(self, spec: VisionSpec) -> None:
+    def __init__(self, spec: TransformerEncoder) -> None:
         super().__init__()
         self.spec = spec
         if spec.class_token:
@@ -100,5 +100,5 @@ class ClipTower(nn.Module):
         return self.features(hidden)
 
 
-def _norm(spec: VisionSpec) -> nn.LayerNorm:
+def _norm(spec: TransformerEncoder) -> nn.LayerNorm:
     return nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)

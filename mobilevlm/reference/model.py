@@ -33,14 +33,14 @@ class ReferenceModel(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.vision = ClipTower(spec.vision)
-        self.projector = build_projector(spec.projector)
+        self.vision = ClipTower(spec.image.encoder)
+        self.projector = build_projector(spec.image.connector)
         build = EncoderDecoder if spec.decoder.encoder_layers else Decoder
         self.decoder: Any = build(spec.decoder)
 
     def features(self, pixels: NDArray[np.uint8]) -> Tensor:
         """uint8 ``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""
-        values = torch.from_numpy(normalize(pixels, self.spec.image))
+        values = torch.from_numpy(normalize(pixels, self.spec.image.preparation))
         out: Tensor = self.vision(values[None])[0]
         return out
 
@@ -52,7 +52,7 @@ class ReferenceModel(nn.Module):
         """``(batch, num_features, vision hidden_size)`` to ``(batch, num_tokens, hidden_size)``.
         ``instruction``: ids for a Q-Former that reads text."""
         out: Tensor
-        if self.spec.projector.reads_text:
+        if self.spec.image.connector.reads_text:
             out = self.projector(features, torch.tensor(instruction).long())
         else:
             out = self.projector(features)
@@ -110,7 +110,7 @@ def load_reference(
     if capacity is not None:
         for sparse in reference.decoder.sparse_layers.values():
             sparse.capacity = capacity
-    if model.spec.vision.class_token:
+    if model.spec.image.encoder.class_token:
         reference.vision.class_embedding = nn.Parameter(
             _read(model.weights, "vision.class_embedding", reference.vision.class_embedding),
             requires_grad=False,

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.reference.qformer import QFormer
-from mobilevlm.spec import ProjectorSpec
+from mobilevlm.spec import ConnectorSpec
 
 
 class MLP(nn.ModuleList):
     """Linears with exact GELU between; one Linear is LLaVA's first projector."""
 
-    def __init__(self, spec: ProjectorSpec) -> None:
+    def __init__(self, spec: ConnectorSpec) -> None:
         super().__init__(nn.Linear(*sizes) for sizes in pairwise(spec.mlp_sizes))
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ class MLP(nn.ModuleList):
 class MLPProjector(nn.Module):
     """``linear`` and ``mlpNx_gelu`` (LLaVA, Liu et al. 2023), MoE-LLaVA's ``pool_mlpNx_gelu``."""
 
-    def __init__(self, spec: ProjectorSpec) -> None:
+    def __init__(self, spec: ConnectorSpec) -> None:
         super().__init__()
         self.grid, self.out_grid = spec.grid, spec.out_grid
         self.mlp = MLP(spec)
@@ -46,7 +46,7 @@ class DownsampleProjector(nn.Module):
     """VILA's ``mlp_downsample`` (Lin et al. 2023): squares of 2 × 2 patches as one vector each,
     norm, MLP. An odd grid is padded with zeros below and on the right."""
 
-    def __init__(self, spec: ProjectorSpec) -> None:
+    def __init__(self, spec: ConnectorSpec) -> None:
         super().__init__()
         self.grid, self.by_column = spec.grid, spec.order == "columns"
         self.norm = nn.LayerNorm(spec.mlp_sizes[0], eps=1e-5)
@@ -67,7 +67,7 @@ class DownsampleProjector(nn.Module):
 class LDPv2Projector(nn.Module):
     """MLP, average pooling to 12 × 12, depthwise 3 × 3 with residual (MobileVLM V2, fig. 3)."""
 
-    def __init__(self, spec: ProjectorSpec) -> None:
+    def __init__(self, spec: ConnectorSpec) -> None:
         super().__init__()
         self.grid, self.out_grid = spec.grid, spec.out_grid
         self.mlp = MLP(spec)
@@ -83,7 +83,7 @@ class LDPv2Projector(nn.Module):
 class InvertedResidual(nn.Module):
     """Depthwise 3 × 3, squeeze-and-excitation, pointwise; the norms are over channels."""
 
-    def __init__(self, spec: ProjectorSpec, stride: int) -> None:
+    def __init__(self, spec: ConnectorSpec, stride: int) -> None:
         super().__init__()
         self.residual = stride == 1
         channels, squeezed = spec.out_size, spec.squeeze_size
@@ -107,7 +107,7 @@ class InvertedResidual(nn.Module):
 class LDPProjector(nn.Module):
     """MLP and two inverted-residual blocks, the second of stride 2 (MobileVLM, fig. 3)."""
 
-    def __init__(self, spec: ProjectorSpec) -> None:
+    def __init__(self, spec: ConnectorSpec) -> None:
         super().__init__()
         self.grid = spec.grid
         self.mlp = MLP(spec)
@@ -123,7 +123,7 @@ class LDPProjector(nn.Module):
 class QFormerProjector(QFormer):
     """A Q-Former and the Linear behind it (BLIP-2, Li et al. 2023; InstructBLIP, Dai et al.)."""
 
-    def __init__(self, spec: ProjectorSpec) -> None:
+    def __init__(self, spec: ConnectorSpec) -> None:
         assert spec.qformer is not None
         super().__init__(spec.qformer, spec.in_size)
         self.mlp = MLP(spec)
@@ -138,7 +138,7 @@ def _channel_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
     return out
 
 
-def build_projector(spec: ProjectorSpec) -> nn.Module:
+def build_projector(spec: ConnectorSpec) -> nn.Module:
     """The projector that the spec names."""
     kinds = {
         "mlp": MLPProjector,

@@ -24,7 +24,7 @@ def check_vision(session: Session, spec: ModelSpec) -> None:
     Raises:
         BundleError: it contradicts the spec.
     """
-    size, vision, projector = spec.image.size, spec.vision, spec.projector
+    size, vision, projector = spec.image.preparation.size, spec.image.encoder, spec.image.connector
     inputs: dict[str, Value] = {"pixels": ("uint8", (1, size, size, 3))}
     if projector.reads_text:
         inputs["instruction_ids"] = ("int64", (1, None))

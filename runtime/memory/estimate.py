@@ -24,7 +24,7 @@ from typing import Any
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
-from mobilevlm.spec import DecoderSpec, VisionSpec
+from mobilevlm.spec import DecoderSpec, TransformerEncoder
 
 LIBRARIES = 32e6
 """Own memory of Python, numpy, onnxruntime, tokenizers and the rest before they hold a model."""
@@ -120,7 +120,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     compiled for an NPU: on the device, where binaries are mapped once."""
     decoder = manifest.spec.decoder
     if positions is None:
-        positions = manifest.spec.projector.num_tokens + TEXT_POSITIONS
+        positions = manifest.spec.image.connector.num_tokens + TEXT_POSITIONS
     positions = min(positions, decoder.context_length)
     artifacts = _artifacts(manifest, plan.engine)
     own, pages, mapped = LIBRARIES, LIBRARY_FILES, 0.0
@@ -143,7 +143,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     for name, artifact in artifacts.items():
         size = _size(manifest, artifact.files)
         if name == "embeddings":
-            text = positions - manifest.spec.projector.num_tokens
+            text = positions - manifest.spec.image.connector.num_tokens
             mapped += min(size, max(min(text, ROWS), 0) * ROW)
         elif artifact.format == "gguf":
             read = size * _read_share(decoder) if name == "decoder" else size
@@ -152,7 +152,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
         elif name == "prefill" and (plan.prefill_weights != "packed" or plan.memory != "fast"):
             stages.append(_Stage(SESSION, 0.0, 0.0, size))
         elif name == "vision" and artifact.precision == "int8" and plan.vision_weights == "mapped":
-            run = _vision_buffers(manifest.spec.vision)
+            run = _vision_buffers(manifest.spec.image.encoder)
             stages.append(_Stage(SESSION, run, run * (plan.memory == "fast"), size))
         else:
             stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
@@ -211,7 +211,7 @@ def _onnx_stage(
     spec = manifest.spec
     if name == "vision":
         part = _settings(manifest.recipe, "tower", artifact)
-        weights, run = size * _growth(part), _vision_buffers(spec.vision)
+        weights, run = size * _growth(part), _vision_buffers(spec.image.encoder)
     else:
         weights = _decoder_bytes(manifest, name, artifact)
         run = _decoder_buffers(spec.decoder, min(plan.chunk_length, positions), positions)
@@ -238,7 +238,7 @@ def _gguf_stage(
     """llama.cpp reads the image encoder into memory of its own and maps the decoder, some types of
     which it packs anew. ``read``: bytes of the file that are used."""
     if name == "vision":
-        return _Stage(read, _vision_buffers(manifest.spec.vision) / 2, 0.0)
+        return _Stage(read, _vision_buffers(manifest.spec.image.encoder) / 2, 0.0)
     packed = read if artifact.precision in REPACKED and plan.engine != "ggml" else 0.0
     run = _decoder_buffers(manifest.spec.decoder, min(PREFILL_CHUNK, positions), positions)
     return _Stage(packed, run, run)
@@ -297,7 +297,7 @@ def _decoder_weights(spec: DecoderSpec, stage: str) -> list[tuple[str, float]]:
     return [("decoder", layers), ("lm_head", float(hidden * spec.vocab_size))]
 
 
-def _vision_buffers(spec: VisionSpec) -> float:
+def _vision_buffers(spec: TransformerEncoder) -> float:
     """Of one layer: the hidden states and what attention makes of them, and the MLP's inner states,
     which 8-bit products have five of (each operator's, before and after). Its attention keeps no
     scores."""

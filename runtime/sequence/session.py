@@ -218,7 +218,7 @@ class Session:
         cache: PromptCache,
         reuse: Reuse,
     ) -> None:
-        self.tokens_per_image = spec.projector.num_tokens
+        self.tokens_per_image = spec.image.connector.num_tokens
         self._context = spec.decoder.context_length
         self._hidden_size = spec.decoder.hidden_size
         self._start = spec.decoder.start_token_id

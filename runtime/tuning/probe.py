@@ -38,10 +38,12 @@ class EngineProbe:
         """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""
         vision, decoder = self._open(plan)
         spec = self._bundle.manifest.spec
-        pixels = np.full((spec.image.size, spec.image.size, 3), 128, np.uint8)
+        pixels = np.full(
+            (spec.image.preparation.size, spec.image.preparation.size, 3), 128, np.uint8
+        )
         state = decoder.new_state()
         room = spec.decoder.context_length - STEPS - 2
-        prompt = self._embeds(decoder, min(spec.projector.num_tokens + TEXT_TOKENS, room))
+        prompt = self._embeds(decoder, min(spec.image.connector.num_tokens + TEXT_TOKENS, room))
 
         def prefill() -> None:
             state.length = 0

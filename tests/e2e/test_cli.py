@@ -201,7 +201,7 @@ def test_inspect_shows_a_bundle(bundle: Path) -> None:
                  "context_length 2048"):  # fmt: skip
         assert part in done.stdout
     data = json.loads(run_program("inspect", bundle, "--json").stdout)
-    assert data["schema_version"] == 1 and data["spec"]["family"] == "mobilevlm"
+    assert data["schema_version"] == 2 and data["spec"]["family"] == "mobilevlm"
     assert [a["stage"] for a in data["artifacts"]] == ["vision", "embeddings", "decoder"]
 
 

@@ -65,7 +65,7 @@ def test_all_operators_are_taken_for_each_chip(bundle: Bundle, chip: str, tmp_pa
 def test_the_emulator_is_near_onnx_runtime_on_the_same_graphs(bundle: Bundle) -> None:
     spec = bundle.manifest.spec
     random = np.random.default_rng(1)
-    edge = spec.image.size
+    edge = spec.image.preparation.size
     square = np.full((1, edge, edge, 3), 255, np.uint8)
     square[:, 40:120, 60:150] = (200, 30, 30)
     visual, decoder = bundle.manifest.compiled
@@ -130,7 +130,7 @@ def test_norms_without_their_mean_go_to_the_chip_that_lacks_layer_norms(tmp_path
     chip = find_target("android-qnn-qcs6490").htp
     assert chip is not None
     image = held_out_samples("scenes")[0].images[0]
-    pixels = {"pixels": preprocess(open_image(image), bundle.manifest.spec.image)[None]}
+    pixels = {"pixels": preprocess(open_image(image), bundle.manifest.spec.image.preparation)[None]}
     graph = bundle.path(bundle.artifact("vision", "npu").path)
     (expected,) = open_session(graph, 2, entries=FIXED_POINT).run(["visual_tokens"], pixels)
     ready = bundle.path(bundle.manifest.compiled[0].files[0])

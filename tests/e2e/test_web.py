@@ -35,7 +35,7 @@ from mobilevlm.nano.questions import SHORT_STYLE
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.machine import int8_weight_bits
-from mobilevlm.spec import ImageSpec
+from mobilevlm.spec import FixedImage
 
 MAX_NEW_TOKENS = 64
 """As the page has it."""
@@ -122,7 +122,7 @@ def test_float32_differs_by_the_order_of_sums_alone(
     mobilevlm.export(WEIGHTS / "nano", folder / "float", recipe="fp32", measure=False)
     picture = pictures(tmp_path)[0]
     with mobilevlm.load(folder / "float", engine="onnx") as model:
-        pixels = preprocess(open_image(picture), model.spec.image)
+        pixels = preprocess(open_image(picture), model.spec.image.preparation)
         ids = model.prompt_ids(QUESTIONS[0], images=1)
         visual_tokens = model.encode_image(picture)
         logits = model.prompt_logits(QUESTIONS[0], [picture])[-1]
@@ -177,7 +177,7 @@ def test_sparse_experts_run_too(
 
 @pytest.mark.parametrize("aspect", ["pad", "crop", "resize"])
 def test_pixels_are_those_of_pillow(browser: Browser, address: str, aspect: str) -> None:
-    spec = ImageSpec(
+    spec = FixedImage(
         size=48, shortest_edge=48, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28),
         aspect=aspect,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -13,7 +13,7 @@ from PIL import Image, features
 from fuzz.harness import Fuzzer
 from fuzz.image_damage import damage
 from mobilevlm.image import Room, open_image, preprocess, read_pixels
-from mobilevlm.spec import ImageSpec
+from mobilevlm.spec import FixedImage
 
 SIZE = 56
 
@@ -24,7 +24,7 @@ def room_for(needed: float) -> Room:
 
 
 SPECS = tuple(
-    ImageSpec(SIZE, SIZE, aspect, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    FixedImage(SIZE, SIZE, aspect, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     for aspect in ("pad", "crop", "resize")
 )
 

@@ -103,7 +103,9 @@ def _change_spec(random: random.Random, data: Any, folder: Path) -> Any:
         data["spec"] = mutate_json(random, spec)
         return data
     for _ in range(random.choice((1, 1, 2))):
-        part = spec[random.choice(("image", "vision", "projector", "decoder", "conversation"))]
+        image = spec["inputs"]["image"]
+        parts = (*image.values(), spec["decoder"], spec["conversation"])
+        part = random.choice(parts)
         key = random.choice(sorted(part))
         old = part[key]
         if isinstance(old, bool):

@@ -102,7 +102,7 @@ def test_the_reference_with_an_artifacts_weights_computes_what_the_artifact_does
         model, weights=artifact_weights(model, open_bundle(bundle), "onnx")
     )
     reference, exact = load_reference(stored), load_reference(model)
-    pixels = preprocess(open_image(fixture.image), model.spec.image)
+    pixels = preprocess(open_image(fixture.image), model.spec.image.preparation)
     embeds = torch.from_numpy(fixture.arrays["inputs_embeds"][0])
     with mobilevlm.load(bundle) as vlm, torch.no_grad():
         visual = vlm.encode_image(fixture.image)

@@ -48,9 +48,9 @@ def expected_logits(
 ) -> np.ndarray:
     model, spec = fixture.model, fixture.model.spec
     prompt = render(spec.conversation, [user_message(text, len(images))])
-    asked = tokenize_instruction(model.instruction_tokenizer, prompt, spec.projector)
+    asked = tokenize_instruction(model.instruction_tokenizer, prompt, spec.image.connector)
     ids = tokenize(model.tokenizer, prompt, spec.conversation)
-    pixels = [preprocess(open_image(image), spec.image) for image in images]
+    pixels = [preprocess(open_image(image), spec.image.preparation) for image in images]
     visual = [reference.visual_tokens(item, asked) for item in pixels]
     return reference.logits(reference.embed(ids, visual)).numpy()
 
@@ -225,9 +225,9 @@ def test_opt_of_350m_is_refused(tmp_path: Path) -> None:
 
 
 def test_settings_of_the_image_processor_may_be_inside_the_processors(copy: Path) -> None:
-    expected = open_checkpoint(copy).spec.image
+    expected = open_checkpoint(copy).spec.image.preparation
     (copy / "preprocessor_config.json").unlink()
-    assert open_checkpoint(copy).spec.image == expected
+    assert open_checkpoint(copy).spec.image.preparation == expected
 
 
 def test_a_rotary_base_is_read_in_the_words_of_any_release(tmp_path: Path) -> None:

@@ -147,7 +147,7 @@ def test_the_program_of_a_package_gives_the_visual_tokens_of_the_reference(tmp_p
     found_operators, large = read_package(package)
     assert operators == found_operators and set(operators) <= set(OPERATORS)
     picture = open_image(held_out_samples("scenes")[0].images[0])
-    pixels = preprocess(picture, model.spec.image)
+    pixels = preprocess(picture, model.spec.image.preparation)
     with torch.no_grad():
         expected = load_reference(model).visual_tokens(pixels)
         given = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]

@@ -58,7 +58,7 @@ def test_ids_are_the_official_ones(fixture: Fixture, vlm: VLM) -> None:
 @torch.no_grad()
 def test_the_reference_is_the_official_model(fixture: Fixture, reference: ReferenceModel) -> None:
     arrays, spec = fixture.arrays, fixture.model.spec
-    pixels = preprocess(open_image(fixture.image), spec.image)
+    pixels = preprocess(open_image(fixture.image), spec.image.preparation)
     tokens = reference.visual_tokens(pixels)
     assert (
         relative_error(reference.features(pixels).numpy(), arrays["vision_features"][0]) <= FLOAT32
@@ -140,7 +140,7 @@ def test_logits_are_the_references_wherever_images_stand(
     reference = load_reference(fixture.model)
     whole = np.asarray(open_image(fixture.image))
     images = [whole[index * 40 :] for index in range(count)]
-    pixels = [preprocess(open_image(image), vlm.spec.image) for image in images]
+    pixels = [preprocess(open_image(image), vlm.spec.image.preparation) for image in images]
     placed = text if "<image>" in text else "<image>" * count + text
     ids = tokenize(vlm.tokenizer, placed, vlm.spec.conversation)
     embeds = reference.embed(ids, [reference.visual_tokens(item) for item in pixels])

@@ -294,7 +294,7 @@ def test_what_is_kept_of_prompts_leaves_their_logits_as_they_are_bit_for_bit(
             assert np.array_equal(kept.fill(prompt, note), fresh.fill(prompt, Fill()))
             assert np.array_equal(kept.step(300), fresh.step(300))
             reused.append(note.reused_tokens)
-        system, picture = len(vlm._cache.system), vlm.spec.projector.num_tokens
+        system, picture = len(vlm._cache.system), vlm.spec.image.connector.num_tokens
         ahead = vlm.prompt_ids("Who?", 1).index(-200)
         assert reused == [0, ahead + picture, system, ahead + picture]
 

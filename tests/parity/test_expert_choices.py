@@ -55,7 +55,7 @@ def stacked(choices: ExpertChoices, fixture: Fixture) -> NDArray[np.integer]:
 def prompt_choices(vlm: VLM, fixture: Fixture) -> NDArray[np.integer]:
     """Of the whole way from the picture and the text on."""
     found = vlm.expert_choices(fixture.expected["user_prompt"], [fixture.image])
-    tokens = fixture.model.spec.projector.num_tokens
+    tokens = fixture.model.spec.image.connector.num_tokens
     assert found.is_visual.sum() == tokens
     [start] = np.flatnonzero(fixture.arrays["input_ids"][0] < 0)
     assert found.is_visual[start : start + tokens].all()

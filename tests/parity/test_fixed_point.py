@@ -69,7 +69,7 @@ def test_a_fixed_point_graph_equals_the_reference_with_its_weights(
 ) -> None:
     model, path = fixture.model, tmp_path / "vision.onnx"
     author(model, fixture.image, recipe(precision), path)
-    pixels = preprocess(open_image(fixture.image), model.spec.image)
+    pixels = preprocess(open_image(fixture.image), model.spec.image.preparation)
     expected = reference(with_stored_weights(model, path), pixels)
     for found, wanted in zip(run(path, pixels), expected, strict=True):
         assert relative_error(found, wanted) <= limit
@@ -86,7 +86,7 @@ def test_a_fixed_point_graph_of_an_unusual_grid_equals_the_reference_with_its_we
     }
     spec = specs[kind]
     model, path = in_memory(spec, tmp_path), tmp_path / "vision.onnx"
-    edge = spec.image.size
+    edge = spec.image.preparation.size
     pixels = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
     author(model, Image.fromarray(pixels), recipe("qdq16"), path)
     expected = reference(with_stored_weights(model, path), pixels)
@@ -105,7 +105,10 @@ def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
     bits = 7 if precision == "qdq8" else 8  # what is right everywhere, as long as none are chosen
     products = [node for node in graph if node.op_type == "MatMul"]
     products = [node for node in products if node.inputs[1].producer().inputs[0].is_initializer()]
-    assert len(products) == 1 + 4 * model.spec.vision.num_hidden_layers + model.spec.projector.depth
+    assert (
+        len(products)
+        == 1 + 4 * model.spec.image.encoder.num_hidden_layers + model.spec.image.connector.depth
+    )
     for node in products:
         numbers, scale = (value.const_value for value in node.inputs[1].producer().inputs[:2])
         assert numbers.dtype == ir.DataType.INT8 and scale.shape == numbers.shape[1:]
@@ -125,14 +128,14 @@ def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_p
         products = [node for node in graph if node.op_type == "MatMul"]
         factors = [[value.producer().inputs[0] for value in node.inputs] for node in products]
         seconds = [pair[1].name for pair in factors if not pair[1].is_initializer()]
-        assert len(seconds) == 2 * mobilevlm_v2.model.spec.vision.num_hidden_layers
+        assert len(seconds) == 2 * mobilevlm_v2.model.spec.image.encoder.num_hidden_layers
         assert {types[name] for name in seconds} == {ir.DataType.UINT8}
         assert {types[pair[0].name] for pair in factors} == {dtype}
 
 
 def test_calibrators_choose_ranges_of_their_own(tmp_path: Path) -> None:
     spec = vision_spec("mlp", 6, 6)
-    model, edge = in_memory(spec, tmp_path), spec.image.size
+    model, edge = in_memory(spec, tmp_path), spec.image.preparation.size
     noise = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
     ranges = {}
     for calibrator in ("minmax", "percentile", "entropy"):
@@ -150,7 +153,7 @@ def test_calibrators_choose_ranges_of_their_own(tmp_path: Path) -> None:
 
 def test_ranges_cover_all_calibration_pictures(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
     """A bright picture after a black one widens the range of the pixels."""
-    model, size = mobilevlm_v2.model, mobilevlm_v2.model.spec.image.size
+    model, size = mobilevlm_v2.model, mobilevlm_v2.model.spec.image.preparation.size
     black, white = (Image.new("RGB", (size, size), (value,) * 3) for value in (0, 255))
     path = tmp_path / "vision.onnx"
     samples = [Sample("", "", (black,)), Sample("", "", (white, black))]

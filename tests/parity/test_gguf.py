@@ -52,7 +52,7 @@ def files(fixture: Fixture, tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def prepared(fixture: Fixture) -> NDArray[np.uint8]:
     """The square that the tower takes, so that mtmd's own preprocessing changes nothing."""
-    return preprocess(open_image(fixture.image), fixture.model.spec.image)
+    return preprocess(open_image(fixture.image), fixture.model.spec.image.preparation)
 
 
 @pytest.mark.parametrize("kind", LIMITS)
@@ -136,7 +136,7 @@ def test_the_files_run_in_llama_cpp_python_without_our_code(fixture: Fixture, fi
     answer = model.create_chat_completion(
         [{"role": "user", "content": content}], max_tokens=8, temperature=0.0
     )
-    assert answer["usage"]["prompt_tokens"] > fixture.model.spec.projector.num_tokens
+    assert answer["usage"]["prompt_tokens"] > fixture.model.spec.image.connector.num_tokens
     assert answer["usage"]["completion_tokens"] > 0
     model.close()
 

@@ -35,7 +35,14 @@ from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe
 from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import ReferenceModel, load_reference
-from mobilevlm.spec import DecoderSpec, ExpertsSpec, ModelSpec, ProjectorSpec, VisionSpec
+from mobilevlm.spec import (
+    ConnectorSpec,
+    DecoderSpec,
+    ExpertsSpec,
+    ModelSpec,
+    TransformerEncoder,
+    with_image,
+)
 
 Array = NDArray[np.float32]
 CAPACITY = 768
@@ -113,7 +120,7 @@ class Authored:
         return self.fixture.model
 
     def vision(self) -> tuple[Array, Array]:
-        pixels = preprocess(open_image(self.fixture.image), self.model.spec.image)
+        pixels = preprocess(open_image(self.fixture.image), self.model.spec.image.preparation)
         return run_vision(self.folder / "vision.onnx", pixels, self.fixture.instruction)
 
     def logits(self) -> Array:
@@ -168,7 +175,7 @@ def test_the_vision_graph_in_standard_operators_gives_the_same(
     path = tmp_path / "vision.onnx"
     author_vision(model.weights, model.spec, exact.recipe, path, dialect=STANDARD)
     assert {node.domain for node in ir.load(path).graph} == {""}
-    pixels = preprocess(open_image(exact.fixture.image), model.spec.image)
+    pixels = preprocess(open_image(exact.fixture.image), model.spec.image.preparation)
     # Float32 sums in another order.
     outputs = run_vision(path, pixels, exact.fixture.instruction)
     for found, expected in zip(outputs, exact.vision(), strict=True):
@@ -346,18 +353,19 @@ def test_authoring_twice_gives_the_same_bytes(mobilevlm_v2: Fixture, tmp_path: P
 
 # Variants that no fixture has, with random weights against the torch reference.
 
-IMAGE = fixture_named("mobilevlm_v2").model.spec.image
+IMAGE = fixture_named("mobilevlm_v2").model.spec.image.preparation
 
 
 def vision_spec(kind: str, patches: int, out_grid: int, border: int = 0) -> ModelSpec:
     """A small tower of ``patches`` per edge and a projector; the rest as in a fixture."""
     size = patches * 14 + border
-    vision = VisionSpec(32, 64, 2, 4, size, 14, "gelu", 1e-5)
-    projector = ProjectorSpec(kind, 32, 48, 2, patches, out_grid)  # type: ignore[arg-type]
+    vision = TransformerEncoder(32, 64, 2, 4, size, 14, "gelu", 1e-5)
+    projector = ConnectorSpec(kind, 32, 48, 2, patches, out_grid)  # type: ignore[arg-type]
     spec = fixture_named("mobilevlm_v2").model.spec
     image = replace(IMAGE, size=size, shortest_edge=size)
     decoder = replace(spec.decoder, hidden_size=48, head_dim=12)
-    return replace(spec, vision=vision, projector=projector, image=image, decoder=decoder)
+    spec = with_image(spec, encoder=vision, connector=projector, preparation=image)
+    return replace(spec, decoder=decoder)
 
 
 def parameter_shapes(spec: ModelSpec) -> dict[str, tuple[int, ...]]:
@@ -392,14 +400,14 @@ def test_vision_graph_of_an_unusual_grid_equals_the_reference(
 ) -> None:
     model = in_memory(spec, tmp_path)
     author_vision(model.weights, spec, RECIPES["fp32"], tmp_path / "vision.onnx")
-    edge = spec.image.size
+    edge = spec.image.preparation.size
     pixels = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
     tokens, features = run_vision(tmp_path / "vision.onnx", pixels)
     with torch.no_grad():
         reference = load_reference(model)
         assert relative_error(features, reference.features(pixels).numpy()) <= FLOAT32
         expected = reference.visual_tokens(pixels).numpy()
-    assert expected.shape == (spec.projector.num_tokens, 48)
+    assert expected.shape == (spec.image.connector.num_tokens, 48)
     assert relative_error(tokens, expected) <= FLOAT32
 
 
@@ -407,8 +415,9 @@ def decoder_spec(**changes: object) -> ModelSpec:
     spec = fixture_named("mobilevlm_v2").model.spec
     decoder = replace(spec.decoder, vocab_size=97, hidden_size=128, intermediate_size=96,
                       num_attention_heads=8, num_key_value_heads=8, head_dim=16)  # fmt: skip
-    projector = replace(spec.projector, out_size=128)
-    return replace(spec, decoder=replace(decoder, **changes), projector=projector)  # type: ignore[arg-type]
+    projector = replace(spec.image.connector, out_size=128)
+    spec = with_image(spec, connector=projector)
+    return replace(spec, decoder=replace(decoder, **changes))  # type: ignore[arg-type]
 
 
 def sparse_spec(

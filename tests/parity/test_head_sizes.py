@@ -93,7 +93,7 @@ def exported(model: Model, folder: Path, recipe: str, **options: Any) -> Path:
 @torch.no_grad()
 def reference_embeds(reference: ReferenceModel, vlm: VLM, text: str) -> torch.Tensor:
     """Of the prompt that the bundle makes."""
-    pixels = preprocess(open_image(IMAGE), vlm.bundle.manifest.spec.image)
+    pixels = preprocess(open_image(IMAGE), vlm.bundle.manifest.spec.image.preparation)
     return reference.embed(vlm.prompt_ids(text, images=1), [reference.visual_tokens(pixels)])
 
 
@@ -145,7 +145,7 @@ def test_t5_with_heads_of_12_gives_the_references_logits(tmp_path: Path) -> None
     with mobilevlm.load(exported(model, tmp_path, "fp32", measure=False)) as vlm:
         found = vlm.prompt_logits(fixture.prompt, [fixture.image])
         reference = load_reference(model)
-        pixels = preprocess(open_image(fixture.image), model.spec.image)
+        pixels = preprocess(open_image(fixture.image), model.spec.image.preparation)
         ids = tokenize(model.tokenizer, fixture.templated_prompt, model.spec.conversation)
         with torch.no_grad():
             embeds = reference.embed(ids, [reference.visual_tokens(pixels)])
@@ -189,7 +189,7 @@ def test_integer_keys_and_values_and_the_stored_system_prompt_fit(
         values = 2 * decoder.num_hidden_layers * decoder.num_key_value_heads * padded
         size = 4 if kind == "fp32" else 1
         assert manifest.files[PATH].size == len(manifest.system_prompt.ids) * values * size
-        positions = model.spec.projector.num_tokens
+        positions = model.spec.image.connector.num_tokens
         states[kind] = estimate(manifest, Plan("onnx"), positions).states
         assert states[kind] == pytest.approx(positions * values * size)
         with mobilevlm.load(folder) as vlm:

@@ -64,7 +64,7 @@ def features(
     file = folder / "vision.onnx"
     author_vision(ready.weights, model.spec, recipe, file, hessian=ready.hessian)
     tower_session = session(file)
-    pixels = [preprocess(open_image(image), model.spec.image)[None] for image in images]
+    pixels = [preprocess(open_image(image), model.spec.image.preparation)[None] for image in images]
     return np.concatenate([tower_session.run(["features"], {"pixels": item})[0] for item in pixels])
 
 

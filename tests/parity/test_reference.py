@@ -46,7 +46,10 @@ def reference(fixture: Fixture) -> ReferenceModel:
 @pytest.fixture(scope="module")
 def pixels(fixture: Fixture) -> list[np.ndarray]:
     """Of each picture."""
-    return [preprocess(open_image(image), fixture.model.spec.image) for image in fixture.images]
+    return [
+        preprocess(open_image(image), fixture.model.spec.image.preparation)
+        for image in fixture.images
+    ]
 
 
 def prompt_ids(fixture: Fixture) -> list[int]:
@@ -64,7 +67,7 @@ def embed_prompt(
 def test_pixel_values_equal_the_official_preprocessing(
     fixture: Fixture, pixels: list[np.ndarray]
 ) -> None:
-    found = np.stack([normalize(item, fixture.model.spec.image) for item in pixels])
+    found = np.stack([normalize(item, fixture.model.spec.image.preparation) for item in pixels])
     # One 8-bit step is 1 / 255 / std = 0.014: the limit allows float rounding, not one wrong pixel.
     assert np.abs(found - fixture.arrays["pixel_values"]).max() <= 1e-5
 
@@ -74,7 +77,9 @@ def test_prompt_text_and_ids_equal_the_official_ones(fixture: Fixture) -> None:
     message = user_message(fixture.prompt, len(fixture.images))
     text = render(model.spec.conversation, [message])
     assert text == fixture.templated_prompt
-    instruction = tokenize_instruction(model.instruction_tokenizer, text, model.spec.projector)
+    instruction = tokenize_instruction(
+        model.instruction_tokenizer, text, model.spec.image.connector
+    )
     assert instruction == fixture.instruction
     found = official_ids(prompt_ids(fixture), model.spec.conversation)
     assert found == fixture.arrays["input_ids"][0].tolist()

@@ -122,10 +122,10 @@ def measured_again(fixture: Fixture, folder: object) -> dict[str, float]:
         reference = load_reference(fixture.model)
         ends = vlm.spec.conversation.eos_token_ids
         for seed, prompt in enumerate(PROMPTS):
-            image = calibration_image(seed, vlm.spec.image.size)
-            pixels = preprocess(open_image(image), vlm.spec.image)
+            image = calibration_image(seed, vlm.spec.image.preparation.size)
+            pixels = preprocess(open_image(image), vlm.spec.image.preparation)
             asked = tokenize_instruction(
-                fixture.model.instruction_tokenizer, prompt, vlm.spec.projector
+                fixture.model.instruction_tokenizer, prompt, vlm.spec.image.connector
             )
             exact.append(reference.visual_tokens(pixels, asked))
             tokens.append(torch.from_numpy(vlm.encode_image(image, prompt)))

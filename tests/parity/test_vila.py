@@ -68,7 +68,7 @@ def expected_logits(
 ) -> np.ndarray:
     spec = fixture.model.spec
     ids = tokenize(fixture.model.tokenizer, render(spec.conversation, messages), spec.conversation)
-    pixels = [preprocess(open_image(image), spec.image) for image in images]
+    pixels = [preprocess(open_image(image), spec.image.preparation) for image in images]
     visual = [reference.visual_tokens(item) for item in pixels]
     return reference.logits(reference.embed(ids, visual)).numpy()
 
@@ -173,7 +173,7 @@ def test_the_variant_of_an_export_is_recorded_and_verified_with(
     )
     assert done.returncode == 0, done.stderr
     spec = open_bundle(bundle).manifest.spec
-    assert spec.variant == "vila1.5" and spec.projector.order == "columns"
+    assert spec.variant == "vila1.5" and spec.image.connector.order == "columns"
     line = refusal(capsys, "export", copy, "-o", tmp_path / "b", "--variant", "vila2")
     assert "variant 'vila2' is not known for vila: expected vila1.5 or current" in line
     line = refusal(

@@ -403,19 +403,21 @@ def test_a_wrong_value_of_the_tower_is_named(key: str, value: Any, copy: Copy) -
 def test_a_wrong_value_of_the_image_processor_is_named(key: str, value: Any, copy: Copy) -> None:
     copy.change(copy.tower / "preprocessor_config.json", **{key: value})
     if value == {}:
-        assert copy.open().spec.image.shortest_edge == 224  # nothing said: the tower's size
+        assert (
+            copy.open().spec.image.preparation.shortest_edge == 224
+        )  # nothing said: the tower's size
         return
     message_of(copy.open, str(copy.tower), "preprocessor_config.json", key)
 
 
 def test_sizes_as_numbers_and_as_objects_mean_the_same(copy: Copy) -> None:
-    expected = copy.open().spec.image
+    expected = copy.open().spec.image.preparation
     copy.change(
         copy.tower / "preprocessor_config.json",
         size={"shortest_edge": 224},
         crop_size={"height": 224, "width": 224},
     )
-    assert copy.open().spec.image == expected
+    assert copy.open().spec.image.preparation == expected
 
 
 def test_tower_beside_the_checkpoint_or_inside_is_found_by_itself(copy: Copy) -> None:

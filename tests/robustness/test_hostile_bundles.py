@@ -7,6 +7,8 @@ import os
 import resource
 import shutil
 from collections.abc import Callable
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -66,19 +68,19 @@ def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], ob
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        ("projector.out_grid", 10**6),
-        ("projector.grid", 10**6),
-        ("projector.depth", 10**9),
-        ("projector.out_size", 10**9),
-        ("vision.num_hidden_layers", 10**7),
-        ("vision.hidden_size", 6 * 10**6),
-        ("vision.patch_size", 0),
-        ("vision.num_attention_heads", 0),
-        ("image.size", 0),
-        ("image.size", 10**6),
-        ("image.shortest_edge", 10**6),
-        ("image.std", [0.0, 1.0, 1.0]),
-        ("image.mean", [float("nan"), 0.5, 0.5]),
+        ("inputs.image.connector.out_grid", 10**6),
+        ("inputs.image.connector.grid", 10**6),
+        ("inputs.image.connector.depth", 10**9),
+        ("inputs.image.connector.out_size", 10**9),
+        ("inputs.image.encoder.num_hidden_layers", 10**7),
+        ("inputs.image.encoder.hidden_size", 6 * 10**6),
+        ("inputs.image.encoder.patch_size", 0),
+        ("inputs.image.encoder.num_attention_heads", 0),
+        ("inputs.image.preparation.size", 0),
+        ("inputs.image.preparation.size", 10**6),
+        ("inputs.image.preparation.shortest_edge", 10**6),
+        ("inputs.image.preparation.std", [0.0, 1.0, 1.0]),
+        ("inputs.image.preparation.mean", [float("nan"), 0.5, 0.5]),
         ("decoder.num_hidden_layers", 10**7),
         ("decoder.num_hidden_layers", 4000),
         ("decoder.vocab_size", 10**9),
@@ -97,8 +99,8 @@ def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], ob
 def test_sizes_that_the_files_cannot_hold_are_refused_before_anything_is_built(
     place: str, value: Any, bundle: Path, capsys: Capture
 ) -> None:
-    part, key = place.split(".")
-    change_manifest(bundle, lambda data: data["spec"][part].update({key: value}))
+    *parts, key = place.split(".")
+    change_manifest(bundle, lambda data: reduce(getitem, parts, data["spec"]).update({key: value}))
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     message = run(capsys, bundle)
     assert "manifest.json: " in message and "expected" in message
@@ -306,7 +308,10 @@ def test_a_graph_that_is_not_the_spec_s_is_refused(
 def test_another_number_of_visual_tokens_than_the_graph_s_is_refused(
     memory: Any, bundle: Path
 ) -> None:
-    change_manifest(bundle, lambda data: data["spec"]["projector"].update(out_grid=15))
+    def change(data: dict[str, Any]) -> None:
+        data["spec"]["inputs"]["image"]["connector"].update(out_grid=15)
+
+    change_manifest(bundle, change)
     refused_in_one_line(bundle, Plan("onnx", memory=memory))
 
 

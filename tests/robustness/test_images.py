@@ -21,10 +21,10 @@ from PIL import Image, features
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
 from mobilevlm.image import Room, RoomFor, open_image, read_pixels
-from mobilevlm.spec import ImageSpec
+from mobilevlm.spec import FixedImage
 
 SPECS = [
-    ImageSpec(56, 56, aspect, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    FixedImage(56, 56, aspect, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
     for aspect in ("pad", "crop", "resize")
 ]
 
@@ -297,12 +297,12 @@ from PIL import Image
 Image.init()
 from mobilevlm.errors import ImageWarning
 from mobilevlm.image import Room, read_pixels, open_image
-from mobilevlm.spec import ImageSpec
+from mobilevlm.spec import FixedImage
 from mobilevlm.console.terminal import shown
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key + ":"))
-spec = ImageSpec(56, 56, sys.argv[2], (0.5,) * 3, (0.5,) * 3)
+spec = FixedImage(56, 56, sys.argv[2], (0.5,) * 3, (0.5,) * 3)
 warnings.simplefilter("ignore", ImageWarning)
 read_pixels(Path(sys.argv[3]), spec)
 Path("/proc/self/clear_refs").write_text("5")

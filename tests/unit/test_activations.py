@@ -45,7 +45,9 @@ def inputs_of(fixture: Fixture, samples: list[Sample]) -> dict[str, list[NDArray
                     )
                 )
         for sample in samples:
-            pixels = [preprocess(open_image(item), model.spec.image) for item in sample.images]
+            pixels = [
+                preprocess(open_image(item), model.spec.image.preparation) for item in sample.images
+            ]
             tokens = [reference.visual_tokens(item) for item in pixels]
             reference.logits(reference.embed(sample_ids(model, sample), tokens))
     return found
@@ -111,7 +113,7 @@ def test_the_number_of_positions_is_bounded(
     )
     monkeypatch.setattr(activations, "MAX_POSITIONS", 1)
     block = next(watch_vision(mobilevlm_v2.model, samples, everything, False))
-    assert next(iter(block.values())).count == mobilevlm_v2.model.spec.vision.num_patches + 1
+    assert next(iter(block.values())).count == mobilevlm_v2.model.spec.image.encoder.num_patches + 1
 
 
 def test_text_alone_says_nothing_about_the_tower(mobilevlm_v2: Fixture, tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_logits_are_the_same_bits_with_and_without_what_was_kept(plain: VLM) -> 
         reused.append(run.note.reused_tokens)
     system = len(cache.system)
     assert system > 16
-    whole = plain.prompt_ids("Q", 1).index(-200) + plain.spec.projector.num_tokens
+    whole = plain.prompt_ids("Q", 1).index(-200) + plain.spec.image.connector.num_tokens
     # Nothing; the sequence; its system prompt; then all from the cache, and the sequence again.
     assert reused == [0, whole, system, whole, whole, whole, whole, whole, system]
 
@@ -176,7 +176,7 @@ def test_a_second_question_computes_neither_picture_nor_system_prompt(bundle: Pa
         assert first.reused.images == 0
         second = vlm.generate("Who is it then?", [image], max_new_tokens=2)
         assert second.reused.images == 1
-        assert second.reused.tokens > vlm.spec.projector.num_tokens
+        assert second.reused.tokens > vlm.spec.image.connector.num_tokens
         vlm.clear_caches()
         again = vlm.generate("Who is it then?", [image], max_new_tokens=2)
         assert again.reused.images == 0

@@ -26,7 +26,7 @@ from comparison.roofline import (
 )
 from comparison.work import BOS, picture, token_ids
 
-from mobilevlm.spec import DecoderSpec, ProjectorSpec, VisionSpec
+from mobilevlm.spec import ConnectorSpec, DecoderSpec, TransformerEncoder
 
 DECODER = DecoderSpec(100, 8, 24, 3, 2, 1, 4, 1e-6, 1e4, 1.0, 64, False)
 WEIGHTS_OF_A_LAYER = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 24
@@ -137,13 +137,15 @@ def test_a_decode_step_reads_keys_and_values_of_its_context() -> None:
 
 
 def test_operations_of_the_tower_and_projectors() -> None:
-    tower = VisionSpec(8, 16, 2, 2, 12, 4, "quick_gelu", 1e-5)  # 9 patches and the class token
+    tower = TransformerEncoder(
+        8, 16, 2, 2, 12, 4, "quick_gelu", 1e-5
+    )  # 9 patches and the class token
     weights = 4 * 8 * 8 + 2 * 8 * 16
     expected = 2 * 9 * 48 * 8 + 2 * (2 * 10 * weights + 4 * 10 * 10 * 8)
     assert tower_operations(tower) == expected
-    linear = ProjectorSpec("mlp", 8, 6, 1, 3, 3)
+    linear = ConnectorSpec("mlp", 8, 6, 1, 3, 3)
     assert projector_operations(linear) == 2 * 9 * 8 * 6
-    pooled = ProjectorSpec("ldpv2", 8, 6, 2, 4, 2)  # 16 patches, 4 tokens
+    pooled = ConnectorSpec("ldpv2", 8, 6, 2, 4, 2)  # 16 patches, 4 tokens
     assert projector_operations(pooled) == 2 * 16 * 8 * 6 + 4 * (2 * 6 * 6 + 2 * 9 * 6)
 
 

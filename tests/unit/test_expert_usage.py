@@ -33,7 +33,7 @@ def test_every_choice_of_every_position_is_counted_in_its_modality(name: str) ->
     assert [layer.layer for layer in usage] == [0, 2]
     for layer in usage:
         assert len(layer.visual) == len(layer.text) == 4
-        assert sum(layer.visual) == 2 * 3 * fixture.model.spec.projector.num_tokens
+        assert sum(layer.visual) == 2 * 3 * fixture.model.spec.image.connector.num_tokens
         assert sum(layer.text) == 2 * sum(token != IMAGE_TOKEN_ID for token in ids)
         assert sum(layer.total) == sum(layer.visual) + sum(layer.text)
 
@@ -100,7 +100,7 @@ def test_inspect_shows_experts_of_a_bundle(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    tokens = fixture.model.spec.projector.num_tokens
+    tokens = fixture.model.spec.image.connector.num_tokens
     assert [sum(layer["visual"]) for layer in found["layers"].values()] == [2 * tokens] * 2
     assert (tmp_path / "map.png").stat().st_size > 5000
     assert "recipe int4, engine onnx" in (tmp_path / "map.html").read_text()

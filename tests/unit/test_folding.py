@@ -85,7 +85,7 @@ def folded(model: Model) -> Model:
 
 def test_factors_in_all_folds_leave_every_float_output_as_it_was(any_fixture: Fixture) -> None:
     model, arrays = any_fixture.model, any_fixture.arrays
-    pixels = preprocess(open_image(any_fixture.image), model.spec.image)
+    pixels = preprocess(open_image(any_fixture.image), model.spec.image.preparation)
     embeds = torch.from_numpy(arrays["inputs_embeds"][0])
     with torch.no_grad():
         plain, changed = load_reference(model), load_reference(folded(model))

@@ -76,7 +76,7 @@ def test_quantized_files_are_read(llava_v1: Fixture, tmp_path: Path, kind: GGUFT
     if kind == "q4_k_m":
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
     model = open_gguf(*written(llava_v1, tmp_path, kind, "q8_0"))
-    assert model.spec.projector.depth == 1
+    assert model.spec.image.connector.depth == 1
     for name in ("decoder.layers.1.attn.q_proj.weight", "projector.mlp.0.weight"):
         found, exact = tensor(model, name), tensor(llava_v1.model, name)
         assert np.linalg.norm(found - exact) < 0.1 * np.linalg.norm(exact)
@@ -107,7 +107,7 @@ def test_a_wide_mlp_is_not_taken_for_one_linear(llava_v1: Fixture, tmp_path: Pat
     content[second.data_offset : second.data_offset + 4] = np.float32(0.5).tobytes()
     mmproj.write_bytes(content)
     model = open_gguf(decoder, mmproj)
-    assert model.spec.projector.depth == 2
+    assert model.spec.image.connector.depth == 2
     with pytest.raises(CheckpointError, match=r"has shape \[128, 96\], expected \[64, 96\]"):
         model.weights.read("projector.mlp.0.weight", (64, 96))
 

@@ -33,7 +33,7 @@ from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat
 from mobilevlm.families import Model
 from mobilevlm.gguf.names import decoder_entries
-from mobilevlm.spec import GGUF_TYPES, DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
+from mobilevlm.spec import GGUF_TYPES, DecoderSpec, ExpertsSpec, GGUFType, ModelSpec, with_image
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -166,7 +166,7 @@ def test_tied_embeddings_are_written_once(llava_v1: Fixture) -> None:
 def test_the_mmproj_file_holds_every_kept_layer(fixture: Fixture, tmp_path: Path) -> None:
     path = tmp_path / "mmproj.gguf"
     write_mmproj(fixture.model, "f16", path, ignore)
-    vision, projector = fixture.model.spec.vision, fixture.model.spec.projector
+    vision, projector = fixture.model.spec.image.encoder, fixture.model.spec.image.connector
     fields, tensors = fields_of(path), tensors_of(path)
     assert fields["general.architecture"] == "clip"
     assert fields["clip.projector_type"] == projector.kind
@@ -188,7 +188,7 @@ def test_the_one_linear_projector_is_its_own_difference_of_gelus(tmp_path: Path)
     path = tmp_path / "mmproj.gguf"
     write_mmproj(model, "f32", path, ignore)
     found = {name: values_of(tensor) for name, tensor in tensors_of(path).items()}
-    spec = model.spec.projector
+    spec = model.spec.image.connector
     weight = model.weights.read("projector.mlp.0.weight", (spec.out_size, spec.in_size))
     bias = model.weights.read("projector.mlp.0.bias", (spec.out_size,))
     features = np.random.default_rng(0).standard_normal((5, spec.in_size), np.float32)
@@ -364,19 +364,19 @@ def _with_spec(model: Model, **parts: object) -> Model:
 @pytest.mark.parametrize(
     ("part", "change", "message"),
     [
-        ("projector", {"kind": "mlp", "depth": 3}, "no MLP projector with 3 layers"),
-        ("projector", {"kind": "ldpv2", "grid": 16}, "LDPV2 projector takes 24 × 24 patches"),
-        ("projector", {"kind": "ldp", "grid": 23}, "LDP projector takes 24 × 24 patches"),
-        ("vision", {"intermediate_size": 64}, "MLP layers apart by their sizes"),
+        ("connector", {"kind": "mlp", "depth": 3}, "no MLP projector with 3 layers"),
+        ("connector", {"kind": "ldpv2", "grid": 16}, "LDPV2 projector takes 24 × 24 patches"),
+        ("connector", {"kind": "ldp", "grid": 23}, "LDP projector takes 24 × 24 patches"),
+        ("encoder", {"intermediate_size": 64}, "MLP layers apart by their sizes"),
     ],
 )
 def test_what_llama_cpp_has_no_graph_for_is_refused(
     mobilevlm_v2: Fixture, part: str, change: dict[str, object], message: str
 ) -> None:
     spec: ModelSpec = mobilevlm_v2.model.spec
-    changed = dataclasses.replace(getattr(spec, part), **change)
+    changed = dataclasses.replace(getattr(spec.image, part), **change)
     with pytest.raises(MobileVLMError, match=message):
-        check_support(dataclasses.replace(spec, **{part: changed}))
+        check_support(with_image(spec, **{part: changed}))
 
 
 def test_a_checkpoint_without_scores_is_refused(llava_v1: Fixture, tmp_path: Path) -> None:

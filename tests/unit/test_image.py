@@ -17,11 +17,11 @@ from PIL import Image
 
 from mobilevlm.errors import ImageError
 from mobilevlm.image import MAX_PADDED_EDGE, normalize, open_image, preprocess
-from mobilevlm.spec import ImageSpec
+from mobilevlm.spec import FixedImage
 
 Pixels = NDArray[np.uint8]
 
-PAD = ImageSpec(
+PAD = FixedImage(
     336, 336, "pad", (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 )
 CROP = replace(PAD, aspect="crop")
@@ -40,7 +40,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
     return file.getvalue()
 
 
-def directly(image: Image.Image, spec: ImageSpec) -> Pixels:
+def directly(image: Image.Image, spec: FixedImage) -> Pixels:
     """The reference code's steps, one Pillow call each."""
     if spec.aspect == "pad":
         edge = max(image.size)
@@ -94,7 +94,7 @@ def test_a_crop_larger_than_the_picture_is_padded_with_black() -> None:
 
 
 @pytest.mark.parametrize("spec", [PAD, CROP], ids=["pad", "crop"])
-def test_a_picture_of_48_million_pixels_is_read(spec: ImageSpec) -> None:
+def test_a_picture_of_48_million_pixels_is_read(spec: FixedImage) -> None:
     image = Image.linear_gradient("L").resize((8000, 6000)).convert("RGB")
     pixels = preprocess(open_image(encoded(image, "JPEG")), spec)
     column = pixels[:, 168, 0].astype(int)
@@ -105,7 +105,7 @@ def test_a_picture_of_48_million_pixels_is_read(spec: ImageSpec) -> None:
 
 @pytest.mark.parametrize("size", [(1, 12000), (30000, 1), (20000, 100)], ids=str)
 @pytest.mark.parametrize("spec", [PAD, CROP], ids=["pad", "crop"])
-def test_extreme_aspect_ratios_stay_small(size: tuple[int, int], spec: ImageSpec) -> None:
+def test_extreme_aspect_ratios_stay_small(size: tuple[int, int], spec: FixedImage) -> None:
     pixels = preprocess(Image.new("RGB", size, (255, 0, 0)), spec)
     assert pixels.shape == (336, 336, 3)
     expected = (255, 0, 0) if spec is CROP else spec.pad_color
@@ -308,7 +308,7 @@ def test_damage_gives_a_picture_or_one_line_but_never_another_error(kind: str) -
 
 def test_fixture_pictures_are_cut_as_the_official_code_does() -> None:
     """Sizes as integers in preprocessor_config.json and a crop that is not a pad."""
-    spec = fixture_named("llava_v1").model.spec.image
+    spec = fixture_named("llava_v1").model.spec.image.preparation
     assert (spec.size, spec.shortest_edge, spec.aspect) == (224, 224, "crop")
 
 
@@ -321,7 +321,7 @@ def test_passes_of_resizing_are_in_pillows_order(
     monkeypatch.setattr("mobilevlm.image._STRIP_PIXELS", 1000)  # several strips
     width, height = size
     image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (height, width, 3), np.uint8))
-    spec = ImageSpec(48, 48, aspect, (0.5,) * 3, (0.5,) * 3)
+    spec = FixedImage(48, 48, aspect, (0.5,) * 3, (0.5,) * 3)
     if aspect == "resize":
         scaled = (48, 48)
     else:

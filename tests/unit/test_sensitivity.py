@@ -44,7 +44,9 @@ def answers(model: Model, reference: ReferenceModel) -> tuple[NDArray[np.float32
     visual, logits = [], []
     with torch.no_grad():
         for sample in SAMPLES:
-            pixels = [preprocess(open_image(item), model.spec.image) for item in sample.images]
+            pixels = [
+                preprocess(open_image(item), model.spec.image.preparation) for item in sample.images
+            ]
             tokens = [reference.visual_tokens(item) for item in pixels]
             visual += [item.numpy() for item in tokens]
             ids = sample_ids(model, sample)

@@ -99,7 +99,7 @@ def counted(vlm: VLM, reuse: Reuse = "everything", cache: PromptCache | None = N
 
 
 def picture(seed: int, vlm: VLM) -> NDArray[np.uint8]:
-    size = vlm.spec.image.size
+    size = vlm.spec.image.preparation.size
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 
@@ -126,7 +126,9 @@ def test_an_image_may_stand_anywhere(text: str, vlm: VLM) -> None:
     prompt = prompt_of(vlm, text.format(*["<image>"] * count), *pixels)
     run = counted(vlm)
     assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
-    assert run.session.length == len(prompt.ids) - count + count * vlm.spec.projector.num_tokens
+    assert (
+        run.session.length == len(prompt.ids) - count + count * vlm.spec.image.connector.num_tokens
+    )
 
 
 def test_each_mark_takes_its_own_image(vlm: VLM) -> None:

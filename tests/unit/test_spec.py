@@ -10,7 +10,7 @@ import pytest
 from conftest import Fixture
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.spec import DecoderSpec, ModelSpec, ProjectorSpec, from_dict, to_dict
+from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, from_dict, to_dict
 
 
 def test_a_spec_comes_back_from_json_unchanged(any_fixture: Fixture) -> None:
@@ -36,25 +36,27 @@ def test_unknown_keys_of_a_later_version_are_ignored(mobilevlm_v2: Fixture) -> N
 
 
 WRONG = [
-    ("family", 3, "spec.family: expected str, found 3"),
-    ("vision", [], "spec.vision: expected an object"),
-    ("vision.patch_size", "14", "spec.vision.patch_size: expected int, found '14'"),
-    ("vision.patch_size", 14.0, "spec.vision.patch_size: expected int, found 14.0"),
-    ("vision.patch_size", True, "spec.vision.patch_size: expected int, found True"),
-    ("vision.layer_norm_eps", "small", "spec.vision.layer_norm_eps: expected float"),
-    ("vision.hidden_act", "relu", "spec.vision.hidden_act: expected one of 'quick_gelu', 'gelu'"),
-    ("projector.kind", ["mlp"], "spec.projector.kind: expected one of"),
-    ("image.mean", [0.5, 0.5], "spec.image.mean: expected a list"),
-    ("image.mean", [0.5, 0.5, None], "spec.image.mean[2]: expected float"),
-    ("image.std", 1.0, "spec.image.std: expected a list"),
-    ("decoder.tie_word_embeddings", 0, "spec.decoder.tie_word_embeddings: expected bool"),
-    ("conversation.eos_token_ids", [2, "</s>"], "spec.conversation.eos_token_ids[1]: expected int"),
-    ("conversation.stop_strings", "</s>", "spec.conversation.stop_strings: expected a list"),
-    ("decoder", None, "spec.decoder: expected an object"),
+    ("family", 3, ": expected str, found 3"),
+    ("inputs.image.encoder", [], ": expected an object"),
+    ("inputs.image.encoder.patch_size", "14", ": expected int, found '14'"),
+    ("inputs.image.encoder.patch_size", 14.0, ": expected int, found 14.0"),
+    ("inputs.image.encoder.patch_size", True, ": expected int, found True"),
+    ("inputs.image.encoder.layer_norm_eps", "small", ": expected float"),
+    ("inputs.image.encoder.hidden_act", "relu", ": expected one of 'quick_gelu', 'gelu'"),
+    ("inputs.image.connector.kind", ["mlp"], ": expected one of"),
+    ("inputs.image.preparation.mean", [0.5, 0.5], ": expected a list"),
+    ("inputs.image.preparation.mean", [0.5, 0.5, None], "[2]: expected float"),
+    ("inputs.image.preparation.std", 1.0, ": expected a list"),
+    ("decoder.tie_word_embeddings", 0, ": expected bool"),
+    ("conversation.eos_token_ids", [2, "</s>"], "[1]: expected int"),
+    ("conversation.stop_strings", "</s>", ": expected a list"),
+    ("decoder", None, ": expected an object"),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("place", "value", "message"), WRONG, ids=[row[2] for row in WRONG])
+@pytest.mark.parametrize(
+    ("place", "value", "message"), WRONG, ids=[row[0] + row[2] for row in WRONG]
+)
 def test_a_wrong_value_is_named_by_its_place(
     place: str, value: Any, message: str, mobilevlm_v2: Fixture
 ) -> None:
@@ -66,7 +68,7 @@ def test_a_wrong_value_is_named_by_its_place(
     target[key] = value
     with pytest.raises(MobileVLMError) as caught:
         from_dict(ModelSpec, data, "spec")
-    assert str(caught.value).startswith(message)
+    assert str(caught.value).startswith(f"spec.{place}{message}")
     assert "\n" not in str(caught.value)
 
 
@@ -97,4 +99,4 @@ def test_a_huge_wrong_value_is_cut_in_the_message() -> None:
     [(2048, 512), (2560, 640), (64, 16), (32, 8), (16, 8), (34, 8), (44, 16), (80, 24)],
 )
 def test_squeeze_size_is_a_quarter_rounded_to_eight(channels: int, squeezed: int) -> None:
-    assert ProjectorSpec("ldp", 8, channels, 2, 24, 12).squeeze_size == squeezed
+    assert ConnectorSpec("ldp", 8, channels, 2, 24, 12).squeeze_size == squeezed

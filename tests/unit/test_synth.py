@@ -51,7 +51,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_tiny_checkpoint_opens_and_gives_finite_logits_near_unit_variance(tiny: Path) -> None:
     model = open_checkpoint(tiny)
-    assert model.spec.family == "mobilevlm" and model.spec.projector.kind == "ldpv2"
+    assert model.spec.family == "mobilevlm" and model.spec.image.connector.kind == "ldpv2"
     pixels = np.random.default_rng(0).integers(0, 256, (336, 336, 3), np.uint8)
     with torch.no_grad():
         reference = load_reference(model)

@@ -30,7 +30,7 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         self._shapes, self._dtype = shapes, dtype
         model = open_checkpoint(checkpoint, OpenOptions())
-        self._image = model.spec.image
+        self._image = model.spec.image.preparation
         data = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         # The checkpoint's own class is not in transformers; its tensors have Llama's names.
         ignored = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype")
@@ -41,7 +41,7 @@ class Transformers:
             checkpoint, config=llama, dtype=dtype
         ).eval()
         with torch.device("meta"):
-            projector = build_projector(model.spec.projector)
+            projector = build_projector(model.spec.image.connector)
         weights = {
             name: torch.from_numpy(
                 np.array(model.weights.read(f"projector.{name}", tuple(parameter.shape)))
@@ -102,7 +102,7 @@ class Transformers:
 
 def _tower(model: Any, dtype: torch.dtype) -> Any:
     """CLIPVisionModel of the checkpoint's shape, with its weights."""
-    vision = model.spec.vision
+    vision = model.spec.image.encoder
     config = transformers.CLIPVisionConfig(
         hidden_size=vision.hidden_size,
         intermediate_size=vision.intermediate_size,

@@ -21,13 +21,14 @@ from mobilevlm.reference.experts import SparseMLP
 from mobilevlm.reference.mlp import GatedMLP
 from mobilevlm.reference.model import ReferenceModel
 from mobilevlm.spec import (
+    ConnectorSpec,
     ConversationSpec,
     DecoderSpec,
     ExpertsSpec,
-    ImageSpec,
+    FixedImage,
+    InputSpec,
     ModelSpec,
-    ProjectorSpec,
-    VisionSpec,
+    TransformerEncoder,
 )
 
 EOS = 2
@@ -74,20 +75,24 @@ def model_spec(config: NanoConfig, name: str = "nano") -> ModelSpec:
     return ModelSpec(
         family="mobilevlm",
         name=name,
-        image=ImageSpec(edge, edge, "pad", CLIP_MEAN, CLIP_STD),
-        vision=VisionSpec(
-            hidden_size=config.vision_hidden_size,
-            intermediate_size=config.vision_intermediate_size,
-            num_hidden_layers=config.vision_layers,
-            num_attention_heads=config.vision_heads,
-            image_size=edge,
-            patch_size=config.patch_size,
-            hidden_act="quick_gelu",
-            layer_norm_eps=1e-5,
-        ),
-        projector=ProjectorSpec(
-            "ldpv2", config.vision_hidden_size, config.hidden_size, 2, grid, grid // 2
-        ),
+        inputs={
+            "image": InputSpec(
+                preparation=FixedImage(edge, edge, "pad", CLIP_MEAN, CLIP_STD),
+                encoder=TransformerEncoder(
+                    hidden_size=config.vision_hidden_size,
+                    intermediate_size=config.vision_intermediate_size,
+                    num_hidden_layers=config.vision_layers,
+                    num_attention_heads=config.vision_heads,
+                    image_size=edge,
+                    patch_size=config.patch_size,
+                    hidden_act="quick_gelu",
+                    layer_norm_eps=1e-5,
+                ),
+                connector=ConnectorSpec(
+                    "ldpv2", config.vision_hidden_size, config.hidden_size, 2, grid, grid // 2
+                ),
+            )
+        },
         decoder=DecoderSpec(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -113,7 +118,7 @@ def model_spec(config: NanoConfig, name: str = "nano") -> ModelSpec:
 
 def config_of(spec: ModelSpec) -> NanoConfig:
     """The sizes that :func:`model_spec` made a spec of."""
-    vision, decoder = spec.vision, spec.decoder
+    vision, decoder = spec.image.encoder, spec.decoder
     experts = decoder.experts or ExpertsSpec((), (0,), NanoConfig.experts_per_token)
     return NanoConfig(
         vocab_size=decoder.vocab_size,
@@ -144,7 +149,7 @@ class NanoModel(ReferenceModel):
         self.config = config
         self.halfway = torch.zeros(0)
         """Hidden states (rows, length, hidden) of the last pass, after half of the layers."""
-        install(self.vision, spec.vision)
+        install(self.vision, spec.image.encoder)
         for layer in self.decoder.layers:
             layer.attn = PackedAttention(spec.decoder)
         initialize(self)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from mobilevlm.reference.clip import ClipAttention, ClipLayer, ClipTower
-from mobilevlm.spec import VisionSpec
+from mobilevlm.spec import TransformerEncoder
 
 PERIODS = (5.2, 8.5, 29.0)
 """Wave lengths of the codes in patches: of three, those that tell 26 places apart best."""
@@ -39,7 +39,7 @@ WINDOW_TRAINED = (
 class WindowAttention(ClipAttention):
     """CLIP's attention; with ``window`` set each head takes the value of its neighbour."""
 
-    def __init__(self, spec: VisionSpec) -> None:
+    def __init__(self, spec: TransformerEncoder) -> None:
         super().__init__(spec)
         self.window = False
         self.grid = spec.grid
@@ -108,7 +108,7 @@ def codes(grid: int) -> Tensor:
     return AMPLITUDE * code
 
 
-def install(tower: ClipTower, spec: VisionSpec) -> None:
+def install(tower: ClipTower, spec: TransformerEncoder) -> None:
     """Gives a tower window attention and position codes."""
     for layer in layers(tower):
         layer.attn = WindowAttention(spec)

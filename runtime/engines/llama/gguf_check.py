@@ -16,7 +16,7 @@ from mobilevlm.gguf.checks import (
 from mobilevlm.gguf.encoder import read_encoder
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.spec import decoder_spec
-from mobilevlm.spec import DecoderSpec, ModelSpec, VisionSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec, TransformerEncoder
 
 
 def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
@@ -57,12 +57,12 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     if header.architecture != "clip":
         raise BundleError(f"{header.path}: not an image encoder (mmproj)")
     kind = header.metadata.get("clip.projector_type", "mlp")  # old files do not say
-    _same(header, "clip.projector_type", kind, spec.projector.kind)
-    for key, expected in _vision_metadata(spec.vision).items():
+    _same(header, "clip.projector_type", kind, spec.image.connector.kind)
+    for key, expected in _vision_metadata(spec.image.encoder).items():
         _same(header, key, header.metadata.get(key), expected)
-    found = read_encoder(header, spec.projector.out_size)
+    found = read_encoder(header, spec.image.connector.out_size)
     layers = found.vision.num_hidden_layers
-    _same(header, "number of layers that are run", layers, spec.vision.num_hidden_layers)
+    _same(header, "number of layers that are run", layers, spec.image.encoder.num_hidden_layers)
     check_encoder_file(header, found)
 
 
@@ -71,7 +71,7 @@ def _same(header: GgufFile, what: str, found: object, expected: object) -> None:
         raise other(header, f"{what} is {found!r:.60}, expected {expected!r}")
 
 
-def _vision_metadata(spec: VisionSpec) -> dict[str, int]:
+def _vision_metadata(spec: TransformerEncoder) -> dict[str, int]:
     return {
         "clip.vision.image_size": spec.image_size,
         "clip.vision.patch_size": spec.patch_size,

@@ -42,14 +42,14 @@ class MtmdVision:
         from llama_cpp import mtmd_cpp
 
         self._mtmd = mtmd_cpp
-        self._shape = spec.projector.num_tokens, spec.decoder.hidden_size
+        self._shape = spec.image.connector.num_tokens, spec.decoder.hidden_size
         options = mtmd_cpp.mtmd_context_params_default()
         options.use_gpu = False
         options.print_timings = False
         options.warmup = False
         options.n_threads = threads
         options.cb_eval = order = class_token_order()
-        with with_feature_layer(header, spec.vision.num_hidden_layers) as opened:
+        with with_feature_layer(header, spec.image.encoder.num_hidden_layers) as opened:
             pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(opened), model.pointer, options)
         if not pointer:
             raise load_error(path)

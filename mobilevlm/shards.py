@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import zipfile
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +25,8 @@ _PREFIX = 8
 """Bytes of the length that a safetensors file begins with."""
 _MAX_HEADER = 100 * 10**6
 """Bytes that the safetensors library takes of a header."""
+_MAX_MEMBER = 1 << 26
+"""Bytes of a member that torch reads as a whole: the pickle and marks beside the storages."""
 
 
 class Shard(Protocol):
@@ -161,7 +163,7 @@ class _PickleShard:
 
 def _check_members(path: Path) -> None:
     """Raise CheckpointError where an archive holds compressed members (torch writes none), whose
-    size in memory would not be that in the file."""
+    size in memory would not be that in the file, or huge ones that are no mapped storages."""
     try:
         with zipfile.ZipFile(path) as archive:
             members = archive.infolist()
@@ -173,6 +175,12 @@ def _check_members(path: Path) -> None:
                 f"{path}: member {member.filename!r:.60} of the archive is compressed "
                 f"({member.compress_size} bytes for {member.file_size}), which torch.save never "
                 f"does: get the file from its source"
+            )
+        is_storage = PurePosixPath(member.filename).parts[1:2] == ("data",)
+        if member.file_size > _MAX_MEMBER and not is_storage:
+            raise CheckpointError(
+                f"{path}: member {member.filename!r:.60} of the archive has {member.file_size} "
+                f"bytes, expected at most {_MAX_MEMBER}: get the file from its source"
             )
     if sum(member.file_size for member in members) > path.stat().st_size:
         raise _damaged(path, ValueError("the members of the archive overlap"))

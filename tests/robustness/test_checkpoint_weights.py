@@ -276,6 +276,13 @@ def test_a_compressed_archive_is_refused_before_it_is_unpacked(pickled: Copy) ->
     message_of(pickled.open, str(path), "compressed")
 
 
+def test_a_huge_member_beside_the_storages_is_refused_before_it_is_read(pickled: Copy) -> None:
+    path = pickled.checkpoint / "pytorch_model-00001-of-00002.bin"
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("archive/.data/serialization_id", bytes(1 << 27))
+    message_of(pickled.open, str(path), "serialization_id", "134217728 bytes")
+
+
 def test_a_tensor_that_repeats_one_number_is_refused(pickled: Copy) -> None:
     path = pickled.checkpoint / "pytorch_model-00001-of-00002.bin"
     torch.save({"lm_head.weight": torch.zeros(1).expand(2**40)}, path)

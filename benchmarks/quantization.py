@@ -41,7 +41,6 @@ from mobilevlm.export.calibration.samples import (
 from mobilevlm.export.quality.metrics import Float32, compare_logits, token_figures
 from mobilevlm.export.quality.sensitivity import answer_positions
 from mobilevlm.export.recipes.file import recipe_text
-from mobilevlm.export.recipes.recipe import Limits, LinearFormat, Recipe
 from mobilevlm.export.search.search import Data, Goal, Sensitivity, candidates, choose, measure
 from mobilevlm.families import Model, open_checkpoint
 from mobilevlm.image import open_image, preprocess
@@ -49,6 +48,7 @@ from mobilevlm.nano.evaluate import LONGEST_ANSWER, is_right
 from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import evaluation_set, pictures
 from mobilevlm.plan import Plan
+from mobilevlm.recipe import Limits, LinearFormat, Recipe
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime.engines import VisionEngine
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt

@@ -37,8 +37,9 @@ from mobilevlm.export.quality.limits import (
     require_checks,
     with_limits,
 )
+from mobilevlm.export.recipes.file import find_recipe
 from mobilevlm.export.recipes.layer_formats import expand_layers
-from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe, WeightBits, find_recipe
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.export.targets import find_target
 from mobilevlm.export.targets.checks import check_memory, check_tools, compiled_for
 from mobilevlm.export.targets.mobile import for_accelerator
@@ -56,6 +57,7 @@ from mobilevlm.export.workspace.workspace import (
 from mobilevlm.families import Model, OpenOptions, open_checkpoint, open_options
 from mobilevlm.gguf.names import gguf_architecture, is_own
 from mobilevlm.plan import choose_engine, stage_names
+from mobilevlm.recipe import LinearFormat, Recipe, WeightBits
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import GGUFType, KVCache
 from mobilevlm.tokenizers.tokenizer import save_tokenizer

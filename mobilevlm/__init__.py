@@ -63,7 +63,7 @@ def __getattr__(name: str) -> Any:
         return getattr(importlib.import_module(_MODULES[name]), name)
     if (
         name == "export"
-    ):  # a package that is callable: mobilevlm.export(…), mobilevlm.export.recipes.recipe
+    ):  # a package that is callable: mobilevlm.export(…), mobilevlm.export.recipes.file
         return importlib.import_module("mobilevlm.export")
     raise AttributeError(f"module 'mobilevlm' has no attribute {name!r}")
 

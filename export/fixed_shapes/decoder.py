@@ -36,10 +36,10 @@ from mobilevlm.export.graph.author import (
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.quality.artifact_weights import weight_error
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.export.recipes.recipe import LinearFormat, Recipe
 from mobilevlm.families import Model
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.plan import default_threads
+from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.runtime.engines.onnx.engine import OnnxVision
 from mobilevlm.runtime.engines.onnx.npu import MASKED, causal_mask, signed_tables
 

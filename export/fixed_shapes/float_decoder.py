@@ -14,8 +14,8 @@ from mobilevlm.bundle import data_path
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.export.formats.written import Written
 from mobilevlm.export.graph.author import ChunkShape, author_static_decoder
-from mobilevlm.export.recipes.recipe import Recipe
 from mobilevlm.families import Model
+from mobilevlm.recipe import Recipe
 
 
 def author_float_decoder(

@@ -28,9 +28,9 @@ from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.quality.artifact_weights import weight_error
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
-from mobilevlm.export.recipes.recipe import CalibratorName, LinearFormat, Recipe
 from mobilevlm.image import ImageInput, open_image, preprocess
 from mobilevlm.linear_groups import linear_groups
+from mobilevlm.recipe import CalibratorName, LinearFormat, Recipe
 from mobilevlm.spec import FixedImage, ModelSpec
 
 Inputs: TypeAlias = dict[str, NDArray[Any]]

@@ -21,12 +21,12 @@ from mobilevlm.export.calibration.samples import Sample, find_samples, samples_d
 from mobilevlm.export.calibration.stages import calibrate, calibration_key, check_torch
 from mobilevlm.export.formats.written import Written
 from mobilevlm.export.recipes.layer_formats import bits_per_weight
-from mobilevlm.export.recipes.recipe import QDQ, Recipe
 from mobilevlm.families import Model
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.names import gguf_architecture, is_own
 from mobilevlm.gguf.spec import bytes_per_token
 from mobilevlm.linear_groups import linear_groups
+from mobilevlm.recipe import QDQ, Recipe
 from mobilevlm.spec import GGUFType, ModelSpec, to_dict
 
 QDQ_TOOLS = ("onnx", "onnxruntime")
@@ -426,6 +426,7 @@ def _key(model: Model, form: str, prefixes: tuple[str, ...], settings: list[Any]
 def _code_digest() -> str:
     digest = hashlib.sha256()
     export, package = Path(__file__).parents[1], Path(mobilevlm.__file__).parent
-    for path in [*sorted(export.rglob("*.py")), package / "linear_groups.py"]:
+    shared = (package / name for name in ("linear_groups.py", "recipe.py"))
+    for path in [*sorted(export.rglob("*.py")), *shared]:
         digest.update(path.read_bytes())
     return digest.hexdigest()

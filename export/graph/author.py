@@ -23,7 +23,7 @@ from mobilevlm.export.graph.static_decoder import StaticDecoderStage
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
-from mobilevlm.export.recipes.recipe import Recipe
+from mobilevlm.recipe import Recipe
 from mobilevlm.spec import ModelSpec
 
 IR_VERSION = 10

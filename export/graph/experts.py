@@ -24,7 +24,7 @@ from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.blocks import Float32, Quantized
 from mobilevlm.export.recipes.layer_formats import quantize, to_half
-from mobilevlm.export.recipes.recipe import BLOCK_BITS, BLOCK_SIZES, LinearFormat
+from mobilevlm.recipe import BLOCK_BITS, BLOCK_SIZES, LinearFormat
 from mobilevlm.spec import DecoderSpec
 
 _ACTIVATIONS = {

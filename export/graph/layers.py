@@ -15,7 +15,7 @@ from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.blocks import signed_columns
 from mobilevlm.export.recipes.layer_formats import quantize, to_half
-from mobilevlm.export.recipes.recipe import BLOCK_BITS
+from mobilevlm.recipe import BLOCK_BITS
 
 FLOAT = ir.DataType.FLOAT
 SMALLEST = float(np.finfo(np.float32).tiny)

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError
-from mobilevlm.export.quantize.blocks import Float32, Quantized, Scheme, dequantize
+from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize
 from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.recipe import Scheme
 from mobilevlm.spec import ModelSpec
 
 _PARTS = {"vision": "vision.tower", "projector": "vision.projector", "decoder": "decoder"}

@@ -22,7 +22,7 @@ from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.blocks import Quantized
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
-from mobilevlm.export.recipes.recipe import Recipe
+from mobilevlm.recipe import Recipe
 
 _ALIGNMENT = 4096
 """Large tensors begin on a page, so that they can be mapped alone."""

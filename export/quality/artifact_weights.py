@@ -13,10 +13,10 @@ from mobilevlm.checkpoint import TensorRef, TensorSource, Weights
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.folding import Fold, find_folds, fold
-from mobilevlm.export.recipes.recipe import Recipe
 from mobilevlm.families import Model
 from mobilevlm.linear_groups import LinearGroup
 from mobilevlm.plan import stage_formats
+from mobilevlm.recipe import Recipe
 from mobilevlm.spec import from_dict
 
 

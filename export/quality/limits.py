@@ -9,7 +9,7 @@ from typing import Literal
 
 from mobilevlm.bundle import StageQuality
 from mobilevlm.errors import MobileVLMError, QualityError
-from mobilevlm.export.recipes.recipe import Limits, Recipe
+from mobilevlm.recipe import Limits, Recipe
 
 StageKind = Literal["vision", "decoder", "prefill", "end_to_end"]
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from mobilevlm.export.quantize import rtn
-from mobilevlm.export.quantize.blocks import Float32, Scheme, dequantize
+from mobilevlm.export.quantize.blocks import Float32, dequantize
 from mobilevlm.export.quantize.gptq import weighted_error
+from mobilevlm.recipe import Scheme
 
 POWERS = tuple(step / 20 for step in range(20))
 """0 leaves everything as it is."""

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.plan import default_threads
+from mobilevlm.recipe import Scheme
 
 Float32: TypeAlias = NDArray[np.float32]
 Codes: TypeAlias = NDArray[np.uint8]
@@ -25,42 +26,6 @@ _SMALLEST_SCALE = np.finfo(np.float32).tiny
 
 _CHUNK = 2**18
 """Weights quantized at once: intermediate results stay in the processor's cache."""
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """Which integers stand for weights, and how many weights share a scale."""
-
-    bits: int
-    """2, 3, 4 or 8. MatMulNBits has no kernel for 3."""
-    block_size: int | None
-    """Weights along the input that share a scale, a multiple of 8; none: all of an output."""
-    symmetric: bool = True
-    """The zero point is in mid-range, else each block has its own."""
-    half_range: bool = False
-    """Only the inner half of the codes, ±64 of 8 bits: x86 without VNNI adds pairs of u8 × s8
-    products in 16 bits (``vpmaddubsw``), and 2 · 255 · 64 is the most that fits."""
-
-    @property
-    def middle(self) -> int:
-        """The zero point of symmetric schemes."""
-        return 1 << (self.bits - 1)
-
-    @property
-    def lowest(self) -> int:
-        return self.middle // 2 if self.half_range else 0
-
-    @property
-    def highest(self) -> int:
-        return self.middle + self.middle // 2 if self.half_range else 2 * self.middle - 1
-
-    def block(self, in_size: int) -> int:
-        """Weights in a block."""
-        return in_size if self.block_size is None else self.block_size
-
-    def blocks(self, in_size: int) -> int:
-        """Blocks in a row; the last may be padded."""
-        return -(-in_size // self.block(in_size))
 
 
 INT8 = Scheme(8, None, half_range=True)

@@ -18,13 +18,13 @@ from mobilevlm.export.quantize.blocks import (
     Float32,
     Quantized,
     Rows,
-    Scheme,
     encode,
     limited_scales,
     quantize_rows,
     stored_scales,
     to_blocks,
 )
+from mobilevlm.recipe import Scheme
 
 Float64 = NDArray[np.float64]
 HessianOf: TypeAlias = Callable[[str], Float32 | None]

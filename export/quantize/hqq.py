@@ -15,12 +15,12 @@ from mobilevlm.export.quantize.blocks import (
     Codes,
     Float32,
     Quantized,
-    Scheme,
     encode,
     limited_scales,
     quantize_fitted,
     stored_scales,
 )
+from mobilevlm.recipe import Scheme
 
 EXPONENT = 0.7
 """The p of the norm."""

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.export.quantize import blocks
-from mobilevlm.export.quantize.blocks import Quantized, Scheme
+from mobilevlm.export.quantize.blocks import Quantized
+from mobilevlm.recipe import Scheme
 
 BLOCK = 32
 BLOCK_BYTES = 2 + BLOCK // 2

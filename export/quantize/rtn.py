@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mobilevlm.export.quantize.blocks import Float32, Quantized, Scheme, quantize_fitted
+from mobilevlm.export.quantize.blocks import Float32, Quantized, quantize_fitted
+from mobilevlm.recipe import Scheme
 
 
 def quantize(weight: Float32, scheme: Scheme) -> Quantized:

@@ -1,15 +1,183 @@
-"""Recipes as TOML text for people to review and edit; export/recipes/recipe.py reads them."""
+"""Recipe files: read from TOML and checked, and written as TOML for people to review and edit.
+
+A file has the fields of :class:`mobilevlm.recipe.Recipe`; a part or layer that is a text there
+(``decoder = "q4"``) means that precision with everything else left as it is.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import os
+import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.export.recipes.recipe import PARTS, PREFILL, LinearFormat, Recipe
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.recipe import (
+    BLOCK_BITS,
+    BLOCK_SIZES,
+    HALVED,
+    PARTS,
+    PREFILL,
+    QDQ,
+    LinearFormat,
+    Precision,
+    Recipe,
+    ScalingName,
+)
+from mobilevlm.regular_file import read_regular
+from mobilevlm.spec import from_dict
+
+MOST_FILE = 1 << 24
+"""Bytes of a recipe file"""
+_USES: dict[str, tuple[Precision, ...]] = {
+    "quantizer": ("int8", *BLOCK_BITS),
+    "block_size": tuple(BLOCK_BITS),
+    "symmetric": tuple(BLOCK_BITS),
+    "activations": ("int8",),
+    "weight_bits": HALVED,
+    "calibrator": QDQ,
+}
+"""Precisions that a setting has a meaning for."""
+_SCALED: dict[ScalingName, tuple[Precision, ...]] = {
+    "awq": tuple(BLOCK_BITS),
+    "smoothquant": ("int8", *QDQ),
+}
+
+
+def find_recipe(name: str) -> Recipe:
+    """A recipe by its name, or from a ``.toml`` file.
+
+    Raises:
+        MobileVLMError: no such recipe, or the file's fields are wrong.
+    """
+    return _find_recipe(name, ())
+
+
+def _find_recipe(name: str, extending: tuple[Path, ...]) -> Recipe:
+    """``extending``: the files that lead here."""
+    if name in RECIPES:
+        return RECIPES[name]
+    path = Path(name)
+    if path.suffix != ".toml":
+        raise MobileVLMError(
+            f"recipe {name!r} is not known: expected {', '.join(RECIPES)}, or a .toml file"
+        )
+    try:
+        data = tomllib.loads(read_regular(path, MOST_FILE).decode("utf-8"))
+    except FileNotFoundError:
+        raise MobileVLMError(f"{path}: no such recipe file") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
+    for part in (*PARTS, PREFILL):
+        data |= _spelled_out(data, part)
+    layers = data.get("layers")
+    if isinstance(layers, dict):
+        for key in layers:
+            layers |= _spelled_out(layers, key)
+    # What it names lies beside it.
+    for key in ("gguf_imatrix", "gguf_calibration", "calibration"):
+        if isinstance(data.get(key), str) and (key == "gguf_imatrix" or data[key] != "scenes"):
+            data[key] = str(path.parent / data[key])
+    if "extends" in data:
+        data = _extended(data, path, (*extending, path.resolve()))
+    recipe = from_dict(
+        Recipe, {**data, "name": data.get("name", path.stem)}, str(path), strict=True
+    )
+    for part in PARTS:
+        _check(getattr(recipe, part), f"{path}.{part}")
+    if recipe.prefill is not None:
+        _check(recipe.prefill, f"{path}.{PREFILL}")
+    for key, single in recipe.layers.items():
+        _check(single, f"{path}.layers.{key}")
+    _check_fixed_point(recipe, str(path))
+    if recipe.projector.scaling != "none":
+        raise MobileVLMError(
+            f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
+        )
+    return recipe
+
+
+def _extended(data: dict[str, Any], path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
+    """Return a recipe file's data with what it leaves out as in the recipe that it extends.
+    ``limits`` and ``layers`` are merged, layers of the file after the others (of patterns the last
+    counts). A part with a precision is a new one; without, it changes the other's settings."""
+    base = data.pop("extends")
+    if not isinstance(base, str):
+        raise MobileVLMError(
+            f"{path}.extends: expected a recipe's name or file, found {base!r:.60}"
+        )
+    if base not in RECIPES:
+        base = str(path.parent / base)
+        if Path(base).resolve() in extending:
+            raise MobileVLMError(f"{path}.extends: {base} extends itself: name another recipe")
+    merged: dict[str, Any] = asdict(_find_recipe(base, extending))
+    del merged["name"]
+    for key, value in data.items():
+        old = merged.get(key)
+        if not (isinstance(value, dict) and isinstance(old, dict)):
+            merged[key] = value
+        elif key == "layers":
+            kept = {name: layer for name, layer in old.items() if name not in value}
+            merged[key] = {**kept, **value}
+        else:
+            is_new = key != "limits" and "precision" in value
+            merged[key] = value if is_new else {**old, **value}
+    return merged
+
+
+def _spelled_out(table: dict[str, Any], key: str) -> dict[str, Any]:
+    """The entry with a precision for a text; empty where it is no text."""
+    return {key: {"precision": table[key]}} if isinstance(table.get(key), str) else {}
+
+
+def _check_fixed_point(recipe: Recipe, where: str) -> None:
+    """Fixed point is for whole graphs: tower and projector, decoder and head. That the recipe's
+    ``layers`` leave them alone is known when patterns are expanded
+    (export/recipes/layer_formats.py)."""
+    if recipe.prefill is not None and recipe.prefill.precision in QDQ:
+        raise MobileVLMError(
+            f"{where}.{PREFILL}.precision: {recipe.prefill.precision} is for the tower and the "
+            f"projector, or for all parts of a model for NPUs"
+        )
+    for key, layers in recipe.layers.items():
+        if layers.precision in QDQ:
+            raise MobileVLMError(
+                f"{where}.layers.{key}.precision: {layers.precision} is for whole graphs (tower "
+                f"and projector, decoder and lm_head), not for single layers"
+            )
+    for first, second in (("tower", "projector"), ("decoder", "lm_head")):
+        ours, theirs = getattr(recipe, first), getattr(recipe, second)
+        if {ours.precision, theirs.precision} & set(QDQ) and theirs != replace(
+            ours, scaling="none"
+        ):
+            raise MobileVLMError(
+                f"{where}.{second}: {first} and {second} are one graph, which is in fixed point as "
+                f"a whole: give {second} the settings of {first}, except scaling"
+            )
+
+
+def _check(layers: LinearFormat, where: str) -> None:
+    """Refuses settings that the precision has no use for, so that none is silently ignored."""
+    precision = layers.precision
+    if layers.block_size not in BLOCK_SIZES:
+        sizes = ", ".join(map(str, BLOCK_SIZES))
+        raise MobileVLMError(f"{where}.block_size: {layers.block_size}, expected one of {sizes}")
+    plain = LinearFormat(precision)
+    for field, kinds in _USES.items():
+        if getattr(layers, field) != getattr(plain, field) and precision not in kinds:
+            raise MobileVLMError(
+                f"{where}.{field}: {precision} has none: it goes with {', '.join(kinds)}"
+            )
+    if layers.scaling != "none" and precision not in _SCALED[layers.scaling]:
+        raise MobileVLMError(
+            f"{where}.scaling: {layers.scaling} goes with {', '.join(_SCALED[layers.scaling])}, "
+            f"not with {precision}"
+        )
 
 
 def recipe_text(

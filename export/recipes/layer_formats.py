@@ -17,8 +17,8 @@ from mobilevlm.export.quantize import gptq, hqq, rtn
 from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize, packed_size
 from mobilevlm.export.quantize.folding import find_folds
 from mobilevlm.export.quantize.gptq import HessianOf
-from mobilevlm.export.recipes.recipe import QDQ, LinearFormat, Recipe
 from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.recipe import QDQ, LinearFormat, Recipe
 from mobilevlm.spec import ModelSpec
 
 

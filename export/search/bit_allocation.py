@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mobilevlm.export.recipes.recipe import LinearFormat
+from mobilevlm.recipe import LinearFormat
 
 
 @dataclass(frozen=True)

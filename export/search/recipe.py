@@ -13,11 +13,11 @@ from typing import Literal
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibration.samples import find_samples, measuring_samples
-from mobilevlm.export.recipes.file import recipe_text
+from mobilevlm.export.recipes.file import find_recipe, recipe_text
 from mobilevlm.export.recipes.layer_formats import expand_layers
-from mobilevlm.export.recipes.recipe import QuantizerName, find_recipe
 from mobilevlm.export.search.search import Data, Found, Goal, candidates, search
 from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.recipe import QuantizerName
 from mobilevlm.whole_file import written_whole
 
 MARK = "# Mixed precision by sensitivity"

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Literal
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.recipes.recipe import LinearFormat, Precision, Recipe, WeightBits, find_recipe
+from mobilevlm.export.recipes.file import find_recipe
 from mobilevlm.export.targets.htp import Chip
 from mobilevlm.export.targets.providers import find_provider
+from mobilevlm.recipe import LinearFormat, Precision, Recipe, WeightBits
 from mobilevlm.spec import from_dict
 
 FOLDER = Path(__file__).parent
@@ -44,13 +45,13 @@ class Target:
     """Of ``int8`` weights"""
     chunk_length: int = 64
     context_length: int = 1024
-    """Shapes of graphs for NPUs, see :class:`mobilevlm.export.recipes.recipe.Recipe`"""
+    """Shapes of graphs for NPUs, see :class:`mobilevlm.recipe.Recipe`"""
     layer_norm: Literal["fused", "centred", "spelled"] = "fused"
     operators: Literal["runtime", "elementary"] = "runtime"
     vision: Precision | None = None
     """Of tower and projector, where not the recipe's"""
     experts: Literal["fused", "plain", "dense"] = "fused"
-    """Form of sparse experts, see :class:`mobilevlm.export.recipes.recipe.Recipe`"""
+    """Form of sparse experts, see :class:`mobilevlm.recipe.Recipe`"""
     htp: Chip | None = None
     """Chip to compile for"""
     share_weights: bool = False

@@ -21,11 +21,11 @@ from mobilevlm.export.calibration.samples import SCENES, held_out_samples
 from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.export.quality.limits import Check, check_limits, quality_error
 from mobilevlm.export.quality.metrics import Float64
-from mobilevlm.export.recipes.recipe import Recipe
 from mobilevlm.families import Model, OpenOptions, open_checkpoint, open_options
 from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
 from mobilevlm.nano.suite import evaluation_set
 from mobilevlm.plan import choose_engine, stage_names
+from mobilevlm.recipe import Recipe
 from mobilevlm.spec import from_dict, to_dict
 
 try:

@@ -22,11 +22,12 @@ from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.graph.author import author_decoder, author_vision
 from mobilevlm.export.quantize.folding import find_folds, fold
 from mobilevlm.export.recipes.layer_formats import expand_layers
-from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe, WeightBits
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.families import Model, open_checkpoint
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.scenes import sample_scene
+from mobilevlm.recipe import LinearFormat, Recipe, WeightBits
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime.engines.onnx.engine import EXACT_PRODUCTS
 

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from mobilevlm.export.recipes.recipe import LinearFormat
 from mobilevlm.export.search.bit_allocation import Option, front, hull, within_kl, within_size
+from mobilevlm.recipe import LinearFormat
 
 Q4 = LinearFormat("q4")
 

@@ -19,16 +19,9 @@ from mobilevlm.export.graph.dialects import CPU
 from mobilevlm.export.graph.layers import FLOAT, Linear
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize import rtn
-from mobilevlm.export.quantize.blocks import (
-    INT8,
-    Quantized,
-    Scheme,
-    dequantize,
-    pack,
-    packed_size,
-    unpack,
-)
-from mobilevlm.export.recipes.recipe import BLOCK_SIZES, RECIPES, LinearFormat, Precision
+from mobilevlm.export.quantize.blocks import INT8, Quantized, dequantize, pack, packed_size, unpack
+from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.recipe import BLOCK_SIZES, LinearFormat, Precision, Scheme
 
 Float32 = NDArray[np.float32]
 SYMMETRIES = [pytest.param(True, id="symmetric"), pytest.param(False, id="asymmetric")]

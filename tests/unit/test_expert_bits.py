@@ -12,10 +12,11 @@ from conftest import fixture_named, run_program
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import Sample
-from mobilevlm.export.recipes.recipe import LinearFormat, find_recipe
+from mobilevlm.export.recipes.file import find_recipe
 from mobilevlm.export.search.bit_allocation import Option
 from mobilevlm.export.search.expert_bits import PRIOR, ExpertUse, by_usage, expert_uses
 from mobilevlm.export.search.search import Data, Goal, search
+from mobilevlm.recipe import LinearFormat
 
 MLP = "decoder.layers.0.mlp.experts"
 Q2, Q4 = LinearFormat("q2"), LinearFormat("q4")

@@ -21,9 +21,10 @@ from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.pipeline import export
-from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
 from mobilevlm.gguf.names import gguf_architecture
+from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.spec import DecoderSpec
 
 

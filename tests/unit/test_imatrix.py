@@ -37,7 +37,7 @@ from mobilevlm.export.gguf.imatrix import (
     read_imatrix,
     write_imatrix,
 )
-from mobilevlm.export.recipes.recipe import find_recipe
+from mobilevlm.export.recipes.file import find_recipe
 from mobilevlm.spec import DecoderSpec
 
 Float64 = NDArray[np.float64]

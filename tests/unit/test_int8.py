@@ -25,9 +25,9 @@ from mobilevlm.errors import PrecisionWarning
 from mobilevlm.export.graph.author import IR_VERSION
 from mobilevlm.export.graph.dialects import CPU
 from mobilevlm.export.quantize import gptq, hqq, rtn
-from mobilevlm.export.quantize.blocks import INT8, Scheme, dequantize, signed_columns
-from mobilevlm.export.recipes.recipe import LinearFormat
+from mobilevlm.export.quantize.blocks import INT8, dequantize, signed_columns
 from mobilevlm.plan import Plan
+from mobilevlm.recipe import LinearFormat, Scheme
 from mobilevlm.runtime import machine
 from mobilevlm.runtime.engines.onnx.engine import EXACT_PRODUCTS, exact_products
 from mobilevlm.runtime.engines.opening import open_engines

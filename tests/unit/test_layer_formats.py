@@ -12,9 +12,11 @@ from conftest import FIXTURES, MOE_FIXTURES, Fixture, fixture_named
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.recipes.file import find_recipe
 from mobilevlm.export.recipes.layer_formats import expand_layers, stored_bytes
-from mobilevlm.export.recipes.recipe import RECIPES, LinearFormat, Recipe, find_recipe
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.recipe import LinearFormat, Recipe
 
 Q8, Q4, Q2 = LinearFormat("q8"), LinearFormat("q4", "hqq"), LinearFormat("q2", symmetric=False)
 QKV = tuple(f"decoder.layers.0.attn.{part}_proj" for part in "qkv")

@@ -17,7 +17,8 @@ from mobilevlm.export.quality.limits import (
     require_checks,
     with_limits,
 )
-from mobilevlm.export.recipes.recipe import RECIPES, Limits
+from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.recipe import Limits
 
 STAGES = {
     "vision": StageQuality({"relative_error": 0.1, "cosine": 0.9}),

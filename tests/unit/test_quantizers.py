@@ -10,7 +10,8 @@ import pytest
 from numpy.typing import NDArray
 
 from mobilevlm.export.quantize import gptq, hqq, rtn
-from mobilevlm.export.quantize.blocks import INT8, Scheme, dequantize, unpack
+from mobilevlm.export.quantize.blocks import INT8, dequantize, unpack
+from mobilevlm.recipe import Scheme
 
 Float32 = NDArray[np.float32]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.recipes.file import recipe_text
-from mobilevlm.export.recipes.recipe import RECIPES, Limits, LinearFormat, Recipe, find_recipe
+from mobilevlm.export.recipes.file import find_recipe, recipe_text
+from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.recipe import Limits, LinearFormat, Recipe
 
 MINE = """\
 tower = "int8"

@@ -11,14 +11,8 @@ from numpy.typing import NDArray
 
 from mobilevlm.export.quantize import blocks as quantize_module
 from mobilevlm.export.quantize import rtn
-from mobilevlm.export.quantize.blocks import (
-    INT8,
-    Quantized,
-    Scheme,
-    dequantize,
-    signed_columns,
-    unpack,
-)
+from mobilevlm.export.quantize.blocks import INT8, Quantized, dequantize, signed_columns, unpack
+from mobilevlm.recipe import Scheme
 
 Float32 = NDArray[np.float32]
 

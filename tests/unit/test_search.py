@@ -12,10 +12,11 @@ from conftest import Fixture
 
 from mobilevlm.errors import MobileVLMError, QualityError
 from mobilevlm.export.calibration.samples import Sample
-from mobilevlm.export.recipes.file import recipe_text
-from mobilevlm.export.recipes.recipe import RECIPES, Limits, LinearFormat, find_recipe
+from mobilevlm.export.recipes.file import find_recipe, recipe_text
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.export.search.recipe import check_target
 from mobilevlm.export.search.search import Data, Found, Goal, search
+from mobilevlm.recipe import Limits, LinearFormat
 
 TEXTS = [
     Sample("What is red?", "Blood is, and so are roses.", ()),

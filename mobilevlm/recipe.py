@@ -1,22 +1,16 @@
-"""Recipes: which precision each part of a model is exported in, and how far it may drift.
+"""Recipe: the precision of each part of a model in an export, and how far it may drift.
 
-A recipe is named (``int4``) or read from a TOML file with the same fields as the dataclass; a part
-or layer that is a text there (``decoder = "q4"``) means that precision with everything else left as
-it is.
+A bundle's manifest holds it. Named recipes and recipe files are in export/recipes/.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.quantize.blocks import Scheme
-from mobilevlm.regular_file import read_regular
-from mobilevlm.spec import GGUFType, KVCache, from_dict
+from mobilevlm.spec import GGUFType, KVCache
 
 Precision: TypeAlias = Literal["fp32", "fp16", "int8", "q8", "q4", "q2", "qdq8", "qdq16"]
 """How the weights of a linear layer are stored and multiplied.
@@ -41,6 +35,9 @@ BLOCK_BITS: dict[Precision, int] = {"q8": 8, "q4": 4, "q2": 2}
 BLOCK_SIZES = (16, 32, 64, 128, 256)
 """Blocks that MatMulNBits takes at every bit width."""
 
+HALVED: tuple[Precision, ...] = ("int8", "qdq8")
+"""Precisions whose weights have 7 bits where sums of products saturate."""
+
 _GGUF_TYPES: dict[Precision, GGUFType] = {
     "fp32": "f32",
     "fp16": "f16",
@@ -52,26 +49,46 @@ _GGUF_TYPES: dict[Precision, GGUFType] = {
     "qdq16": "q8_0",
 }
 
-
-_USES: dict[str, tuple[Precision, ...]] = {
-    "quantizer": ("int8", *BLOCK_BITS),
-    "block_size": tuple(BLOCK_BITS),
-    "symmetric": tuple(BLOCK_BITS),
-    "activations": ("int8",),
-    "weight_bits": ("int8", "qdq8"),
-    "calibrator": QDQ,
-}
-"""Precisions that a setting has a meaning for."""
-_SCALED: dict[ScalingName, tuple[Precision, ...]] = {
-    "awq": tuple(BLOCK_BITS),
-    "smoothquant": ("int8", *QDQ),
-}
-MOST_FILE = 1 << 24
-"""Bytes of a recipe file"""
 PARTS = ("tower", "projector", "decoder", "lm_head")
 """Parts of a model whose linear layers have a format of their own."""
 PREFILL = "prefill"
 """The decoder's layers once more, for prompts."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Which integers stand for weights, and how many weights share a scale."""
+
+    bits: int
+    """2, 3, 4 or 8. MatMulNBits has no kernel for 3."""
+    block_size: int | None
+    """Weights along the input that share a scale, a multiple of 8; none: all of an output."""
+    symmetric: bool = True
+    """The zero point is in mid-range, else each block has its own."""
+    half_range: bool = False
+    """Only the inner half of the codes, ±64 of 8 bits: x86 without VNNI adds pairs of u8 × s8
+    products in 16 bits (``vpmaddubsw``), and 2 · 255 · 64 is the most that fits."""
+
+    @property
+    def middle(self) -> int:
+        """The zero point of symmetric schemes."""
+        return 1 << (self.bits - 1)
+
+    @property
+    def lowest(self) -> int:
+        return self.middle // 2 if self.half_range else 0
+
+    @property
+    def highest(self) -> int:
+        return self.middle + self.middle // 2 if self.half_range else 2 * self.middle - 1
+
+    def block(self, in_size: int) -> int:
+        """Weights in a block."""
+        return in_size if self.block_size is None else self.block_size
+
+    def blocks(self, in_size: int) -> int:
+        """Blocks in a row; the last may be padded."""
+        return -(-in_size // self.block(in_size))
 
 
 @dataclass(frozen=True)
@@ -110,7 +127,7 @@ class LinearFormat:
     @property
     def int8_weight_bits(self) -> int:
         """7 or 8 of weights that meet 8-bit activations, else 0."""
-        if self.precision not in _USES["weight_bits"]:
+        if self.precision not in HALVED:
             return 0
         return 8 if self.weight_bits == 8 else 7
 
@@ -283,198 +300,6 @@ class Recipe:
         return self.gguf_mmproj or ("f32" if self.tower.precision == "fp32" else "f16")
 
 
-def _uniform(
-    name: str,
-    vision: Precision,
-    decoder: Precision,
-    embeddings: Literal["fp32", "fp16"],
-    limits: Limits,
-) -> Recipe:
-    tower, layers = LinearFormat(vision), LinearFormat(decoder)
-    return Recipe(name, tower, tower, layers, layers, embeddings, limits)
-
-
 def _is_decoder(name: str) -> bool:
     """Of a layer's canonical name."""
     return name.startswith("decoder.")
-
-
-def _limits(vision: float, kl: float, perplexity: float, accuracy: float) -> Limits:
-    """The first two are wide enough for random weights, which quantize worse than any trained
-    model (with experts in 4 bits a KL of 0.52): they find a broken artifact. The others are for
-    answers that mean something: int8 may cost half a point of accuracy and int4 one, and nano loses
-    less than a tenth of the perplexity that is allowed here (docs/quality.md)."""
-    return Limits(vision, kl, perplexity_ratio=perplexity, accuracy_loss=accuracy)
-
-
-def _int4() -> Recipe:
-    """Blocks of 128, since a token's time is that of reading weights: with blocks of 32 and
-    onnxruntime's scale and sum in float32 for each, it reads a third more. HQQ makes up for the
-    larger blocks (benchmarks/RESULTS.md)."""
-    layers = LinearFormat("q4", "hqq", block_size=128)
-    base = _uniform("int4", "int8", "q4", "fp16", _limits(0.15, 0.6, 1.1, 0.01))
-    return replace(base, decoder=layers, lm_head=layers)
-
-
-_INT4 = _int4()
-_INT8 = _uniform("int8", "int8", "int8", "fp16", _limits(0.15, 0.1, 1.05, 0.005))
-_CALIBRATED = LinearFormat("int8", "gptq", "smoothquant")
-
-RECIPES = {
-    recipe.name: recipe
-    for recipe in (
-        _uniform("fp32", "fp32", "fp32", "fp32", _limits(1e-4, 1e-6, 1.001, 0.001)),
-        _uniform("fp16-weights", "fp16", "fp16", "fp16", _limits(5e-3, 1e-4, 1.01, 0.002)),
-        _INT8,
-        replace(
-            _INT8,
-            name="int8-calibrated",
-            tower=_CALIBRATED,
-            projector=replace(_CALIBRATED, scaling="none"),
-            decoder=_CALIBRATED,
-            lm_head=_CALIBRATED,
-            # Sharp attention turns the rounding of queries and keys into other answers.
-            layers={"vision.layers.*.attn.q_proj": LinearFormat("fp16")},
-        ),
-        _INT4,
-        replace(
-            _INT4,
-            name="fast",
-            prefill=LinearFormat("int8"),
-            limits=replace(_INT4.limits, prefill_kl=0.1),
-        ),
-        _uniform("a16w8", "qdq16", "qdq16", "fp16", _limits(0.15, 0.2, 1.1, 0.015)),
-        _uniform("a8w8", "qdq8", "qdq8", "fp16", _limits(0.5, 1.5, 2.0, 0.2)),
-    )
-}
-
-
-def find_recipe(name: str) -> Recipe:
-    """A recipe by its name, or from a ``.toml`` file.
-
-    Raises:
-        MobileVLMError: no such recipe, or the file's fields are wrong.
-    """
-    return _find_recipe(name, ())
-
-
-def _find_recipe(name: str, extending: tuple[Path, ...]) -> Recipe:
-    """``extending``: the files that lead here."""
-    if name in RECIPES:
-        return RECIPES[name]
-    path = Path(name)
-    if path.suffix != ".toml":
-        raise MobileVLMError(
-            f"recipe {name!r} is not known: expected {', '.join(RECIPES)}, or a .toml file"
-        )
-    try:
-        data = tomllib.loads(read_regular(path, MOST_FILE).decode("utf-8"))
-    except FileNotFoundError:
-        raise MobileVLMError(f"{path}: no such recipe file") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
-    for part in (*PARTS, PREFILL):
-        data |= _spelled_out(data, part)
-    layers = data.get("layers")
-    if isinstance(layers, dict):
-        for key in layers:
-            layers |= _spelled_out(layers, key)
-    # What it names lies beside it.
-    for key in ("gguf_imatrix", "gguf_calibration", "calibration"):
-        if isinstance(data.get(key), str) and (key == "gguf_imatrix" or data[key] != "scenes"):
-            data[key] = str(path.parent / data[key])
-    if "extends" in data:
-        data = _extended(data, path, (*extending, path.resolve()))
-    recipe = from_dict(
-        Recipe, {**data, "name": data.get("name", path.stem)}, str(path), strict=True
-    )
-    for part in PARTS:
-        _check(getattr(recipe, part), f"{path}.{part}")
-    if recipe.prefill is not None:
-        _check(recipe.prefill, f"{path}.{PREFILL}")
-    for key, single in recipe.layers.items():
-        _check(single, f"{path}.layers.{key}")
-    _check_fixed_point(recipe, str(path))
-    if recipe.projector.scaling != "none":
-        raise MobileVLMError(
-            f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
-        )
-    return recipe
-
-
-def _extended(data: dict[str, Any], path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
-    """Return a recipe file's data with what it leaves out as in the recipe that it extends.
-    ``limits`` and ``layers`` are merged, layers of the file after the others (of patterns the last
-    counts). A part with a precision is a new one; without, it changes the other's settings."""
-    base = data.pop("extends")
-    if not isinstance(base, str):
-        raise MobileVLMError(
-            f"{path}.extends: expected a recipe's name or file, found {base!r:.60}"
-        )
-    if base not in RECIPES:
-        base = str(path.parent / base)
-        if Path(base).resolve() in extending:
-            raise MobileVLMError(f"{path}.extends: {base} extends itself: name another recipe")
-    merged: dict[str, Any] = asdict(_find_recipe(base, extending))
-    del merged["name"]
-    for key, value in data.items():
-        old = merged.get(key)
-        if not (isinstance(value, dict) and isinstance(old, dict)):
-            merged[key] = value
-        elif key == "layers":
-            kept = {name: layer for name, layer in old.items() if name not in value}
-            merged[key] = {**kept, **value}
-        else:
-            is_new = key != "limits" and "precision" in value
-            merged[key] = value if is_new else {**old, **value}
-    return merged
-
-
-def _spelled_out(table: dict[str, Any], key: str) -> dict[str, Any]:
-    """The entry with a precision for a text; empty where it is no text."""
-    return {key: {"precision": table[key]}} if isinstance(table.get(key), str) else {}
-
-
-def _check_fixed_point(recipe: Recipe, where: str) -> None:
-    """Fixed point is for whole graphs: tower and projector, decoder and head. That the recipe's
-    ``layers`` leave them alone is known when patterns are expanded
-    (export/recipes/layer_formats.py)."""
-    if recipe.prefill is not None and recipe.prefill.precision in QDQ:
-        raise MobileVLMError(
-            f"{where}.{PREFILL}.precision: {recipe.prefill.precision} is for the tower and the "
-            f"projector, or for all parts of a model for NPUs"
-        )
-    for key, layers in recipe.layers.items():
-        if layers.precision in QDQ:
-            raise MobileVLMError(
-                f"{where}.layers.{key}.precision: {layers.precision} is for whole graphs (tower "
-                f"and projector, decoder and lm_head), not for single layers"
-            )
-    for first, second in (("tower", "projector"), ("decoder", "lm_head")):
-        ours, theirs = getattr(recipe, first), getattr(recipe, second)
-        if {ours.precision, theirs.precision} & set(QDQ) and theirs != replace(
-            ours, scaling="none"
-        ):
-            raise MobileVLMError(
-                f"{where}.{second}: {first} and {second} are one graph, which is in fixed point as "
-                f"a whole: give {second} the settings of {first}, except scaling"
-            )
-
-
-def _check(layers: LinearFormat, where: str) -> None:
-    """Refuses settings that the precision has no use for, so that none is silently ignored."""
-    precision = layers.precision
-    if layers.block_size not in BLOCK_SIZES:
-        sizes = ", ".join(map(str, BLOCK_SIZES))
-        raise MobileVLMError(f"{where}.block_size: {layers.block_size}, expected one of {sizes}")
-    plain = LinearFormat(precision)
-    for field, kinds in _USES.items():
-        if getattr(layers, field) != getattr(plain, field) and precision not in kinds:
-            raise MobileVLMError(
-                f"{where}.{field}: {precision} has none: it goes with {', '.join(kinds)}"
-            )
-    if layers.scaling != "none" and precision not in _SCALED[layers.scaling]:
-        raise MobileVLMError(
-            f"{where}.scaling: {layers.scaling} goes with {', '.join(_SCALED[layers.scaling])}, "
-            f"not with {precision}"
-        )

@@ -227,8 +227,13 @@ def _decoder(decoder: DecoderSpec, total: int) -> Iterator[_Check]:
         "rope_theta": decoder.rope_theta,
         "rope_scaling": decoder.rope_scaling,
         "attention_scale": decoder.score_scale,
+        "embed_scale": decoder.embed_scale,
+        "sliding_rope_theta": decoder.sliding_rope_theta,
+        "attention_softcap": decoder.attention_softcap,
+        "logit_softcap": decoder.logit_softcap,
     }
-    yield from _positive("decoder", floats)
+    given = {name: value for name, value in floats.items() if value is not None}
+    yield from _positive("decoder", given)
     for name in ("num_hidden_layers", "encoder_layers"):
         yield _layers(f"decoder.{name}", getattr(decoder, name))
     length = decoder.context_length
@@ -242,6 +247,7 @@ def _decoder(decoder: DecoderSpec, total: int) -> Iterator[_Check]:
     start = decoder.start_token_id
     is_right = 0 <= start < decoder.vocab_size
     yield "decoder.start_token_id", start, is_right, "an id of the vocabulary"
+    yield from _blocks(decoder)
     buckets = decoder.relative_positions
     if buckets is not None:
         values = {"num_buckets": buckets.num_buckets, "max_distance": buckets.max_distance}
@@ -249,6 +255,20 @@ def _decoder(decoder: DecoderSpec, total: int) -> Iterator[_Check]:
         yield _weights("decoder.relative_positions", buckets.num_buckets * heads, total)
     yield from _experts(decoder)
     yield _weights("decoder", _decoder_weights(decoder), total)
+
+
+def _blocks(decoder: DecoderSpec) -> Iterator[_Check]:
+    yield from _whole("decoder", {"sliding_window": decoder.sliding_window}, 0)
+    layers, window = decoder.sliding_layers, decoder.sliding_window
+    is_right = list(layers) == sorted(set(layers)) and (window > 0) == (len(layers) > 0)
+    is_right = is_right and (not layers or 0 <= layers[0] <= layers[-1] < decoder.num_hidden_layers)
+    yield "decoder.sliding_layers", layers, is_right, "layers of the decoder, and a sliding_window"
+    is_right = not (decoder.post_norms and decoder.parallel_residual)
+    yield "decoder.post_norms", decoder.post_norms, is_right, "none beside parallel_residual"
+    for name in ("qk_norm", "post_norms", "sliding_layers", "attention_softcap", "logit_softcap"):
+        value = getattr(decoder, name)
+        is_right = not (value and decoder.encoder_layers)
+        yield f"decoder.{name}", value, is_right, "none beside an encoder (encoder_layers)"
 
 
 def _experts(decoder: DecoderSpec) -> Iterator[_Check]:

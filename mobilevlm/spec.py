@@ -247,6 +247,30 @@ class DecoderSpec:
     """Attention and MLP read the same norm, and both are added to the residual stream at once."""
     lm_head_bias: bool = False
     experts: ExpertsSpec | None = None
+    embed_scale: float = 1.0
+    """Factor of the rows of the embedding table as they are looked up (Gemma). Rows that an encoder
+    gives are not multiplied."""
+    qk_norm: bool = False
+    """RMS norms over the channels of each query and key head before they are rotated:
+    ``attn.q_norm`` and ``attn.k_norm`` (Qwen3, Gemma 3)."""
+    post_norms: bool = False
+    """Outputs of attention and MLP are normalised too before they are added to the residual stream:
+    ``attn_output_norm`` and ``mlp_output_norm`` (Gemma)."""
+    sliding_window: int = 0
+    """Positions that a query sees in the sliding layers, its own included."""
+    sliding_layers: tuple[int, ...] = ()
+    """Layers with a sliding window, in ascending order; the others see the whole past."""
+    sliding_rope_theta: float | None = None
+    """Rotary base of the sliding layers, whose positions are then not divided by ``rope_scaling``;
+    when none is given, they rotate as the others do."""
+    attention_softcap: float | None = None
+    """Scores before the mask become ``cap · tanh(score / cap)`` (Gemma 2)."""
+    logit_softcap: float | None = None
+    """Logits become ``cap · tanh(logit / cap)`` (Gemma 2)."""
+
+    def window(self, layer: int) -> int:
+        """Positions that a query sees in a layer, its own included; 0: all of the past."""
+        return self.sliding_window if layer in self.sliding_layers else 0
 
     @property
     def rotary_channels(self) -> int:

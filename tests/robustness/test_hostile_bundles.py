@@ -93,6 +93,13 @@ def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], ob
         ("decoder.rope_theta", float("inf")),
         ("decoder.norm_eps", 0.0),
         ("decoder.start_token_id", 10**6),
+        ("decoder.embed_scale", float("nan")),
+        ("decoder.logit_softcap", 0.0),
+        ("decoder.attention_softcap", -1.0),
+        ("decoder.sliding_rope_theta", float("inf")),
+        ("decoder.sliding_window", -1),
+        ("decoder.sliding_window", 16),
+        ("decoder.sliding_layers", [0]),
         ("conversation.image_end_ids", [10**6]),
     ],
 )

@@ -105,11 +105,11 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
             return rows
 
         def prefill(model: engine.OnnxDecoder, state: engine.OnnxState) -> None:
-            state.length = 0
+            state.rewind(0)
             model.prefill(state, prompt)
 
         def step(model: engine.OnnxDecoder, state: engine.OnnxState) -> None:
-            state.length = PROMPT_TOKENS  # what stands there does not change the time
+            state.resume(PROMPT_TOKENS)  # what stands there does not change the time
             model.step(state, 5)
 
         random = np.random.default_rng(0)

@@ -77,7 +77,7 @@ def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[st
     largest: Float32 | None = None
     with progress.track("kv_cache", len(samples)) as advance:
         for sample in samples:
-            state.length = 0
+            state.rewind(0)
             decoder.extend(state, sample_embeds(model, sample, vision, decoder.embed))
             found = np.abs(decoder.save(state, 0).data).max(axis=2)
             largest = found if largest is None else np.maximum(largest, found)

@@ -35,20 +35,45 @@ class VisionEngine(Protocol):
 
 
 class DecoderState(Protocol):
-    """Keys and values of one sequence. Used by one thread at a time."""
+    """Everything that a decoder keeps of one sequence. Used by one thread at a time."""
 
-    length: int
-    """Positions that are filled; lowering it goes back."""
+    @property
+    def slots(self) -> int:
+        """Rows that are stored."""
+
+    @property
+    def position(self) -> int:
+        """Position of the next token: ``slots``, unless positions have several axes."""
+
+    def reachable(self, slots: int) -> int:
+        """Return the most rows, up to ``slots``, that :meth:`rewind` can go back to."""
+
+    def rewind(self, slots: int) -> None:
+        """Go back, exactly, to where the sequence had so many rows.
+
+        Raises:
+            SessionError: it has fewer, or does not keep its state of then (:meth:`reachable`).
+        """
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Keys and values of the positions from ``start`` to ``end``, as the engine that made them
-    keeps them. Never written to."""
+    """State of the slots from ``start`` to ``end``, as the engine that made it keeps it. Never
+    written to."""
 
     start: int
     end: int
     data: NDArray[Any]
+
+    @property
+    def position(self) -> int:
+        """Position of the token after it."""
+        return self.end
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds."""
+        return self.data.nbytes
 
 
 class DecoderEngine(Protocol):
@@ -87,7 +112,7 @@ class DecoderEngine(Protocol):
         """Appends one token; logits ``(vocab_size,)``, valid until the next call."""
 
     def save(self, state: DecoderState, start: int) -> Segment:
-        """A copy of the positions from ``start``, or from an earlier one, to the state's length."""
+        """A copy of the slots from ``start``, or from an earlier one, to the last."""
 
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """Makes the state end with a segment of this engine; before it stands what stood there."""

@@ -157,8 +157,8 @@ class PromptCache:
 
     def keep(self, border: Border, segment: Segment) -> None:
         """Keeps a segment that reaches to a border."""
-        if self.make_room(segment.data.nbytes):
-            self.segments.put(border.digest, segment, segment.data.nbytes)
+        if self.make_room(segment.nbytes):
+            self.segments.put(border.digest, segment, segment.nbytes)
 
     def keep_image(self, digest: bytes, tokens: Float32) -> None:
         """Keep the visual tokens of an image."""

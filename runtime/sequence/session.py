@@ -241,12 +241,12 @@ class Session:
     @property
     def length(self) -> int:
         """Positions that are filled."""
-        return self._state.length
+        return self._state.slots
 
     @property
     def room(self) -> int:
         """Tokens that the context has room for."""
-        return self._context - self._state.length
+        return self._context - self._state.slots
 
     @property
     def full(self) -> bool:
@@ -357,7 +357,7 @@ class Session:
         self._shorten(0)
 
     def _shorten(self, length: int) -> None:
-        self._state.length = min(length, self._state.length)
+        self._state.rewind(min(length, self._state.slots))
         del self._keys[length:]
         self._borders = [border for border in self._borders if border.position <= length]
 

@@ -46,11 +46,11 @@ class EngineProbe:
         prompt = self._embeds(decoder, min(spec.image.connector.num_tokens + TEXT_TOKENS, room))
 
         def prefill() -> None:
-            state.length = 0
+            state.rewind(0)
             decoder.prefill(state, prompt)
 
         def steps() -> None:
-            state.length = len(prompt)
+            state.rewind(len(prompt))
             for _ in range(STEPS):
                 decoder.step(state, 1)
 
@@ -91,7 +91,7 @@ class EngineProbe:
             tokens = decoder.embed([1] * (count + 1))
 
             def once() -> None:
-                state.length = start
+                state.rewind(start)
                 if count:
                     decoder.answer(state, tokens)
                 else:
@@ -132,7 +132,7 @@ def _filling(decoder: DecoderEngine, prompt: Float32) -> Callable[[], None]:
     state = decoder.new_state()
 
     def run() -> None:
-        state.length = 0
+        state.rewind(0)
         decoder.extend(state, prompt)
 
     return run

@@ -201,15 +201,15 @@ def test_going_back_and_on_gives_the_same_logits(vlm: VLM) -> None:
     last = decoder.prefill(decoder.new_state(), embeds)
     assert whole.shape == (700, vlm.spec.decoder.vocab_size)
     assert relative_error(last[0], whole[-1]) <= 1e-5
-    state.length = 300
-    assert state.length == 300
+    state.rewind(300)
+    assert state.slots == 300
     assert relative_error(decoder.prefill(state, embeds[300:]), last) <= 1e-5
-    state.length = 699
+    state.rewind(699)
     token = 5
     one = decoder.prefill(state, decoder.embed([token]))[0]
-    state.length = 699
+    state.rewind(699)
     assert relative_error(decoder.step(state, token), one) <= 1e-5
-    assert state.length == 700
+    assert state.slots == 700
 
 
 def test_two_pictures_stand_where_they_are_marked(vlm: VLM, export_all: ExportAll) -> None:
@@ -252,7 +252,7 @@ def test_a_failure_leaves_the_sequence_as_it_was(vlm: VLM) -> None:
     decoder.prefill(state, embeds)
     with pytest.raises(MobileVLMError, match=r"failed after 2040 .*the context is full"):
         decoder.prefill(state, embeds[:20])
-    assert state.length == 2040
+    assert state.slots == 2040
     decoder.step(state, 5)
 
 

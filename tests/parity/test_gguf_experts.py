@@ -126,10 +126,10 @@ def test_going_back_and_on_gives_the_same_logits(sparse: Fixture, written: Writt
     state = decoder.new_state()
     whole = decoder.prefill(state, embeds, all_logits=True)
     assert relative_error(decoder.prefill(decoder.new_state(), embeds)[0], whole[-1]) <= EXACT
-    state.length = 300
+    state.rewind(300)
     assert relative_error(decoder.prefill(state, embeds[300:]), whole[-1:]) <= EXACT
-    for position in (250, 255, 256, 519):  # on both sides of a new graph
-        state.length = position
+    for position in (519, 256, 255, 250):  # on both sides of a new graph
+        state.rewind(position)
         one = decoder.prefill(state, embeds[position : position + 1])
         assert relative_error(one, whole[position : position + 1]) <= EXACT
 
@@ -210,7 +210,7 @@ def test_a_dense_mlp_beside_the_experts_equals_the_reference(
     with torch.no_grad():
         expected = load_reference(model).logits(torch.from_numpy(embeds)).numpy()
     assert relative_error(found, expected) <= EXACT
-    state.length = 39
+    state.rewind(39)
     one = engine.prefill(state, embeds[39:])
     assert relative_error(one, expected[39:]) <= EXACT
 

@@ -85,11 +85,11 @@ def test_float_graphs_of_fixed_shapes_give_the_official_logits(name: str, tmp_pa
     decoder = float_decoder(model, tmp_path)
     state = decoder.new_state()
     found = decoder.prefill(state, embeds)[0]
-    assert state.length == len(embeds)
+    assert state.slots == len(embeds)
     assert relative_error(found, fixture.logits[-1]) < 5 * FLOAT32
     # Chunk by chunk and one by one, with a place where the sequence goes back.
     half = len(embeds) // 2
-    state.length = half
+    state.rewind(half)
     ones = decoder.prefill(state, embeds[half:], all_logits=True)
     assert relative_error(ones, fixture.logits[half:]) < 5 * FLOAT32
 
@@ -110,7 +110,7 @@ def test_fixed_point_graphs_stay_near_the_official_logits(
     # The graphs have the same scales: one goes on where the other was.
     half = len(embeds) // 2
     before = {key: buffer.copy() for key, buffer in state.buffers.items()}
-    state.length = half
+    state.rewind(half)
     found = decoder.prefill(state, embeds[half:])
     assert row_errors(found, ones[-1:])[0] < limit
     for key, buffer in state.buffers.items():

@@ -27,13 +27,14 @@ from mobilevlm.runtime.engines.ggml.native import MappedTensors, Processor
 from mobilevlm.runtime.engines.ggml.residency import ExpertResidency
 from mobilevlm.runtime.engines.llama.gguf_check import check_decoder
 from mobilevlm.runtime.engines.llama.gguf_decoder import GgufDecoder
+from mobilevlm.runtime.engines.state import SlotState
 from mobilevlm.spec import DecoderSpec
 
 _VISIBLE_STEP = 256
 """Attention reads the sequence rounded up to this, so that a graph serves many steps."""
 
 
-class GgmlState:
+class GgmlState(SlotState):
     """Keys and values of one sequence, and the graphs that write them: one for single tokens, one
     for the last length of prompt."""
 
@@ -45,7 +46,7 @@ class GgmlState:
         threads: int,
         observe: Observe | None = None,
     ) -> None:
-        self.length = 0
+        super().__init__()
         self._observe = observe
         self._spec = spec
         self._weights = weights
@@ -57,26 +58,26 @@ class GgmlState:
         """Appends ``(length, hidden_size)``; logits of the last positions ``(outputs,
         vocab_size)``, valid until the next call. After a failure the sequence is as it was."""
         count, context = len(embeds), self._spec.context_length
-        if self.length + count > context:
+        if self.slots + count > context:
             raise MobileVLMError(
-                f"ggml failed after {self.length} positions: the context is full ({context})"
+                f"ggml failed after {self.slots} positions: the context is full ({context})"
             )
-        visible = -(-(self.length + count) // _VISIBLE_STEP) * _VISIBLE_STEP
+        visible = -(-(self.slots + count) // _VISIBLE_STEP) * _VISIBLE_STEP
         shape = GraphShape(count, min(visible, context), outputs)
-        logits = self._graph(shape).run(self._processor, embeds, self.length)
-        self.length += count
+        logits = self._graph(shape).run(self._processor, embeds, self.slots)
+        self.advance(count)
         return logits
 
     def save(self, start: int) -> NDArray[np.uint8]:
         """Keys and values of the positions from ``start`` on, see ``KeyValues.rows``."""
-        data = self._cache.rows[:, start : self.length].copy()
+        data = self._cache.rows[:, start : self.slots].copy()
         data.flags.writeable = False
         return data
 
     def restore(self, segment: Segment) -> None:
         """Puts saved keys and values where they were; the sequence ends with them."""
         self._cache.rows[:, segment.start : segment.end] = segment.data
-        self.length = segment.end
+        self.resume(segment.end)
 
     def _graph(self, shape: GraphShape) -> DecoderGraph:
         single = shape.length == 1
@@ -150,7 +151,7 @@ class GgmlDecoder(GgufDecoder):
     def save(self, state: DecoderState, start: int) -> Segment:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, GgmlState)
-        return Segment(start, state.length, state.save(start))
+        return Segment(start, state.slots, state.save(start))
 
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -24,14 +24,16 @@ from mobilevlm.runtime.engines.llama.gguf_check import check_decoder
 from mobilevlm.runtime.engines.llama.gguf_decoder import GgufDecoder
 from mobilevlm.runtime.engines.llama.native import LLAMA, NativeModel, address, llama_library
 from mobilevlm.runtime.engines.onnx.forking import free_with, note_threads
+from mobilevlm.runtime.engines.state import SlotState
 from mobilevlm.spec import DecoderSpec
 
 
-class LlamaState:
+class LlamaState(SlotState):
     """A llama_context: keys and values of one sequence, in float16 as llama.cpp has them (float32
     for a float32 file), allocated once for the whole context."""
 
     def __init__(self, model: NativeModel, context_length: int, exact: bool, threads: int) -> None:
+        super().__init__()
         library = llama_library()
         options = library.llama_context_default_params()
         options.n_ctx = context_length
@@ -50,18 +52,10 @@ class LlamaState:
         self._memory = library.llama_get_memory(self.pointer)
         # The finalizer holds the model, which must live longer than its contexts.
         free_with(self, _free_context, library, self.pointer, model)
-        self._length = 0
 
-    @property
-    def length(self) -> int:
-        """Positions that are filled; lowering it goes back."""
-        return self._length
-
-    @length.setter
-    def length(self, length: int) -> None:
-        if not llama_library().llama_memory_seq_rm(self._memory, 0, length, -1):
+    def _go_back(self, slots: int) -> None:
+        if not llama_library().llama_memory_seq_rm(self._memory, 0, slots, -1):
             raise MobileVLMError("llama.cpp cannot go back in this sequence")
-        self._length = length
 
     def append(self, batch: Any) -> None:
         """Runs a batch; after a failure the sequence is as it was."""
@@ -69,13 +63,13 @@ class LlamaState:
         note_threads(LLAMA)
         code = library.llama_decode(self.pointer, batch)
         if code:
-            library.llama_memory_seq_rm(self._memory, 0, self._length, -1)
+            library.llama_memory_seq_rm(self._memory, 0, self.slots, -1)
             reasons = {1: "the context is full", -2: "too little memory"}
             raise MobileVLMError(
-                f"llama.cpp failed after {self._length} positions: "
+                f"llama.cpp failed after {self.slots} positions: "
                 f"{reasons.get(code, 'error')} (code {code})"
             )
-        self._length += batch.n_tokens
+        self.advance(batch.n_tokens)
 
     def save(self) -> NDArray[np.uint8]:
         """The whole sequence in llama.cpp's own format."""
@@ -92,12 +86,12 @@ class LlamaState:
     def restore(self, data: NDArray[np.uint8], length: int) -> None:
         """Replaces the sequence by a saved one of ``length`` positions."""
         library = llama_library()
-        self.length = 0
+        self.rewind(0)
         if not library.llama_state_seq_set_data(
             self.pointer, address(data, ctypes.c_uint8), data.size, 0
         ):
             raise MobileVLMError("llama.cpp cannot take a saved sequence back")
-        self._length = length
+        self.resume(length)
 
     def logits(self, index: int, count: int, vocab_size: int) -> Float32:
         """Logits of ``count`` positions of the last batch, from ``index`` on: a view
@@ -169,7 +163,7 @@ class LlamaDecoder(GgufDecoder):
     def save(self, state: DecoderState, start: int) -> Segment:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. llama.cpp saves from position 0."""
         assert isinstance(state, LlamaState)
-        return Segment(0, state.length, state.save())
+        return Segment(0, state.slots, state.save())
 
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import check_whole, small_pages
+from mobilevlm.runtime.engines.state import SlotState
 
 
-class BufferedState:
+class BufferedState(SlotState):
     """Keys and values ``(1, num_key_value_heads, capacity, head_dim)`` by name."""
 
     def __init__(self, buffers: Mapping[str, NDArray[Any]]) -> None:
-        self.length = 0
+        super().__init__()
         self.buffers = buffers
 
 
@@ -49,9 +50,9 @@ class BufferedDecoder:
         ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values, in the
         buffers' type."""
         assert isinstance(state, BufferedState)
-        data = np.stack([buffer[0, :, start : state.length] for buffer in state.buffers.values()])
+        data = np.stack([buffer[0, :, start : state.slots] for buffer in state.buffers.values()])
         data.flags.writeable = False
-        return Segment(start, state.length, data)
+        return Segment(start, state.slots, data)
 
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -60,7 +61,7 @@ class BufferedDecoder:
             check_whole(segment.data)
         for buffer, part in zip(state.buffers.values(), segment.data, strict=True):
             buffer[0, :, segment.start : segment.end] = part
-        state.length = segment.end
+        state.resume(segment.end)
 
 
 def map_table(path: Path, embeddings: EmbeddingTable) -> np.memmap[Any, Any]:

@@ -175,7 +175,8 @@ class OnnxState(BufferedState):
 
     def begin(self, cross: dict[str, Float32]) -> None:
         """An empty sequence behind a prompt that an encoder has read."""
-        self.length, self.cross, self._step = 0, cross, None
+        self.rewind(0)
+        self.cross, self._step = cross, None
 
     def step_binding(self, session: Session) -> Any:
         """The binding of a step, made once for a session."""
@@ -323,9 +324,9 @@ class OnnxDecoder(BufferedDecoder):
         binding = state.bind(session, chunk, positions, logits)
         for name, values in also.items():
             _bind_output(binding, name, values)
-        state.total_length[0] = state.length + len(embeds)
+        state.total_length[0] = state.slots + len(embeds)
         session.run_with_iobinding(binding, self._run_options)
-        state.length += len(embeds)
+        state.advance(len(embeds))
         result: Float32 = logits[0, computed - count :]
         return result
 
@@ -366,9 +367,9 @@ class OnnxDecoder(BufferedDecoder):
         table = still_open(self._table)
         check_whole(still_open(self._mapped))
         state.step_embeds[0, 0] = table[token]
-        state.total_length[0] = state.length + 1
+        state.total_length[0] = state.slots + 1
         session.run_with_iobinding(state.step_binding(session))
-        state.length += 1
+        state.advance(1)
         result: Float32 = state.step_logits[0, 0]
         return result
 

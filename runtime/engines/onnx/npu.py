@@ -143,7 +143,7 @@ class NpuDecoder(BufferedDecoder):
     def _append(self, state: NpuState, embeds: Float32) -> Float32:
         """Appends at most a chunk; logits of its last position ``(1, vocab_size)``. What a chunk
         lacks is filled up behind, where no position sees it."""
-        start, count = state.length, len(embeds)
+        start, count = state.slots, len(embeds)
         session, length = still_open(self._chunks), self.chunk
         if count == 1:
             session, length = self._tokens, 1
@@ -163,7 +163,7 @@ class NpuDecoder(BufferedDecoder):
         )
         for buffer, present in zip(state.buffers.values(), presents, strict=True):
             buffer[:, :, start : start + count] = present[:, :, :count]
-        state.length += count
+        state.advance(count)
         result: Float32 = logits[0]
         return result
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mobilevlm.errors import BundleError
+from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
 from mobilevlm.protobuf import external_files
 from mobilevlm.regular_file import leaves_folder
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MOST_POSITIONS = 1 << 20
 """Of a context"""
 MOST_LAYERS = 1 << 12
+MOST_EXPERTS = 1 << 16
+"""Of all layers together"""
 LEAST_BITS = 2
 """Of a weight in a file"""
 SUFFIXES = {"onnx": ".onnx", "npu": ".onnx", "ort": ".ort", "gguf": ".gguf"}
@@ -124,6 +127,10 @@ def _weights(part: str, count: int, total: int) -> _Check:
     return what, count, count * LEAST_BITS <= 8 * total, f"what {total} bytes of files can hold"
 
 
+def _size(groups: Iterable[LinearGroup]) -> int:
+    return sum(group.size for group in groups)
+
+
 def _image(spec: ModelSpec) -> Iterator[_Check]:
     image, edge = spec.image.preparation, spec.image.encoder.image_size
     yield from _whole("image", {"size": image.size, "shortest_edge": image.shortest_edge})
@@ -152,10 +159,8 @@ def _vision(vision: TransformerEncoder, total: int) -> Iterator[_Check]:
     yield "vision.hidden_size", hidden, hidden % heads == 0, f"a multiple of {_short(heads)} heads"
     patch, edge = vision.patch_size, vision.image_size
     yield "vision.patch_size", patch, patch <= edge, f"at most the image's {_short(edge)}"
-    layer = 4 * hidden**2 + 2 * hidden * vision.intermediate_size
     positions = vision.num_positions + 3 * patch**2
-    count = vision.num_hidden_layers * layer + hidden * positions
-    yield _weights("vision", count, total)
+    yield _weights("vision", _size(tower_groups(vision)) + hidden * positions, total)
 
 
 def _layers(name: str, count: int) -> _Check:
@@ -178,11 +183,7 @@ def _projector(spec: ModelSpec, total: int) -> Iterator[_Check]:
     yield "projector.kind", projector.kind, has_queries, "that of its parts"
     yield from _qformer(projector, total)
     yield "the number of visual tokens", projector.num_tokens, projector.num_tokens > 0, "1 or more"
-    count = sum(
-        first * second
-        for first, second in zip(projector.mlp_sizes, projector.mlp_sizes[1:], strict=False)
-    )
-    yield _weights("projector", count, total)
+    yield _weights("projector", _size(projector_groups(projector)), total)
 
 
 def _qformer(projector: ConnectorSpec, total: int) -> Iterator[_Check]:
@@ -205,8 +206,7 @@ def _qformer(projector: ConnectorSpec, total: int) -> Iterator[_Check]:
     hidden, heads = queries.hidden_size, queries.num_attention_heads
     yield "qformer.hidden_size", hidden, hidden % heads == 0, f"a multiple of {_short(heads)} heads"
     rows = queries.num_queries + queries.vocab_size + queries.max_positions
-    layer = 4 * hidden + queries.intermediate_size
-    yield _weights("qformer", hidden * (rows + queries.num_hidden_layers * layer), total)
+    yield _weights("qformer", hidden * rows, total)
 
 
 def _decoder(decoder: DecoderSpec, total: int) -> Iterator[_Check]:
@@ -254,7 +254,7 @@ def _decoder(decoder: DecoderSpec, total: int) -> Iterator[_Check]:
         yield from _whole("decoder.relative_positions", values)
         yield _weights("decoder.relative_positions", buckets.num_buckets * heads, total)
     yield from _experts(decoder)
-    yield _weights("decoder", _decoder_weights(decoder), total)
+    yield _weights("decoder", _size(decoder_groups(decoder)), total)
 
 
 def _blocks(decoder: DecoderSpec) -> Iterator[_Check]:
@@ -281,21 +281,12 @@ def _experts(decoder: DecoderSpec) -> Iterator[_Check]:
     yield "experts.layers", layers, is_right, "layers of the decoder, each with its experts"
     is_right = all(1 <= experts.top_k <= count < 1 << 16 for count in counts)
     yield "experts.num_experts", counts, is_right, f"at least top_k {_short(experts.top_k)}"
-
-
-def _decoder_weights(decoder: DecoderSpec) -> int:
-    """Return how many weights the linear layers and the embeddings have at least."""
-    hidden = decoder.hidden_size
-    heads = 2 * (decoder.num_attention_heads + decoder.num_key_value_heads)
-    attention = hidden * decoder.head_dim * heads
-    mlp = hidden * decoder.intermediate_size * (len(decoder.mlp_linears[0]) + 1)
-    dense = decoder.num_hidden_layers + decoder.encoder_layers
-    sparse = 0
-    if decoder.experts is not None:
-        dense -= len(decoder.experts.layers)
-        sparse = sum(decoder.experts.num_experts)
-    layers = decoder.num_hidden_layers + decoder.encoder_layers
-    return layers * attention + (dense + sparse) * mlp + hidden * decoder.vocab_size
+    yield (
+        "the number of experts",
+        sum(counts),
+        sum(counts) <= MOST_EXPERTS,
+        f"at most {MOST_EXPERTS}",
+    )
 
 
 def _conversation(spec: ModelSpec) -> Iterator[_Check]:

@@ -1,5 +1,7 @@
-"""The linear layers of a model as its graphs hold them: those that read the same input are one
-product, with one format."""
+"""Linear layers of a model: their names, shapes and biases, written here and nowhere else.
+
+Layers that read the same input are one group: graphs hold them as one product, with one format.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mobilevlm.spec import DecoderSpec, ModelSpec, QFormerSpec
+from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, QFormerSpec, TransformerEncoder
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,7 @@ class LinearGroup:
     """Canonical names without ``.weight``"""
     in_size: int
     out_sizes: tuple[int, ...]
+    biased: bool = False
 
     @property
     def name(self) -> str:
@@ -33,74 +36,113 @@ class LinearGroup:
         """Weights."""
         return self.in_size * self.out_size
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Shape ``(out_size, in_size)`` of each layer's weight, by canonical name."""
+        sizes = zip(self.names, self.out_sizes, strict=True)
+        return {name: (out_size, self.in_size) for name, out_size in sizes}
+
 
 def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
     """All linear layers that a recipe has a format for, in the order of use."""
-    vision, projector, decoder = spec.image.encoder, spec.image.connector, spec.decoder
-    size, wide = vision.hidden_size, vision.intermediate_size
-    for index in range(vision.num_hidden_layers):
-        attn, mlp = f"vision.layers.{index}.attn", f"vision.layers.{index}.mlp"
-        yield LinearGroup(_qkv(attn), size, (size,) * 3)
-        yield LinearGroup((f"{attn}.out_proj",), size, (size,))
-        yield LinearGroup((f"{mlp}.fc1",), size, (wide,))
-        yield LinearGroup((f"{mlp}.fc2",), wide, (size,))
-    if projector.qformer is not None:
-        yield from _qformer_groups(projector.qformer, vision.hidden_size)
-    for index, (in_size, out_size) in enumerate(pairwise(projector.mlp_sizes)):
-        yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,))
-    size, wide = decoder.hidden_size, decoder.intermediate_size
-    queries = decoder.num_attention_heads * decoder.head_dim
-    keys = decoder.num_key_value_heads * decoder.head_dim
-    readers, maker = decoder.mlp_linears
-    if decoder.encoder_layers:
-        yield from _encoder_groups(decoder)
-    for index in range(decoder.num_hidden_layers):
-        attn, cross = f"decoder.layers.{index}.attn", f"decoder.layers.{index}.cross"
-        yield LinearGroup(_qkv(attn), size, (queries, keys, keys))
-        yield LinearGroup((f"{attn}.o_proj",), queries, (size,))
-        if decoder.encoder_layers:
-            yield LinearGroup((f"{cross}.query_proj",), size, (queries,))
-            yield LinearGroup((f"{cross}.o_proj",), queries, (size,))
-        for mlp in decoder.mlp_names(index):
-            names = tuple(f"{mlp}.{reader}" for reader in readers)
-            yield LinearGroup(names, size, (wide,) * len(names))
-            yield LinearGroup((f"{mlp}.{maker}",), wide, (size,))
-    yield LinearGroup(("decoder.lm_head",), size, (decoder.vocab_size,))
+    yield from tower_groups(spec.image.encoder)
+    yield from projector_groups(spec.image.connector)
+    yield from decoder_groups(spec.decoder)
+
+
+def tower_groups(spec: TransformerEncoder) -> Iterator[LinearGroup]:
+    """Yield the layers of an image encoder."""
+    for index in range(spec.num_hidden_layers):
+        yield from tower_layer(spec, index)
+
+
+def tower_layer(spec: TransformerEncoder, index: int) -> Iterator[LinearGroup]:
+    """Yield the layers of one layer of an image encoder, attention first."""
+    size, name = spec.hidden_size, f"vision.layers.{index}"
+    yield LinearGroup(_qkv(f"{name}.attn"), size, (size,) * 3, True)
+    yield LinearGroup((f"{name}.attn.out_proj",), size, (size,), True)
+    yield from _plain_mlp(f"{name}.mlp", size, spec.intermediate_size)
+
+
+def projector_groups(spec: ConnectorSpec) -> Iterator[LinearGroup]:
+    """Yield the layers of a projector: those of its Q-Former, then its MLP."""
+    if spec.qformer is not None:
+        yield from _qformer_groups(spec.qformer, spec.in_size)
+    for index, (in_size, out_size) in enumerate(pairwise(spec.mlp_sizes)):
+        yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,), True)
+
+
+def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
+    """Yield the layers of a language model, the head last."""
+    if spec.encoder_layers:
+        yield from _encoder_groups(spec)
+    size, queries = spec.hidden_size, spec.num_attention_heads * spec.head_dim
+    for index in range(spec.num_hidden_layers):
+        name = f"decoder.layers.{index}"
+        yield from attention_groups(spec, f"{name}.attn")
+        if spec.encoder_layers:
+            yield LinearGroup((f"{name}.cross.query_proj",), size, (queries,), spec.qkv_bias)
+            yield LinearGroup((f"{name}.cross.o_proj",), queries, (size,), spec.o_bias)
+        for mlp in spec.mlp_names(index):
+            yield from mlp_groups(spec, mlp)
+    yield head_group(spec)
+
+
+def attention_groups(spec: DecoderSpec, attn: str) -> Iterator[LinearGroup]:
+    """Yield the layers of one self-attention of a decoder. ``attn``: its canonical name."""
+    queries = spec.num_attention_heads * spec.head_dim
+    keys = spec.num_key_value_heads * spec.head_dim
+    yield LinearGroup(_qkv(attn), spec.hidden_size, (queries, keys, keys), spec.qkv_bias)
+    yield LinearGroup((f"{attn}.o_proj",), queries, (spec.hidden_size,), spec.o_bias)
+
+
+def mlp_groups(spec: DecoderSpec, mlp: str) -> Iterator[LinearGroup]:
+    """Yield the layers of one MLP of a decoder. ``mlp``: its canonical name."""
+    size, wide = spec.hidden_size, spec.intermediate_size
+    readers, maker = spec.mlp_linears
+    names = tuple(f"{mlp}.{reader}" for reader in readers)
+    yield LinearGroup(names, size, (wide,) * len(names), spec.mlp_bias)
+    yield LinearGroup((f"{mlp}.{maker}",), wide, (size,), spec.mlp_bias)
+
+
+def head_group(spec: DecoderSpec) -> LinearGroup:
+    """Return the layer that makes logits, which may share its weight with the embeddings."""
+    sizes = spec.hidden_size, (spec.vocab_size,)
+    return LinearGroup(("decoder.lm_head",), *sizes, spec.lm_head_bias)
 
 
 def _encoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
     """The encoder, and what makes keys and values of its output for each layer of the decoder."""
-    size, wide, width = spec.hidden_size, spec.intermediate_size, spec.num_attention_heads
-    width *= spec.head_dim
-    readers, maker = spec.mlp_linears
     for index in range(spec.encoder_layers):
         name = f"decoder.encoder.layers.{index}"
-        yield LinearGroup(_qkv(f"{name}.attn"), size, (width,) * 3)
-        yield LinearGroup((f"{name}.attn.o_proj",), width, (size,))
-        names = tuple(f"{name}.mlp.{reader}" for reader in readers)
-        yield LinearGroup(names, size, (wide,) * len(names))
-        yield LinearGroup((f"{name}.mlp.{maker}",), wide, (size,))
+        yield from attention_groups(spec, f"{name}.attn")
+        yield from mlp_groups(spec, f"{name}.mlp")
+    width = spec.num_attention_heads * spec.head_dim
     for index in range(spec.num_hidden_layers):
         name = f"decoder.encoder.cross.{index}"
-        yield LinearGroup((f"{name}.key_proj", f"{name}.value_proj"), size, (width,) * 2)
+        names = f"{name}.key_proj", f"{name}.value_proj"
+        yield LinearGroup(names, spec.hidden_size, (width,) * 2, spec.qkv_bias)
 
 
 def _qformer_groups(spec: QFormerSpec, source_size: int) -> Iterator[LinearGroup]:
     size, wide = spec.hidden_size, spec.intermediate_size
     for index in range(spec.num_hidden_layers):
         name = f"projector.layers.{index}"
-        yield LinearGroup(_qkv(f"{name}.attn"), size, (size,) * 3)
-        yield LinearGroup((f"{name}.attn.out_proj",), size, (size,))
+        yield LinearGroup(_qkv(f"{name}.attn"), size, (size,) * 3, True)
+        yield LinearGroup((f"{name}.attn.out_proj",), size, (size,), True)
         if spec.has_text(index):
-            yield LinearGroup((f"{name}.text_mlp.fc1",), size, (wide,))
-            yield LinearGroup((f"{name}.text_mlp.fc2",), wide, (size,))
+            yield from _plain_mlp(f"{name}.text_mlp", size, wide)
         if spec.has_cross_attention(index):
             pair = (f"{name}.cross.key_proj", f"{name}.cross.value_proj")
-            yield LinearGroup(pair, source_size, (size,) * 2)
-            yield LinearGroup((f"{name}.cross.query_proj",), size, (size,))
-            yield LinearGroup((f"{name}.cross.out_proj",), size, (size,))
-        yield LinearGroup((f"{name}.mlp.fc1",), size, (wide,))
-        yield LinearGroup((f"{name}.mlp.fc2",), wide, (size,))
+            yield LinearGroup(pair, source_size, (size,) * 2, True)
+            yield LinearGroup((f"{name}.cross.query_proj",), size, (size,), True)
+            yield LinearGroup((f"{name}.cross.out_proj",), size, (size,), True)
+        yield from _plain_mlp(f"{name}.mlp", size, wide)
+
+
+def _plain_mlp(mlp: str, size: int, wide: int) -> Iterator[LinearGroup]:
+    yield LinearGroup((f"{mlp}.fc1",), size, (wide,), True)
+    yield LinearGroup((f"{mlp}.fc2",), wide, (size,), True)
 
 
 def _qkv(attn: str) -> tuple[str, ...]:

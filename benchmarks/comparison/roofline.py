@@ -11,11 +11,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import Literal
 
 import numpy as np
 
-from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, QFormerSpec, TransformerEncoder
+from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
+from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, TransformerEncoder
 
 BYTES_READ = 2**30
 CHUNK = 2**23
@@ -122,11 +123,18 @@ def vision_work(spec: ModelSpec, weight_bytes: int) -> Work:
 
 
 def prefill_work(spec: DecoderSpec, length: int, weight_bytes: int) -> Work:
-    """A prompt through the decoder, logits of its last position only."""
-    head = 2.0 * spec.hidden_size * spec.vocab_size
-    layers = length * layer_operations(spec) * spec.num_hidden_layers
+    """A prompt through the decoder, logits of its last position only. Where there is an encoder,
+    the prompt passes that, and the decoder takes its first step."""
+    width = spec.num_attention_heads * spec.head_dim
+    if spec.encoder_layers:
+        attention = 4.0 * length * length * width * spec.encoder_layers
+        step = decode_work(spec, length, weight_bytes, 0)
+        encoded = length * token_operations(spec, "encoder") + attention
+        return Work(encoded + step.operations, weight_bytes)
+    layers = length * token_operations(spec, "layers")
     # a position sees itself and those before it
-    attention = 2.0 * length * (length + 1) * spec.num_attention_heads * spec.head_dim
+    attention = 2.0 * length * (length + 1) * width
+    head = token_operations(spec, "lm_head")
     return Work(layers + attention * spec.num_hidden_layers + head, weight_bytes)
 
 
@@ -134,55 +142,54 @@ def decode_work(spec: DecoderSpec, length: int, weight_bytes: int, kv_bytes: int
     """One token after ``length`` others. ``kv_bytes``: of a stored key or value element."""
     heads = spec.num_attention_heads * spec.head_dim
     cached = 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * length
-    operations = spec.num_hidden_layers * (layer_operations(spec) + 4.0 * length * heads)
-    head = 2.0 * spec.hidden_size * spec.vocab_size
-    return Work(operations + head, weight_bytes + cached * kv_bytes)
+    products = token_operations(spec, "layers") + token_operations(spec, "lm_head")
+    attention = 4.0 * length * heads * spec.num_hidden_layers
+    return Work(products + attention, weight_bytes + cached * kv_bytes)
 
 
-def layer_operations(spec: DecoderSpec) -> float:
-    """Products with weights in one decoder layer, for one position."""
-    heads, shared = spec.num_attention_heads, spec.num_key_value_heads
-    attention = spec.hidden_size * spec.head_dim * (2 * heads + 2 * shared)
-    return 2.0 * (attention + 3 * spec.hidden_size * spec.intermediate_size)
+def token_operations(spec: DecoderSpec, part: Literal["encoder", "layers", "lm_head"]) -> float:
+    """Return the operations of products with weights for one position in a part of a decoder: of
+    sparse experts only those that a token uses."""
+    groups = (group for group in decoder_groups(spec) if group.name.split(".")[1] == part)
+    return 2.0 * sum(group.size * _share(spec, group) for group in groups)
+
+
+def _share(spec: DecoderSpec, group: LinearGroup) -> float:
+    """Return the share of tokens that a layer multiplies."""
+    if spec.experts is None or ".experts." not in group.name:
+        return 1.0
+    return spec.experts.top_k / spec.num_experts(int(group.name.split(".")[2]))
 
 
 def tower_operations(spec: TransformerEncoder) -> float:
-    """Patch embedding, and for each layer four projections, attention and the MLP."""
-    tokens = spec.num_positions
-    size, wide = spec.hidden_size, spec.intermediate_size
+    """Patch embedding, and the products and attention of each layer."""
+    tokens, size = spec.num_positions, spec.hidden_size
     patches = 2.0 * spec.num_patches * 3 * spec.patch_size**2 * size
-    products = 2.0 * tokens * (4 * size * size + 2 * size * wide)
-    attention = 4.0 * tokens * tokens * size
-    return patches + spec.num_hidden_layers * (products + attention)
+    products = 2.0 * tokens * sum(group.size for group in tower_groups(spec))
+    return patches + products + spec.num_hidden_layers * 4.0 * tokens * tokens * size
 
 
 def projector_operations(spec: ConnectorSpec) -> float:
-    """The least that gives the exact result: LDPv2's second product comes after its pooling."""
+    """The least that gives the exact result: LDPv2's second product comes after its pooling. A
+    Q-Former reads no instruction."""
     patches, tokens = spec.grid**2, spec.num_tokens
-    products = sum(2.0 * inner * outer for inner, outer in pairwise(spec.mlp_sizes))
-    if spec.kind == "mlp":
-        return patches * products
-    if spec.kind == "mlp_downsample":
-        return tokens * products
-    if spec.qformer is not None:
-        return tokens * products + qformer_operations(spec.qformer, spec.in_size, patches)
-    first, square = 2.0 * spec.in_size * spec.out_size, 2.0 * spec.out_size**2
+    operations = 0.0
+    for group in projector_groups(spec):
+        all_patches = group.name.endswith(".cross.key_proj") or spec.kind == "ldp"
+        all_patches |= (spec.kind, group.name) == ("ldpv2", "projector.mlp.0")
+        rows = patches if all_patches else tokens
+        operations += 2.0 * rows * group.size * (".text_mlp." not in group.name)
     if spec.kind == "ldpv2":
-        return patches * first + tokens * (square + 18.0 * spec.out_size)
-    # LDP: an MLP, then two blocks of depthwise and pointwise convolution, the second of stride 2
-    return (
-        patches * (first + 2 * square) + tokens * square + 18.0 * spec.out_size * (patches + tokens)
-    )
-
-
-def qformer_operations(spec: QFormerSpec, source_size: int, patches: int) -> float:
-    """Of the queries, without an instruction: attention to each other and to the picture, MLP."""
-    size, queries = spec.hidden_size, spec.num_queries
-    own = queries * (4 * size * size + 2 * size * spec.intermediate_size) + 2 * queries**2 * size
-    cross = queries * 2 * size * size + patches * 2 * source_size * size
-    cross += 2 * queries * patches * size
-    layers = range(spec.num_hidden_layers)
-    return 2.0 * sum(own + cross * spec.has_cross_attention(index) for index in layers)
+        operations += 18.0 * spec.out_size * tokens
+    if spec.kind == "ldp":  # two blocks of depthwise and pointwise convolution, one of stride 2
+        operations += (18.0 + 2.0 * spec.out_size) * spec.out_size * (patches + tokens)
+    if (queries := spec.qformer) is not None:
+        seen = sum(
+            tokens + patches * queries.has_cross_attention(index)
+            for index in range(queries.num_hidden_layers)
+        )
+        operations += 4.0 * tokens * queries.hidden_size * seen
+    return operations
 
 
 def share_of_roof(work: Work, seconds: float, operations_peak: float, read_peak: float) -> float:

@@ -15,6 +15,7 @@ from typing import Any
 from mobilevlm.checkpoint import RowRange, TensorRef, TensorSource, check_presence
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import config_value, rope_scaling
+from mobilevlm.linear_groups import attention_groups, head_group, mlp_groups
 from mobilevlm.spec import DecoderSpec, ExpertsSpec
 
 _MANY = 1000
@@ -97,23 +98,21 @@ def _modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
     if spec.learned_positions:
         yield "position_embedding", False
     yield "norm", normed
-    yield "lm_head", spec.lm_head_bias
+    yield "lm_head", head_group(spec).biased
     for index in range(spec.num_hidden_layers):
         layer = f"layers.{index}"
         yield f"{layer}.input_norm", normed
         if not spec.parallel_residual:
             yield f"{layer}.post_attention_norm", normed
-        for part in "qkv":
-            yield f"{layer}.attn.{part}_proj", spec.qkv_bias
-        yield f"{layer}.attn.o_proj", spec.o_bias
+        for group in attention_groups(spec, f"{layer}.attn"):
+            yield from ((name, group.biased) for name in group.names)
         if spec.num_experts(index):
             yield f"{layer}.mlp.router", False
         if spec.num_experts(index) and spec.experts is not None and spec.experts.use_residual:
             yield f"{layer}.mlp.coefficient", True
-        readers, maker = spec.mlp_linears
-        for name in spec.mlp_names(index):
-            for linear in (*readers, maker):
-                yield f"{name.removeprefix('decoder.')}.{linear}", spec.mlp_bias
+        for mlp in spec.mlp_names(index):
+            for group in mlp_groups(spec, mlp.removeprefix("decoder.")):
+                yield from ((name, group.biased) for name in group.names)
 
 
 def _stored(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, RowRange | None]:

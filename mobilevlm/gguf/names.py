@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.linear_groups import (
+    LinearGroup,
+    attention_groups,
+    head_group,
+    mlp_groups,
+    projector_groups,
+    tower_layer,
+)
 from mobilevlm.spec import ConnectorSpec, DecoderSpec, TransformerEncoder
 
 
@@ -78,73 +86,82 @@ def is_own(architecture: str) -> bool:
     return architecture.startswith(OWN_PREFIX)
 
 
+_LINEARS = {
+    **{f"{part}_proj": f"attn_{part}" for part in "qkv"},
+    "out_proj": "attn_out",
+    "o_proj": "attn_output",
+    "gate_proj": "ffn_gate",
+    "up_proj": "ffn_up",
+    "down_proj": "ffn_down",
+    "fc1": "ffn_up",
+    "fc2": "ffn_down",
+}
+"""llama.cpp's names of linear layers, by the last part of ours."""
+
+
 def decoder_entries(spec: DecoderSpec) -> Iterator[Entry]:
     """All tensors of a decoder in the order of the file."""
-    hidden = spec.hidden_size
-    heads, shared = spec.num_attention_heads, spec.num_key_value_heads
-    query, key = heads * spec.head_dim, shared * spec.head_dim
     # llama.cpp wants rotary pairs side by side; files of our own keep the checkpoint's halves.
-    turned, turned_keys = (0, 0) if is_own(gguf_architecture(spec)) else (heads, shared)
-    yield _entry("token_embd", "decoder.embed_tokens", spec.vocab_size, hidden)
+    turned = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
+    if is_own(gguf_architecture(spec)):
+        turned = {}
+    yield _entry("token_embd", "decoder.embed_tokens", spec.vocab_size, spec.hidden_size)
     for index in range(spec.num_hidden_layers):
         ours, theirs = f"decoder.layers.{index}", f"blk.{index}"
         yield from _norm(spec, f"{theirs}.attn_norm", f"{ours}.input_norm")
-        for part, size, turn in (("q", query, turned), ("k", key, turned_keys), ("v", key, 0)):
-            yield from _linear(
-                f"{theirs}.attn_{part}", f"{ours}.attn.{part}_proj", size, hidden, spec.qkv_bias,
-                heads=turn,
-            )  # fmt: skip
-        yield from _linear(
-            f"{theirs}.attn_output", f"{ours}.attn.o_proj", hidden, query, spec.o_bias
-        )
+        for group in attention_groups(spec, f"{ours}.attn"):
+            yield from _linears(group, theirs, turned=turned)
         if not spec.parallel_residual:
             yield from _norm(spec, f"{theirs}.ffn_norm", f"{ours}.post_attention_norm")
         yield from _mlp_entries(spec, index)
     yield from _norm(spec, "output_norm", "decoder.norm")
     if not spec.tie_word_embeddings:  # llama.cpp takes the embeddings where there is no output
-        yield from _linear("output", "decoder.lm_head", spec.vocab_size, hidden, spec.lm_head_bias)
+        head = head_group(spec)
+        yield from _linear("output", head.name, *head.shapes[head.name], head.biased)
 
 
 def _mlp_entries(spec: DecoderSpec, index: int) -> Iterator[Entry]:
     """A layer's MLP, or its router and experts, which lie one behind the other in one tensor, and
     the dense MLP beside them, which is named as llama.cpp names experts that all tokens share."""
-    ours, theirs, count = f"decoder.layers.{index}.mlp", f"blk.{index}.ffn", spec.num_experts(index)
+    ours, block, count = f"decoder.layers.{index}.mlp", f"blk.{index}", spec.num_experts(index)
     if not count:
-        yield from _mlp_linears(spec, theirs, ours)
+        for group in mlp_groups(spec, ours):
+            yield from _linears(group, block)
         return
     shape = (count, spec.hidden_size)
-    yield Entry(f"{theirs}_gate_inp.weight", f"{ours}.router.weight", shape, shape, "float")
-    yield from _mlp_linears(spec, theirs, f"{ours}.experts.{{}}", "_exps", count)
+    yield Entry(f"{block}.ffn_gate_inp.weight", f"{ours}.router.weight", shape, shape, "float")
+    for group in mlp_groups(spec, f"{ours}.experts.{{}}"):
+        yield from _linears(group, block, "_exps", count)
     if spec.experts is not None and spec.experts.use_residual:
         name, shape = f"{ours}.coefficient", (2, spec.hidden_size)
-        yield Entry(f"{theirs}_gate_inp_shexp.weight", f"{name}.weight", shape, shape, "float")
-        yield Entry(f"{theirs}_gate_inp_shexp.bias", f"{name}.bias", (2,), (2,), "float")
-        yield from _mlp_linears(spec, theirs, f"{ours}.residual", "_shexp")
+        weight, bias = (f"{block}.ffn_gate_inp_shexp.{part}" for part in ("weight", "bias"))
+        yield Entry(weight, f"{name}.weight", shape, shape, "float")
+        yield Entry(bias, f"{name}.bias", (2,), (2,), "float")
+        for group in mlp_groups(spec, f"{ours}.residual"):
+            yield from _linears(group, block, "_shexp")
 
 
-def _mlp_linears(
-    spec: DecoderSpec, theirs: str, ours: str, ending: str = "", stack: int = 0
+def _linears(
+    group: LinearGroup,
+    block: str,
+    ending: str = "",
+    stack: int = 0,
+    turned: Mapping[str, int] = {},
+    names: Mapping[str, str] = _LINEARS,
 ) -> Iterator[Entry]:
-    readers, maker = spec.mlp_linears
-    for linear in (*readers, maker):
-        sizes = spec.hidden_size, spec.intermediate_size
-        in_size, out_size = sizes if linear in readers else sizes[::-1]
-        yield from _linear(
-            f"{theirs}_{_MLP_NAMES[linear]}{ending}", f"{ours}.{linear}", out_size, in_size,
-            spec.mlp_bias, stack=stack,
-        )  # fmt: skip
-
-
-_MLP_NAMES = {
-    "gate_proj": "gate", "up_proj": "up", "down_proj": "down", "fc1": "up", "fc2": "down",
-}  # fmt: skip
+    """The layers of a group one by one. ``turned``: heads whose rotary pairs llama.cpp wants side
+    by side, by the last part of the layer's name."""
+    for ours, shape in group.shapes.items():
+        part = ours.rpartition(".")[2]
+        theirs = f"{block}.{names[part]}{ending}"
+        yield from _linear(theirs, ours, *shape, group.biased, turned.get(part, 0), stack)
 
 
 def tower_entries(spec: TransformerEncoder, swapped: bool = False) -> Iterator[Entry]:
     """All tensors of the tower. ``swapped``: the two layers of an MLP are named the other way
     round, as llama.cpp's first converter did."""
-    first, second = ("ffn_down", "ffn_up") if swapped else ("ffn_up", "ffn_down")
-    hidden, wide, patch = spec.hidden_size, spec.intermediate_size, spec.patch_size
+    mlp_names = {"fc1": "ffn_down", "fc2": "ffn_up"} if swapped else _LINEARS
+    hidden, patch = spec.hidden_size, spec.patch_size
     token, kernel, places = (hidden,), (hidden, 3, patch, patch), (spec.num_patches + 1, hidden)
     yield Entry("v.class_embd", "vision.class_embedding", token, token, "float")
     yield Entry(
@@ -157,23 +174,24 @@ def tower_entries(spec: TransformerEncoder, swapped: bool = False) -> Iterator[E
     for index in range(spec.num_hidden_layers):
         ours, theirs = f"vision.layers.{index}", f"v.blk.{index}"
         yield from _pair(f"{theirs}.ln1", f"{ours}.norm1", hidden)
-        for part in ("q", "k", "v", "out"):
-            yield from _pair(f"{theirs}.attn_{part}", f"{ours}.attn.{part}_proj", hidden, hidden)
+        query, output, *mlp = tower_layer(spec, index)
+        for group in (query, output):
+            yield from _linears(group, theirs)
         yield from _pair(f"{theirs}.ln2", f"{ours}.norm2", hidden)
-        yield from _pair(f"{theirs}.{first}", f"{ours}.mlp.fc1", wide, hidden)
-        yield from _pair(f"{theirs}.{second}", f"{ours}.mlp.fc2", hidden, wide)
+        for group in mlp:
+            yield from _linears(group, theirs, names=mlp_names)
 
 
 def projector_entries(spec: ConnectorSpec) -> Iterator[Entry]:
     """All tensors of a projector that begins with an MLP of two layers."""
     size = spec.out_size
-    first, second = {
+    names = {
         "mlp": ("mm.0", "mm.2"),
         "ldp": ("mm.model.mlp.1", "mm.model.mlp.3"),
         "ldpv2": ("mm.model.mlp.0", "mm.model.mlp.2"),
     }[spec.kind]
-    yield from _pair(first, "projector.mlp.0", size, spec.in_size)
-    yield from _pair(second, "projector.mlp.1", size, size)
+    for group, theirs in zip(projector_groups(spec), names, strict=True):
+        yield from _linear(theirs, group.name, *group.shapes[group.name], group.biased)
     if spec.kind == "ldp":
         for block in (0, 1):
             yield from _inverted_residual(spec, block)

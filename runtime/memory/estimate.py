@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
+from mobilevlm.linear_groups import decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
 from mobilevlm.spec import DecoderSpec, TransformerEncoder
 
@@ -221,7 +222,7 @@ def _onnx_stage(
 
 def _decoder_bytes(manifest: Manifest, name: str, artifact: Artifact) -> float:
     """Of its weights in the kernels' order; ``name``: of its stage."""
-    recipe, parts = manifest.recipe, _decoder_weights(manifest.spec.decoder, name)
+    recipe, parts = manifest.recipe, decoder_weights(manifest.spec.decoder, name)
     found = [
         (count, _settings(recipe, "prefill" if name == "prefill" else key, artifact))
         for key, count in parts
@@ -247,7 +248,7 @@ def _gguf_stage(
 def _read_share(spec: DecoderSpec) -> float:
     """What of a GGUF decoder is read as a whole: all but embeddings that are not the head too."""
     embeddings = 0.0 if spec.tie_word_embeddings else float(spec.hidden_size * spec.vocab_size)
-    others = sum(count for _, count in _decoder_weights(spec, "decoder"))
+    others = sum(count for _, count in decoder_weights(spec, "decoder"))
     return others / (others + embeddings)
 
 
@@ -281,20 +282,15 @@ def _growth(part: Mapping[str, Any]) -> float:
     return _packed(part) / _stored(part)
 
 
-def _decoder_weights(spec: DecoderSpec, stage: str) -> list[tuple[str, float]]:
+def decoder_weights(spec: DecoderSpec, stage: str) -> list[tuple[str, float]]:
     """Weights of the linear layers, by the part of the recipe."""
-    hidden, wide = spec.hidden_size, spec.intermediate_size
-    heads = spec.num_attention_heads * spec.head_dim
-    grouped = spec.num_key_value_heads * spec.head_dim
-    attention = 2.0 * hidden * (heads + grouped)
-    mlp = float(hidden * wide * (len(spec.mlp_linears[0]) + 1))
+    counts = {"encoder": 0.0, "decoder": 0.0, "lm_head": 0.0}
+    for group in decoder_groups(spec):
+        part = group.name.split(".")[1]
+        counts["decoder" if part == "layers" else part] += group.size
     if stage == "encoder":
-        return [("decoder", spec.encoder_layers * (attention + mlp))]
-    layers = sum(
-        attention * (2 if spec.encoder_layers else 1) + len(spec.mlp_names(index)) * mlp
-        for index in range(spec.num_hidden_layers)
-    )
-    return [("decoder", layers), ("lm_head", float(hidden * spec.vocab_size))]
+        return [("decoder", counts["encoder"])]
+    return [("decoder", counts["decoder"]), ("lm_head", counts["lm_head"])]
 
 
 def _vision_buffers(spec: TransformerEncoder) -> float:

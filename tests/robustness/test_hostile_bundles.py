@@ -100,6 +100,8 @@ def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], ob
         ("decoder.sliding_window", -1),
         ("decoder.sliding_window", 16),
         ("decoder.sliding_layers", [0]),
+        ("decoder.experts", {"layers": [0], "num_experts": [1 << 15], "top_k": 1}),
+        ("decoder.experts", {"layers": [0, 1, 2], "num_experts": [65535] * 3, "top_k": 1}),
         ("conversation.image_end_ids", [10**6]),
     ],
 )

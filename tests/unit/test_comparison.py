@@ -18,10 +18,10 @@ from comparison.roofline import (
     Peaks,
     Work,
     decode_work,
-    layer_operations,
     prefill_work,
     projector_operations,
     share_of_roof,
+    token_operations,
     tower_operations,
 )
 from comparison.work import BOS, picture, token_ids
@@ -120,7 +120,7 @@ def test_the_report_of_an_interrupted_run_says_what_is_complete() -> None:
 
 
 def test_operations_of_a_decoder_layer_are_two_per_weight() -> None:
-    assert layer_operations(DECODER) == 2 * WEIGHTS_OF_A_LAYER
+    assert token_operations(DECODER, "layers") == 3 * 2 * WEIGHTS_OF_A_LAYER
 
 
 def test_a_prompt_of_one_token_is_a_decode_step_after_none() -> None:

@@ -43,8 +43,8 @@ vendor's compiler takes every operator, and for an accelerator behind ONNX Runti
 share of them that the target asks for. An export that fails a check leaves no bundle and ends with
 exit code 1 and one line. Memory is what a process has in use while it answers about one picture, in
 the setting that [`load` would choose](runtime.md#memory), without pages of the model's files.
-[npu.md](npu.md) tells about the NPU's graphs, [mobile.md](mobile.md) about NNAPI, Core ML, XNNPACK
-and .ort files.
+[npu.md](npu.md) tells about the NPU's graphs, [mobile.md](mobile.md) about Core ML, XNNPACK and
+.ort files.
 
 """
 
@@ -57,7 +57,7 @@ TABLE = """\
 
 Written by `python benchmarks/targets.py --output docs/targets.md`. Coverage: operators
 (QuantizeLinear and DequantizeLinear included) that the compiler took of those in the graphs; for
-NNAPI, Core ML and XNNPACK those that the accelerator takes by our table of its operators, in how
+Core ML and XNNPACK those that the accelerator takes by our table of its operators, in how
 many parts (of the decoder in each of its two graphs), and its share of the multiplications.
 Emulator: relative error of its outputs against ONNX Runtime on the same graph, on a scene that
 calibration has not seen; of the decoder, the logits after the first chunk of {chunk} positions and

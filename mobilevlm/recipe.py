@@ -192,9 +192,11 @@ class Recipe:
     """Positions that a graph for NPUs takes of a prompt at once."""
     context_length: int = 1024
     """Positions that it has room for, where the model's own context is not shorter."""
-    layer_norm: Literal["fused", "centred", "spelled"] = "fused"
+    layer_norm: Literal["fused", "centred"] = dataclasses.field(
+        default="fused", metadata={"formerly_said": {"spelled": "fused"}}
+    )
     """Layer norms of graphs for NPUs: one operator, or a root-mean-square norm of what is left when
-    the mean is taken away, for chips that lack the first, or mean, square and root one by one."""
+    the mean is taken away, for chips that lack the first."""
     operators: Literal["runtime", "elementary"] = "runtime"
     """Of the vision stage in float, and of all float graphs with fixed shapes: what ONNX Runtime's
     processors like best, or those that mobile accelerators take too (docs/mobile.md)."""

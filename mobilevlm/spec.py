@@ -418,9 +418,10 @@ def _convert(expected: Any, data: Any, where: str, strict: bool) -> Any:
             if key not in data and field.metadata.get("formerly") in data:
                 key = field.metadata["formerly"]  # written by an earlier version
             if key in data:
-                values[field.name] = _convert(
-                    hints[field.name], data[key], f"{where}.{key}", strict
-                )
+                value = data[key]
+                if not strict and isinstance(value, str):  # a value of an earlier version
+                    value = field.metadata.get("formerly_said", {}).get(value, value)
+                values[field.name] = _convert(hints[field.name], value, f"{where}.{key}", strict)
             elif field.default is field.default_factory is dataclasses.MISSING:
                 raise MobileVLMError(f"{where}: key {field.name!r} is missing")
         return expected(**values)  # type: ignore[operator]

@@ -1,6 +1,6 @@
 """The decoder stage in float with fixed shapes, of elementary operators: one graph for chunks of
 the prompt, one for single tokens, with one file of weights. What accelerators take that know no
-fixed point of 16 bits (NNAPI, Core ML)."""
+fixed point of 16 bits (Core ML)."""
 
 from __future__ import annotations
 

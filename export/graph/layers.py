@@ -134,16 +134,13 @@ class LayerNorm(nn.Module):  # type: ignore[misc]
         settings = {"axis": -1, "epsilon": self.epsilon}
         if self.form != "fused":
             rest = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
-            if self.form == "spelled":
-                scaled = root_mean_square_norm(op, rest, self.weight, self.epsilon)
-                return op.Add(scaled, self.bias)
             return op.Add(op.RMSNormalization(rest, self.weight, **settings), self.bias)
         return op.LayerNormalization(x, self.weight, self.bias, **settings)
 
 
 def product_of_rows(op: Any, x: Any, weight: Any, bias: Any | None = None) -> Any:
-    """``x (1, length, in_size) · weight (in_size, out_size) + bias`` with two dimensions: NNAPI and
-    XNNPACK multiply no more by a constant."""
+    """``x (1, length, in_size) · weight (in_size, out_size) + bias`` with two dimensions: XNNPACK
+    multiplies no more by a constant."""
     in_size, out_size = weight.shape
     rows = op.Reshape(x, [-1, int(in_size)])
     made = op.MatMul(rows, weight) if bias is None else op.Gemm(rows, weight, bias)

@@ -163,10 +163,7 @@ class InvertedResidual(nn.Module):  # type: ignore[misc]
         out = self.norm1(op, out)
         out = op.Mul(out, _hard_sigmoid(op, out)) if self.elementary else op.HardSwish(out)
         gate = self.excite(op, op.Relu(self.squeeze(op, op.GlobalAveragePool(out))))
-        if self.elementary:
-            gate = _hard_sigmoid(op, gate)
-        else:
-            gate = op.HardSigmoid(gate, alpha=1 / 6, beta=0.5)
+        gate = _hard_sigmoid(op, gate)
         out = self.norm2(op, self.pointwise(op, op.Mul(out, gate)))
         return op.Add(out, hidden) if self.stride == 1 else out
 
@@ -218,8 +215,8 @@ def _linears(weights: WeightFile, spec: ConnectorSpec) -> nn.ModuleList:
 
 
 def _hard_sigmoid(op: Any, x: Any) -> Any:
-    """``min(max(x + 3, 0), 6) / 6``: NNAPI clips to these bounds."""
-    return op.Mul(op.Clip(op.Add(x, 3.0), 0.0, 6.0), 1 / 6)
+    """``min(max(x / 6 + 1/2, 0), 1)``"""
+    return op.HardSigmoid(x, alpha=1 / 6, beta=0.5)
 
 
 def _to_grid(op: Any, tokens: Any, channels: int, grid: int) -> Any:

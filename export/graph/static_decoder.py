@@ -8,7 +8,6 @@ and weight names are those of :mod:`mobilevlm.export.graph.decoder`, for any ``l
 
 from __future__ import annotations
 
-from itertools import accumulate
 from typing import Any
 
 from mobilevlm.export.graph.decoder import DecoderLayer, DecoderStage, Norm
@@ -56,7 +55,7 @@ class StaticLayer(DecoderLayer):
 
     def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__(weights, index, spec)
-        self.spec, self.elementary = spec, weights.recipe.elementary
+        self.spec = spec
 
     def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> StaticNorm:
         """A norm after something is added to the residual stream."""
@@ -91,11 +90,11 @@ class StaticLayer(DecoderLayer):
         spec = self.spec
         heads, kv_heads, dim = self.num_heads, self.num_kv_heads, spec.head_dim
         group = heads // kv_heads
-        query, key, value = parted(op, qkv, list(self.qkv_sizes), self.elementary)
+        query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
         query = op.Reshape(query, [1, -1, heads, dim])
-        query = rotated(op, query, rotary, spec, self.elementary)
+        query = rotated(op, query, rotary, spec)
         key = op.Reshape(key, [1, -1, kv_heads, dim])
-        key = rotated(op, key, rotary, spec, self.elementary)
+        key = rotated(op, key, rotary, spec)
         value = op.Reshape(value, [1, -1, kv_heads, dim])
         query = op.Transpose(op.Mul(query, dim**-0.5), perm=[0, 2, 1, 3])
         key, value = (op.Transpose(states, perm=[0, 2, 1, 3]) for states in (key, value))
@@ -125,27 +124,14 @@ def chosen(op: Any, states: Any, position: Any) -> Any:
     return op.Gather(states, position, axis=1)
 
 
-def parted(op: Any, states: Any, sizes: list[int], elementary: bool) -> list[Any]:
-    """Pieces of the last axis; of elementary operators unequal ones are slices, since NNAPI splits
-    evenly only."""
-    if not elementary or len(set(sizes)) == 1:
-        return list(op.Split(states, sizes, axis=-1, _outputs=len(sizes)))
-    ends = list(accumulate(sizes))
-    return [
-        op.Slice(states, [end - size], [end], [-1]) for size, end in zip(sizes, ends, strict=True)
-    ]
-
-
-def rotated(
-    op: Any, states: Any, rotary: tuple[Any, Any], spec: DecoderSpec, elementary: bool
-) -> Any:
+def rotated(op: Any, states: Any, rotary: tuple[Any, Any], spec: DecoderSpec) -> Any:
     """``(1, length, heads, head_dim)`` with its first channels rotated: halves change places, and
     the sine of the first half is negative. ``rotary``: ``(1, length, 1, rotary_channels)`` each."""
     cos, sin = rotary
     channels, rest = spec.rotary_channels, None
     if channels < spec.head_dim:
         sizes = [channels, spec.head_dim - channels]
-        states, rest = parted(op, states, sizes, elementary)
+        states, rest = op.Split(states, sizes, axis=-1, _outputs=2)
     first, second = op.Split(states, [channels // 2] * 2, axis=-1, _outputs=2)
     swapped = op.Concat(second, first, axis=-1)
     turned = op.Add(op.Mul(states, cos), op.Mul(swapped, sin))
@@ -157,17 +143,12 @@ class StaticNorm(Norm):
 
     def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
         super().__init__(weights, name, spec)
-        self.elementary, self.form = weights.recipe.elementary, weights.recipe.layer_norm
+        self.elementary = weights.recipe.elementary
 
     def forward(self, op: Any, x: Any) -> Any:
         settings = {"axis": -1, "epsilon": self.epsilon}
-        if self.elementary:
-            if self.bias is None:
-                return root_mean_square_norm(op, x, self.weight, self.epsilon)
-            if self.form == "spelled":
-                rest = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
-                scaled = root_mean_square_norm(op, rest, self.weight, self.epsilon)
-                return op.Add(scaled, self.bias)
         if self.bias is None:
+            if self.elementary:
+                return root_mean_square_norm(op, x, self.weight, self.epsilon)
             return op.RMSNormalization(x, self.weight, **settings)
         return op.LayerNormalization(x, self.weight, self.bias, **settings)

@@ -46,7 +46,7 @@ class Target:
     chunk_length: int = 64
     context_length: int = 1024
     """Shapes of graphs for NPUs, see :class:`mobilevlm.recipe.Recipe`"""
-    layer_norm: Literal["fused", "centred", "spelled"] = "fused"
+    layer_norm: Literal["fused", "centred"] = "fused"
     operators: Literal["runtime", "elementary"] = "runtime"
     vision: Precision | None = None
     """Of tower and projector, where not the recipe's"""

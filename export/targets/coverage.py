@@ -12,9 +12,6 @@ from typing import Any
 
 from mobilevlm.export.targets.providers import Node, Provider, Tensor, obstacle
 
-_SMALL = 64
-"""Values of a constant that rules may look at."""
-
 
 @dataclass(frozen=True)
 class GraphCoverage:
@@ -83,10 +80,7 @@ def _checked(model: Any, provider: Provider) -> int | None:
 
     if not provider.checker:
         return None
-    if provider.checker == "nnapi":
-        found = usability_checker.check_nnapi_partitions(model, True)
-    else:
-        found = usability_checker.check_coreml_partitions(model, True, provider.checker)
+    found = usability_checker.check_coreml_partitions(model, True, provider.checker)
     return int(found.num_supported_nodes)
 
 
@@ -137,8 +131,6 @@ def _nodes(model: Any) -> list[tuple[str, Node]]:
 
 
 def _tensors(graph: Any) -> dict[str, Tensor]:
-    import onnx
-
     found = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
         kind = value.type.tensor_type
@@ -148,11 +140,7 @@ def _tensors(graph: Any) -> dict[str, Tensor]:
             shape = tuple(size.dim_value if size.HasField("dim_value") else None for size in sizes)
         found[value.name] = Tensor(_name(kind.elem_type), shape)
     for tensor in graph.initializer:
-        value = None
-        if tensor.data_location != onnx.TensorProto.EXTERNAL:
-            array = onnx.numpy_helper.to_array(tensor)
-            value = array if array.size <= _SMALL else None
-        found[tensor.name] = Tensor(_name(tensor.data_type), tuple(tensor.dims), True, value)
+        found[tensor.name] = Tensor(_name(tensor.data_type), tuple(tensor.dims), True)
     return found
 
 

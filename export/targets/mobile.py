@@ -1,4 +1,4 @@
-"""What an export to a target with an accelerator behind ONNX Runtime (NNAPI, Core ML, XNNPACK)
+"""What an export to a target with an accelerator behind ONNX Runtime (Core ML, XNNPACK)
 proves and adds: how much of each graph it takes, .ort files, the list of operators for a reduced
 build, and for Core ML a package of the vision stage."""
 

@@ -1,5 +1,5 @@
 """Files in onnxruntime's own format (.ort): what its minimal builds for phones read, and what the
-providers for NNAPI and Core ML need, which leave alone nodes whose weights lie outside the file."""
+provider for Core ML needs, which leaves alone nodes whose weights lie outside the file."""
 
 from __future__ import annotations
 

@@ -28,8 +28,8 @@ from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.vlm import open_model
 
 Capture = pytest.CaptureFixture[str]
-TARGETS = ("android-nnapi", "ios-coreml", "android-xnnpack")
-OWN_ENGINE = {"android-nnapi": "npu", "ios-coreml": "npu", "android-xnnpack": "onnx"}
+TARGETS = ("ios-coreml", "android-xnnpack")
+OWN_ENGINE = {"ios-coreml": "npu", "android-xnnpack": "onnx"}
 
 
 def exported(folder: Path, target: str, model: str = "nano") -> Bundle:
@@ -57,18 +57,15 @@ def test_the_manifest_has_coverage_and_a_reduced_build(bundle: Bundle) -> None:
 
 
 def test_accelerators_take_all_but_what_is_known_to_be_left(bundle: Bundle) -> None:
-    """NNAPI has no error function, which GELU needs; bytes become floats on the processor."""
-    left = {
-        "android-nnapi": {"Cast: input uint8": 1, "Erf": 1},
-        "ios-coreml": {"Cast: input uint8": 1},
-    }
-    target = str(bundle.manifest.target)
+    """Bytes become floats on the processor."""
     vision, *decoder = bundle.manifest.coverage
-    if target == "android-xnnpack":  # of the processor itself: products by constants, and Softmax
+    if (
+        bundle.manifest.target == "android-xnnpack"
+    ):  # of the processor itself: products by constants, and Softmax
         assert not decoder and 0.5 < vision.multiplications < 0.6
         assert vision.left["MatMul: more than two dimensions"] == 10  # attention of five layers
         return
-    assert vision.left == left[target] and vision.multiplications == 1
+    assert vision.left == {"Cast: input uint8": 1} and vision.multiplications == 1
     assert [(part.left, part.parts) for part in decoder] == [({}, 1), ({}, 1)]
 
 
@@ -144,12 +141,11 @@ def test_the_engine_ort_opens_nothing_but_ort_files_and_embeddings(
 
 
 def test_sparse_experts_go_to_accelerators_as_a_whole(tmp_path: Path) -> None:
-    bundle = exported(tmp_path / "bundle", "android-nnapi", "nano-moe")
+    bundle = exported(tmp_path / "bundle", "ios-coreml", "nano-moe")
     decoder = [part for part in bundle.manifest.coverage if part.stage == "decoder"]
     assert [part.left for part in decoder] == [{}, {}]
 
 
-@pytest.mark.parametrize("bundle", ["ios-coreml", "android-xnnpack"], indirect=True)
 def test_the_same_export_has_the_same_bytes(bundle: Bundle, tmp_path: Path) -> None:
     again = exported(tmp_path / "again", str(bundle.manifest.target))
     assert again.manifest.files == bundle.manifest.files
@@ -158,14 +154,14 @@ def test_the_same_export_has_the_same_bytes(bundle: Bundle, tmp_path: Path) -> N
 def test_an_accelerator_that_takes_too_little_fails_and_the_operator_is_named(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = find_target("android-nnapi")
+    target = find_target("ios-coreml")
     assert target.provider is not None
     wrong = replace(target, provider=replace(target.provider, least={"vision": 1.0}))
     monkeypatch.setattr(pipeline, "find_target", lambda _: wrong)
     place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
-    found = refusal(capsys, *place, "--target", "android-nnapi", code=1)
-    assert "NNAPI takes 273 of 275 operators of npu/vision_encoder.onnx" in found
-    assert "it leaves Cast: input uint8 (1), Erf (1)" in found
+    found = refusal(capsys, *place, "--target", "ios-coreml", code=1)
+    assert "Core ML, ML Program takes 186 of 187 operators of npu/vision_encoder.onnx" in found
+    assert "it leaves Cast: input uint8 (1)" in found
     assert not (tmp_path / "bundle").exists()
 
 

@@ -58,7 +58,11 @@ def test_a_bundle_for_a_target_says_so_and_has_its_weight_bits(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--target", "abacus"), "target 'abacus' is not known: expected one of android-nnapi"),
+        (
+            ("--target", "abacus"),
+            "target 'abacus' is not known: expected one of android-qnn-qcs6490",
+        ),
+        (("--target", "android-nnapi"), "android-qnn-sm8750, android-xnnpack, cpu-arm64"),
         (("--target", "rpi5", "--recipe", "int8"), "target rpi5 settles recipe"),
         (("--target", "rpi5", "--format", "gguf"), "target rpi5 settles recipe"),
         (("--format", "npu"), "choose --recipe a16w8, a8w8 or fp32"),

@@ -48,7 +48,7 @@ def prepare(folder: Path) -> None:
     place = {"vision_tower": CHECKPOINT / "vision_tower", "measure": False}
     checkpoint = CHECKPOINT / "checkpoint"
     mobilevlm.export(checkpoint, folder / "onnx", recipe="fast", **place)
-    mobilevlm.export(checkpoint, folder / "npu", target="android-nnapi", **place)
+    mobilevlm.export(checkpoint, folder / "npu", target="ios-coreml", **place)
     shutil.copyfile(CHECKPOINT / "image.png", folder / "image.png")
 
 

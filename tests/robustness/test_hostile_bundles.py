@@ -45,7 +45,7 @@ def npu_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
         fixture.checkpoint,
         folder,
         vision_tower=fixture.tower,
-        target="android-nnapi",
+        target="ios-coreml",
         measure=False,
     )
     return folder

@@ -18,18 +18,9 @@ from mobilevlm.export.targets.providers import ONNXRUNTIME, find_provider, provi
 
 Constants = dict[str, NDArray[np.generic]]
 LISTS = {
-    "nnapi": "nnapi_supported_ops.md",
     "coreml": "coreml_supported_mlprogram_ops.md",
     "coreml-neuralnetwork": "coreml_supported_neuralnetwork_ops.md",
 }
-FUSED_FROM_FIXED_POINT = {
-    "QLinearConv",
-    "QLinearMatMul",
-    "com.microsoft.QLinearAdd",
-    "com.microsoft.QLinearAveragePool",
-    "com.microsoft.QLinearSigmoid",
-}
-"""In onnxruntime's list for NNAPI; none of our graphs has them."""
 
 
 def covered(
@@ -53,7 +44,7 @@ def covered(
     return cover(folder / "graph.onnx", find_provider(provider))
 
 
-@pytest.mark.parametrize("provider", ["nnapi", "coreml", "coreml-neuralnetwork"])
+@pytest.mark.parametrize("provider", ["coreml", "coreml-neuralnetwork"])
 def test_a_planted_operator_that_no_accelerator_has_is_named_and_parts_the_graph(
     provider: str, tmp_path: Path
 ) -> None:
@@ -87,12 +78,8 @@ ONES = np.ones((8, 6), np.float32)
 @pytest.mark.parametrize(
     ("provider", "operator", "inputs", "attributes", "constants", "reason"),
     [
-        ("nnapi", "MatMul", "xw", {}, {"w": ONES}, "MatMul: 3 and 2 dimensions"),
         ("xnnpack", "MatMul", "xw", {}, {"w": ONES}, "MatMul: more than two dimensions"),
-        ("nnapi", "Clip", "xlh", {}, {"l": np.float32(0), "h": np.float32(5)},
-         "Clip: bounds 0 and 5"),
-        ("nnapi", "LayerNormalization", "xs", {}, {"s": ONES[:, 0]}, "LayerNormalization"),
-        ("nnapi", "Erf", "x", {}, {}, "Erf"),
+        ("xnnpack", "LayerNormalization", "xs", {}, {"s": ONES[:, 0]}, "LayerNormalization"),
         ("coreml", "Gather", "xi", {}, {"i": np.zeros(1, np.int32)}, "Gather"),
         ("coreml-neuralnetwork", "MatMul", "xt", {}, {"w": ONES}, "MatMul: input 1 is no constant"),
         ("xnnpack", "Softmax", "x", {"axis": 1}, {}, "Softmax: axis 1"),
@@ -113,7 +100,7 @@ def test_what_restricts_an_operator_is_named(
     assert reason in found.left
 
 
-def test_uneven_pieces_are_left_by_nnapi_only(tmp_path: Path) -> None:
+def test_uneven_pieces_go_to_core_ml(tmp_path: Path) -> None:
     nodes = [
         helper.make_node("Split", ["x", "s"], ["a", "b"], axis=2),
         helper.make_node("Relu", ["a"], ["c"]),
@@ -121,19 +108,17 @@ def test_uneven_pieces_are_left_by_nnapi_only(tmp_path: Path) -> None:
         helper.make_node("Add", ["c", "d"], ["y"]),
     ]
     sizes: Constants = {"s": np.array([6, 2]), "r": np.array([2])}
-    assert covered(tmp_path, nodes, "nnapi", **sizes).left == {"Split: uneven pieces": 1}
     assert covered(tmp_path, nodes, "coreml", **sizes).left == {}
 
 
 def test_types_sizes_and_shapes_that_are_not_taken_are_named(tmp_path: Path) -> None:
     cast = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.FLOAT)]
-    for provider in ("nnapi", "coreml"):
-        found = covered(tmp_path, cast, provider, kind=TensorProto.UINT8)
-        assert found.left == {"Cast: input uint8": 1}
+    found = covered(tmp_path, cast, "coreml", kind=TensorProto.UINT8)
+    assert found.left == {"Cast: input uint8": 1}
     relu = [helper.make_node("Relu", ["x"], ["y"])]
     assert covered(tmp_path, relu, "coreml", (1, 20000)).left == {"Relu: a dimension of 20000": 1}
-    assert covered(tmp_path, relu, "nnapi", (1, "length")).left == {"Relu: its shape varies": 1}
-    assert covered(tmp_path, relu, "nnapi", (1, 1, 1, 1, 2)).left == {"Relu: 5 dimensions": 1}
+    assert covered(tmp_path, relu, "coreml", (1, "length")).left == {"Relu: its shape varies": 1}
+    assert covered(tmp_path, relu, "coreml", (1, 1, 1, 1, 1, 2)).left == {"Relu: 6 dimensions": 1}
 
 
 @pytest.mark.skipif(
@@ -153,14 +138,13 @@ def test_tables_have_the_operators_of_onnxruntimes_own_lists(name: str) -> None:
         domain, _, kind = operator.replace("ai.onnx.R", "ai.onnx:R").rpartition(":")
         kind = spelled.get(kind, kind)
         listed.add(f"{domain}.{kind}" if domain == "com.microsoft" else kind)
-    assert set(find_provider(name).operators) == listed - FUSED_FROM_FIXED_POINT
+    assert set(find_provider(name).operators) == listed
 
 
 def test_each_target_with_an_accelerator_names_a_table_and_shares() -> None:
     goals = {name: find_target(name).provider for name in target_names()}
     found = {name: goal.name for name, goal in goals.items() if goal is not None}
     assert found == {
-        "android-nnapi": "nnapi",
         "android-xnnpack": "xnnpack",
         "ios-coreml": "coreml",
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,7 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.recipes.file import find_recipe, recipe_text
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.recipe import Limits, LinearFormat, Recipe
+from mobilevlm.spec import from_dict
 
 MINE = """\
 tower = "int8"
@@ -214,3 +215,12 @@ def test_a_recipe_written_to_a_file_is_read_as_it_was(name: str, tmp_path: Path)
     recipe = RECIPES[name]
     found = find_recipe(written(tmp_path, recipe_text(recipe, tmp_path)))
     assert found == replace(recipe, name="mine")
+
+
+def test_a_layer_norm_that_recipes_no_longer_have_is_read_from_manifests_only(
+    tmp_path: Path,
+) -> None:
+    stored = {**asdict(RECIPES["fp32"]), "layer_norm": "spelled"}
+    assert from_dict(Recipe, stored, "manifest.json: recipe") == RECIPES["fp32"]
+    with pytest.raises(MobileVLMError, match="layer_norm: expected one of 'fused', 'centred'"):
+        find_recipe(written(tmp_path, 'extends = "fp32"\nlayer_norm = "spelled"'))

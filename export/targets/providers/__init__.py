@@ -11,9 +11,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import numpy as np
-from numpy.typing import NDArray
-
 
 @dataclass(frozen=True)
 class Tensor:
@@ -24,8 +21,6 @@ class Tensor:
     shape: tuple[int | None, ...] | None
     """None: not known, or not the same in every run"""
     constant: bool = False
-    value: NDArray[Any] | None = None
-    """Of small constants"""
 
 
 @dataclass(frozen=True)
@@ -63,7 +58,7 @@ class Provider:
     rules: tuple[Rule, ...]
     """For all nodes"""
     checker: str = ""
-    """The list that onnxruntime's own usability checker has for it, if it has one"""
+    """List of its operators that comes with onnxruntime's usability checker, if there is one"""
 
 
 ONNXRUNTIME = "1.32"
@@ -82,10 +77,9 @@ def find_provider(name: str) -> Provider:
 
 def _providers() -> dict[str, Provider]:
     from mobilevlm.export.targets.providers.coreml import ML_PROGRAM, NEURAL_NETWORK
-    from mobilevlm.export.targets.providers.nnapi import NNAPI
     from mobilevlm.export.targets.providers.xnnpack import XNNPACK
 
-    return {table.name: table for table in (ML_PROGRAM, NEURAL_NETWORK, NNAPI, XNNPACK)}
+    return {table.name: table for table in (ML_PROGRAM, NEURAL_NETWORK, XNNPACK)}
 
 
 def obstacle(provider: Provider, node: Node) -> str | None:
@@ -176,17 +170,3 @@ def last_axis(node: Node) -> str | None:
     rank = len(first.shape) if first and first.shape is not None else 0
     axis = node.attributes.get("axis", -1)
     return None if axis in (-1, rank - 1) else f"axis {axis}"
-
-
-def clips_to(*bounds: tuple[float, float]) -> Rule:
-    """Bounds are constants, and one of these pairs."""
-
-    def rule(node: Node) -> str | None:
-        found = [node.input(index) for index in (1, 2)]
-        values = [tensor.value for tensor in found if tensor and tensor.value is not None]
-        if len(values) < len(found):
-            return "its bounds are no constants"
-        pair = float(np.ravel(values[0])[0]), float(np.ravel(values[1])[0])
-        return None if pair in bounds else f"bounds {pair[0]:g} and {pair[1]:g}"
-
-    return rule

@@ -79,8 +79,8 @@ def decoder_refs(
     """Where the tensors of a decoder are, by canonical name."""
     refs: dict[str, TensorRef] = {}
     absent = 0
-    for module, biased in _modules(spec):
-        name, rows = _stored(module, spec, backbone)
+    for module, biased in modules(spec):
+        name, rows = stored_name(module, spec, backbone)
         for part in ("weight", "bias") if biased else ("weight",):
             refs[f"decoder.{module}.{part}"] = TensorRef(files, f"{name}.{part}", rows)
             absent += f"{name}.{part}" not in files
@@ -91,7 +91,7 @@ def decoder_refs(
     return refs
 
 
-def _modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
+def modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
     """Canonical names below ``decoder.``, each with whether it has a bias."""
     normed = spec.norm == "layer"
     yield "embed_tokens", False
@@ -115,7 +115,7 @@ def _modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
                 yield from ((name, group.biased) for name in group.names)
 
 
-def _stored(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, RowRange | None]:
+def stored_name(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, RowRange | None]:
     """The checkpoint's name of a module, and the rows that it is, where it is a part."""
     if module == "lm_head":
         return backbone.lm_head, None

@@ -18,8 +18,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.families.backbones import LLAMA, STABLELM
 from mobilevlm.synth.families import LAYOUTS
-from mobilevlm.synth.shapes import Layout, Part, Shapes, linear, matrix, norm, weight, write_json
+from mobilevlm.synth.shapes import Layout, Part, Shapes, decoder_shapes, linear, norm, write_json
 from mobilevlm.synth.tokenizer import tiktoken_ranks, tokenizer_model
 
 Progress = Callable[[int, int], None]
@@ -168,39 +169,19 @@ def layout_of(name: str) -> Layout:
     tower = configuration.tower
     return Layout(
         (
-            Part("", decoder_shapes(configuration), configuration.num_hidden_layers, ""),
+            Part("", language_shapes(configuration), configuration.num_hidden_layers, ""),
             Part("vision_tower", tower_shapes(tower), tower.num_hidden_layers, "tower"),
         ),
         lambda folder, name: _write_settings(folder, name, configuration),
     )
 
 
-def decoder_shapes(configuration: Configuration) -> Shapes:
+def language_shapes(configuration: Configuration) -> Shapes:
     """Tensors of the checkpoint itself: decoder and projector."""
-    hidden, wide = configuration.hidden_size, configuration.intermediate_size
-    count = configuration.experts
-    normed = norm if count else weight  # StableLM has biases, Llama has none
-    query = linear if count else matrix
-    grouped = hidden * configuration.key_value_heads // configuration.num_attention_heads
-    shapes: Shapes = {"model.embed_tokens.weight": (configuration.vocab_size, hidden)}
-    for index in range(configuration.num_hidden_layers):
-        layer = f"model.layers.{index}"
-        for part, size in (("q_proj", hidden), ("k_proj", grouped), ("v_proj", grouped)):
-            shapes |= query(f"{layer}.self_attn.{part}", hidden, size)
-        shapes |= matrix(f"{layer}.self_attn.o_proj", hidden, hidden)
-        mlps = [f"{layer}.mlp"]
-        if count and index % 2 == 0:
-            sparse = f"{layer}.mlp.deepspeed_moe"
-            shapes |= matrix(f"{sparse}.gate.wg", hidden, count)
-            mlps = [f"{sparse}.experts.deepspeed_experts.{expert}" for expert in range(count)]
-        for mlp in mlps:
-            shapes |= matrix(f"{mlp}.gate_proj", hidden, wide)
-            shapes |= matrix(f"{mlp}.up_proj", hidden, wide)
-            shapes |= matrix(f"{mlp}.down_proj", wide, hidden)
-        shapes |= normed(f"{layer}.input_layernorm", hidden)
-        shapes |= normed(f"{layer}.post_attention_layernorm", hidden)
-    shapes |= normed("model.norm", hidden)
-    shapes |= matrix("lm_head", hidden, configuration.vocab_size)
+    hidden, count = configuration.hidden_size, configuration.experts
+    backbone = STABLELM if count else LLAMA
+    spec = backbone.read(Path("config.json"), _config(configuration))
+    shapes = decoder_shapes(spec, backbone)
     projector = "model.mm_projector.image_spatial_proj" if count else "model.mm_projector"
     pooled = configuration.mm_projector_type == "ldpnetv2"
     mlp = f"{projector}.mlp.mlp" if pooled else projector
@@ -330,45 +311,14 @@ def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float,
 def _write_settings(folder: Path, name: str, configuration: Configuration) -> None:
     """Everything but the weights."""
     tower = configuration.tower
-    config = {
-        "_name_or_path": f"synth/{name}",
-        "architectures": [configuration.architecture],
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "hidden_act": "silu",
-        "hidden_size": configuration.hidden_size,
-        "image_aspect_ratio": "pad",
-        "intermediate_size": configuration.intermediate_size,
-        "max_position_embeddings": configuration.max_position_embeddings,
-        "mm_hidden_size": tower.hidden_size,
-        "mm_projector_type": configuration.mm_projector_type,
-        "mm_use_im_patch_token": False,
-        "mm_use_im_start_end": False,
-        "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
-        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
-        "model_type": configuration.model_type,
-        "num_attention_heads": configuration.num_attention_heads,
-        "num_hidden_layers": configuration.num_hidden_layers,
-        "num_key_value_heads": configuration.key_value_heads,
-        "pad_token_id": 0,
-        "rms_norm_eps": configuration.rms_norm_eps,
-        "rope_scaling": None,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": False,
-        "torch_dtype": "float16",
-        "use_mm_proj": True,
-        "vocab_size": configuration.vocab_size,
-    }
+    write_json(folder / "config.json", {"_name_or_path": f"synth/{name}", **_config(configuration)})
     if configuration.experts:
-        write_json(folder / "config.json", config | _stablelm_settings(configuration))
         (folder / "arcade100k.tiktoken").write_bytes(tiktoken_ranks(ARCADE_RANKS))
         end = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
         write_json(folder / "special_tokens_map.json", end)
         kind = {"tokenizer_class": "Arcade100kTokenizer"}
         write_json(folder / "tokenizer_config.json", {**end, **kind})
     else:
-        write_json(folder / "config.json", config)
         _write_llama_tokenizer(folder, configuration)
     write_json(
         folder / "vision_tower" / "config.json",
@@ -401,6 +351,41 @@ def _write_settings(folder: Path, name: str, configuration: Configuration) -> No
             "size": tower.image_size,
         },
     )
+
+
+def _config(configuration: Configuration) -> dict[str, Any]:
+    """Return the content of config.json, its name aside."""
+    tower = configuration.tower
+    config = {
+        "architectures": [configuration.architecture],
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_act": "silu",
+        "hidden_size": configuration.hidden_size,
+        "image_aspect_ratio": "pad",
+        "intermediate_size": configuration.intermediate_size,
+        "max_position_embeddings": configuration.max_position_embeddings,
+        "mm_hidden_size": tower.hidden_size,
+        "mm_projector_type": configuration.mm_projector_type,
+        "mm_use_im_patch_token": False,
+        "mm_use_im_start_end": False,
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "model_type": configuration.model_type,
+        "num_attention_heads": configuration.num_attention_heads,
+        "num_hidden_layers": configuration.num_hidden_layers,
+        "num_key_value_heads": configuration.key_value_heads,
+        "pad_token_id": 0,
+        "rms_norm_eps": configuration.rms_norm_eps,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "use_mm_proj": True,
+        "vocab_size": configuration.vocab_size,
+    }
+    return config | _stablelm_settings(configuration) if configuration.experts else config
 
 
 def _stablelm_settings(configuration: Configuration) -> dict[str, Any]:

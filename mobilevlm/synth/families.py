@@ -6,14 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mobilevlm.families.backbones import LLAMA, OPT, inside
 from mobilevlm.synth.shapes import (
     Layout,
     Part,
     Shapes,
+    decoder_shapes,
     linear,
-    matrix,
     norm,
-    weight,
     write_json,
 )
 from mobilevlm.synth.tokenizer import byte_level_tokenizer, tokenizer_model
@@ -21,6 +21,7 @@ from mobilevlm.tokenizers.tokenizer import save_tokenizer
 
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
+_CONFIG = Path("config.json")
 _VERSION = "4.36.2"
 """Of transformers, which says that a VILA checkpoint is of the release branch vila1.5."""
 
@@ -109,11 +110,12 @@ _OPT_TOKENS = 50265
 
 def _vila() -> Layout:
     hidden, width = _VILA_LLM["hidden_size"], _SIGLIP["hidden_size"]
+    language = decoder_shapes(LLAMA.read(_CONFIG, _VILA_LLM), LLAMA)
     projector = norm("layers.1", 4 * width)
     projector |= linear("layers.2", 4 * width, hidden) | linear("layers.4", hidden, hidden)
     return Layout(
         (
-            Part("llm", _llama_shapes(_VILA_LLM), _VILA_LLM["num_hidden_layers"], ""),
+            Part("llm", language, _VILA_LLM["num_hidden_layers"], ""),
             Part("vision_tower", _siglip_shapes(_SIGLIP), _SIGLIP["num_hidden_layers"], "tower"),
             Part("mm_projector", projector, 1, "projector"),
         ),
@@ -125,29 +127,12 @@ def _blip2_opt() -> Layout:
     shapes: Shapes = {"query_tokens": (1, _QUERIES, _QFORMER["hidden_size"])}
     shapes |= _eva_shapes(_EVA) | _qformer_shapes(_QFORMER)
     shapes |= linear("language_projection", _QFORMER["hidden_size"], _OPT["hidden_size"])
-    shapes |= _opt_shapes(_OPT)
+    shapes |= decoder_shapes(OPT.read(_CONFIG, _OPT), inside(OPT, "language_model"))
     return Layout((Part("", shapes, _OPT["num_hidden_layers"], ""),), _write_blip2_opt)
 
 
 LAYOUTS: dict[str, Callable[[], Layout]] = {"vila_1.5_3b": _vila, "blip2_opt_2.7b": _blip2_opt}
 """By the configuration's name."""
-
-
-def _llama_shapes(config: dict[str, Any]) -> Shapes:
-    hidden, wide, vocab = (
-        config[key] for key in ("hidden_size", "intermediate_size", "vocab_size")
-    )
-    shapes: Shapes = {"model.embed_tokens.weight": (vocab, hidden)}
-    for index in range(config["num_hidden_layers"]):
-        layer = f"model.layers.{index}"
-        for part in "qkvo":
-            shapes |= matrix(f"{layer}.self_attn.{part}_proj", hidden, hidden)
-        shapes |= matrix(f"{layer}.mlp.gate_proj", hidden, wide)
-        shapes |= matrix(f"{layer}.mlp.up_proj", hidden, wide)
-        shapes |= matrix(f"{layer}.mlp.down_proj", wide, hidden)
-        shapes |= weight(f"{layer}.input_layernorm", hidden)
-        shapes |= weight(f"{layer}.post_attention_layernorm", hidden)
-    return shapes | weight("model.norm", hidden) | matrix("lm_head", hidden, vocab)
 
 
 def _siglip_shapes(config: dict[str, Any]) -> Shapes:
@@ -209,22 +194,6 @@ def _qformer_shapes(config: dict[str, Any]) -> Shapes:
         shapes |= linear(f"{layer}.output_query.dense", wide, hidden)
         shapes |= norm(f"{layer}.output_query.LayerNorm", hidden)
     return shapes
-
-
-def _opt_shapes(config: dict[str, Any]) -> Shapes:
-    hidden, wide, root = config["hidden_size"], config["ffn_dim"], "language_model.model.decoder"
-    shapes: Shapes = {
-        f"{root}.embed_tokens.weight": (config["vocab_size"], hidden),
-        f"{root}.embed_positions.weight": (config["max_position_embeddings"] + 2, hidden),
-    }
-    for index in range(config["num_hidden_layers"]):
-        layer = f"{root}.layers.{index}"
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= linear(f"{layer}.self_attn.{part}", hidden, hidden)
-        shapes |= linear(f"{layer}.fc1", hidden, wide) | linear(f"{layer}.fc2", wide, hidden)
-        shapes |= norm(f"{layer}.self_attn_layer_norm", hidden)
-        shapes |= norm(f"{layer}.final_layer_norm", hidden)
-    return shapes | norm(f"{root}.final_layer_norm", hidden)
 
 
 def _write_vila(folder: Path, name: str) -> None:

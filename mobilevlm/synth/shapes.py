@@ -8,6 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mobilevlm.families.backbones import Backbone, modules, stored_name
+from mobilevlm.linear_groups import decoder_groups
+from mobilevlm.spec import DecoderSpec
+
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -33,16 +37,6 @@ class Layout:
     """Everything but the weights; is given the folder and the configuration's name."""
 
 
-def matrix(name: str, in_size: int, out_size: int) -> Shapes:
-    """A linear layer without bias."""
-    return {f"{name}.weight": (out_size, in_size)}
-
-
-def weight(name: str, size: int) -> Shapes:
-    """A norm without bias."""
-    return {f"{name}.weight": (size,)}
-
-
 def linear(name: str, in_size: int, out_size: int) -> Shapes:
     """A linear layer with bias."""
     return {f"{name}.weight": (out_size, in_size), f"{name}.bias": (out_size,)}
@@ -51,6 +45,28 @@ def linear(name: str, in_size: int, out_size: int) -> Shapes:
 def norm(name: str, size: int) -> Shapes:
     """A norm with bias."""
     return {f"{name}.weight": (size,), f"{name}.bias": (size,)}
+
+
+def decoder_shapes(spec: DecoderSpec, backbone: Backbone) -> Shapes:
+    """Return the tensors of a language model by their names in a checkpoint."""
+    size = spec.hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (spec.vocab_size, size)}
+    for group in decoder_groups(spec):
+        shapes |= {name.removeprefix("decoder."): item for name, item in group.shapes.items()}
+    found: Shapes = {}
+    for module, biased in modules(spec):
+        name, rows = stored_name(module, spec, backbone)
+        part = module.rpartition(".")[2]
+        if part == "router":
+            shapes[module] = (spec.num_experts(int(module.split(".")[1])), size)
+        elif part == "position_embedding" and rows is not None:
+            shapes[module] = (rows.total, size)
+        elif part in ("norm", "input_norm", "post_attention_norm"):
+            shapes[module] = (size,)
+        if module != "lm_head" or not spec.tie_word_embeddings:
+            found[f"{name}.weight"] = shapes[module]
+            found |= {f"{name}.bias": shapes[module][:1]} if biased else {}
+    return found
 
 
 def write_json(path: Path, data: dict[str, Any]) -> None:

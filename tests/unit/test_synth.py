@@ -24,7 +24,7 @@ from mobilevlm.synth import checkpoints as synth
 from mobilevlm.synth.checkpoints import (
     CONFIGURATIONS,
     NAMES,
-    decoder_shapes,
+    language_shapes,
     layout_of,
     tower_shapes,
     write_checkpoint,
@@ -97,7 +97,7 @@ def test_progress_ends_at_the_bytes_of_all_tensors(tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
     write_checkpoint("tiny", tmp_path / "tiny", progress=lambda *call: calls.append(call))
     tiny = CONFIGURATIONS["tiny"]
-    total = 2 * sum(math.prod(s) for f in (decoder_shapes(tiny), tower_shapes(tiny.tower))
+    total = 2 * sum(math.prod(s) for f in (language_shapes(tiny), tower_shapes(tiny.tower))
                     for s in f.values())  # fmt: skip
     assert calls[-1] == (total, total)
     assert all(before[0] < after[0] for before, after in pairwise(calls))
@@ -158,7 +158,7 @@ def test_big_configurations_have_the_published_number_of_parameters(
     name: str, decoder: int
 ) -> None:
     configuration = CONFIGURATIONS[name]
-    shapes = decoder_shapes(configuration)
+    shapes = language_shapes(configuration)
     found = sum(math.prod(s) for name, s in shapes.items() if "mm_projector" not in name)
     assert found == decoder
     assert sum(map(math.prod, tower_shapes(configuration.tower).values())) == 303_507_456

@@ -74,6 +74,7 @@ export class Decoder {
     const decoder = new Decoder();
     decoder.session = await openSession(bundle, bundle.stages.decoder);
     decoder.hiddenSize = spec.decoder.hidden_size;
+    decoder.embedScale = Math.fround(spec.decoder.embed_scale ?? 1);
     decoder.rows = embeddingRows(bundle.files.get(embeddings.path), embeddings);
     decoder.emptyPast = pastOf(spec.decoder, 0, new Float32Array());
     decoder.systemIds = system?.ids ?? [];
@@ -88,7 +89,7 @@ export class Decoder {
   embed(ids) {
     const embeds = new Float32Array(ids.length * this.hiddenSize);
     ids.forEach((id, index) => embeds.set(this.rows(id), index * this.hiddenSize));
-    return embeds;
+    return this.embedScale === 1 ? embeds : embeds.map((value) => value * this.embedScale);
   }
 
   /** Keys and values after further positions, and the logits of the last (always: this onnxruntime

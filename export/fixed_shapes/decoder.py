@@ -98,6 +98,8 @@ def _embeds(model: Model, samples: Sequence[Sample], folder: Path) -> Iterator[F
     recipe = Recipe("", floats, floats, floats, floats, "fp32", None)  # type: ignore[arg-type]
     shape = (spec.decoder.vocab_size, spec.decoder.hidden_size)
     table = model.weights.read("decoder.embed_tokens.weight", shape)
+    if spec.decoder.embed_scale != 1:
+        table = table * np.float32(spec.decoder.embed_scale)
     author_vision(model.weights, spec, recipe, path)
     vision = OnnxVision(path, default_threads())
     with progress.track("pictures", len(samples)) as advance:

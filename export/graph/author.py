@@ -189,6 +189,8 @@ def author_embeddings(
         ids = _input(builder, "input_ids", ir.DataType.INT64, [1, "length"])
         rows = builder.op.Gather(weight, ids)
         embeds = builder.op.Cast(rows, to=FLOAT) if half else rows
+        if decoder.embed_scale != 1:
+            embeds = builder.op.Mul(embeds, decoder.embed_scale)
         _output(builder, embeds, "inputs_embeds", [1, "length", decoder.hidden_size])
 
     file = WeightFile(weights, data_path(path), recipe, advance)

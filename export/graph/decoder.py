@@ -13,7 +13,7 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.experts import SparseMLP
-from mobilevlm.export.graph.head_padding import cut_heads, pad_heads, scale_of
+from mobilevlm.export.graph.head_padding import cut_heads, pad_heads
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
@@ -49,6 +49,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         self.layers = nn.ModuleList(
             [self.layer(weights, index, spec) for index in range(spec.num_hidden_layers)]
         )
+        self.cap = spec.logit_softcap
         self.lm_head = Linear(
             weights,
             "decoder.lm_head",
@@ -87,7 +88,12 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             presents.append(present)
             if router is not None:
                 routers[index] = router
-        return self.lm_head(op, normed), presents, routers
+        return self.logits(op, normed), presents, routers
+
+    def logits(self, op: Any, normed: Any) -> Any:
+        """States after the last norm to logits."""
+        made = self.lm_head(op, normed)
+        return made if self.cap is None else soft_cap(op, made, self.cap)
 
 
 class DecoderLayer(nn.Module):  # type: ignore[misc]
@@ -109,6 +115,10 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         self.fused_rotary, self.rotary_channels = has_fused_rotary(spec), spec.rotary_channels
         self.qkv = Linear(weights, qkv, hidden, self.qkv_sizes, bias=spec.qkv_bias)
         self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=spec.o_bias)
+        self.q_norm = self.k_norm = None
+        if spec.qk_norm:
+            self.q_norm = self.plain_norm(weights, f"{name}.attn.q_norm", spec, spec.head_dim)
+            self.k_norm = self.plain_norm(weights, f"{name}.attn.k_norm", spec, spec.head_dim)
         self.post_attention_norm = None
         if not spec.parallel_residual:
             self.post_attention_norm = self.norm(weights, f"{name}.post_attention_norm", spec)
@@ -118,10 +128,20 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         else:
             self.mlp = build_mlp(weights, f"{name}.mlp", spec)
         self.next_norm = self.norm(weights, next_norm, spec)
+        self.attn_output_norm = self.mlp_output_norm = None
+        if spec.post_norms:
+            self.attn_output_norm = self.plain_norm(weights, f"{name}.attn_output_norm", spec)
+            self.mlp_output_norm = self.plain_norm(weights, f"{name}.mlp_output_norm", spec)
 
     def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
         """A norm after something is added to the residual stream."""
         return SkipNorm(weights, name, spec)
+
+    def plain_norm(
+        self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
+    ) -> nn.Module:
+        """A norm that adds nothing. ``size``: channels of a head, see :class:`Norm`."""
+        return Norm(weights, name, spec, size)
 
     def forward(
         self,
@@ -143,7 +163,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             num_heads=self.num_heads,
             kv_num_heads=self.num_kv_heads,
             do_rotary=int(self.fused_rotary and self.rotary_channels > 0),
-            **scale_of(self.spec),
+            **_attention_settings(self.spec),
             _domain=CONTRIB,
             _outputs=3,
         )
@@ -151,6 +171,8 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             mixed = op.Gather(mixed, positions, axis=1)
             residual = op.Gather(residual, positions, axis=1)
         attended = self.o_proj(op, cut_heads(op, mixed, self.num_heads, self.spec))
+        if self.attn_output_norm is not None:
+            attended = self.attn_output_norm(op, attended)
         if self.post_attention_norm is not None:
             residual, normed = self.post_attention_norm(op, attended, residual)
         else:
@@ -161,17 +183,28 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             made, router = self.mlp(op, normed)
         else:
             made = self.mlp(op, normed)
+        if self.mlp_output_norm is not None:
+            made = self.mlp_output_norm(op, made)
         residual, normed = self.next_norm(op, made, residual)
         return residual, normed, (key, value), router
 
     def _rotated(self, op: Any, qkv: Any, rotary: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         """Query, key and value as attention takes them: all in the first where it rotates."""
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
-        qkv = pad_heads(op, qkv, sum(counts), self.spec)
-        if self.fused_rotary:
-            return qkv, None, None
-        sizes = [count * self.spec.cache_head_dim for count in counts]
-        query, key, value = op.Split(qkv, sizes, axis=-1, _outputs=3)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
+            query = self._normed_heads(op, self.q_norm, query, self.num_heads)
+            key = self._normed_heads(op, self.k_norm, key, self.num_kv_heads)
+            parts = zip((query, key, value), counts, strict=True)
+            query, key, value = (pad_heads(op, part, count, self.spec) for part, count in parts)
+            if self.fused_rotary:
+                return query, key, value
+        else:
+            qkv = pad_heads(op, qkv, sum(counts), self.spec)
+            if self.fused_rotary:
+                return qkv, None, None
+            sizes = [count * self.spec.cache_head_dim for count in counts]
+            query, key, value = op.Split(qkv, sizes, axis=-1, _outputs=3)
         cos, sin, start = rotary
         settings = {"rotary_embedding_dim": self.rotary_channels, "_domain": CONTRIB}
         query, key = (
@@ -180,12 +213,25 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         )
         return query, key, value
 
+    def _normed_heads(self, op: Any, norm: nn.Module, states: Any, heads: int) -> Any:
+        """``(1, length, heads * head_dim)`` with each head normalised."""
+        split = op.Reshape(states, [1, -1, heads, self.spec.head_dim])
+        return op.Reshape(norm(op, split), [1, -1, heads * self.spec.head_dim])
+
 
 class Norm(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
+    """``size``: channels of a head, over which norms have no bias; ``hidden_size`` when not
+    given."""
+
+    def __init__(
+        self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
+    ) -> None:
         super().__init__()
         self.epsilon = spec.norm_eps
-        self.weight, self.bias = _norm_parameters(weights, name, spec)
+        if size is None:
+            self.weight, self.bias = _norm_parameters(weights, name, spec)
+        else:
+            self.weight, self.bias = weights.parameter(weights.read(f"{name}.weight", size)), None
 
     def forward(self, op: Any, x: Any) -> Any:
         settings = {"axis": -1, "epsilon": self.epsilon}
@@ -220,6 +266,21 @@ def _norm_parameters(
     if spec.norm == "rms":
         return weight, None
     return weight, weights.parameter(weights.read(f"{name}.bias", spec.hidden_size))
+
+
+def soft_cap(op: Any, x: Any, cap: float) -> Any:
+    """``cap · tanh(x / cap)``"""
+    return op.Mul(op.Tanh(op.Mul(x, 1 / cap)), cap)
+
+
+def _attention_settings(spec: DecoderSpec) -> dict[str, float]:
+    """Return attributes of attention where its own choices would be wrong."""
+    settings = {}
+    if spec.cache_head_dim != spec.head_dim or spec.attention_scale is not None:
+        settings["scale"] = spec.score_scale
+    if spec.attention_softcap is not None:
+        settings["softcap"] = spec.attention_softcap
+    return settings
 
 
 def has_fused_rotary(spec: DecoderSpec) -> bool:

@@ -27,8 +27,3 @@ def cut_heads(op: Any, states: Any, heads: int, spec: DecoderSpec) -> Any:
         return states
     split = op.Reshape(states, [1, -1, heads, spec.cache_head_dim])
     return op.Reshape(op.Slice(split, [0], [spec.head_dim], [3]), [1, -1, heads * spec.head_dim])
-
-
-def scale_of(spec: DecoderSpec) -> dict[str, float]:
-    """Attribute of attention where its own choice, by the size of heads, would be wrong."""
-    return {} if spec.cache_head_dim == spec.head_dim else {"scale": spec.score_scale}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mobilevlm.export.graph.decoder import DecoderLayer, DecoderStage, Norm
+from mobilevlm.export.graph.decoder import DecoderLayer, DecoderStage, Norm, soft_cap
 from mobilevlm.export.graph.layers import FLOAT, root_mean_square_norm
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import DecoderSpec
@@ -47,7 +47,7 @@ class StaticDecoderStage(DecoderStage):
             wanted = position if index == len(past) - 1 else None
             residual, normed, present = layer(op, residual, normed, mask, rotary, key_value, wanted)
             presents.append(present)
-        return self.lm_head(op, normed), presents
+        return self.logits(op, normed), presents
 
 
 class StaticLayer(DecoderLayer):
@@ -60,6 +60,12 @@ class StaticLayer(DecoderLayer):
     def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> StaticNorm:
         """A norm after something is added to the residual stream."""
         return StaticNorm(weights, name, spec)
+
+    def plain_norm(
+        self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
+    ) -> StaticNorm:
+        """A norm that adds nothing. ``size``: channels of a head, see :class:`Norm`."""
+        return StaticNorm(weights, name, spec, size)
 
     def forward(  # type: ignore[override]
         self,
@@ -74,13 +80,19 @@ class StaticLayer(DecoderLayer):
         mixed, present = self._attend(op, self.qkv(op, normed), mask, rotary, past)
         if position is not None:
             mixed, residual = chosen(op, mixed, position), chosen(op, residual, position)
-        residual = op.Add(residual, self.o_proj(op, mixed))
+        attended = self.o_proj(op, mixed)
+        if self.attn_output_norm is not None:
+            attended = self.attn_output_norm(op, attended)
+        residual = op.Add(residual, attended)
         if self.post_attention_norm is not None:
             normed = self.post_attention_norm(op, residual)
         elif position is not None:
             normed = chosen(op, normed, position)
         made = self.mlp(op, normed)
-        residual = op.Add(residual, made[0] if self.is_sparse else made)
+        made = made[0] if self.is_sparse else made
+        if self.mlp_output_norm is not None:
+            made = self.mlp_output_norm(op, made)
+        residual = op.Add(residual, made)
         return residual, self.next_norm(op, residual), present
 
     def _attend(
@@ -92,11 +104,15 @@ class StaticLayer(DecoderLayer):
         group = heads // kv_heads
         query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
         query = op.Reshape(query, [1, -1, heads, dim])
+        if self.q_norm is not None:
+            query = self.q_norm(op, query)
         query = rotated(op, query, rotary, spec)
         key = op.Reshape(key, [1, -1, kv_heads, dim])
+        if self.k_norm is not None:
+            key = self.k_norm(op, key)
         key = rotated(op, key, rotary, spec)
         value = op.Reshape(value, [1, -1, kv_heads, dim])
-        query = op.Transpose(op.Mul(query, dim**-0.5), perm=[0, 2, 1, 3])
+        query = op.Transpose(op.Mul(query, spec.score_scale), perm=[0, 2, 1, 3])
         key, value = (op.Transpose(states, perm=[0, 2, 1, 3]) for states in (key, value))
         keys, values = op.Concat(past[0], key, axis=2), op.Concat(past[1], value, axis=2)
         if group > 1:  # heads with common keys are rows of one product
@@ -105,6 +121,8 @@ class StaticLayer(DecoderLayer):
         if group > 1:
             total = mask.shape[3]
             scores = op.Reshape(scores, [kv_heads, group, -1, total])
+        if spec.attention_softcap is not None:
+            scores = soft_cap(op, scores, spec.attention_softcap)
         shares = op.Softmax(op.Add(scores, mask), axis=-1)
         if group > 1:
             shares = op.Reshape(shares, [1, kv_heads, -1, total])
@@ -141,8 +159,10 @@ def rotated(op: Any, states: Any, rotary: tuple[Any, Any], spec: DecoderSpec) ->
 class StaticNorm(Norm):
     """One operator of the standard, or several where the recipe wants elementary ones."""
 
-    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
-        super().__init__(weights, name, spec)
+    def __init__(
+        self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
+    ) -> None:
+        super().__init__(weights, name, spec, size)
         self.elementary = weights.recipe.elementary
 
     def forward(self, op: Any, x: Any) -> Any:

@@ -328,8 +328,7 @@ def _embed(
 
 def _logits(reference: ReferenceModel, state: Tensor) -> Float32:
     """States after the last layer ``(1, length, hidden_size)`` to ``(length, vocab_size)``."""
-    decoder = reference.decoder
-    out: Float32 = decoder.lm_head(decoder.norm(state))[0].numpy()
+    out: Float32 = reference.decoder.logits(state)[0].numpy()
     return out
 
 

@@ -184,7 +184,7 @@ class Probe:
             return embeds[None]
 
         def head(number: int, state: Tensor) -> Tensor:
-            logits: Tensor = decoder.lm_head(decoder.norm(state[0, -self._answers[number] :]))
+            logits: Tensor = decoder.logits(state[0, -self._answers[number] :])
             return logits
 
         def tower_layer(layer: nn.Module) -> Callable[[int, Tensor], Tensor]:

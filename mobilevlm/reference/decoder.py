@@ -49,6 +49,11 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([*turned, states[..., 2 * half :]], dim=-1)
 
 
+def soft_cap(values: Tensor, cap: float | None) -> Tensor:
+    """``cap · tanh(values / cap)``; without a cap the values."""
+    return values if cap is None else torch.tanh(values / cap) * cap
+
+
 class Attention(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -59,22 +64,46 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(spec.hidden_size, kv_heads, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(spec.hidden_size, kv_heads, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(heads, spec.hidden_size, bias=spec.o_bias)
+        self.has_norms = spec.qk_norm
+        self.scale, self.cap = spec.attention_scale, spec.attention_softcap
+        if spec.qk_norm:
+            self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps)
 
     def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
         batch, length, _ = hidden.shape
         query = self.q_proj(hidden).view(batch, length, self.num_heads, -1).transpose(1, 2)
         key = self.k_proj(hidden).view(batch, length, self.num_kv_heads, -1).transpose(1, 2)
         value = self.v_proj(hidden).view(batch, length, self.num_kv_heads, -1).transpose(1, 2)
-        mixed = F.scaled_dot_product_attention(
-            rotate(query, *rotary),
-            rotate(key, *rotary),
+        if self.has_norms:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, *rotary), rotate(key, *rotary)
+        attend = self._plain if self.cap is None else self._capped
+        mixed = attend(query, key, value, mask)
+        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
+        return out
+
+    def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
             value,
             attn_mask=mask,
             is_causal=mask is None,
+            scale=self.scale,
             enable_gqa=self.num_heads != self.num_kv_heads,
         )
-        out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
-        return out
+
+    def _capped(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention whose scores have a soft cap, ``(batch, heads, length, head_dim)``."""
+        if mask is None:
+            length = query.shape[2]
+            mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+        group = self.num_heads // self.num_kv_heads
+        key, value = (part.repeat_interleave(group, dim=1) for part in (key, value))
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        scores = soft_cap(query @ key.transpose(2, 3) * scale, self.cap)
+        return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
 
 
 class DecoderLayer(nn.Module):
@@ -85,16 +114,32 @@ class DecoderLayer(nn.Module):
         if not spec.parallel_residual:
             self.post_attention_norm = build_norm(spec)
         self.mlp = SparseMLP(spec, index) if spec.num_experts(index) else build_mlp(spec)
-        self.parallel = spec.parallel_residual
+        self.parallel, self.has_post_norms = spec.parallel_residual, spec.post_norms
+        if spec.post_norms:
+            self.attn_output_norm, self.mlp_output_norm = build_norm(spec), build_norm(spec)
 
     def forward(
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
     ) -> Tensor:
         normed = self.input_norm(hidden)
-        hidden = hidden + self.attn(normed, rotary, mask)
+        attended = self.attn(normed, rotary, mask)
+        hidden = hidden + (self.attn_output_norm(attended) if self.has_post_norms else attended)
         if not self.parallel:
             normed = self.post_attention_norm(hidden)
-        return hidden + self.mlp(normed)  # type: ignore[no-any-return]
+        made = self.mlp(normed)
+        return hidden + (self.mlp_output_norm(made) if self.has_post_norms else made)  # type: ignore[no-any-return]
+
+
+class TokenEmbedding(nn.Embedding):
+    """Rows of the table, times the scale that the spec names."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__(spec.vocab_size, spec.hidden_size)
+        self.scale = spec.embed_scale
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        return rows if self.scale == 1 else rows * self.scale
 
 
 class Decoder(nn.Module):
@@ -103,7 +148,7 @@ class Decoder(nn.Module):
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.embed_tokens = nn.Embedding(spec.vocab_size, spec.hidden_size)
+        self.embed_tokens = TokenEmbedding(spec)
         if spec.learned_positions:
             self.position_embedding = nn.Embedding(spec.context_length, spec.hidden_size)
         self.layers = nn.ModuleList(
@@ -134,8 +179,11 @@ class Decoder(nn.Module):
         hidden = self.begin(embeds, positions)
         for layer in self.layers:
             hidden = layer(hidden, rotary, mask)
-        out: Tensor = self.lm_head(self.norm(hidden))
-        return out
+        return self.logits(hidden)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """States after the last layer ``(…, hidden_size)`` to logits ``(…, vocab_size)``."""
+        return soft_cap(self.lm_head(self.norm(hidden)), self.spec.logit_softcap)
 
     @property
     def sparse_layers(self) -> dict[int, SparseMLP]:

@@ -14,6 +14,7 @@ from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import check_whole, small_pages
 from mobilevlm.runtime.engines.state import SlotState
+from mobilevlm.spec import DecoderSpec
 
 
 class BufferedState(SlotState):
@@ -28,10 +29,11 @@ class BufferedDecoder:
     """The part of :class:`mobilevlm.runtime.engines.DecoderEngine` that needs no session. States
     are :class:`BufferedState`."""
 
-    def __init__(self, table: Path, embeddings: EmbeddingTable) -> None:
+    def __init__(self, table: Path, embeddings: EmbeddingTable, spec: DecoderSpec) -> None:
         mapped = map_table(table, embeddings)
         self._mapped: np.memmap[Any, Any] | None = mapped
         self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing in a tenth of time
+        self._embed_scale = spec.embed_scale
 
     @property
     def brought_in_bytes(self) -> int | None:
@@ -43,7 +45,7 @@ class BufferedDecoder:
         table = still_open(self._table)
         check_whole(still_open(self._mapped))
         rows: Float32 = table[np.asarray(ids, np.int64)].astype(np.float32)
-        return rows
+        return rows if self._embed_scale == 1 else rows * np.float32(self._embed_scale)
 
     def save(self, state: DecoderState, start: int) -> Segment:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:

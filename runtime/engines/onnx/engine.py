@@ -230,7 +230,7 @@ class OnnxDecoder(BufferedDecoder):
     ) -> None:
         if cache is np.int8:
             _check_version(path)
-        super().__init__(table, embeddings)
+        super().__init__(table, embeddings, spec)
         self._spec, self._plan, self._cache = spec, plan, cache
         opened = partial(
             open_session,

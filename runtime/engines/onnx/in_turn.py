@@ -124,7 +124,7 @@ class DecoderInTurn(BufferedDecoder):
         spec: DecoderSpec,
         cache: CacheType,
     ) -> None:
-        super().__init__(table, embeddings)
+        super().__init__(table, embeddings, spec)
         self._turns: _Turns | None = turns
         self._spec, self._cache = spec, cache
 

@@ -90,7 +90,7 @@ class NpuDecoder(BufferedDecoder):
         spec: DecoderSpec,
         threads: int,
     ) -> None:
-        super().__init__(table, embeddings)
+        super().__init__(table, embeddings, spec)
         self._chunks: Session | None = open_session(chunks, threads, entries=FIXED_POINT)
         self._tokens = open_session(tokens, threads, entries=FIXED_POINT)
         self.chunk, self.window = _shape(self._chunks)

@@ -1,0 +1,181 @@
+"""Blocks of decoders in tiny specs with random weights: the graphs for CPUs and those of fixed
+shapes against the torch reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from conftest import FLOAT32, relative_error
+from numpy.typing import NDArray
+from test_graphs import (
+    QUANTIZED,
+    RoundedWeights,
+    decoder_spec,
+    in_memory,
+    open_decoder,
+    open_session,
+)
+from test_npu_graphs import CHUNK, opened, short
+
+from mobilevlm.export.graph.author import (
+    ChunkShape,
+    author_decoder,
+    author_embeddings,
+    author_static_decoder,
+)
+from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.families import Model
+from mobilevlm.reference import load_reference
+from mobilevlm.spec import ModelSpec
+
+Float32 = NDArray[np.float32]
+LENGTH = 70
+"""Positions of a prompt"""
+
+GEMMA = {
+    "qk_norm": True,
+    "post_norms": True,
+    "hidden_act": "gelu_new",
+    "num_key_value_heads": 2,
+    "head_dim": 24,
+    "attention_scale": 0.2,
+    "attention_softcap": 2.0,
+    "logit_softcap": 3.0,
+    "tie_word_embeddings": True,
+    "embed_scale": 11.3,
+}
+BLOCKS = {
+    "attention scale": decoder_spec(attention_scale=0.1),
+    "query and key norms": decoder_spec(qk_norm=True, num_key_value_heads=2, qkv_bias=True),
+    "query and key norms of padded heads": decoder_spec(qk_norm=True, head_dim=20),
+    "query and key norms of wide heads": decoder_spec(qk_norm=True, head_dim=48),
+    "query and key norms, partial rotary": decoder_spec(qk_norm=True, head_dim=24, rotary_dim=6),
+    "query and key norms beside layer norms": decoder_spec(qk_norm=True, norm="layer"),
+    "post norms": decoder_spec(post_norms=True),
+    "post norms with biases": decoder_spec(post_norms=True, norm="layer"),
+    "soft cap of scores": decoder_spec(attention_softcap=0.5, attention_scale=1.0),
+    "soft cap of logits": decoder_spec(logit_softcap=0.5),
+    "Gemma's blocks": decoder_spec(**GEMMA),
+}
+
+
+@pytest.fixture(params=BLOCKS)
+def spec(request: pytest.FixtureRequest) -> ModelSpec:
+    return BLOCKS[request.param]
+
+
+@pytest.fixture
+def model(spec: ModelSpec, tmp_path: Path) -> Model:
+    return in_memory(spec, tmp_path / "weights")
+
+
+@pytest.fixture
+def embeds(spec: ModelSpec) -> Float32:
+    sizes = (LENGTH, spec.decoder.hidden_size)
+    return np.random.default_rng(2).standard_normal(sizes, np.float32)
+
+
+@torch.no_grad()
+def reference_logits(model: Model, embeds: Float32) -> Float32:
+    logits: Float32 = load_reference(model).logits(torch.from_numpy(embeds)).numpy()
+    return logits
+
+
+def test_the_float_graph_gives_the_references_logits_in_one_piece_and_in_chunks(
+    model: Model, embeds: Float32, tmp_path: Path
+) -> None:
+    path = tmp_path / "decoder.onnx"
+    author_decoder(model.weights, model.spec, RECIPES["fp32"], path)
+    expected = reference_logits(model, embeds)
+    decoder = open_decoder(path, model.spec.decoder)
+    assert relative_error(decoder.step(embeds, 0), expected) <= FLOAT32
+    ends = [0, 1, 40, 41, 42, LENGTH]
+    found = [decoder.step(embeds[i:j], i) for i, j in pairwise(ends)]
+    assert relative_error(np.concatenate(found), expected) <= FLOAT32
+
+
+# Limits as in test_graphs.py: what is left is the rounding of activations to 8 bits.
+@pytest.mark.parametrize("spec", ["query and key norms", "Gemma's blocks"], indirect=True)
+@pytest.mark.parametrize(("recipe", "limit"), [("int8", 0.06), ("int4", 0.033)])
+def test_a_quantized_graph_equals_the_reference_with_its_rounded_weights(
+    recipe: str, limit: float, model: Model, embeds: Float32, tmp_path: Path
+) -> None:
+    path = tmp_path / "decoder.onnx"
+    author_decoder(model.weights, model.spec, QUANTIZED[recipe], path)
+    found = open_decoder(path, model.spec.decoder).step(embeds, 0)
+    rounded = replace(model, weights=RoundedWeights(model, QUANTIZED[recipe]))
+    assert relative_error(found, reference_logits(rounded, embeds)) <= limit
+
+
+@pytest.mark.parametrize(
+    ("spec", "operators"),
+    [*((name, "runtime") for name in BLOCKS), ("Gemma's blocks", "elementary")],
+    indirect=["spec"],
+)
+def test_float_graphs_of_fixed_shapes_give_the_references_logits(
+    operators: str, model: Model, embeds: Float32, tmp_path: Path
+) -> None:
+    model = short(model, LENGTH + 4)
+    recipe = replace(RECIPES["fp32"], operators=operators)  # type: ignore[arg-type]
+    for name, length in (("chunk", CHUNK), ("token", 1)):
+        shape, path = ChunkShape(length, LENGTH + 4), tmp_path / f"{name}.onnx"
+        author_static_decoder(model.weights, model.spec, recipe, path, shape)
+        assert {node.domain for node in ir.load(path).graph} == {""}
+    decoder = opened(model, tmp_path)
+    state = decoder.new_state()
+    expected = reference_logits(model, embeds)
+    assert relative_error(decoder.prefill(state, embeds)[0], expected[-1]) < 5 * FLOAT32
+    state.rewind(10)
+    ones = decoder.prefill(state, embeds[10:], all_logits=True)
+    assert relative_error(ones, expected[10:]) < 5 * FLOAT32
+
+
+@pytest.mark.parametrize("table", ["fp32", "int4"])
+def test_rows_of_the_table_are_scaled_by_every_engine_and_the_head_is_not(
+    table: str, tmp_path: Path
+) -> None:
+    spec = BLOCKS["Gemma's blocks"]
+    model = in_memory(spec, tmp_path / "weights")
+    ids = [3, 96, 3, 0]
+    with torch.no_grad():
+        expected = load_reference(model).embed(ids, []).numpy()
+    shape = (spec.decoder.vocab_size, spec.decoder.hidden_size)
+    rows = model.weights.read("decoder.embed_tokens.weight", shape)[ids]
+    assert relative_error(expected, rows * 11.3) < 1e-6
+    path = tmp_path / "embeddings.onnx"
+    author_embeddings(model.weights, spec, RECIPES[table], path)
+    found = open_session(path).run(None, {"input_ids": np.array([ids])})[0][0]
+    assert relative_error(found, expected) < (1e-7 if table == "fp32" else 1e-3)
+    for name, length in (("chunk", CHUNK), ("token", 1)):
+        author_static_decoder(
+            model.weights, spec, RECIPES["fp32"], tmp_path / f"{name}.onnx",
+            ChunkShape(length, spec.decoder.context_length),
+        )  # fmt: skip
+    assert np.array_equal(opened(model, tmp_path).embed(ids), expected)
+
+
+@pytest.mark.parametrize(
+    "off",
+    [
+        {"qk_norm": False},
+        {"post_norms": False},
+        {"attention_scale": None},
+        {"attention_softcap": None},
+        {"logit_softcap": None},
+    ],
+    ids=lambda off: next(iter(off)),
+)
+def test_each_block_changes_the_logits(off: dict[str, object], tmp_path: Path) -> None:
+    """So that the tests above see each."""
+    model = in_memory(BLOCKS["Gemma's blocks"], tmp_path)
+    decoder = replace(model.spec.decoder, **off)  # type: ignore[arg-type]
+    without = replace(model, spec=replace(model.spec, decoder=decoder))
+    embeds = np.random.default_rng(2).standard_normal((LENGTH, 128), np.float32)
+    found = reference_logits(without, embeds)
+    assert relative_error(found, reference_logits(model, embeds)) > 50 * FLOAT32

@@ -55,7 +55,7 @@ from mobilevlm.export.workspace.workspace import (
     take_over,
 )
 from mobilevlm.families import Model, OpenOptions, open_checkpoint, open_options
-from mobilevlm.gguf.names import gguf_architecture, is_own
+from mobilevlm.gguf.architectures import gguf_architecture, is_own
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.recipe import LinearFormat, Recipe, WeightBits
 from mobilevlm.runtime.machine import int8_weight_bits

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from mobilevlm.control_groups import processor_limits
 from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.gguf.architectures import needs_own_engine
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Bundle
@@ -196,11 +197,11 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
     """
     check_engine(engine)
     candidates = list(ENGINES) if engine == "auto" else [engine]
-    if bundle.manifest.spec.decoder.experts is not None:
+    if needs_own_engine(bundle.manifest.spec.decoder):
         if engine in _LLAMA_CPP:
             raise BundleError(
-                f"engine {engine}: llama.cpp has no architecture for this decoder with experts: "
-                f"use --engine ggml"
+                f"engine {engine}: llama.cpp has no architecture for this decoder: use --engine "
+                f"ggml"
             )
         candidates = [name for name in candidates if name not in _LLAMA_CPP]
     lacks = {name: _lacks(bundle, name) for name in candidates}

@@ -22,8 +22,8 @@ from mobilevlm.export.calibration.stages import calibrate, calibration_key, chec
 from mobilevlm.export.formats.written import Written
 from mobilevlm.export.recipes.layer_formats import bits_per_weight
 from mobilevlm.families import Model
+from mobilevlm.gguf.architectures import gguf_architecture, is_own
 from mobilevlm.gguf.file import read_gguf
-from mobilevlm.gguf.names import gguf_architecture, is_own
 from mobilevlm.gguf.spec import bytes_per_token
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.recipe import QDQ, Recipe

@@ -1,7 +1,7 @@
-"""The decoder as a GGUF file: of llama.cpp's ``llama`` architecture, or of one of our own.
+"""The decoder as a GGUF file: of an architecture of llama.cpp, or of one of our own.
 
-Names and metadata as llama.cpp's converter writes them (ggml-org/llama.cpp, conversion/llama.py);
-those of experts as for its models with experts.
+Names and metadata as llama.cpp's converter writes them (ggml-org/llama.cpp, conversion/{llama,qwen,
+gemma}.py); those of experts as for its models with experts.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, TensorType,
 from mobilevlm.export.gguf.vocabulary import vocabulary_of
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
-from mobilevlm.gguf.names import Entry, decoder_entries, gguf_architecture, is_own
+from mobilevlm.gguf.architectures import PATTERNS, gguf_architecture, is_own
+from mobilevlm.gguf.names import Entry, decoder_entries
 from mobilevlm.gguf.spec import EXPERT_COUNTS, OWN_FLAGS, OWN_KINDS
 from mobilevlm.spec import DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
 
@@ -101,14 +102,34 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     if decoder.rope_scaling != 1.0:
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(decoder.rope_scaling)
+    is_ours = is_own(writer.arch)
+    if is_ours or decoder.head_dim * decoder.num_attention_heads != decoder.hidden_size:
+        writer.add_key_length(decoder.head_dim)
+        writer.add_value_length(decoder.head_dim)
+    if is_ours:
+        _describe_own(writer, decoder)
+    _describe_sliding(writer, decoder)
+    if decoder.attention_softcap is not None:
+        writer.add_attn_logit_softcapping(decoder.attention_softcap)
+    if decoder.logit_softcap is not None:
+        writer.add_final_logit_softcapping(decoder.logit_softcap)
+
+
+def _describe_own(writer: gguf.GGUFWriter, decoder: DecoderSpec) -> None:
+    """Add what llama.cpp knows of an architecture without being told."""
     if decoder.experts is not None:
-        _describe_own(writer, decoder, decoder.experts)
+        _describe_experts(writer, decoder, decoder.experts)
+    for key, field in OWN_FLAGS.items():
+        writer.add_bool(f"{writer.arch}.{key}", getattr(decoder, field))
+    for key, field in OWN_KINDS.items():
+        writer.add_string(f"{writer.arch}.{key}", getattr(decoder, field))
+    if decoder.embed_scale != 1.0:
+        writer.add_embedding_scale(decoder.embed_scale)
+    if decoder.attention_scale is not None:
+        writer.add_attention_scale(decoder.attention_scale)
 
 
-def _describe_own(writer: gguf.GGUFWriter, decoder: DecoderSpec, experts: ExpertsSpec) -> None:
-    """What llama.cpp knows of an architecture without being told."""
-    writer.add_key_length(decoder.head_dim)
-    writer.add_value_length(decoder.head_dim)
+def _describe_experts(writer: gguf.GGUFWriter, decoder: DecoderSpec, experts: ExpertsSpec) -> None:
     writer.add_expert_count(max(experts.num_experts))
     writer.add_expert_used_count(experts.top_k)
     writer.add_expert_weights_norm(experts.renormalize)
@@ -116,10 +137,24 @@ def _describe_own(writer: gguf.GGUFWriter, decoder: DecoderSpec, experts: Expert
         writer.add_expert_shared_count(1)
     counts = [decoder.num_experts(layer) for layer in range(decoder.num_hidden_layers)]
     writer.add_array(f"{writer.arch}.{EXPERT_COUNTS}", counts)
-    for key, field in OWN_FLAGS.items():
-        writer.add_bool(f"{writer.arch}.{key}", getattr(decoder, field))
-    for key, field in OWN_KINDS.items():
-        writer.add_string(f"{writer.arch}.{key}", getattr(decoder, field))
+
+
+def _describe_sliding(writer: gguf.GGUFWriter, decoder: DecoderSpec) -> None:
+    """Add window, layers and rotary base of sliding layers, the layers unless they are those that
+    llama.cpp takes for granted."""
+    if not decoder.sliding_layers:
+        return
+    layers = range(decoder.num_hidden_layers)
+    slides = [layer in decoder.sliding_layers for layer in layers]
+    usual = PATTERNS.get(writer.arch)
+    writer.add_sliding_window(decoder.sliding_window)
+    if usual is None or slides != [(layer + 1) % usual > 0 for layer in layers]:
+        writer.add_sliding_window_pattern(slides)
+    base = decoder.sliding_rope_theta
+    if base is None and writer.arch == "gemma3":
+        base = decoder.rope_theta
+    if base is not None:
+        writer.add_rope_freq_base_swa(base)
 
 
 def _describe_importance(writer: gguf.GGUFWriter, matrix: ImportanceMatrix) -> None:
@@ -180,7 +215,7 @@ def interleave(weight: Float32, heads: int) -> Float32:
 
 
 def half_split(weight: NDArray[T], heads: int) -> NDArray[T]:
-    """Undoes :func:`interleave`, on whatever the rows hold."""
+    """Undo :func:`interleave`, on whatever the rows hold."""
     rows, columns = weight.shape
     pairs = weight.reshape(heads, rows // heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)

@@ -15,9 +15,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from mobilevlm.errors import BundleError
+from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.gguf.encoder import Encoder
 from mobilevlm.gguf.file import TENSOR_TYPES, GgufFile, GgufTensor
-from mobilevlm.gguf.names import Entry, decoder_entries, gguf_architecture, is_own
+from mobilevlm.gguf.names import Entry, decoder_entries
 from mobilevlm.gguf.split import refuse_split
 from mobilevlm.spec import DecoderSpec
 
@@ -238,7 +239,7 @@ def _neutral_rotary(file: GgufFile, spec: DecoderSpec) -> frozenset[str]:
         BundleError: they are others: only llama.cpp itself would heed them.
     """
     tensor = file.tensors.get(ROTARY_FACTORS)
-    if tensor is None or is_own(file.architecture):
+    if tensor is None or file.architecture != "llama":
         return frozenset()
     shape = (spec.rotary_channels // 2,)
     if tensor.type != "F32" or _inner(tensor.shape) != shape:

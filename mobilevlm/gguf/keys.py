@@ -134,7 +134,19 @@ _DECODER = (
     ),
 )  # fmt: skip
 
+_SLIDING = (
+    *_rules("read", "u32", "{arch}.attention.sliding_window"),
+    *_rules("read", "", "{arch}.attention.sliding_window_pattern"),
+    *_rules(
+        "read", "f32", "{arch}.rope.freq_base_swa", "{arch}.attn_logit_softcapping",
+        "{arch}.final_logit_softcapping",
+    ),
+)  # fmt: skip
+"""Goes before the others for architectures with sliding layers and soft caps."""
+
 _OWN_DECODER = (
+    *_SLIDING,
+    *_rules("read", "f32", "{arch}.embedding_scale", "{arch}.attention.scale"),
     *_rules(
         "read", "u32", "{arch}.expert_count", "{arch}.expert_used_count",
         "{arch}.expert_shared_count",
@@ -227,15 +239,18 @@ _ENCODER = (
     ),
 )  # fmt: skip
 
-Role = Literal["decoder", "own decoder", "encoder"]
+Role = Literal["decoder", "sliding decoder", "own decoder", "encoder"]
 RULES: dict[Role, tuple[Rule, ...]] = {
     "decoder": (*_GENERAL, *_DECODER, *_TOKENIZER),
+    "sliding decoder": (*_GENERAL, *_SLIDING, *_DECODER, *_TOKENIZER),
     "own decoder": (*_GENERAL, *_OWN_DECODER, *_DECODER, *_TOKENIZER),
     "encoder": (*_GENERAL, *_ENCODER),
 }
+_OF_DECODERS = ("{arch}.", "tokenizer.", "general.", "split.", "adapter.", "imatrix.")
 NAMESPACES: dict[Role, tuple[str, ...]] = {
-    "decoder": ("{arch}.", "tokenizer.", "general.", "split.", "adapter.", "imatrix."),
-    "own decoder": ("{arch}.", "tokenizer.", "general.", "split.", "adapter.", "imatrix."),
+    "decoder": _OF_DECODERS,
+    "sliding decoder": _OF_DECODERS,
+    "own decoder": _OF_DECODERS,
     "encoder": ("clip.", "general.", "split.", "adapter.", "imatrix."),
 }
 """Beginnings of the keys that a library reads of such a file; all others are without effect."""

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.gguf.architectures import gguf_architecture, has_neighbouring_pairs
 from mobilevlm.linear_groups import (
     LinearGroup,
     attention_groups,
@@ -46,46 +46,6 @@ class Entry:
         return [size for size in found if size > 1] == [size for size in self.stored if size > 1]
 
 
-OWN_PREFIX = "moe-llava-"
-"""Begins the names of architectures that llama.cpp does not have."""
-
-_BACKBONES = {
-    ("rms", False, False): "llama",
-    ("rms", True, False): "qwen",
-    ("layer", False, False): "stablelm",
-    ("layer", True, False): "stablelm",
-    ("layer", True, True): "phi2",
-}
-"""By kind of norm, biases of query, key and value, and parallel residual: what such decoders are
-called after."""
-
-
-def gguf_architecture(spec: DecoderSpec) -> str:
-    """``general.architecture`` of a decoder: ``llama`` for a plain one, which llama.cpp runs, else
-    a name of our own.
-
-    Raises:
-        MobileVLMError: there is none for it; says why.
-    """
-    backbone = _BACKBONES.get((spec.norm, spec.qkv_bias, spec.parallel_residual))
-    if spec.experts is not None and backbone is not None:
-        return OWN_PREFIX + backbone
-    rotated = spec.rotary_channels == spec.head_dim
-    biased = spec.o_bias or spec.mlp_bias or spec.lm_head_bias
-    plain = rotated and not biased and (spec.mlp, spec.hidden_act) == ("gated", "silu")
-    if spec.experts is not None or backbone != "llama" or not plain:
-        raise MobileVLMError(
-            "the GGUF writer knows no architecture for this decoder, only for a plain Llama and "
-            "for sparse experts in Llama, Qwen, StableLM and Phi-2: use --format onnx"
-        )
-    return backbone
-
-
-def is_own(architecture: str) -> bool:
-    """Whether only our engine ``ggml`` runs files of this architecture."""
-    return architecture.startswith(OWN_PREFIX)
-
-
 _LINEARS = {
     **{f"{part}_proj": f"attn_{part}" for part in "qkv"},
     "out_proj": "attn_out",
@@ -101,19 +61,24 @@ _LINEARS = {
 
 def decoder_entries(spec: DecoderSpec) -> Iterator[Entry]:
     """All tensors of a decoder in the order of the file."""
-    # llama.cpp wants rotary pairs side by side; files of our own keep the checkpoint's halves.
-    turned = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
-    if is_own(gguf_architecture(spec)):
-        turned = {}
+    turned = {}
+    if has_neighbouring_pairs(gguf_architecture(spec)):
+        turned = {"q_proj": spec.num_attention_heads, "k_proj": spec.num_key_value_heads}
     yield _entry("token_embd", "decoder.embed_tokens", spec.vocab_size, spec.hidden_size)
     for index in range(spec.num_hidden_layers):
         ours, theirs = f"decoder.layers.{index}", f"blk.{index}"
         yield from _norm(spec, f"{theirs}.attn_norm", f"{ours}.input_norm")
         for group in attention_groups(spec, f"{ours}.attn"):
             yield from _linears(group, theirs, turned=turned)
+        for part in "qk" if spec.qk_norm else "":
+            yield _entry(f"{theirs}.attn_{part}_norm", f"{ours}.attn.{part}_norm", spec.head_dim)
+        if spec.post_norms:
+            yield from _norm(spec, f"{theirs}.post_attention_norm", f"{ours}.attn_output_norm")
         if not spec.parallel_residual:
             yield from _norm(spec, f"{theirs}.ffn_norm", f"{ours}.post_attention_norm")
         yield from _mlp_entries(spec, index)
+        if spec.post_norms:
+            yield from _norm(spec, f"{theirs}.post_ffw_norm", f"{ours}.mlp_output_norm")
     yield from _norm(spec, "output_norm", "decoder.norm")
     if not spec.tie_word_embeddings:  # llama.cpp takes the embeddings where there is no output
         head = head_group(spec)

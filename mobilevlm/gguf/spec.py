@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, TypeVar
 
 from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.gguf.architectures import (
+    OWN,
+    OWN_PREFIX,
+    PATTERNS,
+    SOFTCAPS,
+    STOCK,
+    attention_scale,
+    embed_scale,
+    gguf_architecture,
+    is_own,
+)
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.keys import check_keys
-from mobilevlm.gguf.names import OWN_PREFIX, decoder_entries, gguf_architecture, is_own
-from mobilevlm.spec import DecoderSpec, ExpertsSpec, from_dict, to_dict
+from mobilevlm.gguf.names import decoder_entries
+from mobilevlm.spec import DecoderSpec, from_dict, to_dict
 
 T = TypeVar("T", bool, int, float, str)
 
 EXPERT_COUNTS = "expert_counts"
-"""Of each layer, 0 where it is dense. This and the next are keys of our own architectures, each
-behind the architecture's name."""
+"""Experts of each layer, 0 where it is dense. This and the next are keys of our own architectures,
+each behind the architecture's name."""
 
 OWN_FLAGS = {
     "attention.qkv_bias": "qkv_bias",
@@ -25,28 +37,34 @@ OWN_FLAGS = {
 }
 OWN_KINDS = {"feed_forward.kind": "mlp", "hidden_activation": "hidden_act"}
 """The field of the spec that each is."""
+EMBED_SCALE, ATTENTION_SCALE = "embedding_scale", "attention.scale"
+WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
+SLIDING_BASE = "rope.freq_base_swa"
+ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 _LIMIT = 1 << 31
 """No number of a model is as large."""
 
 
 def decoder_spec(file: GgufFile) -> DecoderSpec:
-    """The spec of a dense ``llama`` decoder, or of one of our own architectures.
+    """Return the spec of a dense decoder that llama.cpp runs, or of one of our own architectures.
 
     Raises:
         BundleError: another architecture, or a key is missing or of the wrong kind.
     """
-    if is_own(file.architecture):
+    architecture = file.architecture
+    if is_own(architecture):
         check_keys(file, "own decoder")
-        return _with_experts(file, _shared(file))
-    if file.architecture != "llama":
+        return _own(file, _shared(file))
+    if architecture not in STOCK:
+        known = ", ".join(map(repr, STOCK))
         raise BundleError(
-            f"{file.path}: architecture {file.architecture!r:.60}, expected 'llama' or one that "
-            f"begins with {OWN_PREFIX!r}"
+            f"{file.path}: architecture {architecture!r:.60}, expected {known}, {OWN!r} or one "
+            f"that begins with {OWN_PREFIX!r}"
         )
-    if file.metadata.get("llama.expert_count"):
+    if file.metadata.get(f"{architecture}.expert_count"):
         raise BundleError(f"{file.path}: a decoder with experts, expected a dense one")
-    check_keys(file, "decoder")
-    spec = _shared(file)
+    check_keys(file, "sliding decoder" if architecture in PATTERNS else "decoder")
+    spec = _stock(file, _shared(file))
     if _value(file, "rope.dimension_count", int, spec.head_dim) != spec.head_dim:
         raise BundleError(f"{file.path}: rope.dimension_count is not the size of a head")
     return spec
@@ -59,7 +77,7 @@ def _shared(file: GgufFile) -> DecoderSpec:
         raise BundleError(f"{file.path}: tensor 'token_embd.weight' is missing")
     hidden = _value(file, "embedding_length", int)
     heads = _value(file, "attention.head_count", int)
-    if hidden % heads:
+    if hidden % heads and f"{file.architecture}.attention.key_length" not in file.metadata:
         raise BundleError(f"{file.path}: {heads} heads do not divide {hidden} channels")
     shared = _value(file, "attention.head_count_kv", int, heads)
     if heads % shared:
@@ -102,12 +120,109 @@ def _rope_scaling(file: GgufFile) -> float:
     return 1.0
 
 
-def _with_experts(file: GgufFile, spec: DecoderSpec) -> DecoderSpec:
+def _stock(file: GgufFile, sizes: DecoderSpec) -> DecoderSpec:
+    """Return the spec with the parts that an architecture of llama.cpp has without being told."""
+    architecture = file.architecture
+    if architecture == "qwen2":
+        has_bias = "output.bias" in file.tensors
+        return dataclasses.replace(sizes, qkv_bias=True, lm_head_bias=has_bias)
+    if architecture == "qwen3":
+        return dataclasses.replace(sizes, qk_norm=True)
+    if architecture not in PATTERNS:
+        return sizes
+    return dataclasses.replace(
+        sizes,
+        hidden_act="gelu_new",
+        qk_norm=architecture == "gemma3",
+        post_norms=True,
+        embed_scale=embed_scale(architecture, sizes.hidden_size),
+        attention_scale=attention_scale(architecture, sizes),
+        **_softcaps(file),
+        **_sliding(file, sizes),
+    )
+
+
+def _softcaps(file: GgufFile) -> dict[str, float | None]:
+    """Return the soft caps as fields of the spec; a cap of zero is none."""
+    found = {}
+    fields = {"attention_softcap": ATTENTION_SOFTCAP, "logit_softcap": LOGIT_SOFTCAP}
+    for (field, key), default in zip(
+        fields.items(), SOFTCAPS.get(file.architecture, (None, None)), strict=True
+    ):
+        value = file.metadata.get(f"{file.architecture}.{key}", default)
+        found[field] = _value(file, key, float, default) if value else None
+    return found
+
+
+def _sliding(file: GgufFile, sizes: DecoderSpec) -> dict[str, Any]:
+    """Return window, layers and rotary base of sliding layers as fields of the spec."""
+    architecture, count = file.architecture, sizes.num_hidden_layers
+    default = {"gemma2": 4096}.get(architecture, 0)
+    if not file.metadata.get(f"{architecture}.{WINDOW}", default):
+        return {}
+    window = _value(file, WINDOW, int, default)
+    pattern = file.metadata.get(f"{architecture}.{PATTERN}", PATTERNS.get(architecture, 0))
+    if isinstance(pattern, list):
+        is_right = len(pattern) == count and all(type(slides) is bool for slides in pattern)
+        layers = [layer for layer, slides in enumerate(pattern) if slides]
+    else:
+        is_right = type(pattern) is int and pattern >= 0
+        layers = [layer for layer in range(count) if not pattern or (layer + 1) % pattern]
+    if not is_right:
+        raise BundleError(
+            f"{file.path}: '{architecture}.{PATTERN}' is {pattern!r:.60}, expected a number, or "
+            f"true or false for each of {count} layers"
+        )
+    if not layers:
+        return {}
+    base: float | None = None
+    if architecture == "gemma3" or f"{architecture}.{SLIDING_BASE}" in file.metadata:
+        base = _value(file, SLIDING_BASE, float, 10000.0)
+    return {
+        "sliding_window": window,
+        "sliding_layers": tuple(layers),
+        "sliding_rope_theta": base,
+    }
+
+
+def _own(file: GgufFile, sizes: DecoderSpec) -> DecoderSpec:
+    """Return the spec with what a file of our own says of its parts."""
+    channels = _value(file, "rope.dimension_count", int)
+    data = to_dict(sizes) | {
+        "rotary_dim": None if channels == sizes.head_dim else channels,
+        "qk_norm": "blk.0.attn_q_norm.weight" in file.tensors,
+        "post_norms": "blk.0.post_attention_norm.weight" in file.tensors,
+        "embed_scale": _value(file, EMBED_SCALE, float, 1.0),
+        "experts": _experts(file, sizes.num_hidden_layers),
+        **{field: _value(file, key, bool) for key, field in OWN_FLAGS.items()},
+        **{field: _value(file, key, str) for key, field in OWN_KINDS.items()},
+        **_softcaps(file),
+        **_sliding(file, sizes),
+    }
+    if f"{file.architecture}.{ATTENTION_SCALE}" in file.metadata:
+        data["attention_scale"] = _value(file, ATTENTION_SCALE, float)
+    try:
+        found = from_dict(DecoderSpec, data, str(file.path))
+        expected = gguf_architecture(found)
+    except MobileVLMError as error:
+        raise BundleError(f"{file.path}: damaged or of a later version: {error}") from None
+    if expected != file.architecture or channels > sizes.head_dim or channels % 2:
+        raise BundleError(
+            f"{file.path}: architecture {file.architecture!r:.60} does not fit what the file says "
+            f"of its decoder"
+        )
+    return found
+
+
+def _experts(file: GgufFile, layers: int) -> dict[str, Any] | None:
+    """Return the experts of a file of our own; only dense decoders of ``OWN`` say nothing."""
     counts = file.metadata.get(f"{file.architecture}.{EXPERT_COUNTS}")
+    if file.architecture == OWN and counts is None:
+        return None
     top_k = _value(file, "expert_used_count", int)
     if (
         not isinstance(counts, list)
-        or len(counts) != spec.num_hidden_layers
+        or len(counts) != layers
         or not all(type(count) is int and (count == 0 or count >= top_k) for count in counts)
         or not any(counts)
     ):
@@ -115,29 +230,13 @@ def _with_experts(file: GgufFile, spec: DecoderSpec) -> DecoderSpec:
             f"{file.path}: '{file.architecture}.{EXPERT_COUNTS}' is {counts!r:.60}, expected the "
             f"number of experts of each layer"
         )
-    channels = _value(file, "rope.dimension_count", int)
-    flags = {field: _value(file, key, bool) for key, field in OWN_FLAGS.items()}
-    kinds = {field: _value(file, key, str) for key, field in OWN_KINDS.items()}
-    experts = ExpertsSpec(
-        layers=tuple(layer for layer, count in enumerate(counts) if count),
-        num_experts=tuple(count for count in counts if count),
-        top_k=top_k,
-        renormalize=_value(file, "expert_weights_norm", bool),
-        use_residual=bool(file.metadata.get(f"{file.architecture}.expert_shared_count")),
-    )
-    rotary = None if channels == spec.head_dim else channels
-    data = {**to_dict(spec), **flags, **kinds, "rotary_dim": rotary, "experts": to_dict(experts)}
-    try:
-        found = from_dict(DecoderSpec, data, str(file.path))
-        expected = gguf_architecture(found)
-    except MobileVLMError as error:
-        raise BundleError(f"{file.path}: damaged or of a later version: {error}") from None
-    if expected != file.architecture or channels > spec.head_dim or channels % 2:
-        raise BundleError(
-            f"{file.path}: architecture {file.architecture!r:.60} does not fit what the file says "
-            f"of its decoder"
-        )
-    return found
+    return {
+        "layers": [layer for layer, count in enumerate(counts) if count],
+        "num_experts": [count for count in counts if count],
+        "top_k": top_k,
+        "renormalize": _value(file, "expert_weights_norm", bool),
+        "use_residual": bool(file.metadata.get(f"{file.architecture}.expert_shared_count")),
+    }
 
 
 def bytes_per_token(file: GgufFile, spec: DecoderSpec) -> int:

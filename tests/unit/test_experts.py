@@ -23,7 +23,7 @@ from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.pipeline import export
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
-from mobilevlm.gguf.names import gguf_architecture
+from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.spec import DecoderSpec
 
@@ -217,16 +217,19 @@ def test_importance_matrices_are_refused_before_any_work(
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "architecture"),
     [
-        ({"experts": None}, "knows no architecture for this decoder"),
-        ({"norm": "rms"}, "only for a plain Llama and for sparse experts in"),
+        ({}, "moe-llava-phi2"),
+        ({"experts": None}, "mobilevlm"),
+        ({"norm": "rms"}, "mobilevlm"),
+        ({"qk_norm": True}, "moe-llava-phi2"),
     ],
 )
-def test_decoders_without_an_architecture_are_named(changes: dict[str, Any], message: str) -> None:
+def test_what_llama_cpp_has_no_architecture_for_gets_one_of_our_own(
+    changes: dict[str, Any], architecture: str
+) -> None:
     spec = fixture_named("moe_llava_phi2").model.spec.decoder
-    with pytest.raises(MobileVLMError, match=message):
-        gguf_architecture(replace(spec, **changes))
+    assert gguf_architecture(replace(spec, **changes)) == architecture
 
 
 def test_inspect_shows_what_a_token_needs(stablelm: Fixture, tmp_path: Path) -> None:

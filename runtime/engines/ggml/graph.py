@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import numpy as np
+from numpy.typing import NDArray
 
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.engines.ggml.layers import GraphShape, Inputs, KeyValues, Layers, Observe
@@ -24,6 +25,7 @@ _DTYPES = {
     "positions": ("I32", np.int32),
     "rows": ("I64", np.int64),
     "mask": ("F16", np.float16),
+    "window_mask": ("F16", np.float16),
 }
 """Of the inputs, for ggml and for numpy."""
 
@@ -40,7 +42,7 @@ class DecoderGraph:
         observe: Observe | None = None,
     ) -> None:
         native, nodes = ggml(), (spec.num_hidden_layers + 1) * _NODES_PER_LAYER
-        self.shape = shape
+        self.shape, self._window = shape, spec.sliding_window
         self._context = Context(nodes, nodes)
         self._graph = native.new_graph_custom(self._context.pointer, nodes, False)
         sizes: dict[str, tuple[int, ...]] = {
@@ -49,6 +51,8 @@ class DecoderGraph:
             "rows": (shape.length,),
             "mask": (shape.length, shape.visible),
         }
+        if spec.sliding_layers:
+            sizes["window_mask"] = sizes["mask"]
         inputs = {name: self._context.tensor(_DTYPES[name][0], *sizes[name]) for name in sizes}
         for tensor in inputs.values():
             native.set_input(tensor)
@@ -71,7 +75,13 @@ class DecoderGraph:
         positions = np.arange(start, start + self.shape.length)
         arrays["embeds"][:] = embeds
         arrays["positions"][:] = arrays["rows"][:] = positions
-        seen = np.arange(self.shape.visible) <= positions[:, None]
-        arrays["mask"][:] = np.where(seen, np.float16(0), np.float16(-np.inf))
+        distance = positions[:, None] - np.arange(self.shape.visible)
+        arrays["mask"][:] = _mask(distance >= 0)
+        if "window_mask" in arrays:
+            arrays["window_mask"][:] = _mask((distance >= 0) & (distance < self._window))
         processor.compute(self._graph)
         return self._logits
+
+
+def _mask(seen: NDArray[np.bool_]) -> NDArray[np.float16]:
+    return np.where(seen, np.float16(0), np.float16(-np.inf))

@@ -8,12 +8,13 @@ import math
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.gguf.names import gguf_architecture, is_own
+from mobilevlm.gguf.architectures import gguf_architecture, has_neighbouring_pairs
 from mobilevlm.runtime.engines.ggml.native import (
     TYPE_IDS,
     Context,
@@ -24,8 +25,8 @@ from mobilevlm.runtime.engines.ggml.native import (
 )
 from mobilevlm.spec import DecoderSpec
 
-_ROTARY_PAIRS = {"neighbours": 0, "halves": 2}
-"""GGML_ROPE_TYPE_NORMAL as in files for llama.cpp, GGML_ROPE_TYPE_NEOX as in checkpoints."""
+_NEIGHBOURS, _HALVES = 0, 2
+"""GGML_ROPE_TYPE_NORMAL and GGML_ROPE_TYPE_NEOX."""
 _SQRT_2_OVER_PI = math.sqrt(2 / math.pi)
 _FLOAT = np.dtype(np.float32).itemsize
 
@@ -80,6 +81,8 @@ class Inputs:
     """``(length,)``, int64: where keys and values go"""
     mask: TensorPointer
     """``(length, visible)``, float16: 0, or −∞ where a position is not seen"""
+    window_mask: TensorPointer | None = None
+    """The same of sliding layers."""
 
 
 Observe: TypeAlias = Callable[[int, NDArray[np.int32]], None]
@@ -110,12 +113,18 @@ class Layers:
             attended = self._attention(layer, normed)
             if layer == self.spec.num_hidden_layers - 1:  # the others have left their keys
                 attended, hidden, normed = map(self._wanted, (attended, hidden, normed))
-            hidden = apply("add", hidden, attended)
+            hidden = apply(
+                "add", hidden, self._post_norm(f"{prefix}.post_attention_norm", attended)
+            )
             if not self.spec.parallel_residual:
                 normed = self._norm(f"{prefix}.ffn_norm", hidden)
-            hidden = apply("add", hidden, self._mlp_or_experts(layer, normed))
+            made = self._mlp_or_experts(layer, normed)
+            hidden = apply("add", hidden, self._post_norm(f"{prefix}.post_ffw_norm", made))
         head = "token_embd" if self.spec.tie_word_embeddings else "output"
-        return self._linear(head, self._norm("output_norm", hidden))
+        logits = self._linear(head, self._norm("output_norm", hidden))
+        if (cap := self.spec.logit_softcap) is None:
+            return logits
+        return apply("scale", apply("tanh", apply("scale", logits, 1 / cap)), cap)
 
     def _attention(self, layer: int, states: TensorPointer) -> TensorPointer:
         apply, spec, cache = self.context.apply, self.spec, self.cache
@@ -124,8 +133,13 @@ class Layers:
         query, key, value = (
             self._linear(f"{prefix}.attn_{part}", states) for part in ("q", "k", "v")
         )
-        query = self._rotate(apply("reshape_3d", query, size, heads, length))
-        key = self._rotate(apply("reshape_3d", key, size, shared, length))
+        query, key = (
+            self._rotate(layer, self._head_norm(f"{prefix}.attn_{part}_norm", states))
+            for part, states in (
+                ("q", apply("reshape_3d", query, size, heads, length)),
+                ("k", apply("reshape_3d", key, size, shared, length)),
+            )
+        )
         key = apply("reshape_2d", key, size * shared, length)
         stores = cache.keys[layer], cache.values[layer]
         for store, new in zip(stores, (key, value), strict=True):
@@ -137,21 +151,36 @@ class Layers:
         keys, values = (
             apply("view_3d", store, size, visible, shared, *strides) for store in stores
         )
-        scale, no_bias, no_cap = 1 / math.sqrt(size), 0.0, 0.0
-        mixed = apply(
-            "flash_attn_ext", query, keys, values, self.inputs.mask, scale, no_bias, no_cap
-        )
+        mask = self.inputs.window_mask if spec.window(layer) else self.inputs.mask
+        scale, no_bias, cap = spec.score_scale, 0.0, spec.attention_softcap or 0.0
+        mixed = apply("flash_attn_ext", query, keys, values, mask, scale, no_bias, cap)
         mixed = apply("reshape_2d", mixed, heads * size, length)
         return self._linear(f"{prefix}.attn_output", mixed)
 
-    def _rotate(self, heads: TensorPointer) -> TensorPointer:
+    def _head_norm(self, name: str, heads: TensorPointer) -> TensorPointer:
+        """Normalise the channels of each head ``(length, heads, head_dim)``, where a decoder
+        does."""
+        if not self.spec.qk_norm:
+            return heads
+        normed = self.context.apply("rms_norm", heads, self.spec.norm_eps)
+        result: TensorPointer = self.context.apply("mul", normed, self.weights[f"{name}.weight"])
+        return result
+
+    @cached_property
+    def _pairs(self) -> int:
+        """Channels that are rotated together."""
+        architecture = gguf_architecture(self.spec)
+        return _NEIGHBOURS if has_neighbouring_pairs(architecture) else _HALVES
+
+    def _rotate(self, layer: int, heads: TensorPointer) -> TensorPointer:
         """``(length, heads, head_dim)``"""
         spec, positions, no_factors, any_length = self.spec, self.inputs.positions, None, 0
-        pairs = "halves" if is_own(gguf_architecture(spec)) else "neighbours"
         frequencies = spec.rope_theta, 1 / spec.rope_scaling
+        if spec.window(layer) and spec.sliding_rope_theta is not None:
+            frequencies = spec.sliding_rope_theta, 1.0
         no_extension = (0.0, 1.0, 0.0, 0.0)
         return self.context.apply(
-            "rope_ext", heads, positions, no_factors, spec.rotary_channels, _ROTARY_PAIRS[pairs],
+            "rope_ext", heads, positions, no_factors, spec.rotary_channels, self._pairs,
             any_length, *frequencies, *no_extension,
         )  # fmt: skip
 
@@ -237,10 +266,11 @@ class Layers:
     def _activated(self, read: list[TensorPointer]) -> TensorPointer:
         """The inner state of an MLP, of what its gate and up layers, or its one layer, made."""
         apply, (first, *up) = self.context.apply, read
-        if self.spec.hidden_act == "gelu_new":
-            inner = self._gelu_new(first)
-            return apply("mul", inner, *up) if up else inner
-        return apply("swiglu_split", first, *up) if up else apply("silu", first)
+        if self.spec.hidden_act == "silu":
+            return apply("swiglu_split", first, *up) if up else apply("silu", first)
+        is_relu = self.spec.hidden_act == "relu"
+        inner = apply("relu", first) if is_relu else self._gelu_new(first)
+        return apply("mul", inner, *up) if up else inner
 
     def _gelu_new(self, states: TensorPointer) -> TensorPointer:
         """GELU by its tanh approximation, x · sigmoid(2 √(2/π) (x + 0.044715 x³)), in float32:
@@ -250,6 +280,10 @@ class Layers:
         slope = 2 * _SQRT_2_OVER_PI
         ratio = apply("scale_bias", apply("sqr", states), 0.044715 * slope, slope)
         return apply("div", apply("silu", apply("mul", states, ratio)), ratio)
+
+    def _post_norm(self, name: str, states: TensorPointer) -> TensorPointer:
+        """Normalise what attention or MLP made, where a decoder does."""
+        return self._norm(name, states) if self.spec.post_norms else states
 
     def _norm(self, name: str, states: TensorPointer) -> TensorPointer:
         kind = "rms_norm" if self.spec.norm == "rms" else "norm"

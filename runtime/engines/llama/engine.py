@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.gguf.architectures import scales_rows
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.plan import PREFILL_CHUNK
 from mobilevlm.runtime.engines import (
@@ -40,6 +41,7 @@ class LlamaState(SlotState):
         options.n_batch = options.n_ubatch = PREFILL_CHUNK
         options.n_outputs_max_per_seq = 0  # as many as a batch has
         options.n_threads = options.n_threads_batch = threads
+        options.swa_full = True  # sliding layers keep all positions, so that a state can go back
         if exact:
             options.type_k = options.type_v = library.GGML_TYPE_F32
             options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -112,6 +114,7 @@ class LlamaDecoder(GgufDecoder):
         check_decoder(header, spec)
         self._model: NativeModel | None = NativeModel(path)
         super().__init__(header, spec, threads)
+        self._scales_rows = scales_rows(header.architecture)
 
     @property
     def model(self) -> NativeModel:
@@ -136,6 +139,8 @@ class LlamaDecoder(GgufDecoder):
         assert isinstance(state, LlamaState)
         still_open(self._model)
         still_open(self._rows).check()
+        if self._scales_rows:
+            embeds = embeds / np.float32(self._spec.embed_scale)
         chunk = np.ascontiguousarray(embeds, np.float32)
         wanted = np.zeros(len(chunk), np.int8)
         wanted[len(chunk) - count :] = 1

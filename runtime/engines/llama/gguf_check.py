@@ -18,6 +18,12 @@ from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.spec import decoder_spec
 from mobilevlm.spec import DecoderSpec, ModelSpec, TransformerEncoder
 
+_SAME = (
+    "head_dim", "experts", "rotary_channels", "norm", "mlp", "hidden_act", "qk_norm", "post_norms",
+    "sliding_window", "sliding_layers",
+)  # fmt: skip
+"""Fields of a decoder's spec that a file must say too."""
+
 
 def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
     """Refuses a file that is not the language model of the spec.
@@ -42,7 +48,7 @@ def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
     shape = table.shape if table else None
     _same(header, "shape of token_embd.weight", shape, (spec.vocab_size, spec.hidden_size))
     found = decoder_spec(header)
-    for name in ("head_dim", "experts", "rotary_channels", "norm", "mlp", "hidden_act"):
+    for name in _SAME:
         _same(header, name, getattr(found, name), getattr(spec, name))
     check_decoder_file(header, spec)
     check_vocabulary(header, spec.vocab_size)

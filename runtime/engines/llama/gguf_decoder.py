@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import partial
 
+import numpy as np
+
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.runtime.engines import DecoderState, Float32, in_chunks, still_open
 from mobilevlm.runtime.engines.llama.embedding_rows import EmbeddingRows
@@ -30,7 +32,9 @@ class GgufDecoder(ABC):
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return still_open(self._rows).read(ids)
+        rows = still_open(self._rows).read(ids)
+        scale = np.float32(self._spec.embed_scale)
+        return rows if scale == 1 else rows * scale
 
     def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -1,0 +1,213 @@
+"""Blocks of decoders in GGUF files: each in stock llama.cpp where it has an architecture for them,
+and in our own graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+from conftest import fixture_named, memory_weights, relative_error
+from numpy.typing import NDArray
+
+from mobilevlm.console.progress import ignore
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.gguf.decoder import write_decoder
+from mobilevlm.families import Model
+from mobilevlm.gguf.architectures import gguf_architecture
+from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.names import decoder_entries
+from mobilevlm.gguf.spec import decoder_spec
+from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
+from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
+from mobilevlm.spec import DecoderSpec
+
+needs_llama = pytest.mark.skipif(
+    os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
+)
+Logits = NDArray[np.float32]
+
+HIDDEN = 64
+_GEMMA = {
+    "hidden_act": "gelu_new",
+    "post_norms": True,
+    "embed_scale": math.sqrt(HIDDEN),
+    "head_dim": 32,
+    "num_hidden_layers": 7,
+    "tie_word_embeddings": True,
+}
+_GEMMA_3 = {**_GEMMA, "qk_norm": True}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Changes of a tiny Llama's spec, and the architecture that its file has."""
+
+    architecture: str
+    changes: dict[str, Any]
+
+
+STOCK = {
+    "wide heads": Case("llama", {"head_dim": 32}),
+    "Qwen2": Case("qwen2", {"qkv_bias": True, "num_key_value_heads": 2}),
+    "Qwen3": Case("qwen3", {"qk_norm": True, "head_dim": 32, "num_key_value_heads": 1}),
+    "Gemma 2": Case(
+        "gemma2",
+        {
+            **_GEMMA,
+            "sliding_window": 5,
+            "sliding_layers": (0, 2, 4, 6),
+            "attention_softcap": 2.0,
+            "logit_softcap": 3.0,
+        },
+    ),
+    "Gemma 3": Case(
+        "gemma3",
+        {
+            **_GEMMA_3,
+            "sliding_window": 5,
+            "sliding_layers": (0, 1, 2, 3, 4, 6),
+            "sliding_rope_theta": 1234.0,
+            "rope_scaling": 8.0,
+        },
+    ),
+    "Gemma 3 with other sliding layers": Case(
+        "gemma3",
+        {
+            **_GEMMA_3,
+            "sliding_window": 3,
+            "sliding_layers": (1, 2),
+            "sliding_rope_theta": 1e4,
+            "rope_theta": 1e6,
+            "logit_softcap": 2.0,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "Gemma 3 without a window": Case("gemma3", _GEMMA_3),
+    "Gemma 3's largest": Case(
+        "gemma3",
+        {
+            **_GEMMA_3,
+            "num_hidden_layers": 62,
+            "intermediate_size": 16,
+            "attention_scale": (HIDDEN // 4) ** -0.5,
+        },
+    ),
+}
+
+
+def tiny(changes: dict[str, Any], folder: Path) -> Model:
+    """A decoder with random weights that differs from Llama by these fields."""
+    model = fixture_named("mobilevlm_v2").model
+    decoder = dataclasses.replace(model.spec.decoder, **changes)
+    assert decoder.hidden_size == HIDDEN and decoder.num_attention_heads == 4
+    shapes = {part: entry.shape for entry in decoder_entries(decoder) for part in entry.parts}
+    spec = dataclasses.replace(model.spec, decoder=decoder)
+    return dataclasses.replace(model, spec=spec, weights=memory_weights(shapes, folder))
+
+
+def written(case: Case, folder: Path) -> tuple[DecoderSpec, Path]:
+    model, path = tiny(case.changes, folder / "weights"), folder / "decoder.gguf"
+    write_decoder(model, "f32", path, ignore)
+    return model.spec.decoder, path
+
+
+def logits(engine: GgmlDecoder | LlamaDecoder, spec: DecoderSpec) -> Logits:
+    """Logits of a prompt, of steps after it, and of its end again after going back."""
+    ids = np.random.default_rng(0).integers(3, spec.vocab_size, 40).tolist()
+    embeds, state = engine.embed(ids), engine.new_state()
+    prompt = engine.prefill(state, embeds, all_logits=True)
+    steps = [engine.step(state, token).copy() for token in (5, 6, 7)]
+    state.length = 30
+    assert np.array_equal(engine.prefill(state, embeds[30:], all_logits=True), prompt[30:])
+    return np.concatenate([prompt, steps])
+
+
+@pytest.mark.parametrize("name", STOCK)
+def test_a_file_says_what_the_spec_says(name: str, tmp_path: Path) -> None:
+    spec, path = written(STOCK[name], tmp_path)
+    file = read_gguf(path)
+    assert file.architecture == STOCK[name].architecture
+    found = decoder_spec(file)
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        rounded = isinstance(value, float)  # float32 in the file
+        expected = pytest.approx(value, rel=1e-6) if rounded else value
+        assert getattr(found, field.name) == expected, field.name
+
+
+GELU_TABLE = 1e-3
+"""llama.cpp reads GELU from a table in float16: 1.4e-4 of the logits, found."""
+
+
+@needs_llama
+@pytest.mark.parametrize("name", STOCK)
+def test_our_graph_gives_the_logits_of_llama_cpp(name: str, tmp_path: Path) -> None:
+    spec, path = written(STOCK[name], tmp_path)
+    found = [logits(engine(path, spec, 1), spec) for engine in (GgmlDecoder, LlamaDecoder)]
+    limit = GELU_TABLE if spec.hidden_act == "gelu_new" else 2e-6
+    assert relative_error(*found) <= limit
+
+
+def test_names_and_keys_are_those_of_llama_cpp_s_converter(tmp_path: Path) -> None:
+    _, path = written(STOCK["Gemma 3"], tmp_path)
+    reader = gguf.GGUFReader(path)
+    names = {tensor.name for tensor in reader.tensors if tensor.name.startswith("blk.0.")}
+    known = gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GEMMA3]
+    expected = {gguf.TENSOR_NAMES[part].format(bid=0) for part in known}
+    assert names == {f"{name}.weight" for name in expected if name.startswith("blk.")}
+    keys = {key: reader.fields[key].contents() for key in reader.fields if "gemma3." in key}
+    assert keys["gemma3.attention.sliding_window"] == 5
+    assert keys["gemma3.rope.freq_base_swa"] == 1234.0
+    assert keys["gemma3.rope.scaling.factor"] == 8.0
+    assert keys["gemma3.attention.key_length"] == keys["gemma3.attention.value_length"] == 32
+    assert "gemma3.attention.sliding_window_pattern" not in keys
+
+
+@pytest.mark.parametrize(
+    ("changes", "architecture"),
+    [
+        ({"qkv_bias": True, "head_dim": 32}, "mobilevlm"),
+        ({"qkv_bias": True, "qk_norm": True}, "mobilevlm"),
+        ({"sliding_window": 4, "sliding_layers": (0,)}, "mobilevlm"),
+        ({"logit_softcap": 30.0}, "mobilevlm"),
+        ({"post_norms": True}, "mobilevlm"),
+        ({"embed_scale": 8.0}, "mobilevlm"),
+        ({"attention_scale": 0.5}, "mobilevlm"),
+        ({"attention_scale": 0.25}, "llama"),
+        ({"rotary_dim": 16}, "llama"),
+        ({"rotary_dim": 8}, "mobilevlm"),
+        ({**_GEMMA_3, "embed_scale": 7.0}, "mobilevlm"),
+        ({**_GEMMA_3, "attention_scale": 0.5}, "mobilevlm"),
+        ({**_GEMMA_3, "hidden_act": "relu"}, "mobilevlm"),
+        ({**_GEMMA_3, "attention_softcap": 50.0}, "mobilevlm"),
+        (
+            {
+                **_GEMMA_3,
+                "sliding_window": 4,
+                "sliding_layers": (0,),
+                "rope_scaling": 2.0,
+            },
+            "mobilevlm",
+        ),
+        ({**STOCK["Gemma 2"].changes, "tie_word_embeddings": False}, "mobilevlm"),
+        ({**STOCK["Gemma 2"].changes, "rope_scaling": 2.0}, "gemma2"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_not_given_its_name(
+    changes: dict[str, Any], architecture: str
+) -> None:
+    decoder = dataclasses.replace(fixture_named("mobilevlm_v2").model.spec.decoder, **changes)
+    assert gguf_architecture(decoder) == architecture
+
+
+def test_a_part_that_no_architecture_has_is_named() -> None:
+    decoder = fixture_named("mobilevlm_v2").model.spec.decoder
+    with pytest.raises(MobileVLMError, match="none has its learned_positions: use --format onnx"):
+        gguf_architecture(dataclasses.replace(decoder, learned_positions=True))

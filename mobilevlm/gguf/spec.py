@@ -142,9 +142,9 @@ def _stock(file: GgufFile, sizes: DecoderSpec) -> DecoderSpec:
     )
 
 
-def _softcaps(file: GgufFile) -> dict[str, float | None]:
+def _softcaps(file: GgufFile) -> dict[str, Any]:
     """Return the soft caps as fields of the spec; a cap of zero is none."""
-    found = {}
+    found: dict[str, float | None] = {}
     fields = {"attention_softcap": ATTENTION_SOFTCAP, "logit_softcap": LOGIT_SOFTCAP}
     for (field, key), default in zip(
         fields.items(), SOFTCAPS.get(file.architecture, (None, None)), strict=True

@@ -124,7 +124,7 @@ def logits(engine: GgmlDecoder | LlamaDecoder, spec: DecoderSpec) -> Logits:
     embeds, state = engine.embed(ids), engine.new_state()
     prompt = engine.prefill(state, embeds, all_logits=True)
     steps = [engine.step(state, token).copy() for token in (5, 6, 7)]
-    state.length = 30
+    state.rewind(30)
     assert np.array_equal(engine.prefill(state, embeds[30:], all_logits=True), prompt[30:])
     return np.concatenate([prompt, steps])
 

@@ -18,6 +18,7 @@ from mobilevlm.bundle_checks import check_file, check_graph, check_manifest
 from mobilevlm.bundle_identity import Identity, identity_of, steadily, unchanged
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.recipe import Recipe
 from mobilevlm.regular_file import read_regular
 from mobilevlm.schema_1 import upgraded
 from mobilevlm.spec import ModelSpec, from_dict, to_dict
@@ -179,7 +180,7 @@ class Manifest:
 
     schema_version: int
     spec: ModelSpec
-    recipe: dict[str, Any]
+    recipe: Recipe
     artifacts: tuple[Artifact, ...]
     embeddings: EmbeddingTable | None
     """Of the ONNX decoder; a GGUF decoder holds its own."""

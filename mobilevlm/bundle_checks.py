@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, TypeAlias
 from mobilevlm.errors import BundleError
 from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
 from mobilevlm.protobuf import external_files
+from mobilevlm.recipe import PARTS, PREFILL
 from mobilevlm.regular_file import leaves_folder
 
 if TYPE_CHECKING:
@@ -298,13 +299,13 @@ def _conversation(spec: ModelSpec) -> Iterator[_Check]:
 
 def _recipe(manifest: Manifest) -> Iterator[_Check]:
     recipe = manifest.recipe
-    yield "recipe.name", recipe.get("name"), isinstance(recipe.get("name"), str), "a text"
-    kind = recipe.get("kv_cache", "fp32")
-    yield "recipe.kv_cache", kind, kind in ("fp32", "int8"), "'fp32' or 'int8'"
-    for name, part in recipe.items():
-        size = part.get("block_size", 32) if isinstance(part, dict) else 32
-        is_right = type(size) is int and 1 <= size <= 1 << 16
-        yield f"recipe.{name}.block_size", size, is_right, "a number of weights"
+    formats = {part: getattr(recipe, part) for part in (*PARTS, PREFILL)}
+    for name, layers in {**formats, **recipe.layers}.items():
+        size = 32 if layers is None else layers.block_size
+        yield f"recipe.{name}.block_size", size, 1 <= size <= 1 << 16, "a number of weights"
+    stages = {artifact.stage for artifact in manifest.artifacts}
+    is_right = recipe.prefill is not None or PREFILL not in stages
+    yield "recipe.prefill", recipe.prefill, is_right, "the format of the prefill graph"
 
 
 def _artifacts(artifacts: tuple[Artifact, ...]) -> Iterator[_Check]:

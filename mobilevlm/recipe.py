@@ -6,9 +6,9 @@ A bundle's manifest holds it. Named recipes and recipe files are in export/recip
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 from mobilevlm.spec import GGUFType, KVCache
 
@@ -211,12 +211,14 @@ class Recipe:
     gguf_calibration: str | None = None
     """Data to collect one from: ``scenes``, or a JSONL file (export/calibration/samples.py)."""
 
-    def for_manifest(self) -> dict[str, Any]:
-        """All fields; of files only their names, since folders say nothing elsewhere."""
-        fields = asdict(self)
-        for name in ("calibration", "gguf_imatrix", "gguf_calibration"):
-            fields[name] = fields[name] and Path(fields[name]).name
-        return fields
+    def for_manifest(self) -> Recipe:
+        """Return the recipe with files by their names only, since folders say nothing elsewhere."""
+        files = {
+            name: value and Path(value).name
+            for name in ("calibration", "gguf_imatrix", "gguf_calibration")
+            if isinstance(value := getattr(self, name), str)
+        }
+        return replace(self, **files)  # type: ignore[arg-type]
 
     @property
     def is_calibrated(self) -> bool:

@@ -164,7 +164,7 @@ def _ours_of_gguf(artifacts: Artifacts) -> Iterator[Candidate]:
 
 
 def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
-    onnx_kv_bytes = 1 if bundle.manifest.recipe.get("kv_cache") == "int8" else 4
+    onnx_kv_bytes = 1 if bundle.manifest.recipe.kv_cache == "int8" else 4
     files = tuple(bundle.path(file) for file in engine_files(bundle, engine))
     return Candidate(
         name=f"mobilevlm {name}",

@@ -17,7 +17,6 @@ from mobilevlm.families import Model
 from mobilevlm.linear_groups import LinearGroup
 from mobilevlm.plan import stage_formats
 from mobilevlm.recipe import Recipe
-from mobilevlm.spec import from_dict
 
 
 def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
@@ -36,8 +35,7 @@ def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
         source, names = _open(model, stage, form, path)
         refs |= {name: TensorRef(source, name) for name in names}
     weights = model.weights.replaced(refs)
-    recipe = from_dict(Recipe, bundle.manifest.recipe, f"{bundle.folder}: recipe")
-    scaled = [place for place in _scaled(model, recipe) if _is_onnx(refs, place)]
+    scaled = [place for place in _scaled(model, bundle.manifest.recipe) if _is_onnx(refs, place)]
     one = np.float32(1)
     inverse = {place: one / _factors(model.weights, weights, place) for place in scaled}
     return fold(weights, inverse)

@@ -26,7 +26,7 @@ from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
 from mobilevlm.nano.suite import evaluation_set
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.recipe import Recipe
-from mobilevlm.spec import from_dict, to_dict
+from mobilevlm.spec import to_dict
 
 try:
     from mobilevlm.export.calibration.activations import check_decoder_only
@@ -176,7 +176,7 @@ def verify(
     _check_spec(ready, model)
     stored = artifact_weights(model, ready, engine)
     _check_weights(ready, model, stored)
-    recipe = from_dict(Recipe, ready.manifest.recipe, f"{ready.folder}: recipe")
+    recipe = ready.manifest.recipe
     samples = held_out_samples(data)
     with progress.track("samples", len(samples)) as advance:
         measured = measure(model, ready, engine, samples, LONGEST_ANSWER, threads, advance)

@@ -173,7 +173,7 @@ def command(
             {
                 "bundle": str(bundle),
                 "bytes": sum(entry.size for entry in manifest.files.values()),
-                "recipe": manifest.recipe["name"],
+                "recipe": manifest.recipe.name,
                 "quality": to_dict(manifest.quality),
                 "coverage": [to_dict(part) for part in manifest.coverage],
             }

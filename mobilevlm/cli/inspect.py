@@ -108,7 +108,7 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         table.add(artifact.stage, artifact.path, precision, bits, f"{size / 1e6:.1f}")
     show(table)
     total = sum(entry.size for entry in manifest.files.values())
-    print(plain(f"recipe {manifest.recipe['name']}, {total / 1e6:.1f} MB in all"))
+    print(plain(f"recipe {manifest.recipe.name}, {total / 1e6:.1f} MB in all"))
     for artifact in manifest.artifacts:
         worst = artifact.largest_weight_error
         if worst is not None:
@@ -118,8 +118,8 @@ def _show_bundle(path: Path, as_json: bool) -> None:
         if artifact.bytes_per_token is not None:
             read = artifact.bytes_per_token / 1e6
             print(plain(f"a token reads {read:.1f} MB of weights in {artifact.path}"))
-    if manifest.recipe.get("kv_cache", "fp32") != "fp32":
-        print(plain(f"keys and values are {manifest.recipe['kv_cache']}"))
+    if manifest.recipe.kv_cache != "fp32":
+        print(plain(f"keys and values are {manifest.recipe.kv_cache}"))
     for engine, settings in _memory(bundle).items():
         peaks = ", ".join(f"{peak:.0f} MB ({name})" for name, peak in settings.items())
         print(plain(f"engine {engine} takes {peaks}"))
@@ -293,7 +293,7 @@ def _show_experts(
         else:
             with load(path, engine) as vlm:
                 spec = vlm.spec
-                source = f"recipe {vlm.bundle.manifest.recipe['name']}, engine {vlm.engine}"
+                source = f"recipe {vlm.bundle.manifest.recipe.name}, engine {vlm.engine}"
                 layers = bundle_usage(vlm, samples, advance)
     assert spec.decoder.experts is not None
     subtitle = f"{len(samples)} samples of {Path(data).name}"

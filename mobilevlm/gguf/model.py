@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 
 from mobilevlm.bundle import SCHEMA_VERSION, Artifact, Bundle, FileEntry, Manifest, Quality
@@ -16,7 +17,21 @@ from mobilevlm.gguf.conversation import gguf_conversation
 from mobilevlm.gguf.encoder import read_encoder
 from mobilevlm.gguf.file import GgufFile, read_gguf
 from mobilevlm.gguf.spec import bytes_per_token, decoder_spec
+from mobilevlm.recipe import Limits, LinearFormat, Recipe
 from mobilevlm.spec import DecoderSpec, InputSpec, ModelSpec
+
+_AS_STORED = LinearFormat("fp32")
+_RECIPE = Recipe(
+    "gguf",
+    tower=_AS_STORED,
+    projector=_AS_STORED,
+    decoder=_AS_STORED,
+    lm_head=_AS_STORED,
+    embeddings="fp32",
+    limits=Limits(math.inf, math.inf),
+)
+"""A stand-in for the recipe that such files have none of. Only its name is read: engines take the
+types that the tensors have."""
 
 MAX_CONTEXT = 4096
 """Positions at most: llama.cpp allocates keys and values of all of them at once, and models made
@@ -35,7 +50,7 @@ def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         spec=spec,
-        recipe={"name": "gguf"},
+        recipe=_RECIPE,
         artifacts=(
             Artifact("vision", "gguf", label, paths["vision"], (), key=""),
             Artifact(

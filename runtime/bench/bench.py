@@ -131,7 +131,7 @@ def run_bench(
         ]
     return BenchResult(
         model=vlm.spec.name,
-        recipe=str(manifest.recipe["name"]),
+        recipe=manifest.recipe.name,
         engine=vlm.engine,
         plan=vlm.plan.describe(),
         runs=runs,

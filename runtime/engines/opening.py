@@ -200,7 +200,7 @@ def onnx_decoder(
 
 def cache_type(bundle: Bundle) -> CacheType:
     """What the bundle's ONNX decoder stores keys and values in."""
-    return np.int8 if bundle.manifest.recipe.get("kv_cache") == "int8" else np.float32
+    return np.int8 if bundle.manifest.recipe.kv_cache == "int8" else np.float32
 
 
 def stored_system_prompt(bundle: Bundle) -> Segment | None:

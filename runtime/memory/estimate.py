@@ -18,13 +18,14 @@ The parts, and what each follows from (docs/runtime.md tells more, benchmarks/me
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
-from mobilevlm.linear_groups import decoder_groups
+from mobilevlm.linear_groups import LinearGroup, decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
+from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
 from mobilevlm.spec import DecoderSpec, TransformerEncoder
 
 LIBRARIES = 32e6
@@ -49,12 +50,11 @@ ROW = 1 << 16
 TEXT_POSITIONS = 128
 """Of a question and its answer, beside the picture, where nobody says how many."""
 
-BLOCK_BITS = {"q8": 8, "q4": 4, "q2": 2}
-"""Bits of precisions with weights in blocks."""
-STORED = {"fp32": 4.0, "fp16": 2.0, "int8": 1.0, "qdq8": 1.0, "qdq16": 1.0}
-"""Bytes of a weight in the file, of the others."""
-PACKED = {"fp32": 4.0, "fp16": 8.0, "int8": 1.0, "qdq8": 5.0, "qdq16": 5.0}
-"""Bytes in memory."""
+_PLAIN: dict[Precision, float] = {"int8": 1.0, "q8": 1.0, "q4": 0.5, "q2": 0.25}
+STORED = _PLAIN | {"fp32": 4.0, "fp16": 2.0, "qdq8": 1.0, "qdq16": 1.0}
+"""Bytes of a weight in the file, scales aside."""
+PACKED = _PLAIN | {"fp32": 4.0, "fp16": 8.0, "qdq8": 5.0, "qdq16": 5.0}
+"""Bytes of a weight in memory, scales aside."""
 _BLOCK_SUMS = 8
 """Bytes of a block in memory: scale and sum in float32."""
 _SCALE = 4
@@ -211,26 +211,20 @@ def _onnx_stage(
 ) -> _Stage:
     spec = manifest.spec
     if name == "vision":
-        part = _settings(manifest.recipe, "tower", artifact)
-        weights, run = size * _growth(part), _vision_buffers(spec.image.encoder)
+        growth, run = _growth(manifest.recipe.tower), _vision_buffers(spec.image.encoder)
+        weights = size * growth
     else:
-        weights = _decoder_bytes(manifest, name, artifact)
+        weights = _decoder_bytes(manifest, name)
         run = _decoder_buffers(spec.decoder, min(plan.chunk_length, positions), positions)
     kept = run if plan.memory == "fast" else 0.0
     return _Stage(weights + SESSION, run, kept, unpacked=min(size, IN_PASSING))
 
 
-def _decoder_bytes(manifest: Manifest, name: str, artifact: Artifact) -> float:
-    """Of its weights in the kernels' order; ``name``: of its stage."""
-    recipe, parts = manifest.recipe, decoder_weights(manifest.spec.decoder, name)
-    found = [
-        (count, _settings(recipe, "prefill" if name == "prefill" else key, artifact))
-        for key, count in parts
-    ]
-    if recipe.get("layers") and artifact.bits_per_weight and name == "decoder":
-        block = _block(found[-1][1]) or 32
-        return sum(count for count, _ in found) * (artifact.bits_per_weight / 8 + _SCALE / block)
-    return sum(count * _packed(part) for count, part in found)
+def _decoder_bytes(manifest: Manifest, stage: str) -> float:
+    """Bytes of the weights of a stage of the decoder in the kernels' order."""
+    recipe = manifest.recipe.for_prefill() if stage == "prefill" else manifest.recipe
+    groups = decoder_weights(manifest.spec.decoder, stage)
+    return sum(group.size * _packed(recipe.format_of(group.name)) for group in groups)
 
 
 def _gguf_stage(
@@ -248,49 +242,32 @@ def _gguf_stage(
 def _read_share(spec: DecoderSpec) -> float:
     """What of a GGUF decoder is read as a whole: all but embeddings that are not the head too."""
     embeddings = 0.0 if spec.tie_word_embeddings else float(spec.hidden_size * spec.vocab_size)
-    others = sum(count for _, count in decoder_weights(spec, "decoder"))
+    others = sum(group.size for group in decoder_weights(spec, "decoder"))
     return others / (others + embeddings)
 
 
-def _settings(recipe: Mapping[str, Any], part: str, artifact: Artifact) -> Mapping[str, Any]:
-    """Precision and block size of a part of the model, as the recipe in the manifest has them.
-    What is not known counts as float32, but where bundles of earlier versions say it otherwise."""
-    found = recipe.get(part)
-    found = found if isinstance(found, dict) else {"precision": artifact.precision}
-    known = found.get("precision") in (*BLOCK_BITS, *PACKED)
-    return found if known else {"precision": "fp32"}
+def _block(layers: LinearFormat) -> float:
+    """Weights in a block; no end of them where a scale is not for blocks."""
+    return layers.block_size if layers.precision in BLOCK_BITS else math.inf
 
 
-def _stored(part: Mapping[str, Any]) -> float:
-    """Bytes of a weight in the file."""
-    precision, block = part["precision"], _block(part)
-    return BLOCK_BITS[precision] / 8 + _SCALE / block if block else STORED[precision]
-
-
-def _packed(part: Mapping[str, Any]) -> float:
+def _packed(layers: LinearFormat) -> float:
     """Bytes of a weight in memory."""
-    precision, block = part["precision"], _block(part)
-    return BLOCK_BITS[precision] / 8 + _BLOCK_SUMS / block if block else PACKED[precision]
+    return PACKED[layers.precision] + _BLOCK_SUMS / _block(layers)
 
 
-def _block(part: Mapping[str, Any]) -> int:
-    return int(part.get("block_size", 32)) if part["precision"] in BLOCK_BITS else 0
-
-
-def _growth(part: Mapping[str, Any]) -> float:
+def _growth(layers: LinearFormat) -> float:
     """Bytes in memory for one in the file."""
-    return _packed(part) / _stored(part)
+    return _packed(layers) / (STORED[layers.precision] + _SCALE / _block(layers))
 
 
-def decoder_weights(spec: DecoderSpec, stage: str) -> list[tuple[str, float]]:
-    """Weights of the linear layers, by the part of the recipe."""
-    counts = {"encoder": 0.0, "decoder": 0.0, "lm_head": 0.0}
-    for group in decoder_groups(spec):
-        part = group.name.split(".")[1]
-        counts["decoder" if part == "layers" else part] += group.size
-    if stage == "encoder":
-        return [("decoder", counts["encoder"])]
-    return [("decoder", counts["decoder"]), ("lm_head", counts["lm_head"])]
+def decoder_weights(spec: DecoderSpec, stage: str) -> list[LinearGroup]:
+    """Return the linear layers of a stage of the decoder: ``encoder``, or any other."""
+    return [
+        group
+        for group in decoder_groups(spec)
+        if group.name.startswith("decoder.encoder.") == (stage == "encoder")
+    ]
 
 
 def _vision_buffers(spec: TransformerEncoder) -> float:
@@ -312,7 +289,7 @@ def _value_size(manifest: Manifest, decoder: Artifact) -> int:
     """Bytes of a number in the keys and values of a decoder."""
     if decoder.format == "gguf":
         return _HALF
-    is_integer = manifest.recipe.get("kv_cache") == "int8" or decoder.precision in _FIXED_POINT
+    is_integer = manifest.recipe.kv_cache == "int8" or decoder.precision in _FIXED_POINT
     return _BYTE if is_integer else _FLOAT
 
 

@@ -106,7 +106,7 @@ def test_a_calibrated_export_is_taken_over_until_its_data_change(
             calibration=str(data),
             measure=False,
         )
-        assert manifest.recipe["calibration"] == "samples.jsonl"
+        assert manifest.recipe.calibration == "samples.jsonl"
         return tuple(artifact.key for artifact in manifest.artifacts)
 
     first = export()

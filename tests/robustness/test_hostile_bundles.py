@@ -123,7 +123,7 @@ def test_sizes_that_the_files_cannot_hold_are_refused_before_anything_is_built(
         (lambda data: data["embeddings"].update(offset=2), "embeddings.offset"),
         (lambda data: data["embeddings"].update(offset=-2), "embeddings.offset"),
         (lambda data: data["system_prompt"].update(ids=[10**6] * 35), "system_prompt.ids"),
-        (lambda data: data["recipe"].pop("name"), "recipe.name"),
+        (lambda data: data["recipe"].pop("name"), "recipe: key 'name' is missing"),
         (lambda data: data["recipe"]["decoder"].update(block_size=0), "recipe.decoder.block_size"),
         (lambda data: data["artifacts"][0].update(path="tokenizer.json"), "artifacts.path"),
         (lambda data: data["artifacts"].append(data["artifacts"][0]), "artifacts.path"),

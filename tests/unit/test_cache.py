@@ -225,7 +225,7 @@ def test_a_bundle_brings_the_system_prompt(bundle: Path, plain: VLM) -> None:
 def stored(bundle: Path) -> NDArray[Any]:
     manifest, _ = read_manifest(bundle)
     assert manifest.system_prompt is not None
-    kind = {"fp32": np.float32, "int8": np.int8}[manifest.recipe["kv_cache"]]
+    kind = {"fp32": np.float32, "int8": np.int8}[manifest.recipe.kv_cache]
     return np.fromfile(bundle / manifest.system_prompt.path, kind)
 
 

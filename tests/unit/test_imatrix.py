@@ -404,7 +404,7 @@ def test_a_recipe_file_names_what_lies_beside_it(tmp_path: Path) -> None:
     path.write_text(f'{text}gguf_calibration = "mine.jsonl"\n{limits}')
     recipe = find_recipe(str(path))
     assert recipe.gguf_calibration == str(tmp_path / "mine.jsonl")
-    assert recipe.for_manifest()["gguf_calibration"] == "mine.jsonl"
+    assert recipe.for_manifest().gguf_calibration == "mine.jsonl"
     path.write_text(f'{text}gguf_calibration = "scenes"\n{limits}')
     assert find_recipe(str(path)).gguf_calibration == "scenes"
     path.write_text(f'{text}gguf_imatrix = "i.gguf"\n{limits}')

@@ -173,8 +173,8 @@ def test_single_layers_reach_the_bundle(tmp_path: Path, mobilevlm_v2: Fixture) -
         keys.append([artifact.key for artifact in bundle.manifest.artifacts])
     (vision, embeddings, decoder), again = keys
     assert again[:2] == [vision, embeddings] and again[2] != decoder
-    recipe = bundle.manifest.recipe["layers"]
-    assert recipe["decoder.layers.1.mlp.down_proj"]["precision"] == "fp16"
+    recipe = bundle.manifest.recipe.layers
+    assert recipe["decoder.layers.1.mlp.down_proj"].precision == "fp16"
     decoder_groups = linear_groups(mobilevlm_v2.model.spec)
     weights = sum(group.size for group in decoder_groups if group.name.startswith("decoder."))
     artifact = bundle.artifact("decoder", "onnx")

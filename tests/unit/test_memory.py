@@ -14,6 +14,7 @@ import mobilevlm
 from mobilevlm.bundle import Bundle, Manifest, open_bundle
 from mobilevlm.errors import MemoryLimitError
 from mobilevlm.plan import MemorySetting, Plan, memory_settings
+from mobilevlm.recipe import LinearFormat
 from mobilevlm.runtime.memory import limits as memory_limits
 from mobilevlm.runtime.memory.estimate import IN_PASSING, Memory, estimate
 from mobilevlm.runtime.memory.fitting import DOUBT, fit_plan, need
@@ -29,8 +30,8 @@ def bundle(bundle_of: BundleOf) -> Bundle:
 
 def with_blocks(manifest: Manifest, size: int) -> Manifest:
     """As a recipe with other blocks would say."""
-    parts = {part: {**manifest.recipe[part], "block_size": size} for part in ("decoder", "lm_head")}
-    return replace(manifest, recipe={**manifest.recipe, **parts})
+    layers = replace(manifest.recipe.decoder, block_size=size)
+    return replace(manifest, recipe=replace(manifest.recipe, decoder=layers, lm_head=layers))
 
 
 def test_packed_weights_have_eight_bytes_for_each_block_of_the_recipe(bundle: Bundle) -> None:
@@ -42,18 +43,15 @@ def test_packed_weights_have_eight_bytes_for_each_block_of_the_recipe(bundle: Bu
     assert small - large == pytest.approx(count * (8 / 32 - 8 / 128))
 
 
-def test_mixed_layers_take_the_mean_bits_that_the_manifest_has(bundle: Bundle) -> None:
-    def mixed(bits: float) -> float:
-        parts = tuple(
-            replace(part, bits_per_weight=bits if part.stage == "decoder" else None)
-            for part in bundle.manifest.artifacts
-        )
-        recipe = {**bundle.manifest.recipe, "layers": {"decoder.layers.0.mlp.fc1": {}}}
-        return estimate(replace(bundle.manifest, artifacts=parts, recipe=recipe), Plan("onnx")).own
-
-    spec = bundle.manifest.spec.decoder
-    count = spec.num_hidden_layers * (4 * 64 * 64 + 3 * 64 * 160) + 64 * 512
-    assert mixed(7.0) - mixed(3.0) == pytest.approx(count / 2)
+def test_layers_with_a_format_of_their_own_take_its_bytes(bundle: Bundle) -> None:
+    recipe = bundle.manifest.recipe
+    mixed = replace(recipe, layers={"decoder.layers.0.mlp.down_proj": LinearFormat("q8")})
+    plain, more = (
+        estimate(replace(bundle.manifest, recipe=each), Plan("onnx")).weights
+        for each in (recipe, mixed)
+    )
+    # q8 in blocks of 32 for q4 in blocks of 128, each block with a scale and a sum of 4 bytes
+    assert more - plain == pytest.approx(160 * 64 * (1 + 8 / 32 - 1 / 2 - 8 / 128))
 
 
 def test_each_setting_takes_less_than_the_one_before_and_positions_take_more(

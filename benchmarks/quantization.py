@@ -23,10 +23,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accuracy import row
-from numpy.typing import NDArray
 from PIL import Image
 from tokenizers import Tokenizer
 
@@ -35,7 +33,8 @@ from mobilevlm.bundle import TOKENIZER, Bundle, open_bundle
 from mobilevlm.export.calibration.samples import (
     held_out_samples,
     measuring_samples,
-    sample_ids,
+    sample_arrays,
+    sample_pieces,
     scene_samples,
 )
 from mobilevlm.export.quality.metrics import Float32, compare_logits, token_figures
@@ -43,14 +42,14 @@ from mobilevlm.export.quality.sensitivity import answer_positions
 from mobilevlm.export.recipes.file import recipe_text
 from mobilevlm.export.search.search import Data, Goal, Sensitivity, candidates, choose, measure
 from mobilevlm.families import Model, open_checkpoint
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.evaluate import LONGEST_ANSWER, is_right
 from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import evaluation_set, pictures
 from mobilevlm.plan import Plan
+from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.recipe import Limits, LinearFormat, Recipe
 from mobilevlm.reference import load_reference
-from mobilevlm.runtime.engines import VisionEngine
+from mobilevlm.runtime.engines import EncoderEngine
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.vlm import VLM
@@ -121,19 +120,19 @@ class Suite:
 class Remembering:
     """An image encoder that encodes no picture that is known."""
 
-    def __init__(self, engine: VisionEngine, known: dict[bytes, Float32]) -> None:
+    def __init__(self, engine: EncoderEngine, known: dict[bytes, Rows]) -> None:
         self._engine, self._known = engine, known
         self.features, self.close = engine.features, engine.close
 
-    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
-        """``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``."""
-        key = pixels.tobytes() + bytes(instruction)
+    def encode(self, arrays: Arrays) -> Rows:
+        """Named arrays to visual tokens."""
+        key = b"".join(array.tobytes() for array in arrays.values())
         if key not in self._known:
-            self._known[key] = self._engine.encode(pixels, instruction)
+            self._known[key] = self._engine.encode(arrays)
         return self._known[key]
 
 
-def open_remembering(bundle: Bundle, known: dict[bytes, Float32]) -> VLM:
+def open_remembering(bundle: Bundle, known: dict[bytes, Rows]) -> VLM:
     """A bundle with such an encoder, on one thread: ratios of speed are not asked for here."""
     plan, system = Plan("onnx", 1, 1, spinning=False), bundle.manifest.system_prompt
     vision, decoder = open_engines(bundle, "onnx", plan)
@@ -150,7 +149,7 @@ class Bench:
         self.model, self.folder = model, folder
         self.data = Data(scene_samples(), measuring_samples("scenes"))
         self.suite = Suite(questions) if questions else None
-        self.seen: dict[bytes, Float32] = {}
+        self.seen: dict[bytes, Rows] = {}
         """Visual tokens of the float32 encoder"""
         self.embeds: list[Float32] = []
         self.tails: list[int] = []
@@ -158,12 +157,10 @@ class Bench:
         reference = load_reference(model)
         with torch.no_grad():
             for sample in held_out_samples("scenes"):
-                pixels = [
-                    preprocess(open_image(item), model.spec.image.preparation)
-                    for item in sample.images
+                tokens = [
+                    reference.visual_tokens(**item) for item in sample_arrays(model, [sample])
                 ]
-                tokens = [reference.visual_tokens(item) for item in pixels]
-                embeds = reference.embed(sample_ids(model, sample), tokens)
+                embeds = reference.embed(sample_pieces(model, sample), tokens)
                 self.tails.append(answer_positions(model, sample))
                 self.embeds.append(embeds.numpy())
                 exact.append(reference.logits(embeds).numpy()[-self.tails[-1] :])

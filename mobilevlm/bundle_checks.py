@@ -291,10 +291,12 @@ def _experts(decoder: DecoderSpec) -> Iterator[_Check]:
 
 
 def _conversation(spec: ModelSpec) -> Iterator[_Check]:
-    for name in ("eos_token_ids", "image_end_ids"):
-        ids: tuple[int, ...] = getattr(spec.conversation, name)
+    for name, ids in (
+        ("conversation.eos_token_ids", spec.conversation.eos_token_ids),
+        ("inputs.image.layout.end_ids", spec.image.layout.end_ids),
+    ):
         is_right = all(0 <= item < spec.decoder.vocab_size for item in ids)
-        yield f"conversation.{name}", ids, is_right, "ids of the vocabulary"
+        yield name, ids, is_right, "ids of the vocabulary"
 
 
 def _recipe(manifest: Manifest) -> Iterator[_Check]:

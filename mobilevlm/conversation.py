@@ -1,7 +1,7 @@
 """Chat messages to prompt text to input ids, as the reference code of the LLaVA lineage does it.
 
 Templates are Jinja chat templates, stored in the bundle and rendered in a sandbox. ``<image>`` in
-the rendered text becomes the id -200; the text between images is tokenized piece by piece.
+the rendered text becomes a mark; the text between images is tokenized piece by piece.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from tokenizers import Tokenizer
 
 from mobilevlm.errors import PromptError
 from mobilevlm.messages import Message
-from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID, ConnectorSpec, ConversationSpec
+from mobilevlm.prompt import Mark, Token
+from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, LayoutSpec
 from mobilevlm.templates.chat_template import render_template
 from mobilevlm.templates.plain_text import encode_marked
 
@@ -147,8 +148,8 @@ def render(conversation: ConversationSpec, messages: Sequence[Message]) -> str:
 
 def tokenize(
     tokenizer: Tokenizer, text: str, conversation: ConversationSpec | None = None
-) -> list[int]:
-    """Prompt text to input ids, -200 where ``<image>`` stands.
+) -> list[Token]:
+    """Prompt text to ids, with marks where ``<image>`` stands.
 
     Unless the conversation says otherwise, each piece of text between images is tokenized alone, so
     it begins with the tokenizer's leading space piece; the beginning-of-text id is kept in front of
@@ -167,59 +168,29 @@ def tokenize(
     if conversation is not None and conversation.tokenization == "joined":
         image = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
         found = encode_marked(tokenizer, text)
-        ids = [IMAGE_TOKEN_ID if token == image else token for token in found]
-    else:
-        rest, first = text, 0
-        if conversation is not None and conversation.tokenization == "images_first":
-            while rest.startswith(IMAGE_PLACEHOLDER):
-                rest, first = rest.removeprefix(IMAGE_PLACEHOLDER), first + 1
-        ids = [IMAGE_TOKEN_ID] * first + _tokenize_apart(tokenizer, rest)
-    after = conversation.image_end_ids if conversation is not None else ()
-    if not after:
-        return ids
-    return [part for token in ids for part in ((token, *after) if token < 0 else (token,))]
+        return [Mark() if token == image else token for token in found]
+    rest, first = text, 0
+    if conversation is not None and conversation.tokenization == "images_first":
+        while rest.startswith(IMAGE_PLACEHOLDER):
+            rest, first = rest.removeprefix(IMAGE_PLACEHOLDER), first + 1
+    return [Mark()] * first + _tokenize_apart(tokenizer, rest)
 
 
-def _tokenize_apart(tokenizer: Tokenizer, text: str) -> list[int]:
-    ids: list[int] = []
+def _tokenize_apart(tokenizer: Tokenizer, text: str) -> list[Token]:
+    tokens: list[Token] = []
     for index, chunk in enumerate(text.split(IMAGE_PLACEHOLDER)):
         piece = encode_marked(tokenizer, chunk, add_special_tokens=index == 0)
-        ids += piece if index == 0 else [IMAGE_TOKEN_ID, *piece]
-    return ids
+        tokens += piece if index == 0 else [Mark(), *piece]
+    return tokens
 
 
-def official_ids(ids: Sequence[int], conversation: ConversationSpec) -> list[int]:
-    """Ids of :func:`tokenize` as the official code has them, with its own mark for an image."""
-    found: list[int] = []
-    place = 0
-    while place < len(ids):
-        if ids[place] == IMAGE_TOKEN_ID:
-            found += conversation.placeholder_ids
-            place += len(conversation.image_end_ids)
-        else:
-            found.append(ids[place])
-        place += 1
-    return found
-
-
-def tokenize_instruction(
-    tokenizer: Tokenizer | None, text: str, projector: ConnectorSpec
-) -> list[int]:
-    """Prompt text as the ids that a Q-Former reads beside each image (BERT's, with those that begin
-    and end a text); empty where it reads none.
-
-    Raises:
-        PromptError: the text is too long for it.
-    """
-    if tokenizer is None or projector.qformer is None or not projector.reads_text:
-        return []
-    ids = encode_marked(tokenizer, text.replace(IMAGE_PLACEHOLDER, ""))
-    if len(ids) > projector.qformer.max_positions:
-        raise PromptError(
-            f"the prompt takes {len(ids)} tokens of the Q-Former, which reads up to "
-            f"{projector.qformer.max_positions}: shorten it"
-        )
-    return ids
+def official_ids(tokens: Sequence[Token], layout: LayoutSpec) -> list[int]:
+    """Return tokens as the ids of the official code, with its own mark for an image."""
+    return [
+        token
+        for part in tokens
+        for token in (layout.placeholder_ids if isinstance(part, Mark) else (part,))
+    ]
 
 
 def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int]:
@@ -234,31 +205,31 @@ def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int
         tokenize(tokenizer, render(conversation, [user_message(text, images)]), conversation)
         for text, images in questions
     ]
-    agreed = itertools.takewhile(lambda ids: len(set(ids)) == 1, zip(*prompts, strict=False))
-    shared = [ids[0] for ids in agreed]
+    agreed = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
+    shared = [token for token, *_ in agreed if isinstance(token, int)]
     return shared if len(shared) >= SHORTEST_SYSTEM_PROMPT else []
 
 
-def input_ids(
+def read_text(
     tokenizer: Tokenizer, conversation: ConversationSpec, text: str, images: int, vocab_size: int
-) -> list[int]:
-    """Prompt text to input ids that the model can take: see :func:`tokenize`.
+) -> list[Token]:
+    """Prompt text to tokens that the model can take: see :func:`tokenize`.
 
     Raises:
         PromptError: a token that the model has no embedding for, or the number of ``<image>`` is
             not the number of images.
     """
-    ids = tokenize(tokenizer, text, conversation)
-    beyond = [token for token in ids if token >= vocab_size]
+    tokens = tokenize(tokenizer, text, conversation)
+    beyond = [token for token in tokens if isinstance(token, int) and token >= vocab_size]
     if beyond:
         raise PromptError(
             f"the prompt holds {tokenizer.id_to_token(beyond[0])!r}, a token that the "
             f"model has no embedding for: leave it out"
         )
-    marks = ids.count(IMAGE_TOKEN_ID)
+    marks = tokens.count(Mark())
     if marks != images:
         raise PromptError(
             f"the prompt holds {marks} <image> but {images} images were given: "
             f"give one image for each mark"
         )
-    return ids
+    return tokens

@@ -24,12 +24,11 @@ from PIL import Image
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
 from mobilevlm.media.image_file import Room, RoomFor, check_size, read_image
-from mobilevlm.media.image_source import ImageInput, PreparedImage, open_source
+from mobilevlm.media.image_source import ImageInput, open_source
 from mobilevlm.spec import FixedImage
 
 __all__ = [
     "ImageInput",
-    "PreparedImage",
     "Room",
     "RoomFor",
     "normalize",

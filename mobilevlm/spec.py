@@ -167,6 +167,11 @@ class ConnectorSpec:
         return self.qformer is not None and self.qformer.vocab_size > 0
 
     @property
+    def array_names(self) -> tuple[str, ...]:
+        """Named arrays that it reads beside the features."""
+        return ("instruction_ids",) if self.reads_text else ()
+
+    @property
     def squeeze_size(self) -> int:
         """Channels inside LDP's squeeze-and-excitation: a quarter, rounded to a multiple of 8
         without losing more than a tenth (``_make_divisible`` of MobileNetV3)."""
@@ -324,10 +329,16 @@ class ConversationSpec:
     """``apart``: text between images is tokenized piece by piece; ``joined``: as one string, where
     ``<image>`` is a token of the tokenizer; ``images_first``: apart, and images that begin the text
     stand before the ids that begin a text."""
-    image_end_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """Ids around the visual tokens of an image, in the prompt and in official code."""
+
+    end_ids: tuple[int, ...] = ()
     """Follow each image's visual tokens."""
     placeholder_ids: tuple[int, ...] = (IMAGE_TOKEN_ID,)
-    """What the official code's ids have for an image, visual tokens and ``image_end_ids``."""
+    """Ids of the official code for an image, visual tokens and ``end_ids``."""
 
 
 @dataclass(frozen=True)
@@ -337,6 +348,7 @@ class InputSpec:
     preparation: FixedImage
     encoder: TransformerEncoder
     connector: ConnectorSpec
+    layout: LayoutSpec = LayoutSpec()
 
 
 @dataclass(frozen=True)

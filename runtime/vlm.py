@@ -17,22 +17,24 @@ from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import INSTRUCTION_TOKENIZER, TOKENIZER, Bundle, open_bundle
 from mobilevlm.bundle_identity import steadily, unchanged
 from mobilevlm.conversation import (
-    input_ids,
     official_ids,
+    read_text,
     render,
     system_ids,
-    tokenize_instruction,
     user_message,
 )
 from mobilevlm.errors import BundleError, PromptError
 from mobilevlm.gguf.model import gguf_bundle
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
-from mobilevlm.image import ImageInput, PreparedImage, Room, read_pixels
+from mobilevlm.image import ImageInput, Room
+from mobilevlm.instruction import with_instruction
 from mobilevlm.messages import Message, check_continued, check_images, read_messages
 from mobilevlm.plan import DRAFTING_ENGINES, Plan, engine_for_limit
+from mobilevlm.preparation import pieces_of, prepare
+from mobilevlm.prompt import Mark, Prepared, Token, count_positions, count_rows, expand, joined
 from mobilevlm.runtime.answer.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.answer.sampling import SamplingOptions
-from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine, still_open
+from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine, Float32, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.memory.estimate import estimate
@@ -52,7 +54,6 @@ from mobilevlm.runtime.sequence.session import (
 )
 from mobilevlm.runtime.settings import check_settings, stop_strings
 from mobilevlm.runtime.tuning.plan_file import PlanChoice, settle_plans
-from mobilevlm.spec import IMAGE_TOKEN_ID
 from mobilevlm.templates.plain_text import check_text, protect
 from mobilevlm.tokenizers.json_file import open_tokenizer_json
 
@@ -199,7 +200,7 @@ class VLM:
         self,
         bundle: Bundle,
         tokenizer: Tokenizer,
-        vision: VisionEngine,
+        vision: EncoderEngine,
         decoder: DecoderEngine,
         cache: PromptCache,
         plan: Plan,
@@ -216,7 +217,7 @@ class VLM:
         if self.spec.image.connector.reads_text:
             self._instruction_tokenizer = _read_tokenizer(bundle, INSTRUCTION_TOKENIZER)
         self.load_seconds = load_seconds
-        self._vision: VisionEngine | None = vision
+        self._vision: EncoderEngine | None = vision
         self._decoder: DecoderEngine | None = decoder
         self._cache = cache
         self._limits = limits
@@ -342,32 +343,36 @@ class VLM:
                 session.forget()
         self._cache.clear()
 
-    def prepare_image(self, image: ImageInput) -> PreparedImage:
-        """Return an image as the pixels that this model takes, which may be given in its place:
-        an image that is used again, or the frames of a video, need not stay in memory.
+    def prepare_image(self, image: ImageInput) -> Prepared:
+        """Return an image as this model takes it, which may be given in its place: an image that is
+        used again, or the frames of a video, need not stay in memory.
 
         Raises:
-            ImageError: as of :func:`mobilevlm.image.read_pixels`.
+            ImageError: as of :func:`mobilevlm.preparation.prepare`.
         """
-        if isinstance(image, PreparedImage):
-            return image
-        return PreparedImage(read_pixels(image, self.spec.image.preparation, self.room_for))
+        return prepare(image, self.spec.image, self.room_for)
 
     def encode_image(self, image: ImageInput, prompt: str = "") -> Float32:
         """Visual tokens ``(num_tokens, hidden_size)``: the projector's output. ``prompt``: what is
         asked about the image, where a Q-Former reads it (InstructBLIP)."""
         vision, _ = self._engines()
-        pixels = self.prepare_image(image).pixels
-        if self._instruction_tokenizer is None:
-            return vision.encode(pixels)
-        parts = [{"type": "text", "text": prompt}]
-        text = render(self.spec.conversation, [{"role": "user", "content": parts}])
-        return vision.encode(pixels, self._instruction(text))
+        arrays = self._asked_image(image, prompt).arrays
+        return joined([vision.encode(given) for given in arrays]).embeds
 
     def image_features(self, image: ImageInput) -> Float32:
         """The tower's features ``(num_features, vision hidden_size)``; for verification."""
         vision, _ = self._engines()
-        return vision.features(self.prepare_image(image).pixels)
+        arrays = self._asked_image(image, "").arrays
+        return np.concatenate([vision.features(given) for given in arrays])
+
+    def _asked_image(self, image: ImageInput, prompt: str) -> Prepared:
+        """Return an image with all that its encoder reads when ``prompt`` is asked about it."""
+        prepared = self.prepare_image(image)
+        if self._instruction_tokenizer is None:
+            return prepared
+        parts = [{"type": "text", "text": prompt}]
+        text = render(self.spec.conversation, [{"role": "user", "content": parts}])
+        return with_instruction(prepared, self._instruction_tokenizer, text, self.spec)
 
     def prompt_ids(
         self,
@@ -378,15 +383,16 @@ class VLM:
     ) -> list[int]:
         """Input ids as the official code has them: where an image goes its mark, which is -200 in
         most. ``special_tokens`` as in :meth:`stream`."""
-        ids = self._input_ids(prompt, images, raw, special_tokens)
-        return official_ids(ids, self.spec.conversation)
+        tokens = self._tokens(prompt, images, raw, special_tokens)
+        return official_ids(tokens, self.spec.image.layout)
 
     def count_text_tokens(
         self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False
     ) -> int:
         """Positions that a prompt takes beside the visual tokens of its images."""
-        ids = self._input_ids(prompt, images, raw)
-        return len(ids) - ids.count(IMAGE_TOKEN_ID)
+        tokens = self._tokens(prompt, images, raw)
+        pieces = expand(tokens, [pieces_of(None, self.spec.image)] * images)
+        return count_positions(pieces) - count_rows(pieces)
 
     def prompt_logits(
         self,
@@ -454,16 +460,15 @@ class VLM:
     def __exit__(self, *reason: object) -> None:
         self.close()
 
-    def _input_ids(
+    def _tokens(
         self,
         prompt: str | Sequence[Message],
         images: int,
         raw: bool,
         special_tokens: bool = True,
-    ) -> list[int]:
-        """-200 where visual tokens of an image go."""
+    ) -> list[Token]:
         text, shown, _ = self._read(prompt, [b""] * images, raw, special_tokens)
-        return self._text_ids(text, len(shown))
+        return self._read_text(text, len(shown))
 
     def _read(
         self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
@@ -498,14 +503,11 @@ class VLM:
                 f"{most} at the very most: shorten it"
             )
 
-    def _text_ids(self, text: str, images: int) -> list[int]:
+    def _read_text(self, text: str, images: int) -> list[Token]:
         conversation, vocab_size = self.spec.conversation, self.spec.decoder.vocab_size
-        return input_ids(self.tokenizer, conversation, text, images, vocab_size)
+        return read_text(self.tokenizer, conversation, text, images, vocab_size)
 
-    def _instruction(self, text: str) -> list[int]:
-        return tokenize_instruction(self._instruction_tokenizer, text, self.spec.image.connector)
-
-    def _engines(self) -> tuple[VisionEngine, DecoderEngine]:
+    def _engines(self) -> tuple[EncoderEngine, DecoderEngine]:
         check_process(self._process)
         return still_open(self._vision), still_open(self._decoder)
 
@@ -576,12 +578,13 @@ class VLM:
         Raises:
             PromptError: it does not fit; the message says how many images would.
         """
-        self._check_fits(self._input_ids(prompt, images, raw, special_tokens), images)
+        self._check_fits(self._tokens(prompt, images, raw, special_tokens))
 
-    def _check_fits(self, ids: Sequence[int], images: int) -> None:
-        each = self.spec.image.connector.num_tokens
-        length = len(ids) + images * (each - 1)
-        check_length(length, images, each, self.spec.decoder.context_length)
+    def _check_fits(self, tokens: Sequence[Token]) -> None:
+        images = [pieces_of(None, self.spec.image)] * tokens.count(Mark())
+        length = count_positions(expand(tokens, images))
+        rows = [count_rows(pieces) for pieces in images]
+        check_length(length, rows, self.spec.decoder.context_length)
 
     def room_for(self, needed: float) -> Room:
         """Return the memory that is left; what earlier requests left goes first."""
@@ -601,11 +604,16 @@ class VLM:
         """A prompt that is ready to run, and its messages."""
         start = time.perf_counter()
         text, shown, said = self._read(prompt, images, raw, special_tokens)
-        ids = self._text_ids(text, len(shown))
-        self._check_fits(ids, len(shown))
-        pixels = [self.prepare_image(image).pixels for image in shown]
-        seconds = time.perf_counter() - start
-        return Prompt(ids, pixels, seconds, self._instruction(text)), said
+        tokens = self._read_text(text, len(shown))
+        self._check_fits(tokens)
+        prepared = [
+            with_instruction(
+                self.prepare_image(source), self._instruction_tokenizer, text, self.spec
+            )
+            for source in shown
+        ]
+        pieces = expand(tokens, [image.pieces for image in prepared])
+        return Prompt(pieces, prepared, time.perf_counter() - start), said
 
 
 def _noted(

@@ -26,7 +26,10 @@ import mobilevlm.nano
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.cli import main
 from mobilevlm.console import progress
+from mobilevlm.conversation import tokenize
 from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.preparation import pieces_of
+from mobilevlm.prompt import Mark, Piece, expand
 from mobilevlm.runtime import VLM
 from mobilevlm.spec import KVCache
 from mobilevlm.synth.checkpoints import write_checkpoint
@@ -89,10 +92,10 @@ class Fixture:
         return placed if "num_query_tokens" in self.expected else self.expected["templated_prompt"]
 
     @property
-    def instruction(self) -> list[int]:
-        """What a Q-Former reads of it."""
-        ids: list[int] = self.arrays.get("qformer_input_ids", np.zeros((1, 0), int))[0].tolist()
-        return ids
+    def further(self) -> dict[str, NDArray[Any]]:
+        """Arrays beside the pixels: what a Q-Former reads of the prompt."""
+        ids = self.arrays.get("qformer_input_ids")
+        return {} if ids is None else {"instruction_ids": ids[0].astype(np.int64)}
 
     @cached_property
     def arrays(self) -> dict[str, NDArray[Any]]:
@@ -152,6 +155,12 @@ def fixture_named(name: str) -> Fixture:
     if name == "vila_v15":
         return Fixture(name, DATA / "vila", "vila1.5", "_v15")
     return Fixture(name, DATA / name)
+
+
+def prompt_pieces(model: Model, text: str) -> list[Piece]:
+    """Prompt text, in its template, as ids and runs."""
+    tokens = tokenize(model.tokenizer, text, model.spec.conversation)
+    return expand(tokens, [pieces_of(None, model.spec.image)] * tokens.count(Mark()))
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:

@@ -117,7 +117,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
         path = bundle.path(bundle.artifact("vision", "onnx").path)
         vision = onnx_vision(bundle, path, plan)
         pixels = picture(spec.image.preparation.size, 0)
-        found = {"image encode": stage(-1, lambda: vision.encode(pixels), RUNS)}
+        found = {"image encode": stage(-1, lambda: vision.encode({"pixels": pixels}), RUNS)}
         vision.close()
         path = bundle.path(bundle.artifact("decoder", "onnx").path)
         found["prefill"] = decoder_stage(prefill, RUNS, -1)

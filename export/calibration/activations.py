@@ -6,10 +6,11 @@ statistics, and the activations between two layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -18,15 +19,16 @@ from torch import Tensor, nn
 
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, PromptError
-from mobilevlm.export.calibration.samples import Sample, instruction_ids, sample_ids
+from mobilevlm.export.calibration.samples import Sample, sample_arrays, sample_pieces
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
-from mobilevlm.image import normalize, open_image, preprocess
+from mobilevlm.image import normalize
+from mobilevlm.prompt import Arrays, count_positions
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.decoder import rotary_tables
 from mobilevlm.reference.model import held
 from mobilevlm.reference.streaming import project
-from mobilevlm.spec import IMAGE_TOKEN_ID, DecoderSpec, ModelSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec
 
 MAX_POSITIONS = 1 << 14
 """Of all samples together, in the tower or in the decoder: a layer's inputs stay in memory."""
@@ -95,7 +97,8 @@ def watch_vision(
         ImageError: a picture cannot be read.
     """
     reference = load_reference(model, streamed=True)
-    hidden = embed_pictures(reference, _usable_pictures(model, samples))
+    arrays = _usable_arrays(model, samples)
+    hidden = embed_images(reference, arrays)
     if not hidden:
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
     for index, layer in enumerate(reference.vision.layers):
@@ -103,11 +106,11 @@ def watch_vision(
         yield _pass(layer, name, layer, hidden, wanted, hessian)
     features = [reference.vision.features(item) for item in hidden]
     del hidden
-    asked = iter(_instructions(model, samples))
+    given = iter(arrays)
     yield _pass(
         reference.projector,
         "projector",
-        lambda item: reference.project(item, next(asked)),
+        lambda item: reference.project(item, next(given)),
         features,
         wanted,
         hessian,
@@ -208,30 +211,25 @@ def _finished(sums: dict[str, _Sums]) -> Block:
     return {name: done[id(item)] for name, item in sums.items()}
 
 
-def _instructions(model: Model, samples: Sequence[Sample]) -> list[list[int]]:
-    """For each picture of the samples, what a Q-Former reads beside it."""
-    return [instruction_ids(model, sample) for sample in samples for _ in sample.images]
-
-
-def _usable_pictures(model: Model, samples: Sequence[Sample]) -> list[Any]:
-    """Pictures of the samples, as many as there is room for."""
-    pictures = [picture for sample in samples for picture in sample.images]
+def _usable_arrays(model: Model, samples: Sequence[Sample]) -> list[Arrays]:
+    """Inputs of the encoder, as many as there is room for."""
     room = max(1, MAX_POSITIONS // model.spec.image.encoder.num_positions)
-    if len(pictures) > room:
-        progress.say(f"calibration the tower sees {room} of {len(pictures)} pictures")
-    return pictures[:room]
+    found = list(islice(sample_arrays(model, samples), room + 1))
+    if len(found) > room:
+        count = sum(len(sample.images) for sample in samples)
+        progress.say(f"calibration the tower sees {room} images of the samples' {count}")
+    return found[:room]
 
 
 @torch.no_grad()
-def embed_pictures(reference: ReferenceModel, pictures: Sequence[Any]) -> list[Tensor]:
-    """Input of the first layer ``(1, num_positions, hidden_size)`` of each."""
+def embed_images(reference: ReferenceModel, arrays: Iterable[Arrays]) -> list[Tensor]:
+    """Input of the encoder's first layer ``(1, num_positions, hidden_size)`` of each run."""
     tower, spec = reference.vision, reference.spec.image.preparation
     with ExitStack() as stack:
         for block in (tower.patch_embedding, tower.position_embedding, tower.pre_norm):
             stack.enter_context(held(block))
         return [
-            tower.embed(torch.from_numpy(normalize(preprocess(open_image(item), spec), spec))[None])
-            for item in pictures
+            tower.embed(torch.from_numpy(normalize(item["pixels"], spec))[None]) for item in arrays
         ]
 
 
@@ -248,8 +246,7 @@ def sample_groups(
     limit = positions or MAX_POSITIONS
     room = limit
     for number, sample in enumerate(samples, 1):
-        ids = sample_ids(model, sample)
-        length = len(ids) + ids.count(IMAGE_TOKEN_ID) * (model.spec.image.connector.num_tokens - 1)
+        length = count_positions(sample_pieces(model, sample))
         if length > model.spec.decoder.context_length:
             raise PromptError(
                 f"calibration sample {number} takes {length} tokens, the context holds "
@@ -271,12 +268,13 @@ def _embed_samples(
     used = next(sample_groups(model, samples))
     if len(used) < len(samples):
         progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
-    visual = embed_pictures(reference, [item for sample in used for item in sample.images])
+    arrays = [list(sample_arrays(model, [sample])) for sample in used]
+    visual = embed_images(reference, chain(*arrays))
     for index, layer in enumerate(reference.vision.layers):
         _pass(layer, f"vision.layers.{index}", layer, visual, lambda _: False, False)
-    tokens = iter(project(reference, visual, _instructions(model, used)))
+    tokens = iter(project(reference, visual, list(chain(*arrays))))
     with held(reference.decoder.embed_tokens):
         return [
-            reference.embed(sample_ids(model, sample), [next(tokens) for _ in sample.images])[None]
-            for sample in used
+            reference.embed(sample_pieces(model, sample), [next(tokens) for _ in given])[None]
+            for sample, given in zip(used, arrays, strict=True)
         ]

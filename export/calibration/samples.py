@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +23,18 @@ import numpy as np
 from PIL import Image
 
 from mobilevlm.checkpoint import file_sha256
-from mobilevlm.conversation import input_ids, render, tokenize_instruction, user_message
+from mobilevlm.conversation import read_text, render, user_message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.families import Model
-from mobilevlm.image import open_image, preprocess
+from mobilevlm.instruction import with_instruction
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.questions import KINDS, caption_question, questions
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.nano.text_only import text_questions
-from mobilevlm.runtime.engines import Float32, VisionEngine
-from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec, from_dict
+from mobilevlm.preparation import pieces_of, prepare
+from mobilevlm.prompt import Arrays, Piece, Prepared, Token, expand, in_runs
+from mobilevlm.runtime.engines import EncoderEngine, Float32
+from mobilevlm.spec import ModelSpec, from_dict
 
 SCENES = "scenes"
 """Names the default data."""
@@ -159,37 +161,53 @@ def _read_sample(text: str, path: Path, where: str) -> Sample:
     return Sample(line.prompt, line.answer, images)
 
 
-def sample_ids(model: Model, sample: Sample) -> list[int]:
-    """Prompt and answer as the model meets them: input ids, -200 where an image goes.
+def sample_tokens(model: Model, sample: Sample) -> list[Token]:
+    """Prompt and answer as the model meets them: ids, and marks where images go.
 
     Raises:
         PromptError: a token that the model has no embedding for.
     """
     spec, text = model.spec, sample_text(model.spec, sample)
     images, vocab_size = len(sample.images), spec.decoder.vocab_size
-    return input_ids(model.tokenizer, spec.conversation, text, images, vocab_size)
+    return read_text(model.tokenizer, spec.conversation, text, images, vocab_size)
 
 
-def instruction_ids(model: Model, sample: Sample) -> list[int]:
-    """What a Q-Former reads beside a picture: the prompt; empty where it reads none."""
+def sample_pieces(model: Model, sample: Sample) -> list[Piece]:
+    """The same with the runs of each image in the place of its mark."""
+    images = [pieces_of(image, model.spec.image) for image in sample.images]
+    return expand(sample_tokens(model, sample), images)
+
+
+def sample_images(model: Model, sample: Sample) -> Iterator[Prepared]:
+    """The images as the model takes them beside the sample's prompt.
+
+    Raises:
+        ImageError: an image cannot be read.
+    """
     text = sample_text(model.spec, replace(sample, answer=""))
-    return tokenize_instruction(model.instruction_tokenizer, text, model.spec.image.connector)
+    for image in sample.images:
+        prepared = prepare(image, model.spec.image)
+        yield with_instruction(prepared, model.instruction_tokenizer, text, model.spec)
+
+
+def sample_arrays(model: Model, samples: Sequence[Sample]) -> Iterator[Arrays]:
+    """Inputs of each run of the encoder, of all images; errors as of :func:`sample_images`."""
+    for sample in samples:
+        for image in sample_images(model, sample):
+            yield from image.arrays
 
 
 def sample_embeds(
-    model: Model, sample: Sample, vision: VisionEngine, embed: Callable[[list[int]], Float32]
+    model: Model, sample: Sample, vision: EncoderEngine, embed: Callable[[list[int]], Float32]
 ) -> Float32:
     """What the decoder is given for a sample ``(length, hidden_size)``, at most its context: of
-    text what ``embed`` makes of the ids, of pictures the stage's visual tokens."""
-    pictures, words = iter(sample.images), instruction_ids(model, sample)
-    parts = []
-    for is_image, run in groupby(sample_ids(model, sample), IMAGE_TOKEN_ID.__eq__):
-        if is_image:
-            for _ in run:
-                pixels = preprocess(open_image(next(pictures)), model.spec.image.preparation)
-                parts.append(vision.encode(pixels, words))
-        else:
-            parts.append(embed(list(run)))
+    text what ``embed`` makes of the ids, of images the stage's visual tokens."""
+    encoded = [vision.encode(arrays).embeds for arrays in sample_arrays(model, [sample])]
+    rows = iter(np.concatenate(encoded) if encoded else ())
+    parts = [
+        embed(part) if isinstance(part, list) else np.stack(list(islice(rows, part.rows)))
+        for part in in_runs(sample_pieces(model, sample))
+    ]
     return np.concatenate(parts)[: model.spec.decoder.context_length]
 
 
@@ -200,11 +218,12 @@ def sample_text(spec: ModelSpec, sample: Sample) -> str:
 
 
 def answer_ids(model: Model, sample: Sample) -> list[int]:
-    """What follows the prompt in :func:`sample_ids`, where a tokenizer may join the end of the one
-    with the beginning of the other."""
-    ids, prompt = sample_ids(model, sample), sample_ids(model, replace(sample, answer=""))
-    pairs = enumerate(zip(ids, prompt, strict=False))
-    return ids[next((place for place, (a, b) in pairs if a != b), len(prompt)) :]
+    """Return the ids after the prompt in :func:`sample_tokens`, where a tokenizer may join the end
+    of the one with the beginning of the other."""
+    tokens, prompt = (sample_tokens(model, part) for part in (sample, replace(sample, answer="")))
+    pairs = enumerate(zip(tokens, prompt, strict=False))
+    answer = tokens[next((place for place, (a, b) in pairs if a != b), len(prompt)) :]
+    return [token for token in answer if isinstance(token, int)]
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

@@ -43,15 +43,7 @@ def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:
     return [
         samples_digest(samples),
         [model.weights.sha256(prefix) for prefix in ("vision.", "projector.", "decoder.")],
-        [
-            to_dict(part)
-            for part in (
-                spec.image.encoder,
-                spec.image.connector,
-                spec.image.preparation,
-                spec.conversation,
-            )
-        ],
+        [to_dict(part) for part in (spec.image, spec.conversation)],
         importlib.metadata.version("torch"),
     ]
 

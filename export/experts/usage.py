@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.errors import require
-from mobilevlm.export.calibration.samples import Sample, sample_ids, sample_text
+from mobilevlm.export.calibration.samples import Sample, sample_pieces, sample_text
 from mobilevlm.families import Model
+from mobilevlm.prompt import visual_positions
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines import no_experts
 from mobilevlm.runtime.sequence.session import PromptChoices
-from mobilevlm.spec import IMAGE_TOKEN_ID, ExpertsSpec
+from mobilevlm.spec import ExpertsSpec
 
 if TYPE_CHECKING:
     from mobilevlm.reference import ReferenceModel
@@ -106,7 +107,7 @@ def _reference_choices(model: Model, samples: Sequence[Sample]) -> Iterator[Prom
             last_states(decoder_states(reference, embeds), embeds)
         for index, sample in enumerate(group):
             layers = {layer: chosen[index] for layer, chosen in found.items()}
-            yield PromptChoices(layers, _visual_positions(model, sample))
+            yield PromptChoices(layers, visual_positions(sample_pieces(model, sample)))
 
 
 @contextmanager
@@ -126,9 +127,3 @@ def _noted(reference: ReferenceModel) -> Iterator[dict[int, list[NDArray[np.int6
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _visual_positions(model: Model, sample: Sample) -> NDArray[np.bool_]:
-    """Which positions of a sample are of pictures ``(length,)``."""
-    is_image = np.array(sample_ids(model, sample)) == IMAGE_TOKEN_ID
-    return np.repeat(is_image, np.where(is_image, model.spec.image.connector.num_tokens, 1))

@@ -77,7 +77,7 @@ def author_qdq(
     """
     import onnx
 
-    if spec.image.connector.reads_text:
+    if spec.image.connector.array_names:
         raise MobileVLMError(
             f"a fixed-point recipe: the vision stage of {spec.name} reads text beside the picture, "
             f"which has no fixed shape: use int8 for tower and projector"

@@ -60,11 +60,11 @@ def author_vision(
         stage = VisionStage(file, spec, dialect)
         size, count = spec.image.preparation.size, spec.image.encoder.num_features
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
-        instruction = None
-        if spec.image.connector.reads_text:
-            kind, length = ir.DataType.INT64, "instruction_length"
-            instruction = _input(builder, "instruction_ids", kind, [1, length])
-        tokens, features = stage(builder.op, pixels, instruction)
+        further = [
+            _input(builder, name, ir.DataType.INT64, [1, name.replace("_ids", "_length")])
+            for name in spec.image.connector.array_names
+        ]
+        tokens, features = stage(builder.op, pixels, *further)
         _output(
             builder,
             tokens,

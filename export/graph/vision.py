@@ -20,20 +20,17 @@ from mobilevlm.spec import FixedImage, ModelSpec, TransformerEncoder
 
 class VisionStage(nn.Module):  # type: ignore[misc]
     """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and tower
-    features ``(1, num_features, vision hidden_size)``. ``instruction``: ids ``(1, length)`` for a
-    Q-Former that reads text."""
+    features ``(1, num_features, vision hidden_size)``. ``further``: arrays that the connector reads
+    beside the features."""
 
     def __init__(self, weights: WeightFile, spec: ModelSpec, dialect: Dialect = CPU) -> None:
         super().__init__("vision")
         self.tower = ClipTower(weights, spec.image.encoder, spec.image.preparation, dialect)
         self.projector = build_projector(weights, spec.image.connector, dialect)
-        self.reads_text = spec.image.connector.reads_text
 
-    def forward(self, op: Any, pixels: Any, instruction: Any | None = None) -> tuple[Any, Any]:
+    def forward(self, op: Any, pixels: Any, *further: Any) -> tuple[Any, Any]:
         features = self.tower(op, pixels)
-        if self.reads_text:
-            return self.projector(op, features, instruction), features
-        return self.projector(op, features), features
+        return self.projector(op, features, *further), features
 
 
 class ClipTower(nn.Module):  # type: ignore[misc]

@@ -11,8 +11,8 @@ import torch
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console import progress
-from mobilevlm.export.calibration.activations import embed_pictures
-from mobilevlm.export.calibration.samples import Sample
+from mobilevlm.export.calibration.activations import embed_images
+from mobilevlm.export.calibration.samples import Sample, sample_arrays
 from mobilevlm.export.quality.artifact_weights import stacked, weight_error
 from mobilevlm.export.quality.limits import StageKind
 from mobilevlm.export.quality.measure import reference_embeds
@@ -124,9 +124,9 @@ def state_errors(model: Model, stored: Weights, samples: Sequence[Sample]) -> li
     found = load_reference(dataclasses.replace(model, weights=stored), streamed=True)
     errors = []
     with torch.no_grad():
-        images = [image for sample in samples for image in sample.images]
-        if images:
-            passes = (tower_states(one, embed_pictures(one, images)) for one in (exact, found))
+        arrays = list(sample_arrays(model, samples))
+        if arrays:
+            passes = (tower_states(one, embed_images(one, arrays)) for one in (exact, found))
             errors += list(_state_errors("vision", *passes))
         embeds = reference_embeds(model, exact, samples)
         passes = (decoder_states(one, embeds) for one in (exact, found))

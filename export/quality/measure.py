@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -19,12 +20,12 @@ from torch import Tensor
 
 from mobilevlm.bundle import Bundle, StageQuality
 from mobilevlm.console.progress import Advance, ignore
-from mobilevlm.export.calibration.activations import embed_pictures, sample_groups
+from mobilevlm.export.calibration.activations import embed_images, sample_groups
 from mobilevlm.export.calibration.samples import (
     Sample,
     answer_ids,
-    instruction_ids,
-    sample_ids,
+    sample_images,
+    sample_pieces,
     sample_text,
 )
 from mobilevlm.export.quality.metrics import (
@@ -43,6 +44,7 @@ from mobilevlm.export.quality.metrics import (
 )
 from mobilevlm.families import Model
 from mobilevlm.plan import stage_formats, stage_names
+from mobilevlm.prompt import Piece
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.model import held
 from mobilevlm.reference.streaming import (
@@ -174,7 +176,7 @@ def reference_answers(
     ends = model.spec.conversation.eos_token_ids
     answers = [list(item.greedy[: round(item.match * len(item.greedy))]) for item in figures]
     visual = _visual_tokens(model, reference, samples)
-    prompts = [_prompt_ids(model, sample) for sample in samples]
+    prompts = [_prompt_pieces(model, sample) for sample in samples]
 
     def is_open(index: int) -> bool:
         tokens = answers[index]
@@ -182,8 +184,8 @@ def reference_answers(
 
     with torch.no_grad():
         while going := [index for index in range(len(figures)) if is_open(index)]:
-            ids = [[*prompts[index], *answers[index]] for index in going]
-            embeds = _embed(reference, ids, [visual[index] for index in going])
+            longer = [[*prompts[index], *answers[index]] for index in going]
+            embeds = _embed(reference, longer, [visual[index] for index in going])
             states = last_states(decoder_states(reference, embeds), embeds)
             for index, state in zip(going, states, strict=True):
                 answers[index].append(int(_logits(reference, state[:, -1:])[0].argmax()))
@@ -207,11 +209,11 @@ def _measure_group(
     greedy = [_greedy(vlm, sample, max_new_tokens) for sample in samples]
     # Each sample's prompt with the bundle's own answer, then those with the sample's answer.
     answered = [index for index, sample in enumerate(samples) if sample.answer]
-    ids = [
-        [*_prompt_ids(model, sample), *tokens]
+    pieces = [
+        [*_prompt_pieces(model, sample), *tokens]
         for sample, tokens in zip(samples, greedy, strict=True)
-    ] + [sample_ids(model, samples[index]) for index in answered]
-    embeds = _embed(reference, ids, [*visual, *(visual[index] for index in answered)])
+    ] + [sample_pieces(model, samples[index]) for index in answered]
+    embeds = _embed(reference, pieces, [*visual, *(visual[index] for index in answered)])
     states = last_states(decoder_states(reference, embeds), embeds)
     has_prefill = "prefill" in stage_formats(vlm.bundle, vlm.engine)
     found: list[SampleFigures] = []
@@ -258,7 +260,7 @@ def _measure_encoded(
 ) -> SampleFigures:
     """Of a model with an encoder, which reads the prompt alone: the bundle's own answer."""
     tokens = _greedy(vlm, sample, GREEDY_TOKENS)
-    [embeds] = _embed(reference, [_prompt_ids(model, sample)], [visual])
+    [embeds] = _embed(reference, [_prompt_pieces(model, sample)], [visual])
     exact = reference.answer_logits(embeds[0], tokens).numpy()
     decoder = compare_logits(vlm.answer_logits(embeds[0].numpy(), tokens), exact)
     match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
@@ -292,20 +294,24 @@ def _measure_pictures(
 def exact_pictures(
     model: Model, reference: ReferenceModel, samples: Sequence[Sample]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tower's features and the visual tokens of all pictures."""
-    states = embed_pictures(reference, [image for sample in samples for image in sample.images])
+    """The tower's features and the visual tokens of each picture."""
+    images = [list(image.arrays) for sample in samples for image in sample_images(model, sample)]
+    arrays = list(chain(*images))
+    states = embed_images(reference, arrays)
     states = last_states(tower_states(reference, states), states)
     features = (reference.vision.features(state)[0] for state in states)
-    asked = [instruction_ids(model, sample) for sample in samples for _ in sample.images]
-    return zip(features, project(reference, states, asked), strict=True)
+    tokens = iter(project(reference, states, arrays))
+    for image in images:
+        seen = [(next(features), next(tokens)) for _ in image]
+        yield torch.cat([part for part, _ in seen]), torch.cat([part for _, part in seen])
 
 
 def reference_embeds(
     model: Model, reference: ReferenceModel, samples: Sequence[Sample]
 ) -> list[Tensor]:
     """What the reference's decoder is given ``(1, length, hidden_size)``, of each sample."""
-    ids = [sample_ids(model, sample) for sample in samples]
-    return _embed(reference, ids, _visual_tokens(model, reference, samples))
+    pieces = [sample_pieces(model, sample) for sample in samples]
+    return _embed(reference, pieces, _visual_tokens(model, reference, samples))
 
 
 def _visual_tokens(
@@ -316,13 +322,15 @@ def _visual_tokens(
 
 
 def _embed(
-    reference: ReferenceModel, ids: Sequence[Sequence[int]], visual: Sequence[Sequence[Tensor]]
+    reference: ReferenceModel,
+    prompts: Sequence[Sequence[Piece]],
+    visual: Sequence[Sequence[Tensor]],
 ) -> list[Tensor]:
     """``(1, length, hidden_size)`` each."""
     with torch.no_grad(), held(reference.decoder.embed_tokens):
         return [
-            reference.embed(tokens, images)[None]
-            for tokens, images in zip(ids, visual, strict=True)
+            reference.embed(pieces, images)[None]
+            for pieces, images in zip(prompts, visual, strict=True)
         ]
 
 
@@ -332,8 +340,8 @@ def _logits(reference: ReferenceModel, state: Tensor) -> Float32:
     return out
 
 
-def _prompt_ids(model: Model, sample: Sample) -> list[int]:
-    return sample_ids(model, dataclasses.replace(sample, answer=""))
+def _prompt_pieces(model: Model, sample: Sample) -> list[Piece]:
+    return sample_pieces(model, dataclasses.replace(sample, answer=""))
 
 
 def _greedy(vlm: VLM, sample: Sample, max_new_tokens: int) -> list[int]:

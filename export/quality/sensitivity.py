@@ -20,17 +20,17 @@ from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.activations import (
     check_decoder_only,
-    embed_pictures,
+    embed_images,
     run_decoder_layer,
     sample_groups,
 )
-from mobilevlm.export.calibration.samples import Sample, answer_ids, instruction_ids, sample_ids
+from mobilevlm.export.calibration.samples import Sample, answer_ids, sample_arrays, sample_pieces
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.families import Model
 from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.prompt import count_rows, visual_positions
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.model import fill_block, held
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 STATE_BYTES = 1 << 28
 MAX_LOGITS = 1 << 26
@@ -99,16 +99,14 @@ class Probe:
         used = _usable_samples(model, samples)
         self.num_samples = len(used)
         self._answers = [answer_positions(model, sample) for sample in used]
-        self._instructions = [instruction_ids(model, sample) for sample in used]
+        self._arrays = [list(sample_arrays(model, [sample])) for sample in used]
         self.num_positions = sum(self._answers)
         self._groups = list(linear_groups(model.spec))
         with torch.no_grad():
             self._templates, self._places = self._embed_texts(model, used)
             self._start = [
-                torch.cat(embed_pictures(self._reference, sample.images))
-                if sample.images
-                else torch.empty(0)
-                for sample in used
+                torch.cat(embed_images(self._reference, arrays)) if arrays else torch.empty(0)
+                for arrays in self._arrays
             ]
             self._steps = self._make_steps()
             self._embeds: _State = []
@@ -179,7 +177,7 @@ class Probe:
         def project(number: int, state: Tensor) -> Tensor:
             embeds = self._templates[number].clone()
             if len(state):
-                tokens = reference.project(tower.features(state), self._instructions[number])
+                tokens = reference.project(tower.features(state), self._arrays[number][0])
                 embeds[self._places[number]] = tokens.flatten(0, 1)
             return embeds[None]
 
@@ -215,16 +213,13 @@ class Probe:
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Embeddings ``(length, hidden_size)`` of each sample with nothing where its visual tokens
         go, and a mask of these places ``(length,)``."""
-        tokens = self._spec.image.connector.num_tokens
-        blank = torch.zeros(tokens, self._spec.decoder.hidden_size)
         templates, places = [], []
         with held(self._reference.decoder.embed_tokens):
             for sample in samples:
-                ids = sample_ids(model, sample)
-                templates.append(self._reference.embed(ids, [blank] * len(sample.images)))
-                repeats = [tokens if token == IMAGE_TOKEN_ID else 1 for token in ids]
-                is_image = torch.tensor([token == IMAGE_TOKEN_ID for token in ids])
-                places.append(is_image.repeat_interleave(torch.tensor(repeats)))
+                pieces = sample_pieces(model, sample)
+                blank = torch.zeros(count_rows(pieces), self._spec.decoder.hidden_size)
+                templates.append(self._reference.embed(pieces, [blank]))
+                places.append(torch.from_numpy(visual_positions(pieces)))
         return templates, places
 
     def _compared(

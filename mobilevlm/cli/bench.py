@@ -122,9 +122,7 @@ def command(
     from mobilevlm.runtime.bench.bench import run_bench
 
     with model.open() as vlm:
-        grey = np.full(
-            (vlm.spec.image.preparation.size, vlm.spec.image.preparation.size, 3), 128, np.uint8
-        )
+        grey = vlm.prepare_image(np.full((64, 64, 3), 128, np.uint8))
         picture = None if no_image else (image or grey)
         with progress.track("runs", runs + 1) as advance:
             result = run_bench(

@@ -42,6 +42,7 @@ from mobilevlm.spec import (
     ConversationSpec,
     DecoderSpec,
     InputSpec,
+    LayoutSpec,
     ModelSpec,
     QFormerSpec,
     TransformerEncoder,
@@ -146,12 +147,13 @@ def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
     projector = ConnectorSpec(
         "qformer", vision.hidden_size, decoder.hidden_size, 1, vision.grid, 0, qformer=qformer
     )
+    preparation = image_spec(_tower(path), vision, "resize")
     spec = ModelSpec(
         family="instructblip" if projector.reads_text else "blip2",
         name=source.name,
-        inputs={"image": InputSpec(image_spec(_tower(path), vision, "resize"), vision, projector)},
+        inputs={"image": InputSpec(preparation, vision, projector, _layout(source, qformer))},
         decoder=decoder,
-        conversation=_conversation(source, text, qformer),
+        conversation=_conversation(source, text),
     )
     refs = language.refs(files, decoder)
     refs |= _tower_refs(files, vision) | _qformer_refs(files, qformer)
@@ -245,23 +247,25 @@ def _tower(path: Path) -> Tower:
     return Tower(str(path), {}, settings, folder)
 
 
-def _conversation(source: Source, text: dict[str, Any], qformer: QFormerSpec) -> ConversationSpec:
+def _conversation(source: Source, text: dict[str, Any]) -> ConversationSpec:
     name = source.options.conversation or "plain"
     if name not in CONVERSATIONS:
         raise CheckpointError(
             f"conversation {name!r} is not known: expected {' or '.join(CONVERSATIONS)}"
         )
-    tokenizer = source.tokenizer
-    mark = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
-    if mark is None:  # checkpoints from before the processor expanded images itself
-        mark = tokenizer.get_vocab_size()
     return ConversationSpec(
         CONVERSATIONS[name],
         end_ids(source.folder_with("generation_config.json"), text),
         (),
         "images_first",
-        placeholder_ids=(mark,) * qformer.num_queries,
     )
+
+
+def _layout(source: Source, qformer: QFormerSpec) -> LayoutSpec:
+    mark = source.tokenizer.token_to_id(IMAGE_PLACEHOLDER)
+    if mark is None:  # checkpoints from before the processor expanded images itself
+        mark = source.tokenizer.get_vocab_size()
+    return LayoutSpec(placeholder_ids=(mark,) * qformer.num_queries)
 
 
 def _tower_refs(files: TensorSource, spec: TransformerEncoder) -> dict[str, TensorRef]:

@@ -34,10 +34,10 @@ from mobilevlm.families.towers import (
 )
 from mobilevlm.spec import (
     IMAGE_PLACEHOLDER,
-    IMAGE_TOKEN_ID,
     ConnectorSpec,
     ConversationSpec,
     InputSpec,
+    LayoutSpec,
     ModelSpec,
     TransformerEncoder,
 )
@@ -102,14 +102,14 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
     _check_features(path, config, vision)
     projector = _projector(between / "config.json", config, vision, variant)
     decoder = LLAMA.read(language / "config.json", _language_config(path, language, config))
+    conversation = _conversation(source, language, variant)
+    preparation, layout = image_spec(tower, vision, _aspect(path, config)), _layout(source, variant)
     spec = ModelSpec(
         family="vila",
         name=source.name,
-        inputs={
-            "image": InputSpec(image_spec(tower, vision, _aspect(path, config)), vision, projector)
-        },
+        inputs={"image": InputSpec(preparation, vision, projector, layout)},
         decoder=decoder,
-        conversation=_conversation(source, language, variant),
+        conversation=conversation,
         variant=name,
     )
     if decoder.hidden_size != projector.out_size:
@@ -218,18 +218,20 @@ def _conversation(source: Source, language: Path, variant: _Variant) -> Conversa
             f"{language}: the tokenizer has no {style.end!r}, which ends an answer in conversation "
             f"{name!r}: the conversation of this language model (Llama 3?) is not known here"
         )
-    after = tuple(tokenizer.encode(variant.image_end).ids) if variant.image_end else ()
-    mark: int | None = IMAGE_TOKEN_ID
     if variant.tokenization == "joined":
         tokens = [AddedToken(text, normalized=False, special=True) for text in _MEDIA_TOKENS]
         tokenizer.add_special_tokens(tokens)
-        mark = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
-    assert mark is not None
     return ConversationSpec(
         two_separator_template(style, line_break=variant.line_break),
         end_ids(language, read_json(language / "config.json")),
         (style.end,),
         variant.tokenization,
-        after,
-        (mark,),
     )
+
+
+def _layout(source: Source, variant: _Variant) -> LayoutSpec:
+    """The ids after an image, and its mark: a token of the tokenizer where it is one."""
+    tokenizer = source.tokenizer
+    after = tuple(tokenizer.encode(variant.image_end).ids) if variant.image_end else ()
+    mark = tokenizer.token_to_id(IMAGE_PLACEHOLDER) if variant.tokenization == "joined" else None
+    return LayoutSpec(after) if mark is None else LayoutSpec(after, (mark,))

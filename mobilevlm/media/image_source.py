@@ -14,7 +14,6 @@ import re
 import stat
 import urllib.parse
 from collections.abc import Iterator
-from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -25,19 +24,11 @@ from PIL import Image
 
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError
-
-
-@dataclass(frozen=True)
-class PreparedImage:
-    """An image as the pixels that a model takes (``VLM.prepare_image``)."""
-
-    pixels: NDArray[np.uint8]
-    """(size, size, 3)"""
-
+from mobilevlm.prompt import Prepared
 
 ImageInput: TypeAlias = (
     "str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | Image.Image | "
-    "NDArray[np.uint8] | PreparedImage"
+    "NDArray[np.uint8] | Prepared"
 )
 """A path; a ``file://`` or ``data:`` URI; the bytes of an image file; a binary file object; a
 Pillow image; uint8 pixels ``(height, width, 3)``; or what ``VLM.prepare_image`` returned."""

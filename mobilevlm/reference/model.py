@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 from mobilevlm.checkpoint import Weights
 from mobilevlm.families import Model
 from mobilevlm.image import normalize
+from mobilevlm.prompt import Arrays, Piece, in_runs
 from mobilevlm.reference.clip import ClipLayer, ClipTower
 from mobilevlm.reference.decoder import Decoder, DecoderLayer
 from mobilevlm.reference.encoder_decoder import EncoderDecoder, EncoderLayer
 from mobilevlm.reference.experts import Capacity
 from mobilevlm.reference.projectors import build_projector
-from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
+from mobilevlm.spec import ModelSpec
 
 _LAYERS = (ClipLayer, DecoderLayer, EncoderLayer)
 """Units of streaming."""
@@ -44,30 +46,30 @@ class ReferenceModel(nn.Module):
         out: Tensor = self.vision(values[None])[0]
         return out
 
-    def visual_tokens(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Tensor:
-        """uint8 ``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``."""
-        return self.project(self.features(pixels)[None], instruction)[0]
+    def visual_tokens(self, pixels: NDArray[np.uint8], **further: NDArray[Any]) -> Tensor:
+        """uint8 ``(size, size, 3)``, and further named arrays that the connector reads, to visual
+        tokens ``(num_tokens, hidden_size)``."""
+        return self.project(self.features(pixels)[None], further)[0]
 
-    def project(self, features: Tensor, instruction: Sequence[int] = ()) -> Tensor:
+    def project(self, features: Tensor, arrays: Arrays = MappingProxyType({})) -> Tensor:
         """``(batch, num_features, vision hidden_size)`` to ``(batch, num_tokens, hidden_size)``.
-        ``instruction``: ids for a Q-Former that reads text."""
-        out: Tensor
-        if self.spec.image.connector.reads_text:
-            out = self.projector(features, torch.tensor(instruction).long())
-        else:
-            out = self.projector(features)
+        ``arrays``: those of the encoder, which the connector may read too."""
+        names = self.spec.image.connector.array_names
+        further = {name: torch.from_numpy(arrays[name]) for name in names}
+        out: Tensor = self.projector(features, **further)
         return out
 
-    def embed(self, ids: Sequence[int], images: Sequence[Tensor]) -> Tensor:
-        """Ids with -200 where an image goes to embeddings ``(length, hidden_size)``."""
-        pieces, start, remaining = [], 0, iter(images)
-        for index, token in enumerate([*ids, IMAGE_TOKEN_ID]):
-            if token == IMAGE_TOKEN_ID:
-                pieces.append(self.decoder.embed_tokens(torch.tensor(ids[start:index]).long()))
-                if index < len(ids):
-                    pieces.append(next(remaining))
-                start = index + 1
-        return torch.cat(pieces)
+    def embed(self, pieces: Sequence[Piece], images: Sequence[Tensor]) -> Tensor:
+        """A prompt to embeddings ``(length, hidden_size)``; ``images``: rows for its runs."""
+        parts, start = [], 0
+        rows = torch.cat(list(images)) if images else torch.empty(0)
+        for part in in_runs(pieces):
+            if isinstance(part, list):
+                parts.append(self.decoder.embed_tokens(torch.tensor(part)))
+            else:
+                parts.append(rows[start : start + part.rows])
+                start += part.rows
+        return torch.cat(parts)
 
     def logits(self, embeds: Tensor) -> Tensor:
         """Embeddings ``(length, hidden_size)`` to logits ``(length, vocab_size)``; of a model with

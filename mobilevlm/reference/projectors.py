@@ -128,8 +128,8 @@ class QFormerProjector(QFormer):
         super().__init__(spec.qformer, spec.in_size)
         self.mlp = MLP(spec)
 
-    def forward(self, features: Tensor, instruction: Tensor | None = None) -> Tensor:
-        out: Tensor = self.mlp(super().forward(features, instruction))
+    def forward(self, features: Tensor, instruction_ids: Tensor | None = None) -> Tensor:
+        out: Tensor = self.mlp(super().forward(features, instruction_ids))
         return out
 
 

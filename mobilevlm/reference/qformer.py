@@ -92,12 +92,12 @@ class QFormer(nn.Module):
             QFormerLayer(spec, index, source_size) for index in range(spec.num_hidden_layers)
         )
 
-    def forward(self, features: Tensor, instruction: Tensor | None = None) -> Tensor:
-        """``instruction``: ids ``(length,)``, the same for the whole batch."""
+    def forward(self, features: Tensor, instruction_ids: Tensor | None = None) -> Tensor:
+        """``instruction_ids``: ``(length,)``, the same for the whole batch."""
         hidden: Tensor = self.query_tokens
-        if instruction is not None:
-            places = torch.arange(len(instruction), device=instruction.device)
-            text = self.word_embedding(instruction) + self.position_embedding(places)
+        if instruction_ids is not None:
+            places = torch.arange(len(instruction_ids), device=instruction_ids.device)
+            text = self.word_embedding(instruction_ids) + self.position_embedding(places)
             hidden = torch.cat([hidden, text])
         hidden = self.norm(hidden).expand(len(features), -1, -1)
         for layer in self.layers:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from mobilevlm.prompt import Arrays
 from mobilevlm.reference.decoder import rotary_tables
 from mobilevlm.reference.model import ReferenceModel, held
 
@@ -26,14 +27,14 @@ def tower_states(reference: ReferenceModel, states: Sequence[Tensor]) -> Iterato
 
 @torch.no_grad()
 def project(
-    reference: ReferenceModel, states: Sequence[Tensor], instructions: Sequence[Sequence[int]]
+    reference: ReferenceModel, states: Sequence[Tensor], arrays: Sequence[Arrays]
 ) -> list[Tensor]:
     """States after the tower's last layer to visual tokens ``(num_tokens, hidden_size)``;
-    ``instructions``: of each."""
+    ``arrays``: those of the encoder, of each."""
     with held(reference.projector):
         return [
-            reference.project(reference.vision.features(state), instruction)[0]
-            for state, instruction in zip(states, instructions, strict=True)
+            reference.project(reference.vision.features(state), given)[0]
+            for state, given in zip(states, arrays, strict=True)
         ]
 
 

@@ -11,6 +11,7 @@ from typing import Literal
 from tokenizers import Tokenizer
 
 from mobilevlm.errors import MobileVLMError, SessionError
+from mobilevlm.prompt import count_rows
 from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
 from mobilevlm.runtime.answer.text import Detokenizer, StopStrings
 from mobilevlm.runtime.engines import Float32
@@ -164,7 +165,7 @@ def generate_text(
     logits = session.fill(prompt, fill)
     prompt_tokens, stopped = session.prompt_tokens, False
     if draft_tokens:
-        lookup = Lookup(prompt.ids)
+        lookup = Lookup(prompt.pieces)
         limit = rules.max_new_tokens
         source = drafted_tokens(
             session, logits, sampler, tokens, lookup, draft_tokens, limit, drafting, drafts
@@ -207,7 +208,7 @@ def generate_text(
         decode=decode.seconds,
         tokens_per_second=len(decode.samples) / decode.seconds if decode.samples else 0.0,
     )
-    visual = len(prompt.pixels) * session.tokens_per_image
+    visual = count_rows(prompt.pieces)
     return Generation(
         "".join(shown),
         tokens,

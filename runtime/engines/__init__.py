@@ -1,4 +1,4 @@
-"""Engines: one file each. What a vision engine and a decoder engine must do."""
+"""Engines: one file each. Protocols of an encoder and of a decoder."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.plan import PREFILL_CHUNK
+from mobilevlm.prompt import Arrays, Rows
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
@@ -20,15 +21,15 @@ ExpertChoices: TypeAlias = Mapping[int, NDArray[np.integer[Any]]]
 """The experts of each position ``(length, top_k)``, best first, by layer."""
 
 
-class VisionEngine(Protocol):
-    """Runs the vision stage. May be used by several threads."""
+class EncoderEngine(Protocol):
+    """Runs an encoder and its connector. May be used by several threads."""
 
-    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
-        """``(size, size, 3)`` to visual tokens ``(num_tokens, hidden_size)``. ``instruction``: ids
-        for a Q-Former that reads text, none for all others."""
+    def encode(self, arrays: Arrays) -> Rows:
+        """Named arrays, as a preparation makes them, to rows for the decoder."""
 
-    def features(self, pixels: NDArray[np.uint8]) -> Float32:
-        """``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""
+    def features(self, arrays: Arrays) -> Float32:
+        """The same arrays to the encoder's features ``(num_features, encoder hidden_size)``, before
+        the connector."""
 
     def close(self) -> None:
         """Frees the weights."""

@@ -26,8 +26,7 @@ def check_vision(session: Session, spec: ModelSpec) -> None:
     """
     size, vision, projector = spec.image.preparation.size, spec.image.encoder, spec.image.connector
     inputs: dict[str, Value] = {"pixels": ("uint8", (1, size, size, 3))}
-    if projector.reads_text:
-        inputs["instruction_ids"] = ("int64", (1, None))
+    inputs |= dict.fromkeys(projector.array_names, ("int64", (1, None)))
     outputs: dict[str, Value] = {
         "visual_tokens": ("float", (1, projector.num_tokens, projector.out_size)),
         "features": ("float", (1, vision.num_features, vision.hidden_size)),

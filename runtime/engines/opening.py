@@ -16,7 +16,7 @@ from mobilevlm.bundle import Artifact, Bundle, EmbeddingTable
 from mobilevlm.bundle_identity import reopened
 from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import Plan, stage_formats
-from mobilevlm.runtime.engines import CacheType, DecoderEngine, Segment, VisionEngine
+from mobilevlm.runtime.engines import CacheType, DecoderEngine, EncoderEngine, Segment
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import ModelSpec
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxVision
 
 
-def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[VisionEngine, DecoderEngine]:
+def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[EncoderEngine, DecoderEngine]:
     """Opens both stages. ``engine``: one that the bundle has artifacts for, whatever the plan says
     about it. An ONNX vision stage is opened beside the decoder.
 
@@ -86,7 +86,7 @@ def _check_weight_bits(bundle: Bundle, engine: str) -> None:
     warnings.warn(f"{bundle.folder}: {what}: {remedy}", PrecisionWarning, stacklevel=2)
 
 
-def _npu_vision(path: Path, threads: int, spec: ModelSpec) -> VisionEngine:
+def _npu_vision(path: Path, threads: int, spec: ModelSpec) -> EncoderEngine:
     from mobilevlm.runtime.engines.onnx.engine import OnnxVision
     from mobilevlm.runtime.engines.onnx.npu import FIXED_POINT
 
@@ -105,7 +105,7 @@ def _npu_decoder(bundle: Bundle, plan: Plan, form: str) -> DecoderEngine:
     return NpuDecoder(chunks, tokens, bundle.path(table.path), table, spec.decoder, threads)
 
 
-def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> VisionEngine:
+def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) -> EncoderEngine:
     from mobilevlm.runtime.engines.llama.mtmd import MtmdVision
 
     return MtmdVision(path, spec, model, threads)
@@ -113,7 +113,7 @@ def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) 
 
 def _in_turn(
     bundle: Bundle, vision: Path, decoder: Path, plan: Plan
-) -> tuple[VisionEngine, DecoderEngine]:
+) -> tuple[EncoderEngine, DecoderEngine]:
     from mobilevlm.runtime.engines.onnx.in_turn import stages_in_turn
 
     table = _embedding_table(bundle)

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.linear_groups import LinearGroup, decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
+from mobilevlm.preparation import pieces_of
+from mobilevlm.prompt import count_rows
 from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
 from mobilevlm.spec import DecoderSpec, TransformerEncoder
 
@@ -119,9 +121,9 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     """The peak of a process that loads a bundle by a plan (its engine settled), and fills
     ``positions`` of the context: by default a picture's, and :data:`TEXT_POSITIONS`. Of a bundle
     compiled for an NPU: on the device, where binaries are mapped once."""
-    decoder = manifest.spec.decoder
+    decoder, image_rows = manifest.spec.decoder, count_rows(pieces_of(None, manifest.spec.image))
     if positions is None:
-        positions = manifest.spec.image.connector.num_tokens + TEXT_POSITIONS
+        positions = image_rows + TEXT_POSITIONS
     positions = min(positions, decoder.context_length)
     artifacts = _artifacts(manifest, plan.engine)
     own, pages, mapped = LIBRARIES, LIBRARY_FILES, 0.0
@@ -144,8 +146,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     for name, artifact in artifacts.items():
         size = _size(manifest, artifact.files)
         if name == "embeddings":
-            text = positions - manifest.spec.image.connector.num_tokens
-            mapped += min(size, max(min(text, ROWS), 0) * ROW)
+            mapped += min(size, max(min(positions - image_rows, ROWS), 0) * ROW)
         elif artifact.format == "gguf":
             read = size * _read_share(decoder) if name == "decoder" else size
             stages.append(_gguf_stage(manifest, name, artifact, read, plan, positions))

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Generic, TypeAlias, TypeVar
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.runtime.engines import Float32, Segment
+from mobilevlm.prompt import Rows
+from mobilevlm.runtime.engines import Segment
 from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
 
 DEFAULT_CACHE_MB = 256
@@ -25,7 +26,7 @@ IMAGE_SHARE = 1 / 8
 
 T = TypeVar("T")
 PositionKey: TypeAlias = "int | tuple[bytes, int]"
-"""What stands at a position: a token id, or row i of the picture with this digest."""
+"""A token id, or the digest of an image and how many of its rows follow: 0 at its last."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ def borders(keys: Sequence[PositionKey], system: Sequence[int]) -> list[Border]:
     with. A border depends on nothing that stands behind it."""
     ends = {len(system)} if system and list(keys[: len(system)]) == list(system) else set()
     for position in range(1, len(keys)):
-        before, here = keys[position - 1], keys[position]
-        if isinstance(before, tuple) and (isinstance(here, int) or here[1] == 0):
+        before = keys[position - 1]
+        if isinstance(before, tuple) and before[1] == 0:
             ends.add(position)
     hasher, found = hashlib.blake2b(digest_size=16), []
     for position, key in enumerate(keys):
@@ -125,8 +126,8 @@ class PromptCache:
         self.system = list(system)
         self.enabled = limit > 0
         self._room = room
-        self.images: SizedLRU[Float32] = SizedLRU(int(limit * IMAGE_SHARE))
-        """Visual tokens by the digest of the pixels."""
+        self.images: SizedLRU[Rows] = SizedLRU(int(limit * IMAGE_SHARE))
+        """Visual tokens by the digest of the prepared image."""
         self.segments: SizedLRU[Segment] = SizedLRU(limit - int(limit * IMAGE_SHARE))
         """Keys and values by the digest of the border that they reach to."""
         self._stored: dict[bytes, Segment] = {}
@@ -160,10 +161,10 @@ class PromptCache:
         if self.make_room(segment.nbytes):
             self.segments.put(border.digest, segment, segment.nbytes)
 
-    def keep_image(self, digest: bytes, tokens: Float32) -> None:
+    def keep_image(self, digest: bytes, rows: Rows) -> None:
         """Keep the visual tokens of an image."""
-        if self.enabled and self.make_room(tokens.nbytes):
-            self.images.put(digest, tokens, tokens.nbytes)
+        if self.enabled and self.make_room(rows.nbytes):
+            self.images.put(digest, rows, rows.nbytes)
 
     def make_room(self, nbytes: float) -> bool:
         """Free what the memory that is left demands; return whether so much may be taken then."""

@@ -20,10 +20,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.prompt import Piece
 from mobilevlm.runtime.answer.sampling import Sampler
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.sequence.session import Session
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 DEFAULT_DRAFT_TOKENS = 4
 MAX_DRAFT_TOKENS = 64
@@ -102,13 +102,13 @@ def check_draft_tokens(count: int | None, temperature: float) -> int:
 class Lookup:
     """Tokens so far, and what followed last after each few of them."""
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        self._ids: list[int] = []
-        self._next: dict[tuple[int, ...], int] = {}
-        for token in ids:
-            self.add(token)
+    def __init__(self, pieces: Sequence[Piece]) -> None:
+        self._ids: list[Piece] = []
+        self._next: dict[tuple[Piece, ...], int] = {}
+        for piece in pieces:
+            self.add(piece)
 
-    def add(self, token: int) -> None:
+    def add(self, token: Piece) -> None:
         """The next token."""
         self._next[tuple(self._ids[-NGRAM:])] = len(self._ids)
         self._ids.append(token)
@@ -120,7 +120,8 @@ class Lookup:
             return []
         known = self._ids[start:]
         guess = [known[index % len(known)] for index in range(count)]
-        return [] if IMAGE_TOKEN_ID in guess else guess
+        tokens = [token for token in guess if isinstance(token, int)]
+        return tokens if len(tokens) == count else []
 
 
 def drafted_tokens(

@@ -21,7 +21,7 @@ class EncodedSession(Session):
         """Read the prompt; logits of the answer's first token ``(vocab_size,)``."""
         self.prompt_tokens = len(keys)
         if keys == self._prompt and self._reuse != "nothing":
-            note.reused_tokens, note.reused_images = len(keys), len(prompt.pixels)
+            note.reused_tokens, note.reused_images = len(keys), len(prompt.images)
         else:
             embeds = self._embed(keys, prompt, note)
             self._prompt = None
@@ -48,8 +48,7 @@ class EncodedSession(Session):
 
     def shared(self, prompt: Prompt) -> int:
         """How many positions of a prompt are here already."""
-        keys = prompt.position_keys(self.tokens_per_image)
-        return len(keys) if keys == self._prompt else 0
+        return len(prompt.keys) if prompt.keys == self._prompt else 0
 
     def save(self, kept: int = 0) -> None:
         """Leaves nothing to the cache."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import os
 import threading
 import time
@@ -17,11 +17,11 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError, SessionError
 from mobilevlm.messages import Message
-from mobilevlm.runtime.engines import DecoderEngine, ExpertChoices, Float32, VisionEngine
+from mobilevlm.prompt import Piece, Prepared, Rows, count_rows, joined
+from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine, ExpertChoices, Float32
 from mobilevlm.runtime.sequence.cache import Border, PositionKey, PromptCache, borders, pieces
-from mobilevlm.spec import IMAGE_TOKEN_ID, ModelSpec
+from mobilevlm.spec import ModelSpec
 
-Pixels: TypeAlias = "NDArray[np.uint8]"
 Reuse: TypeAlias = Literal["nothing", "pieces", "everything"]
 """What a prompt may take over from the sequence that is there, and from the cache. ``pieces``:
 whole pieces, so that its logits are those of a fresh sequence bit for bit
@@ -54,35 +54,26 @@ class Clock:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Input ids with -200 for each picture, and the pictures' pixels ``(size, size, 3)``."""
+    """A prompt that is ready to run: ids and runs, and the images whose rows fill the runs."""
 
-    ids: list[int]
-    pixels: list[Pixels]
+    pieces: list[Piece]
+    images: list[Prepared]
     seconds: float
     """What it took to make them."""
-    instruction: list[int] = field(default_factory=list)
-    """What a Q-Former that reads text is given beside each picture."""
 
     @cached_property
-    def digests(self) -> list[bytes]:
-        """Of each picture, and of all that its visual tokens depend on."""
-        asked = np.asarray(self.instruction, np.int64).tobytes()
+    def keys(self) -> list[PositionKey]:
+        """Contents of each position."""
+        rows = (
+            (image.digest, left)
+            for image in self.images
+            for left in reversed(range(count_rows(image.pieces)))
+        )
         return [
-            hashlib.blake2b(image.tobytes() + asked, digest_size=16).digest()
-            for image in self.pixels
+            key
+            for piece in self.pieces
+            for key in ([piece] if isinstance(piece, int) else itertools.islice(rows, piece.rows))
         ]
-
-    def position_keys(self, tokens_per_image: int) -> list[PositionKey]:
-        """What stands at each position, pictures expanded."""
-        keys: list[PositionKey] = []
-        images = iter(self.digests)
-        for token in self.ids:
-            if token == IMAGE_TOKEN_ID:
-                digest = next(images)
-                keys += [(digest, row) for row in range(tokens_per_image)]
-            else:
-                keys.append(token)
-        return keys
 
 
 @dataclass
@@ -184,19 +175,23 @@ def check_session(session: object, decoder: DecoderEngine) -> None:
         raise SessionError("the session is of another model: make one with new_session() of this")
 
 
-def check_length(length: int, images: int, tokens_per_image: int, context: int) -> None:
-    """Raise if a prompt of so many positions, those of its images among them, has no room.
+def check_length(length: int, images: Sequence[int], context: int) -> None:
+    """Raise if a prompt has no room. ``length``: positions of all, those of its images among them;
+    ``images``: of each image.
 
     Raises:
         PromptError: it does not fit; the message says how many images would.
     """
     if length < context:
         return
-    told = f", {tokens_per_image} for each image" if images else ""
-    fitting = (context - 1 - (length - images * tokens_per_image)) // tokens_per_image
-    remedy = "shorten it"
-    if images and fitting > 0:
-        remedy = f"{fitting} of the {images} images or frames would fit (--frames of a video)"
+    told, remedy = "", "shorten it"
+    if images:
+        same = len(set(images)) == 1
+        told = f", {images[0]} for each image" if same else f", {sum(images)} for the images"
+    room = context - 1 - (length - sum(images))
+    fitting = sum(taken <= room for taken in itertools.accumulate(images))
+    if fitting:
+        remedy = f"{fitting} of the {len(images)} images or frames would fit (--frames of a video)"
     raise PromptError(
         f"the prompt takes {length} tokens{told}, the context holds {context} with the answer: "
         f"{remedy}"
@@ -213,12 +208,11 @@ class Session:
     def __init__(
         self,
         spec: ModelSpec,
-        vision: VisionEngine,
+        vision: EncoderEngine,
         decoder: DecoderEngine,
         cache: PromptCache,
         reuse: Reuse,
     ) -> None:
-        self.tokens_per_image = spec.image.connector.num_tokens
         self._context = spec.decoder.context_length
         self._hidden_size = spec.decoder.hidden_size
         self._start = spec.decoder.start_token_id
@@ -363,7 +357,7 @@ class Session:
 
     def shared(self, prompt: Prompt) -> int:
         """How many positions of a prompt are here already."""
-        return self._common_prefix(prompt.position_keys(self.tokens_per_image))
+        return self._common_prefix(prompt.keys)
 
     def save(self, kept: int = 0) -> None:
         """Leaves to the cache what it has not yet of the pieces behind position ``kept``; the
@@ -401,9 +395,9 @@ class Session:
         return whole
 
     def _checked_keys(self, prompt: Prompt) -> list[PositionKey]:
-        keys = prompt.position_keys(self.tokens_per_image)
-        check_length(len(keys), len(prompt.pixels), self.tokens_per_image, self._context)
-        return keys
+        rows = [count_rows(image.pieces) for image in prompt.images]
+        check_length(len(prompt.keys), rows, self._context)
+        return list(prompt.keys)
 
     def _common_prefix(self, keys: Sequence[PositionKey]) -> int:
         """How much of the present sequence may stay; at least one position is computed."""
@@ -415,20 +409,21 @@ class Session:
         return count
 
     def _embed(self, keys: Sequence[PositionKey], prompt: Prompt, note: Fill) -> Float32:
-        """Embeddings ``(len(keys), hidden_size)``: of tokens, and of pictures the visual tokens."""
+        """Embeddings ``(len(keys), hidden_size)`` of tokens and images."""
         with note.vision:
-            pixels = dict(zip(prompt.digests, prompt.pixels, strict=True))
-            asked = [prompt.instruction] if prompt.instruction else []
-            images: dict[bytes, Float32] = {}
+            prepared = {image.digest: image for image in prompt.images}
+            images: dict[bytes, Rows] = {}
             encoded = set()
             for digest in {key[0]: None for key in keys if isinstance(key, tuple)}:
                 known = self._cache.images.get(digest)
                 if known is None:
-                    known = self._vision.encode(pixels[digest], *asked)
+                    image = prepared[digest]
+                    known = joined([self._vision.encode(arrays) for arrays in image.arrays])
+                    assert len(known.embeds) == count_rows(image.pieces), "rows of an encoder"
                     self._cache.keep_image(digest, known)
                     encoded.add(digest)
                 images[digest] = known
-            note.reused_images = sum(digest not in encoded for digest in prompt.digests)
+            note.reused_images = sum(image.digest not in encoded for image in prompt.images)
         with note.prefill:
             embeds = np.empty((len(keys), self._hidden_size), np.float32)
             tokens = [index for index, key in enumerate(keys) if isinstance(key, int)]
@@ -436,5 +431,5 @@ class Session:
                 embeds[tokens] = self._decoder.embed([key for key in keys if isinstance(key, int)])
             for index, key in enumerate(keys):
                 if isinstance(key, tuple):
-                    embeds[index] = images[key[0]][key[1]]
+                    embeds[index] = images[key[0]].embeds[-1 - key[1]]
         return embeds

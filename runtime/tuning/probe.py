@@ -11,7 +11,9 @@ import numpy as np
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.plan import Plan
-from mobilevlm.runtime.engines import DecoderEngine, Float32, VisionEngine
+from mobilevlm.preparation import prepare
+from mobilevlm.prompt import count_rows
+from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine, Float32
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.opening import open_engines
 from mobilevlm.runtime.tuning.questions import StageTimes
@@ -32,18 +34,16 @@ class EngineProbe:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._plan: Plan | None = None
-        self._engines: tuple[VisionEngine, DecoderEngine] | None = None
+        self._engines: tuple[EncoderEngine, DecoderEngine] | None = None
 
     def stages(self, plan: Plan) -> StageTimes:
         """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""
         vision, decoder = self._open(plan)
         spec = self._bundle.manifest.spec
-        pixels = np.full(
-            (spec.image.preparation.size, spec.image.preparation.size, 3), 128, np.uint8
-        )
+        image = prepare(np.full((64, 64, 3), 128, np.uint8), spec.image)
         state = decoder.new_state()
         room = spec.decoder.context_length - STEPS - 2
-        prompt = self._embeds(decoder, min(spec.image.connector.num_tokens + TEXT_TOKENS, room))
+        prompt = self._embeds(decoder, min(count_rows(image.pieces) + TEXT_TOKENS, room))
 
         def prefill() -> None:
             state.rewind(0)
@@ -54,7 +54,7 @@ class EngineProbe:
             for _ in range(STEPS):
                 decoder.step(state, 1)
 
-        picture = _seconds(lambda: vision.encode(pixels))
+        picture = _seconds(lambda: [vision.encode(arrays) for arrays in image.arrays])
         return StageTimes(picture, _seconds(prefill), _seconds(steps) / STEPS)
 
     def pieces(self, plan: Plan, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
@@ -107,7 +107,7 @@ class EngineProbe:
             engine.close()
         self._engines = self._plan = None
 
-    def _open(self, plan: Plan) -> tuple[VisionEngine, DecoderEngine]:
+    def _open(self, plan: Plan) -> tuple[EncoderEngine, DecoderEngine]:
         """The engines of a plan; those that are open, if they differ in nothing that must be known
         when weights are read."""
         settings = replace(plan, prefill_chunk=1, prefill_from=1, draft_tokens=None)

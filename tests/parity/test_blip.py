@@ -13,13 +13,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import BundleOf, Fixture, fixture_named, relative_error
+from conftest import BundleOf, Fixture, fixture_named, prompt_pieces, relative_error
 
 import mobilevlm
-from mobilevlm.conversation import render, tokenize, tokenize_instruction, user_message
+from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.errors import CheckpointError, MobileVLMError, PromptError
 from mobilevlm.families import OpenOptions, open_checkpoint
-from mobilevlm.image import open_image, preprocess
+from mobilevlm.image import open_image
+from mobilevlm.instruction import with_instruction
+from mobilevlm.preparation import prepare
+from mobilevlm.prompt import Mark
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 
@@ -48,11 +51,15 @@ def expected_logits(
 ) -> np.ndarray:
     model, spec = fixture.model, fixture.model.spec
     prompt = render(spec.conversation, [user_message(text, len(images))])
-    asked = tokenize_instruction(model.instruction_tokenizer, prompt, spec.image.connector)
-    ids = tokenize(model.tokenizer, prompt, spec.conversation)
-    pixels = [preprocess(open_image(image), spec.image.preparation) for image in images]
-    visual = [reference.visual_tokens(item, asked) for item in pixels]
-    return reference.logits(reference.embed(ids, visual)).numpy()
+    visual = [
+        reference.visual_tokens(
+            **with_instruction(
+                prepare(image, spec.image), model.instruction_tokenizer, prompt, spec
+            ).arrays[0]
+        )
+        for image in images
+    ]
+    return reference.logits(reference.embed(prompt_pieces(model, prompt), visual)).numpy()
 
 
 @pytest.mark.parametrize(
@@ -80,7 +87,8 @@ def test_images_that_begin_a_prompt_stand_before_the_id_that_begins_a_text(
     fixture: Fixture,
 ) -> None:
     model = fixture.model
-    ids = tokenize(model.tokenizer, "<image><image>a <image>b", model.spec.conversation)
+    tokens = tokenize(model.tokenizer, "<image><image>a <image>b", model.spec.conversation)
+    ids = [-200 if isinstance(token, Mark) else token for token in tokens]
     first = model.tokenizer.encode("").ids
     assert ids[:2] == [-200, -200] and ids[2 : 2 + len(first)] == first
     assert ids.count(first[0]) == 1 and ids.count(-200) == 3

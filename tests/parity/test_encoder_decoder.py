@@ -10,7 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import FLOAT32, BundleOf, Fixture, fixture_named, refusal, relative_error
+from conftest import (
+    FLOAT32,
+    BundleOf,
+    Fixture,
+    fixture_named,
+    prompt_pieces,
+    refusal,
+    relative_error,
+)
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
@@ -44,14 +52,11 @@ def vlm(bundle_of: BundleOf) -> Iterator[VLM]:
         yield opened
 
 
-def prompt_ids(fixture: Fixture) -> list[int]:
-    model = fixture.model
-    return tokenize(model.tokenizer, fixture.templated_prompt, model.spec.conversation)
-
-
 def test_ids_are_the_official_ones(fixture: Fixture, vlm: VLM) -> None:
     expected = fixture.arrays["input_ids"][0].tolist()
-    found = official_ids(prompt_ids(fixture), fixture.model.spec.conversation)
+    model = fixture.model
+    tokens = tokenize(model.tokenizer, fixture.templated_prompt, model.spec.conversation)
+    found = official_ids(tokens, model.spec.image.layout)
     assert found == vlm.prompt_ids(fixture.prompt, 1) == expected
 
 
@@ -64,7 +69,7 @@ def test_the_reference_is_the_official_model(fixture: Fixture, reference: Refere
         relative_error(reference.features(pixels).numpy(), arrays["vision_features"][0]) <= FLOAT32
     )
     assert relative_error(tokens.numpy(), arrays["projector_output"][0]) <= FLOAT32
-    embeds = reference.embed(prompt_ids(fixture), [tokens])
+    embeds = reference.embed(prompt_pieces(fixture.model, fixture.templated_prompt), [tokens])
     assert relative_error(embeds.numpy(), arrays["inputs_embeds"][0]) <= FLOAT32
     states = reference.decoder.encoder(embeds[None]).numpy()
     assert relative_error(states, arrays["encoder_output"]) <= FLOAT32
@@ -142,8 +147,8 @@ def test_logits_are_the_references_wherever_images_stand(
     images = [whole[index * 40 :] for index in range(count)]
     pixels = [preprocess(open_image(image), vlm.spec.image.preparation) for image in images]
     placed = text if "<image>" in text else "<image>" * count + text
-    ids = tokenize(vlm.tokenizer, placed, vlm.spec.conversation)
-    embeds = reference.embed(ids, [reference.visual_tokens(item) for item in pixels])
+    pieces = prompt_pieces(fixture.model, placed)
+    embeds = reference.embed(pieces, [reference.visual_tokens(item) for item in pixels])
     expected = reference.logits(embeds).numpy()
     assert relative_error(vlm.prompt_logits(text, images), expected) <= 1e-4
 

@@ -344,7 +344,7 @@ def test_closing_frees_model_and_contexts_and_later_use_says_so(
     assert [reference() for reference in watched] == [None] * len(watched)
     for action in (
         lambda: vlm.generate("Who?"),
-        lambda: vision.encode(np.zeros((336, 336, 3), np.uint8)),
+        lambda: vision.encode({"pixels": np.zeros((336, 336, 3), np.uint8)}),
         lambda: decoder.embed([1]),
         decoder.new_state,
     ):

@@ -46,7 +46,8 @@ def author(
 def run(path: Path, pixels: NDArray[np.uint8]) -> tuple[Array, Array]:
     """Features and visual tokens."""
     engine = OnnxVision(path, threads=2)
-    return engine.features(pixels), engine.encode(pixels)
+    arrays = {"pixels": pixels}
+    return engine.features(arrays), engine.encode(arrays).embeds
 
 
 def with_stored_weights(model: Model, path: Path) -> Model:

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -91,12 +91,10 @@ def open_decoder(path: Path, spec: DecoderSpec) -> Decoder:
 
 
 def run_vision(
-    path: Path, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()
+    path: Path, pixels: NDArray[np.uint8], **further: NDArray[Any]
 ) -> tuple[Array, Array]:
     """Visual tokens and features."""
-    inputs: dict[str, NDArray[np.generic]] = {"pixels": pixels[None]}
-    if instruction:
-        inputs["instruction_ids"] = np.array([instruction], np.int64)
+    inputs = {name: array[None] for name, array in {"pixels": pixels, **further}.items()}
     tokens, features = open_session(path).run(["visual_tokens", "features"], inputs)
     return tokens[0], features[0]
 
@@ -122,7 +120,7 @@ class Authored:
 
     def vision(self) -> tuple[Array, Array]:
         pixels = preprocess(open_image(self.fixture.image), self.model.spec.image.preparation)
-        return run_vision(self.folder / "vision.onnx", pixels, self.fixture.instruction)
+        return run_vision(self.folder / "vision.onnx", pixels, **self.fixture.further)
 
     def logits(self) -> Array:
         decoder = open_decoder(self.folder / "decoder.onnx", self.model.spec.decoder)
@@ -178,7 +176,7 @@ def test_the_vision_graph_in_standard_operators_gives_the_same(
     assert {node.domain for node in ir.load(path).graph} == {""}
     pixels = preprocess(open_image(exact.fixture.image), model.spec.image.preparation)
     # Float32 sums in another order.
-    outputs = run_vision(path, pixels, exact.fixture.instruction)
+    outputs = run_vision(path, pixels, **exact.fixture.further)
     for found, expected in zip(outputs, exact.vision(), strict=True):
         assert relative_error(found, expected) <= 1e-5
 

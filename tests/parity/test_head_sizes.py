@@ -18,13 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import fixture_named, relative_error
+from conftest import fixture_named, prompt_pieces, relative_error
 from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.conversation import tokenize
 from mobilevlm.export.finish.system_prompt import PATH
 from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.families import Model, open_checkpoint
@@ -94,7 +93,8 @@ def exported(model: Model, folder: Path, recipe: str, **options: Any) -> Path:
 def reference_embeds(reference: ReferenceModel, vlm: VLM, text: str) -> torch.Tensor:
     """Of the prompt that the bundle makes."""
     pixels = preprocess(open_image(IMAGE), vlm.bundle.manifest.spec.image.preparation)
-    return reference.embed(vlm.prompt_ids(text, images=1), [reference.visual_tokens(pixels)])
+    prompt = vlm._prepare(text, [IMAGE], raw=False)
+    return reference.embed(prompt.pieces, [reference.visual_tokens(pixels)])
 
 
 @torch.no_grad()
@@ -146,9 +146,9 @@ def test_t5_with_heads_of_12_gives_the_references_logits(tmp_path: Path) -> None
         found = vlm.prompt_logits(fixture.prompt, [fixture.image])
         reference = load_reference(model)
         pixels = preprocess(open_image(fixture.image), model.spec.image.preparation)
-        ids = tokenize(model.tokenizer, fixture.templated_prompt, model.spec.conversation)
+        pieces = prompt_pieces(model, fixture.templated_prompt)
         with torch.no_grad():
-            embeds = reference.embed(ids, [reference.visual_tokens(pixels)])
+            embeds = reference.embed(pieces, [reference.visual_tokens(pixels)])
             expected = reference.answer_logits(embeds, []).numpy()
             answer = reference.greedy(embeds, 12)
         assert relative_error(found, expected) <= 1e-4

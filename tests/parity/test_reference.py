@@ -13,16 +13,17 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import FLOAT32, MOE_FIXTURES, Fixture, fixture_named, relative_error
+from conftest import FLOAT32, MOE_FIXTURES, Fixture, fixture_named, prompt_pieces, relative_error
 
 from mobilevlm.conversation import (
     official_ids,
     render,
     tokenize,
-    tokenize_instruction,
     user_message,
 )
 from mobilevlm.image import normalize, open_image, preprocess
+from mobilevlm.instruction import with_instruction
+from mobilevlm.prompt import Prepared
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.experts import Capacity, SparseMLP
 
@@ -52,16 +53,11 @@ def pixels(fixture: Fixture) -> list[np.ndarray]:
     ]
 
 
-def prompt_ids(fixture: Fixture) -> list[int]:
-    model = fixture.model
-    return tokenize(model.tokenizer, fixture.templated_prompt, model.spec.conversation)
-
-
 def embed_prompt(
     fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> torch.Tensor:
-    tokens = [reference.visual_tokens(item, fixture.instruction) for item in pixels]
-    return reference.embed(prompt_ids(fixture), tokens)
+    tokens = [reference.visual_tokens(item, **fixture.further) for item in pixels]
+    return reference.embed(prompt_pieces(fixture.model, fixture.templated_prompt), tokens)
 
 
 def test_pixel_values_equal_the_official_preprocessing(
@@ -77,12 +73,14 @@ def test_prompt_text_and_ids_equal_the_official_ones(fixture: Fixture) -> None:
     message = user_message(fixture.prompt, len(fixture.images))
     text = render(model.spec.conversation, [message])
     assert text == fixture.templated_prompt
-    instruction = tokenize_instruction(
-        model.instruction_tokenizer, text, model.spec.image.connector
+    image = with_instruction(
+        Prepared("image", ({},), ()), model.instruction_tokenizer, text, model.spec
     )
-    assert instruction == fixture.instruction
-    found = official_ids(prompt_ids(fixture), model.spec.conversation)
-    assert found == fixture.arrays["input_ids"][0].tolist()
+    assert {name: ids.tolist() for name, ids in image.arrays[0].items()} == {
+        name: ids.tolist() for name, ids in fixture.further.items()
+    }
+    tokens = tokenize(model.tokenizer, text, model.spec.conversation)
+    assert official_ids(tokens, model.spec.image.layout) == fixture.arrays["input_ids"][0].tolist()
 
 
 def test_features_are_those_of_the_official_tower(
@@ -95,7 +93,7 @@ def test_features_are_those_of_the_official_tower(
 def test_visual_tokens_are_those_of_the_official_projector(
     fixture: Fixture, reference: ReferenceModel, pixels: list[np.ndarray]
 ) -> None:
-    found = [reference.visual_tokens(item, fixture.instruction) for item in pixels]
+    found = [reference.visual_tokens(item, **fixture.further) for item in pixels]
     tokens = np.stack(found)
     assert relative_error(tokens, fixture.arrays["projector_output"]) <= FLOAT32
 

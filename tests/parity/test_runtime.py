@@ -12,14 +12,16 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from conftest import BundleOf, Fixture, relative_error
+from conftest import BundleOf, Fixture, prompt_pieces, relative_error
 from numpy.typing import NDArray
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.conversation import render, tokenize, tokenize_instruction, user_message
+from mobilevlm.conversation import render, user_message
 from mobilevlm.export.quality.measure import GREEDY_TOKENS, PROMPTS, calibration_image
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.instruction import with_instruction
+from mobilevlm.prompt import Prepared
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime import VLM
 
@@ -124,10 +126,11 @@ def measured_again(fixture: Fixture, folder: object) -> dict[str, float]:
         for seed, prompt in enumerate(PROMPTS):
             image = calibration_image(seed, vlm.spec.image.preparation.size)
             pixels = preprocess(open_image(image), vlm.spec.image.preparation)
-            asked = tokenize_instruction(
-                fixture.model.instruction_tokenizer, prompt, vlm.spec.image.connector
+            image_arrays = Prepared("image", ({"pixels": pixels},), ())
+            asked = with_instruction(
+                image_arrays, fixture.model.instruction_tokenizer, prompt, vlm.spec
             )
-            exact.append(reference.visual_tokens(pixels, asked))
+            exact.append(reference.visual_tokens(**asked.arrays[0]))
             tokens.append(torch.from_numpy(vlm.encode_image(image, prompt)))
             cosines.append(torch.nn.functional.cosine_similarity(tokens[-1], exact[-1], dim=-1))
             answer = vlm.generate(prompt, [image], max_new_tokens=GREEDY_TOKENS, ignore_eos=True)
@@ -137,8 +140,8 @@ def measured_again(fixture: Fixture, folder: object) -> dict[str, float]:
                 if token in ends:
                     break
             text = render(vlm.spec.conversation, [user_message(prompt, 1)])
-            ids = tokenize(vlm.tokenizer, text, vlm.spec.conversation)
-            embeds = reference.embed([*ids, *said], [exact[-1]])
+            pieces = prompt_pieces(fixture.model, text)
+            embeds = reference.embed([*pieces, *said], [exact[-1]])
             after = len(said) + 1
             wanted = reference.logits(embeds).double()[-after:]
             found = torch.from_numpy(vlm.embeds_logits(embeds.numpy())).double()[-after:]

@@ -12,13 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BundleOf, Fixture, fixture_named, refusal, relative_error, run_program
+from conftest import (
+    BundleOf,
+    Fixture,
+    fixture_named,
+    prompt_pieces,
+    refusal,
+    relative_error,
+    run_program,
+)
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.conversation import render, tokenize, user_message
+from mobilevlm.conversation import render, user_message
 from mobilevlm.errors import CheckpointError, MobileVLMError
 from mobilevlm.families import OpenOptions, open_checkpoint
 from mobilevlm.image import open_image, preprocess
@@ -67,10 +75,10 @@ def expected_logits(
     fixture: Fixture, reference: ReferenceModel, messages: list[Message], images: list[np.ndarray]
 ) -> np.ndarray:
     spec = fixture.model.spec
-    ids = tokenize(fixture.model.tokenizer, render(spec.conversation, messages), spec.conversation)
+    pieces = prompt_pieces(fixture.model, render(spec.conversation, messages))
     pixels = [preprocess(open_image(image), spec.image.preparation) for image in images]
     visual = [reference.visual_tokens(item) for item in pixels]
-    return reference.logits(reference.embed(ids, visual)).numpy()
+    return reference.logits(reference.embed(pieces, visual)).numpy()
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

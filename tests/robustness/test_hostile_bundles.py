@@ -102,7 +102,7 @@ def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], ob
         ("decoder.sliding_layers", [0]),
         ("decoder.experts", {"layers": [0], "num_experts": [1 << 15], "top_k": 1}),
         ("decoder.experts", {"layers": [0, 1, 2], "num_experts": [65535] * 3, "top_k": 1}),
-        ("conversation.image_end_ids", [10**6]),
+        ("inputs.image.layout.end_ids", [10**6]),
     ],
 )
 def test_sizes_that_the_files_cannot_hold_are_refused_before_anything_is_built(

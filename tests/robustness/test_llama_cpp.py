@@ -251,7 +251,7 @@ for index in range(mutations):
     print(index, flush=True)
     try:
         if stage == "vision":
-            MtmdVision(path, spec, good.model, 1).encode(pixels)
+            MtmdVision(path, spec, good.model, 1).encode({"pixels": pixels})
         else:
             decoder = LlamaDecoder(path, spec.decoder, 1)
             decoder.step(decoder.new_state(), 1)

@@ -16,7 +16,7 @@ from torch import nn
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration import activations
 from mobilevlm.export.calibration.activations import Block, watch_decoder, watch_vision
-from mobilevlm.export.calibration.samples import Sample, find_samples, sample_ids, scene_samples
+from mobilevlm.export.calibration.samples import Sample, find_samples, sample_pieces, scene_samples
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.reference import load_reference
 
@@ -49,7 +49,7 @@ def inputs_of(fixture: Fixture, samples: list[Sample]) -> dict[str, list[NDArray
                 preprocess(open_image(item), model.spec.image.preparation) for item in sample.images
             ]
             tokens = [reference.visual_tokens(item) for item in pixels]
-            reference.logits(reference.embed(sample_ids(model, sample), tokens))
+            reference.logits(reference.embed(sample_pieces(model, sample), tokens))
     return found
 
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from conftest import BundleOf
 from numpy.typing import NDArray
-from test_session import counted, picture, prompt_of
+from test_session import counted, picture
 
 import mobilevlm
 from mobilevlm.bundle import read_manifest, write_manifest
 from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines import Segment
 from mobilevlm.runtime.sequence.cache import Border, PromptCache, SizedLRU, borders, pieces
@@ -25,7 +26,7 @@ A, B = b"A" * 16, b"B" * 16
 
 
 def rows(digest: bytes, count: int = 3) -> list[tuple[bytes, int]]:
-    return [(digest, row) for row in range(count)]
+    return [(digest, left) for left in reversed(range(count))]
 
 
 # Borders
@@ -103,12 +104,12 @@ def test_the_cache_shrinks_to_what_memory_is_left_and_to_nothing() -> None:
     assert [cache.segments.get(digest) is not None for digest in digests] == [False] * 3 + [
         True
     ] * 3
-    cache.keep_image(A, data[:1000])
+    cache.keep_image(A, Rows(data[:1000]))
     assert cache.images.get(A) is not None
     left = 0.15e6
     assert cache.make_room(0) and cache.segments.nbytes == 0.1e6
     left = 0.0
-    cache.keep_image(B, data[:1000])
+    cache.keep_image(B, Rows(data[:1000]))
     assert cache.segments.nbytes == cache.images.nbytes == 0
     left = -1.0
     assert not cache.make_room(0)
@@ -142,8 +143,7 @@ def test_logits_are_the_same_bits_with_and_without_what_was_kept(plain: VLM) -> 
     reused = []
     for turn, (session, seed) in enumerate(order):
         pixels = [pictures[seed]] if seed else []
-        ids = plain.prompt_ids(f"Question {turn}?", len(pixels))
-        prompt = dataclasses.replace(prompt_of(plain, "a"), ids=ids, pixels=pixels)
+        prompt = plain._prepare(f"Question {turn}?", pixels, raw=False)
         run, fresh = runs[session], counted(plain, "nothing", PromptCache(0, cache.system))
         assert np.array_equal(run.fill(prompt), fresh.fill(prompt)), turn
         for token in (300, 301):

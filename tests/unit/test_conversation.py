@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from conftest import Fixture, fixture_named
 
-from mobilevlm.conversation import render, tokenize, user_message
+from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.errors import PromptError
 from mobilevlm.messages import Message
-from mobilevlm.spec import ConversationSpec
+from mobilevlm.prompt import Mark
+from mobilevlm.spec import ConversationSpec, LayoutSpec
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -117,14 +118,14 @@ def test_text_between_images_is_tokenized_alone_and_begins_text_only_once(
     fixture: Fixture,
 ) -> None:
     tokenizer = fixture.model.tokenizer
-    ids = tokenize(tokenizer, "Is <image>\nlike <image><image>?")
+    ids = official_ids(tokenize(tokenizer, "Is <image>\nlike <image><image>?"), LayoutSpec())
     alone = [tokenizer.encode(t, add_special_tokens=False).ids for t in ("Is ", "\nlike ", "", "?")]
     assert ids == [1, *alone[0], -200, *alone[1], -200, *alone[2], -200, *alone[3]]
     assert ids.count(1) == 1
 
 
 def test_text_that_begins_with_an_image_keeps_the_leading_id(fixture: Fixture) -> None:
-    assert tokenize(fixture.model.tokenizer, "<image>a")[:2] == [1, -200]
+    assert tokenize(fixture.model.tokenizer, "<image>a")[:2] == [1, Mark()]
 
 
 def test_text_without_image_is_tokenized_whole(fixture: Fixture) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.prompt import Run
 from mobilevlm.runtime.answer.generation import single_tokens
 from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
 from mobilevlm.runtime.engines import Float32
@@ -26,7 +27,6 @@ from mobilevlm.runtime.sequence.drafting import (
     drafted_tokens,
 )
 from mobilevlm.runtime.sequence.session import Session
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 VOCABULARY = 40
 
@@ -151,7 +151,7 @@ def test_two_tokens_are_too_few() -> None:
 
 
 def test_no_picture_is_guessed() -> None:
-    assert Lookup([1, 2, 3, IMAGE_TOKEN_ID, 1, 2, 3]).guess(2) == []
+    assert Lookup([1, 2, 3, Run(4), 1, 2, 3]).guess(2) == []
 
 
 def test_guesses_that_cost_more_than_they_save_become_rare() -> None:

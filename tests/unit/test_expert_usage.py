@@ -11,10 +11,9 @@ from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
 from PIL import Image
 
 import mobilevlm
-from mobilevlm.export.calibration.samples import Sample, sample_ids
+from mobilevlm.export.calibration.samples import Sample, sample_tokens
 from mobilevlm.export.experts.maps import UsageMap, draw_usage, write_map_page
 from mobilevlm.export.experts.usage import LayerUsage, bundle_usage, checkpoint_usage, shares
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 
 def samples(fixture: Fixture) -> list[Sample]:
@@ -29,12 +28,12 @@ def samples(fixture: Fixture) -> list[Sample]:
 def test_every_choice_of_every_position_is_counted_in_its_modality(name: str) -> None:
     fixture = fixture_named(name)
     usage = checkpoint_usage(fixture.model, samples(fixture))
-    ids = [token for sample in samples(fixture) for token in sample_ids(fixture.model, sample)]
+    tokens = [part for sample in samples(fixture) for part in sample_tokens(fixture.model, sample)]
     assert [layer.layer for layer in usage] == [0, 2]
     for layer in usage:
         assert len(layer.visual) == len(layer.text) == 4
         assert sum(layer.visual) == 2 * 3 * fixture.model.spec.image.connector.num_tokens
-        assert sum(layer.text) == 2 * sum(token != IMAGE_TOKEN_ID for token in ids)
+        assert sum(layer.text) == 2 * sum(isinstance(token, int) for token in tokens)
         assert sum(layer.total) == sum(layer.visual) + sum(layer.text)
 
 

@@ -18,13 +18,14 @@ from PIL import Image
 from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
 from mobilevlm.console.progress import ignore
+from mobilevlm.conversation import official_ids
 from mobilevlm.errors import BundleError, ImageError, MobileVLMError, PromptError
 from mobilevlm.export.calibration import activations
 from mobilevlm.export.calibration.samples import (
     NUM_SCENES,
     Sample,
     read_samples,
-    sample_ids,
+    sample_tokens,
     samples_digest,
     scene_samples,
 )
@@ -105,7 +106,8 @@ def test_statistics_are_those_of_a_decoder_in_numpy(fixture: Fixture) -> None:
     """Both begin with a picture and a prompt; numpy's from the official code's embeddings."""
     model, arrays = fixture.model, fixture.arrays
     sample = fixture_sample(fixture)
-    assert sample_ids(model, sample) == arrays["input_ids"][0].tolist()
+    tokens = sample_tokens(model, sample)
+    assert official_ids(tokens, model.spec.image.layout) == arrays["input_ids"][0].tolist()
     embeds = arrays["inputs_embeds"][0].astype(np.float64)
     expected = squared_inputs(model.weights, model.spec.decoder, embeds)
     np.testing.assert_allclose(expected.pop("logits"), arrays["logits"][0], atol=1e-3)

@@ -11,6 +11,7 @@ from conftest import BundleOf, Fixture, fixture_named, run_program
 from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.errors import PromptError
 from mobilevlm.messages import read_messages
+from mobilevlm.prompt import Token
 from mobilevlm.runtime import VLM
 from mobilevlm.spec import IMAGE_PLACEHOLDER
 from mobilevlm.templates.plain_text import _special_names, protect
@@ -18,7 +19,7 @@ from mobilevlm.templates.plain_text import _special_names, protect
 IMAGE = fixture_named("llava_v1").image
 
 
-def ids_of(fixture: Fixture, text: str, special_tokens: bool) -> list[int]:
+def ids_of(fixture: Fixture, text: str, special_tokens: bool) -> list[Token]:
     conversation, tokenizer = fixture.model.spec.conversation, fixture.model.tokenizer
     said = read_messages([user_message(text, 0, special_tokens)], [], special_tokens)
     messages = protect(said.messages, tokenizer, special_tokens)

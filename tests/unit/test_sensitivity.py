@@ -11,7 +11,7 @@ from conftest import Fixture
 from numpy.typing import NDArray
 
 from mobilevlm.export.calibration import activations
-from mobilevlm.export.calibration.samples import Sample, sample_ids, scene_samples
+from mobilevlm.export.calibration.samples import Sample, sample_pieces, scene_samples
 from mobilevlm.export.quality import sensitivity
 from mobilevlm.export.quality.metrics import compare_logits
 from mobilevlm.export.quality.sensitivity import Change, Effect, Probe
@@ -49,8 +49,8 @@ def answers(model: Model, reference: ReferenceModel) -> tuple[NDArray[np.float32
             ]
             tokens = [reference.visual_tokens(item) for item in pixels]
             visual += [item.numpy() for item in tokens]
-            ids = sample_ids(model, sample)
-            prompt = sample_ids(model, Sample(sample.prompt, "", sample.images))
+            ids = sample_pieces(model, sample)
+            prompt = sample_pieces(model, Sample(sample.prompt, "", sample.images))
             assert ids[: len(prompt)] == prompt
             found = reference.logits(reference.embed(ids, tokens)).numpy()
             logits.append(found[-(len(ids) - len(prompt) + 1) :])

@@ -14,8 +14,9 @@ from conftest import FLOAT32, relative_error
 from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError
+from mobilevlm.prompt import Arrays, Piece, Rows
 from mobilevlm.runtime import VLM, Session
-from mobilevlm.runtime.engines import DecoderEngine, DecoderState, Float32, Segment, VisionEngine
+from mobilevlm.runtime.engines import DecoderEngine, DecoderState, EncoderEngine, Float32, Segment
 from mobilevlm.runtime.sequence.cache import PromptCache
 from mobilevlm.runtime.sequence.session import Fill, Prompt, Reuse
 
@@ -24,15 +25,15 @@ from mobilevlm.runtime.sequence.session import Fill, Prompt, Reuse
 class CountedVision:
     """Passes calls on and counts them."""
 
-    engine: VisionEngine
+    engine: EncoderEngine
     pictures: int = 0
 
-    def encode(self, pixels: NDArray[np.uint8]) -> Float32:
+    def encode(self, arrays: Arrays) -> Rows:
         self.pictures += 1
-        return self.engine.encode(pixels)
+        return self.engine.encode(arrays)
 
-    def features(self, pixels: NDArray[np.uint8]) -> Float32:
-        return self.engine.features(pixels)
+    def features(self, arrays: Arrays) -> Float32:
+        return self.engine.features(arrays)
 
     def close(self) -> None:
         raise AssertionError("a session does not close the engines")
@@ -104,15 +105,18 @@ def picture(seed: int, vlm: VLM) -> NDArray[np.uint8]:
 
 
 def prompt_of(vlm: VLM, text: str, *pixels: NDArray[np.uint8]) -> Prompt:
-    return Prompt(vlm.prompt_ids(text, len(pixels), raw=True), list(pixels), 0.0)
+    return vlm._prepare(text, pixels, raw=True)
 
 
 def fresh(vlm: VLM, prompt: Prompt) -> Float32:
     """Logits after the prompt by embeddings put together here, without a session."""
     vision, decoder = vlm._engines()
-    pixels, rows = iter(prompt.pixels), []
-    for token in prompt.ids:
-        rows.append(vision.encode(next(pixels)) if token == -200 else decoder.embed([token]))
+    images, rows = iter(prompt.images), []
+    for piece in prompt.pieces:
+        if isinstance(piece, int):
+            rows.append(decoder.embed([piece]))
+        else:
+            rows.append(vision.encode(next(images).arrays[0]).embeds)
     return vlm.embeds_logits(np.concatenate(rows))[-1]
 
 
@@ -126,9 +130,8 @@ def test_an_image_may_stand_anywhere(text: str, vlm: VLM) -> None:
     prompt = prompt_of(vlm, text.format(*["<image>"] * count), *pixels)
     run = counted(vlm)
     assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
-    assert (
-        run.session.length == len(prompt.ids) - count + count * vlm.spec.image.connector.num_tokens
-    )
+    tokens = vlm.spec.image.connector.num_tokens
+    assert run.session.length == len(prompt.pieces) - count + count * tokens
 
 
 def test_each_mark_takes_its_own_image(vlm: VLM) -> None:
@@ -156,7 +159,7 @@ def test_a_prompt_that_goes_on_computes_only_what_is_new_with_the_same_logits(vl
     for token in answer:
         run.session.step(token)
     more = vlm.prompt_ids("And then?", raw=True)[1:]
-    prompt = Prompt([*start.ids, *answer, *more], [pixels], 0.0)
+    prompt = Prompt([*start.pieces, *answer, *more], start.images, 0.0)
     assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
     assert run.fills == [filled, len(more)]
     assert run.vision.pictures == 1
@@ -169,7 +172,7 @@ def test_a_prompt_that_parts_from_the_last_one_goes_back_to_where_it_does(vlm: V
     filled = run.session.length
     for token in (300, 301, 302):
         run.session.step(token)
-    prompt = Prompt([*start.ids[:-4], 305, 306], [pixels], 0.0)
+    prompt = Prompt([*start.pieces[:-4], 305, 306], start.images, 0.0)
     assert relative_error(run.fill(prompt), fresh(vlm, prompt)) <= FLOAT32
     assert run.fills == [filled, 2]
     assert run.session.length == filled - 4 + 2
@@ -180,13 +183,13 @@ def test_the_same_prompt_again_computes_one_position(vlm: VLM) -> None:
     first = run.fill(prompt)
     run.session.step(300)
     assert relative_error(run.fill(prompt), first) <= FLOAT32
-    assert run.fills == [len(prompt.ids), 1]
+    assert run.fills == [len(prompt.pieces), 1]
 
 
 def test_a_shorter_prompt_goes_back(vlm: VLM) -> None:
     run, prompt = counted(vlm), prompt_of(vlm, TEXT)
     run.fill(prompt)
-    shorter = Prompt(prompt.ids[:5], [], 0.0)
+    shorter = Prompt(prompt.pieces[:5], [], 0.0)
     assert relative_error(run.fill(shorter), fresh(vlm, shorter)) <= FLOAT32
     assert run.session.length == 5
 
@@ -215,14 +218,14 @@ def test_a_step_gives_the_logits_of_the_longer_prompt(vlm: VLM) -> None:
     run.fill(prompt)
     for token in (300, 301):
         logits = run.session.step(token).copy()
-    longer = Prompt([*prompt.ids, 300, 301], [], 0.0)
+    longer = Prompt([*prompt.pieces, 300, 301], [], 0.0)
     assert relative_error(logits, fresh(vlm, longer)) <= FLOAT32
 
 
 # The context of the tiny model holds 2048 positions.
 
 
-def ids_of_length(vlm: VLM, length: int) -> list[int]:
+def ids_of_length(vlm: VLM, length: int) -> list[Piece]:
     ids = np.random.default_rng(0).integers(259, vlm.spec.decoder.vocab_size, length)
     return [1, *ids.tolist()[1:]]
 
@@ -237,7 +240,8 @@ def test_a_prompt_that_fills_the_context_is_refused_and_the_sequence_stays(vlm: 
     assert run.session.length == length
     with pytest.raises(PromptError, match="144 for each image"):
         ids = ids_of_length(vlm, context - 144)
-        run.fill(Prompt([*ids, -200], [picture(1, vlm)], 0.0))
+        image = vlm.prepare_image(picture(1, vlm))
+        run.fill(Prompt([*ids, *image.pieces], [image], 0.0))
     assert run.vision.pictures == 0
 
 

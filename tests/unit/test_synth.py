@@ -18,6 +18,7 @@ from safetensors import safe_open
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import open_checkpoint
+from mobilevlm.prompt import Run
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.model import ReferenceModel
 from mobilevlm.synth import checkpoints as synth
@@ -56,7 +57,7 @@ def test_tiny_checkpoint_opens_and_gives_finite_logits_near_unit_variance(tiny: 
     with torch.no_grad():
         reference = load_reference(model)
         tokens = reference.visual_tokens(pixels)
-        logits = reference.logits(reference.embed([1, 300, -200, 400], [tokens]))
+        logits = reference.logits(reference.embed([1, 300, Run(144), 400], [tokens]))
     assert tokens.shape == (144, 64) and logits.shape == (147, 512)
     # Neither vanishing nor exploding: within a factor of three of what the draw aims at.
     assert 1 / 3 < float(tokens.std()) < 3

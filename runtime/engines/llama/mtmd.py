@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import read_gguf
+from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
 from mobilevlm.runtime.engines.llama.gguf_check import check_mmproj
@@ -30,7 +30,7 @@ from mobilevlm.spec import ModelSpec
 
 
 class MtmdVision:
-    """See :class:`mobilevlm.runtime.engines.VisionEngine`.
+    """See :class:`mobilevlm.runtime.engines.EncoderEngine`.
 
     mtmd checks the image encoder against the language model, so it is given that too.
     """
@@ -55,21 +55,21 @@ class MtmdVision:
             raise load_error(path)
         self._context: _Context | None = _Context(mtmd_cpp, pointer, (model, order))
 
-    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.VisionEngine`. One picture at a time: mtmd keeps
+    def encode(self, arrays: Arrays) -> Rows:
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`. One picture at a time: mtmd keeps
         the result inside."""
         context = still_open(self._context)
         with context.lock:
-            return self._encode(context, np.ascontiguousarray(pixels))
+            return Rows(self._encode(context, np.ascontiguousarray(arrays["pixels"])))
 
-    def features(self, pixels: NDArray[np.uint8]) -> Float32:
+    def features(self, arrays: Arrays) -> Float32:
         """Not to be had: mtmd runs tower and projector in one."""
         raise MobileVLMError(
             "the gguf engine gives no tower features, only visual tokens: use --engine onnx"
         )
 
     def close(self) -> None:
-        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
         self._context = None
 
     def _encode(self, context: _Context, pixels: NDArray[np.uint8]) -> Float32:

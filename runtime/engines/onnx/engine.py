@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.errors import BundleError, MemoryLimitError
 from mobilevlm.plan import Plan
+from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import (
     CacheType,
     DecoderState,
@@ -52,8 +53,6 @@ EMPTY_PRODUCTS = (1, 32)
 """The first version whose DynamicQuantizeMatMul gives no rows for no rows."""
 INTEGER_EXPERTS = (1, 31)
 """The first version whose QMoE has the attributes that it is exported with."""
-_NO_WORDS = (0,)
-"""An instruction where none is needed: the tower's features do not depend on it."""
 
 
 def open_session(
@@ -122,22 +121,19 @@ class OnnxVision:
         session = open_session(path, threads, spinning, packed, entries, planned=False)
         if spec is not None:
             check_vision(session, spec)
-        self._reads_text = len(session.get_inputs()) > 1
         self._run_options = _giving_back() if compact else None
         self._session: Session | None = session
 
-    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
-        return self._run("visual_tokens", pixels, instruction)
+    def encode(self, arrays: Arrays) -> Rows:
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
+        return Rows(self._run("visual_tokens", arrays))
 
-    def features(self, pixels: NDArray[np.uint8]) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
-        return self._run("features", pixels, _NO_WORDS if self._reads_text else ())
+    def features(self, arrays: Arrays) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
+        return self._run("features", arrays)
 
-    def _run(self, output: str, pixels: NDArray[np.uint8], instruction: Sequence[int]) -> Float32:
-        inputs: dict[str, NDArray[Any]] = {"pixels": pixels[None]}
-        if instruction:
-            inputs["instruction_ids"] = np.asarray([instruction], np.int64)
+    def _run(self, output: str, arrays: Arrays) -> Float32:
+        inputs = {name: array[None] for name, array in arrays.items()}
         session = still_open(self._session)
         result: Float32 = session.run([output], inputs, self._run_options)[0][0]
         if self._run_options is not None:
@@ -145,7 +141,7 @@ class OnnxVision:
         return result
 
     def close(self) -> None:
-        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
         self._session = None
 
 

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
 from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import (
     CacheType,
     DecoderState,
@@ -90,23 +88,23 @@ class _Turns:
 
 
 class VisionInTurn:
-    """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+    """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
 
     def __init__(self, turns: _Turns) -> None:
         self._turns: _Turns | None = turns
 
-    def encode(self, pixels: NDArray[np.uint8], instruction: Sequence[int] = ()) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+    def encode(self, arrays: Arrays) -> Rows:
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
         with still_open(self._turns).vision() as stage:
-            return stage.encode(pixels, instruction)
+            return stage.encode(arrays)
 
-    def features(self, pixels: NDArray[np.uint8]) -> Float32:
-        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+    def features(self, arrays: Arrays) -> Float32:
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
         with still_open(self._turns).vision() as stage:
-            return stage.features(pixels)
+            return stage.features(arrays)
 
     def close(self) -> None:
-        """See :class:`mobilevlm.runtime.engines.VisionEngine`."""
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
         if self._turns is not None:
             self._turns.close()
         self._turns = None

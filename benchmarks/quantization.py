@@ -41,7 +41,8 @@ from mobilevlm.export.quality.metrics import Float32, compare_logits, token_figu
 from mobilevlm.export.quality.sensitivity import answer_positions
 from mobilevlm.export.recipes.file import recipe_text
 from mobilevlm.export.search.search import Data, Goal, Sensitivity, candidates, choose, measure
-from mobilevlm.families import Model, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model
 from mobilevlm.nano.evaluate import LONGEST_ANSWER, is_right
 from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import evaluation_set, pictures

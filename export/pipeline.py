@@ -54,8 +54,9 @@ from mobilevlm.export.workspace.workspace import (
     replace_target,
     take_over,
 )
-from mobilevlm.families import Model, OpenOptions, open_checkpoint, open_options
+from mobilevlm.families import open_checkpoint
 from mobilevlm.gguf.architectures import gguf_architecture, is_own
+from mobilevlm.model import Model, OpenOptions, open_options
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.recipe import LinearFormat, Recipe, WeightBits
 from mobilevlm.runtime.machine import int8_weight_bits

@@ -10,12 +10,13 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from mobilevlm.bundle_checks import check_file, check_graph, check_manifest
-from mobilevlm.bundle_identity import Identity, identity_of, steadily, unchanged
+from mobilevlm.bundle_identity import Identity, identity_of, replaced_error, steadily, unchanged
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.recipe import Recipe
@@ -31,6 +32,8 @@ MOST_MANIFEST = 1 << 26
 TOKENIZER = "tokenizer.json"
 INSTRUCTION_TOKENIZER = "qformer_tokenizer.json"
 """Of a Q-Former that reads the prompt too."""
+
+T = TypeVar("T")
 
 StageName: TypeAlias = Literal["vision", "embeddings", "encoder", "decoder", "prefill"]
 """``encoder``: of a language model that has one; ``prefill``: the decoder once more, for prompts,
@@ -301,6 +304,22 @@ def _open_once(folder: Path) -> Bundle:
         _check_files(folder, manifest, digest)
         identity = identity_of(folder, [MANIFEST, *manifest.files])
     return Bundle(folder, manifest, digest, identity)
+
+
+def reopened(bundle: Bundle, open_part: Callable[[], T]) -> T:
+    """Open a part of a bundle that was opened before. A bundle of the same content in its place
+    will do.
+
+    Raises:
+        ReplacedError: there is another bundle now.
+    """
+    if identity_of(bundle.folder, bundle.identity) != bundle.identity:
+        now = open_bundle(bundle.folder)
+        if now.digest != bundle.digest:
+            raise replaced_error(bundle.folder)
+        bundle = now
+    with unchanged(bundle.folder, bundle.identity):
+        return open_part()
 
 
 def _check_files(folder: Path, manifest: Manifest, digest: str) -> None:

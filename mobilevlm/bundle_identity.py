@@ -14,12 +14,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 from mobilevlm.errors import ReplacedError
-
-if TYPE_CHECKING:
-    from mobilevlm.bundle import Bundle
 
 Identity: TypeAlias = dict[str, tuple[int, int, int, int]]
 """Device, inode, size and time of the last change of each file"""
@@ -59,28 +56,10 @@ def unchanged(folder: Path, identity: Identity) -> Iterator[None]:
         yield
     except Exception:
         if identity_of(folder, identity) != identity:
-            raise _replaced(folder) from None
+            raise replaced_error(folder) from None
         raise
     if identity_of(folder, identity) != identity:
-        raise _replaced(folder)
-
-
-def reopened(bundle: Bundle, open_part: Callable[[], T]) -> T:
-    """Open a part of a bundle that was opened before. A bundle of the same content in its place
-    will do.
-
-    Raises:
-        ReplacedError: there is another bundle now.
-    """
-    if identity_of(bundle.folder, bundle.identity) != bundle.identity:
-        from mobilevlm.bundle import open_bundle
-
-        now = open_bundle(bundle.folder)
-        if now.digest != bundle.digest:
-            raise _replaced(bundle.folder)
-        bundle = now
-    with unchanged(bundle.folder, bundle.identity):
-        return open_part()
+        raise replaced_error(folder)
 
 
 def steadily(folder: Path, open_all: Callable[[], T]) -> T:
@@ -164,7 +143,8 @@ def _wait_for(folder: Path) -> None:
         time.sleep(0.02)
 
 
-def _replaced(folder: Path) -> ReplacedError:
+def replaced_error(folder: Path) -> ReplacedError:
+    """Return the error for a bundle that is not the one that was opened."""
     return ReplacedError(
         f"{folder}: another bundle was put in its place while it was in use: load it again"
     )

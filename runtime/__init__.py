@@ -2,7 +2,8 @@
 
 from mobilevlm.runtime.answer.generation import Generation, TextStream, Timings
 from mobilevlm.runtime.answer.sampling import SamplingOptions
+from mobilevlm.runtime.loading import load
 from mobilevlm.runtime.sequence.session import Session
-from mobilevlm.runtime.vlm import VLM, load
+from mobilevlm.runtime.vlm import VLM
 
 __all__ = ["VLM", "Generation", "SamplingOptions", "Session", "TextStream", "Timings", "load"]

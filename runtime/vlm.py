@@ -6,16 +6,13 @@ import os
 import threading
 import time
 from collections.abc import Callable, Generator, Sequence
-from os import PathLike
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
 from tokenizers import Tokenizer
 
-from mobilevlm.builtin import bundle_path
-from mobilevlm.bundle import INSTRUCTION_TOKENIZER, TOKENIZER, Bundle, open_bundle
-from mobilevlm.bundle_identity import steadily, unchanged
+from mobilevlm.bundle import INSTRUCTION_TOKENIZER, TOKENIZER, Bundle
+from mobilevlm.bundle_identity import unchanged
 from mobilevlm.conversation import (
     official_ids,
     read_text,
@@ -24,12 +21,10 @@ from mobilevlm.conversation import (
     user_message,
 )
 from mobilevlm.errors import BundleError, PromptError
-from mobilevlm.gguf.model import gguf_bundle
-from mobilevlm.gguf.tokenizer import gguf_tokenizer
 from mobilevlm.image import ImageInput, Room
 from mobilevlm.instruction import with_instruction
 from mobilevlm.messages import Message, check_continued, check_images, read_messages
-from mobilevlm.plan import DRAFTING_ENGINES, Plan, engine_for_limit
+from mobilevlm.plan import DRAFTING_ENGINES, Plan
 from mobilevlm.preparation import pieces_of, prepare
 from mobilevlm.prompt import Mark, Prepared, Token, count_positions, count_rows, expand, joined
 from mobilevlm.runtime.answer.generation import Generation, StopRules, TextStream, generate_text
@@ -52,7 +47,7 @@ from mobilevlm.runtime.sequence.session import (
     check_process,
     check_session,
 )
-from mobilevlm.runtime.settings import check_settings, stop_strings
+from mobilevlm.runtime.settings import stop_strings
 from mobilevlm.runtime.tuning.plan_file import PlanChoice, settle_plans
 from mobilevlm.templates.plain_text import check_text, protect
 from mobilevlm.tokenizers.json_file import open_tokenizer_json
@@ -67,91 +62,6 @@ SHORT_TOKEN = 8
 
 
 Images: TypeAlias = "Sequence[ImageInput]"
-
-
-def load(
-    bundle: str | PathLike[str],
-    engine: str = "auto",
-    threads: int | None = None,
-    mmproj: str | PathLike[str] | None = None,
-    cache_mb: float = DEFAULT_CACHE_MB,
-    max_resident_mb: float | None = None,
-    plan: Plan | PlanChoice = "auto",
-    max_memory_mb: float | None = None,
-) -> VLM:
-    """Opens a bundle for running.
-
-    ``bundle``: its folder, the name of a built-in model (``nano``), or a language model in a GGUF
-    file made elsewhere, with its image encoder in ``mmproj``. ``engine``: ``onnx`` (ONNX Runtime),
-    ``gguf`` (llama.cpp), ``hybrid`` (ONNX Runtime for the picture, llama.cpp for the text) or
-    ``auto``: the first of them that the bundle has artifacts for. ``threads``: for both stages, by
-    default, and at most, as many as this process may use. ``cache_mb``: megabytes for what later
-    requests can take over from earlier ones (pictures, beginnings of prompts), besides the
-    sequences themselves; 0: each request is computed from its first token. ``max_resident_mb``:
-    megabytes of sparse experts that may be in memory at a time; it needs, and means, the engine
-    ``ggml``. ``plan``: ``auto`` takes the one that ``mobilevlm tune`` measured for this processor,
-    where there is one (``engine``, ``threads`` and ``max_resident_mb`` win over it); ``none`` does
-    without. ``max_memory_mb``: the most that may be resident while one question about one picture
-    is answered, in megabytes, besides the limits that the system has (runtime/memory/fitting.py);
-    settings that take less are chosen where they are needed.
-
-    Raises:
-        MemoryLimitError: the model needs more than a limit. Nothing was loaded.
-        BundleError: no bundle there, damaged, or nothing in it that the engine can run.
-        ReplacedError: exports replace the bundle again and again.
-    """
-    check_settings(bundle, engine, threads, plan, cache_mb, max_resident_mb, max_memory_mb)
-    engine = engine_for_limit(engine, max_resident_mb)
-    start = time.perf_counter()
-    path = bundle_path(Path(bundle), engine)
-    check_paths(path, mmproj)
-    if mmproj is not None:
-        described, header = gguf_bundle(path, Path(mmproj))
-        tokenizer = gguf_tokenizer(header)
-        return open_model(
-            described,
-            engine,
-            threads,
-            cache_mb,
-            start,
-            tokenizer,
-            max_resident_mb,
-            "none",
-            max_memory_mb,
-        )
-    return steadily(
-        path,
-        lambda: open_model(
-            open_bundle(path),
-            engine,
-            threads,
-            cache_mb,
-            start,
-            max_resident_mb=max_resident_mb,
-            plan=plan,
-            max_memory_mb=max_memory_mb,
-        ),
-    )
-
-
-def check_paths(path: Path, mmproj: str | PathLike[str] | None) -> None:
-    """That a GGUF file comes with its image encoder, and a bundle alone.
-
-    Raises:
-        BundleError: it does not, or the folder is a checkpoint.
-    """
-    if path.suffix == ".gguf":
-        if mmproj is None:
-            raise BundleError(
-                f"{path}: its image encoder is in a file of its own: give it with --mmproj FILE"
-            )
-        return
-    if mmproj is not None:
-        raise BundleError(f"{path}: --mmproj belongs to a .gguf file: a bundle has its encoder")
-    if (path / "config.json").is_file() and not (path / "manifest.json").is_file():
-        raise BundleError(
-            f"{path}: a checkpoint, not a bundle: run 'mobilevlm export {path} -o BUNDLE' first"
-        )
 
 
 def open_model(

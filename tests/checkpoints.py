@@ -15,7 +15,8 @@ from conftest import Fixture
 from safetensors.numpy import load_file, save_file
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model, OpenOptions
 from mobilevlm.reference.model import ReferenceModel
 
 

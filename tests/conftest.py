@@ -27,7 +27,8 @@ from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.cli import main
 from mobilevlm.console import progress
 from mobilevlm.conversation import tokenize
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model, OpenOptions
 from mobilevlm.preparation import pieces_of
 from mobilevlm.prompt import Mark, Piece, expand
 from mobilevlm.runtime import VLM

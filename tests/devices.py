@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mobilevlm.runtime.bench.devices import Ended
+from mobilevlm.runtime.bench.devices.contracts import Ended
 from mobilevlm.runtime.bench.devices.ssh import SshCommand
 
 NOT_THERE = ("torch", "transformers", "onnx", "onnxscript", "onnx_ir",

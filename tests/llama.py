@@ -19,7 +19,8 @@ if os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1":
 from llama_cpp import llama_cpp
 from llama_cpp import mtmd_cpp as mtmd
 
-from mobilevlm.families import Model, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model
 from mobilevlm.synth.checkpoints import CONFIGURATIONS, Configuration, Tower, write_checkpoint
 
 THREADS = 2

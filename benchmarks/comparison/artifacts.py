@@ -16,7 +16,8 @@ from mobilevlm.builtin import checkpoint_path
 from mobilevlm.bundle import Bundle, cache_folder, is_bundle, open_bundle
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model, OpenOptions
 from mobilevlm.spec import GGUFType
 from mobilevlm.synth.checkpoints import CONFIGURATIONS, write_checkpoint
 

@@ -21,8 +21,8 @@ from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, PromptError
 from mobilevlm.export.calibration.samples import Sample, sample_arrays, sample_pieces
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.families import Model
 from mobilevlm.image import normalize
+from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, count_positions
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.decoder import rotary_tables

@@ -25,8 +25,8 @@ from PIL import Image
 from mobilevlm.checkpoint import file_sha256
 from mobilevlm.conversation import read_text, render, user_message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
-from mobilevlm.families import Model
 from mobilevlm.instruction import with_instruction
+from mobilevlm.model import Model
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.questions import KINDS, caption_question, questions
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene

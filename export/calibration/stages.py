@@ -18,7 +18,7 @@ from mobilevlm.export.quantize import awq, smoothquant
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.folding import Fold, find_folds, fold
 from mobilevlm.export.quantize.gptq import HessianOf
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.spec import to_dict
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.errors import require
 from mobilevlm.export.calibration.samples import Sample, sample_pieces, sample_text
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.prompt import visual_positions
-from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines import no_experts
 from mobilevlm.runtime.sequence.session import PromptChoices
+from mobilevlm.runtime.vlm import VLM
 from mobilevlm.spec import ExpertsSpec
 
 if TYPE_CHECKING:

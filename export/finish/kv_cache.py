@@ -18,7 +18,7 @@ from mobilevlm.bundle import Bundle
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import Sample, find_samples, sample_embeds
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.engines.opening import onnx_decoder, onnx_vision

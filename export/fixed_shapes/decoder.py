@@ -36,8 +36,8 @@ from mobilevlm.export.graph.author import (
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.quality.artifact_weights import weight_error
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.families import Model
 from mobilevlm.linear_groups import linear_groups
+from mobilevlm.model import Model
 from mobilevlm.plan import default_threads
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.runtime.engines.onnx.engine import OnnxVision

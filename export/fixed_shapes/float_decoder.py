@@ -14,7 +14,7 @@ from mobilevlm.bundle import data_path
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.export.formats.written import Written
 from mobilevlm.export.graph.author import ChunkShape, author_static_decoder
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.recipe import Recipe
 
 

@@ -21,11 +21,11 @@ from mobilevlm.export.calibration.samples import Sample, find_samples, samples_d
 from mobilevlm.export.calibration.stages import calibrate, calibration_key, check_torch
 from mobilevlm.export.formats.written import Written
 from mobilevlm.export.recipes.layer_formats import bits_per_weight
-from mobilevlm.families import Model
 from mobilevlm.gguf.architectures import gguf_architecture, is_own
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.spec import bytes_per_token
 from mobilevlm.linear_groups import linear_groups
+from mobilevlm.model import Model
 from mobilevlm.recipe import QDQ, Recipe
 from mobilevlm.spec import GGUFType, ModelSpec, to_dict
 

@@ -11,8 +11,8 @@ from mobilevlm.console.progress import Advance
 from mobilevlm.export.calibration.activations import sample_groups, watch_decoder
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, InputStatistics
-from mobilevlm.families import Model
 from mobilevlm.gguf.names import decoder_entries
+from mobilevlm.model import Model
 
 TIED_HEAD = {"decoder.lm_head.weight": "token_embd.weight"}
 """What llama.cpp calls a head that is the embedding table."""

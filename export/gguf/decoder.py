@@ -25,10 +25,10 @@ from mobilevlm.export.gguf.llama_quantizer import quantize_file
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, TensorType, write_file
 from mobilevlm.export.gguf.vocabulary import vocabulary_of
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.families import Model
 from mobilevlm.gguf.architectures import PATTERNS, gguf_architecture, is_own
 from mobilevlm.gguf.names import Entry, decoder_entries
 from mobilevlm.gguf.spec import EXPERT_COUNTS, OWN_FLAGS, OWN_KINDS
+from mobilevlm.model import Model
 from mobilevlm.spec import DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
 
 T = TypeVar("T", bound=np.generic)

@@ -15,7 +15,7 @@ from mobilevlm.export.calibration.samples import SCENES, find_samples
 from mobilevlm.export.calibration.stages import calibration_key, check_torch
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from mobilevlm.export.gguf.tensors import WEIGHABLE
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.recipe import Recipe
 
 

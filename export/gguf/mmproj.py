@@ -18,8 +18,8 @@ from mobilevlm.console.progress import Advance
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.families import Model
 from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
+from mobilevlm.model import Model
 from mobilevlm.spec import ConnectorSpec, GGUFType, ModelSpec
 
 LDP_GRID = 24

@@ -15,7 +15,6 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.export.gguf.decoder import half_split
 from mobilevlm.export.gguf.mmproj import LINEAR_SCALE, signed_difference
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.families import Model
 from mobilevlm.gguf.encoder import read_encoder
 from mobilevlm.gguf.file import TENSOR_TYPES, GgufFile, read_gguf
 from mobilevlm.gguf.model import model_spec
@@ -26,6 +25,7 @@ from mobilevlm.gguf.names import (
     tower_entries,
 )
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
+from mobilevlm.model import Model
 from mobilevlm.spec import ConnectorSpec, ModelSpec, with_image
 
 _READABLE = {label for label, *_ in TENSOR_TYPES.values()} - {"I8", "I16", "I32", "I64", "F64"}

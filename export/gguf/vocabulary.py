@@ -14,7 +14,7 @@ import gguf
 
 from mobilevlm.checkpoint import read_json
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.tokenizers.tokenizer import (
     added_tokens,
     parse_sentencepiece,

@@ -13,8 +13,8 @@ from mobilevlm.checkpoint import TensorRef, TensorSource, Weights
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.folding import Fold, find_folds, fold
-from mobilevlm.families import Model
 from mobilevlm.linear_groups import LinearGroup
+from mobilevlm.model import Model
 from mobilevlm.plan import stage_formats
 from mobilevlm.recipe import Recipe
 

@@ -17,8 +17,8 @@ from mobilevlm.export.quality.artifact_weights import stacked, weight_error
 from mobilevlm.export.quality.limits import StageKind
 from mobilevlm.export.quality.measure import reference_embeds
 from mobilevlm.export.quality.sensitivity import Change, Effect, Probe
-from mobilevlm.families import Model
 from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.model import Model
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.streaming import decoder_states, tower_states
 from mobilevlm.spec import ModelSpec

@@ -42,7 +42,7 @@ from mobilevlm.export.quality.metrics import (
     token_figures,
     vision_figures,
 )
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.plan import stage_formats, stage_names
 from mobilevlm.prompt import Piece
 from mobilevlm.reference import ReferenceModel, load_reference

@@ -26,8 +26,8 @@ from mobilevlm.export.calibration.activations import (
 )
 from mobilevlm.export.calibration.samples import Sample, answer_ids, sample_arrays, sample_pieces
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.families import Model
 from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.model import Model
 from mobilevlm.prompt import count_rows, visual_positions
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.model import fill_block, held

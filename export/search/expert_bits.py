@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.experts.usage import checkpoint_usage
 from mobilevlm.export.search.bit_allocation import Option
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 
 PRIOR = 16
 """Choices of an average expert of the layer that are counted with an expert's own."""

@@ -16,7 +16,8 @@ from mobilevlm.export.calibration.samples import find_samples, measuring_samples
 from mobilevlm.export.recipes.file import find_recipe, recipe_text
 from mobilevlm.export.recipes.layer_formats import expand_layers
 from mobilevlm.export.search.search import Data, Found, Goal, candidates, search
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import OpenOptions
 from mobilevlm.recipe import QuantizerName
 from mobilevlm.whole_file import written_whole
 

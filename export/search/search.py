@@ -28,8 +28,8 @@ from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.recipes.layer_formats import restored, stored_bytes
 from mobilevlm.export.search.bit_allocation import Allocation, Option, front, within_kl, within_size
 from mobilevlm.export.search.expert_bits import by_usage, expert_uses
-from mobilevlm.families import Model
 from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.model import Model
 from mobilevlm.recipe import LinearFormat, QuantizerName
 from mobilevlm.spec import ModelSpec
 

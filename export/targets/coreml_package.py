@@ -28,7 +28,7 @@ from mobilevlm.bundle import Manifest, Package
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.workspace.workspace import Workspace
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 
 PATH = "coreml/vision_encoder.mlpackage"
 MOST_ERROR = 2e-3

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.export.targets.providers import Node, Provider, Tensor, obstacle
+from mobilevlm.export.targets.providers.table import Node, Provider, Tensor, obstacle
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from mobilevlm.export.targets.coverage import cover
 from mobilevlm.export.targets.ort_format import CONFIG, check_size, convert
 from mobilevlm.export.targets.providers import find_provider
 from mobilevlm.export.workspace.workspace import Workspace
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 
 FOLDER = "ort"
 

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import Bundle, StageQuality, open_bundle
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console import progress
@@ -21,11 +20,13 @@ from mobilevlm.export.calibration.samples import SCENES, held_out_samples
 from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.export.quality.limits import Check, check_limits, quality_error
 from mobilevlm.export.quality.metrics import Float64
-from mobilevlm.families import Model, OpenOptions, open_checkpoint, open_options
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model, OpenOptions, open_options
 from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
 from mobilevlm.nano.suite import evaluation_set
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.recipe import Recipe
+from mobilevlm.runtime.builtin_bundle import bundle_path
 from mobilevlm.spec import to_dict
 
 try:

@@ -162,10 +162,10 @@ def _show(result: BenchResult, form: str) -> None:
 
 
 def _show_plan(path: Path, engine: str, as_json: bool) -> None:
-    from mobilevlm.builtin import bundle_path
     from mobilevlm.bundle import open_bundle
     from mobilevlm.cli.tune import show_plan
     from mobilevlm.errors import BundleError
+    from mobilevlm.runtime.builtin_bundle import bundle_path
     from mobilevlm.runtime.tuning.plan_file import read_plan
     from mobilevlm.spec import to_dict
 

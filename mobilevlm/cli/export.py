@@ -135,7 +135,7 @@ def command(
             raise click.UsageError("--budget and --max-kl are for ONNX: GGUF has a type for all")
         from mobilevlm.export.search.recipe import search_recipe
         from mobilevlm.export.search.search import Goal
-        from mobilevlm.families import OpenOptions
+        from mobilevlm.model import OpenOptions
 
         plan = plan_out or bundle.with_name(f"{bundle.name}.toml")
         goal = Goal(budget, max_kl)

@@ -14,7 +14,7 @@ from mobilevlm.console.terminal import plain
 if TYPE_CHECKING:
     from mobilevlm.bundle import Bundle
     from mobilevlm.console.tables import Table
-    from mobilevlm.families import Model
+    from mobilevlm.model import Model
 
 
 @click.command("inspect")
@@ -232,7 +232,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 def _show_checkpoint(path: Path, origin: dict[str, Any], as_json: bool) -> None:
     from mobilevlm.console.tables import Column, Table, show
-    from mobilevlm.families import OpenOptions, open_checkpoint
+    from mobilevlm.families import open_checkpoint
+    from mobilevlm.model import OpenOptions
     from mobilevlm.spec import to_dict
 
     model = open_checkpoint(path, OpenOptions(**origin))
@@ -277,7 +278,8 @@ def _show_experts(
     except ImportError as error:
         raise require(error.name or "safetensors", "export", "showing experts") from None
     from mobilevlm.console.tables import show
-    from mobilevlm.families import OpenOptions, open_checkpoint
+    from mobilevlm.families import open_checkpoint
+    from mobilevlm.model import OpenOptions
     from mobilevlm.runtime import load
 
     if path.suffix == ".gguf":

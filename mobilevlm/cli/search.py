@@ -84,7 +84,7 @@ def command(
     progress.enable(not quiet)
     from mobilevlm.export.search.recipe import search_recipe
     from mobilevlm.export.search.search import Goal
-    from mobilevlm.families import OpenOptions
+    from mobilevlm.model import OpenOptions
     from mobilevlm.spec import to_dict
 
     found = search_recipe(

@@ -22,7 +22,6 @@ from mobilevlm.checkpoint import (
 )
 from mobilevlm.conversation import turns_template
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families import Source, register
 from mobilevlm.families.backbones import (
     LLAMA,
     OPT,
@@ -33,6 +32,7 @@ from mobilevlm.families.backbones import (
     skipped_names,
 )
 from mobilevlm.families.config import config_value, end_ids, refuse_quantized
+from mobilevlm.families.registry import Source, register
 from mobilevlm.families.t5 import DEFAULTS as T5_DEFAULTS
 from mobilevlm.families.t5 import read_t5, skipped_t5_names, t5_refs
 from mobilevlm.families.towers import Tower, image_spec, transformer_spec

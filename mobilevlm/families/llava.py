@@ -6,8 +6,8 @@ Official code: github.com/haotian-liu/LLaVA. LLaVA-RLHF and DRESS checkpoints ha
 from __future__ import annotations
 
 from mobilevlm.checkpoint import Weights
-from mobilevlm.families import Source, register
 from mobilevlm.families.llava_layout import mlp_projector, read_layout
+from mobilevlm.families.registry import Source, register
 from mobilevlm.spec import ModelSpec
 
 

@@ -23,9 +23,9 @@ from mobilevlm.checkpoint import (
 )
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.errors import CheckpointError, FileWarning
-from mobilevlm.families import Source
 from mobilevlm.families.backbones import LLAMA, Backbone, decoder_refs, skipped_names
 from mobilevlm.families.config import config_value, end_ids, read_config
+from mobilevlm.families.registry import Source
 from mobilevlm.families.towers import (
     KNOWN_TOWERS,
     Tower,

@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import Any
 
 from mobilevlm.checkpoint import Weights
-from mobilevlm.families import Source, register
 from mobilevlm.families.llava_layout import ProjectorLayout, mlp_projector, read_layout
+from mobilevlm.families.registry import Source, register
 from mobilevlm.spec import ConnectorSpec, ModelSpec, TransformerEncoder
 
 LDPV2_GRID = 12

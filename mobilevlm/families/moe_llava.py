@@ -11,7 +11,6 @@ from typing import Any
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families import Source, register
 from mobilevlm.families.backbones import LLAMA, PHI, QWEN, STABLELM, Backbone
 from mobilevlm.families.llava_layout import (
     Naming,
@@ -20,6 +19,7 @@ from mobilevlm.families.llava_layout import (
     mlp_layout,
     read_layout,
 )
+from mobilevlm.families.registry import Source, register
 from mobilevlm.spec import ModelSpec, TransformerEncoder
 from mobilevlm.tokenizers.tokenizer import vocabulary_length
 

@@ -22,9 +22,9 @@ from mobilevlm.checkpoint import (
 )
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families import Source, register
 from mobilevlm.families.backbones import LLAMA, decoder_refs, skipped_names
 from mobilevlm.families.config import config_value, end_ids, read_config
+from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import (
     Tower,
     image_spec,

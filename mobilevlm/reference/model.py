@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mobilevlm.checkpoint import Weights
-from mobilevlm.families import Model
 from mobilevlm.image import normalize
+from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, Piece, in_runs
 from mobilevlm.reference.clip import ClipLayer, ClipTower
 from mobilevlm.reference.decoder import Decoder, DecoderLayer

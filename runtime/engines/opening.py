@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mobilevlm.builtin import is_shipped
-from mobilevlm.bundle import Artifact, Bundle, EmbeddingTable
-from mobilevlm.bundle_identity import reopened
+from mobilevlm.bundle import Artifact, Bundle, EmbeddingTable, reopened
 from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.plan import Plan, stage_formats
 from mobilevlm.runtime.engines import CacheType, DecoderEngine, EncoderEngine, Segment

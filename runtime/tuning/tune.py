@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from os import PathLike
 from pathlib import Path
 
-from mobilevlm.builtin import bundle_path
 from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import BundleError, MemoryLimitError, MissingExtraError
 from mobilevlm.plan import (
@@ -18,6 +17,7 @@ from mobilevlm.plan import (
     default_threads,
     stage_formats,
 )
+from mobilevlm.runtime.builtin_bundle import bundle_path
 from mobilevlm.runtime.machine import available_memory
 from mobilevlm.runtime.memory.fitting import fit_plan
 from mobilevlm.runtime.memory.limits import Limit, memory_limits

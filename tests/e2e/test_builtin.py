@@ -16,19 +16,12 @@ from conftest import refusal, run_program
 from PIL import Image
 
 import mobilevlm
-from mobilevlm.builtin import (
-    BUILT_IN,
-    BUNDLES,
-    WEIGHTS,
-    _temporary,
-    bundle_path,
-    checkpoint_path,
-    is_shipped,
-)
+from mobilevlm.builtin import BUILT_IN, BUNDLES, WEIGHTS, checkpoint_path, is_shipped
 from mobilevlm.bundle import open_bundle
 from mobilevlm.nano.evaluate import evaluate
 from mobilevlm.nano.suite import evaluation_set
 from mobilevlm.nano.training.ship import SHIPPED, ship
+from mobilevlm.runtime.builtin_bundle import _temporary, bundle_path
 
 needs_llama = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
@@ -108,7 +101,7 @@ def test_the_bundle_that_comes_with_the_package_is_what_an_export_gives(tmp_path
 def test_a_name_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = bundle_path(Path("nano-moe")) / "manifest.json"
     before = manifest.stat().st_mtime_ns
-    monkeypatch.setattr("mobilevlm.builtin._make", None)
+    monkeypatch.setattr("mobilevlm.runtime.builtin_bundle._make", None)
     assert bundle_path(Path("nano-moe")) == manifest.parent
     assert manifest.stat().st_mtime_ns == before
 
@@ -148,7 +141,8 @@ def test_without_a_cache_folder_the_models_run_all_the_same(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if obstacle == "no home":
-        monkeypatch.setattr("mobilevlm.bundle.cache_folder", homeless)
+        for place in ("bundle", "runtime.builtin_bundle"):
+            monkeypatch.setattr(f"mobilevlm.{place}.cache_folder", homeless)
     else:
         (tmp_path / "file").write_text("")
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
@@ -161,7 +155,7 @@ def test_without_a_cache_folder_the_models_run_all_the_same(
     open_bundle(folder)
     assert folder == bundle_path(Path("nano-moe"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "none"))
-    monkeypatch.setattr("mobilevlm.builtin.RECIPE", "int8")
+    monkeypatch.setattr("mobilevlm.runtime.builtin_bundle.RECIPE", "int8")
     _temporary.cache_clear()
     assert "XDG_CACHE_HOME" in refusal(capsys, "run", "nano-moe", "--prompt", "Who?")
 
@@ -234,5 +228,5 @@ def test_a_weight_file_that_is_missing_is_named(
 ) -> None:
     shutil.copytree(WEIGHTS / "nano-moe", tmp_path / "nano-moe")
     (tmp_path / "nano-moe" / "model.safetensors").unlink()
-    monkeypatch.setattr("mobilevlm.builtin.WEIGHTS", tmp_path)
+    monkeypatch.setattr("mobilevlm.runtime.builtin_bundle.WEIGHTS", tmp_path)
     assert "model.safetensors" in refusal(capsys, "run", "nano-moe", "--prompt", "Who?")

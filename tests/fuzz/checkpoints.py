@@ -19,7 +19,8 @@ import torch
 import mobilevlm
 from fuzz.harness import Fuzzer
 from fuzz.mutations import NUMBERS, VALUES, mutate_bytes, mutate_json
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import OpenOptions
 from mobilevlm.reference.model import ReferenceModel
 
 DATA = Path(__file__).parents[1] / "data"

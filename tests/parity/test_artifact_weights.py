@@ -22,9 +22,9 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import BundleError
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.quality.artifact_weights import artifact_weights
-from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.linear_groups import linear_groups
+from mobilevlm.model import Model
 from mobilevlm.reference import load_reference
 
 SCALED = """\

@@ -18,9 +18,10 @@ from conftest import BundleOf, Fixture, fixture_named, prompt_pieces, relative_e
 import mobilevlm
 from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.errors import CheckpointError, MobileVLMError, PromptError
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
 from mobilevlm.image import open_image
 from mobilevlm.instruction import with_instruction
+from mobilevlm.model import OpenOptions
 from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Mark
 from mobilevlm.reference import ReferenceModel, load_reference

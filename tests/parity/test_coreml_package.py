@@ -19,8 +19,9 @@ from torch.nn import functional
 
 from mobilevlm.builtin import WEIGHTS
 from mobilevlm.export.calibration.samples import held_out_samples
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.model import OpenOptions
 from mobilevlm.reference import load_reference
 
 if os.environ.get("MOBILEVLM_WITHOUT_COREML") == "1":

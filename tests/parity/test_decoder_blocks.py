@@ -30,7 +30,7 @@ from mobilevlm.export.graph.author import (
     author_static_decoder,
 )
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.reference import load_reference
 from mobilevlm.spec import ModelSpec
 

@@ -22,8 +22,8 @@ from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.fixed_shapes.vision import author_qdq
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.model import Model
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime.engines.onnx.engine import OnnxVision

@@ -22,8 +22,8 @@ from mobilevlm.console.progress import ignore
 from mobilevlm.export.gguf.decoder import decoder_tensors, write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, convert
-from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.model import Model
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
 from mobilevlm.runtime.engines.llama.engine import LlamaDecoder

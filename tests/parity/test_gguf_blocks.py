@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from mobilevlm.console.progress import ignore
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
-from mobilevlm.families import Model
 from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.gguf.spec import decoder_spec
+from mobilevlm.model import Model
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
 from mobilevlm.spec import DecoderSpec

@@ -22,12 +22,13 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.source import open_gguf
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.model import model_spec
 from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.gguf.spec import bytes_per_token, decoder_spec
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
+from mobilevlm.model import Model, OpenOptions
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder

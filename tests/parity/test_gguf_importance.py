@@ -31,7 +31,7 @@ from mobilevlm.export.gguf.imatrix import (
 )
 from mobilevlm.export.gguf.llama_quantizer import quantize_rows
 from mobilevlm.export.gguf.tensors import WEIGHABLE
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType
 
 Float32 = NDArray[np.float32]

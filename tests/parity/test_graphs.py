@@ -32,8 +32,8 @@ from mobilevlm.export.graph.dialects import STANDARD
 from mobilevlm.export.quantize.gptq import no_hessian
 from mobilevlm.export.recipes.layer_formats import restored
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.model import Model
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.spec import (

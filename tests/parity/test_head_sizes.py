@@ -26,8 +26,9 @@ import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.export.finish.system_prompt import PATH
 from mobilevlm.export.quality.artifact_weights import artifact_weights
-from mobilevlm.families import Model, open_checkpoint
+from mobilevlm.families import open_checkpoint
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.model import Model
 from mobilevlm.plan import Plan
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM

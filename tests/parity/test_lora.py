@@ -13,7 +13,8 @@ from conftest import DATA, Fixture, fixture_named, relative_error
 from safetensors.numpy import load_file, save_file
 
 from mobilevlm.checkpoint import TensorFiles
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model, OpenOptions
 from mobilevlm.reference import load_reference
 
 ADAPTERS = DATA / "llava_lora"

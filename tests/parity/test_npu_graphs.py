@@ -28,7 +28,7 @@ from mobilevlm.export.fixed_shapes.decoder import author_qdq_decoder
 from mobilevlm.export.formats.jobs import npu_jobs
 from mobilevlm.export.graph.author import ChunkShape, author_embeddings, author_static_decoder
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.recipe import Recipe
 from mobilevlm.runtime.engines.onnx.npu import NpuDecoder
 

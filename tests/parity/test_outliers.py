@@ -23,8 +23,9 @@ from mobilevlm.export.graph.author import author_decoder, author_vision
 from mobilevlm.export.quantize.folding import find_folds, fold
 from mobilevlm.export.recipes.layer_formats import expand_layers
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.families import Model, open_checkpoint
+from mobilevlm.families import open_checkpoint
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.model import Model
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.scenes import sample_scene
 from mobilevlm.recipe import LinearFormat, Recipe, WeightBits

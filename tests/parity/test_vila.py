@@ -28,9 +28,10 @@ import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import render, user_message
 from mobilevlm.errors import CheckpointError, MobileVLMError
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.messages import Message
+from mobilevlm.model import OpenOptions
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 

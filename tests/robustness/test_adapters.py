@@ -19,7 +19,8 @@ import mobilevlm
 from mobilevlm.adapters.adapter import folder_kind
 from mobilevlm.cli import main
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model, OpenOptions
 
 LORA = DATA / "llava_lora"
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"

@@ -14,7 +14,8 @@ import torch
 from checkpoints import Copy, copy_of, message_of
 from conftest import fixture_named
 
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import OpenOptions
 
 
 @pytest.fixture

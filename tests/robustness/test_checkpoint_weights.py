@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 from mobilevlm import export
 from mobilevlm.console import progress
 from mobilevlm.errors import FileWarning
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import OpenOptions
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 13476925163\n"
 LAYER = "model.layers.0.self_attn"

@@ -31,9 +31,9 @@ import mobilevlm
 from mobilevlm.conversation import render, user_message
 from mobilevlm.errors import FileWarning, MobileVLMError
 from mobilevlm.export.gguf.source import open_gguf
-from mobilevlm.families import Model
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.keys import DESCRIPTIVE, RULES, Role, Rule, rule_name, rule_of
+from mobilevlm.model import Model
 from mobilevlm.runtime import VLM
 
 needs_llama = pytest.mark.skipif(

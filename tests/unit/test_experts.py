@@ -22,8 +22,9 @@ from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.pipeline import export
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.families import Model, OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
 from mobilevlm.gguf.architectures import gguf_architecture
+from mobilevlm.model import Model, OpenOptions
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.spec import DecoderSpec
 

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from mobilevlm.export.quantize import awq, rtn, smoothquant
 from mobilevlm.export.quantize.blocks import dequantize
 from mobilevlm.export.quantize.folding import Fold, find_folds, fold
-from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.model import Model
 from mobilevlm.recipe import Scheme
 from mobilevlm.reference import ReferenceModel, load_reference
 

@@ -20,7 +20,7 @@ from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.pipeline import in_stored_blocks
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.families import Model
+from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType
 
 

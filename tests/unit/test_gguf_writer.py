@@ -31,8 +31,8 @@ from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, Tensor, convert, write_file
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.families import Model
 from mobilevlm.gguf.names import decoder_entries
+from mobilevlm.model import Model
 from mobilevlm.recipe import LinearFormat
 from mobilevlm.spec import GGUF_TYPES, DecoderSpec, ExpertsSpec, GGUFType, ModelSpec, with_image
 

@@ -12,7 +12,6 @@ from comparison.roofline import projector_operations, token_operations, tower_op
 from conftest import FAMILY_FIXTURES, FIXTURES, MOE_FIXTURES, fixture_named
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.families import Model
 from mobilevlm.gguf.names import Entry, decoder_entries, projector_entries, tower_entries
 from mobilevlm.linear_groups import (
     LinearGroup,
@@ -22,6 +21,7 @@ from mobilevlm.linear_groups import (
     projector_groups,
     tower_groups,
 )
+from mobilevlm.model import Model
 from mobilevlm.runtime.memory.estimate import decoder_weights
 
 LINEAR = re.compile(r"(_proj|\.fc1|\.fc2|projector\.mlp\.\d+|lm_head)\.weight$")

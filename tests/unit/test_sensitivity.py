@@ -15,9 +15,9 @@ from mobilevlm.export.calibration.samples import Sample, sample_pieces, scene_sa
 from mobilevlm.export.quality import sensitivity
 from mobilevlm.export.quality.metrics import compare_logits
 from mobilevlm.export.quality.sensitivity import Change, Effect, Probe
-from mobilevlm.families import Model
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.model import Model
 from mobilevlm.reference import ReferenceModel, load_reference
 
 SAMPLES = [*scene_samples(3), Sample("What is red?", "Blood is.", ()), Sample("Hello", "", ())]

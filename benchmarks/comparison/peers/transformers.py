@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from comparison.work import Shapes, picture, questions, timed, token_ids
-from mobilevlm.families import OpenOptions, open_checkpoint
+from mobilevlm.families import open_checkpoint
 from mobilevlm.image import normalize
+from mobilevlm.model import OpenOptions
 from mobilevlm.reference.projectors import build_projector
 
 

@@ -3,7 +3,7 @@ later), and the older Neural Network. Neither has QuantizeLinear: a graph for it
 
 from __future__ import annotations
 
-from mobilevlm.export.targets.providers import (
+from mobilevlm.export.targets.providers.table import (
     Node,
     Provider,
     Rule,

@@ -3,7 +3,7 @@ What it leaves is computed beside it by ONNX Runtime's own kernels, without copi
 
 from __future__ import annotations
 
-from mobilevlm.export.targets.providers import (
+from mobilevlm.export.targets.providers.table import (
     Node,
     Provider,
     Rule,

@@ -14,7 +14,7 @@ import struct
 from dataclasses import dataclass
 
 from mobilevlm.errors import DeviceError
-from mobilevlm.runtime.bench.devices import CONNECT_SECONDS, SILENCE_SECONDS, Ended
+from mobilevlm.runtime.bench.devices.contracts import CONNECT_SECONDS, SILENCE_SECONDS, Ended
 from mobilevlm.runtime.bench.devices.ssh import last_line
 
 TERMUX_PYTHON = "/data/data/com.termux/files/usr/bin/python3"
@@ -34,7 +34,7 @@ class AdbDevice:
     pythons: tuple[str, ...] = ("python3", TERMUX_PYTHON)
 
     def start(self, command: str) -> AdbCommand:
-        """See :class:`mobilevlm.runtime.bench.devices.Device`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Device`."""
         features = _query(self.name, f"host-serial:{self.serial}:features").split(",")
         if "shell_v2" not in features:
             raise DeviceError(f"{self.name}: its Android is too old: version 7 or newer is needed")
@@ -48,7 +48,7 @@ class AdbDevice:
         return AdbCommand(connection)
 
     def explain(self, ended: Ended) -> str:
-        """See :class:`mobilevlm.runtime.bench.devices.Device`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Device`."""
         return last_line(ended.stderr) or (
             "the device went away: check the cable"
             if ended.code < 0
@@ -57,7 +57,7 @@ class AdbDevice:
 
 
 class AdbCommand:
-    """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+    """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -66,7 +66,7 @@ class AdbCommand:
         self._pending = b""
 
     def send(self, data: bytes) -> None:
-        """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
         self._connection.settimeout(SILENCE_SECONDS)
         view = memoryview(data)
         for start in range(0, len(view), PIECE):
@@ -74,7 +74,7 @@ class AdbCommand:
             self._connection.sendall(struct.pack("<BI", STDIN, len(piece)) + piece)
 
     def receive(self, seconds: float) -> bytes:
-        """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
         while self._code is None:
             try:
                 kind, data = self._packet(seconds)
@@ -89,7 +89,7 @@ class AdbCommand:
         return b""
 
     def end(self) -> Ended:
-        """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
         try:
             self._connection.settimeout(SILENCE_SECONDS)
             self._connection.sendall(struct.pack("<BI", CLOSE_STDIN, 0))
@@ -102,7 +102,7 @@ class AdbCommand:
         return Ended(code, self._complaints.decode(errors="replace"))
 
     def stop(self) -> None:
-        """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
         self._connection.close()
 
     def _packet(self, seconds: float) -> tuple[int, bytes]:

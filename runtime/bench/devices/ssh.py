@@ -12,7 +12,7 @@ import urllib.parse
 from dataclasses import dataclass
 
 from mobilevlm.errors import DeviceError
-from mobilevlm.runtime.bench.devices import CONNECT_SECONDS, Ended
+from mobilevlm.runtime.bench.devices.contracts import CONNECT_SECONDS, Ended
 
 OPTIONS = (
     "BatchMode=yes",  # asks nothing
@@ -59,7 +59,7 @@ class SshDevice:
         return [*program, *options, *port, *user, "--", self.host]
 
     def start(self, command: str) -> SshCommand:
-        """See :class:`mobilevlm.runtime.bench.devices.Device`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Device`."""
         try:
             return SshCommand([*self.client, command])
         except FileNotFoundError as error:
@@ -69,7 +69,7 @@ class SshDevice:
             ) from None
 
     def explain(self, ended: Ended) -> str:
-        """See :class:`mobilevlm.runtime.bench.devices.Device`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Device`."""
         if ended.code != FAILED:
             return last_line(ended.stderr) or f"the command ended with code {ended.code}"
         login = shlex.join(
@@ -96,7 +96,7 @@ class SshDevice:
 
 
 class SshCommand:
-    """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+    """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
 
     def __init__(self, command: list[str]) -> None:
         self._process = subprocess.Popen(
@@ -111,14 +111,14 @@ class SshCommand:
         self._reader.start()
 
     def send(self, data: bytes) -> None:
-        """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
         assert self._process.stdin is not None
         view = memoryview(data)
         while view:
             view = view[self._process.stdin.write(view) or 0 :]
 
     def receive(self, seconds: float) -> bytes:
-        """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
         assert self._process.stdout is not None
         ready, _, _ = select.select([self._process.stdout], [], [], seconds)
         if not ready:
@@ -126,7 +126,7 @@ class SshCommand:
         return os.read(self._process.stdout.fileno(), 1 << 16)
 
     def end(self) -> Ended:
-        """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
         self._close_input()
         try:
             self._process.wait(CONNECT_SECONDS)
@@ -137,7 +137,7 @@ class SshCommand:
         return Ended(code, self._complaints.decode(errors="replace"))
 
     def stop(self) -> None:
-        """See :class:`mobilevlm.runtime.bench.devices.Command`."""
+        """See :class:`mobilevlm.runtime.bench.devices.contracts.Command`."""
         self._close_input()
         if self._process.poll() is None:
             self._process.terminate()

@@ -277,6 +277,17 @@ class DecoderSpec:
         """Positions that a query sees in a layer, its own included; 0: all of the past."""
         return self.sliding_window if layer in self.sliding_layers else 0
 
+    def has_sliding_rope(self, layer: int) -> bool:
+        """Whether a layer rotates by ``sliding_rope_theta``."""
+        return self.sliding_rope_theta is not None and self.window(layer) > 0
+
+    def rope(self, sliding: bool) -> tuple[float, float]:
+        """Rotary base, and the factor that positions are divided by. ``sliding``: of layers for
+        which :meth:`has_sliding_rope`."""
+        if sliding and self.sliding_rope_theta is not None:
+            return self.sliding_rope_theta, 1.0
+        return self.rope_theta, self.rope_scaling
+
     @property
     def rotary_channels(self) -> int:
         """Channels of each head that are rotated."""

@@ -25,7 +25,7 @@ from mobilevlm.image import normalize
 from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, count_positions
 from mobilevlm.reference import ReferenceModel, load_reference
-from mobilevlm.reference.decoder import rotary_tables
+from mobilevlm.reference.decoder import DecoderLayer, rotary_tables
 from mobilevlm.reference.model import held
 from mobilevlm.reference.streaming import project
 from mobilevlm.spec import DecoderSpec, ModelSpec
@@ -158,7 +158,8 @@ def check_decoder_only(spec: ModelSpec, purpose: str) -> None:
 
 def run_decoder_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:
     """Runs whole samples ``(batch, length, hidden_size)`` from position 0 on."""
-    out: Tensor = layer(hidden, rotary_tables(spec, torch.arange(hidden.shape[1])))
+    assert isinstance(layer, DecoderLayer)
+    out: Tensor = layer(hidden, rotary_tables(spec, torch.arange(hidden.shape[1]), layer.index))
     return out
 
 

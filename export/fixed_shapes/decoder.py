@@ -41,12 +41,13 @@ from mobilevlm.model import Model
 from mobilevlm.plan import default_threads
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.runtime.engines.onnx.engine import OnnxVision
-from mobilevlm.runtime.engines.onnx.npu import MASKED, causal_mask, signed_tables
+from mobilevlm.runtime.engines.onnx.npu import MASKED, masks_of, tables_of
 
 _HEADROOM = 16.0
 """Logits of attention, in nats: how far below all others a masked one stays. exp(-16) is 1e-7."""
 _SHARE = {"rmin": np.float32(0), "rmax": np.float32(1)}
 """Range of probabilities."""
+_MASKS = {"attention_mask", "sliding_mask"}
 LONGEST_SAMPLE = 512
 """Positions of a sample that calibrate; what is longer is cut."""
 
@@ -115,16 +116,15 @@ def _inputs(
     """Whole samples in one chunk with nothing before; shorter ones end in their last row again and
     again, which reaches no further than it does once."""
     spec = model.spec.decoder
-    cos, sin = signed_tables(spec)
+    tables = {name: table[None, :length, None] for name, table in tables_of(spec).items()}
     heads, dim = spec.num_key_value_heads, spec.head_dim
     past = np.zeros((1, heads, 1, dim), np.float32)
     for rows in embeds:
         more = np.repeat(rows[-1:], length - len(rows), axis=0)
         yield {
             "inputs_embeds": np.concatenate([rows, more])[None],
-            "attention_mask": causal_mask(length, 1, 0),
-            "rotary_cos": cos[None, :length, None],
-            "rotary_sin": sin[None, :length, None],
+            **masks_of(spec, length, 1, 0),
+            **tables,
             "logits_position": np.arange(length, dtype=np.int32),
             **{
                 f"past_key_values.{index}.{kind}": past
@@ -172,7 +172,7 @@ def _overrides(model: Any, ranges: Any, layers: LinearFormat) -> Overrides:
             found |= {name: [{"quant_type": wide, **_SHARE}] for name in node.input}
         if node.op_type == "Where":
             found[node.output[0]] = [{"quant_type": wide, **_SHARE}]
-        if "attention_mask" in node.input:
+        if not _MASKS.isdisjoint(node.input):
             scores = reach(node.input[0])
             floor = scores["rmin"] - np.float32(_HEADROOM)
             lowest = min(lowest, float(floor - scores["rmax"]))
@@ -180,7 +180,9 @@ def _overrides(model: Any, ranges: Any, layers: LinearFormat) -> Overrides:
                 {"quant_type": wide, "rmin": np.float32(floor), "rmax": scores["rmax"]}
             ]
     mask = {"rmin": np.float32(max(lowest, MASKED)), "rmax": np.float32(0)}
-    found["attention_mask"] = [{"quant_type": wide, **mask}]
+    for value in model.graph.input:
+        if value.name in _MASKS:
+            found[value.name] = [{"quant_type": wide, **mask}]
     return found
 
 

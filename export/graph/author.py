@@ -166,7 +166,16 @@ def author_static_decoder(
         past = _key_value_inputs(
             builder, "past_key_values", decoder.num_hidden_layers, [1, heads, window, dim]
         )
-        logits, presents = stage(builder.op, embeds, mask, rotary, position, past)
+        near, turned = mask, rotary
+        if decoder.sliding_layers:
+            near = _input(builder, "sliding_mask", FLOAT, [1, 1, length, window + length])
+            if decoder.sliding_rope_theta is not None:
+                turned = (
+                    _input(builder, "sliding_cos", FLOAT, table),
+                    _input(builder, "sliding_sin", FLOAT, table),
+                )
+        masks, tables = (mask, near), (rotary, turned)
+        logits, presents = stage(builder.op, embeds, masks, tables, position, past)
         _output(builder, logits, "logits", [1, shape.logits, decoder.vocab_size])
         _key_value_outputs(builder, "present", presents, [1, heads, length, dim])
 

@@ -37,9 +37,15 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         super().__init__("decoder")
         self.fused_rotary = has_fused_rotary(spec)
         self.cos_cache = self.sin_cache = self.positions = None
+        self.sliding_cos = self.sliding_sin = None
+        self.sliding = [spec.has_sliding_rope(index) for index in range(spec.num_hidden_layers)]
         if self.has_tables and spec.rotary_channels:
-            cos, sin = rotary_tables(spec)
-            self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
+            if not all(self.sliding):
+                cos, sin = rotary_tables(spec)
+                self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
+            if any(self.sliding):
+                cos, sin = rotary_tables(spec, sliding=True)
+                self.sliding_cos, self.sliding_sin = weights.parameter(cos), weights.parameter(sin)
         if spec.learned_positions:
             sizes = (spec.context_length, spec.hidden_size)
             table = weights.read("decoder.position_embedding.weight", *sizes)
@@ -77,11 +83,15 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             start = op.Sub(end, op.Shape(embeds, start=1, end=2))
             if self.positions is not None:
                 embeds = op.Add(embeds, op.Slice(self.positions, start, end, [0]))
-        rotary = (self.cos_cache, self.sin_cache, start)
+        tables = {
+            False: (self.cos_cache, self.sin_cache),
+            True: (self.sliding_cos, self.sliding_sin),
+        }
         residual, normed = embeds, self.input_norm(op, embeds)
         presents, routers = [], {}
         for index, (layer, key_value) in enumerate(zip(self.layers, past, strict=True)):
             positions = logits_positions if index == len(past) - 1 else None
+            rotary = (*tables[self.sliding[index]], start)
             residual, normed, present, router = layer(
                 op, residual, normed, seqlens, total_length, rotary, key_value, positions
             )
@@ -106,7 +116,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         name = f"decoder.layers.{index}"
         last = index == spec.num_hidden_layers - 1
         next_norm = "decoder.norm" if last else f"decoder.layers.{index + 1}.input_norm"
-        self.spec = spec
+        self.spec, self.settings = spec, _attention_settings(spec, index)
         self.num_heads, self.num_kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         heads, kv_heads = self.num_heads * spec.head_dim, self.num_kv_heads * spec.head_dim
         hidden = spec.hidden_size
@@ -163,7 +173,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             num_heads=self.num_heads,
             kv_num_heads=self.num_kv_heads,
             do_rotary=int(self.fused_rotary and self.rotary_channels > 0),
-            **_attention_settings(self.spec),
+            **self.settings,
             _domain=CONTRIB,
             _outputs=3,
         )
@@ -273,13 +283,15 @@ def soft_cap(op: Any, x: Any, cap: float) -> Any:
     return op.Mul(op.Tanh(op.Mul(x, 1 / cap)), cap)
 
 
-def _attention_settings(spec: DecoderSpec) -> dict[str, float]:
-    """Return attributes of attention where its own choices would be wrong."""
-    settings = {}
+def _attention_settings(spec: DecoderSpec, index: int) -> dict[str, float]:
+    """Return attributes of a layer's attention where its own choices would be wrong."""
+    settings: dict[str, float] = {}
     if spec.cache_head_dim != spec.head_dim or spec.attention_scale is not None:
         settings["scale"] = spec.score_scale
     if spec.attention_softcap is not None:
         settings["softcap"] = spec.attention_softcap
+    if spec.window(index):
+        settings["local_window_size"] = spec.window(index)
     return settings
 
 

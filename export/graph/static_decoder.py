@@ -34,18 +34,20 @@ class StaticDecoderStage(DecoderStage):
         self,
         op: Any,
         embeds: Any,
-        mask: Any,
-        rotary: tuple[Any, Any],
+        masks: tuple[Any, Any],
+        rotary: tuple[tuple[Any, Any], tuple[Any, Any]],
         position: Any,
         past: list[tuple[Any, Any]],
     ) -> tuple[Any, list[tuple[Any, Any]]]:
-        """``position``: whose logits are wanted, see :func:`chosen`. ``rotary``: cosine and signed
-        sine, see :func:`rotated`."""
+        """``masks``: of full layers and of sliding ones. ``rotary``: cosine and signed sine, see
+        :func:`rotated`; those of the sliding layers' own base second. ``position``: whose logits
+        are wanted, see :func:`chosen`."""
         residual, normed = embeds, self.input_norm(op, embeds)
         presents = []
         for index, (layer, key_value) in enumerate(zip(self.layers, past, strict=True)):
             wanted = position if index == len(past) - 1 else None
-            residual, normed, present = layer(op, residual, normed, mask, rotary, key_value, wanted)
+            mask, tables = masks[layer.is_sliding], rotary[self.sliding[index]]
+            residual, normed, present = layer(op, residual, normed, mask, tables, key_value, wanted)
             presents.append(present)
         return self.logits(op, normed), presents
 
@@ -55,7 +57,7 @@ class StaticLayer(DecoderLayer):
 
     def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__(weights, index, spec)
-        self.spec = spec
+        self.spec, self.is_sliding = spec, spec.window(index) > 0
 
     def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> StaticNorm:
         """A norm after something is added to the residual stream."""

@@ -31,12 +31,14 @@ def build_norm(spec: DecoderSpec) -> nn.Module:
     return nn.LayerNorm(spec.hidden_size, eps=spec.norm_eps)
 
 
-def rotary_tables(spec: DecoderSpec, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosine and sine ``(…, length, rotary_channels / 2)`` of integer positions ``(…, length)``."""
+def rotary_tables(spec: DecoderSpec, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """Cosine and sine ``(…, length, rotary_channels / 2)`` of integer positions ``(…, length)`` in
+    a layer."""
+    theta, scaling = spec.rope(spec.has_sliding_rope(layer))
     channels = spec.rotary_channels
     exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device)
-    frequency = 1.0 / spec.rope_theta ** (exponent / channels)
-    angle = (positions.float() / spec.rope_scaling)[..., None] * frequency
+    frequency = 1.0 / theta ** (exponent / channels)
+    angle = (positions.float() / scaling)[..., None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -55,9 +57,9 @@ def soft_cap(values: Tensor, cap: float | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, spec: DecoderSpec) -> None:
+    def __init__(self, spec: DecoderSpec, window: int = 0) -> None:
         super().__init__()
-        self.head_dim = spec.head_dim
+        self.head_dim, self.window = spec.head_dim, window
         self.num_heads, self.num_kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         heads, kv_heads = self.num_heads * spec.head_dim, self.num_kv_heads * spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, heads, bias=spec.qkv_bias)
@@ -78,10 +80,18 @@ class Attention(nn.Module):
         if self.has_norms:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
+        if 0 < self.window < length:
+            mask = self._in_window(mask, length, hidden.device)
         attend = self._plain if self.cap is None else self._capped
         mixed = attend(query, key, value, mask)
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
+
+    def _in_window(self, mask: Tensor | None, length: int, device: torch.device) -> Tensor:
+        """Return the mask without keys that lie a window or more before their query."""
+        everywhere = torch.ones(length, length, dtype=torch.bool, device=device)
+        seen = everywhere.tril() if mask is None else mask
+        return seen & everywhere.triu(1 - self.window)
 
     def _plain(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(
@@ -110,7 +120,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, spec: DecoderSpec, index: int) -> None:
         super().__init__()
         self.input_norm = build_norm(spec)
-        self.attn = Attention(spec)
+        self.index = index
+        self.attn = Attention(spec, spec.window(index))
         if not spec.parallel_residual:
             self.post_attention_norm = build_norm(spec)
         self.mlp = SparseMLP(spec, index) if spec.num_experts(index) else build_mlp(spec)
@@ -175,10 +186,9 @@ class Decoder(nn.Module):
         """
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)
-        rotary = rotary_tables(self.spec, positions)
         hidden = self.begin(embeds, positions)
-        for layer in self.layers:
-            hidden = layer(hidden, rotary, mask)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotary_tables(self.spec, positions, index), mask)
         return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

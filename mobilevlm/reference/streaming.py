@@ -47,7 +47,8 @@ def decoder_states(reference: ReferenceModel, states: Sequence[Tensor]) -> Itera
     for layer in reference.decoder.layers:
         with held(layer):
             states = [
-                layer(state, rotary_tables(spec, torch.arange(state.shape[1]))) for state in states
+                layer(state, rotary_tables(spec, torch.arange(state.shape[1]), layer.index))
+                for state in states
             ]
         yield states
 

@@ -73,6 +73,10 @@ def check_static_decoder(session: Session, spec: DecoderSpec, length: int, windo
         "logits_position": ("float", (1, 1, length)) if by_row else ("int32", (1,)),
         **_by_layer("past_key_values", spec, (kind, (1, heads, window, dim))),
     }
+    if spec.sliding_layers:
+        inputs["sliding_mask"] = inputs["attention_mask"]
+        if spec.sliding_rope_theta is not None:
+            inputs |= {"sliding_cos": table, "sliding_sin": table}
     outputs = {"logits": ("float", (1, 1, spec.vocab_size))}
     present = _by_layer("present", spec, (kind, (1, heads, length, dim)))
     _check(session, inputs, {**outputs, **present})

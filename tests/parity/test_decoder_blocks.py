@@ -50,6 +50,13 @@ GEMMA = {
     "tie_word_embeddings": True,
     "embed_scale": 11.3,
 }
+LAYERS = decoder_spec().decoder.num_hidden_layers
+SLIDING = {
+    "sliding_window": 20,
+    "sliding_layers": tuple(range(LAYERS - 1)),
+    "sliding_rope_theta": 100.0,
+    "rope_scaling": 8.0,
+}
 BLOCKS = {
     "attention scale": decoder_spec(attention_scale=0.1),
     "query and key norms": decoder_spec(qk_norm=True, num_key_value_heads=2, qkv_bias=True),
@@ -62,6 +69,14 @@ BLOCKS = {
     "soft cap of scores": decoder_spec(attention_softcap=0.5, attention_scale=1.0),
     "soft cap of logits": decoder_spec(logit_softcap=0.5),
     "Gemma's blocks": decoder_spec(**GEMMA),
+    "sliding windows": decoder_spec(sliding_window=8, sliding_layers=(0,), num_key_value_heads=2),
+    "a window of one position": decoder_spec(sliding_window=1, sliding_layers=(1,)),
+    "a window in all layers": decoder_spec(
+        sliding_window=24, sliding_layers=tuple(range(LAYERS)), sliding_rope_theta=1e3
+    ),
+    "sliding windows with a base of their own": decoder_spec(**SLIDING),
+    "sliding windows, rotary outside attention": decoder_spec(**SLIDING, rotary_dim=6),
+    "Gemma 3": decoder_spec(**GEMMA, **SLIDING),
 }
 
 
@@ -101,7 +116,7 @@ def test_the_float_graph_gives_the_references_logits_in_one_piece_and_in_chunks(
 
 
 # Limits as in test_graphs.py: what is left is the rounding of activations to 8 bits.
-@pytest.mark.parametrize("spec", ["query and key norms", "Gemma's blocks"], indirect=True)
+@pytest.mark.parametrize("spec", ["query and key norms", "Gemma 3"], indirect=True)
 @pytest.mark.parametrize(("recipe", "limit"), [("int8", 0.06), ("int4", 0.033)])
 def test_a_quantized_graph_equals_the_reference_with_its_rounded_weights(
     recipe: str, limit: float, model: Model, embeds: Float32, tmp_path: Path
@@ -115,7 +130,7 @@ def test_a_quantized_graph_equals_the_reference_with_its_rounded_weights(
 
 @pytest.mark.parametrize(
     ("spec", "operators"),
-    [*((name, "runtime") for name in BLOCKS), ("Gemma's blocks", "elementary")],
+    [*((name, "runtime") for name in BLOCKS), ("Gemma 3", "elementary")],
     indirect=["spec"],
 )
 def test_float_graphs_of_fixed_shapes_give_the_references_logits(
@@ -168,12 +183,16 @@ def test_rows_of_the_table_are_scaled_by_every_engine_and_the_head_is_not(
         {"attention_scale": None},
         {"attention_softcap": None},
         {"logit_softcap": None},
+        {"sliding_layers": ()},
+        {"sliding_window": 21},
+        {"sliding_rope_theta": None},
+        {"rope_scaling": 1.0},
     ],
     ids=lambda off: next(iter(off)),
 )
 def test_each_block_changes_the_logits(off: dict[str, object], tmp_path: Path) -> None:
     """So that the tests above see each."""
-    model = in_memory(BLOCKS["Gemma's blocks"], tmp_path)
+    model = in_memory(BLOCKS["Gemma 3"], tmp_path)
     decoder = replace(model.spec.decoder, **off)  # type: ignore[arg-type]
     without = replace(model, spec=replace(model.spec, decoder=decoder))
     embeds = np.random.default_rng(2).standard_normal((LENGTH, 128), np.float32)

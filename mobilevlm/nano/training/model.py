@@ -178,7 +178,7 @@ class NanoModel(ReferenceModel):
         # Text places look up row 0, which as padding takes no part in the backward pass.
         images = F.embedding(slots + 1, tokens, padding_idx=0)
         embeds = torch.where((slots >= 0)[:, :, None], images, embeds)
-        rotary = rotary_tables(self.spec.decoder, positions[:, None])
+        rotary = rotary_tables(self.spec.decoder, positions[:, None], layer=0)
         for index, layer in enumerate(self.decoder.layers, 1):
             embeds = layer(embeds, rotary, mask)
             if index == len(self.decoder.layers) // 2:

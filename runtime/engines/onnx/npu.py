@@ -41,20 +41,42 @@ FIXED_POINT = {"session.disable_quant_qdq": "1"}
 ONNX Runtime's integer products would saturate (8-bit weights on AVX2), or round once more."""
 
 
-def signed_tables(spec: DecoderSpec) -> tuple[Float32, Float32]:
+def signed_tables(spec: DecoderSpec, sliding: bool = False) -> tuple[Float32, Float32]:
     """Cosine and sine ``(context_length, rotary_channels)``, the sine of the first half
-    negative."""
-    cos, sin = rotary_tables(spec)
+    negative. ``sliding``: of the sliding layers' own base."""
+    cos, sin = rotary_tables(spec, sliding)
     return np.concatenate([cos, cos], axis=1), np.concatenate([-sin, sin], axis=1)
 
 
-def causal_mask(length: int, window: int, filled: int) -> Float32:
+def causal_mask(length: int, window: int, filled: int, near: int | None = None) -> Float32:
     """``(1, 1, length, window + length)``: each position of a chunk sees the ``filled`` first ones
-    of the window, and the chunk up to itself."""
+    of the window, and the chunk up to itself. ``near``: of these only so many, the last ones."""
     mask = np.full((length, window + length), MASKED, np.float32)
     mask[:, :filled] = 0
     mask[:, window:][np.tri(length, dtype=bool)] = 0
+    if near is not None:
+        query = filled + np.arange(length)[:, None]
+        key = np.concatenate([np.arange(window), filled + np.arange(length)])
+        mask[key <= query - near] = MASKED
     return mask[None, None]
+
+
+def masks_of(spec: DecoderSpec, length: int, window: int, filled: int) -> dict[str, Float32]:
+    """Masks by the names of a graph's inputs, see :func:`causal_mask`."""
+    masks = {"attention_mask": causal_mask(length, window, filled)}
+    if spec.sliding_layers:
+        masks["sliding_mask"] = causal_mask(length, window, filled, spec.sliding_window)
+    return masks
+
+
+def tables_of(spec: DecoderSpec) -> dict[str, Float32]:
+    """Tables of all positions by the names of a graph's inputs, see :func:`signed_tables`."""
+    names = ("rotary_cos", "rotary_sin")
+    tables = dict(zip(names, signed_tables(spec), strict=True))
+    if spec.sliding_layers and spec.sliding_rope_theta is not None:
+        names = ("sliding_cos", "sliding_sin")
+        tables |= zip(names, signed_tables(spec, sliding=True), strict=True)
+    return tables
 
 
 class NpuState(BufferedState):
@@ -103,7 +125,7 @@ class NpuDecoder(BufferedDecoder):
         check_static_decoder(self._tokens, spec, 1, self.window)
         shapes = {value.name: value.type for value in self._chunks.get_inputs()}
         self._by_row = shapes["logits_position"] == "tensor(float)"
-        self._cos, self._sin = signed_tables(spec)
+        self._spec, self._tables = spec, tables_of(spec)
 
     def new_state(self) -> NpuState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -147,16 +169,15 @@ class NpuDecoder(BufferedDecoder):
         session, length = still_open(self._chunks), self.chunk
         if count == 1:
             session, length = self._tokens, 1
-        positions = np.minimum(np.arange(start, start + length), len(self._cos) - 1)
+        positions = np.minimum(np.arange(start, start + length), self._spec.context_length - 1)
         rows = np.concatenate([embeds, np.repeat(embeds[-1:], length - count, axis=0)])
         outputs = [f"present.{name}" for name in state.buffers]
         logits, *presents = session.run(
             ["logits", *outputs],
             {
                 "inputs_embeds": rows[None],
-                "attention_mask": causal_mask(length, self.window, start),
-                "rotary_cos": self._cos[None, positions, None],
-                "rotary_sin": self._sin[None, positions, None],
+                **masks_of(self._spec, length, self.window, start),
+                **{name: table[None, positions, None] for name, table in self._tables.items()},
                 "logits_position": self._position(count - 1, length),
                 **{f"{_PAST}{name}": part for name, part in state.buffers.items()},
             },

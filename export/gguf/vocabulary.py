@@ -4,7 +4,7 @@ merges of byte-level BPE."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,8 @@ import gguf
 
 from mobilevlm.checkpoint import read_json
 from mobilevlm.errors import CheckpointError
+from mobilevlm.gguf.architectures import needs_own_engine
+from mobilevlm.gguf.tokenizer import WORD_SPLITS, word_split_name
 from mobilevlm.model import Model
 from mobilevlm.tokenizers.tokenizer import (
     added_tokens,
@@ -40,21 +42,31 @@ class Vocabulary:
 
 
 def vocabulary_of(model: Model) -> Callable[[gguf.GGUFWriter], None]:
-    """What adds a checkpoint's tokenizer to the metadata.
+    """Return what adds a checkpoint's tokenizer to the metadata.
 
     Raises:
-        CheckpointError: there is no tokenizer.model (tokenizer.json has no scores).
+        CheckpointError: there is no tokenizer.model (tokenizer.json has no scores), or llama.cpp
+            has no name for how text is split into words.
     """
     state, size = json.loads(model.tokenizer.to_str()), model.spec.decoder.vocab_size
+    ends = model.spec.conversation.eos_token_ids
     if (state.get("decoder") or {}).get("type") == "ByteLevel":
-        return partial(_describe_byte_level, model=model, state=state)
+        split = "default" if needs_own_engine(model.spec.decoder) else word_split_name(state)
+        if split is None:
+            raise CheckpointError(
+                f"{model.folder}: the tokenizer splits text into words in a way that has no name "
+                f"in GGUF, none of {', '.join(WORD_SPLITS)}: use --format onnx"
+            )
+        return partial(_describe_byte_level, model=model, state=state, split=split)
     folder = model.tokenizer_folder or model.folder
-    return partial(_describe_pieces, vocabulary=read_vocabulary(folder, size))
+    return partial(_describe_pieces, vocabulary=read_vocabulary(folder, size), ends=ends)
 
 
-def _describe_byte_level(writer: gguf.GGUFWriter, model: Model, state: dict[str, Any]) -> None:
-    """Tokens and merges as llama.cpp has them, and tokenizer.json itself, which alone says how text
-    is split into words."""
+def _describe_byte_level(
+    writer: gguf.GGUFWriter, model: Model, state: dict[str, Any], split: str
+) -> None:
+    """Add tokens and merges as llama.cpp has them, and tokenizer.json itself, which alone says all.
+    ``split``: name of how text is split into words."""
     vocabulary = {index: text for text, index in model.tokenizer.get_vocab().items()}
     special = {token["id"]: bool(token["special"]) for token in state["added_tokens"]}
     tokens, types = [], []
@@ -66,12 +78,17 @@ def _describe_byte_level(writer: gguf.GGUFWriter, model: Model, state: dict[str,
         types.append(kind)
     merges = state["model"]["merges"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(split)
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_eos_token_id(model.spec.conversation.eos_token_ids[0])
-    writer.add_add_bos_token(False)
+    eos, *others = model.spec.conversation.eos_token_ids
+    writer.add_eos_token_id(eos)
+    _describe_ends(writer, others)
+    begin = model.tokenizer.encode("").ids
+    if begin:
+        writer.add_bos_token_id(begin[0])
+    writer.add_add_bos_token(bool(begin))
     writer.add_string(gguf.Keys.Tokenizer.HF_JSON, model.tokenizer.to_str())
 
 
@@ -122,7 +139,13 @@ def _special_ids(folder: Path, tokens: list[str]) -> dict[str, int]:
     return found
 
 
-def _describe_pieces(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
+def _describe_ends(writer: gguf.GGUFWriter, ends: Sequence[int]) -> None:
+    """Add tokens, besides ``eos``, that end an answer: GGUF has places for two of them."""
+    for end, add in zip(ends, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
+        add(end)
+
+
+def _describe_pieces(writer: gguf.GGUFWriter, vocabulary: Vocabulary, ends: Sequence[int]) -> None:
     writer.add_tokenizer_model("llama")
     writer.add_tokenizer_pre("default")
     writer.add_token_list(vocabulary.tokens)
@@ -136,6 +159,7 @@ def _describe_pieces(writer: gguf.GGUFWriter, vocabulary: Vocabulary) -> None:
     }
     for name, index in vocabulary.special.items():
         setters[name](index)
+    _describe_ends(writer, [end for end in ends if end != vocabulary.special.get("eos")])
     writer.add_add_bos_token(vocabulary.add_bos)
     writer.add_add_eos_token(False)
     writer.add_add_space_prefix(vocabulary.add_space_prefix)

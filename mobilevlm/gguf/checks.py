@@ -105,7 +105,7 @@ def check_vocabulary(file: GgufFile, vocab_size: int) -> None:
     """
     kind = file.metadata.get("tokenizer.ggml.model")
     if kind not in ("llama", "gpt2"):
-        raise BundleError(f"{file.path}: tokenizer {kind!r:.60}, expected 'llama' (sentencepiece)")
+        raise BundleError(f"{file.path}: tokenizer {kind!r:.60}, expected 'llama' or 'gpt2'")
     tokens = _texts(file, "tokenizer.ggml.tokens")
     if len(tokens) != vocab_size or not 1 <= vocab_size <= MAX_VOCABULARY:
         raise _tokens(

@@ -89,17 +89,21 @@ class Decoder:
     def greedy(self, logits: Float32, position: int, count: int) -> tuple[list[int], Float32]:
         """So many tokens after the logits of the last position, and the logits of each."""
         tokens, rows = [], []
-        batch = llama_cpp.llama_batch_init(1, 0, 1)
         for index in range(count):
             rows.append(logits)
             tokens.append(int(logits.argmax()))
-            batch.token[0] = tokens[-1]
-            self._place(batch, position + index, 1)
-            assert llama_cpp.llama_decode(self.context, batch) == 0
-            last = llama_cpp.llama_get_logits_ith(self.context, -1)
-            logits = np.ctypeslib.as_array(last, (self.vocab_size,)).copy()
-        llama_cpp.llama_batch_free(batch)
+            logits = self.step(tokens[-1], position + index)
         return tokens, np.stack(rows)
+
+    def step(self, token: int, position: int) -> Float32:
+        """Logits after a token."""
+        batch = llama_cpp.llama_batch_init(1, 0, 1)
+        batch.token[0] = token
+        self._place(batch, position, 1)
+        assert llama_cpp.llama_decode(self.context, batch) == 0
+        last = llama_cpp.llama_get_logits_ith(self.context, -1)
+        llama_cpp.llama_batch_free(batch)
+        return np.ctypeslib.as_array(last, (self.vocab_size,)).copy()
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         data = text.encode()

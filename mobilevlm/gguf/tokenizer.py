@@ -193,7 +193,7 @@ def _byte_level(file: GgufFile) -> Tokenizer:
         },
     }
     tokenizer = open_tokenizer_json(json.dumps(state), str(file.path), BundleError)
-    bos = file.metadata.get("tokenizer.ggml.bos_token_id")
+    bos: Any = file.metadata.get("tokenizer.ggml.bos_token_id")
     begins = WORD_SPLITS[_BEGINS] is split
     if file.metadata.get("tokenizer.ggml.add_bos_token", begins) and bos in range(len(texts)):
         begin_with(tokenizer, texts[bos])

@@ -13,6 +13,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import torch
 from conftest import fixture_named, memory_weights, relative_error
 from numpy.typing import NDArray
 
@@ -24,6 +25,7 @@ from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.gguf.spec import decoder_spec
 from mobilevlm.model import Model
+from mobilevlm.reference.decoder import Decoder
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
 from mobilevlm.spec import DecoderSpec
@@ -101,6 +103,28 @@ STOCK = {
     ),
 }
 
+OURS = {
+    "biases and query and key norms": {"qkv_bias": True, "qk_norm": True, "o_bias": True},
+    "wide heads with biases": {"qkv_bias": True, "head_dim": 32, "num_key_value_heads": 2},
+    "sliding layers": {"sliding_window": 4, "sliding_layers": (0, 2)},
+    "sliding layers with scaled positions": {
+        "sliding_window": 7,
+        "sliding_layers": (1,),
+        "sliding_rope_theta": 500.0,
+        "rope_scaling": 4.0,
+    },
+    "soft caps": {"attention_softcap": 0.5, "logit_softcap": 0.5},
+    "post norms": {"post_norms": True},
+    "layer norms": {"norm": "layer", "post_norms": True, "qk_norm": True, "qkv_bias": True},
+    "embedding and attention scale": {"embed_scale": 11.3, "attention_scale": 1.0},
+    "a plain MLP with ReLU": {"mlp": "plain", "hidden_act": "relu", "mlp_bias": True},
+    "a gated MLP with ReLU": {"hidden_act": "relu"},
+    "some rotary channels": {"rotary_dim": 8, "qk_norm": True, "lm_head_bias": True},
+    "parallel residuals": {"parallel_residual": True, "qk_norm": True},
+}
+"""Decoders that llama.cpp has no architecture for."""
+ALL = STOCK | {name: Case("mobilevlm", changes) for name, changes in OURS.items()}
+
 
 def tiny(changes: dict[str, Any], folder: Path) -> Model:
     """A decoder with random weights that differs from Llama by these fields."""
@@ -112,28 +136,35 @@ def tiny(changes: dict[str, Any], folder: Path) -> Model:
     return dataclasses.replace(model, spec=spec, weights=memory_weights(shapes, folder))
 
 
-def written(case: Case, folder: Path) -> tuple[DecoderSpec, Path]:
+def written(case: Case, folder: Path) -> tuple[Model, DecoderSpec, Path]:
     model, path = tiny(case.changes, folder / "weights"), folder / "decoder.gguf"
     write_decoder(model, "f32", path, ignore)
-    return model.spec.decoder, path
+    return model, model.spec.decoder, path
+
+
+def prompt_of(spec: DecoderSpec) -> list[int]:
+    ids: list[int] = np.random.default_rng(0).integers(3, spec.vocab_size, 40).tolist()
+    return ids
+
+
+STEPS = (5, 6, 7)
 
 
 def logits(engine: GgmlDecoder | LlamaDecoder, spec: DecoderSpec) -> Logits:
     """Logits of a prompt, of steps after it, and of its end again after going back."""
-    ids = np.random.default_rng(0).integers(3, spec.vocab_size, 40).tolist()
-    embeds, state = engine.embed(ids), engine.new_state()
+    embeds, state = engine.embed(prompt_of(spec)), engine.new_state()
     prompt = engine.prefill(state, embeds, all_logits=True)
-    steps = [engine.step(state, token).copy() for token in (5, 6, 7)]
+    steps = [engine.step(state, token).copy() for token in STEPS]
     state.rewind(30)
     assert np.array_equal(engine.prefill(state, embeds[30:], all_logits=True), prompt[30:])
     return np.concatenate([prompt, steps])
 
 
-@pytest.mark.parametrize("name", STOCK)
+@pytest.mark.parametrize("name", ALL)
 def test_a_file_says_what_the_spec_says(name: str, tmp_path: Path) -> None:
-    spec, path = written(STOCK[name], tmp_path)
+    spec, path = written(ALL[name], tmp_path)[1:]
     file = read_gguf(path)
-    assert file.architecture == STOCK[name].architecture
+    assert file.architecture == ALL[name].architecture
     found = decoder_spec(file)
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
@@ -142,21 +173,59 @@ def test_a_file_says_what_the_spec_says(name: str, tmp_path: Path) -> None:
         assert getattr(found, field.name) == expected, field.name
 
 
+REFERENCE = 1e-5
+"""Of logits; float32 in another order of summation."""
 GELU_TABLE = 1e-3
 """llama.cpp reads GELU from a table in float16: 1.4e-4 of the logits, found."""
 
 
 @needs_llama
+@pytest.mark.parametrize("name", ALL)
+def test_our_graph_gives_the_logits_of_the_reference(name: str, tmp_path: Path) -> None:
+    model, spec, path = written(ALL[name], tmp_path)
+    assert relative_error(logits(GgmlDecoder(path, spec, 1), spec), expected(model)) <= REFERENCE
+
+
+@torch.no_grad()
+def expected(model: Model) -> Logits:
+    """The torch reference's logits of the prompt and the steps after it."""
+    spec = model.spec.decoder
+    decoder = Decoder(spec)
+    for name, parameter in decoder.named_parameters():
+        values = model.weights.read(f"decoder.{name}", tuple(parameter.shape))
+        parameter.copy_(torch.from_numpy(values))
+    ids = torch.tensor([[*prompt_of(spec), *STEPS]])
+    found: Logits = decoder(decoder.embed_tokens(ids))[0].numpy()
+    return found
+
+
+@needs_llama
+@pytest.mark.parametrize("name", STOCK)
+def test_stock_llama_cpp_gives_the_logits_of_the_reference(name: str, tmp_path: Path) -> None:
+    import llama
+
+    model, spec, path = written(STOCK[name], tmp_path)
+    limit = GELU_TABLE if spec.hidden_act == "gelu_new" else REFERENCE
+    with llama.opened(path, 64) as decoder:
+        rows = GgmlDecoder(path, spec, 1).embed(prompt_of(spec))
+        given = rows / np.float32(spec.embed_scale) if name == "Gemma 2" else rows
+        prompt, count = decoder.logits(given), len(rows)
+        steps = [decoder.step(token, count + index) for index, token in enumerate(STEPS)]
+    found = np.concatenate([prompt, steps])
+    assert relative_error(found, expected(model)) <= limit
+
+
+@needs_llama
 @pytest.mark.parametrize("name", STOCK)
 def test_our_graph_gives_the_logits_of_llama_cpp(name: str, tmp_path: Path) -> None:
-    spec, path = written(STOCK[name], tmp_path)
+    _, spec, path = written(STOCK[name], tmp_path)
     found = [logits(engine(path, spec, 1), spec) for engine in (GgmlDecoder, LlamaDecoder)]
     limit = GELU_TABLE if spec.hidden_act == "gelu_new" else 2e-6
     assert relative_error(*found) <= limit
 
 
 def test_names_and_keys_are_those_of_llama_cpp_s_converter(tmp_path: Path) -> None:
-    _, path = written(STOCK["Gemma 3"], tmp_path)
+    path = written(STOCK["Gemma 3"], tmp_path)[-1]
     reader = gguf.GGUFReader(path)
     names = {tensor.name for tensor in reader.tensors if tensor.name.startswith("blk.0.")}
     known = gguf.MODEL_TENSORS[gguf.MODEL_ARCH.GEMMA3]

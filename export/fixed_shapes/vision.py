@@ -23,7 +23,7 @@ from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.formats.written import Written
 from mobilevlm.export.graph.author import author_vision
-from mobilevlm.export.graph.dialects import STANDARD, STATIC
+from mobilevlm.export.graph.dialects import CENTRED, STANDARD
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.quality.artifact_weights import weight_error
@@ -86,7 +86,7 @@ def author_qdq(
     if not pictures:
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
     floats = replace(recipe, tower=FLOAT, projector=FLOAT)
-    dialect = STANDARD if recipe.layer_norm == "fused" else STATIC
+    dialect = STANDARD if recipe.layer_norm == "fused" else CENTRED
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         source = Path(folder) / "float.onnx"
         author_vision(weights, spec, floats, source, advance, hessian, dialect)

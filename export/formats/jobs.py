@@ -115,7 +115,8 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         if referred:
             settings.append(calibration_key(model, samples))
         if precision in QDQ:
-            settings += [samples_digest(samples), *map(importlib.metadata.version, QDQ_TOOLS)]
+            settings += [recipe.layer_norm, samples_digest(samples)]
+            settings += map(importlib.metadata.version, QDQ_TOOLS)
 
         def author(file: Path, advance: Advance) -> Written:
             if not referred or stage == "embeddings" or stage == "encoder":

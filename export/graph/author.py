@@ -52,12 +52,10 @@ def author_vision(
     hessian: HessianOf = no_hessian,
     dialect: Dialect | None = None,
 ) -> Written:
-    """Writes the vision stage. ``dialect``: what the recipe asks for when not given."""
-    if dialect is None:
-        dialect = ELEMENTARY if recipe.elementary else CPU
+    """Writes the vision stage. ``dialect``: the recipe's when not given."""
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        stage = VisionStage(file, spec, dialect)
+        stage = VisionStage(file, spec)
         size, count = spec.image.preparation.size, spec.image.encoder.num_features
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
         further = [
@@ -73,8 +71,9 @@ def author_vision(
         )
         _output(builder, features, "features", [1, count, spec.image.encoder.hidden_size])
 
-    file = WeightFile(weights, data_path(path), recipe, advance, hessian)
-    return _author("vision_encoder", path, file, build, dialect)
+    dialect = dialect or (ELEMENTARY if recipe.elementary else CPU)
+    file = WeightFile(weights, data_path(path), recipe, advance, hessian, dialect)
+    return _author("vision_encoder", path, file, build)
 
 
 def author_decoder(
@@ -148,6 +147,7 @@ def author_static_decoder(
     decoder = spec.decoder
     length, window = shape.length, shape.window
     heads, dim = decoder.num_key_value_heads, decoder.head_dim
+    dialect = ELEMENTARY if recipe.elementary else STATIC
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
         stage = StaticDecoderStage(file, decoder)
@@ -158,7 +158,7 @@ def author_static_decoder(
             _input(builder, "rotary_cos", FLOAT, table),
             _input(builder, "rotary_sin", FLOAT, table),
         )
-        if recipe.elementary:
+        if dialect.floats_only:
             rows: Shape = [1, shape.logits, length]
             position = _input(builder, "logits_position", FLOAT, rows)
         else:
@@ -179,8 +179,8 @@ def author_static_decoder(
         _output(builder, logits, "logits", [1, shape.logits, decoder.vocab_size])
         _key_value_outputs(builder, "present", presents, [1, heads, length, dim])
 
-    file = WeightFile(weights, data_path(path), recipe, advance, hessian)
-    return _author("decoder", path, file, build, ELEMENTARY if recipe.elementary else STATIC)
+    file = WeightFile(weights, data_path(path), recipe, advance, hessian, dialect)
+    return _author("decoder", path, file, build)
 
 
 def author_embeddings(
@@ -211,9 +211,9 @@ def _author(
     path: Path,
     file: WeightFile,
     build: Callable[[GraphBuilder, WeightFile], None],
-    dialect: Dialect = CPU,
 ) -> Written:
-    graph = ir.Graph([], [], nodes=[], opset_imports=dict(dialect.opset_imports), name=name)
+    opsets = dict(file.dialect.opset_imports)
+    graph = ir.Graph([], [], nodes=[], opset_imports=opsets, name=name)
     try:
         build(GraphBuilder(graph), file)
     finally:

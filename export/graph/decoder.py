@@ -29,10 +29,6 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
     has_tables = True
     """Of rotary positions, inside the graph"""
 
-    def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
-        """The norm before the first layer."""
-        return Norm(weights, name, spec)
-
     def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
         super().__init__("decoder")
         self.fused_rotary = has_fused_rotary(spec)
@@ -51,7 +47,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             table = weights.read("decoder.position_embedding.weight", *sizes)
             with weights.read_in_part(1 / spec.context_length):
                 self.positions = weights.parameter(table)
-        self.input_norm = self.norm(weights, "decoder.layers.0.input_norm", spec)
+        self.input_norm = Norm(weights, "decoder.layers.0.input_norm", spec)
         self.layers = nn.ModuleList(
             [self.layer(weights, index, spec) for index in range(spec.num_hidden_layers)]
         )
@@ -127,8 +123,8 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=spec.o_bias)
         self.q_norm = self.k_norm = None
         if spec.qk_norm:
-            self.q_norm = self.plain_norm(weights, f"{name}.attn.q_norm", spec, spec.head_dim)
-            self.k_norm = self.plain_norm(weights, f"{name}.attn.k_norm", spec, spec.head_dim)
+            self.q_norm = Norm(weights, f"{name}.attn.q_norm", spec, spec.head_dim)
+            self.k_norm = Norm(weights, f"{name}.attn.k_norm", spec, spec.head_dim)
         self.post_attention_norm = None
         if not spec.parallel_residual:
             self.post_attention_norm = self.norm(weights, f"{name}.post_attention_norm", spec)
@@ -140,18 +136,12 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         self.next_norm = self.norm(weights, next_norm, spec)
         self.attn_output_norm = self.mlp_output_norm = None
         if spec.post_norms:
-            self.attn_output_norm = self.plain_norm(weights, f"{name}.attn_output_norm", spec)
-            self.mlp_output_norm = self.plain_norm(weights, f"{name}.mlp_output_norm", spec)
+            self.attn_output_norm = Norm(weights, f"{name}.attn_output_norm", spec)
+            self.mlp_output_norm = Norm(weights, f"{name}.mlp_output_norm", spec)
 
     def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
         """A norm after something is added to the residual stream."""
         return SkipNorm(weights, name, spec)
-
-    def plain_norm(
-        self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
-    ) -> nn.Module:
-        """A norm that adds nothing. ``size``: channels of a head, see :class:`Norm`."""
-        return Norm(weights, name, spec, size)
 
     def forward(
         self,
@@ -237,17 +227,16 @@ class Norm(nn.Module):  # type: ignore[misc]
         self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
     ) -> None:
         super().__init__()
-        self.epsilon = spec.norm_eps
+        self.epsilon, self.dialect = spec.norm_eps, weights.dialect
         if size is None:
             self.weight, self.bias = _norm_parameters(weights, name, spec)
         else:
             self.weight, self.bias = weights.parameter(weights.read(f"{name}.weight", size)), None
 
     def forward(self, op: Any, x: Any) -> Any:
-        settings = {"axis": -1, "epsilon": self.epsilon}
         if self.bias is None:
-            return op.SimplifiedLayerNormalization(x, self.weight, **settings)
-        return op.LayerNormalization(x, self.weight, self.bias, **settings)
+            return self.dialect.rms_norm(op, x, self.weight, self.epsilon)
+        return self.dialect.layer_norm(op, x, self.weight, self.bias, self.epsilon)
 
 
 class SkipNorm(nn.Module):  # type: ignore[misc]

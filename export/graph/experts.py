@@ -19,7 +19,7 @@ from onnxscript import nn
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.graph.dialects import CONTRIB
-from mobilevlm.export.graph.layers import FLOAT, product_of_rows, relative_error
+from mobilevlm.export.graph.layers import FLOAT, relative_error
 from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.blocks import Float32, Quantized
@@ -47,7 +47,7 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
         count, hidden = spec.num_experts(layer), spec.hidden_size
         router = weights.read(f"{name}.router.weight", count, hidden)
         self.router = weights.parameter(router.T)  # float32 in every recipe: it decides
-        self.elementary = weights.recipe.elementary
+        self.dialect = weights.dialect
         form = _FORMS[weights.recipe.experts]
         share = 1 if form is DenseExperts else spec.experts.top_k / count
         with weights.read_in_part(share):
@@ -61,7 +61,7 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> tuple[Any, Any]:
         """The result, and the router's logits ``(1, length, experts)``."""
-        product = product_of_rows if self.elementary else _product
+        product = self.dialect.product
         logits = product(op, x, self.router)
         out = self.experts(op, x, logits)
         if self.residual is None:
@@ -69,10 +69,6 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
         shares = op.Softmax(op.Add(product(op, x, self.coefficient), self.bias), axis=-1)
         sparse, dense = op.Split(shares, axis=-1, num_outputs=2, _outputs=2)
         return op.Add(op.Mul(out, sparse), op.Mul(self.residual(op, x), dense)), logits
-
-
-def _product(op: Any, x: Any, weight: Any) -> Any:
-    return op.MatMul(x, weight)
 
 
 class FusedExperts(nn.Module):  # type: ignore[misc]
@@ -127,7 +123,7 @@ class PlainExperts(nn.Module):  # type: ignore[misc]
         super().__init__()
         assert spec.experts is not None
         self.spec, self.hidden_size = spec.experts, spec.hidden_size
-        self.elementary = weights.recipe.elementary
+        self.dialect = weights.dialect
         self.experts = nn.ModuleList(
             [build_mlp(weights, f"{name}.{index}", spec) for index in range(count)]
         )
@@ -154,7 +150,7 @@ class DenseExperts(PlainExperts):
 
     def forward(self, op: Any, x: Any, logits: Any) -> Any:
         probabilities = op.Softmax(logits, axis=-1)
-        chosen = self._chosen_by_arithmetic if self.elementary else self._chosen
+        chosen = self._chosen_by_arithmetic if self.dialect.floats_only else self._chosen
         count = len(self.experts)
         gains = op.Split(chosen(op, probabilities), axis=-1, num_outputs=count, _outputs=count)
         made = [

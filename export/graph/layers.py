@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import pi, sqrt
 from typing import Any
 
 import numpy as np
@@ -44,7 +43,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         parts = list(zip(names, sizes, strict=True))
         weight = _stacked([weights.read(f"{name}.weight", size, in_size) for name, size in parts])
         self.in_size, self.out_size = in_size, sum(sizes)
-        self.elementary = weights.recipe.elementary
+        self.dialect = weights.dialect
         self.format = weights.recipe.format_of(names[0])
         label = ",".join(names)
         scheme = self.format.scheme
@@ -97,9 +96,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         weight = self.weight
         if self.format.precision == "fp16":
             weight = op.Cast(weight, to=FLOAT)
-        if self.elementary:
-            return product_of_rows(op, x, weight, self.bias)
-        return self._plus_bias(op, op.MatMul(x, weight))
+        return self.dialect.product(op, x, weight, self.bias)
 
     def _by_token(self, op: Any, x: Any) -> Any:
         """A scale for each row of ``x``: rows are divided by their largest magnitude, so that the
@@ -115,54 +112,21 @@ class Linear(nn.Module):  # type: ignore[misc]
         product = op.DynamicQuantizeMatMul(
             op.Div(x, largest), self.weight, self.scale, _domain=CONTRIB
         )
-        return self._plus_bias(op, op.Mul(product, largest))
-
-    def _plus_bias(self, op: Any, product: Any) -> Any:
+        product = op.Mul(product, largest)
         return product if self.bias is None else op.Add(product, self.bias)
 
 
 class LayerNorm(nn.Module):  # type: ignore[misc]
-    """Layer normalisation over the last axis, as the recipe's ``layer_norm`` says."""
+    """Layer normalisation over the last axis."""
 
     def __init__(self, weights: WeightFile, name: str, size: int, epsilon: float) -> None:
         super().__init__()
-        self.epsilon, self.form = epsilon, weights.recipe.layer_norm
+        self.epsilon, self.dialect = epsilon, weights.dialect
         self.weight = weights.parameter(weights.read(f"{name}.weight", size))
         self.bias = weights.parameter(weights.read(f"{name}.bias", size))
 
     def forward(self, op: Any, x: Any) -> Any:
-        settings = {"axis": -1, "epsilon": self.epsilon}
-        if self.form != "fused":
-            rest = op.Sub(x, op.ReduceMean(x, [-1], keepdims=1))
-            return op.Add(op.RMSNormalization(rest, self.weight, **settings), self.bias)
-        return op.LayerNormalization(x, self.weight, self.bias, **settings)
-
-
-def product_of_rows(op: Any, x: Any, weight: Any, bias: Any | None = None) -> Any:
-    """``x (1, length, in_size) · weight (in_size, out_size) + bias`` with two dimensions: XNNPACK
-    multiplies no more by a constant."""
-    in_size, out_size = weight.shape
-    rows = op.Reshape(x, [-1, int(in_size)])
-    made = op.MatMul(rows, weight) if bias is None else op.Gemm(rows, weight, bias)
-    return op.Reshape(made, [1, -1, int(out_size)])
-
-
-def root_mean_square_norm(op: Any, x: Any, weight: Any, epsilon: float) -> Any:
-    """``x / sqrt(mean(x²) + epsilon) · weight`` over the last axis, of elementary operators."""
-    mean = op.ReduceMean(op.Mul(x, x), [-1], keepdims=1)
-    return op.Mul(op.Div(x, op.Sqrt(op.Add(mean, epsilon))), weight)
-
-
-def gelu(op: Any, x: Any, approximate: str = "none", elementary: bool = False) -> Any:
-    """GELU, exact or with ``approximate="tanh"``; one operator where any will do."""
-    if not elementary:
-        return op.Gelu(x, approximate=approximate)
-    if approximate == "tanh":
-        inner = op.Mul(op.Add(x, op.Mul(op.Mul(x, op.Mul(x, x)), 0.044715)), sqrt(2 / pi))
-        share = op.Tanh(inner)
-    else:
-        share = op.Erf(op.Mul(x, sqrt(0.5)))
-    return op.Mul(op.Mul(x, 0.5), op.Add(share, 1.0))
+        return self.dialect.layer_norm(op, x, self.weight, self.bias, self.epsilon)
 
 
 def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:

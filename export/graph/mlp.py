@@ -6,7 +6,8 @@ from typing import Any
 
 from onnxscript import nn
 
-from mobilevlm.export.graph.layers import Linear, gelu
+from mobilevlm.export.graph.dialects import Dialect
+from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import DecoderSpec
 
@@ -16,7 +17,7 @@ class GatedMLP(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
         super().__init__()
-        self.activation, self.elementary = spec.hidden_act, weights.recipe.elementary
+        self.activation, self.dialect = spec.hidden_act, weights.dialect
         hidden, wide = spec.hidden_size, spec.intermediate_size
         (gate, up), down = linear_names(name, spec)
         self.gate_up = Linear(weights, [gate, up], hidden, [wide, wide], bias=spec.mlp_bias)
@@ -24,7 +25,7 @@ class GatedMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         gate, up = op.Split(self.gate_up(op, x), axis=-1, num_outputs=2, _outputs=2)
-        return self.down_proj(op, op.Mul(_activate(op, self.activation, gate, self.elementary), up))
+        return self.down_proj(op, op.Mul(_activate(op, self.activation, gate, self.dialect), up))
 
 
 class PlainMLP(nn.Module):  # type: ignore[misc]
@@ -32,7 +33,7 @@ class PlainMLP(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
         super().__init__()
-        self.activation, self.elementary = spec.hidden_act, weights.recipe.elementary
+        self.activation, self.dialect = spec.hidden_act, weights.dialect
         (fc1,), fc2 = linear_names(name, spec)
         hidden, wide = spec.hidden_size, spec.intermediate_size
         self.fc1 = Linear(weights, fc1, hidden, wide, bias=spec.mlp_bias)
@@ -40,7 +41,7 @@ class PlainMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         wide = self.fc1(op, x)
-        return self.fc2(op, _activate(op, self.activation, wide, self.elementary))
+        return self.fc2(op, _activate(op, self.activation, wide, self.dialect))
 
 
 def build_mlp(weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
@@ -54,7 +55,7 @@ def linear_names(name: str, spec: DecoderSpec) -> tuple[list[str], str]:
     return [f"{name}.{reader}" for reader in readers], f"{name}.{maker}"
 
 
-def _activate(op: Any, name: str, x: Any, elementary: bool) -> Any:
+def _activate(op: Any, name: str, x: Any, dialect: Dialect) -> Any:
     if name == "relu":
         return op.Relu(x)
-    return op.Mul(x, op.Sigmoid(x)) if name == "silu" else gelu(op, x, "tanh", elementary)
+    return op.Mul(x, op.Sigmoid(x)) if name == "silu" else dialect.gelu(op, x, approximate="tanh")

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
-from mobilevlm.export.graph.dialects import CPU, Dialect
-from mobilevlm.export.graph.layers import LayerNorm, Linear, gelu, product_of_rows
+from mobilevlm.export.graph.dialects import hard_sigmoid
+from mobilevlm.export.graph.layers import LayerNorm, Linear
 from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import ConnectorSpec
@@ -24,7 +24,7 @@ class MLPProjector(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
-        self.pooling, self.elementary = None, weights.recipe.elementary
+        self.pooling, self.dialect = None, weights.dialect
         if spec.out_grid < spec.grid:
             self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.in_size)
         self.mlp = _linears(weights, spec)
@@ -33,7 +33,7 @@ class MLPProjector(nn.Module):  # type: ignore[misc]
         hidden = features if self.pooling is None else self.pooling(op, features)
         for index, linear in enumerate(self.mlp):
             hidden = linear(
-                op, hidden if index == 0 else gelu(op, hidden, elementary=self.elementary)
+                op, self.dialect.gelu(op, hidden, approximate="none") if index else hidden
             )
         return hidden
 
@@ -44,18 +44,18 @@ class AveragePooling(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, grid: int, out_grid: int, size: int) -> None:
         super().__init__()
         self.grid, self.out_grid, self.size = grid, out_grid, size
-        self.elementary = weights.recipe.elementary
+        self.dialect = weights.dialect
         if grid % out_grid:
             matrix = _pooling_matrix(grid, out_grid)
-            self.matrix = weights.parameter(matrix.T if self.elementary else matrix)
+            self.matrix = weights.parameter(matrix.T if self.dialect.rows_only else matrix)
 
     def forward(self, op: Any, hidden: Any) -> Any:
         out = self.out_grid
         if self.grid % out:
-            if not self.elementary:
+            if not self.dialect.rows_only:
                 return op.MatMul(self.matrix, hidden)
-            channels = op.Transpose(hidden, perm=[0, 2, 1])  # the constant comes second
-            return op.Transpose(product_of_rows(op, channels, self.matrix), perm=[0, 2, 1])
+            channels = op.Transpose(hidden, perm=[0, 2, 1])
+            return op.Transpose(self.dialect.product(op, channels, self.matrix), perm=[0, 2, 1])
         # One direction after the other: compilers for NPUs have no six dimensions.
         bins = self.grid // out
         rows = op.Reshape(hidden, [1, out, bins, self.grid * self.size])
@@ -68,7 +68,7 @@ class DownsampleProjector(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
-        self.spec, self.elementary = spec, weights.recipe.elementary
+        self.spec, self.dialect = spec, weights.dialect
         self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
         self.mlp = _linears(weights, spec)
 
@@ -84,7 +84,7 @@ class DownsampleProjector(nn.Module):  # type: ignore[misc]
         hidden = self.norm(op, op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]]))
         for index, linear in enumerate(self.mlp):
             hidden = linear(
-                op, hidden if index == 0 else gelu(op, hidden, elementary=self.elementary)
+                op, self.dialect.gelu(op, hidden, approximate="none") if index else hidden
             )
         return hidden
 
@@ -94,7 +94,7 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
-        self.spec, self.elementary = spec, weights.recipe.elementary
+        self.spec, self.dialect = spec, weights.dialect
         self.mlp = _linears(weights, spec)
         self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.out_size)
         self.kernel = weights.parameter(
@@ -104,7 +104,7 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, features: Any) -> Any:
         spec = self.spec
-        hidden = gelu(op, self.mlp[0](op, features), elementary=self.elementary)
+        hidden = self.dialect.gelu(op, self.mlp[0](op, features), approximate="none")
         hidden = self.mlp[1](op, self.pooling(op, hidden))
         hidden = _to_grid(op, hidden, spec.out_size, spec.out_grid)
         mixed = op.Conv(hidden, self.kernel, self.bias, group=spec.out_size, pads=[1, 1, 1, 1])
@@ -116,7 +116,7 @@ class LDPProjector(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
-        self.spec, self.elementary = spec, weights.recipe.elementary
+        self.spec, self.dialect = spec, weights.dialect
         self.mlp = _linears(weights, spec)
         self.blocks = nn.ModuleList(
             [
@@ -127,7 +127,7 @@ class LDPProjector(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, features: Any) -> Any:
         spec = self.spec
-        hidden = gelu(op, self.mlp[0](op, features), elementary=self.elementary)
+        hidden = self.dialect.gelu(op, self.mlp[0](op, features), approximate="none")
         hidden = self.mlp[1](op, hidden)
         hidden = _to_grid(op, hidden, spec.out_size, spec.grid)
         for block in self.blocks:
@@ -141,7 +141,7 @@ class InvertedResidual(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, name: str, spec: ConnectorSpec, stride: int) -> None:
         super().__init__()
         channels, squeezed = spec.out_size, spec.squeeze_size
-        self.elementary = weights.recipe.elementary
+        self.dialect = weights.dialect
         self.channels, self.stride = channels, stride
         self.depthwise = weights.parameter(
             weights.read(f"{name}.depthwise.weight", channels, 1, 3, 3)
@@ -161,9 +161,9 @@ class InvertedResidual(nn.Module):  # type: ignore[misc]
             strides=[self.stride, self.stride],
         )
         out = self.norm1(op, out)
-        out = op.Mul(out, _hard_sigmoid(op, out)) if self.elementary else op.HardSwish(out)
+        out = self.dialect.hard_swish(op, out)
         gate = self.excite(op, op.Relu(self.squeeze(op, op.GlobalAveragePool(out))))
-        gate = _hard_sigmoid(op, gate)
+        gate = hard_sigmoid(op, gate)
         out = self.norm2(op, self.pointwise(op, op.Mul(out, gate)))
         return op.Add(out, hidden) if self.stride == 1 else out
 
@@ -192,15 +192,14 @@ class ChannelNorm(nn.Module):  # type: ignore[misc]
         return op.Transpose(hidden, perm=[0, 3, 1, 2])
 
 
-def build_projector(weights: WeightFile, spec: ConnectorSpec, dialect: Dialect = CPU) -> nn.Module:
+def build_projector(weights: WeightFile, spec: ConnectorSpec) -> nn.Module:
     """The projector that the spec names."""
-    if spec.kind == "qformer":
-        return QFormerProjector(weights, spec, dialect)
     kinds = {
         "mlp": MLPProjector,
         "ldp": LDPProjector,
         "ldpv2": LDPv2Projector,
         "mlp_downsample": DownsampleProjector,
+        "qformer": QFormerProjector,
     }
     return kinds[spec.kind](weights, spec)
 
@@ -212,11 +211,6 @@ def _linears(weights: WeightFile, spec: ConnectorSpec) -> nn.ModuleList:
             for index, sizes in enumerate(pairwise(spec.mlp_sizes))
         ]
     )
-
-
-def _hard_sigmoid(op: Any, x: Any) -> Any:
-    """``min(max(x / 6 + 1/2, 0), 1)``"""
-    return op.HardSigmoid(x, alpha=1 / 6, beta=0.5)
 
 
 def _to_grid(op: Any, tokens: Any, channels: int, grid: int) -> Any:

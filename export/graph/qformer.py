@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxscript import nn
 
-from mobilevlm.export.graph.dialects import Dialect
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import ConnectorSpec, QFormerSpec
@@ -21,7 +20,7 @@ from mobilevlm.spec import ConnectorSpec, QFormerSpec
 class QFormerProjector(nn.Module):  # type: ignore[misc]
     """``(1, num_features, in_size)`` to ``(1, num_tokens, out_size)``."""
 
-    def __init__(self, weights: WeightFile, spec: ConnectorSpec, dialect: Dialect) -> None:
+    def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         assert spec.qformer is not None
         former = spec.qformer
@@ -32,7 +31,7 @@ class QFormerProjector(nn.Module):  # type: ignore[misc]
             self.embedding = TextEmbedding(weights, former)
         self.layers = nn.ModuleList(
             [
-                QFormerLayer(weights, index, former, spec.in_size, dialect)
+                QFormerLayer(weights, index, former, spec.in_size)
                 for index in range(former.num_hidden_layers)
             ]
         )
@@ -78,16 +77,15 @@ class QFormerLayer(nn.Module):  # type: ignore[misc]
         index: int,
         spec: QFormerSpec,
         source_size: int,
-        dialect: Dialect,
     ) -> None:
         super().__init__()
         name, norm = f"projector.layers.{index}", (spec.hidden_size, spec.layer_norm_eps)
         self.spec = spec
-        self.attn = SelfAttention(weights, f"{name}.attn", spec, dialect)
+        self.attn = SelfAttention(weights, f"{name}.attn", spec)
         self.attn_norm = LayerNorm(weights, f"{name}.attn_norm", *norm)
         self.cross = self.text_mlp = None
         if spec.has_cross_attention(index):
-            self.cross = CrossAttention(weights, f"{name}.cross", spec, source_size, dialect)
+            self.cross = CrossAttention(weights, f"{name}.cross", spec, source_size)
             self.cross_norm = LayerNorm(weights, f"{name}.cross_norm", *norm)
         self.mlp = FeedForward(weights, f"{name}.mlp", spec)
         self.mlp_norm = LayerNorm(weights, f"{name}.mlp_norm", *norm)
@@ -112,9 +110,9 @@ class QFormerLayer(nn.Module):  # type: ignore[misc]
 
 
 class SelfAttention(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, name: str, spec: QFormerSpec, dialect: Dialect) -> None:
+    def __init__(self, weights: WeightFile, name: str, spec: QFormerSpec) -> None:
         super().__init__()
-        self.spec, self.dialect, size = spec, dialect, spec.hidden_size
+        self.spec, self.dialect, size = spec, weights.dialect, spec.hidden_size
         parts = [f"{name}.{part}_proj" for part in "qkv"]
         self.qkv = Linear(weights, parts, size, [size] * 3)
         self.out_proj = Linear(weights, f"{name}.out_proj", size, size)
@@ -135,10 +133,9 @@ class CrossAttention(nn.Module):  # type: ignore[misc]
         name: str,
         spec: QFormerSpec,
         source_size: int,
-        dialect: Dialect,
     ) -> None:
         super().__init__()
-        self.spec, self.dialect, size = spec, dialect, spec.hidden_size
+        self.spec, self.dialect, size = spec, weights.dialect, spec.hidden_size
         self.query_proj = Linear(weights, f"{name}.query_proj", size, size)
         parts = [f"{name}.{part}_proj" for part in ("key", "value")]
         self.key_value = Linear(weights, parts, source_size, [size] * 2)
@@ -154,12 +151,12 @@ class CrossAttention(nn.Module):  # type: ignore[misc]
 class FeedForward(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, name: str, spec: QFormerSpec) -> None:
         super().__init__()
-        size, wide = spec.hidden_size, spec.intermediate_size
+        size, wide, self.dialect = spec.hidden_size, spec.intermediate_size, weights.dialect
         self.fc1 = Linear(weights, f"{name}.fc1", size, wide)
         self.fc2 = Linear(weights, f"{name}.fc2", wide, size)
 
     def forward(self, op: Any, hidden: Any) -> Any:
-        return self.fc2(op, op.Gelu(self.fc1(op, hidden)))
+        return self.fc2(op, self.dialect.gelu(op, self.fc1(op, hidden)))
 
 
 def _normed(

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 from mobilevlm.export.graph.decoder import DecoderLayer, DecoderStage, Norm, soft_cap
-from mobilevlm.export.graph.layers import FLOAT, root_mean_square_norm
+from mobilevlm.export.graph.layers import FLOAT
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import DecoderSpec
 
@@ -25,10 +25,6 @@ class StaticDecoderStage(DecoderStage):
     def layer(self, weights: WeightFile, index: int, spec: DecoderSpec) -> DecoderLayer:
         """The layer with this index."""
         return StaticLayer(weights, index, spec)
-
-    def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> StaticNorm:
-        """The norm before the first layer."""
-        return StaticNorm(weights, name, spec)
 
     def forward(  # type: ignore[override]
         self,
@@ -57,17 +53,11 @@ class StaticLayer(DecoderLayer):
 
     def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__(weights, index, spec)
-        self.spec, self.is_sliding = spec, spec.window(index) > 0
+        self.is_sliding = spec.window(index) > 0
 
-    def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> StaticNorm:
+    def norm(self, weights: WeightFile, name: str, spec: DecoderSpec) -> Norm:
         """A norm after something is added to the residual stream."""
-        return StaticNorm(weights, name, spec)
-
-    def plain_norm(
-        self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
-    ) -> StaticNorm:
-        """A norm that adds nothing. ``size``: channels of a head, see :class:`Norm`."""
-        return StaticNorm(weights, name, spec, size)
+        return Norm(weights, name, spec)
 
     def forward(  # type: ignore[override]
         self,
@@ -156,21 +146,3 @@ def rotated(op: Any, states: Any, rotary: tuple[Any, Any], spec: DecoderSpec) ->
     swapped = op.Concat(second, first, axis=-1)
     turned = op.Add(op.Mul(states, cos), op.Mul(swapped, sin))
     return turned if rest is None else op.Concat(turned, rest, axis=-1)
-
-
-class StaticNorm(Norm):
-    """One operator of the standard, or several where the recipe wants elementary ones."""
-
-    def __init__(
-        self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
-    ) -> None:
-        super().__init__(weights, name, spec, size)
-        self.elementary = weights.recipe.elementary
-
-    def forward(self, op: Any, x: Any) -> Any:
-        settings = {"axis": -1, "epsilon": self.epsilon}
-        if self.bias is None:
-            if self.elementary:
-                return root_mean_square_norm(op, x, self.weight, self.epsilon)
-            return op.RMSNormalization(x, self.weight, **settings)
-        return op.LayerNormalization(x, self.weight, self.bias, **settings)

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
-from mobilevlm.export.graph.dialects import CPU, Dialect
-from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear, gelu, product_of_rows
+from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.spec import FixedImage, ModelSpec, TransformerEncoder
@@ -23,10 +22,10 @@ class VisionStage(nn.Module):  # type: ignore[misc]
     features ``(1, num_features, vision hidden_size)``. ``further``: arrays that the connector reads
     beside the features."""
 
-    def __init__(self, weights: WeightFile, spec: ModelSpec, dialect: Dialect = CPU) -> None:
+    def __init__(self, weights: WeightFile, spec: ModelSpec) -> None:
         super().__init__("vision")
-        self.tower = ClipTower(weights, spec.image.encoder, spec.image.preparation, dialect)
-        self.projector = build_projector(weights, spec.image.connector, dialect)
+        self.tower = ClipTower(weights, spec.image.encoder, spec.image.preparation)
+        self.projector = build_projector(weights, spec.image.connector)
 
     def forward(self, op: Any, pixels: Any, *further: Any) -> tuple[Any, Any]:
         features = self.tower(op, pixels)
@@ -34,19 +33,17 @@ class VisionStage(nn.Module):  # type: ignore[misc]
 
 
 class ClipTower(nn.Module):  # type: ignore[misc]
-    def __init__(
-        self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage, dialect: Dialect
-    ) -> None:
+    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage) -> None:
         super().__init__()
         self.dropped = spec.num_positions - spec.num_features
-        self.embedding = PatchEmbedding(weights, spec, image, dialect)
+        self.embedding = PatchEmbedding(weights, spec, image)
         self.pre_norm = self.post_norm = None
         sizes = (spec.hidden_size, spec.layer_norm_eps)
         if spec.pre_norm:
             self.pre_norm = LayerNorm(weights, "vision.pre_norm", *sizes)
         self.layers = nn.ModuleList(
             [
-                ClipLayer(weights, f"vision.layers.{index}", spec, dialect)
+                ClipLayer(weights, f"vision.layers.{index}", spec)
                 for index in range(spec.num_hidden_layers)
             ]
         )
@@ -67,11 +64,9 @@ class ClipTower(nn.Module):  # type: ignore[misc]
 class PatchEmbedding(nn.Module):  # type: ignore[misc]
     """Patches times the convolution's weights, with positions and a class token if there is one."""
 
-    def __init__(
-        self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage, dialect: Dialect
-    ) -> None:
+    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage) -> None:
         super().__init__()
-        self.pixel_offset, self.elementary = dialect.pixel_offset, weights.recipe.elementary
+        self.dialect, self.pixel_offset = weights.dialect, weights.dialect.pixel_offset
         self.grid, self.patch = spec.grid, spec.patch_size
         hidden, patch = spec.hidden_size, spec.patch_size
         stored = weights.read("vision.patch_embedding.weight", hidden, 3, patch, patch)
@@ -103,24 +98,18 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         patches = op.Reshape(patches, [1, grid * grid, patch * patch * 3])
         if not self.pixel_offset:
             patches = op.Cast(patches, to=FLOAT)
-        if self.elementary:
-            product = product_of_rows(op, patches, self.weight)
-        else:
-            product = op.MatMul(patches, self.weight)
-        hidden = op.Add(product, self.positions)
+        hidden = op.Add(self.dialect.product(op, patches, self.weight), self.positions)
         return hidden if self.class_token is None else op.Concat(self.class_token, hidden, axis=1)
 
 
 class ClipLayer(nn.Module):  # type: ignore[misc]
-    def __init__(
-        self, weights: WeightFile, name: str, spec: TransformerEncoder, dialect: Dialect
-    ) -> None:
+    def __init__(self, weights: WeightFile, name: str, spec: TransformerEncoder) -> None:
         super().__init__()
         size, wide = spec.hidden_size, spec.intermediate_size
-        self.spec, self.dialect, self.elementary = spec, dialect, weights.recipe.elementary
+        self.spec, self.dialect = spec, weights.dialect
         self.norm1 = LayerNorm(weights, f"{name}.norm1", size, spec.layer_norm_eps)
         parts = [f"{name}.attn.{part}_proj" for part in "qkv"]
-        if dialect.joined_queries:
+        if self.dialect.joined_queries:
             self.qkv = Linear(weights, parts, size, [size] * 3)
         else:
             self.q_proj, self.k_proj, self.v_proj = (
@@ -149,4 +138,4 @@ class ClipLayer(nn.Module):  # type: ignore[misc]
         if self.spec.hidden_act == "quick_gelu":
             return self.dialect.quick_gelu(op, wide)
         form = "tanh" if self.spec.hidden_act == "gelu_tanh" else "none"
-        return gelu(op, wide, form, self.elementary)
+        return self.dialect.gelu(op, wide, approximate=form)

@@ -19,6 +19,7 @@ from onnxscript import nn
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance, ignore
+from mobilevlm.export.graph.dialects import CPU, Dialect
 from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.blocks import Quantized
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
@@ -33,9 +34,9 @@ INLINE_BYTES = 1024
 class WeightFile:
     """Parameters of a graph under construction. Open until :meth:`close`.
 
-    ``source`` gives the canonical tensors, ``recipe`` their formats, ``hessian`` what
-    GPTQ needs; ``errors`` collects the relative error that quantization made in each, and
-    ``bytes_per_token`` what a decoding step reads.
+    ``source`` gives the canonical tensors, ``recipe`` their formats, ``hessian`` what GPTQ needs,
+    ``dialect`` the operators of the graph; ``errors`` collects the relative error that quantization
+    made in each, and ``bytes_per_token`` what a decoding step reads.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class WeightFile:
         recipe: Recipe,
         advance: Advance = ignore,
         hessian: HessianOf = no_hessian,
+        dialect: Dialect = CPU,
     ) -> None:
         self.source, self.recipe, self.hessian = source, recipe, hessian
+        self.dialect = dialect
         self._advance = advance
         self.path = path
         self.errors: dict[str, float] = {}

@@ -139,6 +139,11 @@ def _check_fixed_point(recipe: Recipe, where: str) -> None:
     """Fixed point is for whole graphs: tower and projector, decoder and head. That the recipe's
     ``layers`` leave them alone is known when patterns are expanded
     (export/recipes/layer_formats.py)."""
+    if recipe.layer_norm == "centred" and recipe.tower.precision not in QDQ:
+        raise MobileVLMError(
+            f"{where}.layer_norm: 'centred' goes with a tower in {' or '.join(QDQ)}, which "
+            f"{recipe.tower.precision} is not: leave it out"
+        )
     if recipe.prefill is not None and recipe.prefill.precision in QDQ:
         raise MobileVLMError(
             f"{where}.{PREFILL}.precision: {recipe.prefill.precision} is for the tower and the "

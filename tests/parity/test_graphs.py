@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.export.graph.author import author_decoder, author_embeddings, author_vision
-from mobilevlm.export.graph.dialects import STANDARD
+from mobilevlm.export.graph.dialects import CENTRED, ELEMENTARY, STANDARD, Dialect
 from mobilevlm.export.quantize.gptq import no_hessian
 from mobilevlm.export.recipes.layer_formats import restored
 from mobilevlm.export.recipes.named import RECIPES
@@ -167,12 +167,15 @@ def exact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 # Limits of the float32 graphs: as for the torch reference (test_reference.py).
 
 
+@pytest.mark.parametrize(
+    "dialect", [STANDARD, CENTRED, ELEMENTARY], ids=["standard", "centred", "elementary"]
+)
 def test_the_vision_graph_in_standard_operators_gives_the_same(
-    exact: Authored, tmp_path: Path
+    exact: Authored, dialect: Dialect, tmp_path: Path
 ) -> None:
     model = exact.model
     path = tmp_path / "vision.onnx"
-    author_vision(model.weights, model.spec, exact.recipe, path, dialect=STANDARD)
+    author_vision(model.weights, model.spec, exact.recipe, path, dialect=dialect)
     assert {node.domain for node in ir.load(path).graph} == {""}
     pixels = preprocess(open_image(exact.fixture.image), model.spec.image.preparation)
     # Float32 sums in another order.

@@ -155,6 +155,8 @@ WRONG = [
     ("[limits]", '[layers]\n"vision.*" = "qdq8"\n[limits]',
      ".layers.vision.*.precision: qdq8 is for whole graphs"),
     ("0.2", '"small"', ".limits.vision_relative_error: expected float, found 'small'"),
+    ("embeddings", 'layer_norm = "centred"\nembeddings',
+     ".layer_norm: 'centred' goes with a tower in qdq8 or qdq16, which int8 is not"),
     ("[limits]", "[limits", "not a TOML recipe"),
     ("[limits]", 'limits = "none"\n[x]', "is not known"),
 ]  # fmt: skip

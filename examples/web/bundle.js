@@ -1,8 +1,10 @@
 // Reads a bundle (docs/bundle.md) as `mobilevlm export --target web-wasm` wrote it.
 
-const SCHEMA_VERSION = 1;
+import { EXPORT, checkRunnable } from "./checks.js";
+import { upgraded } from "./schema_1.js";
+
+const SCHEMA_VERSION = 2;
 const TOKENIZER = "tokenizer.json";
-const EXPORT = "mobilevlm export CHECKPOINT -o BUNDLE --target web-wasm";
 
 /**
  * The manifest and the files that the browser needs, checked.
@@ -65,23 +67,7 @@ async function readManifest(url) {
         `${SCHEMA_VERSION}: use a newer page`,
     );
   }
-  return manifest;
-}
-
-function checkRunnable(manifest, stages, url) {
-  const { decoder, projector } = manifest.spec;
-  if (!stages.vision || !stages.decoder || !manifest.embeddings) {
-    throw new Error(`${url}: a bundle without ONNX files: export it with '${EXPORT}'`);
-  }
-  if (decoder.encoder_layers || projector.qformer?.vocab_size > 0) {
-    throw new Error(
-      `${url}: ${manifest.spec.name} has a text encoder or a Q-Former that reads the question, ` +
-        `which this page cannot run: choose a model with a plain decoder`,
-    );
-  }
-  if (manifest.recipe.kv_cache === "int8") {
-    throw new Error(`${url}: keys and values in int8, this page has float32: '${EXPORT}'`);
-  }
+  return upgraded(manifest);
 }
 
 /** A file's bytes, of the size and digest that the manifest says. */

@@ -1,6 +1,7 @@
 // The two stages of a bundle in onnxruntime-web, as runtime/engines/onnx/engine.py has them.
 
 import * as ort from "./vendor/ort.wasm.bundle.min.mjs";
+import { checkInputs } from "./checks.js";
 
 const MOST_THREADS = 4;
 
@@ -50,7 +51,8 @@ export class Vision {
   static async open(bundle) {
     const vision = new Vision();
     vision.session = await openSession(bundle, bundle.stages.vision);
-    vision.size = bundle.manifest.spec.image.size;
+    checkInputs("vision", vision.session.inputNames, ["pixels"]);
+    vision.size = bundle.manifest.spec.inputs.image.preparation.size;
     return vision;
   }
 
@@ -62,6 +64,9 @@ export class Vision {
     return visual_tokens.data;
   }
 }
+
+/** Inputs of the decoder's graph beside keys and values. */
+const INPUTS = ["inputs_embeds", "total_length", "logits_positions"];
 
 /**
  * The decoder stage. Keys and values of a sequence are a `past`, { length, tensors }, which stays
@@ -77,6 +82,8 @@ export class Decoder {
     decoder.embedScale = Math.fround(spec.decoder.embed_scale ?? 1);
     decoder.rows = embeddingRows(bundle.files.get(embeddings.path), embeddings);
     decoder.emptyPast = pastOf(spec.decoder, 0, new Float32Array());
+    const past = [...decoder.emptyPast.tensors.keys()].map((name) => `past_key_values.${name}`);
+    checkInputs("decoder", decoder.session.inputNames, [...INPUTS, ...past]);
     decoder.systemIds = system?.ids ?? [];
     if (system) {
       const values = new Float32Array(bundle.files.get(system.path).buffer);

@@ -76,7 +76,10 @@ class Model {
     if (this.#known?.pictureId === picture.id && startsWith(begin, this.#known.ids)) {
       return this.#known;
     }
-    const pixels = preprocess(await decodePicture(picture.source), this.spec.image);
+    const pixels = preprocess(
+      await decodePicture(picture.source),
+      this.spec.inputs.image.preparation,
+    );
     watch.lap("preprocess");
     const visual = await this.vision.encode(pixels);
     watch.lap("vision");

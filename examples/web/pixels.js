@@ -12,7 +12,7 @@ const PRECISION_BITS = 22;
 /**
  * RGB pixels (size, size, 3) of a picture, before mean and standard deviation.
  * @param picture { data, width, height }
- * @param spec the manifest's `spec.image`
+ * @param spec the image input's `preparation`
  * @throws {Error} the picture is too long to be padded to a square
  */
 export function preprocess(picture, spec) {

@@ -15,14 +15,14 @@ export const IMAGE_TOKEN_ID = -200;
  * @throws {Error} the question is empty, or holds what the model has no embedding for
  */
 export function promptIds(tokenizer, spec, question) {
-  const { conversation, decoder } = spec;
+  const { conversation, decoder, inputs } = spec;
   const text = new Template(conversation.chat_template).render({
     messages: [userMessage(question)],
     add_generation_prompt: true,
     bos_token: "",
     eos_token: "",
   });
-  const ids = tokenize(tokenizer, text, conversation);
+  const ids = tokenize(tokenizer, text, conversation, inputs.image.layout);
   const beyond = ids.find((id) => id >= decoder.vocab_size);
   if (beyond !== undefined) {
     throw new Error(
@@ -42,8 +42,8 @@ function userMessage(question) {
 }
 
 /** Each piece of text beside the picture is tokenized alone, with the id that begins a text before
- * the first only, unless the conversation says otherwise. */
-export function tokenize(tokenizer, text, conversation) {
+ * the first only, unless the conversation says otherwise; `layout`: ids that follow the picture. */
+export function tokenize(tokenizer, text, conversation, layout) {
   let ids;
   if (conversation.tokenization === "joined") {
     const image = tokenizer.token_to_id(IMAGE);
@@ -56,6 +56,6 @@ export function tokenize(tokenizer, text, conversation) {
       return index === 0 ? inner : [IMAGE_TOKEN_ID, ...inner];
     });
   }
-  const after = conversation.image_end_ids;
+  const after = layout?.end_ids ?? [];
   return ids.flatMap((id) => (id === IMAGE_TOKEN_ID ? [id, ...after] : [id]));
 }

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL
 import pytest
 from browser import PAGE, Browser, copy_page, served
 from conftest import (
+    DATA,
     FAMILY_FIXTURES,
     FIXTURES,
     FLOAT32,
@@ -249,7 +252,7 @@ def test_ids_are_those_of_the_python_tokenizer(
         const { Tokenizer } = await import("/vendor/tokenizers.min.mjs");
         const { tokenize } = await import("/prompt.js");
         const tokenizer = new Tokenizer(JSON.parse(arguments[0]), {});
-        return arguments[1].map((text) => tokenize(tokenizer, text, arguments[2]));
+        return arguments[1].map((text) => tokenize(tokenizer, text, arguments[2], {}));
         """,
         tokenizer.to_str(),
         texts,
@@ -333,3 +336,152 @@ def test_what_is_wrong_is_said(
     message, tokens = browser.ask("word " * 1200)
     assert "the context holds 1024" in message and tokens == []
     assert browser.ask("What do you see?")[1]
+
+
+STORED = ("llava_v1", "mobilevlm_v2", "blip2")
+"""One image each, and int4, whose products onnxruntime-web has."""
+
+
+@pytest.mark.parametrize("name", STORED)
+def test_a_bundle_of_schema_1_gives_the_stored_answer(
+    browser: Browser, address: str, folder: Path, name: str
+) -> None:
+    unpack_stored(name, folder)
+    expected = json.loads((DATA / "schema1" / name / "expected.json").read_text())
+    [image], [answer] = expected["images"], expected["answers"][:1]
+    shutil.copy(DATA / image, folder / name / "image.png")
+    browser.driver.get(f"{address}package.json")
+    found = browser.run(
+        """
+        const { openModel } = await import("/model.js");
+        const folder = new URL(`/${arguments[0]}/`, location.href).href;
+        const model = await openModel(folder, 1, () => {});
+        model.spec.conversation.eos_token_ids = [];
+        const source = await (await fetch(`${folder}image.png`)).blob();
+        const picture = { source, id: 1 };
+        const [, prompt, count] = arguments;
+        const answer = await model.answer(picture, prompt, count, () => {}, async () => false);
+        return answer.tokens;
+        """,
+        name,
+        expected["prompt"],
+        len(answer["token_ids"]),
+    )
+    assert found == answer["token_ids"]
+
+
+def test_ids_after_an_image_are_read_from_schema_1(
+    browser: Browser, address: str, folder: Path
+) -> None:
+    """VILA's tokenizer gives three ids for the line that follows an image."""
+    unpack_stored("vila", folder)
+    browser.driver.get(f"{address}package.json")
+    ids = browser.run(
+        """
+        const { Tokenizer } = await import("/vendor/tokenizers.min.mjs");
+        const { readBundle, tokenizerDescription } = await import("/bundle.js");
+        const { promptIds } = await import("/prompt.js");
+        const bundle = await readBundle(new URL("/vila/", location.href).href, () => {});
+        const tokenizer = new Tokenizer(tokenizerDescription(bundle), {});
+        return promptIds(tokenizer, bundle.manifest.spec, "What is it?");
+        """
+    )
+    start = ids.index(-200)
+    assert ids[start : start + 4] == [-200, 1, 505, 13]
+
+
+def unpack_stored(name: str, folder: Path) -> None:
+    with tarfile.open(DATA / "schema1" / name / "bundle.tar.xz") as tar:
+        tar.extractall(folder / name, filter="data")
+
+
+TILES = {"kind": "tiles", "tile_size": 512}
+AUDIO = {"preparation": {"kind": "mel"}}
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "named"),
+    [
+        (("inputs",), {}, "takes no images"),
+        (("inputs", "audio"), AUDIO, "takes audio, which"),
+        (("inputs", "image", "preparation"), TILES, "images prepared as 'tiles'"),
+        (
+            ("inputs", "image", "preparation", "resample"),
+            "lanczos",
+            "'resample' in its preparation",
+        ),
+        (("inputs", "image", "preparation", "aspect"), "native", "aspect 'native'"),
+        (("inputs", "image", "layout", "row_ids"), [5], "'row_ids' in its layout"),
+        (("inputs", "image", "connector", "qformer"), {"vocab_size": 9}, "reads the question"),
+        (("conversation", "tokenization"), "words", "tokenization 'words'"),
+        (("conversation", "prefix_ids"), [5], "'prefix_ids' in its conversation"),
+        (("decoder", "rope_sections"), [8, 12, 12], "'rope_sections' in its decoder"),
+        (("decoder", "conv_layers"), [0, 2], "'conv_layers' in its decoder"),
+        (("decoder", "encoder_layers"), 2, "a text encoder"),
+    ],
+)
+def test_a_model_that_the_page_cannot_prepare_is_refused_by_name(
+    browser: Browser, address: str, folder: Path, place: tuple[str, ...], value: object, named: str
+) -> None:
+    manifest = json.loads((folder / "bundle" / MANIFEST).read_text())
+    set_in(manifest["spec"], place, value)
+    message = read_in_page(browser, address, folder / "-".join(place), manifest)
+    assert named in message and message.endswith("choose another model, or use a newer page")
+
+
+def test_parts_without_a_value_are_not_refused(
+    browser: Browser, address: str, folder: Path
+) -> None:
+    """A part that a later version writes into every spec, with the value that changes nothing."""
+    manifest = json.loads((folder / "bundle" / MANIFEST).read_text())
+    for name, value in {"a": [], "b": 0, "c": None, "d": False, "e": "", "f": {}}.items():
+        set_in(manifest["spec"], ("decoder", name), value)
+    shutil.copytree(folder / "bundle", folder / "later")
+    assert read_in_page(browser, address, folder / "later", manifest) == ""
+
+
+def test_a_graph_that_asks_for_more_than_the_page_computes_is_refused(
+    browser: Browser, address: str
+) -> None:
+    browser.driver.get(f"{address}package.json")
+    message = browser.run(
+        """
+        const { checkInputs } = await import("/checks.js");
+        checkInputs("decoder", ["inputs_embeds"], ["total_length", "inputs_embeds"]);
+        try {
+          checkInputs("decoder", ["inputs_embeds", "rotary_cos"], ["inputs_embeds"]);
+        } catch (error) {
+          return error.message;
+        }
+        """
+    )
+    assert message.startswith("the graph of the decoder stage asks for 'rotary_cos'")
+
+
+def set_in(data: dict[str, Any], place: tuple[str, ...], value: object) -> None:
+    """Sets a value inside a manifest's spec."""
+    *outer, last = place
+    for key in outer:
+        data = data.setdefault(key, {})
+    data[last] = value
+
+
+def read_in_page(browser: Browser, address: str, bundle: Path, manifest: dict[str, Any]) -> str:
+    """The message by which the page refuses a manifest; empty where it reads the bundle."""
+    bundle.mkdir(exist_ok=True)
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    browser.driver.get(f"{address}package.json")
+    return str(
+        browser.run(
+            """
+            const { readBundle } = await import("/bundle.js");
+            try {
+              await readBundle(new URL(`/${arguments[0]}/`, location.href).href, () => {});
+            } catch (error) {
+              return error.message;
+            }
+            return "";
+            """,
+            bundle.name,
+        )
+    )

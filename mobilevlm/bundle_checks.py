@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 MOST_POSITIONS = 1 << 20
 """Of a context"""
 MOST_LAYERS = 1 << 12
+MOST_AXES = 4
+"""Of a position"""
+MOST_KERNEL = 64
+"""Positions that a short convolution reads"""
 MOST_EXPERTS = 1 << 16
 """Of all layers together"""
 LEAST_BITS = 2
@@ -261,15 +265,43 @@ def _decoder(decoder: DecoderSpec, total: int) -> Iterator[_Check]:
 def _blocks(decoder: DecoderSpec) -> Iterator[_Check]:
     yield from _whole("decoder", {"sliding_window": decoder.sliding_window}, 0)
     layers, window = decoder.sliding_layers, decoder.sliding_window
-    is_right = list(layers) == sorted(set(layers)) and (window > 0) == (len(layers) > 0)
-    is_right = is_right and (not layers or 0 <= layers[0] <= layers[-1] < decoder.num_hidden_layers)
+    is_right = _ascending(layers, decoder) and (window > 0) == (len(layers) > 0)
     yield "decoder.sliding_layers", layers, is_right, "layers of the decoder, and a sliding_window"
     is_right = not (decoder.post_norms and decoder.parallel_residual)
     yield "decoder.post_norms", decoder.post_norms, is_right, "none beside parallel_residual"
-    for name in ("qk_norm", "post_norms", "sliding_layers", "attention_softcap", "logit_softcap"):
+    sections, pairs = decoder.rope_sections, decoder.rotary_channels // 2
+    is_right = not sections or (min(sections) >= 0 and sum(sections) == pairs)
+    is_right = is_right and len(sections) <= MOST_AXES
+    yield "decoder.rope_sections", sections, is_right, f"up to {MOST_AXES}, together {pairs}"
+    other = "learned_positions" if decoder.learned_positions else "sliding_rope_theta"
+    is_right = not (sections and getattr(decoder, other))
+    yield "decoder.rope_sections", sections, is_right, f"none beside {other}"
+    layers, kernel = decoder.conv_layers, decoder.conv_kernel
+    is_right = _ascending(layers, decoder) and len(layers) < decoder.num_hidden_layers
+    yield "decoder.conv_layers", layers, is_right, "layers of the decoder, and not all of them"
+    is_right = 2 <= kernel <= MOST_KERNEL if layers else kernel == 0
+    yield "decoder.conv_kernel", kernel, is_right, f"2 to {MOST_KERNEL} where there are conv_layers"
+    is_right = _ascending(decoder.deep_layers, decoder)
+    yield "decoder.deep_layers", decoder.deep_layers, is_right, "layers of the decoder"
+    for name in (
+        "qk_norm",
+        "post_norms",
+        "sliding_layers",
+        "attention_softcap",
+        "logit_softcap",
+        "rope_sections",
+        "conv_layers",
+        "deep_layers",
+    ):
         value = getattr(decoder, name)
         is_right = not (value and decoder.encoder_layers)
         yield f"decoder.{name}", value, is_right, "none beside an encoder (encoder_layers)"
+
+
+def _ascending(layers: tuple[int, ...], decoder: DecoderSpec) -> bool:
+    """Return whether these are different layers of the decoder, in order."""
+    inside = all(0 <= layer < decoder.num_hidden_layers for layer in layers)
+    return inside and list(layers) == sorted(set(layers))
 
 
 def _experts(decoder: DecoderSpec) -> Iterator[_Check]:

@@ -79,7 +79,10 @@ def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
     size, queries = spec.hidden_size, spec.num_attention_heads * spec.head_dim
     for index in range(spec.num_hidden_layers):
         name = f"decoder.layers.{index}"
-        yield from attention_groups(spec, f"{name}.attn")
+        if index in spec.conv_layers:
+            yield from convolution_groups(spec, f"{name}.short_conv")
+        else:
+            yield from attention_groups(spec, f"{name}.attn")
         if spec.encoder_layers:
             yield LinearGroup((f"{name}.cross.query_proj",), size, (queries,), spec.qkv_bias)
             yield LinearGroup((f"{name}.cross.o_proj",), queries, (size,), spec.o_bias)
@@ -94,6 +97,13 @@ def attention_groups(spec: DecoderSpec, attn: str) -> Iterator[LinearGroup]:
     keys = spec.num_key_value_heads * spec.head_dim
     yield LinearGroup(_qkv(attn), spec.hidden_size, (queries, keys, keys), spec.qkv_bias)
     yield LinearGroup((f"{attn}.o_proj",), queries, (spec.hidden_size,), spec.o_bias)
+
+
+def convolution_groups(spec: DecoderSpec, name: str) -> Iterator[LinearGroup]:
+    """Yield the layers around one short convolution of a decoder. ``name``: its canonical name."""
+    size = spec.hidden_size
+    yield LinearGroup((f"{name}.in_proj",), size, (3 * size,), spec.conv_bias)
+    yield LinearGroup((f"{name}.out_proj",), size, (size,), spec.conv_bias)
 
 
 def mlp_groups(spec: DecoderSpec, mlp: str) -> Iterator[LinearGroup]:

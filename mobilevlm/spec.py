@@ -273,6 +273,37 @@ class DecoderSpec:
     logit_softcap: float | None = None
     """Logits become ``cap · tanh(logit / cap)`` (Gemma 2)."""
 
+    rope_sections: tuple[int, ...] = ()
+    """Pairs of rotary channels that each axis of a position turns (M-RoPE, Qwen2-VL); positions
+    have one axis when none are given."""
+    rope_interleaved: bool = False
+    """Axes take turns among the pairs, and the first has what is left (Qwen3-VL); else the pairs of
+    one axis stand behind those of the other."""
+    conv_layers: tuple[int, ...] = ()
+    """Layers with a short convolution in place of attention (LFM2), in ascending order."""
+    conv_kernel: int = 0
+    """Positions that a short convolution reads, its own included."""
+    conv_bias: bool = False
+    """Biases of a short convolution and of the products around it."""
+    deep_layers: tuple[int, ...] = ()
+    """Layers after which rows of an encoder are added to the hidden states (DeepStack, Qwen3-VL),
+    in ascending order."""
+
+    @property
+    def only_onnx(self) -> tuple[str, ...]:
+        """Names of parts that only graphs of the ONNX decoder for CPUs have."""
+        parts = {
+            "positions of several axes": self.rope_sections,
+            "short convolutions": self.conv_layers,
+            "rows added after some layers (DeepStack)": self.deep_layers,
+        }
+        return tuple(name for name, layers in parts.items() if layers)
+
+    @property
+    def position_axes(self) -> int:
+        """Numbers that a position has."""
+        return max(1, len(self.rope_sections))
+
     def window(self, layer: int) -> int:
         """Positions that a query sees in a layer, its own included; 0: all of the past."""
         return self.sliding_window if layer in self.sliding_layers else 0

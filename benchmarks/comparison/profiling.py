@@ -62,6 +62,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
     from comparison.work import PROMPT_TOKENS, picture
     from mobilevlm.bundle import open_bundle
     from mobilevlm.runtime.engines.onnx import engine
+    from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
     from mobilevlm.runtime.engines.opening import onnx_decoder, onnx_vision
 
     bundle = open_bundle(folder)
@@ -91,7 +92,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
             return operator_times(events, runs)
 
         def decoder_stage(
-            run: Callable[[engine.OnnxDecoder, engine.OnnxState], Any], runs: int, place: int
+            run: Callable[[engine.OnnxDecoder, OnnxState], Any], runs: int, place: int
         ) -> list[OperatorTime]:
             """``place`` of the session among those of the decoder: the graph for prompts, where
             there is one, is opened after the other."""
@@ -104,11 +105,11 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
             model.close()
             return rows
 
-        def prefill(model: engine.OnnxDecoder, state: engine.OnnxState) -> None:
+        def prefill(model: engine.OnnxDecoder, state: OnnxState) -> None:
             state.rewind(0)
             model.prefill(state, prompt)
 
-        def step(model: engine.OnnxDecoder, state: engine.OnnxState) -> None:
+        def step(model: engine.OnnxDecoder, state: OnnxState) -> None:
             state.resume(PROMPT_TOKENS)  # what stands there does not change the time
             model.step(state, 5)
 

@@ -286,6 +286,7 @@ def _check_npu_family(spec: ModelSpec) -> None:
         "a decoder with an encoder": spec.decoder.encoder_layers > 0,
         "a decoder with learned positions": spec.decoder.learned_positions,
         "a Q-Former": spec.image.connector.qformer is not None,
+        **{f"a decoder with {part}": True for part in spec.decoder.only_onnx},
     }
     if found := [name for name, there in parts.items() if there]:
         raise MobileVLMError(f"no graphs for NPUs of {found[0]} yet: use --format onnx")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.recipe import Recipe
-from mobilevlm.spec import ModelSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.state_buffers import state_buffers
 
 IR_VERSION = 10
 
@@ -86,21 +88,30 @@ def author_decoder(
 ) -> Written:
     """Writes the decoder stage."""
     decoder = spec.decoder
-    buffer: Shape = [1, decoder.num_key_value_heads, "capacity", decoder.cache_head_dim]
     encoded: Shape = [1, decoder.num_attention_heads, "prompt_length", decoder.head_dim]
+    rows: Shape = [1, "length", decoder.hidden_size]
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
         stage = (EncodedDecoderStage if decoder.encoder_layers else DecoderStage)(file, decoder)
-        embeds = _input(builder, "inputs_embeds", FLOAT, [1, "length", decoder.hidden_size])
+        embeds = _input(builder, "inputs_embeds", FLOAT, rows)
         total = _input(builder, "total_length", ir.DataType.INT32, [1])
         positions = _input(builder, "logits_positions", ir.DataType.INT64, ["positions"])
-        past = _key_value_inputs(builder, "past_key_values", decoder.num_hidden_layers, buffer)
-        further = []
+        past = _state_inputs(builder, decoder)
+        further: list[Any] = []
         if decoder.encoder_layers:
             further = [_key_value_inputs(builder, "cross", decoder.num_hidden_layers, encoded)]
+        if decoder.rope_sections or decoder.deep_layers:
+            table: Shape = ["length", decoder.rotary_channels // 2]
+            names = ("rotary_cos", "rotary_sin") if decoder.rope_sections else ()
+            tables = tuple(_input(builder, name, FLOAT, table) for name in names)
+            deep = {
+                layer: _input(builder, f"deep.{layer}", FLOAT, rows)
+                for layer in decoder.deep_layers
+            }
+            further = [tables, deep]
         logits, presents, routers = stage(builder.op, embeds, total, positions, past, *further)
         _output(builder, logits, "logits", [1, "positions", decoder.vocab_size])
-        _key_value_outputs(builder, "present", presents, buffer)
+        _state_outputs(builder, decoder, presents)
         for index, router in routers.items():  # the last layer only has the positions asked for
             length = "positions" if index == decoder.num_hidden_layers - 1 else "length"
             experts = decoder.num_experts(index)
@@ -233,6 +244,26 @@ def _input(builder: GraphBuilder, name: str, dtype: ir.DataType, shape: Shape) -
 def _output(builder: GraphBuilder, value: Any, name: str, shape: Shape) -> None:
     value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(FLOAT)
     builder.graph.outputs.append(value)
+
+
+def _state_inputs(builder: GraphBuilder, spec: DecoderSpec) -> list[tuple[Any, ...]]:
+    """The buffers of each layer."""
+    found: list[tuple[Any, ...]] = [()] * spec.num_hidden_layers
+    for buffer in state_buffers(spec):
+        shape: Shape = ["capacity" if size is None else size for size in buffer.shape]
+        found[buffer.layer] += (_input(builder, buffer.past, FLOAT, shape),)
+    return found
+
+
+def _state_outputs(
+    builder: GraphBuilder, spec: DecoderSpec, presents: Iterable[tuple[Any, ...]]
+) -> None:
+    """``presents``: of each layer; of a short convolution its inputs, earlier ones first."""
+    for buffer, value in zip(state_buffers(spec), chain(*presents), strict=True):
+        shape: Shape = ["capacity" if size is None else size for size in buffer.shape]
+        if buffer.kind == "convolution":
+            shape = [1, "inputs", spec.hidden_size]
+        _output(builder, value, buffer.present, shape)
 
 
 def _key_value_inputs(

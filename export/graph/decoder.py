@@ -6,6 +6,8 @@ shared past and present), so a step copies nothing and going back is a matter of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import onnx_ir as ir
@@ -16,6 +18,7 @@ from mobilevlm.export.graph.experts import SparseMLP
 from mobilevlm.export.graph.head_padding import cut_heads, pad_heads
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.mlp import build_mlp
+from mobilevlm.export.graph.short_convolution import ShortConvolution
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.rotary import rotary_tables
 from mobilevlm.spec import DecoderSpec
@@ -27,7 +30,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
     cache_head_dim)``; of each sparse layer also the router's logits, for verification."""
 
     has_tables = True
-    """Of rotary positions, inside the graph"""
+    """Of rotary positions, inside the graph, unless they have several axes"""
 
     def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
         super().__init__("decoder")
@@ -35,7 +38,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         self.cos_cache = self.sin_cache = self.positions = None
         self.sliding_cos = self.sliding_sin = None
         self.sliding = [spec.has_sliding_rope(index) for index in range(spec.num_hidden_layers)]
-        if self.has_tables and spec.rotary_channels:
+        if self.has_tables and spec.rotary_channels and not spec.rope_sections:
             if not all(self.sliding):
                 cos, sin = rotary_tables(spec)
                 self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
@@ -70,26 +73,39 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         embeds: Any,
         total_length: Any,
         logits_positions: Any,
-        past: list[tuple[Any, Any]],
-    ) -> tuple[Any, list[tuple[Any, Any]], dict[int, Any]]:
+        past: list[tuple[Any, ...]],
+        tables: tuple[Any, ...] = (),
+        deep: Mapping[int, Any] = MappingProxyType({}),
+    ) -> tuple[Any, list[tuple[Any, ...]], dict[int, Any]]:
+        """``tables``: cosine and sine of this run ``(length, rotary_channels / 2)``, for positions
+        of several axes; ``deep``: what is added after some layers."""
         seqlens = op.Sub(total_length, 1)
         start = None
-        if not self.fused_rotary or self.positions is not None:
+        if (not self.fused_rotary and not tables) or self.positions is not None:
             end = op.Cast(total_length, to=ir.DataType.INT64)
             start = op.Sub(end, op.Shape(embeds, start=1, end=2))
             if self.positions is not None:
                 embeds = op.Add(embeds, op.Slice(self.positions, start, end, [0]))
-        tables = {
-            False: (self.cos_cache, self.sin_cache),
-            True: (self.sliding_cos, self.sliding_sin),
+        rotary = {
+            False: (self.cos_cache, self.sin_cache, start),
+            True: (self.sliding_cos, self.sliding_sin, start),
         }
+        if tables:
+            rotary[False] = (*tables, op.Constant(value_ints=[0]))
         residual, normed = embeds, self.input_norm(op, embeds)
         presents, routers = [], {}
         for index, (layer, key_value) in enumerate(zip(self.layers, past, strict=True)):
             positions = logits_positions if index == len(past) - 1 else None
-            rotary = (*tables[self.sliding[index]], start)
             residual, normed, present, router = layer(
-                op, residual, normed, seqlens, total_length, rotary, key_value, positions
+                op,
+                residual,
+                normed,
+                seqlens,
+                total_length,
+                rotary[self.sliding[index]],
+                key_value,
+                positions,
+                deep.get(index),
             )
             presents.append(present)
             if router is not None:
@@ -103,9 +119,9 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
 
 
 class DecoderLayer(nn.Module):  # type: ignore[misc]
-    """Attention and MLP. Takes the residual stream and its norm, and gives both for the next layer,
-    since the operator that adds the residual normalises too. In the last layer only the positions
-    whose logits are asked for go on after attention."""
+    """Attention, or a short convolution, and MLP. Takes the residual stream and its norm, and gives
+    both for the next layer, since the operator that adds the residual normalises too. In the last
+    layer only the positions whose logits are asked for go on after attention."""
 
     def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__()
@@ -119,12 +135,17 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         qkv = [f"{name}.attn.{part}_proj" for part in "qkv"]
         self.qkv_sizes = (heads, kv_heads, kv_heads)
         self.fused_rotary, self.rotary_channels = has_fused_rotary(spec), spec.rotary_channels
-        self.qkv = Linear(weights, qkv, hidden, self.qkv_sizes, bias=spec.qkv_bias)
-        self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=spec.o_bias)
-        self.q_norm = self.k_norm = None
-        if spec.qk_norm:
-            self.q_norm = Norm(weights, f"{name}.attn.q_norm", spec, spec.head_dim)
-            self.k_norm = Norm(weights, f"{name}.attn.k_norm", spec, spec.head_dim)
+        self.short_conv = self.q_norm = self.k_norm = None
+        if index in spec.conv_layers:
+            conv = f"{name}.short_conv"
+            self.short_conv = ShortConvolution(weights, conv, spec)
+            self.o_proj = Linear(weights, f"{conv}.out_proj", hidden, hidden, bias=spec.conv_bias)
+        else:
+            self.qkv = Linear(weights, qkv, hidden, self.qkv_sizes, bias=spec.qkv_bias)
+            self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=spec.o_bias)
+            if spec.qk_norm:
+                self.q_norm = Norm(weights, f"{name}.attn.q_norm", spec, spec.head_dim)
+                self.k_norm = Norm(weights, f"{name}.attn.k_norm", spec, spec.head_dim)
         self.post_attention_norm = None
         if not spec.parallel_residual:
             self.post_attention_norm = self.norm(weights, f"{name}.post_attention_norm", spec)
@@ -151,26 +172,21 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         seqlens: Any,
         total_length: Any,
         rotary: tuple[Any, Any, Any],
-        past: tuple[Any, Any],
+        past: tuple[Any, ...],
         positions: Any | None,
-    ) -> tuple[Any, Any, tuple[Any, Any], Any | None]:
-        mixed, key, value = op.GroupQueryAttention(
-            *self._rotated(op, self.qkv(op, normed), rotary),
-            *past,
-            seqlens,
-            total_length,
-            *(rotary[:2] if self.fused_rotary else (None, None)),
-            num_heads=self.num_heads,
-            kv_num_heads=self.num_kv_heads,
-            do_rotary=int(self.fused_rotary and self.rotary_channels > 0),
-            **self.settings,
-            _domain=CONTRIB,
-            _outputs=3,
-        )
+        deep: Any | None,
+    ) -> tuple[Any, Any, tuple[Any, ...], Any | None]:
+        if self.short_conv is not None:
+            mixed, present = self.short_conv(op, normed, *past)
+        else:
+            mixed, present = self._mixed(op, normed, (seqlens, total_length), rotary, past)
         if positions is not None:
             mixed = op.Gather(mixed, positions, axis=1)
             residual = op.Gather(residual, positions, axis=1)
-        attended = self.o_proj(op, cut_heads(op, mixed, self.num_heads, self.spec))
+            deep = None if deep is None else op.Gather(deep, positions, axis=1)
+        if self.short_conv is None:
+            mixed = cut_heads(op, mixed, self.num_heads, self.spec)
+        attended = self.o_proj(op, mixed)
         if self.attn_output_norm is not None:
             attended = self.attn_output_norm(op, attended)
         if self.post_attention_norm is not None:
@@ -185,8 +201,33 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             made = self.mlp(op, normed)
         if self.mlp_output_norm is not None:
             made = self.mlp_output_norm(op, made)
+        if deep is not None:
+            made = op.Add(made, deep)
         residual, normed = self.next_norm(op, made, residual)
-        return residual, normed, (key, value), router
+        return residual, normed, present, router
+
+    def _mixed(
+        self,
+        op: Any,
+        normed: Any,
+        lengths: tuple[Any, Any],
+        rotary: tuple[Any, Any, Any],
+        past: tuple[Any, ...],
+    ) -> tuple[Any, tuple[Any, Any]]:
+        """Mixed values ``(1, length, heads · cache_head_dim)``, and the buffers."""
+        mixed, key, value = op.GroupQueryAttention(
+            *self._rotated(op, self.qkv(op, normed), rotary),
+            *past,
+            *lengths,
+            *(rotary[:2] if self.fused_rotary else (None, None)),
+            num_heads=self.num_heads,
+            kv_num_heads=self.num_kv_heads,
+            do_rotary=int(self.fused_rotary and self.rotary_channels > 0),
+            **self.settings,
+            _domain=CONTRIB,
+            _outputs=3,
+        )
+        return mixed, (key, value)
 
     def _rotated(self, op: Any, qkv: Any, rotary: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         """Query, key and value as attention takes them: all in the first where it rotates."""
@@ -286,6 +327,8 @@ def _attention_settings(spec: DecoderSpec, index: int) -> dict[str, float]:
 
 def has_fused_rotary(spec: DecoderSpec) -> bool:
     """Whether GroupQueryAttention can rotate: in heads of multiples of 16 channels, multiples of 8
-    pairs. Without rotary positions there is nothing to rotate."""
+    pairs, by positions of one axis. Without rotary positions there is nothing to rotate."""
+    if spec.rope_sections:
+        return False
     whole_heads = spec.cache_head_dim % 16 == 0
     return spec.rotary_channels == 0 or (whole_heads and spec.rotary_channels % 16 == 0)

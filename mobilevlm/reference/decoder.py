@@ -5,6 +5,8 @@ With a spec's defaults it is Llama (Touvron et al. 2023): RMSNorm, rotary attent
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -33,13 +35,30 @@ def build_norm(spec: DecoderSpec) -> nn.Module:
 
 def rotary_tables(spec: DecoderSpec, positions: Tensor, layer: int) -> tuple[Tensor, Tensor]:
     """Cosine and sine ``(…, length, rotary_channels / 2)`` of integer positions ``(…, length)`` in
-    a layer."""
+    a layer; where they have several axes, of ``(axes, length)``, or of ``(length,)`` on all."""
     theta, scaling = spec.rope(spec.has_sliding_rope(layer))
     channels = spec.rotary_channels
     exponent = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device)
     frequency = 1.0 / theta ** (exponent / channels)
     angle = (positions.float() / scaling)[..., None] * frequency
+    if spec.rope_sections and positions.dim() > 1:
+        angle = _by_axis(spec, angle)
     return angle.cos(), angle.sin()
+
+
+def _by_axis(spec: DecoderSpec, angle: Tensor) -> Tensor:
+    """Angles ``(length, rotary_channels / 2)``, each of its axis, from those of all axes ``(axes,
+    length, rotary_channels / 2)`` (``apply_multimodal_rotary_pos_emb`` of Qwen2.5-VL,
+    ``apply_interleaved_mrope`` of Qwen3-VL)."""
+    sections = spec.rope_sections
+    if not spec.rope_interleaved:
+        parts = torch.split(angle, list(sections), dim=-1)
+        return torch.cat([part[axis] for axis, part in enumerate(parts)], dim=-1)
+    mixed = angle[0].clone()
+    for axis, count in enumerate(sections[1:], 1):
+        places = slice(axis, count * len(sections), len(sections))
+        mixed[:, places] = angle[axis, :, places]
+    return mixed
 
 
 def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -116,12 +135,31 @@ class Attention(nn.Module):
         return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value
 
 
+class ShortConvolution(nn.Module):
+    """A causal convolution of each channel between two gates (LFM2)."""
+
+    def __init__(self, spec: DecoderSpec) -> None:
+        super().__init__()
+        size, kernel, bias = spec.hidden_size, spec.conv_kernel, spec.conv_bias
+        self.in_proj = nn.Linear(size, 3 * size, bias=bias)
+        self.conv = nn.Conv1d(size, size, kernel, groups=size, padding=kernel - 1, bias=bias)
+        self.out_proj = nn.Linear(size, size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        before, after, values = self.in_proj(hidden).chunk(3, dim=-1)
+        mixed = self.conv((before * values).transpose(1, 2))[..., : hidden.shape[1]]
+        return self.out_proj(after * mixed.transpose(1, 2))  # type: ignore[no-any-return]
+
+
 class DecoderLayer(nn.Module):
     def __init__(self, spec: DecoderSpec, index: int) -> None:
         super().__init__()
         self.input_norm = build_norm(spec)
-        self.index = index
-        self.attn = Attention(spec, spec.window(index))
+        self.index, self.has_attention = index, index not in spec.conv_layers
+        if self.has_attention:
+            self.attn = Attention(spec, spec.window(index))
+        else:
+            self.short_conv = ShortConvolution(spec)
         if not spec.parallel_residual:
             self.post_attention_norm = build_norm(spec)
         self.mlp = SparseMLP(spec, index) if spec.num_experts(index) else build_mlp(spec)
@@ -133,8 +171,8 @@ class DecoderLayer(nn.Module):
         self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
     ) -> Tensor:
         normed = self.input_norm(hidden)
-        attended = self.attn(normed, rotary, mask)
-        hidden = hidden + (self.attn_output_norm(attended) if self.has_post_norms else attended)
+        mixed = self.attn(normed, rotary, mask) if self.has_attention else self.short_conv(normed)
+        hidden = hidden + (self.attn_output_norm(mixed) if self.has_post_norms else mixed)
         if not self.parallel:
             normed = self.post_attention_norm(hidden)
         made = self.mlp(normed)
@@ -179,16 +217,24 @@ class Decoder(nn.Module):
         return embeds + self.position_embedding(positions)  # type: ignore[no-any-return]
 
     def forward(
-        self, embeds: Tensor, positions: Tensor | None = None, mask: Tensor | None = None
+        self,
+        embeds: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        deep: Sequence[Tensor] = (),
     ) -> Tensor:
-        """``positions``: ``(length,)`` or ``(batch, 1, length)``, 0, 1, 2 … when not given.
-        ``mask``: bool ``(batch, 1, length, length)``, true where attended; causal when not given.
-        """
+        """``positions``: ``(length,)`` or ``(batch, 1, length)``, 0, 1, 2 … when not given; of
+        several axes ``(axes, length)``. ``mask``: bool ``(batch, 1, length, length)``, true where
+        attended; causal when not given. ``deep``: what is added after each of ``deep_layers``, as
+        ``embeds``."""
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)
         hidden = self.begin(embeds, positions)
+        added = dict(zip(self.spec.deep_layers, deep, strict=True)) if deep else {}
         for index, layer in enumerate(self.layers):
             hidden = layer(hidden, rotary_tables(self.spec, positions, index), mask)
+            if index in added:
+                hidden = hidden + added[index]
         return self.logits(hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:

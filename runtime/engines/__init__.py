@@ -9,12 +9,15 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.plan import PREFILL_CHUNK
 from mobilevlm.prompt import Arrays, Rows
+from mobilevlm.spec import DecoderSpec
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]
+Positions = NDArray[np.int64]
+"""(axes, length)"""
 CacheType: TypeAlias = "type[np.float32] | type[np.int8]"
 """Of stored keys and values"""
 ExpertChoices: TypeAlias = Mapping[int, NDArray[np.integer[Any]]]
@@ -65,16 +68,22 @@ class Segment:
     start: int
     end: int
     data: NDArray[Any]
+    """State of each slot"""
+    positions: NDArray[np.int64] | None = None
+    """Position of the token after each slot, where positions have several axes"""
+    fixed: NDArray[np.float32] | None = None
+    """State after the last slot whose size does not depend on the number of slots"""
 
     @property
     def position(self) -> int:
         """Position of the token after it."""
-        return self.end
+        return self.end if self.positions is None else int(self.positions[-1])
 
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
-        return self.data.nbytes
+        parts = (self.data, self.positions, self.fixed)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 class DecoderEngine(Protocol):
@@ -90,9 +99,17 @@ class DecoderEngine(Protocol):
     def embed(self, ids: Sequence[int]) -> Float32:
         """Token ids to embeddings ``(length, hidden_size)``."""
 
-    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+    def prefill(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        all_logits: bool = False,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> Float32:
         """Appends ``(length, hidden_size)``; logits of the last position ``(1, vocab_size)``, or of
-        all ``(length, vocab_size)``."""
+        all ``(length, vocab_size)``. ``positions``: those of text when not given; ``deep``: what is
+        added after each of the decoder's ``deep_layers``, as ``embeds``."""
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """Where the router of each sparse layer sends a sequence ``(length, hidden_size)``; for
@@ -102,8 +119,15 @@ class DecoderEngine(Protocol):
             MobileVLMError: the decoder has no experts, or does not say.
         """
 
-    def extend(self, state: DecoderState, embeds: Float32) -> None:
-        """Appends ``(length, hidden_size)`` where no logits are needed."""
+    def extend(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> None:
+        """Appends ``(length, hidden_size)`` where no logits are needed; the other arguments as of
+        :meth:`prefill`."""
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """Appends ``(length, hidden_size)`` in one run, by the weights that :meth:`step` uses;
@@ -131,19 +155,37 @@ class EncoderDecoderEngine(DecoderEngine, Protocol):
 
 
 def in_chunks(
-    append: Callable[[Float32, int], Float32],
+    append: Callable[..., Float32],
     embeds: Float32,
     count: int,
     size: int = PREFILL_CHUNK,
+    positions: Positions | None = None,
+    deep: Sequence[Float32] = (),
 ) -> Float32:
     """Appends ``(length, hidden_size)`` in chunks of ``size``. Returns the logits of the last
-    ``count`` positions; ``append`` does so for one chunk."""
+    ``count`` positions; ``append`` does so for one chunk, and is given its part of ``positions``
+    and ``deep`` where there are any."""
     logits = []
     for start in range(0, len(embeds), size):
         chunk = embeds[start : start + size]
         behind = len(embeds) - start - len(chunk)
-        logits.append(append(chunk, min(max(count - behind, 0), len(chunk))))
+        further: dict[str, Any] = {}
+        if positions is not None:
+            further["positions"] = positions[:, start : start + size]
+        if deep:
+            further["deep"] = [rows[start : start + size] for rows in deep]
+        logits.append(append(chunk, min(max(count - behind, 0), len(chunk)), **further))
     return np.concatenate(logits)
+
+
+def refuse_parts(spec: DecoderSpec, engine: str) -> None:
+    """Refuse a decoder with parts that only the ONNX engine runs.
+
+    Raises:
+        BundleError: names the part.
+    """
+    for part in spec.only_onnx:
+        raise BundleError(f"the {engine} engine runs no decoder with {part}: use --engine onnx")
 
 
 def no_experts() -> MobileVLMError:

@@ -12,6 +12,7 @@ from mobilevlm.errors import BundleError
 from mobilevlm.runtime.engines import CacheType
 from mobilevlm.runtime.engines.onnx.mapped_weights import Session
 from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.state_buffers import state_buffers
 
 Value: TypeAlias = tuple[str, tuple[int | None, ...]]
 """Element type and shape; none where any size will do"""
@@ -38,17 +39,25 @@ def check_decoder(session: Session, spec: DecoderSpec, cache: CacheType) -> None
     """Check a decoder whose keys and values are bound, or its graph for prompts; errors as of
     :func:`check_vision`."""
     kind = "int8" if cache is np.int8 else "float"
-    buffer = kind, (1, spec.num_key_value_heads, None, spec.cache_head_dim)
+    rows: Value = ("float", (1, None, spec.hidden_size))
     inputs: dict[str, Value] = {
-        "inputs_embeds": ("float", (1, None, spec.hidden_size)),
+        "inputs_embeds": rows,
         "total_length": ("int32", (1,)),
         "logits_positions": ("int64", (None,)),
-        **_by_layer("past_key_values", spec, buffer),
     }
+    outputs: dict[str, Value] = {"logits": ("float", (1, None, spec.vocab_size))}
+    for buffer in state_buffers(spec):
+        if buffer.kind == "convolution":
+            inputs[buffer.past], outputs[buffer.present] = ("float", buffer.shape), rows
+        else:
+            inputs[buffer.past] = outputs[buffer.present] = (kind, buffer.shape)
+    if spec.rope_sections:
+        table: Value = ("float", (None, spec.rotary_channels // 2))
+        inputs |= {"rotary_cos": table, "rotary_sin": table}
+    inputs |= {f"deep.{layer}": rows for layer in spec.deep_layers}
     if spec.encoder_layers:
         inputs |= _by_layer("cross", spec, _crossed(spec))
-    outputs = {"logits": ("float", (1, None, spec.vocab_size))}
-    _check(session, inputs, {**outputs, **_by_layer("present", spec, buffer)})
+    _check(session, inputs, outputs)
 
 
 def check_encoder(session: Session, spec: DecoderSpec) -> None:

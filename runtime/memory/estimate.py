@@ -29,6 +29,7 @@ from mobilevlm.preparation import pieces_of
 from mobilevlm.prompt import count_rows
 from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
 from mobilevlm.spec import DecoderSpec, TransformerEncoder
+from mobilevlm.state_buffers import fixed_buffers, slot_buffers
 
 LIBRARIES = 32e6
 """Own memory of Python, numpy, onnxruntime, tokenizers and the rest before they hold a model."""
@@ -136,7 +137,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     position = _position_size(decoder, channels, _value_size(manifest, stored))
     # llama.cpp's keys and values are there for the whole context at once.
     whole = plan.engine in LLAMA_ENGINES[:2]
-    states = position * (decoder.context_length if whole else positions)
+    states = position * (decoder.context_length if whole else positions) + _fixed_size(decoder)
     libraries = own + TOKENIZER_FACTOR * _size(manifest, [TOKENIZER])
     if plan.engine == "npu" and manifest.compiled:
         names = [name for part in manifest.compiled for name in part.files]
@@ -296,7 +297,13 @@ def _value_size(manifest: Manifest, decoder: Artifact) -> int:
 
 def _position_size(spec: DecoderSpec, channels: int, value: int) -> float:
     """Bytes of the keys and values of a position, each head with so many channels."""
-    return 2.0 * spec.num_hidden_layers * spec.num_key_value_heads * channels * value
+    sizes = (math.prod(buffer.sized(1)) for buffer in slot_buffers(spec, channels))
+    return float(sum(sizes) * value)
+
+
+def _fixed_size(spec: DecoderSpec) -> float:
+    """Bytes of the state whose size does not depend on the context."""
+    return float(sum(_FLOAT * math.prod(buffer.sized(0)) for buffer in fixed_buffers(spec)))
 
 
 PAGE_MB = 350.0

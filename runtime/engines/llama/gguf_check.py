@@ -16,6 +16,7 @@ from mobilevlm.gguf.checks import (
 from mobilevlm.gguf.encoder import read_encoder
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.spec import decoder_spec
+from mobilevlm.runtime.engines import refuse_parts
 from mobilevlm.spec import DecoderSpec, ModelSpec, TransformerEncoder
 
 _SAME = (
@@ -31,6 +32,7 @@ def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
     Raises:
         BundleError: names the first key or tensor that is different.
     """
+    refuse_parts(spec, "gguf")
     if header.architecture == "clip":
         raise BundleError(f"{header.path}: an image encoder (mmproj), expected a language model")
     prefix = header.architecture

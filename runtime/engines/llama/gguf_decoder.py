@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from mobilevlm.gguf.file import GgufFile
-from mobilevlm.runtime.engines import DecoderState, Float32, in_chunks, still_open
+from mobilevlm.runtime.engines import DecoderState, Float32, Positions, in_chunks, still_open
 from mobilevlm.runtime.engines.llama.embedding_rows import EmbeddingRows
 from mobilevlm.spec import DecoderSpec
 
@@ -36,14 +36,28 @@ class GgufDecoder(ABC):
         scale = np.float32(self._spec.embed_scale)
         return rows if scale == 1 else rows * scale
 
-    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+    def prefill(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        all_logits: bool = False,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         count = len(embeds) if all_logits else 1
-        return in_chunks(partial(self._append, state), embeds, count)
+        append = partial(self._append, state)
+        return in_chunks(append, embeds, count, positions=positions, deep=deep)
 
-    def extend(self, state: DecoderState, embeds: Float32) -> None:
+    def extend(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        in_chunks(partial(self._append, state), embeds, 0)
+        in_chunks(partial(self._append, state), embeds, 0, positions=positions, deep=deep)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

@@ -13,16 +13,74 @@ from numpy.typing import NDArray
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import check_whole, small_pages
-from mobilevlm.runtime.engines.state import SlotState
+from mobilevlm.runtime.engines.state import ConvolutionState, NextPositions, SlotState
 from mobilevlm.spec import DecoderSpec
 
 
 class BufferedState(SlotState):
-    """Keys and values ``(1, num_key_value_heads, capacity, head_dim)`` by name."""
+    """Keys and values ``(1, num_key_value_heads, capacity, head_dim)`` by name, and what else a
+    decoder keeps."""
 
-    def __init__(self, buffers: Mapping[str, NDArray[Any]]) -> None:
+    def __init__(
+        self,
+        buffers: Mapping[str, NDArray[Any]],
+        convolutions: ConvolutionState | None = None,
+        positions: NextPositions | None = None,
+    ) -> None:
         super().__init__()
         self.buffers = buffers
+        self._convolutions, self._positions = convolutions, positions
+
+    @property
+    def position(self) -> int:
+        """See :class:`mobilevlm.runtime.engines.DecoderState`."""
+        return self.slots if self._positions is None else self._positions.after(self.slots)
+
+    def reachable(self, slots: int) -> int:
+        """See :class:`mobilevlm.runtime.engines.DecoderState`."""
+        slots = min(slots, self.slots)
+        return slots if self._convolutions is None else self._convolutions.reachable(slots)
+
+    def pasts(self) -> Sequence[Float32]:
+        """Inputs of short convolutions before the next run, of each such layer."""
+        return () if self._convolutions is None else list(self._convolutions.past)
+
+    def append(self, positions: NDArray[np.int64], inputs: Sequence[Float32]) -> None:
+        """Count rows that were appended at ``positions (axes, length)``. ``inputs``: those of short
+        convolutions, earlier ones first."""
+        if self._positions is not None:
+            self._positions.append(self.slots, positions)
+        if self._convolutions is not None:
+            self._convolutions.append(self.slots, inputs)
+        self.advance(positions.shape[1])
+
+    def mark(self) -> None:
+        """Note the end of a prompt's piece, which the sequence can go back to."""
+        if self._convolutions is not None:
+            self._convolutions.mark(self.slots)
+
+    def save(self, start: int) -> Segment:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        end = self.slots
+        data = np.stack([buffer[0, :, start:end] for buffer in self.buffers.values()])
+        data.flags.writeable = False
+        positions = None if self._positions is None else self._positions.save(start, end)
+        fixed = None if self._convolutions is None else self._convolutions.save()
+        return Segment(start, end, data, positions, fixed)
+
+    def restore(self, segment: Segment) -> None:
+        """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
+        for buffer, part in zip(self.buffers.values(), segment.data, strict=True):
+            buffer[0, :, segment.start : segment.end] = part
+        if self._positions is not None and segment.positions is not None:
+            self._positions.restore(segment.start, segment.positions)
+        if self._convolutions is not None and segment.fixed is not None:
+            self._convolutions.restore(segment.end, segment.start, segment.fixed)
+        self.resume(segment.end)
+
+    def _go_back(self, slots: int) -> None:
+        if self._convolutions is not None:
+            self._convolutions.go_back(slots)
 
 
 class BufferedDecoder:
@@ -52,18 +110,14 @@ class BufferedDecoder:
         ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values, in the
         buffers' type."""
         assert isinstance(state, BufferedState)
-        data = np.stack([buffer[0, :, start : state.slots] for buffer in state.buffers.values()])
-        data.flags.writeable = False
-        return Segment(start, state.slots, data)
+        return state.save(start)
 
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, BufferedState)
         if isinstance(segment.data, np.memmap):  # the bundle's system prompt
             check_whole(segment.data)
-        for buffer, part in zip(state.buffers.values(), segment.data, strict=True):
-            buffer[0, :, segment.start : segment.end] = part
-        state.resume(segment.end)
+        state.restore(segment)
 
 
 def map_table(path: Path, embeddings: EmbeddingTable) -> np.memmap[Any, Any]:

@@ -7,21 +7,17 @@ which of the two computes a piece of a prompt depends on the length of that piec
 from __future__ import annotations
 
 import copy
-import math
-import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 import numpy as np
 import onnxruntime as ort
-from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
-from mobilevlm.errors import BundleError, MemoryLimitError
+from mobilevlm.errors import BundleError
 from mobilevlm.plan import Plan
 from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import (
@@ -29,14 +25,16 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
+    Positions,
     in_chunks,
     no_experts,
     still_open,
 )
 from mobilevlm.runtime.engines.contracts import check_decoder, check_encoder, check_vision
-from mobilevlm.runtime.engines.onnx.buffered import BufferedDecoder, BufferedState
+from mobilevlm.runtime.engines.onnx.buffered import BufferedDecoder
 from mobilevlm.runtime.engines.onnx.mapped_pages import check_whole, trim_heap
 from mobilevlm.runtime.engines.onnx.mapped_weights import MappedWeights, Session
+from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 from mobilevlm.spec import DecoderSpec, ModelSpec
 from mobilevlm.waiting import processors_wanted
 
@@ -145,68 +143,6 @@ class OnnxVision:
         self._session = None
 
 
-class OnnxState(BufferedState):
-    """KV buffers ``(num_key_value_heads, context_length, cache_head_dim)`` per layer, made once.
-
-    Their pages become resident as positions are written, so a short sequence in a long context
-    costs little.
-    """
-
-    def __init__(self, spec: DecoderSpec, cache: CacheType = np.float32) -> None:
-        shape = (1, spec.num_key_value_heads, spec.context_length, spec.cache_head_dim)
-        super().__init__(
-            {
-                f"{index}.{kind}": _lazy_zeros(shape, cache)
-                for index in range(spec.num_hidden_layers)
-                for kind in ("key", "value")
-            }
-        )
-        self.total_length = np.zeros(1, np.int32)
-        self.step_embeds = np.zeros((1, 1, spec.hidden_size), np.float32)
-        self.step_positions = np.zeros(1, np.int64)
-        self.step_logits = np.zeros((1, 1, spec.vocab_size), np.float32)
-        self.cross: dict[str, Float32] = {}
-        """Keys and values of an encoder's output, by their names in the graph."""
-        self._step: tuple[Session, Any] | None = None
-
-    def begin(self, cross: dict[str, Float32]) -> None:
-        """An empty sequence behind a prompt that an encoder has read."""
-        self.rewind(0)
-        self.cross, self._step = cross, None
-
-    def step_binding(self, session: Session) -> Any:
-        """The binding of a step, made once for a session."""
-        if self._step is None or self._step[0] is not session:
-            arrays = self.step_embeds, self.step_positions, self.step_logits
-            self._step = session, self.bind(session, *arrays)
-        return self._step[1]
-
-    def unbind(self) -> None:
-        """Lets go of the session, which the binding of a step holds."""
-        self._step = None
-
-    def bind(
-        self,
-        session: Session,
-        embeds: Float32,
-        positions: NDArray[np.int64],
-        logits: Float32,
-    ) -> Any:
-        """A binding of these arrays and of the KV buffers as both past and present. It holds
-        addresses only: the caller keeps the arrays alive."""
-        binding = session.io_binding()
-        _bind_input(binding, "inputs_embeds", embeds)
-        _bind_input(binding, "total_length", self.total_length)
-        _bind_input(binding, "logits_positions", positions)
-        _bind_output(binding, "logits", logits)
-        for name, part in self.cross.items():
-            _bind_input(binding, name, part)
-        for name, buffer in self.buffers.items():
-            _bind_input(binding, f"past_key_values.{name}", buffer)
-            _bind_output(binding, f"present.{name}", buffer)
-        return binding
-
-
 class OnnxDecoder(BufferedDecoder):
     """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
     second graph that computes pieces of prompts from ``plan.prefill_from`` positions on; ``cache``:
@@ -271,18 +207,32 @@ class OnnxDecoder(BufferedDecoder):
         found = still_open(self._encoder).run(names, inputs)
         state.begin(dict(zip(names, found, strict=True)))
 
-    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+    def prefill(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        all_logits: bool = False,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         count = len(embeds) if all_logits else 1
-        return self._append(state, embeds, count, self._prompt_session(len(embeds)))
+        session = self._prompt_session(len(embeds))
+        return self._append(state, embeds, count, session, positions, deep)
 
-    def extend(self, state: DecoderState, embeds: Float32) -> None:
+    def extend(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._append(state, embeds, 0, self._prompt_session(len(embeds)))
+        self._append(state, embeds, 0, self._prompt_session(len(embeds)), positions, deep)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self._append(state, embeds, len(embeds), still_open(self._session))
+        return self._append(state, embeds, len(embeds), still_open(self._session), is_piece=False)
 
     def _prompt_session(self, length: int) -> Session:
         """What computes a piece of a prompt with so many positions."""
@@ -291,11 +241,22 @@ class OnnxDecoder(BufferedDecoder):
         return still_open(self._session)
 
     def _append(
-        self, state: DecoderState, embeds: Float32, count: int, session: Session
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        count: int,
+        session: Session,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+        is_piece: bool = True,
     ) -> Float32:
-        """Appends positions; logits of the last ``count``."""
+        """Appends positions; logits of the last ``count``. ``is_piece``: they are one of a
+        prompt."""
+        assert isinstance(state, OnnxState)
         append = partial(self._append_chunk, state, session)
-        logits = in_chunks(append, embeds, count, self._plan.chunk_length)
+        logits = in_chunks(append, embeds, count, self._plan.chunk_length, positions, deep)
+        if is_piece:
+            state.mark()
         if session is self._prompts and self._plan.released_prompt_weights:
             session.weights.give_back()
         if self._run_options is not None:
@@ -304,26 +265,20 @@ class OnnxDecoder(BufferedDecoder):
 
     def _append_chunk(
         self,
-        state: DecoderState,
+        state: OnnxState,
         session: Session,
         embeds: Float32,
         count: int,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
         also: Mapping[str, Float32] = MappingProxyType({}),
     ) -> Float32:
         """Appends a chunk; logits of its last ``count`` positions. ``also``: further outputs, to be
         filled."""
-        assert isinstance(state, OnnxState)
-        chunk = np.ascontiguousarray(embeds[None])
         computed = max(count, 0 if _version() >= EMPTY_PRODUCTS else 1)
-        positions = np.arange(len(embeds) - computed, len(embeds))
-        logits = np.empty((1, computed, self._spec.vocab_size), np.float32)
-        binding = state.bind(session, chunk, positions, logits)
-        for name, values in also.items():
-            _bind_output(binding, name, values)
-        state.total_length[0] = state.slots + len(embeds)
-        session.run_with_iobinding(binding, self._run_options)
-        state.advance(len(embeds))
-        result: Float32 = logits[0, computed - count :]
+        arrays = state.run_of(embeds, computed, positions, deep)
+        state.run(session, arrays, self._run_options, also)
+        result: Float32 = arrays.logits[0, computed - count :]
         return result
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
@@ -350,7 +305,7 @@ class OnnxDecoder(BufferedDecoder):
             end = min(start + chunk, length)
             also = {name: values[:, start:end] for name, values in logits.items()}
             # Of all positions, since the last layer only has those whose logits are asked for.
-            self._append_chunk(state, session, embeds[start:end], end - start, also)
+            self._append_chunk(state, session, embeds[start:end], end - start, also=also)
         return {
             layer: np.argsort(-logits[name][0], axis=-1, kind="stable")[:, : experts.top_k]
             for name, layer in names.items()
@@ -362,12 +317,7 @@ class OnnxDecoder(BufferedDecoder):
         session = still_open(self._session)
         table = still_open(self._table)
         check_whole(still_open(self._mapped))
-        state.step_embeds[0, 0] = table[token]
-        state.total_length[0] = state.slots + 1
-        session.run_with_iobinding(state.step_binding(session))
-        state.advance(1)
-        result: Float32 = state.step_logits[0, 0]
-        return result
+        return state.step(session, table[token])
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -403,25 +353,3 @@ def _giving_back() -> ort.RunOptions:
     options = ort.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options
-
-
-def _lazy_zeros(shape: tuple[int, ...], kind: CacheType) -> NDArray[Any]:
-    """Zeros in fresh pages of 4 KiB (numpy would ask for huge pages, resident at first touch)."""
-    count = math.prod(shape)
-    size = count * np.dtype(kind).itemsize
-    try:
-        fresh = mmap.mmap(-1, size)
-    except (OSError, OverflowError, ValueError):
-        raise MemoryLimitError(
-            f"keys and values of the whole context take {size / 1e6:.0f} MB of address space in "
-            f"each layer, the system refuses that: use a model with a shorter context"
-        ) from None
-    return np.frombuffer(fresh, kind, count).reshape(shape)
-
-
-def _bind_input(binding: Any, name: str, array: NDArray[Any]) -> None:
-    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-
-def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
-    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

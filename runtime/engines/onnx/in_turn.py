@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,10 +20,12 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
+    Positions,
     still_open,
 )
 from mobilevlm.runtime.engines.onnx.buffered import BufferedDecoder
-from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxState, OnnxVision
+from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxVision
+from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 from mobilevlm.spec import DecoderSpec
 
 
@@ -137,15 +139,28 @@ class DecoderInTurn(BufferedDecoder):
         with still_open(self._turns).decoder() as stage:
             stage.encode(state, embeds)
 
-    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+    def prefill(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        all_logits: bool = False,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         with still_open(self._turns).decoder() as stage:
-            return stage.prefill(state, embeds, all_logits)
+            return stage.prefill(state, embeds, all_logits, positions, deep)
 
-    def extend(self, state: DecoderState, embeds: Float32) -> None:
+    def extend(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         with still_open(self._turns).decoder() as stage:
-            stage.extend(state, embeds)
+            stage.extend(state, embeds, positions, deep)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""

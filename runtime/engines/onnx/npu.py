@@ -9,6 +9,7 @@ CPU, each operator of fixed point in float32 between two roundings, as an NPU wo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
+    Positions,
+    refuse_parts,
     still_open,
 )
 from mobilevlm.runtime.engines.contracts import check_static_decoder
@@ -113,6 +116,7 @@ class NpuDecoder(BufferedDecoder):
         threads: int,
     ) -> None:
         super().__init__(table, embeddings, spec)
+        refuse_parts(spec, "npu")
         self._chunks: Session | None = open_session(chunks, threads, entries=FIXED_POINT)
         self._tokens = open_session(tokens, threads, entries=FIXED_POINT)
         self.chunk, self.window = _shape(self._chunks)
@@ -131,19 +135,32 @@ class NpuDecoder(BufferedDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return NpuState(still_open(self._chunks))
 
-    def prefill(self, state: DecoderState, embeds: Float32, all_logits: bool = False) -> Float32:
+    def prefill(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        all_logits: bool = False,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. A run has the logits of one
         position, so those of all take a run each."""
-        assert isinstance(state, NpuState)
+        assert isinstance(state, NpuState) and positions is None and not deep
         if all_logits:
             return np.concatenate([self._append(state, row[None]) for row in embeds])
         for start in range(0, len(embeds), self.chunk):
             logits = self._append(state, embeds[start : start + self.chunk])
         return logits
 
-    def extend(self, state: DecoderState, embeds: Float32) -> None:
+    def extend(
+        self,
+        state: DecoderState,
+        embeds: Float32,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self.prefill(state, embeds)
+        self.prefill(state, embeds, False, positions, deep)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Token by token, as :meth:`step`."""

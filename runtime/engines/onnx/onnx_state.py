@@ -1,0 +1,170 @@
+"""State of a sequence in the ONNX decoder on the CPU, and the arrays of a run."""
+
+from __future__ import annotations
+
+import math
+import mmap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.errors import MemoryLimitError
+from mobilevlm.rotary import rotary_at
+from mobilevlm.runtime.engines import CacheType, Float32, Positions
+from mobilevlm.runtime.engines.onnx.buffered import BufferedState
+from mobilevlm.runtime.engines.onnx.mapped_weights import Session
+from mobilevlm.runtime.engines.state import ConvolutionState, NextPositions
+from mobilevlm.spec import DecoderSpec
+from mobilevlm.state_buffers import fixed_buffers, slot_buffers
+
+
+@dataclass(frozen=True)
+class RunArrays:
+    """Arrays of one run, by their names in the graph; the buffers of slots come besides."""
+
+    length: int
+    positions: Positions
+    """``(axes, length)``"""
+    inputs: Mapping[str, NDArray[Any]]
+    outputs: Mapping[str, NDArray[Any]]
+
+    @property
+    def logits(self) -> Float32:
+        """``(1, positions, vocab_size)``"""
+        return self.outputs["logits"]
+
+
+class OnnxState(BufferedState):
+    """Buffers of :func:`mobilevlm.state_buffers.state_buffers`, made once for the whole context.
+
+    Their pages become resident as positions are written, so a short sequence in a long context
+    costs little.
+    """
+
+    def __init__(self, spec: DecoderSpec, cache: CacheType = np.float32) -> None:
+        fixed = fixed_buffers(spec)
+        super().__init__(
+            {
+                buffer.name: _lazy_zeros(buffer.sized(spec.context_length), cache)
+                for buffer in slot_buffers(spec)
+            },
+            ConvolutionState(fixed) if fixed else None,
+            NextPositions(spec.context_length) if spec.rope_sections else None,
+        )
+        self._spec, self._fixed = spec, fixed
+        self._total_length = np.zeros(1, np.int32)
+        self.cross: dict[str, Float32] = {}
+        """Keys and values of an encoder's output, by their names in the graph."""
+        self._step: tuple[Session, RunArrays, Any] | None = None
+
+    def begin(self, cross: dict[str, Float32]) -> None:
+        """An empty sequence behind a prompt that an encoder has read."""
+        self.rewind(0)
+        self.cross, self._step = cross, None
+
+    def run_of(
+        self,
+        embeds: Float32,
+        computed: int,
+        positions: Positions | None = None,
+        deep: Sequence[Float32] = (),
+    ) -> RunArrays:
+        """Return the arrays of a run that appends ``(length, hidden_size)``, with room for the
+        logits of its last ``computed`` positions. ``positions``: ``(axes, length)``, those of text
+        when not given; ``deep``: ``(length, hidden_size)`` for each of the spec's ``deep_layers``,
+        zeros when not given."""
+        spec, length = self._spec, len(embeds)
+        if positions is None:
+            positions = self._text_positions(length)
+        inputs: dict[str, NDArray[Any]] = {
+            "inputs_embeds": np.ascontiguousarray(embeds[None]),
+            "total_length": self._total_length,
+            "logits_positions": np.arange(length - computed, length),
+        }
+        outputs = {"logits": np.empty((1, computed, spec.vocab_size), np.float32)}
+        if spec.rope_sections:
+            inputs["rotary_cos"], inputs["rotary_sin"] = rotary_at(spec, positions)
+        for layer, rows in zip(
+            spec.deep_layers, deep or [np.zeros_like(embeds)] * len(spec.deep_layers), strict=True
+        ):
+            inputs[f"deep.{layer}"] = np.ascontiguousarray(rows[None])
+        for buffer, past in zip(self._fixed, self.pasts(), strict=True):
+            inputs[buffer.past] = past
+            rows_read = past.shape[1] + length
+            outputs[buffer.present] = np.empty((1, rows_read, past.shape[2]), np.float32)
+        return RunArrays(length, positions, inputs, outputs)
+
+    def run(self, session: Session, run: RunArrays, options: Any = None, also: Any = None) -> None:
+        """Run a graph, and append its rows. ``also``: further outputs to be filled, by name."""
+        binding = self._bind(session, run)
+        for name, values in (also or {}).items():
+            _bind_output(binding, name, values)
+        self._advance(session, run, binding, options)
+
+    def step(self, session: Session, row: Float32) -> Float32:
+        """Append one row ``(hidden_size,)`` of text; logits ``(vocab_size,)``, valid until the next
+        call. The arrays of a step are bound once for a session."""
+        if self._step is None or self._step[0] is not session:
+            run = self.run_of(row[None].astype(np.float32), 1)
+            self._step = session, run, self._bind(session, run)
+        _, run, binding = self._step
+        run.inputs["inputs_embeds"][0, 0] = row
+        if self._spec.rope_sections:
+            run.positions[:] = self._text_positions(1)
+            tables = rotary_at(self._spec, run.positions)
+            run.inputs["rotary_cos"][:], run.inputs["rotary_sin"][:] = tables
+        self._advance(session, run, binding, None)
+        logits: Float32 = run.logits[0, 0]
+        return logits
+
+    def unbind(self) -> None:
+        """Lets go of the session, which the binding of a step holds."""
+        self._step = None
+
+    def _advance(self, session: Session, run: RunArrays, binding: Any, options: Any) -> None:
+        self._total_length[0] = self.slots + run.length
+        session.run_with_iobinding(binding, options)
+        presents = [run.outputs[buffer.present] for buffer in self._fixed]
+        self.append(run.positions, presents)
+
+    def _text_positions(self, length: int) -> Positions:
+        following = np.arange(self.position, self.position + length)
+        return np.tile(following, (self._spec.position_axes, 1))
+
+    def _bind(self, session: Session, run: RunArrays) -> Any:
+        """A binding of these arrays and of the KV buffers as both past and present. It holds
+        addresses only: the caller keeps the arrays alive."""
+        binding = session.io_binding()
+        for name, array in (*run.inputs.items(), *self.cross.items()):
+            _bind_input(binding, name, array)
+        for name, array in run.outputs.items():
+            _bind_output(binding, name, array)
+        for name, buffer in self.buffers.items():
+            _bind_input(binding, f"past_key_values.{name}", buffer)
+            _bind_output(binding, f"present.{name}", buffer)
+        return binding
+
+
+def _lazy_zeros(shape: tuple[int, ...], kind: CacheType) -> NDArray[Any]:
+    """Zeros in fresh pages of 4 KiB (numpy would ask for huge pages, resident at first touch)."""
+    count = math.prod(shape)
+    size = count * np.dtype(kind).itemsize
+    try:
+        fresh = mmap.mmap(-1, size)
+    except (OSError, OverflowError, ValueError):
+        raise MemoryLimitError(
+            f"keys and values of the whole context take {size / 1e6:.0f} MB of address space in "
+            f"each layer, the system refuses that: use a model with a shorter context"
+        ) from None
+    return np.frombuffer(fresh, kind, count).reshape(shape)
+
+
+def _bind_input(binding: Any, name: str, array: NDArray[Any]) -> None:
+    binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+
+def _bind_output(binding: Any, name: str, array: NDArray[Any]) -> None:
+    binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)

@@ -137,15 +137,14 @@ _DECODER = (
 _SLIDING = (
     *_rules("read", "u32", "{arch}.attention.sliding_window"),
     *_rules("read", "", "{arch}.attention.sliding_window_pattern"),
-    *_rules(
-        "read", "f32", "{arch}.rope.freq_base_swa", "{arch}.attn_logit_softcapping",
-        "{arch}.final_logit_softcapping",
-    ),
-)  # fmt: skip
-"""Goes before the others for architectures with sliding layers and soft caps."""
+    *_rules("read", "f32", "{arch}.rope.freq_base_swa", "{arch}.final_logit_softcapping"),
+)
+"""These and the next two go before those of all decoders."""
+
+_CAPPED = (*_SLIDING, *_rules("read", "f32", "{arch}.attn_logit_softcapping"))
 
 _OWN_DECODER = (
-    *_SLIDING,
+    *_CAPPED,
     *_rules("read", "f32", "{arch}.embedding_scale", "{arch}.attention.scale"),
     *_rules(
         "read", "u32", "{arch}.expert_count", "{arch}.expert_used_count",
@@ -160,7 +159,6 @@ _OWN_DECODER = (
     ),
     *_rules("read", "string", "{arch}.feed_forward.kind", "{arch}.hidden_activation"),
 )  # fmt: skip
-"""Go before those of llama.cpp's architectures."""
 
 _TOKENIZER = (
     *_rules(
@@ -239,17 +237,19 @@ _ENCODER = (
     ),
 )  # fmt: skip
 
-Role = Literal["decoder", "sliding decoder", "own decoder", "encoder"]
+Role = Literal["decoder", "gemma2", "gemma3", "own decoder", "encoder"]
 RULES: dict[Role, tuple[Rule, ...]] = {
     "decoder": (*_GENERAL, *_DECODER, *_TOKENIZER),
-    "sliding decoder": (*_GENERAL, *_SLIDING, *_DECODER, *_TOKENIZER),
+    "gemma2": (*_GENERAL, *_CAPPED, *_DECODER, *_TOKENIZER),
+    "gemma3": (*_GENERAL, *_SLIDING, *_DECODER, *_TOKENIZER),
     "own decoder": (*_GENERAL, *_OWN_DECODER, *_DECODER, *_TOKENIZER),
     "encoder": (*_GENERAL, *_ENCODER),
 }
 _OF_DECODERS = ("{arch}.", "tokenizer.", "general.", "split.", "adapter.", "imatrix.")
 NAMESPACES: dict[Role, tuple[str, ...]] = {
     "decoder": _OF_DECODERS,
-    "sliding decoder": _OF_DECODERS,
+    "gemma2": _OF_DECODERS,
+    "gemma3": _OF_DECODERS,
     "own decoder": _OF_DECODERS,
     "encoder": ("clip.", "general.", "split.", "adapter.", "imatrix."),
 }

@@ -18,7 +18,7 @@ from mobilevlm.gguf.architectures import (
     is_own,
 )
 from mobilevlm.gguf.file import GgufFile
-from mobilevlm.gguf.keys import check_keys
+from mobilevlm.gguf.keys import Role, check_keys
 from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.spec import DecoderSpec, from_dict, to_dict
 
@@ -41,6 +41,7 @@ EMBED_SCALE, ATTENTION_SCALE = "embedding_scale", "attention.scale"
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 SLIDING_BASE = "rope.freq_base_swa"
 ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
+_ROLES: dict[str, Role] = {"gemma2": "gemma2", "gemma3": "gemma3"}
 _LIMIT = 1 << 31
 """No number of a model is as large."""
 
@@ -52,21 +53,31 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
         BundleError: another architecture, or a key is missing or of the wrong kind.
     """
     architecture = file.architecture
-    if is_own(architecture):
-        check_keys(file, "own decoder")
-        return _own(file, _shared(file))
-    if architecture not in STOCK:
+    if not is_own(architecture) and architecture not in STOCK:
         known = ", ".join(map(repr, STOCK))
         raise BundleError(
             f"{file.path}: architecture {architecture!r:.60}, expected {known}, {OWN!r} or one "
             f"that begins with {OWN_PREFIX!r}"
         )
-    if file.metadata.get(f"{architecture}.expert_count"):
+    if is_own(architecture):
+        check_keys(file, "own decoder")
+        spec = _own(file, _shared(file))
+    elif file.metadata.get(f"{architecture}.expert_count"):
         raise BundleError(f"{file.path}: a decoder with experts, expected a dense one")
-    check_keys(file, "sliding decoder" if architecture in PATTERNS else "decoder")
-    spec = _stock(file, _shared(file))
-    if _value(file, "rope.dimension_count", int, spec.head_dim) != spec.head_dim:
-        raise BundleError(f"{file.path}: rope.dimension_count is not the size of a head")
+    else:
+        check_keys(file, _ROLES.get(architecture, "decoder"))
+        spec = _stock(file, _shared(file))
+        if _value(file, "rope.dimension_count", int, spec.head_dim) != spec.head_dim:
+            raise BundleError(f"{file.path}: rope.dimension_count is not the size of a head")
+    try:
+        expected = gguf_architecture(spec)
+    except MobileVLMError as error:
+        raise BundleError(f"{file.path}: damaged or of a later version: {error}") from None
+    if expected != architecture:
+        raise BundleError(
+            f"{file.path}: architecture {architecture!r:.60} does not fit what the file says of "
+            f"its decoder"
+        )
     return spec
 
 
@@ -203,13 +214,12 @@ def _own(file: GgufFile, sizes: DecoderSpec) -> DecoderSpec:
         data["attention_scale"] = _value(file, ATTENTION_SCALE, float)
     try:
         found = from_dict(DecoderSpec, data, str(file.path))
-        expected = gguf_architecture(found)
     except MobileVLMError as error:
         raise BundleError(f"{file.path}: damaged or of a later version: {error}") from None
-    if expected != file.architecture or channels > sizes.head_dim or channels % 2:
+    if channels > sizes.head_dim or channels % 2:
         raise BundleError(
-            f"{file.path}: architecture {file.architecture!r:.60} does not fit what the file says "
-            f"of its decoder"
+            f"{file.path}: rope.dimension_count is {channels}, expected an even number up to "
+            f"{sizes.head_dim}"
         )
     return found
 

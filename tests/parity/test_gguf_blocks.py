@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,12 @@ import torch
 from conftest import fixture_named, memory_weights, relative_error
 from numpy.typing import NDArray
 
+import mobilevlm
 from mobilevlm.console.progress import ignore
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
+from mobilevlm.export.gguf.mmproj import write_mmproj
+from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.names import decoder_entries
@@ -280,3 +284,73 @@ def test_a_part_that_no_architecture_has_is_named() -> None:
     decoder = fixture_named("mobilevlm_v2").model.spec.decoder
     with pytest.raises(MobileVLMError, match="none has its learned_positions: use --format onnx"):
         gguf_architecture(dataclasses.replace(decoder, learned_positions=True))
+
+
+# Files alone: read by both engines and as a model to export
+
+
+def files_of(case: Case, folder: Path) -> tuple[Model, Path, Path]:
+    """A decoder and the image encoder of the checkpoint that its tokenizer is from."""
+    model, _, path = written(case, folder)
+    mmproj = folder / "mmproj.gguf"
+    write_mmproj(fixture_named("mobilevlm_v2").model, "f32", mmproj, ignore)
+    return model, path, mmproj
+
+
+@needs_llama
+@pytest.mark.parametrize("name", ["Qwen2", "Qwen3", "Gemma 2", "Gemma 3", "sliding layers"])
+def test_a_file_alone_answers_and_is_the_model_again(name: str, tmp_path: Path) -> None:
+    model, path, mmproj = files_of(ALL[name], tmp_path)
+    found = open_gguf(path, mmproj)
+    for tensor in found.weights:
+        if tensor.startswith("decoder.") and tensor in model.weights:
+            shape = found.weights._refs[tensor].files.shape(tensor)
+            assert np.array_equal(
+                found.weights.read(tensor, shape), model.weights.read(tensor, shape)
+            )
+    image = np.random.default_rng(0).integers(0, 255, (28, 28, 3)).astype(np.uint8)
+    own = ALL[name].architecture == "mobilevlm"
+    rows = []
+    for engine in ("ggml", "ggml" if own else "gguf"):
+        with mobilevlm.load(path, engine, mmproj=mmproj) as vlm:
+            rows.append(vlm.prompt_logits("<image>a the he", [image]))
+    assert relative_error(*rows) <= GELU_TABLE
+    if own:
+        with pytest.raises(BundleError, match="no architecture for this decoder: use --engine g"):
+            mobilevlm.load(path, "gguf", mmproj=mmproj)
+        with mobilevlm.load(path, mmproj=mmproj) as vlm:
+            assert vlm.engine == "ggml"
+
+
+@pytest.mark.parametrize(
+    ("name", "add", "message"),
+    [
+        ("Qwen2", ("uint32", "attention.sliding_window", 64), "'qwen2.attention.sliding_window' i"),
+        ("Qwen3", ("float32", "final_logit_softcapping", 30.0), "clamped or biased states"),
+        ("Gemma 3", ("float32", "attn_logit_softcapping", 50.0), "clamped or biased states"),
+        ("Gemma 3", ("uint32", "of_tomorrow", 1), "key 'gemma3.of_tomorrow' is not known to this"),
+        ("Gemma 3", ("uint32", "attention.key_length_swa", 8), "a model of another kind"),
+        ("Gemma 3", ("array", "attention.sliding_window_pattern", [True]), "for each of 7 layers"),
+        ("Gemma 3", ("uint32", "expert_count", 4), "a decoder with experts, expected a dense one"),
+        ("Gemma 2", ("float32", "rope.scaling.factor", 4.0), "does not fit what the file says of"),
+        ("sliding layers", ("float32", "embedding_scale", -1.0), "-1.0, expected a positive float"),
+        ("sliding layers", ("float32", "logit_scale", 2.0), "scaled states, which is not support"),
+    ],
+)
+def test_keys_of_other_parts_are_refused_by_name(
+    name: str, add: tuple[str, str, Any], message: str, tmp_path: Path
+) -> None:
+    path = written(ALL[name], tmp_path)[-1]
+    kind, key, value = add
+    file = read_gguf(path)
+    key = f"{file.architecture}.{key}"
+    kinds = {"uint32": "u32", "float32": "f32", "array": "array of bool"}
+    changed = dataclasses.replace(
+        file, metadata={**file.metadata, key: value}, kinds={**file.kinds, key: kinds[kind]}
+    )
+    if name == "Gemma 2":
+        base = "gemma2.rope.freq_base_swa"
+        changed.metadata[base], changed.kinds[base] = 500.0, "f32"
+    with pytest.raises(BundleError, match=re.escape(message)) as refused:
+        decoder_spec(changed)
+    assert "\n" not in str(refused.value) and len(str(refused.value)) < 500

@@ -236,6 +236,8 @@ class TensorRef:
     """Where it is a part of the stored one."""
     outer: int = 0
     """Leading dimensions of one that are stored and not ours."""
+    added: float = 0.0
+    """Number that is added to the stored ones: norms that multiply by ``1 + weight``."""
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the whole stored tensor, given the shape of this one."""
@@ -245,7 +247,8 @@ class TensorRef:
     def cut(self, stored: Float32) -> Float32:
         """This tensor, given the whole stored one."""
         stored = stored.reshape(stored.shape[self.outer :])
-        return stored if self.rows is None else stored[self.rows.start : self.rows.stop]
+        part = stored if self.rows is None else stored[self.rows.start : self.rows.stop]
+        return part + np.float32(self.added) if self.added else part
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ _MANY = 1000
 
 ReadDecoder = Callable[[Path, dict[str, Any]], DecoderSpec]
 
+_ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}
+"""Names of one function."""
 _PARTIAL = "partial_rotary_factor"
 """Key of the share of a head that rotates."""
 _MOE_LAYERS: dict[str, Callable[[int], range]] = {
@@ -56,6 +58,9 @@ class Backbone:
     """Rows of that table before the first position's."""
     fused_qkv: str | None = None
     """Query, key and value are the rows of one tensor."""
+    norm_offset: float = 0.0
+    """Added to the weights of norms when they are read. In float32, as the official code adds
+    it."""
 
 
 def skipped_names(spec: DecoderSpec, backbone: Backbone) -> list[str]:
@@ -81,8 +86,10 @@ def decoder_refs(
     absent = 0
     for module, biased in modules(spec):
         name, rows = stored_name(module, spec, backbone)
+        offset = backbone.norm_offset if module.endswith("norm") else 0.0
         for part in ("weight", "bias") if biased else ("weight",):
-            refs[f"decoder.{module}.{part}"] = TensorRef(files, f"{name}.{part}", rows)
+            added = offset if part == "weight" else 0.0
+            refs[f"decoder.{module}.{part}"] = TensorRef(files, f"{name}.{part}", rows, added=added)
             absent += f"{name}.{part}" not in files
         if absent > _MANY:
             check_presence(refs)
@@ -104,6 +111,12 @@ def modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
         yield f"{layer}.input_norm", normed
         if not spec.parallel_residual:
             yield f"{layer}.post_attention_norm", normed
+        if spec.post_norms:
+            yield f"{layer}.attn_output_norm", normed
+            yield f"{layer}.mlp_output_norm", normed
+        if spec.qk_norm:
+            yield f"{layer}.attn.q_norm", False
+            yield f"{layer}.attn.k_norm", False
         for group in attention_groups(spec, f"{layer}.attn"):
             yield from ((name, group.biased) for name in group.names)
         if spec.num_experts(index):
@@ -222,12 +235,15 @@ def _attention_sizes(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, Any]:
-    """What every backbone's configuration says in the same words."""
+def common_values(
+    path: Path, config: dict[str, Any], activation: str, key: str = "hidden_act"
+) -> dict[str, Any]:
+    """What every backbone's configuration says in the same words. ``key``: that of the
+    activation."""
     config = _with_rope_parameters(path, config)
-    found = config_value(path, config, "hidden_act", str, activation)
+    found = config_value(path, config, key, str, activation)
     if found != activation:
-        raise CheckpointError(f"{path}: 'hidden_act' is {found!r}, expected {activation!r}")
+        raise CheckpointError(f"{path}: {key!r} is {found!r}, expected {activation!r}")
     layers = config_value(path, config, "num_hidden_layers", int)
     scaling = rope_scaling(path, config)
     trained = config_value(path, config, "max_position_embeddings", int)
@@ -241,7 +257,7 @@ def _common(path: Path, config: dict[str, Any], activation: str) -> dict[str, An
         "rope_scaling": scaling,
         "context_length": config_value(path, longest, "max_position_embeddings", int),
         "tie_word_embeddings": config_value(path, config, "tie_word_embeddings", bool, False),
-        "hidden_act": activation,
+        "hidden_act": _ACTIVATIONS.get(activation, activation),
         "experts": _experts(path, config, layers),
     }
 
@@ -278,9 +294,10 @@ def _rotary_dim(path: Path, config: dict[str, Any], key: str, head_dim: int) -> 
     return channels
 
 
-def _read_llama(path: Path, config: dict[str, Any]) -> DecoderSpec:
+def read_llama(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    """Read ``LlamaConfig``."""
     biased = config_value(path, config, "attention_bias", bool, False)
-    common = _common(path, config, "silu")
+    common = common_values(path, config, "silu")
     if common["head_dim"] % 2:
         raise CheckpointError(
             f"{path}: heads have {common['head_dim']} channels, expected an even number: rotary "
@@ -297,7 +314,7 @@ def _read_llama(path: Path, config: dict[str, Any]) -> DecoderSpec:
 
 def _read_stablelm(path: Path, config: dict[str, Any]) -> DecoderSpec:
     """``StableLMEpochConfig``."""
-    common = _common(path, config, "silu")
+    common = common_values(path, config, "silu")
     return DecoderSpec(
         **common,
         norm_eps=config_value(path, config, "norm_eps", float, 1e-5),
@@ -313,7 +330,7 @@ def _read_phi(path: Path, config: dict[str, Any]) -> DecoderSpec:
         raise CheckpointError(
             f"{path}: norms of queries and keys ('qk_layernorm') are not known here"
         )
-    common = _common(path, config, "gelu_new")
+    common = common_values(path, config, "gelu_new")
     joined = _with_rope_parameters(path, config)
     return DecoderSpec(
         **common,
@@ -331,7 +348,7 @@ def _read_phi(path: Path, config: dict[str, Any]) -> DecoderSpec:
 def _read_qwen(path: Path, config: dict[str, Any]) -> DecoderSpec:
     """``QWenConfig`` of the first generation. Beyond ``seq_length`` its rotary base and scores
     change (dynamic NTK, log-n), so the context ends there."""
-    common = _common(path, config, "silu")
+    common = common_values(path, config, "silu")
     head_dim = config_value(path, config, "kv_channels", int, common["head_dim"])
     stretched = config.get("use_dynamic_ntk") or config.get("use_logn_attn")
     trained = config_value(path, config, "seq_length", int, common["context_length"])
@@ -388,15 +405,15 @@ def _read_opt(path: Path, config: dict[str, Any]) -> DecoderSpec:
     )
 
 
-_LLAMA_PARTS = {
+LLAMA_PARTS = {
     "input_norm": "input_layernorm",
     "post_attention_norm": "post_attention_layernorm",
     **{f"attn.{part}_proj": f"self_attn.{part}_proj" for part in "qkvo"},
 }
-LLAMA = Backbone(_read_llama, parts=_LLAMA_PARTS)
-STABLELM = Backbone(_read_stablelm, parts=_LLAMA_PARTS)
+LLAMA = Backbone(read_llama, parts=LLAMA_PARTS)
+STABLELM = Backbone(_read_stablelm, parts=LLAMA_PARTS)
 PHI = Backbone(
-    _read_phi, norm="final_layernorm", parts={**_LLAMA_PARTS, "attn.o_proj": "self_attn.dense"}
+    _read_phi, norm="final_layernorm", parts={**LLAMA_PARTS, "attn.o_proj": "self_attn.dense"}
 )
 OPT = Backbone(
     _read_opt,

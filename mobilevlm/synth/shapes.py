@@ -61,7 +61,9 @@ def decoder_shapes(spec: DecoderSpec, backbone: Backbone) -> Shapes:
             shapes[module] = (spec.num_experts(int(module.split(".")[1])), size)
         elif part == "position_embedding" and rows is not None:
             shapes[module] = (rows.total, size)
-        elif part in ("norm", "input_norm", "post_attention_norm"):
+        elif part in ("q_norm", "k_norm"):
+            shapes[module] = (spec.head_dim,)
+        elif part.endswith("norm"):
             shapes[module] = (size,)
         if module != "lm_head" or not spec.tie_word_embeddings:
             found[f"{name}.weight"] = shapes[module]

@@ -27,7 +27,7 @@ from mobilevlm.export.fixed_shapes.vision import (
     stored_weights,
     watch_ranges,
 )
-from mobilevlm.export.formats.written import Written
+from mobilevlm.export.formats import Written
 from mobilevlm.export.graph.author import (
     ChunkShape,
     author_static_decoder,

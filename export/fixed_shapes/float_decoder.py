@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mobilevlm.bundle import data_path
 from mobilevlm.console.progress import Advance, ignore
-from mobilevlm.export.formats.written import Written
+from mobilevlm.export.formats import Written
 from mobilevlm.export.graph.author import ChunkShape, author_static_decoder
 from mobilevlm.model import Model
 from mobilevlm.recipe import Recipe

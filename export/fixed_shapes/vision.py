@@ -21,7 +21,7 @@ from mobilevlm.console import progress
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibration.samples import Sample
-from mobilevlm.export.formats.written import Written
+from mobilevlm.export.formats import Written
 from mobilevlm.export.graph.author import author_vision
 from mobilevlm.export.graph.dialects import CENTRED, STANDARD
 from mobilevlm.export.graph.reading import OnnxTensors

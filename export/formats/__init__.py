@@ -1,1 +1,116 @@
-"""Artifacts that a recipe asks for, and how each is written."""
+"""Formats of artifacts: a job for each artifact, what it depends on, and how it is written.
+
+One file per format: onnx.py, gguf.py, npu.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import mobilevlm
+from mobilevlm._version import __version__
+from mobilevlm.bundle import Artifact, StageName
+from mobilevlm.console.progress import Advance
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.model import Model
+from mobilevlm.spec import ModelSpec, to_dict
+
+QDQ_TOOLS = ("onnx", "onnxruntime")
+"""Packages that make fixed-point graphs of float ones."""
+TOOLS = {
+    "onnx": ("onnx-ir", "onnxscript"),
+    "gguf": ("gguf",),
+    "npu": ("onnx-ir", "onnxscript", *QDQ_TOOLS),
+}
+"""Packages that write the artifacts of a format."""
+IMAGE = ("vision.", "projector.")
+"""Prefixes of the tensors of the vision stage."""
+EMBEDDINGS = ("decoder.embed_tokens.",)
+_SHARED_CODE = ("gguf/names.py", "linear_groups.py", "recipe.py", "rotary.py")
+"""Modules outside export/ that decide the bytes of artifacts."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """Figures of an artifact that has been written, for the manifest."""
+
+    errors: dict[str, float]
+    """Relative error that quantization made in each tensor"""
+    bytes_per_token: int | None = None
+    """Bytes of weights that one token needs: of sparse experts only those it uses"""
+
+
+Author: TypeAlias = Callable[[Path, Advance], Written]
+"""Writes the file at the path."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One artifact to make."""
+
+    artifact: Artifact
+    size: int
+    """Weights to read, for the progress bar."""
+    author: Author
+    prepare: Callable[[], object] | None = None
+    """What comes before, with progress of its own."""
+
+
+def refuse(refusals: Iterable[tuple[bool, str]]) -> None:
+    """Raise MobileVLMError with the message of the first condition that holds."""
+    for holds, message in refusals:
+        if holds:
+            raise MobileVLMError(message)
+
+
+def make_job(
+    model: Model,
+    form: str,
+    stage: StageName,
+    precision: str,
+    files: tuple[str, ...],
+    prefixes: tuple[str, ...],
+    settings: Sequence[Any],
+    author: Author,
+    prepare: Callable[[], object] | None = None,
+    **figures: Any,
+) -> Job:
+    """Return the job of an artifact. ``files``: the one that an engine opens, then the others;
+    ``prefixes``: of the tensors that it is made of; ``settings``: what it depends on besides, in
+    JSON types; ``figures``: fields of :class:`mobilevlm.bundle.Artifact`."""
+    weights = model.weights
+    inputs = [weights.sha256(prefix) for prefix in prefixes]
+    parts = [[precision, files, *settings], inputs, tool_versions([form]), _code_digest()]
+    key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    artifact = Artifact(stage, form, precision, files[0], files[1:], key, **figures)  # type: ignore[arg-type]
+    size = sum(weights.size(tensor) for tensor in weights if tensor.startswith(prefixes))
+    return Job(artifact, size, author, prepare)
+
+
+def image_settings(spec: ModelSpec) -> list[Any]:
+    """Return what the vision stage depends on in the spec."""
+    image = spec.image
+    return [to_dict(part) for part in (image.encoder, image.connector, image.preparation)]
+
+
+def tool_versions(formats: Sequence[str]) -> dict[str, str]:
+    """Versions of what writes the artifacts of these formats."""
+    packages = [package for form in formats for package in TOOLS[form]]
+    versions = {package: importlib.metadata.version(package) for package in packages}
+    return {"mobilevlm-edge": __version__, **versions}
+
+
+@cache
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    export, package = Path(__file__).parents[1], Path(mobilevlm.__file__).parent
+    for path in [*sorted(export.rglob("*.py")), *(package / name for name in _SHARED_CODE)]:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()

@@ -15,7 +15,7 @@ from onnxscript import GraphBuilder
 from mobilevlm.bundle import data_path
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance, ignore
-from mobilevlm.export.formats.written import Written
+from mobilevlm.export.formats import Written
 from mobilevlm.export.graph.decoder import DecoderStage
 from mobilevlm.export.graph.dialects import CPU, ELEMENTARY, STATIC, Dialect
 from mobilevlm.export.graph.encoder_decoder import EncodedDecoderStage, EncoderStage

@@ -44,6 +44,6 @@ def command(
     """Run a CHECKPOINT on calibration data and write how strong each input of the decoder's
     matrices is; GGUF export then rounds the weights that matter better (needs torch)."""
     progress.enable(not quiet)
-    from mobilevlm.export.pipeline import export_imatrix
+    from mobilevlm.export.gguf.imatrix_file import export_imatrix
 
     export_imatrix(checkpoint, path, calibration=calibration, **origin)

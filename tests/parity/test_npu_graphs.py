@@ -25,7 +25,7 @@ from mobilevlm.console.progress import ignore
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.fixed_shapes.decoder import author_qdq_decoder
-from mobilevlm.export.formats.jobs import npu_jobs
+from mobilevlm.export.formats.npu import npu_jobs
 from mobilevlm.export.graph.author import ChunkShape, author_embeddings, author_static_decoder
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model

@@ -70,7 +70,7 @@ def test_before_exact_products_8_bit_weights_are_not_measured_and_loading_says_t
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """1.24 and 1.27 end the process where the setting is given."""
-    for module in ("runtime.engines.opening", "export.pipeline"):
+    for module in ("runtime.engines.opening", "export.quality.gate"):
         monkeypatch.setattr(f"mobilevlm.{module}.int8_weight_bits", lambda: 7)
     monkeypatch.setattr(onnx, "_version", lambda: (1, 27))
     manifest = mobilevlm.export("nano", tmp_path / "bundle", recipe="int8", weight_bits=8)

@@ -18,8 +18,8 @@ from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.export.graph.author import author_decoder
-from mobilevlm.export.pipeline import in_stored_blocks
 from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.export.settled import in_stored_blocks
 from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType
 

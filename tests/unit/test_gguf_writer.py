@@ -24,7 +24,7 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
 from mobilevlm.console.progress import ignore
 from mobilevlm.errors import CheckpointError, MissingExtraError, MobileVLMError
-from mobilevlm.export.formats.jobs import gguf_jobs
+from mobilevlm.export.formats.gguf import gguf_jobs
 from mobilevlm.export.gguf.decoder import decoder_tensors, half_split, interleave, write_decoder
 from mobilevlm.export.gguf.imatrix import write_imatrix
 from mobilevlm.export.gguf.mmproj import check_support, write_mmproj

@@ -260,7 +260,7 @@ def test_a_bundle_says_how_many_bits_its_weights_have(
             measure=False,  # type: ignore[arg-type]
         )
         with monkeypatch.context() as patch:
-            patch.setattr("mobilevlm.export.pipeline.int8_weight_bits", lambda: bits)  # noqa: B023
+            patch.setattr("mobilevlm.export.settled.int8_weight_bits", lambda: bits)  # noqa: B023
             mobilevlm.export(tiny_checkpoint, settled, recipe="int8", measure=False)
         manifest = open_bundle(asked).manifest
         found = {item.stage: item.weight_bits for item in manifest.artifacts}

@@ -1,0 +1,131 @@
+"""Artifacts for NPUs: graphs of fixed shapes and standard operators, in fixed point or in float."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from mobilevlm.console.progress import Advance
+from mobilevlm.errors import require
+from mobilevlm.export.calibration.samples import find_samples, samples_digest
+from mobilevlm.export.formats import (
+    EMBEDDINGS,
+    IMAGE,
+    Job,
+    Written,
+    image_settings,
+    make_job,
+    refuse,
+)
+from mobilevlm.export.recipes.layer_formats import bits_per_weight
+from mobilevlm.linear_groups import linear_groups
+from mobilevlm.model import Model
+from mobilevlm.recipe import QDQ, Recipe
+from mobilevlm.spec import ModelSpec, to_dict
+
+
+def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
+    """All stages of a model as graphs for NPUs: float ones have elementary operators. The decoder
+    is two graphs with one file of weights."""
+    try:
+        from mobilevlm.export.fixed_shapes.decoder import author_qdq_decoder
+        from mobilevlm.export.fixed_shapes.float_decoder import author_float_decoder
+        from mobilevlm.export.fixed_shapes.vision import author_qdq, check_onnx
+        from mobilevlm.export.graph import author
+    except ImportError as error:
+        raise require(error.name or "onnxscript", "export", "exporting for NPUs") from None
+    check_onnx()
+    refuse(_refusals(model.spec, recipe))
+    if recipe.is_float:
+        recipe = replace(recipe, operators="elementary")
+    recipe = recipe.with_weight_bits(8, auto_only=True)
+    spec, samples = model.spec, [] if recipe.is_float else find_samples(recipe.calibration)
+    window = spec.decoder.context_length
+    lengths = min(recipe.chunk_length, window), 1
+    shapes = [author.ChunkShape(length, window) for length in lengths]
+    table = "" if recipe.embeddings == "fp32" else f"_{recipe.embeddings}"
+    tower, suffix = (
+        "" if recipe.is_float else f"_{part.precision}" for part in (recipe.tower, recipe.decoder)
+    )
+    prefill, token = (f"npu/decoder_{part}{suffix}.onnx" for part in ("prefill", "token"))
+    shared = f"npu/decoder{suffix}.onnx_data"
+
+    def write_vision(path: Path, advance: Advance) -> Written:
+        if recipe.is_float:
+            return author.author_vision(model.weights, spec, recipe, path, advance)
+        return author_qdq(samples, model.weights, spec, recipe, path, advance)
+
+    def write_table(path: Path, advance: Advance) -> Written:
+        return author.author_embeddings(model.weights, spec, recipe, path, advance)
+
+    def write_decoder(path: Path, advance: Advance) -> Written:
+        paths = [path, path.parent / Path(token).name]
+        data = path.parent / Path(shared).name
+        if recipe.is_float:
+            return author_float_decoder(model, recipe, paths, shapes, data, advance)
+        return author_qdq_decoder(model, samples, recipe, paths, shapes, data, advance)
+
+    digest, form = samples_digest(samples), [recipe.layer_norm, recipe.operators]
+    images, decoder = image_settings(spec), to_dict(spec.decoder)
+    sizes = [to_dict(shape) for shape in shapes]
+    language = [*images, decoder, to_dict(recipe.decoder), form, sizes, digest]
+    # Of pictures it is calibrated with all.
+    prefixes = ("decoder.", *IMAGE)
+    return [
+        make_job(
+            model, "npu", "vision", recipe.tower.precision,
+            _with_data(f"npu/vision_encoder{tower}.onnx"), IMAGE,
+            [*images, to_dict(recipe.tower), form, digest], write_vision,
+            bits_per_weight=_bits(spec, recipe, IMAGE),
+        ),
+        make_job(
+            model, "npu", "embeddings", recipe.embeddings,
+            _with_data(f"npu/embed_tokens{table}.onnx"), EMBEDDINGS, [decoder], write_table,
+        ),
+        make_job(
+            model, "npu", "decoder", recipe.decoder.precision, (prefill, token, shared), prefixes,
+            language, write_decoder, bits_per_weight=_bits(spec, recipe, prefixes),
+        ),
+    ]  # fmt: skip
+
+
+def _refusals(spec: ModelSpec, recipe: Recipe) -> list[tuple[bool, str]]:
+    """What stands in the way: whether it does, and the line that says so."""
+    parts = {
+        "a decoder with an encoder": spec.decoder.encoder_layers > 0,
+        "a decoder with learned positions": spec.decoder.learned_positions,
+        "a Q-Former": spec.image.connector.qformer is not None,
+        **{f"a decoder with {part}": True for part in spec.decoder.only_onnx},
+    }
+    missing = "no graphs for NPUs of {} yet: use --format onnx"
+    whole = recipe.is_for_npu or recipe.is_float
+    return [
+        *((there, missing.format(part)) for part, there in parts.items()),
+        (
+            not whole or recipe.needs_reference,
+            f"recipe {recipe.name!r}: graphs for NPUs are in fixed point as a whole, rounded to "
+            f"nearest, or in float: choose --recipe a16w8, a8w8 or fp32, or {' or '.join(QDQ)} for "
+            f"all parts",
+        ),
+        (
+            recipe.elementary and not recipe.is_float,
+            f"recipe {recipe.name!r}: elementary operators are for graphs in float: leave "
+            f"'operators' out",
+        ),
+    ]
+
+
+def _with_data(path: str) -> tuple[str, str]:
+    return path, f"{path}_data"
+
+
+def _bits(spec: ModelSpec, recipe: Recipe, prefixes: tuple[str, ...]) -> float:
+    groups = [group for group in linear_groups(spec) if f"{group.name}.".startswith(prefixes)]
+    return round(bits_per_weight(recipe, groups), 4)
+
+
+def fixed_context(model: Model, recipe: Recipe) -> Model:
+    """Return the model with no more context than graphs of fixed shapes have room for."""
+    context = min(model.spec.decoder.context_length, recipe.context_length)
+    decoder = replace(model.spec.decoder, context_length=context)
+    return replace(model, spec=replace(model.spec, decoder=decoder))

@@ -1,0 +1,197 @@
+"""What a person said about an export, settled: formats, recipe and limits, the model, and the jobs
+that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+
+from mobilevlm.console import progress
+from mobilevlm.errors import MobileVLMError, require
+from mobilevlm.export.formats import Job
+from mobilevlm.export.formats.gguf import gguf_jobs
+from mobilevlm.export.formats.npu import fixed_context, npu_jobs
+from mobilevlm.export.formats.onnx import onnx_jobs
+from mobilevlm.export.quality.limits import with_limits
+from mobilevlm.export.recipes.file import find_recipe
+from mobilevlm.export.recipes.layer_formats import expand_layers
+from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.export.targets import Target, find_target
+from mobilevlm.export.targets.checks import check_tools
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model, OpenOptions
+from mobilevlm.recipe import LinearFormat, Recipe, WeightBits
+from mobilevlm.runtime.machine import int8_weight_bits
+from mobilevlm.spec import GGUFType, KVCache
+
+JOBS: dict[str, Callable[[Model, Recipe], list[Job]]] = {
+    "onnx": onnx_jobs,
+    "gguf": gguf_jobs,
+    "npu": npu_jobs,
+}
+"""What makes the artifacts of each format."""
+FORMATS = tuple(JOBS)
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What a person may say beside the checkpoint and where it goes; the fields are parameters of
+    :func:`mobilevlm.export.pipeline.export`."""
+
+    recipe: str | None
+    formats: Sequence[str] | None
+    measure: bool
+    gguf_type: GGUFType | None
+    imatrix: str | PathLike[str] | None
+    calibration: str | PathLike[str] | None
+    weight_bits: WeightBits | None
+    kv_cache: KVCache | None
+    target: str | None
+    limits: Mapping[str, float] | None
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What follows from the wishes, whatever the model."""
+
+    formats: tuple[str, ...]
+    recipe: Recipe
+    target: Target | None
+
+
+def settle(wishes: Wishes) -> Settled:
+    """Return formats and recipe, and the target where there is one.
+
+    Raises:
+        MobileVLMError: wishes that contradict each other, or a name that is not known.
+        TargetError: a tool that the target needs is missing.
+    """
+    formats, bits = wishes.formats, wishes.weight_bits
+    goal = None if wishes.target is None else find_target(wishes.target)
+    if goal is not None:
+        if wishes.recipe is not None or formats is not None or bits is not None:
+            raise MobileVLMError(
+                f"target {goal.name} settles recipe, format and weight bits: leave them out"
+            )
+        formats, bits = goal.formats, goal.weight_bits
+        check_tools(goal)
+    formats = tuple(formats or ("onnx",))
+    for name in formats:
+        if name not in FORMATS:
+            raise MobileVLMError(f"format {name!r} is not known: expected {', '.join(FORMATS)}")
+    recipe = goal.settled() if goal else find_recipe(wishes.recipe or "int4")
+    if wishes.limits:
+        if not wishes.measure:
+            raise MobileVLMError("--limit is checked by measuring: leave --no-measure out")
+        recipe = with_limits(recipe, wishes.limits)
+    if wishes.gguf_type is not None:
+        recipe = dataclasses.replace(recipe, gguf=wishes.gguf_type)
+    if wishes.kv_cache is not None:
+        recipe = _with_kv_cache(recipe, wishes.kv_cache, formats)
+    if wishes.imatrix is not None or wishes.calibration is not None:
+        recipe = _with_data(recipe, wishes.imatrix, wishes.calibration, formats)
+    return Settled(formats, _with_weight_bits(recipe, bits, formats), goal)
+
+
+def settle_model(said: Settled, model: Model) -> tuple[Model, Recipe, list[Job]]:
+    """Return the model as the formats have room for it, the recipe with an entry for each layer,
+    and the jobs of all formats."""
+    if "npu" in said.formats:
+        model = fixed_context(model, said.recipe)
+    recipe = expand_layers(in_stored_blocks(said.recipe, model), model.spec)
+    jobs = [job for form in said.formats for job in JOBS[form](model, recipe)]
+    _check_vision(model, jobs)
+    return model, recipe, jobs
+
+
+def open_source(
+    checkpoint: Path, options: OpenOptions, mmproj: Path | None, formats: Sequence[str]
+) -> Model:
+    """A checkpoint folder, or a pair of GGUF files."""
+    if checkpoint.suffix != ".gguf":
+        if mmproj is not None:
+            raise MobileVLMError(f"{checkpoint}: --mmproj goes with a GGUF file, this is none")
+        return open_checkpoint(checkpoint, options)
+    if mmproj is None:
+        raise MobileVLMError(f"{checkpoint}: add the image encoder with --mmproj FILE")
+    if options != OpenOptions() or "gguf" in formats:
+        raise MobileVLMError(
+            f"{checkpoint}: a GGUF file becomes ONNX only, and carries its tower and conversation: "
+            f"leave --format, --vision-tower, --conversation, --variant and --base out"
+        )
+    try:
+        from mobilevlm.export.gguf.source import open_gguf
+    except ImportError as error:
+        raise require(error.name or "gguf", "export", f"reading {checkpoint}") from None
+    return open_gguf(checkpoint, mmproj)
+
+
+def _check_vision(model: Model, jobs: Sequence[Job]) -> None:
+    """Raises MobileVLMError: nothing would see the pictures, since llama.cpp cannot."""
+    forms = {(job.artifact.stage, job.artifact.format) for job in jobs}
+    if ("decoder", "gguf") not in forms or ("vision", "gguf") in forms:
+        return
+    from mobilevlm.export.gguf.mmproj import check_support, obstacle
+
+    if ("vision", "onnx") not in forms:
+        check_support(model.spec)
+    progress.say(f"vision      no GGUF file ({obstacle(model.spec)}): engine hybrid uses ONNX")
+
+
+def _with_data(
+    recipe: Recipe,
+    imatrix: str | PathLike[str] | None,
+    calibration: str | PathLike[str] | None,
+    formats: Sequence[str],
+) -> Recipe:
+    """The recipe with these instead of its own."""
+    if calibration is not None and set(formats) - {"gguf"} and recipe.is_calibrated:
+        recipe = dataclasses.replace(recipe, calibration=str(calibration))
+        if "gguf" not in formats and imatrix is None:
+            return recipe
+    if "gguf" not in formats:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r} takes no calibration data for ONNX, and importance matrices "
+            f"are for GGUF files: add --format gguf or all, or use gptq, awq or smoothquant"
+        )
+    return dataclasses.replace(
+        recipe,
+        gguf_imatrix=None if imatrix is None else str(Path(imatrix)),
+        gguf_calibration=None if calibration is None else str(calibration),
+    )
+
+
+def _with_kv_cache(recipe: Recipe, kv_cache: KVCache, formats: Sequence[str]) -> Recipe:
+    """The recipe with keys and values stored so."""
+    if "onnx" not in formats:
+        raise MobileVLMError(
+            f"--kv-cache {kv_cache} is about the ONNX decoder, there is none: leave it out"
+        )
+    return dataclasses.replace(recipe, kv_cache=kv_cache)
+
+
+def _with_weight_bits(recipe: Recipe, wanted: WeightBits | None, formats: Sequence[str]) -> Recipe:
+    """The recipe with the bits of its ``int8`` weights settled."""
+    if wanted is None:
+        return recipe.with_weight_bits(int8_weight_bits() or 7, auto_only=True)
+    if "onnx" not in formats or not recipe.has_int8:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r} has no int8 weights in ONNX that --weight-bits {wanted} could "
+            f"be about: leave it out"
+        )
+    return recipe.with_weight_bits(wanted, auto_only=False)
+
+
+def in_stored_blocks(recipe: Recipe, model: Model) -> Recipe:
+    """The recipe; of a model in llama.cpp's Q4_0 a built-in one with 4 bits takes over its blocks,
+    so that nothing is rounded again."""
+    decoder = model.spec.decoder
+    last = f"{decoder.mlp_names(0)[0]}.{decoder.mlp_linears[1]}.weight"
+    is_built_in = recipe.name in RECIPES and recipe.decoder == RECIPES["int4"].decoder
+    if not is_built_in or model.weights.q4_0(last) is None:
+        return recipe
+    layers = LinearFormat("q4")
+    return dataclasses.replace(recipe, decoder=layers, lm_head=layers)

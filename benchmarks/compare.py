@@ -272,7 +272,7 @@ def _announce(lined: LineUp) -> None:
 
 def _shapes(spec: ModelSpec) -> Shapes:
     return Shapes(
-        image_size=spec.image.preparation.size,
+        image_size=spec.image.square.size,
         visual_tokens=spec.image.connector.num_tokens,
         hidden_size=spec.decoder.hidden_size,
         vocab_size=spec.decoder.vocab_size,

@@ -43,7 +43,7 @@ def answer(path: str, engine: str, memory: str, text_tokens: int) -> dict[str, A
 
     plan: Any = "none" if memory == "auto" else Plan(engine or "auto", memory=memory)  # type: ignore[arg-type]
     with load(path, engine or "auto", plan=plan) as vlm:
-        size = vlm.spec.image.preparation.size
+        size = vlm.spec.image.square.size
         grey = np.full((size, size, 3), 128, np.uint8)
         prompt = prompt_of_length(vlm, text_tokens, 1)
         found = vlm.generate(prompt, [grey], max_new_tokens=NEW_TOKENS, ignore_eos=True, raw=True)

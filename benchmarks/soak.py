@@ -63,7 +63,7 @@ def soak(rounds: int, work: Callable[[int], None]) -> list[Look]:
 def asking(vlm: VLM) -> Callable[[int], None]:
     """Return the work of one question: images, questions and settings in turns; some streams are
     left in the middle."""
-    size = vlm.spec.image.preparation.size
+    size = vlm.spec.image.square.size
     random = np.random.default_rng(0)
     images = [random.integers(0, 256, (size, size, 3), np.uint8) for _ in range(IMAGES)]
 

@@ -25,9 +25,9 @@ from mobilevlm.console import progress
 from mobilevlm.export.calibration.samples import held_out_samples
 from mobilevlm.export.targets import Target, find_target, target_names
 from mobilevlm.export.targets.htp import Chip, compile_graphs, emulate
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.evaluate import evaluate_vlm
 from mobilevlm.nano.suite import evaluation_set
+from mobilevlm.preparation import prepare
 from mobilevlm.runtime.engines.onnx.engine import open_session
 from mobilevlm.runtime.engines.onnx.npu import FIXED_POINT, causal_mask, signed_tables
 
@@ -272,7 +272,7 @@ def _decoder_errors(
 
 def _pixels(bundle: Bundle) -> NDArray[np.uint8]:
     image = held_out_samples("scenes")[0].images[0]
-    return preprocess(open_image(image), bundle.manifest.spec.image.preparation)[None]
+    return prepare(image, bundle.manifest.spec.image).arrays[0]["pixels"][None]
 
 
 def _error(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:

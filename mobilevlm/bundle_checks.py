@@ -17,9 +17,11 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mobilevlm.errors import BundleError
 from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
+from mobilevlm.media.image_file import MAX_PIXELS
 from mobilevlm.protobuf import external_files
 from mobilevlm.recipe import PARTS, PREFILL
 from mobilevlm.regular_file import leaves_folder
+from mobilevlm.spec import DynamicImage, FixedImage, Tiles
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Artifact, Manifest
@@ -138,14 +140,29 @@ def _size(groups: Iterable[LinearGroup]) -> int:
 
 def _image(spec: ModelSpec) -> Iterator[_Check]:
     image, edge = spec.image.preparation, spec.image.encoder.image_size
-    yield from _whole("image", {"size": image.size, "shortest_edge": image.shortest_edge})
-    yield "image.size", image.size, image.size == edge, f"the tower's {_short(edge)}"
-    most = MAX_ENLARGED * image.size
-    found = image.shortest_edge
-    yield "image.shortest_edge", found, found <= most, f"at most {_short(most)}"
+    if isinstance(image, DynamicImage):
+        yield from _dynamic(image)
+    else:
+        longest = image.shortest_edge if isinstance(image, FixedImage) else image.longest_edge
+        name = "shortest_edge" if isinstance(image, FixedImage) else "longest_edge"
+        yield from _whole("image", {"size": image.size, name: longest})
+        yield "image.size", image.size, image.size == edge, f"the tower's {_short(edge)}"
+        most = MAX_ENLARGED * image.size
+        yield f"image.{name}", longest, longest <= most, f"at most {_short(most)}"
+    if isinstance(image, Tiles) and spec.image.layout.tile_ids:
+        marks, count = spec.image.layout.tile_ids, image.most_per_edge
+        is_right = len(marks) >= count <= min(map(len, marks))
+        yield "layout.tile_ids", len(marks), is_right, f"{count} rows and columns at least"
     for name, value in (("mean", image.mean), ("std", image.std)):
         is_right = all(0 <= item <= 1 for item in value) and (name == "mean" or min(value) > 0)
         yield f"image.{name}", value, is_right, "shares of the brightest value"
+
+
+def _dynamic(image: DynamicImage) -> Iterator[_Check]:
+    numbers = {"patch_size": image.patch_size, "merge_size": image.merge_size}
+    yield from _whole("image", {**numbers, "min_pixels": image.min_pixels})
+    least, most = image.min_pixels, image.max_pixels
+    yield "image.max_pixels", most, least <= most <= MAX_PIXELS, f"{least} to {MAX_PIXELS}"
 
 
 def _vision(vision: TransformerEncoder, total: int) -> Iterator[_Check]:
@@ -325,7 +342,7 @@ def _experts(decoder: DecoderSpec) -> Iterator[_Check]:
 def _conversation(spec: ModelSpec) -> Iterator[_Check]:
     for name, ids in (
         ("conversation.eos_token_ids", spec.conversation.eos_token_ids),
-        ("inputs.image.layout.end_ids", spec.image.layout.end_ids),
+        ("the ids of inputs.image.layout", spec.image.layout.ids),
     ):
         is_right = all(0 <= item < spec.decoder.vocab_size for item in ids)
         yield name, ids, is_right, "ids of the vocabulary"

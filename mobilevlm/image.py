@@ -13,7 +13,7 @@ resizes one direction, then the other, and a line does not depend on the others.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,7 +25,7 @@ from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
 from mobilevlm.media.image_file import Room, RoomFor, check_size, read_image
 from mobilevlm.media.image_source import ImageInput, open_source
-from mobilevlm.spec import FixedImage
+from mobilevlm.spec import DynamicImage, FixedImage, Tiles
 
 __all__ = [
     "ImageInput",
@@ -35,6 +35,7 @@ __all__ = [
     "open_image",
     "preprocess",
     "read_pixels",
+    "read_resized",
 ]
 
 MAX_PADDED_EDGE = 32_768
@@ -169,6 +170,24 @@ def read_pixels(
     return _pixels(_read(source, room_for, spec.shortest_edge), spec)
 
 
+def read_resized(
+    source: ImageInput,
+    target: Callable[[tuple[int, int]], tuple[int, int]],
+    resample: Image.Resampling,
+    room_for: RoomFor | None = None,
+    edge: int | None = None,
+) -> Image.Image:
+    """Return an RGB image in any form at the width and height that ``target`` gives for its own.
+
+    ``edge``: the shortest edge that a JPEG is decoded to, where memory demands it.
+
+    Raises:
+        ImageError: as of :func:`open_image`.
+    """
+    stored = _read(source, room_for, edge)
+    return _resize(stored, target(stored.size), resample)
+
+
 def preprocess(image: Image.Image, spec: FixedImage) -> NDArray[np.uint8]:
     """RGB image to uint8 pixels ``(size, size, 3)``, before mean and standard deviation.
 
@@ -178,8 +197,11 @@ def preprocess(image: Image.Image, spec: FixedImage) -> NDArray[np.uint8]:
     return _pixels(_Stored(image), spec)
 
 
-def normalize(pixels: NDArray[np.uint8], spec: FixedImage) -> NDArray[np.float32]:
-    """uint8 ``(size, size, 3)`` to float32 ``(3, size, size)``: ``(pixel / 255 - mean) / std``."""
+def normalize(
+    pixels: NDArray[np.uint8], spec: FixedImage | Tiles | DynamicImage
+) -> NDArray[np.float32]:
+    """uint8 ``(height, width, 3)`` to float32 ``(3, height, width)``:
+    ``(pixel / 255 - mean) / std``."""
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
     values = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
     return np.ascontiguousarray(values.transpose(2, 0, 1))
@@ -279,19 +301,21 @@ def _pixels(stored: _Stored, spec: FixedImage) -> NDArray[np.uint8]:
     return _center_crop(np.asarray(image, np.uint8), spec.size)
 
 
-def _resize(stored: _Stored, size: tuple[int, int]) -> Image.Image:
+def _resize(
+    stored: _Stored, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
     """Resize to a size strip by strip, in the order of Pillow's passes: the first pass of a strip
     does not depend on the others."""
     width, height = size
     if _columns_first(stored.size, size):
         short = Image.new("RGB", (stored.size[0], height))
         for left, strip in stored.columns():
-            short.paste(strip.resize((strip.width, height), Image.Resampling.BICUBIC), (left, 0))
-        return short.resize(size, Image.Resampling.BICUBIC)
+            short.paste(strip.resize((strip.width, height), resample), (left, 0))
+        return short.resize(size, resample)
     narrow = Image.new("RGB", (width, stored.size[1]))
     for top, strip in stored.strips(width):
-        narrow.paste(strip.resize((width, strip.height), Image.Resampling.BICUBIC), (0, top))
-    return narrow.resize((width, height), Image.Resampling.BICUBIC)
+        narrow.paste(strip.resize((width, strip.height), resample), (0, top))
+    return narrow.resize((width, height), resample)
 
 
 def _columns_first(before: tuple[int, int], after: tuple[int, int]) -> bool:

@@ -1,10 +1,16 @@
-"""Images as the arrays that an encoder takes, and the pieces that stand for them in a prompt."""
+"""Images as the arrays that an encoder takes, and the pieces that stand for them in a prompt: one
+pure function for each kind of preparation."""
 
 from __future__ import annotations
 
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
+from mobilevlm.media.dynamic_image import dynamic_pieces, prepare_dynamic
+from mobilevlm.media.tiles import prepare_tiles, tile_pieces
 from mobilevlm.prompt import Piece, Prepared, Run
-from mobilevlm.spec import InputSpec
+from mobilevlm.spec import FixedImage, InputSpec, Tiles
+
+_LARGE = 1 << 20
+"""Edge of an image that every preparation makes smaller."""
 
 
 def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None) -> Prepared:
@@ -13,15 +19,43 @@ def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None
     ``room_for``: memory that this may take, as of :func:`mobilevlm.image.read_pixels`.
 
     Raises:
-        ImageError: it is missing, damaged, not an image, or too large.
+        ImageError: it is missing, damaged, not an image, too large, or of a shape that the model
+            does not take.
     """
     if isinstance(source, Prepared):
         return source
-    pixels = read_pixels(source, spec.preparation, room_for)
-    return Prepared("image", ({"pixels": pixels},), pieces_of(source, spec))
+    if isinstance(spec.preparation, Tiles):
+        return prepare_tiles(source, spec.preparation, spec, room_for)
+    if isinstance(spec.preparation, FixedImage):
+        pixels = read_pixels(source, spec.preparation, room_for)
+        return Prepared("image", ({"pixels": pixels},), _fixed_pieces(spec))
+    return prepare_dynamic(source, spec.preparation, spec, room_for)
 
 
-def pieces_of(source: ImageInput | None, spec: InputSpec) -> tuple[Piece, ...]:
+def pieces_of(source: ImageInput, spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of an image, which is not read where all images have the same."""
-    del source
+    if isinstance(spec.preparation, FixedImage):
+        return _fixed_pieces(spec)
+    return prepare(source, spec).pieces
+
+
+def fewest_pieces(spec: InputSpec) -> tuple[Piece, ...]:
+    """Return the pieces of the image that takes the fewest positions."""
+    if isinstance(spec.preparation, FixedImage):
+        return _fixed_pieces(spec)
+    if isinstance(spec.preparation, Tiles):
+        return tile_pieces((_LARGE, 1), spec.preparation, spec)
+    return dynamic_pieces((1, 1), spec.preparation, spec)
+
+
+def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
+    """Return the pieces of the image that takes the most positions."""
+    if isinstance(spec.preparation, FixedImage):
+        return _fixed_pieces(spec)
+    if isinstance(spec.preparation, Tiles):
+        return tile_pieces((_LARGE, _LARGE), spec.preparation, spec)
+    return dynamic_pieces((_LARGE, _LARGE), spec.preparation, spec)
+
+
+def _fixed_pieces(spec: InputSpec) -> tuple[Piece, ...]:
     return (Run(spec.connector.num_tokens), *spec.layout.end_ids)

@@ -17,6 +17,8 @@ def upgraded(data: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(spec, dict):
         return data
     image, others = _split(spec, _PARTS)
+    if isinstance(image.get("preparation"), dict):
+        image["preparation"] = {"kind": "fixed_image", **image["preparation"]}
     if isinstance(others.get("conversation"), dict):
         image["layout"], others["conversation"] = _split(others["conversation"], _LAYOUT)
     return {**data, "spec": {**others, "inputs": {"image": image}}}

@@ -10,6 +10,7 @@ import dataclasses
 import types
 import typing
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from mobilevlm.errors import MobileVLMError
@@ -34,12 +35,59 @@ class FixedImage:
     ``resize``: straight to the square, whatever the shape."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    kind: Literal["fixed_image"] = "fixed_image"
 
     @property
     def pad_color(self) -> tuple[int, int, int]:
         """The mean colour as the reference code rounds it: ``int(mean * 255)``."""
         red, green, blue = (int(channel * 255) for channel in self.mean)
         return red, green, blue
+
+
+Resampling: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Preparation of an image as a grid of square tiles and itself made small, each uint8 pixels
+    ``(size, size, 3)`` of one run of the encoder (media/tiles.py)."""
+
+    size: int
+    """Edge of a tile, in pixels."""
+    longest_edge: int
+    """The longer edge is resized to this, then both to multiples of a tile."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    thumbnail: Literal["none", "first", "last"] = "last"
+    """Place of the image made small as a tile, where it has several."""
+    resample: Resampling = "lanczos"
+    kind: Literal["tiles"] = "tiles"
+
+    @property
+    def most_per_edge(self) -> int:
+        """Tiles along the longer edge."""
+        return -(-self.longest_edge // self.size)
+
+
+@dataclass(frozen=True)
+class DynamicImage:
+    """Preparation of an image near its own size, as uint8 pixels ``(height, width, 3)`` whose edges
+    are multiples of ``factor`` (media/dynamic_image.py)."""
+
+    patch_size: int
+    merge_size: int
+    """Patches along each edge of the square that becomes one visual token."""
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Resampling = "bicubic"
+    kind: Literal["dynamic_image"] = "dynamic_image"
+
+    @property
+    def factor(self) -> int:
+        """Pixels along each edge of what becomes one visual token."""
+        return self.patch_size * self.merge_size
 
 
 @dataclass(frozen=True)
@@ -378,19 +426,48 @@ class LayoutSpec:
     """Ids around the visual tokens of an image, in the prompt and in official code."""
 
     end_ids: tuple[int, ...] = ()
-    """Follow each image's visual tokens."""
+    """Follow each image."""
     placeholder_ids: tuple[int, ...] = (IMAGE_TOKEN_ID,)
     """Ids of the official code for an image, visual tokens and ``end_ids``."""
+    tile_ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """Ids before each tile, by row and column; without any, tiles are not marked."""
+    row_end_ids: tuple[int, ...] = ()
+    """Ids between two rows of tiles."""
+    between_ids: tuple[int, ...] = ()
+    """Ids between the tiles and the image made small."""
+    thumbnail_ids: tuple[int, ...] = ()
+    """Ids before the image made small, or before an image that is one tile."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All that may stand in a prompt."""
+        tiles = chain.from_iterable(self.tile_ids)
+        others = self.end_ids, self.row_end_ids, self.between_ids, self.thumbnail_ids
+        return tuple(chain(*others, *tiles))
 
 
 @dataclass(frozen=True)
 class InputSpec:
     """One kind of input beside text: prepared, encoded, and brought into the decoder's space."""
 
-    preparation: FixedImage
+    preparation: FixedImage | Tiles | DynamicImage
     encoder: TransformerEncoder
     connector: ConnectorSpec
     layout: LayoutSpec = LayoutSpec()
+
+    @property
+    def square(self) -> FixedImage | Tiles:
+        """The preparation of an encoder that takes squares of one size.
+
+        Raises:
+            MobileVLMError: it takes images of other shapes.
+        """
+        if isinstance(self.preparation, DynamicImage):
+            raise MobileVLMError(
+                "images that keep their shape ('dynamic_image') need an encoder for any shape, "
+                "which this version does not have"
+            )
+        return self.preparation
 
 
 @dataclass(frozen=True)
@@ -501,9 +578,22 @@ def _convert(expected: Any, data: Any, where: str, strict: bool) -> Any:
     if origin in (typing.Union, types.UnionType):
         if data is None:
             return None
-        return _convert(next(arg for arg in args if arg is not type(None)), data, where, strict)
+        among = [arg for arg in args if arg is not type(None)]
+        chosen = among[0] if len(among) == 1 else _of_kind(among, data, where)
+        return _convert(chosen, data, where, strict)
     if expected is float and type(data) is int and abs(data) < 1 << 1023:
         return float(data)
     if expected is not Any and type(data) is not expected:
         raise MobileVLMError(f"{where}: expected {expected.__name__}, found {data!r:.60}")
     return data
+
+
+def _of_kind(kinds: list[Any], data: Any, where: str) -> Any:
+    """Return the dataclass of a union that the data's ``kind`` names."""
+    named = {one.kind: one for one in kinds}
+    kind = data.get("kind") if isinstance(data, dict) else data
+    if not isinstance(kind, str) or kind not in named:
+        raise MobileVLMError(
+            f"{where}: expected the kind {' or '.join(map(repr, named))}, found {kind!r:.60}"
+        )
+    return named[kind]

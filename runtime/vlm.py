@@ -25,7 +25,7 @@ from mobilevlm.image import ImageInput, Room
 from mobilevlm.instruction import with_instruction
 from mobilevlm.messages import Message, check_continued, check_images, read_messages
 from mobilevlm.plan import DRAFTING_ENGINES, Plan
-from mobilevlm.preparation import pieces_of, prepare
+from mobilevlm.preparation import fewest_pieces, prepare
 from mobilevlm.prompt import Mark, Prepared, Token, count_positions, count_rows, expand, joined
 from mobilevlm.runtime.answer.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.answer.sampling import SamplingOptions
@@ -301,7 +301,7 @@ class VLM:
     ) -> int:
         """Positions that a prompt takes beside the visual tokens of its images."""
         tokens = self._tokens(prompt, images, raw)
-        pieces = expand(tokens, [pieces_of(None, self.spec.image)] * images)
+        pieces = expand(tokens, [fewest_pieces(self.spec.image)] * images)
         return count_positions(pieces) - count_rows(pieces)
 
     def prompt_logits(
@@ -491,7 +491,7 @@ class VLM:
         self._check_fits(self._tokens(prompt, images, raw, special_tokens))
 
     def _check_fits(self, tokens: Sequence[Token]) -> None:
-        images = [pieces_of(None, self.spec.image)] * tokens.count(Mark())
+        images = [fewest_pieces(self.spec.image)] * tokens.count(Mark())
         length = count_positions(expand(tokens, images))
         rows = [count_rows(pieces) for pieces in images]
         check_length(length, rows, self.spec.decoder.context_length)

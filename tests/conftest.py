@@ -29,7 +29,7 @@ from mobilevlm.console import progress
 from mobilevlm.conversation import tokenize
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions
-from mobilevlm.preparation import pieces_of
+from mobilevlm.preparation import fewest_pieces
 from mobilevlm.prompt import Mark, Piece, expand
 from mobilevlm.runtime import VLM
 from mobilevlm.spec import KVCache
@@ -161,7 +161,7 @@ def fixture_named(name: str) -> Fixture:
 def prompt_pieces(model: Model, text: str) -> list[Piece]:
     """Prompt text, in its template, as ids and runs."""
     tokens = tokenize(model.tokenizer, text, model.spec.conversation)
-    return expand(tokens, [pieces_of(None, model.spec.image)] * tokens.count(Mark()))
+    return expand(tokens, [fewest_pieces(model.spec.image)] * tokens.count(Mark()))
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:

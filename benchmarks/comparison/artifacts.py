@@ -154,7 +154,7 @@ def write_standard_vision(checkpoint: Path, path: Path) -> None:
         reference = ReferenceModel(model.spec)
     for name in ("vision", "projector"):
         fill_block(reference.get_submodule(name), model.weights, name)
-    size = model.spec.image.preparation.size
+    size = model.spec.image.square.size
     torch.onnx.export(
         torch.nn.Sequential(reference.vision, reference.projector).eval(),
         (torch.zeros(1, 3, size, size),),

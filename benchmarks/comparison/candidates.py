@@ -265,7 +265,7 @@ def _openvino(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
 
 
 def _mnn(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
-    image = artifacts.spec.image.preparation
+    image = artifacts.spec.image.square
     for bits, settings in ((None, {}), (8, {"memory": "low", "precision": "low"})):
         path = artifacts.mnn(python, bits)
         yield Candidate(

@@ -117,7 +117,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
         prompt = random.standard_normal((PROMPT_TOKENS, spec.decoder.hidden_size), np.float32) * 0.1
         path = bundle.path(bundle.artifact("vision", "onnx").path)
         vision = onnx_vision(bundle, path, plan)
-        pixels = picture(spec.image.preparation.size, 0)
+        pixels = picture(spec.image.square.size, 0)
         found = {"image encode": stage(-1, lambda: vision.encode({"pixels": pixels}), RUNS)}
         vision.close()
         path = bundle.path(bundle.artifact("decoder", "onnx").path)

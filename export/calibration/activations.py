@@ -225,7 +225,7 @@ def _usable_arrays(model: Model, samples: Sequence[Sample]) -> list[Arrays]:
 @torch.no_grad()
 def embed_images(reference: ReferenceModel, arrays: Iterable[Arrays]) -> list[Tensor]:
     """Input of the encoder's first layer ``(1, num_positions, hidden_size)`` of each run."""
-    tower, spec = reference.vision, reference.spec.image.preparation
+    tower, spec = reference.vision, reference.spec.image.square
     with ExitStack() as stack:
         for block in (tower.patch_embedding, tower.position_embedding, tower.pre_norm):
             stack.enter_context(held(block))

@@ -28,10 +28,11 @@ from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.quality.artifact_weights import weight_error
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
-from mobilevlm.image import ImageInput, open_image, preprocess
+from mobilevlm.image import ImageInput
 from mobilevlm.linear_groups import linear_groups
+from mobilevlm.preparation import prepare
 from mobilevlm.recipe import CalibratorName, LinearFormat, Recipe
-from mobilevlm.spec import FixedImage, ModelSpec
+from mobilevlm.spec import InputSpec, ModelSpec
 
 Inputs: TypeAlias = dict[str, NDArray[Any]]
 Overrides: TypeAlias = dict[str, list[dict[str, Any]]]
@@ -91,7 +92,7 @@ def author_qdq(
         source = Path(folder) / "float.onnx"
         author_vision(weights, spec, floats, source, advance, hessian, dialect)
         with progress.track("calibration", len(pictures)) as seen, silent():
-            inputs = _inputs(pictures, spec.image.preparation, seen)
+            inputs = _inputs(pictures, spec.image, seen)
             model = float_model(source)
             ranges = watch_ranges(source, recipe.tower.calibrator, model, inputs)
             model = quantize_model(model, recipe.tower, ranges, {})
@@ -114,9 +115,10 @@ class _Once:
         return self._left.pop() if self._left else None
 
 
-def _inputs(pictures: Sequence[ImageInput], image: FixedImage, seen: Advance) -> Iterator[Inputs]:
-    for picture in pictures:
-        yield {"pixels": preprocess(open_image(picture), image)[None]}
+def _inputs(images: Sequence[ImageInput], spec: InputSpec, seen: Advance) -> Iterator[Inputs]:
+    for image in images:
+        for arrays in prepare(image, spec).arrays:
+            yield {name: array[None] for name, array in arrays.items()}
         seen(1)
 
 

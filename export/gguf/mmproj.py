@@ -51,6 +51,8 @@ def check_support(spec: ModelSpec) -> None:
 def obstacle(spec: ModelSpec) -> str:
     """Why llama.cpp has no graph for tower and projector; empty where it has one."""
     projector, vision = spec.image.connector, spec.image.encoder
+    if spec.image.preparation.kind != "fixed_image":
+        return "llama.cpp's files are for images that become one square, this model's do not"
     if projector.kind not in ("mlp", "ldp", "ldpv2"):
         return f"llama.cpp has no projector of the kind {projector.kind}"
     if not (vision.class_token and vision.pre_norm) or vision.post_norm or vision.class_feature:
@@ -73,7 +75,7 @@ def obstacle(spec: ModelSpec) -> str:
 
 
 def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
-    vision, image = spec.image.encoder, spec.image.preparation
+    vision, image = spec.image.encoder, spec.image.square
     writer.add_type("mmproj")
     writer.add_name(spec.name)
     writer.add_file_type(FILE_TYPES[kind])

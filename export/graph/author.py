@@ -58,7 +58,7 @@ def author_vision(
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
         stage = VisionStage(file, spec)
-        size, count = spec.image.preparation.size, spec.image.encoder.num_features
+        size, count = spec.image.square.size, spec.image.encoder.num_features
         pixels = _input(builder, "pixels", ir.DataType.UINT8, [1, size, size, 3])
         further = [
             _input(builder, name, ir.DataType.INT64, [1, name.replace("_ids", "_length")])

@@ -14,7 +14,7 @@ from onnxscript import nn
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import FixedImage, ModelSpec, TransformerEncoder
+from mobilevlm.spec import FixedImage, ModelSpec, Tiles, TransformerEncoder
 
 
 class VisionStage(nn.Module):  # type: ignore[misc]
@@ -24,7 +24,7 @@ class VisionStage(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ModelSpec) -> None:
         super().__init__("vision")
-        self.tower = ClipTower(weights, spec.image.encoder, spec.image.preparation)
+        self.tower = ClipTower(weights, spec.image.encoder, spec.image.square)
         self.projector = build_projector(weights, spec.image.connector)
 
     def forward(self, op: Any, pixels: Any, *further: Any) -> tuple[Any, Any]:
@@ -33,7 +33,9 @@ class VisionStage(nn.Module):  # type: ignore[misc]
 
 
 class ClipTower(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage) -> None:
+    def __init__(
+        self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage | Tiles
+    ) -> None:
         super().__init__()
         self.dropped = spec.num_positions - spec.num_features
         self.embedding = PatchEmbedding(weights, spec, image)
@@ -64,7 +66,9 @@ class ClipTower(nn.Module):  # type: ignore[misc]
 class PatchEmbedding(nn.Module):  # type: ignore[misc]
     """Patches times the convolution's weights, with positions and a class token if there is one."""
 
-    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage) -> None:
+    def __init__(
+        self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage | Tiles
+    ) -> None:
         super().__init__()
         self.dialect, self.pixel_offset = weights.dialect, weights.dialect.pixel_offset
         self.grid, self.patch = spec.grid, spec.patch_size

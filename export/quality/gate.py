@@ -55,7 +55,7 @@ def measure_quality(
         start = time.perf_counter()
         bundle = Bundle(work.folder, dataclasses.replace(draft, artifacts=artifacts), digest="")
         engine = choose_engine(bundle, "auto")
-        samples = synthetic_samples(model.spec.image.preparation.size)
+        samples = synthetic_samples(model.spec.image.square.size)
         with progress.track("quality", len(samples)) as advance:
             measured = measure(model, bundle, engine, samples, advance=advance)
         for name, stage in measured.stages.items():

@@ -79,7 +79,7 @@ def write_package(model: Model, path: Path) -> dict[str, int]:
         from mobilevlm.reference import load_reference
 
         reference = load_reference(model).eval()
-        size = model.spec.image.preparation.size
+        size = model.spec.image.square.size
         stage = _stage(reference, model)
         try:
             with torch.no_grad():
@@ -132,8 +132,8 @@ def read_package(path: Path) -> tuple[dict[str, int], dict[str, NDArray[Any]]]:
 def _stage(reference: Any, model: Model) -> Any:
     import torch
 
-    mean = torch.tensor(model.spec.image.preparation.mean).view(1, 3, 1, 1)
-    std = torch.tensor(model.spec.image.preparation.std).view(1, 3, 1, 1)
+    mean = torch.tensor(model.spec.image.square.mean).view(1, 3, 1, 1)
+    std = torch.tensor(model.spec.image.square.std).view(1, 3, 1, 1)
 
     class Vision(torch.nn.Module):
         def __init__(self) -> None:

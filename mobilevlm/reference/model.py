@@ -42,7 +42,7 @@ class ReferenceModel(nn.Module):
 
     def features(self, pixels: NDArray[np.uint8]) -> Tensor:
         """uint8 ``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""
-        values = torch.from_numpy(normalize(pixels, self.spec.image.preparation))
+        values = torch.from_numpy(normalize(pixels, self.spec.image.square))
         out: Tensor = self.vision(values[None])[0]
         return out
 

@@ -25,7 +25,7 @@ def check_vision(session: Session, spec: ModelSpec) -> None:
     Raises:
         BundleError: it contradicts the spec.
     """
-    size, vision, projector = spec.image.preparation.size, spec.image.encoder, spec.image.connector
+    size, vision, projector = spec.image.square.size, spec.image.encoder, spec.image.connector
     inputs: dict[str, Value] = {"pixels": ("uint8", (1, size, size, 3))}
     inputs |= dict.fromkeys(projector.array_names, ("int64", (1, None)))
     outputs: dict[str, Value] = {

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.linear_groups import LinearGroup, decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
-from mobilevlm.preparation import pieces_of
+from mobilevlm.preparation import most_pieces
 from mobilevlm.prompt import count_rows
 from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
 from mobilevlm.spec import DecoderSpec, TransformerEncoder
@@ -122,7 +122,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     """The peak of a process that loads a bundle by a plan (its engine settled), and fills
     ``positions`` of the context: by default a picture's, and :data:`TEXT_POSITIONS`. Of a bundle
     compiled for an NPU: on the device, where binaries are mapped once."""
-    decoder, image_rows = manifest.spec.decoder, count_rows(pieces_of(None, manifest.spec.image))
+    decoder, image_rows = manifest.spec.decoder, count_rows(most_pieces(manifest.spec.image))
     if positions is None:
         positions = image_rows + TEXT_POSITIONS
     positions = min(positions, decoder.context_length)

@@ -17,7 +17,7 @@ from mobilevlm.errors import TargetError
 from mobilevlm.export.calibration.samples import held_out_samples
 from mobilevlm.export.targets import find_target
 from mobilevlm.export.targets.htp import Chip, compile_graphs, emulate
-from mobilevlm.image import open_image, preprocess
+from mobilevlm.preparation import prepare
 from mobilevlm.runtime.engines.onnx.engine import open_session
 from mobilevlm.runtime.engines.onnx.npu import FIXED_POINT, causal_mask
 
@@ -65,7 +65,7 @@ def test_all_operators_are_taken_for_each_chip(bundle: Bundle, chip: str, tmp_pa
 def test_the_emulator_is_near_onnx_runtime_on_the_same_graphs(bundle: Bundle) -> None:
     spec = bundle.manifest.spec
     random = np.random.default_rng(1)
-    edge = spec.image.preparation.size
+    edge = spec.image.square.size
     square = np.full((1, edge, edge, 3), 255, np.uint8)
     square[:, 40:120, 60:150] = (200, 30, 30)
     visual, decoder = bundle.manifest.compiled
@@ -130,7 +130,7 @@ def test_norms_without_their_mean_go_to_the_chip_that_lacks_layer_norms(tmp_path
     chip = find_target("android-qnn-qcs6490").htp
     assert chip is not None
     image = held_out_samples("scenes")[0].images[0]
-    pixels = {"pixels": preprocess(open_image(image), bundle.manifest.spec.image.preparation)[None]}
+    pixels = {"pixels": prepare(image, bundle.manifest.spec.image).arrays[0]["pixels"][None]}
     graph = bundle.path(bundle.artifact("vision", "npu").path)
     (expected,) = open_session(graph, 2, entries=FIXED_POINT).run(["visual_tokens"], pixels)
     ready = bundle.path(bundle.manifest.compiled[0].files[0])

@@ -36,6 +36,7 @@ from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.drawing import render
 from mobilevlm.nano.questions import SHORT_STYLE
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
+from mobilevlm.preparation import prepare
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import FixedImage, LayoutSpec
@@ -125,7 +126,7 @@ def test_float32_differs_by_the_order_of_sums_alone(
     mobilevlm.export(WEIGHTS / "nano", folder / "float", recipe="fp32", measure=False)
     picture = pictures(tmp_path)[0]
     with mobilevlm.load(folder / "float", engine="onnx") as model:
-        pixels = preprocess(open_image(picture), model.spec.image.preparation)
+        pixels = prepare(picture, model.spec.image).arrays[0]["pixels"]
         ids = model.prompt_ids(QUESTIONS[0], images=1)
         visual_tokens = model.encode_image(picture)
         logits = model.prompt_logits(QUESTIONS[0], [picture])[-1]

@@ -22,9 +22,9 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import BundleError
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.quality.artifact_weights import artifact_weights
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.model import Model
+from mobilevlm.preparation import prepare
 from mobilevlm.reference import load_reference
 
 SCALED = """\
@@ -102,7 +102,7 @@ def test_the_reference_with_an_artifacts_weights_computes_what_the_artifact_does
         model, weights=artifact_weights(model, open_bundle(bundle), "onnx")
     )
     reference, exact = load_reference(stored), load_reference(model)
-    pixels = preprocess(open_image(fixture.image), model.spec.image.preparation)
+    pixels = prepare(fixture.image, model.spec.image).arrays[0]["pixels"]
     embeds = torch.from_numpy(fixture.arrays["inputs_embeds"][0])
     with mobilevlm.load(bundle) as vlm, torch.no_grad():
         visual = vlm.encode_image(fixture.image)

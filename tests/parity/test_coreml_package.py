@@ -20,8 +20,9 @@ from torch.nn import functional
 from mobilevlm.builtin import WEIGHTS
 from mobilevlm.export.calibration.samples import held_out_samples
 from mobilevlm.families import open_checkpoint
-from mobilevlm.image import open_image, preprocess
+from mobilevlm.image import open_image
 from mobilevlm.model import OpenOptions
+from mobilevlm.preparation import prepare
 from mobilevlm.reference import load_reference
 
 if os.environ.get("MOBILEVLM_WITHOUT_COREML") == "1":
@@ -148,7 +149,7 @@ def test_the_program_of_a_package_gives_the_visual_tokens_of_the_reference(tmp_p
     found_operators, large = read_package(package)
     assert operators == found_operators and set(operators) <= set(OPERATORS)
     picture = open_image(held_out_samples("scenes")[0].images[0])
-    pixels = preprocess(picture, model.spec.image.preparation)
+    pixels = prepare(picture, model.spec.image).arrays[0]["pixels"]
     with torch.no_grad():
         expected = load_reference(model).visual_tokens(pixels)
         given = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]

@@ -26,7 +26,8 @@ from mobilevlm.conversation import official_ids, tokenize
 from mobilevlm.errors import CheckpointError
 from mobilevlm.export.graph.encoder_decoder import relative_buckets as graph_buckets
 from mobilevlm.families import open_checkpoint
-from mobilevlm.image import open_image, preprocess
+from mobilevlm.image import open_image
+from mobilevlm.preparation import prepare
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.encoder_decoder import relative_buckets
 from mobilevlm.runtime import VLM
@@ -63,7 +64,7 @@ def test_ids_are_the_official_ones(fixture: Fixture, vlm: VLM) -> None:
 @torch.no_grad()
 def test_the_reference_is_the_official_model(fixture: Fixture, reference: ReferenceModel) -> None:
     arrays, spec = fixture.arrays, fixture.model.spec
-    pixels = preprocess(open_image(fixture.image), spec.image.preparation)
+    pixels = prepare(fixture.image, spec.image).arrays[0]["pixels"]
     tokens = reference.visual_tokens(pixels)
     assert (
         relative_error(reference.features(pixels).numpy(), arrays["vision_features"][0]) <= FLOAT32
@@ -145,7 +146,7 @@ def test_logits_are_the_references_wherever_images_stand(
     reference = load_reference(fixture.model)
     whole = np.asarray(open_image(fixture.image))
     images = [whole[index * 40 :] for index in range(count)]
-    pixels = [preprocess(open_image(image), vlm.spec.image.preparation) for image in images]
+    pixels = [prepare(image, vlm.spec.image).arrays[0]["pixels"] for image in images]
     placed = text if "<image>" in text else "<image>" * count + text
     pieces = prompt_pieces(fixture.model, placed)
     embeds = reference.embed(pieces, [reference.visual_tokens(item) for item in pixels])

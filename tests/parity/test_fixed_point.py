@@ -22,8 +22,8 @@ from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.fixed_shapes.vision import author_qdq
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.model import Model
+from mobilevlm.preparation import prepare
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime.engines.onnx.engine import OnnxVision
@@ -71,7 +71,7 @@ def test_a_fixed_point_graph_equals_the_reference_with_its_weights(
 ) -> None:
     model, path = fixture.model, tmp_path / "vision.onnx"
     author(model, fixture.image, recipe(precision), path)
-    pixels = preprocess(open_image(fixture.image), model.spec.image.preparation)
+    pixels = prepare(fixture.image, model.spec.image).arrays[0]["pixels"]
     expected = reference(with_stored_weights(model, path), pixels)
     for found, wanted in zip(run(path, pixels), expected, strict=True):
         assert relative_error(found, wanted) <= limit
@@ -88,7 +88,7 @@ def test_a_fixed_point_graph_of_an_unusual_grid_equals_the_reference_with_its_we
     }
     spec = specs[kind]
     model, path = in_memory(spec, tmp_path), tmp_path / "vision.onnx"
-    edge = spec.image.preparation.size
+    edge = spec.image.square.size
     pixels = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
     author(model, Image.fromarray(pixels), recipe("qdq16"), path)
     expected = reference(with_stored_weights(model, path), pixels)
@@ -137,7 +137,7 @@ def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_p
 
 def test_calibrators_choose_ranges_of_their_own(tmp_path: Path) -> None:
     spec = vision_spec("mlp", 6, 6)
-    model, edge = in_memory(spec, tmp_path), spec.image.preparation.size
+    model, edge = in_memory(spec, tmp_path), spec.image.square.size
     noise = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
     ranges = {}
     for calibrator in ("minmax", "percentile", "entropy"):
@@ -155,7 +155,7 @@ def test_calibrators_choose_ranges_of_their_own(tmp_path: Path) -> None:
 
 def test_ranges_cover_all_calibration_pictures(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
     """A bright picture after a black one widens the range of the pixels."""
-    model, size = mobilevlm_v2.model, mobilevlm_v2.model.spec.image.preparation.size
+    model, size = mobilevlm_v2.model, mobilevlm_v2.model.spec.image.square.size
     black, white = (Image.new("RGB", (size, size), (value,) * 3) for value in (0, 255))
     path = tmp_path / "vision.onnx"
     samples = [Sample("", "", (black,)), Sample("", "", (white, black))]

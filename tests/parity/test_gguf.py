@@ -22,8 +22,8 @@ from mobilevlm.console.progress import ignore
 from mobilevlm.export.gguf.decoder import decoder_tensors, write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, convert
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.model import Model
+from mobilevlm.preparation import prepare
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
 from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
@@ -52,7 +52,7 @@ def files(fixture: Fixture, tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 def prepared(fixture: Fixture) -> NDArray[np.uint8]:
     """The square that the tower takes, so that mtmd's own preprocessing changes nothing."""
-    return preprocess(open_image(fixture.image), fixture.model.spec.image.preparation)
+    return prepare(fixture.image, fixture.model.spec.image).arrays[0]["pixels"]
 
 
 @pytest.mark.parametrize("kind", LIMITS)

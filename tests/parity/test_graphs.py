@@ -32,8 +32,8 @@ from mobilevlm.export.graph.dialects import CENTRED, ELEMENTARY, STANDARD, Diale
 from mobilevlm.export.quantize.gptq import no_hessian
 from mobilevlm.export.recipes.layer_formats import restored
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.model import Model
+from mobilevlm.preparation import prepare
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.spec import (
@@ -119,7 +119,7 @@ class Authored:
         return self.fixture.model
 
     def vision(self) -> tuple[Array, Array]:
-        pixels = preprocess(open_image(self.fixture.image), self.model.spec.image.preparation)
+        pixels = prepare(self.fixture.image, self.model.spec.image).arrays[0]["pixels"]
         return run_vision(self.folder / "vision.onnx", pixels, **self.fixture.further)
 
     def logits(self) -> Array:
@@ -177,7 +177,7 @@ def test_the_vision_graph_in_standard_operators_gives_the_same(
     path = tmp_path / "vision.onnx"
     author_vision(model.weights, model.spec, exact.recipe, path, dialect=dialect)
     assert {node.domain for node in ir.load(path).graph} == {""}
-    pixels = preprocess(open_image(exact.fixture.image), model.spec.image.preparation)
+    pixels = prepare(exact.fixture.image, model.spec.image).arrays[0]["pixels"]
     # Float32 sums in another order.
     outputs = run_vision(path, pixels, **exact.fixture.further)
     for found, expected in zip(outputs, exact.vision(), strict=True):
@@ -355,7 +355,7 @@ def test_authoring_twice_gives_the_same_bytes(mobilevlm_v2: Fixture, tmp_path: P
 
 # Variants that no fixture has, with random weights against the torch reference.
 
-IMAGE = fixture_named("mobilevlm_v2").model.spec.image.preparation
+IMAGE = fixture_named("mobilevlm_v2").model.spec.image.square
 
 
 def vision_spec(kind: str, patches: int, out_grid: int, border: int = 0) -> ModelSpec:
@@ -402,7 +402,7 @@ def test_vision_graph_of_an_unusual_grid_equals_the_reference(
 ) -> None:
     model = in_memory(spec, tmp_path)
     author_vision(model.weights, spec, RECIPES["fp32"], tmp_path / "vision.onnx")
-    edge = spec.image.preparation.size
+    edge = spec.image.square.size
     pixels = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
     tokens, features = run_vision(tmp_path / "vision.onnx", pixels)
     with torch.no_grad():

@@ -27,9 +27,9 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.export.finish.system_prompt import PATH
 from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.families import open_checkpoint
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.model import Model
 from mobilevlm.plan import Plan
+from mobilevlm.preparation import prepare
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.memory.estimate import estimate
@@ -93,7 +93,7 @@ def exported(model: Model, folder: Path, recipe: str, **options: Any) -> Path:
 @torch.no_grad()
 def reference_embeds(reference: ReferenceModel, vlm: VLM, text: str) -> torch.Tensor:
     """Of the prompt that the bundle makes."""
-    pixels = preprocess(open_image(IMAGE), vlm.bundle.manifest.spec.image.preparation)
+    pixels = prepare(IMAGE, vlm.bundle.manifest.spec.image).arrays[0]["pixels"]
     prompt = vlm._prepare(text, [IMAGE], raw=False)
     return reference.embed(prompt.pieces, [reference.visual_tokens(pixels)])
 
@@ -146,7 +146,7 @@ def test_t5_with_heads_of_12_gives_the_references_logits(tmp_path: Path) -> None
     with mobilevlm.load(exported(model, tmp_path, "fp32", measure=False)) as vlm:
         found = vlm.prompt_logits(fixture.prompt, [fixture.image])
         reference = load_reference(model)
-        pixels = preprocess(open_image(fixture.image), model.spec.image.preparation)
+        pixels = prepare(fixture.image, model.spec.image).arrays[0]["pixels"]
         pieces = prompt_pieces(model, fixture.templated_prompt)
         with torch.no_grad():
             embeds = reference.embed(pieces, [reference.visual_tokens(pixels)])

@@ -24,10 +24,10 @@ from mobilevlm.export.quantize.folding import find_folds, fold
 from mobilevlm.export.recipes.layer_formats import expand_layers
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.families import open_checkpoint
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.model import Model
 from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.scenes import sample_scene
+from mobilevlm.preparation import prepare
 from mobilevlm.recipe import LinearFormat, Recipe, WeightBits
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime.engines.onnx.engine import EXACT_PRODUCTS
@@ -66,7 +66,7 @@ def features(
     file = folder / "vision.onnx"
     author_vision(ready.weights, model.spec, recipe, file, hessian=ready.hessian)
     tower_session = session(file)
-    pixels = [preprocess(open_image(image), model.spec.image.preparation)[None] for image in images]
+    pixels = [prepare(image, model.spec.image).arrays[0]["pixels"][None] for image in images]
     return np.concatenate([tower_session.run(["features"], {"pixels": item})[0] for item in pixels])
 
 

@@ -21,8 +21,9 @@ from mobilevlm.conversation import (
     tokenize,
     user_message,
 )
-from mobilevlm.image import normalize, open_image, preprocess
+from mobilevlm.image import normalize
 from mobilevlm.instruction import with_instruction
+from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Prepared
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.experts import Capacity, SparseMLP
@@ -48,8 +49,7 @@ def reference(fixture: Fixture) -> ReferenceModel:
 def pixels(fixture: Fixture) -> list[np.ndarray]:
     """Of each picture."""
     return [
-        preprocess(open_image(image), fixture.model.spec.image.preparation)
-        for image in fixture.images
+        prepare(image, fixture.model.spec.image).arrays[0]["pixels"] for image in fixture.images
     ]
 
 

@@ -19,8 +19,8 @@ import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import render, user_message
 from mobilevlm.export.quality.measure import GREEDY_TOKENS, PROMPTS, calibration_image
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.instruction import with_instruction
+from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Prepared
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime import VLM
@@ -124,8 +124,8 @@ def measured_again(fixture: Fixture, folder: object) -> dict[str, float]:
         reference = load_reference(fixture.model)
         ends = vlm.spec.conversation.eos_token_ids
         for seed, prompt in enumerate(PROMPTS):
-            image = calibration_image(seed, vlm.spec.image.preparation.size)
-            pixels = preprocess(open_image(image), vlm.spec.image.preparation)
+            image = calibration_image(seed, vlm.spec.image.square.size)
+            pixels = prepare(image, vlm.spec.image).arrays[0]["pixels"]
             image_arrays = Prepared("image", ({"pixels": pixels},), ())
             asked = with_instruction(
                 image_arrays, fixture.model.instruction_tokenizer, prompt, vlm.spec

@@ -29,9 +29,10 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import render, user_message
 from mobilevlm.errors import CheckpointError, MobileVLMError
 from mobilevlm.families import open_checkpoint
-from mobilevlm.image import open_image, preprocess
+from mobilevlm.image import open_image
 from mobilevlm.messages import Message
 from mobilevlm.model import OpenOptions
+from mobilevlm.preparation import prepare
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 
@@ -77,7 +78,7 @@ def expected_logits(
 ) -> np.ndarray:
     spec = fixture.model.spec
     pieces = prompt_pieces(fixture.model, render(spec.conversation, messages))
-    pixels = [preprocess(open_image(image), spec.image.preparation) for image in images]
+    pixels = [prepare(image, spec.image).arrays[0]["pixels"] for image in images]
     visual = [reference.visual_tokens(item) for item in pixels]
     return reference.logits(reference.embed(pieces, visual)).numpy()
 

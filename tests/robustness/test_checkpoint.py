@@ -16,6 +16,7 @@ from conftest import fixture_named
 
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import OpenOptions
+from mobilevlm.spec import FixedImage
 
 
 @pytest.fixture
@@ -404,9 +405,9 @@ def test_a_wrong_value_of_the_tower_is_named(key: str, value: Any, copy: Copy) -
 def test_a_wrong_value_of_the_image_processor_is_named(key: str, value: Any, copy: Copy) -> None:
     copy.change(copy.tower / "preprocessor_config.json", **{key: value})
     if value == {}:
-        assert (
-            copy.open().spec.image.preparation.shortest_edge == 224
-        )  # nothing said: the tower's size
+        image = copy.open().spec.image.preparation
+        assert isinstance(image, FixedImage)
+        assert image.shortest_edge == 224  # nothing said: the tower's size
         return
     message_of(copy.open, str(copy.tower), "preprocessor_config.json", key)
 

@@ -235,7 +235,7 @@ bundle, stage, path, mutations = (
     open_bundle(Path(sys.argv[1])), sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
 )
 spec = bundle.manifest.spec
-pixels = np.zeros((spec.image.preparation.size, spec.image.preparation.size, 3), np.uint8)
+pixels = np.zeros((spec.image.square.size, spec.image.square.size, 3), np.uint8)
 good = LlamaDecoder(bundle.path(bundle.artifact("decoder", "gguf").path), spec.decoder, 1)
 source = bundle.path(bundle.artifact(stage, "gguf").path)
 whole = source.read_bytes()

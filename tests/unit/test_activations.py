@@ -17,7 +17,7 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration import activations
 from mobilevlm.export.calibration.activations import Block, watch_decoder, watch_vision
 from mobilevlm.export.calibration.samples import Sample, find_samples, sample_pieces, scene_samples
-from mobilevlm.image import open_image, preprocess
+from mobilevlm.preparation import prepare
 from mobilevlm.reference import load_reference
 
 
@@ -45,9 +45,7 @@ def inputs_of(fixture: Fixture, samples: list[Sample]) -> dict[str, list[NDArray
                     )
                 )
         for sample in samples:
-            pixels = [
-                preprocess(open_image(item), model.spec.image.preparation) for item in sample.images
-            ]
+            pixels = [prepare(item, model.spec.image).arrays[0]["pixels"] for item in sample.images]
             tokens = [reference.visual_tokens(item) for item in pixels]
             reference.logits(reference.embed(sample_pieces(model, sample), tokens))
     return found

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from mobilevlm.export.quantize import awq, rtn, smoothquant
 from mobilevlm.export.quantize.blocks import dequantize
 from mobilevlm.export.quantize.folding import Fold, find_folds, fold
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.model import Model
+from mobilevlm.preparation import prepare
 from mobilevlm.recipe import Scheme
 from mobilevlm.reference import ReferenceModel, load_reference
 
@@ -86,7 +86,7 @@ def folded(model: Model) -> Model:
 
 def test_factors_in_all_folds_leave_every_float_output_as_it_was(any_fixture: Fixture) -> None:
     model, arrays = any_fixture.model, any_fixture.arrays
-    pixels = preprocess(open_image(any_fixture.image), model.spec.image.preparation)
+    pixels = prepare(any_fixture.image, model.spec.image).arrays[0]["pixels"]
     embeds = torch.from_numpy(arrays["inputs_embeds"][0])
     with torch.no_grad():
         plain, changed = load_reference(model), load_reference(folded(model))

@@ -309,6 +309,7 @@ def test_damage_gives_a_picture_or_one_line_but_never_another_error(kind: str) -
 def test_fixture_pictures_are_cut_as_the_official_code_does() -> None:
     """Sizes as integers in preprocessor_config.json and a crop that is not a pad."""
     spec = fixture_named("llava_v1").model.spec.image.preparation
+    assert isinstance(spec, FixedImage)
     assert (spec.size, spec.shortest_edge, spec.aspect) == (224, 224, "crop")
 
 

@@ -15,9 +15,9 @@ from mobilevlm.export.calibration.samples import Sample, sample_pieces, scene_sa
 from mobilevlm.export.quality import sensitivity
 from mobilevlm.export.quality.metrics import compare_logits
 from mobilevlm.export.quality.sensitivity import Change, Effect, Probe
-from mobilevlm.image import open_image, preprocess
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.model import Model
+from mobilevlm.preparation import prepare
 from mobilevlm.reference import ReferenceModel, load_reference
 
 SAMPLES = [*scene_samples(3), Sample("What is red?", "Blood is.", ()), Sample("Hello", "", ())]
@@ -44,9 +44,7 @@ def answers(model: Model, reference: ReferenceModel) -> tuple[NDArray[np.float32
     visual, logits = [], []
     with torch.no_grad():
         for sample in SAMPLES:
-            pixels = [
-                preprocess(open_image(item), model.spec.image.preparation) for item in sample.images
-            ]
+            pixels = [prepare(item, model.spec.image).arrays[0]["pixels"] for item in sample.images]
             tokens = [reference.visual_tokens(item) for item in pixels]
             visual += [item.numpy() for item in tokens]
             ids = sample_pieces(model, sample)

@@ -100,7 +100,7 @@ def counted(vlm: VLM, reuse: Reuse = "everything", cache: PromptCache | None = N
 
 
 def picture(seed: int, vlm: VLM) -> NDArray[np.uint8]:
-    size = vlm.spec.image.preparation.size
+    size = vlm.spec.image.square.size
     return np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
 
 

@@ -31,7 +31,7 @@ class Transformers:
         transformers.logging.set_verbosity_error()
         self._shapes, self._dtype = shapes, dtype
         model = open_checkpoint(checkpoint, OpenOptions())
-        self._image = model.spec.image.preparation
+        self._image = model.spec.image.square
         data = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
         # The checkpoint's own class is not in transformers; its tensors have Llama's names.
         ignored = ("model_type", "architectures", "auto_map", "torch_dtype", "dtype")

@@ -1,0 +1,162 @@
+"""Images of any size as arrays and pieces: tiles, and images that keep their shape."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import fixture_named
+from PIL import Image
+
+from mobilevlm.errors import ImageError, MobileVLMError
+from mobilevlm.image import Room
+from mobilevlm.media.dynamic_image import resized
+from mobilevlm.media.tiles import tile_pieces
+from mobilevlm.preparation import fewest_pieces, most_pieces, pieces_of, prepare
+from mobilevlm.prompt import Run, count_positions, count_rows
+from mobilevlm.spec import DynamicImage, InputSpec, LayoutSpec, Tiles, from_dict, to_dict
+
+HALF = (0.5, 0.5, 0.5)
+TILES = Tiles(size=32, longest_edge=128, mean=HALF, std=HALF)
+DYNAMIC = DynamicImage(14, 2, 4 * 28 * 28, 64 * 28 * 28, HALF, HALF)
+MARKS = LayoutSpec(
+    end_ids=(9,),
+    tile_ids=tuple(tuple((100 + 10 * row + column,) for column in range(4)) for row in range(4)),
+    row_end_ids=(5,),
+    between_ids=(6,),
+    thumbnail_ids=(7, 8),
+)
+
+
+def image_input(preparation: Any, layout: LayoutSpec = MARKS) -> InputSpec:
+    image = fixture_named("mobilevlm_v2").model.spec.image
+    return replace(image, preparation=preparation, layout=layout)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def test_tiles_stand_row_by_row_between_their_marks_and_the_small_image_last() -> None:
+    spec = image_input(TILES)
+    run = Run(spec.connector.num_tokens)
+    image = prepare(picture(256, 100), spec)
+    assert image.pieces == (
+        100, run, 101, run, 102, run, 103, run, 5,
+        110, run, 111, run, 112, run, 113, run, 6, 7, 8, run, 9,
+    )  # fmt: skip
+    assert [arrays["pixels"].shape for arrays in image.arrays] == [(32, 32, 3)] * 9
+    first = prepare(picture(256, 100), image_input(replace(TILES, thumbnail="first")))
+    assert first.pieces[:4] == (7, 8, run, 6)
+    assert np.array_equal(first.arrays[0]["pixels"], image.arrays[-1]["pixels"])
+    assert np.array_equal(first.arrays[1]["pixels"], image.arrays[0]["pixels"])
+    none = prepare(picture(256, 100), image_input(replace(TILES, thumbnail="none")))
+    assert none.pieces == (*image.pieces[:17], 9)
+
+
+def test_tiles_are_those_of_the_official_three_resizes() -> None:
+    """Idefics3ImageProcessor of transformers, spelled out: each result is rounded to uint8."""
+    whole = picture(256, 100)
+    lanczos = Image.Resampling.LANCZOS
+    once = whole.resize((128, 50), lanczos)
+    twice = once.resize((128, 64), lanczos)
+    found = prepare(whole, image_input(TILES)).arrays
+    for index, arrays in enumerate(found[:-1]):
+        row, column = divmod(index, 4)
+        part = twice.crop((column * 32, row * 32, column * 32 + 32, row * 32 + 32))
+        assert np.array_equal(arrays["pixels"], np.asarray(part)), index
+    assert np.array_equal(found[-1]["pixels"], np.asarray(twice.resize((32, 32), lanczos)))
+
+
+def test_an_image_that_is_one_tile_is_the_small_image_alone() -> None:
+    spec = image_input(replace(TILES, longest_edge=32))
+    image = prepare(picture(32, 32), spec)
+    assert len(image.arrays) == 1
+    assert image.pieces == (7, 8, Run(spec.connector.num_tokens), 9)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1), (31, 33), (129, 127), (640, 480)])
+def test_images_of_any_shape_become_whole_tiles_and_as_many_rows_as_said_before(
+    size: tuple[int, int],
+) -> None:
+    spec = image_input(TILES, LayoutSpec())
+    image = prepare(picture(*size), spec)
+    assert all(arrays["pixels"].shape == (32, 32, 3) for arrays in image.arrays)
+    assert count_rows(image.pieces) == len(image.arrays) * spec.connector.num_tokens
+    assert image.pieces == tile_pieces(size, TILES, spec) == pieces_of(picture(*size), spec)
+    least, most = (count_positions(end(spec)) for end in (fewest_pieces, most_pieces))
+    assert least <= count_positions(image.pieces) <= most
+    assert most == 17 * spec.connector.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((280, 140), (280, 140)),
+        ((1, 1), (56, 56)),  # the least: four tokens
+        ((100, 45), (112, 56)),  # 3.6 and 1.6 factors round to 4 and 2
+        ((70, 98), (56, 112)),  # 2.5 to 2, 3.5 to 4: half to even
+        ((4000, 3000), (252, 168)),
+        ((1, 200), (28, 812)),
+    ],
+)
+def test_a_dynamic_image_has_the_official_size(
+    size: tuple[int, int], expected: tuple[int, int]
+) -> None:
+    """``smart_resize`` of Qwen2-VL's image processor, worked out by hand."""
+    assert resized(size, DYNAMIC) == expected
+    image = prepare(picture(*size), image_input(DYNAMIC))
+    assert image.arrays[0]["pixels"].shape == (expected[1], expected[0], 3)
+    rows, columns = expected[1] // 28, expected[0] // 28
+    assert image.pieces == (Run(rows * columns, (1, rows, columns)), 9)
+
+
+def test_a_dynamic_image_that_is_a_needle_is_refused_in_one_line() -> None:
+    with pytest.raises(ImageError, match=r"image of 1 × 201 pixels.*200 times as long as wide"):
+        prepare(picture(1, 201), image_input(DYNAMIC))
+
+
+def test_the_fewest_and_the_most_positions_of_dynamic_images() -> None:
+    spec = image_input(DYNAMIC, LayoutSpec())
+    assert [count_rows(end(spec)) for end in (fewest_pieces, most_pieces)] == [4, 64]
+
+
+@pytest.mark.parametrize("preparation", [TILES, DYNAMIC])
+def test_an_image_that_memory_cannot_hold_is_refused_before_it_is_decoded(
+    preparation: Any, tmp_path: Any
+) -> None:
+    picture(2000, 1500).save(tmp_path / "large.png")
+    with pytest.raises(ImageError, match="memory"):
+        prepare(tmp_path / "large.png", image_input(preparation), lambda _: Room(1e6, "a test"))
+
+
+def test_the_digest_tells_images_tiles_and_arrays_apart() -> None:
+    one, other = picture(256, 100), picture(100, 256)
+    spec = image_input(TILES)
+    digests = {prepare(image, spec).digest for image in (one, other, one.rotate(180))}
+    assert len(digests) == 3
+    assert prepare(one, spec).digest in digests
+
+
+@pytest.mark.parametrize("preparation", [TILES, DYNAMIC])
+def test_a_preparation_is_read_back_by_its_kind(preparation: Any) -> None:
+    spec = image_input(preparation)
+    assert from_dict(InputSpec, to_dict(spec), "spec") == spec
+
+
+@pytest.mark.parametrize("kind", ["mosaic", None, 3, ["tiles"]])
+def test_an_unknown_kind_of_preparation_is_named_in_one_line(kind: Any) -> None:
+    data = to_dict(image_input(TILES))
+    data["preparation"]["kind"] = kind
+    with pytest.raises(MobileVLMError) as caught:
+        from_dict(InputSpec, data, "spec")
+    expected = "expected the kind 'fixed_image' or 'tiles' or 'dynamic_image'"
+    assert str(caught.value) == f"spec.preparation: {expected}, found {kind!r}"
+
+
+def test_an_encoder_for_squares_does_not_take_images_that_keep_their_shape() -> None:
+    with pytest.raises(MobileVLMError, match="dynamic_image"):
+        _ = image_input(DYNAMIC).square

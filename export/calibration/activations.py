@@ -1,15 +1,14 @@
 """What the inputs of linear layers look like on calibration data (needs torch).
 
-All samples pass the float32 reference layer by layer: memory holds one layer's weights, its
-statistics, and the activations between two layers.
+All samples pass the float32 reference step by step: memory holds one step's weights, its
+statistics, and the states between two steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeAlias
 
@@ -19,21 +18,24 @@ from torch import Tensor, nn
 
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, PromptError
-from mobilevlm.export.calibration.samples import Sample, sample_arrays, sample_pieces
+from mobilevlm.export.calibration.samples import (
+    Sample,
+    sample_arrays,
+    sample_images,
+    sample_pieces,
+)
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.image import normalize
 from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, count_positions
 from mobilevlm.reference import ReferenceModel, load_reference
-from mobilevlm.reference.decoder import DecoderLayer, rotary_tables
 from mobilevlm.reference.model import held
-from mobilevlm.reference.streaming import project
-from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.reference.steps import State, Step
+from mobilevlm.reference.streaming import stream_step, stream_steps
+from mobilevlm.spec import ModelSpec
 
 MAX_POSITIONS = 1 << 14
 """Of all samples together, in the tower or in the decoder: a layer's inputs stay in memory."""
 
-Run: TypeAlias = Callable[[Tensor], Tensor]
 Wanted: TypeAlias = Callable[[str], bool]
 
 
@@ -98,23 +100,12 @@ def watch_vision(
     """
     reference = load_reference(model, streamed=True)
     arrays = _usable_arrays(model, samples)
-    hidden = embed_images(reference, arrays)
-    if not hidden:
+    if not arrays:
         raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
-    for index, layer in enumerate(reference.vision.layers):
-        name = f"vision.layers.{index}"
-        yield _pass(layer, name, layer, hidden, wanted, hessian)
-    features = [reference.vision.features(item) for item in hidden]
-    del hidden
-    given = iter(arrays)
-    yield _pass(
-        reference.projector,
-        "projector",
-        lambda item: reference.project(item, next(given)),
-        features,
-        wanted,
-        hessian,
-    )
+    states = [reference.image_state(item) for item in arrays]
+    del arrays
+    steps = (*reference.vision_steps(), *reference.projector_steps())
+    yield from _watch_steps(steps, states, wanted, hessian)
 
 
 def watch_decoder(
@@ -129,22 +120,15 @@ def watch_decoder(
     """
     check_decoder_only(model.spec, "calibration")
     reference = load_reference(model, streamed=True)
-    decoder = reference.decoder
-    hidden = [decoder.begin(item) for item in _embed_samples(reference, model, samples)]
-    for index, layer in enumerate(decoder.layers):
-        yield _pass(
-            layer,
-            f"decoder.layers.{index}",
-            partial(run_decoder_layer, layer, model.spec.decoder),
-            hidden,
-            wanted,
-            hessian,
-        )
+    used = next(sample_groups(model, samples))
+    if len(used) < len(samples):
+        progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
+    states = decoder_states(model, reference, used)
+    yield from _watch_steps(reference.decoder_steps(), states, wanted, hessian)
     if wanted("decoder.lm_head"):
         sums = _Sums(hessian)
-        with torch.no_grad():
-            for item in hidden:
-                sums.add(decoder.norm(item))
+        for state in states:
+            sums.add(state.hidden)
         yield _finished({"decoder.lm_head": sums})
 
 
@@ -156,24 +140,28 @@ def check_decoder_only(spec: ModelSpec, purpose: str) -> None:
         )
 
 
-def run_decoder_layer(layer: nn.Module, spec: DecoderSpec, hidden: Tensor) -> Tensor:
-    """Runs whole samples ``(batch, length, hidden_size)`` from position 0 on."""
-    assert isinstance(layer, DecoderLayer)
-    out: Tensor = layer(hidden, rotary_tables(spec, torch.arange(hidden.shape[1]), layer.index))
-    return out
+def _watch_steps(
+    steps: Iterable[Step], states: list[State], wanted: Wanted, hessian: bool
+) -> Iterator[Block]:
+    """Run steps on all samples, whose states are replaced; yield the statistics of each step that
+    has wanted layers."""
+    for step in steps:
+        layers = {
+            name: module
+            for name, module in step.module.named_modules(prefix=step.name)
+            if isinstance(module, nn.Linear) and wanted(name)
+        }
+        if layers:
+            yield _watch_step(step, layers, states, hessian)
+        else:
+            stream_step(step, states)
 
 
-@torch.no_grad()
-def _pass(
-    block: nn.Module,
-    prefix: str,
-    run: Run,
-    hidden: list[Tensor],
-    wanted: Wanted,
-    hessian: bool,
+def _watch_step(
+    step: Step, layers: Mapping[str, nn.Module], states: list[State], hessian: bool
 ) -> Block:
-    """Runs a block on all samples, replaces each by its output, and watches what goes on inside.
-    Layers that are given the same tensor share its statistics."""
+    """Run a step on all samples and watch these layers, by their names. Layers that are given the
+    same tensor share its statistics."""
     sums: dict[str, _Sums] = {}
     last: tuple[Tensor, _Sums] | None = None
 
@@ -190,13 +178,9 @@ def _pass(
         return add
 
     with ExitStack() as stack:
-        stack.enter_context(held(block))
-        for name, module in block.named_modules(prefix=prefix):
-            if isinstance(module, nn.Linear) and wanted(name):
-                handle = module.register_forward_pre_hook(watch(name))
-                stack.callback(handle.remove)
-        for index, item in enumerate(hidden):
-            hidden[index] = run(item)
+        for name, module in layers.items():
+            stack.callback(module.register_forward_pre_hook(watch(name)).remove)
+        stream_step(step, states)
     return _finished(sums)
 
 
@@ -222,16 +206,27 @@ def _usable_arrays(model: Model, samples: Sequence[Sample]) -> list[Arrays]:
     return found[:room]
 
 
-@torch.no_grad()
-def embed_images(reference: ReferenceModel, arrays: Iterable[Arrays]) -> list[Tensor]:
-    """Input of the encoder's first layer ``(1, num_positions, hidden_size)`` of each run."""
-    tower, spec = reference.vision, reference.spec.image.square
-    with ExitStack() as stack:
-        for block in (tower.patch_embedding, tower.position_embedding, tower.pre_norm):
-            stack.enter_context(held(block))
-        return [
-            tower.embed(torch.from_numpy(normalize(item["pixels"], spec))[None]) for item in arrays
-        ]
+def image_states(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> Iterator[State]:
+    """Yield the state before the reference's first step, of each run of the encoder."""
+    return map(reference.image_state, sample_arrays(model, samples))
+
+
+def exact_images(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the reference's features and visual tokens of each image."""
+    images = [image.arrays for sample in samples for image in sample_images(model, sample)]
+    states = stream_steps(
+        reference.vision_steps(), map(reference.image_state, chain.from_iterable(images))
+    )
+    features = iter([state.hidden[0] for state in states])
+    projected = stream_steps(reference.projector_steps(), states)
+    tokens = iter([state.hidden[0] for state in projected])
+    for image in images:
+        seen = [(next(features), next(tokens)) for _ in image]
+        yield torch.cat([part for part, _ in seen]), torch.cat([part for _, part in seen])
 
 
 def sample_groups(
@@ -262,20 +257,17 @@ def sample_groups(
 
 
 @torch.no_grad()
-def _embed_samples(
-    reference: ReferenceModel, model: Model, samples: Sequence[Sample]
-) -> list[Tensor]:
-    """Input of the decoder ``(1, length, hidden_size)`` of each sample there is room for."""
-    used = next(sample_groups(model, samples))
-    if len(used) < len(samples):
-        progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
-    arrays = [list(sample_arrays(model, [sample])) for sample in used]
-    visual = embed_images(reference, chain(*arrays))
-    for index, layer in enumerate(reference.vision.layers):
-        _pass(layer, f"vision.layers.{index}", layer, visual, lambda _: False, False)
-    tokens = iter(project(reference, visual, list(chain(*arrays))))
+def decoder_states(
+    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
+) -> list[State]:
+    """Return the state of each sample, with its answer, before the decoder's first step."""
+    images = exact_images(model, reference, samples)
     with held(reference.decoder.embed_tokens):
         return [
-            reference.embed(sample_pieces(model, sample), [next(tokens) for _ in given])[None]
-            for sample, given in zip(used, arrays, strict=True)
+            reference.decoder.start(
+                reference.embed(
+                    sample_pieces(model, sample), [next(images)[1] for _ in sample.images]
+                )[None]
+            )
+            for sample in samples
         ]

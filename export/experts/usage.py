@@ -94,17 +94,17 @@ def _counted(
 def _reference_choices(model: Model, samples: Sequence[Sample]) -> Iterator[PromptChoices]:
     """Of one sample after the other; layers are read once for a group of samples."""
     try:
-        from mobilevlm.export.calibration.activations import sample_groups
-        from mobilevlm.export.quality.measure import POSITIONS, reference_embeds
+        from mobilevlm.export.calibration.activations import decoder_states, sample_groups
+        from mobilevlm.export.quality.measure import POSITIONS
         from mobilevlm.reference import load_reference
-        from mobilevlm.reference.streaming import decoder_states, last_states
+        from mobilevlm.reference.streaming import stream_steps
     except ImportError:
         raise require("torch", "reference", "running a checkpoint") from None
     reference = load_reference(model, streamed=True)
     for group in sample_groups(model, samples, POSITIONS):
-        embeds = reference_embeds(model, reference, group)
+        states = decoder_states(model, reference, group)
         with _noted(reference) as found:
-            last_states(decoder_states(reference, embeds), embeds)
+            stream_steps(reference.decoder_steps(), states)
         for index, sample in enumerate(group):
             layers = {layer: chosen[index] for layer, chosen in found.items()}
             yield PromptChoices(layers, visual_positions(sample_pieces(model, sample)))

@@ -4,23 +4,23 @@ torch)."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
+from torch import nn
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console import progress
-from mobilevlm.export.calibration.activations import embed_images
-from mobilevlm.export.calibration.samples import Sample, sample_arrays
+from mobilevlm.export.calibration.activations import decoder_states, image_states
+from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.quality.artifact_weights import stacked, weight_error
 from mobilevlm.export.quality.limits import StageKind
-from mobilevlm.export.quality.measure import reference_embeds
 from mobilevlm.export.quality.sensitivity import Change, Effect, Probe
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.model import Model
 from mobilevlm.reference import load_reference
-from mobilevlm.reference.streaming import decoder_states, tower_states
+from mobilevlm.reference.steps import State, Step
+from mobilevlm.reference.streaming import stream_step
 from mobilevlm.spec import ModelSpec
 
 ALL_WEIGHTS = 2e7
@@ -118,30 +118,31 @@ def worst_layers(effects: Sequence[LayerEffect]) -> dict[StageKind, str]:
 
 
 def state_errors(model: Model, stored: Weights, samples: Sequence[Sample]) -> list[StateError]:
-    """After each layer of the tower and of the decoder; the decoder is given the reference's visual
-    tokens. ``stored``: the artifact's weights."""
+    """Errors after each step of the tower and of the decoder that has linear layers; the decoder is
+    given the reference's visual tokens. ``stored``: the artifact's weights."""
     exact = load_reference(model, streamed=True)
     found = load_reference(dataclasses.replace(model, weights=stored), streamed=True)
-    errors = []
-    with torch.no_grad():
-        arrays = list(sample_arrays(model, samples))
-        if arrays:
-            passes = (tower_states(one, embed_images(one, arrays)) for one in (exact, found))
-            errors += list(_state_errors("vision", *passes))
-        embeds = reference_embeds(model, exact, samples)
-        passes = (decoder_states(one, embeds) for one in (exact, found))
-        errors += list(_state_errors("decoder", *passes))
-    return errors
+    errors: list[StateError] = []
+    images = list(image_states(model, exact, samples))
+    if images:
+        errors += _state_errors(exact.vision_steps(), found.vision_steps(), images)
+    states = decoder_states(model, exact, samples)
+    return [*errors, *_state_errors(exact.decoder_steps(), found.decoder_steps(), states)]
 
 
 def _state_errors(
-    part: str, exact: Iterator[list[torch.Tensor]], found: Iterator[list[torch.Tensor]]
+    exact: Iterable[Step], found: Iterable[Step], states: Sequence[State]
 ) -> Iterator[StateError]:
-    for index, (ours, theirs) in enumerate(zip(exact, found, strict=True)):
-        pairs = list(zip(ours, theirs, strict=True))
-        error = sum(float((a - b).double().square().sum()) for a, b in pairs)
-        norm = sum(float(a.double().square().sum()) for a, _ in pairs)
-        yield StateError(f"{part}.layers.{index}", (error / norm) ** 0.5)
+    """Yield the error after each step that has linear layers."""
+    ours, theirs = list(states), list(states)
+    for step, other in zip(exact, found, strict=True):
+        stream_step(step, ours)
+        stream_step(other, theirs)
+        if any(isinstance(module, nn.Linear) for module in step.module.modules()):
+            pairs = [(a.hidden, b.hidden) for a, b in zip(ours, theirs, strict=True)]
+            error = sum(float((a - b).double().square().sum()) for a, b in pairs)
+            norm = sum(float(a.double().square().sum()) for a, _ in pairs)
+            yield StateError(step.name, (error / norm) ** 0.5)
 
 
 def _kl(item: LayerEffect) -> float:

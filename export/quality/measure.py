@@ -7,9 +7,8 @@ sample, so this needs no more memory than the export itself.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypeAlias
 
 import numpy as np
@@ -20,11 +19,10 @@ from torch import Tensor
 
 from mobilevlm.bundle import Bundle, StageQuality
 from mobilevlm.console.progress import Advance, ignore
-from mobilevlm.export.calibration.activations import embed_images, sample_groups
+from mobilevlm.export.calibration.activations import exact_images, sample_groups
 from mobilevlm.export.calibration.samples import (
     Sample,
     answer_ids,
-    sample_images,
     sample_pieces,
     sample_text,
 )
@@ -47,12 +45,7 @@ from mobilevlm.plan import stage_formats, stage_names
 from mobilevlm.prompt import Piece
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.model import held
-from mobilevlm.reference.streaming import (
-    decoder_states,
-    last_states,
-    project,
-    tower_states,
-)
+from mobilevlm.reference.streaming import stream_steps
 from mobilevlm.runtime.vlm import VLM, open_model
 
 PROMPTS = (
@@ -186,8 +179,7 @@ def reference_answers(
         while going := [index for index in range(len(figures)) if is_open(index)]:
             longer = [[*prompts[index], *answers[index]] for index in going]
             embeds = _embed(reference, longer, [visual[index] for index in going])
-            states = last_states(decoder_states(reference, embeds), embeds)
-            for index, state in zip(going, states, strict=True):
+            for index, state in zip(going, _last_states(reference, embeds), strict=True):
                 answers[index].append(int(_logits(reference, state[:, -1:])[0].argmax()))
     return answers
 
@@ -214,10 +206,10 @@ def _measure_group(
         for sample, tokens in zip(samples, greedy, strict=True)
     ] + [sample_pieces(model, samples[index]) for index in answered]
     embeds = _embed(reference, pieces, [*visual, *(visual[index] for index in answered)])
-    states = last_states(decoder_states(reference, embeds), embeds)
+    states = _last_states(reference, embeds)
     has_prefill = "prefill" in stage_formats(vlm.bundle, vlm.engine)
     found: list[SampleFigures] = []
-    with held(reference.decoder.norm), held(reference.decoder.lm_head):
+    with held(reference.decoder.lm_head):
         for index, sample in enumerate(samples):
             tokens = greedy[index]
             exact = _logits(reference, states[index][:, -len(tokens) - 1 :])
@@ -273,7 +265,7 @@ def _measure_pictures(
 ) -> tuple[list[list[Tensor]], list[_Seen]]:
     """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
     has_features = stage_formats(vlm.bundle, vlm.engine)["vision"] != "gguf"
-    exact = exact_pictures(model, reference, samples)
+    exact = exact_images(model, reference, samples)
     visual: list[list[Tensor]] = []
     seen: list[_Seen] = []
     for sample in samples:
@@ -291,34 +283,11 @@ def _measure_pictures(
     return visual, seen
 
 
-def exact_pictures(
-    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """The tower's features and the visual tokens of each picture."""
-    images = [list(image.arrays) for sample in samples for image in sample_images(model, sample)]
-    arrays = list(chain(*images))
-    states = embed_images(reference, arrays)
-    states = last_states(tower_states(reference, states), states)
-    features = (reference.vision.features(state)[0] for state in states)
-    tokens = iter(project(reference, states, arrays))
-    for image in images:
-        seen = [(next(features), next(tokens)) for _ in image]
-        yield torch.cat([part for part, _ in seen]), torch.cat([part for _, part in seen])
-
-
-def reference_embeds(
-    model: Model, reference: ReferenceModel, samples: Sequence[Sample]
-) -> list[Tensor]:
-    """What the reference's decoder is given ``(1, length, hidden_size)``, of each sample."""
-    pieces = [sample_pieces(model, sample) for sample in samples]
-    return _embed(reference, pieces, _visual_tokens(model, reference, samples))
-
-
 def _visual_tokens(
     model: Model, reference: ReferenceModel, samples: Sequence[Sample]
 ) -> list[list[Tensor]]:
-    pictures = exact_pictures(model, reference, samples)
-    return [[next(pictures)[1] for _ in sample.images] for sample in samples]
+    images = exact_images(model, reference, samples)
+    return [[next(images)[1] for _ in sample.images] for sample in samples]
 
 
 def _embed(
@@ -334,8 +303,14 @@ def _embed(
         ]
 
 
+def _last_states(reference: ReferenceModel, embeds: Sequence[Tensor]) -> list[Tensor]:
+    """Return what the head reads ``(1, length, hidden_size)`` of each prompt."""
+    states = [reference.decoder.start(item) for item in embeds]
+    return [state.hidden for state in stream_steps(reference.decoder_steps(), states)]
+
+
 def _logits(reference: ReferenceModel, state: Tensor) -> Float32:
-    """States after the last layer ``(1, length, hidden_size)`` to ``(length, vocab_size)``."""
+    """What the head reads ``(1, length, hidden_size)`` to ``(length, vocab_size)``."""
     out: Float32 = reference.decoder.logits(state)[0].numpy()
     return out
 

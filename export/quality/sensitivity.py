@@ -20,17 +20,18 @@ from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.activations import (
     check_decoder_only,
-    embed_images,
-    run_decoder_layer,
+    image_states,
     sample_groups,
 )
-from mobilevlm.export.calibration.samples import Sample, answer_ids, sample_arrays, sample_pieces
+from mobilevlm.export.calibration.samples import Sample, answer_ids, sample_pieces
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.model import Model
 from mobilevlm.prompt import count_rows, visual_positions
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.model import fill_block, held
+from mobilevlm.reference.steps import State, Step
+from mobilevlm.reference.streaming import stream_step
 
 STATE_BYTES = 1 << 28
 MAX_LOGITS = 1 << 26
@@ -66,18 +67,8 @@ Changes: TypeAlias = Callable[[LinearGroup], Iterable[Change]]
 """The changes to try on a group; asked in the order of use, one change at a time."""
 Replacement: TypeAlias = Callable[[LinearGroup], Float32 | None]
 """Stacked weights ``(out_size, in_size)`` for a group, none to leave it as it is."""
-_State: TypeAlias = list[Tensor]
-"""What has become of each sample after a step."""
-
-
-@dataclass(frozen=True)
-class _Step:
-    """A part of the model that runs with all its weights in memory."""
-
-    name: str
-    module: nn.Module
-    run: Callable[[int, Tensor], Tensor]
-    """From the number of a sample and its state to its next state."""
+_States: TypeAlias = list[State]
+"""After a step: of each image, and behind the projector of each sample."""
 
 
 class Probe:
@@ -99,115 +90,101 @@ class Probe:
         used = _usable_samples(model, samples)
         self.num_samples = len(used)
         self._answers = [answer_positions(model, sample) for sample in used]
-        self._arrays = [list(sample_arrays(model, [sample])) for sample in used]
         self.num_positions = sum(self._answers)
         self._groups = list(linear_groups(model.spec))
-        with torch.no_grad():
-            self._templates, self._places = self._embed_texts(model, used)
-            self._start = [
-                torch.cat(embed_images(self._reference, arrays)) if arrays else torch.empty(0)
-                for arrays in self._arrays
-            ]
-            self._steps = self._make_steps()
-            self._embeds: _State = []
-            state = self._start
-            for step in self._steps:
-                if step.name == "decoder.layers.0":
-                    self._embeds = state
-                with self._loaded(step):
-                    state = _run(step, state)
-            self._logits = state
-        if not all(bool(item.isfinite().all()) for item in state):
+        self._templates, self._places = self._embed_texts(model, used)
+        self._start = list(image_states(model, self._reference, used))
+        before = [*self._reference.vision_steps(), *self._reference.projector_steps()]
+        self._steps = [*before, *self._reference.decoder_steps(), self._head()]
+        self._last_before = len(before) - 1
+        self._visual: _States = []
+        states = self._start
+        for index in range(len(self._steps)):
+            states = self._run(index, states)
+            if index == self._last_before:
+                self._visual = states
+        self._logits = states
+        if not all(bool(state.hidden.isfinite().all()) for state in states):
             raise MobileVLMError(
                 "sensitivity: the model's logits are infinite or no numbers: the checkpoint may be "
                 "damaged"
             )
-        visual = torch.cat(
-            [item[0][place] for item, place in zip(self._embeds, self._places, strict=True)]
-        )
-        self._visual_norm = float(visual.norm())
+        squares = sum(float(state.hidden.double().square().sum()) for state in self._visual)
+        self._visual_norm = squares**0.5
 
     def effects(self, changes: Changes) -> Iterator[tuple[LinearGroup, str, Effect]]:
         """The effect of each change alone, with its group and label."""
-        state = self._start
+        before = self._start
         for index, step in enumerate(self._steps):
             with self._loaded(step):
-                after = _run(step, state)
+                after = self._run(index, before)
                 labels: list[tuple[LinearGroup, str]] = []
-                states: list[_State] = []
+                states: list[_States] = []
                 for group in self._groups_of(step):
                     for change in changes(group):
                         with _replaced(step, [(group, change.weight), *change.also]):
-                            states.append(_run(step, state))
+                            states.append(self._run(index, before))
                         labels.append((group, change.label))
                         if sum(map(_bytes, states)) + _bytes(states[-1]) > STATE_BYTES:
                             yield from self._compared(index, labels, states)
                             labels, states = [], []
                 yield from self._compared(index, labels, states)
-            state = after
+            before = after
 
     def joint_effect(self, replacement: Replacement) -> Effect:
         """The effect of all replaced weights together."""
-        state, error = self._start, None
-        for step in self._steps:
+        states, error = self._start, None
+        for index, step in enumerate(self._steps):
             with self._loaded(step):
                 for group in self._groups_of(step):
                     weight = replacement(group)
                     if weight is not None:
                         _put(step, group, weight)
-                state = _run(step, state)
-            if step.name == "projector":
-                error = self._visual_error(state)
-        return self._effect(state, error)
+                states = self._run(index, states)
+            if index == self._last_before:
+                error = self._visual_error(states)
+        return self._effect(states, error)
 
     @contextmanager
-    def _loaded(self, step: _Step) -> Iterator[None]:
+    def _loaded(self, step: Step) -> Iterator[None]:
         """A step's weights are in memory while the block runs."""
         with held(step.module):
             fill_block(step.module, self._weights, step.name)
             yield
 
-    def _groups_of(self, step: _Step) -> Iterator[LinearGroup]:
+    def _groups_of(self, step: Step) -> Iterator[LinearGroup]:
         return (group for group in self._groups if f"{group.name}.".startswith(f"{step.name}."))
 
-    def _make_steps(self) -> list[_Step]:
-        reference, spec = self._reference, self._spec
-        tower, decoder = reference.vision, reference.decoder
+    def _run(self, index: int, states: _States) -> _States:
+        """Return the states after a step of this index."""
+        after = self._embed(states) if index == self._last_before + 1 else list(states)
+        stream_step(self._steps[index], after)
+        return after
 
-        def project(number: int, state: Tensor) -> Tensor:
-            embeds = self._templates[number].clone()
-            if len(state):
-                tokens = reference.project(tower.features(state), self._arrays[number][0])
-                embeds[self._places[number]] = tokens.flatten(0, 1)
-            return embeds[None]
+    def _embed(self, states: _States) -> _States:
+        """Return the decoder's state of each sample; ``states``: of the images."""
+        visual = torch.cat([self._templates[0][:0], *(state.hidden[0] for state in states)])
+        embedded = []
+        for template, places, answers in zip(
+            self._templates, self._places, self._answers, strict=True
+        ):
+            embeds, count = template.clone(), int(places.sum())
+            embeds[places], visual = visual[:count], visual[count:]
+            state = self._reference.decoder.start(embeds[None])
+            answer = torch.arange(len(embeds) - answers, len(embeds))
+            embedded.append(state.then(state.hidden, answer=answer))
+        return embedded
 
-        def head(number: int, state: Tensor) -> Tensor:
-            logits: Tensor = decoder.logits(state[0, -self._answers[number] :])
-            return logits
+    def _head(self) -> Step:
+        """Return the step to the logits of the answer."""
+        decoder = self._reference.decoder
+        return Step(
+            "decoder.lm_head",
+            decoder.lm_head,
+            lambda state: state.then(decoder.logits(state.hidden[0, state.given["answer"]])),
+        )
 
-        def tower_layer(layer: nn.Module) -> Callable[[int, Tensor], Tensor]:
-            return lambda _, state: layer(state) if len(state) else state
-
-        def decoder_layer(index: int, layer: nn.Module) -> Callable[[int, Tensor], Tensor]:
-            def run(number: int, state: Tensor) -> Tensor:
-                state = state if index else decoder.begin(state)
-                return run_decoder_layer(layer, spec.decoder, state)
-
-            return run
-
-        return [
-            *(
-                _Step(f"vision.layers.{index}", layer, tower_layer(layer))
-                for index, layer in enumerate(tower.layers)
-            ),
-            _Step("projector", reference.projector, project),
-            *(
-                _Step(f"decoder.layers.{index}", layer, decoder_layer(index, layer))
-                for index, layer in enumerate(decoder.layers)
-            ),
-            _Step("decoder.lm_head", decoder.lm_head, head),
-        ]
-
+    @torch.no_grad()
     def _embed_texts(
         self, model: Model, samples: Sequence[Sample]
     ) -> tuple[list[Tensor], list[Tensor]]:
@@ -223,46 +200,42 @@ class Probe:
         return templates, places
 
     def _compared(
-        self, index: int, labels: list[tuple[LinearGroup, str]], states: list[_State]
+        self, index: int, labels: list[tuple[LinearGroup, str]], states: list[_States]
     ) -> Iterator[tuple[LinearGroup, str, Effect]]:
         """Runs the steps after this one, and compares what comes out."""
         errors: list[float | None] = [None] * len(states)
         for number, step in enumerate(self._steps[index:], index):
             if number > index and states:
                 with self._loaded(step):
-                    states = [_run(step, state) for state in states]
-            if step.name == "projector":
+                    states = [self._run(number, state) for state in states]
+            if number == self._last_before:
                 errors = [self._visual_error(state) for state in states]
         for (group, label), state, error in zip(labels, states, errors, strict=True):
             yield group, label, self._effect(state, error)
 
-    def _visual_error(self, state: _State) -> float:
+    def _visual_error(self, states: _States) -> float:
         squares = sum(
-            float((found - exact).double().square().sum())
-            for found, exact in zip(state, self._embeds, strict=True)
+            float((found.hidden - exact.hidden).double().square().sum())
+            for found, exact in zip(states, self._visual, strict=True)
         )
         return float(squares**0.5 / self._visual_norm) if self._visual_norm else 0.0
 
-    def _effect(self, state: _State, visual_error: float | None) -> Effect:
+    def _effect(self, states: _States, visual_error: float | None) -> Effect:
         divergence = agreement = 0.0
-        for found, exact in zip(state, self._logits, strict=True):
-            p, q = exact.double().log_softmax(dim=-1), found.double().log_softmax(dim=-1)
+        for found, exact in zip(states, self._logits, strict=True):
+            ours, theirs = exact.hidden, found.hidden
+            p, q = ours.double().log_softmax(dim=-1), theirs.double().log_softmax(dim=-1)
             divergence += float((p.exp() * (p - q)).sum())
-            agreement += float((found.argmax(dim=-1) == exact.argmax(dim=-1)).sum())
+            agreement += float((theirs.argmax(dim=-1) == ours.argmax(dim=-1)).sum())
         count = self.num_positions
         return Effect(max(divergence, 0.0) / count, agreement / count, visual_error)
 
 
-@torch.no_grad()
-def _run(step: _Step, state: _State) -> _State:
-    return [step.run(number, item) for number, item in enumerate(state)]
+def _bytes(states: _States) -> int:
+    return sum(state.hidden.nbytes for state in states)
 
 
-def _bytes(state: _State) -> int:
-    return sum(item.nbytes for item in state)
-
-
-def _put(step: _Step, group: LinearGroup, weight: Float32) -> None:
+def _put(step: Step, group: LinearGroup, weight: Float32) -> None:
     """Gives the layers of a group these weights ``(out_size, in_size)``."""
     parts = np.split(weight, np.cumsum(group.out_sizes)[:-1])
     for name, part in zip(group.names, parts, strict=True):
@@ -271,7 +244,7 @@ def _put(step: _Step, group: LinearGroup, weight: Float32) -> None:
 
 
 @contextmanager
-def _replaced(step: _Step, changed: Sequence[tuple[LinearGroup, Float32]]) -> Iterator[None]:
+def _replaced(step: Step, changed: Sequence[tuple[LinearGroup, Float32]]) -> Iterator[None]:
     """Other weights while the block runs; the step's own are in memory."""
     names = [name for group, _ in changed for name in group.names]
     layers = [step.module.get_submodule(name[len(step.name) + 1 :]) for name in names]

@@ -3,10 +3,13 @@ differ from it in tokens and norms as the spec says."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.reference.steps import Step, Stepped
 from mobilevlm.spec import TransformerEncoder
 
 
@@ -61,7 +64,7 @@ def _activate(name: str, hidden: Tensor) -> Tensor:
     return F.gelu(hidden, approximate="tanh" if name == "gelu_tanh" else "none")
 
 
-class ClipTower(nn.Module):
+class ClipTower(Stepped):
     """Normalised pixels ``(batch, 3, size, size)`` to features
     ``(batch, num_features, hidden_size)``."""
 
@@ -79,25 +82,33 @@ class ClipTower(nn.Module):
         self.post_norm = _norm(spec) if spec.post_norm else nn.Identity()
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """Input of the first layer ``(batch, num_positions, hidden_size)``."""
-        hidden = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        if self.spec.class_token:
-            token = self.class_embedding.expand(len(pixels), 1, -1)
-            hidden = torch.cat([token, hidden], dim=1)
-        hidden = hidden + self.position_embedding(torch.arange(hidden.shape[1]).to(hidden.device))
-        out: Tensor = self.pre_norm(hidden)
+        """Return the input of the first layer ``(batch, num_positions, hidden_size)``."""
+        out: Tensor = self.pre_norm(self._add_positions(self._patches(pixels)))
         return out
 
-    def features(self, state: Tensor) -> Tensor:
-        """What the projector gets of the state after the last layer."""
-        out: Tensor = self.post_norm(state)
-        return out[:, self.spec.num_positions - self.spec.num_features :]
+    def steps(self) -> Iterator[Step]:
+        """Yield the embedding's steps, the layers, and the choice of features."""
+        yield Step.of("patch_embedding", self.patch_embedding, self._patches)
+        yield Step.of("position_embedding", self.position_embedding, self._add_positions)
+        yield Step.of("pre_norm", self.pre_norm)
+        for index, layer in enumerate(self.layers):
+            yield Step.of(f"layers.{index}", layer)
+        yield Step.of("post_norm", self.post_norm, self._features)
 
-    def forward(self, pixels: Tensor) -> Tensor:
-        hidden = self.embed(pixels)
-        for layer in self.layers:
-            hidden = layer(hidden)
-        return self.features(hidden)
+    def _patches(self, pixels: Tensor) -> Tensor:
+        hidden: Tensor = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
+        if not self.spec.class_token:
+            return hidden
+        token = self.class_embedding.expand(len(pixels), 1, -1)
+        return torch.cat([token, hidden], dim=1)
+
+    def _add_positions(self, hidden: Tensor) -> Tensor:
+        places = torch.arange(hidden.shape[1]).to(hidden.device)
+        return hidden + self.position_embedding(places)  # type: ignore[no-any-return]
+
+    def _features(self, hidden: Tensor) -> Tensor:
+        out: Tensor = self.post_norm(hidden)
+        return out[:, self.spec.num_positions - self.spec.num_features :]
 
 
 def _norm(spec: TransformerEncoder) -> nn.LayerNorm:

@@ -5,7 +5,8 @@ With a spec's defaults it is Llama (Touvron et al. 2023): RMSNorm, rotary attent
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 from mobilevlm.reference.experts import SparseMLP
 from mobilevlm.reference.mlp import build_mlp
+from mobilevlm.reference.steps import State, Step, Stepped, run_steps
 from mobilevlm.spec import DecoderSpec
 
 
@@ -155,7 +157,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, spec: DecoderSpec, index: int) -> None:
         super().__init__()
         self.input_norm = build_norm(spec)
-        self.index, self.has_attention = index, index not in spec.conv_layers
+        self.has_attention = index not in spec.conv_layers
         if self.has_attention:
             self.attn = Attention(spec, spec.window(index))
         else:
@@ -191,8 +193,9 @@ class TokenEmbedding(nn.Embedding):
         return rows if self.scale == 1 else rows * self.scale
 
 
-class Decoder(nn.Module):
-    """Embeddings ``(batch, length, hidden_size)`` to logits ``(batch, length, vocab_size)``."""
+class Decoder(Stepped):
+    """Embeddings ``(batch, length, hidden_size)`` to logits ``(batch, length, vocab_size)``. The
+    head follows the steps."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -208,38 +211,56 @@ class Decoder(nn.Module):
         if spec.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def begin(self, embeds: Tensor, positions: Tensor | None = None) -> Tensor:
-        """Embeddings ``(batch, length, hidden_size)`` as the first layer takes them."""
-        if not self.spec.learned_positions:
-            return embeds
+    def start(
+        self,
+        embeds: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        deep: Sequence[Tensor] = (),
+    ) -> State:
+        """Return the state before the first step. ``positions``: ``(length,)`` or
+        ``(batch, 1, length)``, 0, 1, 2 … when not given; of several axes ``(axes, length)``.
+        ``mask``: bool ``(batch, 1, length, length)``, true where attended; causal when not given.
+        ``deep``: what is added after each of ``deep_layers``, as ``embeds``."""
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)
-        return embeds + self.position_embedding(positions)  # type: ignore[no-any-return]
+        layers = self.spec.deep_layers if deep else ()
+        given = {f"deep.{layer}": rows for layer, rows in zip(layers, deep, strict=True)}
+        if mask is not None:
+            given["mask"] = mask
+        return State(embeds, {**given, "positions": positions})
 
-    def forward(
+    def steps(self) -> Iterator[Step]:
+        """Yield the layers and the last norm, whose output the head reads."""
+        if self.spec.learned_positions:
+            yield Step("position_embedding", self.position_embedding, self._add_positions)
+        for index, layer in enumerate(self.layers):
+            yield Step(f"layers.{index}", layer, partial(self._run_layer, index))
+        yield Step.of("norm", self.norm)
+
+    def _add_positions(self, state: State) -> State:
+        return state.then(state.hidden + self.position_embedding(state.given["positions"]))
+
+    def _run_layer(self, index: int, state: State) -> State:
+        rotary = rotary_tables(self.spec, state.given["positions"], index)
+        hidden = self.layers[index](state.hidden, rotary, state.given.get("mask"))
+        added = state.given.get(f"deep.{index}")
+        return state.then(hidden if added is None else hidden + added)
+
+    def forward(  # type: ignore[override]
         self,
         embeds: Tensor,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         deep: Sequence[Tensor] = (),
     ) -> Tensor:
-        """``positions``: ``(length,)`` or ``(batch, 1, length)``, 0, 1, 2 … when not given; of
-        several axes ``(axes, length)``. ``mask``: bool ``(batch, 1, length, length)``, true where
-        attended; causal when not given. ``deep``: what is added after each of ``deep_layers``, as
-        ``embeds``."""
-        if positions is None:
-            positions = torch.arange(embeds.shape[1], device=embeds.device)
-        hidden = self.begin(embeds, positions)
-        added = dict(zip(self.spec.deep_layers, deep, strict=True)) if deep else {}
-        for index, layer in enumerate(self.layers):
-            hidden = layer(hidden, rotary_tables(self.spec, positions, index), mask)
-            if index in added:
-                hidden = hidden + added[index]
-        return self.logits(hidden)
+        """See :meth:`start` for the arguments."""
+        state = run_steps(self.steps(), self.start(embeds, positions, mask, deep))
+        return self.logits(state.hidden)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """States after the last layer ``(…, hidden_size)`` to logits ``(…, vocab_size)``."""
-        return soft_cap(self.lm_head(self.norm(hidden)), self.spec.logit_softcap)
+        """Return the logits ``(…, vocab_size)`` of what the steps give ``(…, hidden_size)``."""
+        return soft_cap(self.lm_head(hidden), self.spec.logit_softcap)
 
     @property
     def sparse_layers(self) -> dict[int, SparseMLP]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +12,7 @@ from torch.nn import functional as F
 
 from mobilevlm.reference.decoder import build_norm
 from mobilevlm.reference.mlp import build_mlp
+from mobilevlm.reference.steps import State, Step, Stepped, run_steps, steps_of
 from mobilevlm.spec import DecoderSpec, RelativePositions
 
 
@@ -84,7 +87,7 @@ class CrossLayer(EncoderLayer):
         return hidden + self.mlp(self.post_attention_norm(hidden))  # type: ignore[no-any-return]
 
 
-class Encoder(nn.Module):
+class Encoder(Stepped):
     """Embeddings ``(batch, length, hidden_size)`` to states of the same shape."""
 
     def __init__(self, spec: DecoderSpec) -> None:
@@ -96,17 +99,21 @@ class Encoder(nn.Module):
         self.norm = build_norm(spec)
         self.cross = nn.ModuleList(CrossKeyValue(spec) for _ in range(spec.num_hidden_layers))
 
-    def forward(self, embeds: Tensor) -> Tensor:
-        buckets = relative_buckets(self.positions, embeds.shape[1], both_ways=True)
-        bias, hidden = self.relative_bias(buckets).movedim(-1, 0)[None], embeds
-        for layer in self.layers:
-            hidden = layer(hidden, bias)
-        out: Tensor = self.norm(hidden)
-        return out
+    def steps(self) -> Iterator[Step]:
+        """Yield the layers and the last norm."""
+        yield Step("relative_bias", self.relative_bias, self._add_bias)
+        for index, layer in enumerate(self.layers):
+            yield Step(f"layers.{index}", layer, partial(_run_layer, layer, ("bias",)))
+        yield Step.of("norm", self.norm)
+
+    def _add_bias(self, state: State) -> State:
+        buckets = relative_buckets(self.positions, state.hidden.shape[1], both_ways=True)
+        return state.then(state.hidden, bias=self.relative_bias(buckets).movedim(-1, 0)[None])
 
 
-class EncoderDecoder(nn.Module):
-    """Embeddings of a prompt and tokens of an answer to logits of the answer."""
+class EncoderDecoder(Stepped):
+    """Embeddings of a prompt and tokens of an answer to logits of the answer. The head follows the
+    steps."""
 
     def __init__(self, spec: DecoderSpec) -> None:
         super().__init__()
@@ -122,21 +129,44 @@ class EncoderDecoder(nn.Module):
         if spec.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
-    def forward(self, embeds: Tensor, answer: Tensor) -> Tensor:
-        """``(batch, length, hidden_size)`` and ids ``(batch, tokens)``, the start token first, to
-        logits ``(batch, tokens, vocab_size)``."""
+    def steps(self) -> Iterator[Step]:
+        """Yield the encoder's steps, then those of the decoder, which read ``answer``: ids
+        ``(batch, tokens)``, the start token first."""
+        yield from steps_of("encoder", self.encoder)
+        yield Step("embed_tokens", self.embed_tokens, self._begin_answer)
+        yield Step("relative_bias", self.relative_bias, self._add_bias)
+        for index, (layer, cross) in enumerate(zip(self.layers, self.encoder.cross, strict=True)):
+            yield Step(f"encoder.cross.{index}", cross, partial(_add_keys, cross))
+            names = ("bias", "key", "value")
+            yield Step(f"layers.{index}", layer, partial(_run_layer, layer, names))
+        yield Step.of("norm", self.norm)
+
+    def _begin_answer(self, state: State) -> State:
+        return state.then(self.embed_tokens(state.given["answer"]), source=state.hidden)
+
+    def _add_bias(self, state: State) -> State:
         assert self.spec.relative_positions is not None
-        states = self.encoder(embeds)
-        count = answer.shape[1]
+        count = state.hidden.shape[1]
         buckets = relative_buckets(self.spec.relative_positions, count, both_ways=False)
         later = torch.ones(count, count, dtype=torch.bool).triu(1)
         bias = self.relative_bias(buckets).movedim(-1, 0)[None]
-        bias = bias.masked_fill(later.to(bias.device), -math.inf)
-        hidden = self.embed_tokens(answer)
-        for layer, cross in zip(self.layers, self.encoder.cross, strict=True):
-            hidden = layer(hidden, bias, *cross(states))
-        out: Tensor = self.lm_head(self.norm(hidden))
+        return state.then(state.hidden, bias=bias.masked_fill(later.to(bias.device), -math.inf))
+
+    def forward(self, embeds: Tensor, answer: Tensor) -> Tensor:  # type: ignore[override]
+        """``(batch, length, hidden_size)`` and ids ``(batch, tokens)``, the start token first, to
+        logits ``(batch, tokens, vocab_size)``."""
+        state = run_steps(self.steps(), State(embeds, {"answer": answer}))
+        out: Tensor = self.lm_head(state.hidden)
         return out
+
+
+def _run_layer(layer: nn.Module, names: tuple[str, ...], state: State) -> State:
+    return state.then(layer(state.hidden, *(state.given[name] for name in names)))
+
+
+def _add_keys(cross: nn.Module, state: State) -> State:
+    key, value = cross(state.given["source"])
+    return state.then(state.hidden, key=key, value=value)
 
 
 def relative_buckets(spec: RelativePositions, length: int, both_ways: bool) -> Tensor:

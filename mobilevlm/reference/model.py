@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,17 +15,16 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.image import normalize
 from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, Piece, in_runs
-from mobilevlm.reference.clip import ClipLayer, ClipTower
-from mobilevlm.reference.decoder import Decoder, DecoderLayer
-from mobilevlm.reference.encoder_decoder import EncoderDecoder, EncoderLayer
+from mobilevlm.reference.clip import ClipTower
+from mobilevlm.reference.decoder import Decoder
+from mobilevlm.reference.encoder_decoder import EncoderDecoder
 from mobilevlm.reference.experts import Capacity
 from mobilevlm.reference.projectors import build_projector
+from mobilevlm.reference.steps import State, Step, run_steps, steps_of
 from mobilevlm.spec import ModelSpec
 
-_LAYERS = (ClipLayer, DecoderLayer, EncoderLayer)
-"""Units of streaming."""
 _HELD: set[nn.Module] = set()
-"""Streamed layers that keep their weights."""
+"""Streamed modules that keep their weights."""
 
 
 class ReferenceModel(nn.Module):
@@ -40,24 +38,34 @@ class ReferenceModel(nn.Module):
         build = EncoderDecoder if spec.decoder.encoder_layers else Decoder
         self.decoder: Any = build(spec.decoder)
 
+    def vision_steps(self) -> list[Step]:
+        """Return the steps from normalised pixels to the tower's features."""
+        return steps_of("vision", self.vision)
+
+    def projector_steps(self) -> list[Step]:
+        """Return the steps from there to visual tokens."""
+        return steps_of("projector", self.projector)
+
+    def decoder_steps(self) -> list[Step]:
+        """Return the steps from embeddings to what the head reads."""
+        return steps_of("decoder", self.decoder)
+
+    def image_state(self, arrays: Arrays) -> State:
+        """Return the state before the tower's first step; ``arrays``: of one run of the encoder."""
+        pixels = normalize(arrays["pixels"], self.spec.image.square)
+        further = {name: arrays[name] for name in arrays if name != "pixels"}
+        given = {name: torch.from_numpy(array) for name, array in further.items()}
+        return State(torch.from_numpy(pixels)[None], given)
+
     def features(self, pixels: NDArray[np.uint8]) -> Tensor:
         """uint8 ``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""
-        values = torch.from_numpy(normalize(pixels, self.spec.image.square))
-        out: Tensor = self.vision(values[None])[0]
-        return out
+        return run_steps(self.vision_steps(), self.image_state({"pixels": pixels})).hidden[0]
 
     def visual_tokens(self, pixels: NDArray[np.uint8], **further: NDArray[Any]) -> Tensor:
         """uint8 ``(size, size, 3)``, and further named arrays that the connector reads, to visual
         tokens ``(num_tokens, hidden_size)``."""
-        return self.project(self.features(pixels)[None], further)[0]
-
-    def project(self, features: Tensor, arrays: Arrays = MappingProxyType({})) -> Tensor:
-        """``(batch, num_features, vision hidden_size)`` to ``(batch, num_tokens, hidden_size)``.
-        ``arrays``: those of the encoder, which the connector may read too."""
-        names = self.spec.image.connector.array_names
-        further = {name: torch.from_numpy(arrays[name]) for name in names}
-        out: Tensor = self.projector(features, **further)
-        return out
+        steps = (*self.vision_steps(), *self.projector_steps())
+        return run_steps(steps, self.image_state({"pixels": pixels, **further})).hidden[0]
 
     def embed(self, pieces: Sequence[Piece], images: Sequence[Tensor]) -> Tensor:
         """A prompt to embeddings ``(length, hidden_size)``; ``images``: rows for its runs."""
@@ -112,22 +120,24 @@ def load_reference(
     if capacity is not None:
         for sparse in reference.decoder.sparse_layers.values():
             sparse.capacity = capacity
-    if model.spec.image.encoder.class_token:
-        reference.vision.class_embedding = nn.Parameter(
-            _read(model.weights, "vision.class_embedding", reference.vision.class_embedding),
-            requires_grad=False,
-        )
-    for name, block in _blocks(reference):
+    blocks = _blocks(reference)
+    for name, block in blocks.items():
         if streamed:
             _stream(block, model.weights, name)
         else:
             fill_block(block, model.weights, name)
+    for name, module in reference.named_modules():
+        if not _is_inside(name, blocks):  # a class token, the queries of a Q-Former
+            fill_block(module, model.weights, name, recurse=False)
     return reference.eval()
 
 
 @contextmanager
 def held(block: nn.Module) -> Iterator[None]:
-    """Keeps a streamed layer's weights from its first call to the end, for many calls."""
+    """Keep a streamed module's weights from its first call to the end, for many calls."""
+    if block in _HELD:
+        yield
+        return
     _HELD.add(block)
     try:
         yield
@@ -136,22 +146,26 @@ def held(block: nn.Module) -> Iterator[None]:
         block.to("meta")
 
 
-def _blocks(reference: ReferenceModel) -> Iterator[tuple[str, nn.Module]]:
-    """The units that are filled at once: whole layers, the projector, and single modules."""
-    whole: list[str] = []
-    for name, module in reference.named_modules():
-        if any(name.startswith(f"{outer}.") for outer in whole):
-            continue
-        if isinstance(module, _LAYERS) or name == "projector":
-            whole.append(name)
-            yield name, module
-        elif list(module.parameters(recurse=False)) and not list(module.children()):
-            yield name, module
+def _blocks(reference: ReferenceModel) -> dict[str, nn.Module]:
+    """Return the units that are filled at once: the modules of steps, and single modules."""
+    parts = (reference.vision_steps(), reference.projector_steps(), reference.decoder_steps())
+    blocks = {step.name: step.module for steps in parts for step in steps}
+    single = {
+        name: module
+        for name, module in reference.named_modules()
+        if not list(module.children()) and not _is_inside(name, blocks)
+    }
+    whole = (blocks | single).items()
+    return {name: module for name, module in whole if list(module.parameters())}
 
 
-def fill_block(block: nn.Module, weights: Weights, prefix: str) -> None:
-    """Reads all parameters of a block with this canonical name."""
-    for name, parameter in list(block.named_parameters()):
+def _is_inside(name: str, blocks: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{outer}.") for outer in blocks)
+
+
+def fill_block(block: nn.Module, weights: Weights, prefix: str, recurse: bool = True) -> None:
+    """Read the parameters of a block with this canonical name; ``recurse``: of its modules too."""
+    for name, parameter in list(block.named_parameters(recurse=recurse)):
         owner, _, leaf = name.rpartition(".")
         value = _read(weights, f"{prefix}.{name}", parameter)
         setattr(block.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.reference.qformer import QFormer
+from mobilevlm.reference.steps import Step
 from mobilevlm.spec import ConnectorSpec
 
 
@@ -128,9 +130,10 @@ class QFormerProjector(QFormer):
         super().__init__(spec.qformer, spec.in_size)
         self.mlp = MLP(spec)
 
-    def forward(self, features: Tensor, instruction_ids: Tensor | None = None) -> Tensor:
-        out: Tensor = self.mlp(super().forward(features, instruction_ids))
-        return out
+    def steps(self) -> Iterator[Step]:
+        """Yield the Q-Former's steps and the MLP."""
+        yield from super().steps()
+        yield Step.of("mlp", self.mlp)
 
 
 def _channel_norm(norm: nn.Module, hidden: Tensor) -> Tensor:

@@ -3,10 +3,14 @@ instruction too (InstructBLIP, Dai et al. 2023)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.reference.steps import State, Step, Stepped
 from mobilevlm.spec import QFormerSpec
 
 
@@ -78,13 +82,17 @@ class QFormerLayer(nn.Module):
         return torch.cat([queries, text], dim=1)
 
 
-class QFormer(nn.Module):
-    """Features ``(batch, num_features, source_size)`` to ``(batch, num_queries, hidden_size)``."""
+class QFormer(Stepped):
+    """Features ``(batch, num_features, source_size)`` to ``(batch, num_queries, hidden_size)``.
+
+    With a vocabulary it also reads ``instruction_ids`` ``(length,)``, the same for a whole batch.
+    """
 
     def __init__(self, spec: QFormerSpec, source_size: int) -> None:
         super().__init__()
+        self.reads_text = spec.vocab_size > 0
         self.query_tokens = nn.Parameter(torch.zeros(spec.num_queries, spec.hidden_size))
-        if spec.vocab_size:
+        if self.reads_text:
             self.word_embedding = nn.Embedding(spec.vocab_size, spec.hidden_size)
             self.position_embedding = nn.Embedding(spec.max_positions, spec.hidden_size)
         self.norm = _norm(spec)
@@ -92,17 +100,33 @@ class QFormer(nn.Module):
             QFormerLayer(spec, index, source_size) for index in range(spec.num_hidden_layers)
         )
 
-    def forward(self, features: Tensor, instruction_ids: Tensor | None = None) -> Tensor:
-        """``instruction_ids``: ``(length,)``, the same for the whole batch."""
+    def steps(self) -> Iterator[Step]:
+        """Yield the text's embedding, the norm before the layers, and the layers."""
+        if self.reads_text:
+            yield Step("word_embedding", self.word_embedding, self._embed_text)
+            yield Step("position_embedding", self.position_embedding, self._add_positions)
+        yield Step("norm", self.norm, self._begin)
+        for index, layer in enumerate(self.layers):
+            yield Step(f"layers.{index}", layer, partial(_run_layer, layer))
+
+    def _embed_text(self, state: State) -> State:
+        return state.then(state.hidden, text=self.word_embedding(state.given["instruction_ids"]))
+
+    def _add_positions(self, state: State) -> State:
+        text = state.given["text"]
+        places = torch.arange(len(text), device=text.device)
+        return state.then(state.hidden, text=text + self.position_embedding(places))
+
+    def _begin(self, state: State) -> State:
         hidden: Tensor = self.query_tokens
-        if instruction_ids is not None:
-            places = torch.arange(len(instruction_ids), device=instruction_ids.device)
-            text = self.word_embedding(instruction_ids) + self.position_embedding(places)
-            hidden = torch.cat([hidden, text])
-        hidden = self.norm(hidden).expand(len(features), -1, -1)
-        for layer in self.layers:
-            hidden = layer(hidden, features)
-        return hidden
+        if self.reads_text:
+            hidden = torch.cat([hidden, state.given["text"]])
+        features = state.hidden
+        return state.then(self.norm(hidden).expand(len(features), -1, -1), features=features)
+
+
+def _run_layer(layer: nn.Module, state: State) -> State:
+    return state.then(layer(state.hidden, state.given["features"]))
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:

@@ -17,6 +17,7 @@ from mobilevlm.gguf.architectures import (
     gguf_architecture,
     is_own,
 )
+from mobilevlm.gguf.checks import MAX_LAYERS
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.keys import Role, check_keys
 from mobilevlm.gguf.names import decoder_entries
@@ -167,7 +168,7 @@ def _softcaps(file: GgufFile) -> dict[str, Any]:
 
 def _sliding(file: GgufFile, sizes: DecoderSpec) -> dict[str, Any]:
     """Return window, layers and rotary base of sliding layers as fields of the spec."""
-    architecture, count = file.architecture, sizes.num_hidden_layers
+    architecture, count = file.architecture, min(sizes.num_hidden_layers, MAX_LAYERS)
     default = {"gemma2": 4096}.get(architecture, 0)
     if not file.metadata.get(f"{architecture}.{WINDOW}", default):
         return {}
@@ -178,7 +179,8 @@ def _sliding(file: GgufFile, sizes: DecoderSpec) -> dict[str, Any]:
         layers = [layer for layer, slides in enumerate(pattern) if slides]
     else:
         is_right = type(pattern) is int and pattern >= 0
-        layers = [layer for layer in range(count) if not pattern or (layer + 1) % pattern]
+        every = pattern if is_right else 0
+        layers = [layer for layer in range(count) if not every or (layer + 1) % every]
     if not is_right:
         raise BundleError(
             f"{file.path}: '{architecture}.{PATTERN}' is {pattern!r:.60}, expected a number, or "

@@ -139,19 +139,30 @@ def decoder_file(kind: int, architecture: str = "llama") -> File:
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokens += ["▁", *"abcdefghijklmnopqrstuvwxyz", "▁the", "he", "th"]
     tokens += [f"<extra{index}>" for index in range(-len(tokens) % 32)]
-    own, arch = architecture != "llama", architecture
+    own, arch = architecture.startswith("moe"), architecture
+    is_gemma, has_norms = arch.startswith("gemma"), arch in ("qwen3", "gemma3")
+    head = 2 * HIDDEN // HEADS if has_norms else HIDDEN // HEADS
     file.add("general.architecture", STRING, arch)
     file.add("general.name", STRING, "tiny")
     file.add("general.file_type", U32, 0)
     for key, number in (
         ("context_length", 512), ("embedding_length", HIDDEN), ("block_count", LAYERS),
         ("feed_forward_length", WIDE), ("attention.head_count", HEADS),
-        ("attention.head_count_kv", 1), ("rope.dimension_count", HIDDEN // HEADS),
-        ("vocab_size", len(tokens)),
+        ("attention.head_count_kv", 1), ("rope.dimension_count", head), ("vocab_size", len(tokens)),
     ):  # fmt: skip
         file.add(f"{arch}.{key}", U32, number)
     file.add(f"{arch}.attention.layer_norm_rms_epsilon", F32, 1e-5)
     file.add(f"{arch}.rope.freq_base", F32, 10000.0)
+    if has_norms:
+        file.add(f"{arch}.attention.key_length", U32, head)
+        file.add(f"{arch}.attention.value_length", U32, head)
+    if is_gemma:
+        file.add(f"{arch}.attention.sliding_window", U32, 8)
+        file.add(f"{arch}.attention.sliding_window_pattern", ARRAY, [True, False], BOOL)
+        file.add(f"{arch}.rope.freq_base_swa", F32, 500.0)
+        file.add(f"{arch}.final_logit_softcapping", F32, 30.0)
+    if arch == "gemma2":
+        file.add(f"{arch}.attn_logit_softcapping", F32, 50.0)
     if own:
         file.add(f"{arch}.expert_count", U32, 3)
         file.add(f"{arch}.expert_used_count", U32, 2)
@@ -163,11 +174,15 @@ def decoder_file(kind: int, architecture: str = "llama") -> File:
         file.add(f"{arch}.use_parallel_residual", BOOL, False)
         file.add(f"{arch}.feed_forward.kind", STRING, "gated")
         file.add(f"{arch}.hidden_activation", STRING, "silu")
-    file.add("tokenizer.ggml.model", STRING, "llama")
-    file.add("tokenizer.ggml.pre", STRING, "default")
+    types = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]
+    if arch.startswith("qwen"):
+        types = [3, 3, 3, *[1] * (len(tokens) - 3)]
+        file.add("tokenizer.ggml.merges", ARRAY, ["t h", "h e"], STRING)
+    byte_level = arch.startswith("qwen")
+    file.add("tokenizer.ggml.model", STRING, "gpt2" if byte_level else "llama")
+    file.add("tokenizer.ggml.pre", STRING, "qwen2" if byte_level else "default")
     file.add("tokenizer.ggml.tokens", ARRAY, tokens, STRING)
     file.add("tokenizer.ggml.scores", ARRAY, [-float(i) for i in range(len(tokens))], F32)
-    types = [2, 3, 3, *[6] * 256, *[1] * (len(tokens) - 259)]
     file.add("tokenizer.ggml.token_type", ARRAY, types, I32)
     for name, index in (("bos", 1), ("eos", 2), ("unknown", 0), ("padding", 0)):
         file.add(f"tokenizer.ggml.{name}_token_id", U32, index)
@@ -185,9 +200,15 @@ def decoder_file(kind: int, architecture: str = "llama") -> File:
     add("token_embd.weight", len(tokens), HIDDEN, kind=kind)
     for layer in range(LAYERS):
         add(f"blk.{layer}.attn_norm.weight", HIDDEN)
-        for part, size in (("q", HIDDEN), ("k", HIDDEN // HEADS), ("v", HIDDEN // HEADS)):
+        for part, size in (("q", HEADS * head), ("k", head), ("v", head)):
             add(f"blk.{layer}.attn_{part}.weight", size, HIDDEN, kind=kind)
-        add(f"blk.{layer}.attn_output.weight", HIDDEN, HIDDEN, kind=kind)
+            if arch == "qwen2":
+                add(f"blk.{layer}.attn_{part}.bias", size)
+        for part in "qk" if has_norms else "":
+            add(f"blk.{layer}.attn_{part}_norm.weight", head)
+        for name in ("post_attention_norm", "post_ffw_norm") if is_gemma else ():
+            add(f"blk.{layer}.{name}.weight", HIDDEN)
+        add(f"blk.{layer}.attn_output.weight", HIDDEN, HEADS * head, kind=kind)
         add(f"blk.{layer}.ffn_norm.weight", HIDDEN)
         sparse = own and layer == 0
         outer, ending = ((3,), "_exps") if sparse else ((), "")
@@ -197,7 +218,8 @@ def decoder_file(kind: int, architecture: str = "llama") -> File:
         add(f"blk.{layer}.ffn_up{ending}.weight", *outer, WIDE, HIDDEN, kind=kind)
         add(f"blk.{layer}.ffn_down{ending}.weight", *outer, HIDDEN, WIDE, kind=kind)
     add("output_norm.weight", HIDDEN)
-    add("output.weight", len(tokens), HIDDEN, kind=kind)
+    if arch != "gemma2":
+        add("output.weight", len(tokens), HIDDEN, kind=kind)
     return file
 
 
@@ -271,7 +293,11 @@ DECODERS = (
     decoder_file(1),
     decoder_file(2),
     decoder_file(8),
-    decoder_file(1, "moe-llava-llama"),
+    decoder_file(1, "qwen2"),
+    decoder_file(0, "qwen3"),
+    decoder_file(1, "gemma2"),
+    decoder_file(0, "gemma3"),
+    decoder_file(1, "moe-llava-llama"),  # the last: llama.cpp does not run it
 )
 ENCODERS = (mmproj_file("mlp"), mmproj_file("ldpv2"), legacy(mmproj_file("mlp")))
 
@@ -320,6 +346,7 @@ TENSORS = (
     "v.patch_embd.weight.1", "v.blk.0.attn_qkv.weight", "v.blk.0.ls1.weight",
     "v.blk.0.attn_q_norm.weight", "v.blk.0.ffn_gate.weight", "v.blk.0.attn_sinks",
     "v.blk.0.ffn_gate_exps.weight", "v.blk.2.ln1.weight", "v.norm_embd.weight",
+    "blk.0.post_attention_norm.weight", "blk.1.post_ffw_norm.weight", "blk.0.attn_k_norm.weight",
 )  # fmt: skip
 WORDS = ("llama", "gpt2", "bert", "t5", "clip", "mlp", "ldp", "ldpv2", "resampler", "linear",
          "none", "yarn", "longrope", "gelu_new", "no_vocab", "spatial_unpad", "qwen2vl_merger",
@@ -365,6 +392,8 @@ def _change_type(random: Random, file: File) -> None:
 
 def _add_key(random: Random, file: File) -> None:
     key = random.choice(KNOWN)
+    if key.startswith("llama."):  # of the file's own architecture
+        key = key.replace("llama", str(file.keys[0][1].value), 1)
     if random.random() < 0.2:
         key = random.choice(file.keys)[0] + random.choice(("", "x", ".0"))
     kind = random.choice((U32, U32, I32, F32, BOOL, STRING, ARRAY, U64))
@@ -435,7 +464,8 @@ def _change_layers(random: Random, file: File) -> None:
     """Say another number of something, rightly named and typed."""
     endings = ("block_count", "head_count", "head_count_kv", "image_size", "patch_size",
                "rope.dimension_count", "feed_forward_length", "context_length", "vocab_size",
-               "expert_used_count", "expert_count", "projection_dim", "key_length")  # fmt: skip
+               "expert_used_count", "expert_count", "projection_dim", "key_length",
+               "sliding_window")  # fmt: skip
     ending = random.choice(endings)
     number = random.choice((*SIZES, 24, 28, 48, 1000))
     for key, value in file.keys:

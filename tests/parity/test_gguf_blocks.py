@@ -7,6 +7,7 @@ import dataclasses
 import math
 import os
 import re
+import tracemalloc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.model import checked_decoder
 from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.gguf.spec import decoder_spec
 from mobilevlm.model import Model
@@ -331,6 +333,11 @@ def test_a_file_alone_answers_and_is_the_model_again(name: str, tmp_path: Path) 
         ("Gemma 3", ("uint32", "of_tomorrow", 1), "key 'gemma3.of_tomorrow' is not known to this"),
         ("Gemma 3", ("uint32", "attention.key_length_swa", 8), "a model of another kind"),
         ("Gemma 3", ("array", "attention.sliding_window_pattern", [True]), "for each of 7 layers"),
+        (
+            "Gemma 3",
+            ("string", "attention.sliding_window_pattern", "x"),
+            "is 'x', expected a num",
+        ),
         ("Gemma 3", ("uint32", "expert_count", 4), "a decoder with experts, expected a dense one"),
         ("Gemma 2", ("float32", "rope.scaling.factor", 4.0), "does not fit what the file says of"),
         ("sliding layers", ("float32", "embedding_scale", -1.0), "-1.0, expected a positive float"),
@@ -344,7 +351,7 @@ def test_keys_of_other_parts_are_refused_by_name(
     kind, key, value = add
     file = read_gguf(path)
     key = f"{file.architecture}.{key}"
-    kinds = {"uint32": "u32", "float32": "f32", "array": "array of bool"}
+    kinds = {"uint32": "u32", "float32": "f32", "string": "string", "array": "array of bool"}
     changed = dataclasses.replace(
         file, metadata={**file.metadata, key: value}, kinds={**file.kinds, key: kinds[kind]}
     )
@@ -354,3 +361,16 @@ def test_keys_of_other_parts_are_refused_by_name(
     with pytest.raises(BundleError, match=re.escape(message)) as refused:
         decoder_spec(changed)
     assert "\n" not in str(refused.value) and len(str(refused.value)) < 500
+
+
+def test_a_number_of_layers_that_no_model_has_takes_no_memory(tmp_path: Path) -> None:
+    path = written(ALL["Gemma 3"], tmp_path)[-1]
+    file = read_gguf(path)
+    file.metadata["gemma3.block_count"] = 2**31 - 1
+    tracemalloc.start()
+    try:
+        with pytest.raises(BundleError, match="block_count is 2147483647, the file has tensors"):
+            checked_decoder(file)
+        assert tracemalloc.get_traced_memory()[1] < 16 << 20
+    finally:
+        tracemalloc.stop()

@@ -21,7 +21,7 @@ from mobilevlm.media.image_file import MAX_PIXELS
 from mobilevlm.protobuf import external_files
 from mobilevlm.recipe import PARTS, PREFILL
 from mobilevlm.regular_file import leaves_folder
-from mobilevlm.spec import DynamicImage, FixedImage, Tiles
+from mobilevlm.spec import DynamicImage, FixedImage, Mel, Tiles
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Artifact, Manifest
@@ -140,6 +140,9 @@ def _size(groups: Iterable[LinearGroup]) -> int:
 
 def _image(spec: ModelSpec) -> Iterator[_Check]:
     image, edge = spec.image.preparation, spec.image.encoder.image_size
+    if isinstance(image, Mel):
+        yield "image.kind", image.kind, False, "a kind of image"
+        return
     if isinstance(image, DynamicImage):
         yield from _dynamic(image)
     else:

@@ -28,6 +28,10 @@ class ImageError(MobileVLMError):
     """A picture that cannot be opened or is not a picture."""
 
 
+class AudioError(MobileVLMError):
+    """A sound that cannot be read or that a model does not take."""
+
+
 class MemoryLimitError(MobileVLMError):
     """A model that needs more memory than a limit allows; the message says how much."""
 

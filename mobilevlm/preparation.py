@@ -3,11 +3,12 @@ pure function for each kind of preparation."""
 
 from __future__ import annotations
 
+from mobilevlm.errors import ImageError
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
 from mobilevlm.media.dynamic_image import dynamic_pieces, prepare_dynamic
 from mobilevlm.media.tiles import prepare_tiles, tile_pieces
 from mobilevlm.prompt import Piece, Prepared, Run
-from mobilevlm.spec import FixedImage, InputSpec, Tiles
+from mobilevlm.spec import DynamicImage, FixedImage, InputSpec, Tiles
 
 _LARGE = 1 << 20
 """Edge of an image that every preparation makes smaller."""
@@ -29,7 +30,7 @@ def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None
     if isinstance(spec.preparation, FixedImage):
         pixels = read_pixels(source, spec.preparation, room_for)
         return Prepared("image", ({"pixels": pixels},), _fixed_pieces(spec))
-    return prepare_dynamic(source, spec.preparation, spec, room_for)
+    return prepare_dynamic(source, _dynamic(spec), spec, room_for)
 
 
 def pieces_of(source: ImageInput, spec: InputSpec) -> tuple[Piece, ...]:
@@ -45,7 +46,7 @@ def fewest_pieces(spec: InputSpec) -> tuple[Piece, ...]:
         return _fixed_pieces(spec)
     if isinstance(spec.preparation, Tiles):
         return tile_pieces((_LARGE, 1), spec.preparation, spec)
-    return dynamic_pieces((1, 1), spec.preparation, spec)
+    return dynamic_pieces((1, 1), _dynamic(spec), spec)
 
 
 def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
@@ -54,7 +55,13 @@ def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
         return _fixed_pieces(spec)
     if isinstance(spec.preparation, Tiles):
         return tile_pieces((_LARGE, _LARGE), spec.preparation, spec)
-    return dynamic_pieces((_LARGE, _LARGE), spec.preparation, spec)
+    return dynamic_pieces((_LARGE, _LARGE), _dynamic(spec), spec)
+
+
+def _dynamic(spec: InputSpec) -> DynamicImage:
+    if isinstance(spec.preparation, DynamicImage):
+        return spec.preparation
+    raise ImageError(f"an input prepared as {spec.preparation.kind!r} takes no images")
 
 
 def _fixed_pieces(spec: InputSpec) -> tuple[Piece, ...]:

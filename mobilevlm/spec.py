@@ -91,6 +91,22 @@ class DynamicImage:
 
 
 @dataclass(frozen=True)
+class Mel:
+    """Preparation of sound as log-mel spectrograms float32 ``(bins, frames)``, one for each window
+    (mobilevlm/audio.py)."""
+
+    bins: int
+    sampling_rate: int = 16_000
+    """Samples in a second."""
+    window: int = 400
+    """Samples of a Fourier transform."""
+    hop: int = 160
+    """Samples from one frame to the next."""
+    frames: int = 3000
+    kind: Literal["mel"] = "mel"
+
+
+@dataclass(frozen=True)
 class TransformerEncoder:
     """A vision transformer, cut after the layer whose features are used; with all defaults CLIP's.
 
@@ -450,7 +466,7 @@ class LayoutSpec:
 class InputSpec:
     """One kind of input beside text: prepared, encoded, and brought into the decoder's space."""
 
-    preparation: FixedImage | Tiles | DynamicImage
+    preparation: FixedImage | Tiles | DynamicImage | Mel
     encoder: TransformerEncoder
     connector: ConnectorSpec
     layout: LayoutSpec = LayoutSpec()
@@ -462,12 +478,12 @@ class InputSpec:
         Raises:
             MobileVLMError: it takes images of other shapes.
         """
-        if isinstance(self.preparation, DynamicImage):
-            raise MobileVLMError(
-                "images that keep their shape ('dynamic_image') need an encoder for any shape, "
-                "which this version does not have"
-            )
-        return self.preparation
+        if isinstance(self.preparation, FixedImage | Tiles):
+            return self.preparation
+        raise MobileVLMError(
+            f"an input prepared as {self.preparation.kind!r} needs another encoder than one for "
+            f"squares, which this version does not have"
+        )
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Images of any size as arrays and pieces: tiles, and images that keep their shape."""
+"""Images of any size, and sound, as arrays and pieces."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import fixture_named
+from numpy.typing import NDArray
 from PIL import Image
 
-from mobilevlm.errors import ImageError, MobileVLMError
+from mobilevlm.audio import log_mel, mel_filters, prepare_sound
+from mobilevlm.errors import AudioError, ImageError, MobileVLMError
 from mobilevlm.image import Room
 from mobilevlm.media.dynamic_image import resized
 from mobilevlm.media.tiles import tile_pieces
 from mobilevlm.preparation import fewest_pieces, most_pieces, pieces_of, prepare
 from mobilevlm.prompt import Run, count_positions, count_rows
-from mobilevlm.spec import DynamicImage, InputSpec, LayoutSpec, Tiles, from_dict, to_dict
+from mobilevlm.spec import DynamicImage, InputSpec, LayoutSpec, Mel, Tiles, from_dict, to_dict
 
 HALF = (0.5, 0.5, 0.5)
 TILES = Tiles(size=32, longest_edge=128, mean=HALF, std=HALF)
@@ -141,7 +143,7 @@ def test_the_digest_tells_images_tiles_and_arrays_apart() -> None:
     assert prepare(one, spec).digest in digests
 
 
-@pytest.mark.parametrize("preparation", [TILES, DYNAMIC])
+@pytest.mark.parametrize("preparation", [TILES, DYNAMIC, Mel(bins=128)])
 def test_a_preparation_is_read_back_by_its_kind(preparation: Any) -> None:
     spec = image_input(preparation)
     assert from_dict(InputSpec, to_dict(spec), "spec") == spec
@@ -153,8 +155,83 @@ def test_an_unknown_kind_of_preparation_is_named_in_one_line(kind: Any) -> None:
     data["preparation"]["kind"] = kind
     with pytest.raises(MobileVLMError) as caught:
         from_dict(InputSpec, data, "spec")
-    expected = "expected the kind 'fixed_image' or 'tiles' or 'dynamic_image'"
+    expected = "expected the kind 'fixed_image' or 'tiles' or 'dynamic_image' or 'mel'"
     assert str(caught.value) == f"spec.preparation: {expected}, found {kind!r}"
+
+
+# Sound
+
+MEL = Mel(bins=80)
+
+
+def tone(hertz: float, seconds: float) -> NDArray[np.float32]:
+    places = np.arange(int(seconds * MEL.sampling_rate)) / MEL.sampling_rate
+    return (0.5 * np.sin(2 * np.pi * hertz * places)).astype(np.float32)
+
+
+@pytest.mark.parametrize("hertz", [220.0, 700.0, 1600.0, 5000.0])
+def test_a_tone_is_loudest_in_the_bin_of_its_pitch_and_silence_is_the_floor(hertz: float) -> None:
+    found = log_mel(np.concatenate([tone(hertz, 15), np.zeros(15 * 16_000, np.float32)]), MEL)
+    assert found.shape == (80, 3000) and found.dtype == np.float32
+    # Slaney's scale: 15 mels up to 1000 Hz, then 27 for each factor of 6.4; 82 edges up to 8 kHz.
+    mel = hertz * 3 / 200 if hertz < 1000 else 15 + 27 * np.log(hertz / 1000) / np.log(6.4)
+    top = 15 + 27 * np.log(8) / np.log(6.4)
+    assert abs(found[:, 700].argmax() + 1 - mel / top * 81) <= 1
+    assert found[:, 2000:].max() == found.min() == pytest.approx(found.max() - 2)
+
+
+def test_mel_filters_have_equal_area() -> None:
+    fine = replace(MEL, window=MEL.sampling_rate)  # a frequency for each hertz
+    assert np.allclose(mel_filters(fine).sum(axis=1), np.ones(80), atol=1e-3)
+
+
+def test_the_spectrum_is_that_of_a_sum_of_cosines_spelled_out() -> None:
+    short = Mel(bins=4, sampling_rate=80, window=8, hop=4, frames=5)
+    samples = np.random.default_rng(0).uniform(-1, 1, 20).astype(np.float32)
+    padded = [float(samples[abs(n) if n < 20 else 38 - n]) for n in range(-4, 24)]
+    expected = np.zeros((4, 5))
+    for frame in range(5):
+        for k in range(5):
+            terms = [
+                padded[4 * frame + n] * np.sin(np.pi * n / 8) ** 2 * np.exp(-2j * np.pi * k * n / 8)
+                for n in range(8)
+            ]
+            expected[:, frame] += mel_filters(short)[:, k] * abs(sum(terms)) ** 2
+    decades = np.log10(np.maximum(expected, 1e-10))
+    expected = (np.maximum(decades, decades.max() - 8) + 4) / 4
+    assert np.allclose(log_mel(samples, short), expected, atol=1e-5)
+
+
+def test_a_sound_takes_a_run_for_each_window_and_the_last_is_filled_with_silence() -> None:
+    spec = image_input(MEL)
+    run = Run(spec.connector.num_tokens)
+    sound = prepare_sound(tone(440, 61), MEL, spec)
+    assert sound.pieces == (run, run, run, 9)
+    assert [arrays["mel"].shape for arrays in sound.arrays] == [(80, 3000)] * 3
+    assert np.array_equal(sound.arrays[0]["mel"], log_mel(tone(440, 30), MEL))
+    assert sound.digest != prepare_sound(tone(441, 61), MEL, spec).digest
+
+
+@pytest.mark.parametrize(
+    ("samples", "told"),
+    [
+        (np.zeros(0, np.float32), "one or more"),
+        (np.zeros((2, 100), np.float32), r"shape \(2, 100\): expected finite mono"),
+        (np.array([0.0, np.nan], np.float32), "finite"),
+        (np.zeros(16_000 * 1801, np.float32), "1801 s: this model takes up to 1800 s"),
+    ],
+)
+def test_a_sound_that_is_none_is_refused_in_one_line(
+    samples: NDArray[np.float32], told: str
+) -> None:
+    with pytest.raises(AudioError, match=told) as caught:
+        prepare_sound(samples, MEL, image_input(MEL))
+    assert "\n" not in str(caught.value)
+
+
+def test_an_input_for_sound_takes_no_images() -> None:
+    with pytest.raises(ImageError, match="'mel' takes no images"):
+        prepare(picture(3, 3), image_input(MEL))
 
 
 def test_an_encoder_for_squares_does_not_take_images_that_keep_their_shape() -> None:

@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 from PIL import Image
 
+from mobilevlm._version import __version__
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import Sample
-from mobilevlm.export.html_page import write_page
 from mobilevlm.export.quality.layer_effects import LayerEffect
 from mobilevlm.export.verification.verify import Verification, WorstSample
 from mobilevlm.image import open_image
+from mobilevlm.whole_file import written_whole
 
 TEMPLATE = "verification/report.html.jinja"
 WIDTH, HEIGHT = 900.0, 150.0
@@ -72,9 +74,15 @@ def check_report_target(path: Path) -> None:
 
 def write_report(found: Verification, path: Path) -> None:
     """Writes the HTML file, whole or not at all."""
-    write_page(
-        TEMPLATE,
-        path,
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("mobilevlm.export", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    text = environment.get_template(TEMPLATE).render(
+        version=__version__,
         found=found,
         checks={(check.stage, check.figure): check for check in found.checks},
         plots=_layer_plots(found),
@@ -86,6 +94,8 @@ def write_report(found: Verification, path: Path) -> None:
         width=WIDTH,
         height=HEIGHT,
     )
+    with written_whole(path) as draft:
+        draft.write_text(text, encoding="utf-8")
 
 
 def _layer_plots(found: Verification) -> list[Plot]:

@@ -40,37 +40,21 @@ if TYPE_CHECKING:
     help="What to run for --experts.",
 )
 @engine_option("What runs a bundle for --experts.")
-@click.option(
-    "--plot",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE.png",
-    help="Draw --experts as heat maps ([plots] extra).",
-)
-@click.option(
-    "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write --experts as a page.",
-)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(
     path: Path,
     experts: bool,
     data: str,
     engine: str,
-    plot: Path | None,
-    html: Path | None,
     as_json: bool,
     **origin: Any,
 ) -> None:
     """Show what is in PATH: a bundle (every file is checked), a checkpoint or a GGUF file."""
     from mobilevlm.builtin import checkpoint_path
 
-    if (plot or html) and not experts:
-        raise click.UsageError("--plot and --html go with --experts")
     path = checkpoint_path(path)
     if experts:
-        _show_experts(path, origin, data, engine, plot, html, as_json)
+        _show_experts(path, origin, data, engine, as_json)
     elif path.suffix == ".gguf":
         _show_gguf(path, as_json)
     elif _is_checkpoint(path):
@@ -254,26 +238,14 @@ def _show_checkpoint(path: Path, origin: dict[str, Any], as_json: bool) -> None:
 
 
 def _show_experts(
-    path: Path,
-    origin: dict[str, Any],
-    data: str,
-    engine: str,
-    plot: Path | None,
-    html: Path | None,
-    as_json: bool,
+    path: Path, origin: dict[str, Any], data: str, engine: str, as_json: bool
 ) -> None:
     from mobilevlm.console import progress
     from mobilevlm.errors import MobileVLMError, require
 
     try:
         from mobilevlm.export.calibration.samples import held_out_samples
-        from mobilevlm.export.experts.maps import (
-            UsageMap,
-            check_targets,
-            draw_usage,
-            usage_table,
-            write_map_page,
-        )
+        from mobilevlm.export.experts.table import UsageReport, usage_table
         from mobilevlm.export.experts.usage import bundle_usage, checkpoint_usage
     except ImportError as error:
         raise require(error.name or "safetensors", "export", "showing experts") from None
@@ -284,7 +256,6 @@ def _show_experts(
 
     if path.suffix == ".gguf":
         raise MobileVLMError(f"{path}: --experts needs a bundle or a checkpoint folder")
-    check_targets(plot, html)
     progress.enable()
     samples = held_out_samples(data)
     with progress.track("samples", len(samples)) as advance:
@@ -299,11 +270,7 @@ def _show_experts(
                 layers = bundle_usage(vlm, samples, advance)
     assert spec.decoder.experts is not None
     subtitle = f"{len(samples)} samples of {Path(data).name}"
-    usage = UsageMap(f"{spec.name}, {source}", subtitle, spec.decoder.experts.top_k, layers)
-    if plot is not None:
-        draw_usage(usage, plot)
-    if html is not None:
-        write_map_page(usage, html)
+    usage = UsageReport(f"{spec.name}, {source}", subtitle, spec.decoder.experts.top_k, layers)
     if as_json:
         show_json({"model": spec.name, "source": source, "data": data, **usage.to_dict()})
     else:

@@ -1,4 +1,4 @@
-"""Usage of experts by layer and modality: counted alike everywhere, drawn, written as a page."""
+"""Usage of experts by layer and modality: counted alike everywhere, and shown as a table."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
-from PIL import Image
 
 import mobilevlm
+from mobilevlm.console.tables import Styled
 from mobilevlm.export.calibration.samples import Sample, sample_tokens
-from mobilevlm.export.experts.maps import UsageMap, draw_usage, write_map_page
+from mobilevlm.export.experts.table import UsageReport, usage_table
 from mobilevlm.export.experts.usage import LayerUsage, bundle_usage, checkpoint_usage, shares
 
 
@@ -52,7 +52,7 @@ def test_shares_of_nothing_are_nothing() -> None:
     assert shares((1, 3)) == (0.25, 0.75)
 
 
-USAGE = UsageMap(
+USAGE = UsageReport(
     "a <model>",
     "3 samples",
     2,
@@ -67,22 +67,16 @@ def test_a_modality_that_was_not_seen_is_left_out() -> None:
     assert [name for name, _ in replace(USAGE, layers=unseen).parts] == ["5 text tokens"]
 
 
-def test_the_picture_is_darkest_where_the_share_is_largest(tmp_path: Path) -> None:
-    draw_usage(USAGE, tmp_path / "map.png")
-    with Image.open(tmp_path / "map.png") as image:
-        grey = image.convert("L")
-        assert min(image.size) > 200
-        assert grey.getextrema()[0] < 80
-
-
-def test_the_page_needs_no_other_file_and_runs_no_text(tmp_path: Path) -> None:
-    write_map_page(USAGE, tmp_path / "map.html")
-    page = (tmp_path / "map.html").read_text()
-    assert "a &lt;model&gt;" in page and "<model>" not in page
-    assert "http" not in page and "src=" not in page
-    assert page.count('title="layer 0, expert') == 9 and page.count('title="layer 7, expert') == 6
-    assert "layer 7, expert 0: 100.00%" in page
-    assert [path.name for path in tmp_path.iterdir()] == ["map.html"]
+def test_the_table_has_a_row_for_each_layer_and_modality() -> None:
+    view = usage_table(USAGE)
+    titles = [column.title for column in view.columns]
+    assert titles == ["layer", "tokens", "expert 0", "expert 1", "expert 2"]
+    rows = [row for row in view.rows if row is not None]
+    assert [row[:2] for row in rows] == [
+        ("0", "picture"), ("7", "picture"), ("0", "text"), ("7", "text")
+    ]  # fmt: skip
+    assert rows[1][2:] == (Styled("100.0%", "bold"), Styled("0.0%", "dim"))
+    assert USAGE.to_dict()["layers"][7] == {"visual": (100, 0), "text": (4, 6)}
 
 
 def test_inspect_shows_experts_of_a_bundle(tmp_path: Path) -> None:
@@ -93,24 +87,13 @@ def test_inspect_shows_experts_of_a_bundle(tmp_path: Path) -> None:
     lines = [{"image": str(fixture.image), "prompt": "What is this?", "answer": "A house."}]
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(map(json.dumps, lines)))
-    done = run_program(
-        "inspect", tmp_path / "b", "--experts", "--data", data, "--json",
-        "--plot", tmp_path / "map.png", "--html", tmp_path / "map.html",
-    )  # fmt: skip
+    done = run_program("inspect", tmp_path / "b", "--experts", "--data", data, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     tokens = fixture.model.spec.image.connector.num_tokens
     assert [sum(layer["visual"]) for layer in found["layers"].values()] == [2 * tokens] * 2
-    assert (tmp_path / "map.png").stat().st_size > 5000
-    assert "recipe int4, engine onnx" in (tmp_path / "map.html").read_text()
+    assert found["source"] == "recipe int4, engine onnx"
 
 
-def test_what_has_no_experts_or_cannot_be_drawn_is_refused(
-    capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> None:
+def test_what_has_no_experts_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no experts" in refusal(capsys, "inspect", "nano", "--experts")
-    asked = ["inspect", "nano-moe"]
-    assert "go with --experts" in refusal(capsys, *asked, "--html", tmp_path / "map.html")
-    missing = tmp_path / "missing" / "map.html"
-    assert "no such folder" in refusal(capsys, *asked, "--experts", "--html", missing)
-    assert "ends with .png" in refusal(capsys, *asked, "--experts", "--plot", tmp_path / "map.x")

@@ -136,7 +136,7 @@ class Remembering:
 def open_remembering(bundle: Bundle, known: dict[bytes, Rows]) -> VLM:
     """A bundle with such an encoder, on one thread: ratios of speed are not asked for here."""
     plan, system = Plan("onnx", 1, 1, spinning=False), bundle.manifest.system_prompt
-    vision, decoder = open_engines(bundle, "onnx", plan)
+    vision, decoder = open_engines(bundle, plan)
     stored = () if system is None else (system.ids, stored_system_prompt(bundle))
     cache = PromptCache(DEFAULT_CACHE_MB, *stored)
     tokenizer = Tokenizer.from_file(str(bundle.path(TOKENIZER)))

@@ -13,10 +13,11 @@ from mobilevlm.gguf.model import gguf_bundle
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
 from mobilevlm.plan import Plan, engine_for_limit
 from mobilevlm.runtime.builtin_bundle import bundle_path
+from mobilevlm.runtime.open_model import open_model
 from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB
 from mobilevlm.runtime.settings import check_settings
 from mobilevlm.runtime.tuning.plan_file import PlanChoice
-from mobilevlm.runtime.vlm import VLM, open_model
+from mobilevlm.runtime.vlm import VLM
 
 
 def load(

@@ -46,7 +46,8 @@ from mobilevlm.prompt import Piece
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.model import held
 from mobilevlm.reference.streaming import stream_steps
-from mobilevlm.runtime.vlm import VLM, open_model
+from mobilevlm.runtime.open_model import open_model
+from mobilevlm.runtime.vlm import VLM
 
 PROMPTS = (
     "Describe the picture.",

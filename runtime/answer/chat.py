@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Any
+from typing import Unpack
 
 from mobilevlm.conversation import user_message
 from mobilevlm.image import ImageInput
 from mobilevlm.messages import Message
 from mobilevlm.runtime.answer.generation import Generation, TextStream
+from mobilevlm.runtime.answer.options import TurnOptions
 from mobilevlm.runtime.vlm import VLM
 
 
@@ -35,11 +36,11 @@ class Chat:
         """Tokens that the context has room for after the last turn."""
         return self._session.room
 
-    def ask(self, question: str, **options: Any) -> TextStream:
+    def ask(self, question: str, **options: Unpack[TurnOptions]) -> TextStream:
         """Answers; ``options`` as in :meth:`VLM.stream`. The turn is kept when the stream ends, or
         with what was said so far when it is closed."""
         first = not self.messages
-        marks_in_text = bool(options.get("special_tokens", True))
+        marks_in_text = options.get("special_tokens", True)
         message = user_message(question, len(self.images) if first else 0, marks_in_text)
         stream = self._vlm.stream(
             [*self.messages, message], self.images, session=self._session, **options

@@ -25,15 +25,16 @@ if TYPE_CHECKING:
     from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxVision
 
 
-def open_engines(bundle: Bundle, engine: str, plan: Plan) -> tuple[EncoderEngine, DecoderEngine]:
-    """Opens both stages. ``engine``: one that the bundle has artifacts for, whatever the plan says
-    about it. An ONNX vision stage is opened beside the decoder.
+def open_engines(bundle: Bundle, plan: Plan) -> tuple[EncoderEngine, DecoderEngine]:
+    """Opens both stages for the plan's engine, which the bundle has artifacts for. An ONNX vision
+    stage is opened beside the decoder.
 
     Raises:
         BundleError: an artifact cannot be loaded.
         MissingExtraError: llama-cpp-python is needed and not installed.
     """
-    spec, formats = bundle.manifest.spec, stage_formats(bundle, engine)
+    spec, engine = bundle.manifest.spec, plan.engine
+    formats = stage_formats(bundle, engine)
     _check_weight_bits(bundle, engine)
     vision, decoder = (
         bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")

@@ -113,7 +113,7 @@ class EngineProbe:
         settings = replace(plan, prefill_chunk=1, prefill_from=1, draft_tokens=None)
         if self._engines is None or settings != self._plan:
             self.close()
-            self._engines, self._plan = open_engines(self._bundle, plan.engine, plan), settings
+            self._engines, self._plan = open_engines(self._bundle, plan), settings
         vision, decoder = self._engines
         return vision, decoder.planned(plan) if isinstance(decoder, OnnxDecoder) else decoder
 

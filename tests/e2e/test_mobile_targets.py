@@ -25,7 +25,7 @@ from mobilevlm.export.targets.ort_format import _example
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines.opening import open_engines
 from mobilevlm.runtime.memory.estimate import estimate
-from mobilevlm.runtime.vlm import open_model
+from mobilevlm.runtime.open_model import open_model
 
 Capture = pytest.CaptureFixture[str]
 TARGETS = ("ios-coreml", "android-xnnpack")
@@ -95,7 +95,7 @@ def test_the_estimate_counts_the_bytes_of_keys_and_values_that_a_position_takes(
     bundle: Bundle,
 ) -> None:
     for engine in (OWN_ENGINE[str(bundle.manifest.target)], "ort"):
-        vision, decoder = open_engines(bundle, engine, Plan(engine))
+        vision, decoder = open_engines(bundle, Plan(engine))
         buffers = decoder.new_state().buffers.values()  # type: ignore[attr-defined]
         taken = sum(buffer[:, :, :100].nbytes for buffer in buffers)
         assert estimate(bundle.manifest, Plan(engine), positions=100).states == taken

@@ -18,7 +18,7 @@ from mobilevlm import bundle as bundles
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import BundleError, ReplacedError
 from mobilevlm.plan import Plan
-from mobilevlm.runtime import vlm as vlms
+from mobilevlm.runtime import open_model as opening
 
 IN_TURN = Plan("onnx", memory="in turn")
 
@@ -49,7 +49,7 @@ def replace(folder: Path, other: Path) -> None:
 def test_loading_begins_anew_when_the_bundle_is_replaced_meanwhile(
     moment: str, folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, open_engines = open_bundle(other).digest, vlms.open_engines
+    expected, open_engines = open_bundle(other).digest, opening.open_engines
 
     def disturbed(*arguments: Any) -> Any:
         if other.exists() and moment == "before the engines":
@@ -59,7 +59,7 @@ def test_loading_begins_anew_when_the_bundle_is_replaced_meanwhile(
             replace(folder, other)
         return engines
 
-    monkeypatch.setattr(vlms, "open_engines", disturbed)
+    monkeypatch.setattr(opening, "open_engines", disturbed)
     with mobilevlm.load(folder) as vlm:
         assert vlm.bundle.digest == expected
         assert vlm.generate("Who?", max_new_tokens=2).token_ids

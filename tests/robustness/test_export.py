@@ -503,7 +503,7 @@ def test_with_debug_the_traceback_is_shown_too(bundle: Path, capsys: Capture) ->
 
 
 def test_a_bug_of_ours_stays_loud(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mobilevlm.runtime.vlm.render", lambda *_: np.zeros(3)[7])
+    monkeypatch.setattr("mobilevlm.runtime.sequence.prompts.render", lambda *_: np.zeros(3)[7])
     with pytest.raises(IndexError):
         main(["run", str(bundle), "--prompt", "a"])
 

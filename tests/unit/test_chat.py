@@ -9,7 +9,9 @@ import pytest
 from conftest import BundleOf, fixture_named
 
 import mobilevlm
+from mobilevlm.conversation import official_ids
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
+from mobilevlm.prompt import Token
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.answer.chat import Chat
 
@@ -23,13 +25,14 @@ IMAGE = fixture_named("llava_v1").image
 def asked(vlm: VLM, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The ids of every prompt from now on."""
     sent: list[list[int]] = []
-    original = vlm._text_ids
+    original = vlm._prompts._tokenized
 
-    def note(text: str, images: int) -> list[int]:
-        sent.append(original(text, images))
-        return sent[-1]
+    def note(text: str, images: int) -> list[Token]:
+        tokens = original(text, images)
+        sent.append(official_ids(tokens, vlm.spec.image.layout))
+        return tokens
 
-    monkeypatch.setattr(vlm, "_text_ids", note)
+    monkeypatch.setattr(vlm._prompts, "_tokenized", note)
     return sent
 
 

@@ -200,7 +200,7 @@ def test_loading_warns_where_other_bits_fit_the_machine(
     monkeypatch.setattr("mobilevlm.runtime.engines.opening.int8_weight_bits", lambda: best)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for engine in open_engines(with_bits(bundle, stored), "onnx", Plan()):
+        for engine in open_engines(with_bits(bundle, stored), Plan("onnx")):
             engine.close()
     ours = [str(item.message) for item in caught if item.category is PrecisionWarning]
     assert ours == ([f"{bundle.folder}: {message}"] if message else [])

@@ -17,6 +17,7 @@ from PIL import Image
 import mobilevlm
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.runtime import VLM, Generation
+from mobilevlm.runtime.answer.chat import Chat
 
 IMAGE = fixture_named("llava_v1").image
 QUESTIONS = [
@@ -161,6 +162,13 @@ def test_wrong_input_is_refused_before_any_work(
 ) -> None:
     with pytest.raises(MobileVLMError, match=message):
         vlm.stream(**{"prompt": "Who?", **options})
+
+
+@pytest.mark.parametrize("ask", ["stream", "generate", "chat"])
+def test_a_keyword_that_is_no_option_is_named(ask: str, vlm: VLM) -> None:
+    call: Any = Chat(vlm).ask if ask == "chat" else getattr(vlm, ask)
+    with pytest.raises(TypeError, match=r"'temprature': expected draft_tokens, .*, temperature, t"):
+        call("Hi", temprature=1.0)
 
 
 def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:

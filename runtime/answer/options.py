@@ -1,0 +1,89 @@
+"""Keyword arguments of ``VLM.stream``, ``VLM.generate`` and ``Chat.ask``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypedDict
+
+from mobilevlm.runtime.answer.generation import StopRules
+from mobilevlm.runtime.answer.sampling import SamplingOptions
+from mobilevlm.runtime.sequence.session import Session
+from mobilevlm.runtime.settings import stop_strings
+from mobilevlm.spec import ConversationSpec
+
+DEFAULT_MAX_NEW_TOKENS = 256
+
+
+class SamplingKeywords(TypedDict, total=False):
+    """Fields of :class:`SamplingOptions`, with its defaults: greedy."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    seed: int | None
+
+
+class TurnOptions(SamplingKeywords, total=False):
+    """How to answer in a chat. All may be left out."""
+
+    max_new_tokens: int
+    """By default :data:`DEFAULT_MAX_NEW_TOKENS`."""
+    stop: str | Sequence[str]
+    """Further strings that end the answer"""
+    ignore_eos: bool
+    """Go on where the model would end (for measuring)"""
+    raw: bool
+    """The text is the whole prompt, no template around it"""
+    special_tokens: bool
+    """Whether special tokens (``</s>``) and ``<image>`` in the text count as such, as in the
+    official code; by default they do. Else they are ordinary text."""
+    draft_tokens: int | None
+    """Tokens to guess and check at a time (runtime/sequence/drafting.py; the answer is the same), 0
+    for none; by default where the engine can"""
+
+
+class AnswerOptions(TurnOptions, total=False):
+    """How to answer. All may be left out."""
+
+    session: Session | None
+    """One of :meth:`VLM.new_session`, for one stream and one thread at a time. It keeps what was
+    computed, not what was said: messages that leave out earlier turns are refused."""
+
+
+def check_options(options: Mapping[str, object]) -> None:
+    """Refuse keywords that are no options.
+
+    Raises:
+        TypeError: names the first of them.
+    """
+    known = sorted(AnswerOptions.__optional_keys__)
+    for name in options:
+        if name not in known:
+            raise TypeError(f"unexpected keyword argument {name!r}: expected {', '.join(known)}")
+
+
+def sampling_options(options: AnswerOptions) -> SamplingOptions:
+    """Return how tokens are chosen.
+
+    Raises:
+        MobileVLMError: a value outside its range.
+    """
+    chosen: SamplingKeywords = {}
+    for name in SamplingKeywords.__optional_keys__ & options.keys():
+        chosen[name] = options[name]  # type: ignore[literal-required]
+    return SamplingOptions(**chosen)
+
+
+def stop_rules(options: AnswerOptions, conversation: ConversationSpec) -> StopRules:
+    """Return when the answer ends.
+
+    Raises:
+        MobileVLMError: a value of the wrong type or range.
+    """
+    ends, texts = conversation.eos_token_ids, conversation.stop_strings
+    if options.get("ignore_eos", False):
+        ends, texts = (), ()
+    most = options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
+    return StopRules(most, frozenset(ends), (*texts, *stop_strings(options.get("stop", ()))))

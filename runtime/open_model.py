@@ -1,0 +1,74 @@
+"""A checked bundle as a model that answers: plan, engines, tokenizer and cache."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from tokenizers import Tokenizer
+
+from mobilevlm.bundle import TOKENIZER, Bundle
+from mobilevlm.bundle_identity import unchanged
+from mobilevlm.conversation import system_ids
+from mobilevlm.errors import PromptError
+from mobilevlm.plan import Plan
+from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
+from mobilevlm.runtime.memory.estimate import estimate
+from mobilevlm.runtime.memory.fitting import fit_plan
+from mobilevlm.runtime.memory.limits import memory_limits, room_left
+from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB, PromptCache
+from mobilevlm.runtime.tuning.plan_file import PlanChoice, settle_plans
+from mobilevlm.runtime.vlm import VLM, read_tokenizer
+
+
+def open_model(
+    bundle: Bundle,
+    engine: str = "auto",
+    threads: int | None = None,
+    cache_mb: float = DEFAULT_CACHE_MB,
+    start: float | None = None,
+    tokenizer: Tokenizer | None = None,
+    max_resident_mb: float | None = None,
+    plan: Plan | PlanChoice = "none",
+    max_memory_mb: float | None = None,
+) -> VLM:
+    """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
+    ``tokenizer``: instead of the bundle's; ``plan`` and ``max_memory_mb`` as in :func:`load`."""
+    start = time.perf_counter() if start is None else start
+    with unchanged(bundle.folder, bundle.identity):
+        first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
+        limits = memory_limits(asked_mb=max_memory_mb)
+        settled = fit_plan(bundle, first, limits, others)
+        vision, decoder = open_engines(bundle, settled)
+        # After the engines: memory is scarcest while they pack weights.
+        tokenizer = tokenizer or read_tokenizer(bundle, TOKENIZER)
+        memory = estimate(bundle.manifest, settled)
+        turns = memory.weights if settled.memory == "in turn" else 0.0  # of the other stage
+        answer = memory.working + memory.states + turns
+
+        def room() -> float:
+            return room_left(limits).size - answer
+
+        cache = _open_cache(bundle, tokenizer, settled, cache_mb, room)
+        seconds = time.perf_counter() - start
+        return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds, limits)
+
+
+def _open_cache(
+    bundle: Bundle,
+    tokenizer: Tokenizer,
+    plan: Plan,
+    megabytes: float,
+    room: Callable[[], float],
+) -> PromptCache:
+    system = bundle.manifest.system_prompt
+    if plan.engine == "onnx" and system is not None:
+        stored = stored_system_prompt(bundle)
+        if not plan.computes_prompt_like(Plan(), len(system.ids)):
+            stored = None  # what this plan computes has other bits
+        return PromptCache(megabytes, system.ids, stored, room)
+    try:
+        ids = system_ids(tokenizer, bundle.manifest.spec.conversation)
+    except PromptError:  # questions will say so; raw prompts can do without a template
+        ids = []
+    return PromptCache(megabytes, ids, room=room)

@@ -1,0 +1,123 @@
+"""Prompts of one model: what a person says and shows, made ready to run."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from tokenizers import Tokenizer
+
+from mobilevlm.conversation import read_text, render, user_message
+from mobilevlm.errors import PromptError
+from mobilevlm.image import ImageInput, RoomFor
+from mobilevlm.instruction import with_instruction
+from mobilevlm.messages import Message, check_images, read_messages
+from mobilevlm.preparation import fewest_pieces, prepare
+from mobilevlm.prompt import Mark, Prepared, Token, count_positions, count_rows, expand
+from mobilevlm.runtime.sequence.session import Prompt, check_length
+from mobilevlm.spec import ModelSpec
+from mobilevlm.templates.plain_text import check_text, protect
+
+SHORT_TOKEN = 8
+"""Characters. A prompt whose tokens are no longer is tokenized without a closer look."""
+
+Images: TypeAlias = "Sequence[ImageInput]"
+
+
+class PromptReader:
+    """Reads prompts for one model. ``instruction_tokenizer``: of the text that the image encoder
+    reads, if it reads any; ``room_for``: memory that an image may take."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        tokenizer: Tokenizer,
+        instruction_tokenizer: Tokenizer | None,
+        room_for: RoomFor,
+    ) -> None:
+        self.spec, self.tokenizer = spec, tokenizer
+        self._instruction_tokenizer, self._room_for = instruction_tokenizer, room_for
+        self._longest_token: int | None = None
+        """Characters; found when a prompt is long."""
+
+    def image(self, source: ImageInput) -> Prepared:
+        """Return an image as the model takes it.
+
+        Raises:
+            ImageError: as of :func:`mobilevlm.preparation.prepare`.
+        """
+        return prepare(source, self.spec.image, self._room_for)
+
+    def asked_image(self, source: ImageInput, question: str) -> Prepared:
+        """Return an image with all that its encoder reads when ``question`` is asked about it."""
+        parts = [{"type": "text", "text": question}]
+        text = render(self.spec.conversation, [{"role": "user", "content": parts}])
+        return self._with_instruction(self.image(source), text)
+
+    def prompt(
+        self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
+    ) -> tuple[Prompt, list[Message]]:
+        """Return a prompt that is ready to run, and its messages."""
+        start = time.perf_counter()
+        text, shown, said = self._read(prompt, images, raw, special_tokens)
+        tokens = self._tokenized(text, len(shown))
+        self.check_fits(tokens)
+        prepared = [self._with_instruction(self.image(source), text) for source in shown]
+        pieces = expand(tokens, [image.pieces for image in prepared])
+        return Prompt(pieces, prepared, time.perf_counter() - start), said
+
+    def tokens(
+        self, prompt: str | Sequence[Message], images: int, raw: bool, special_tokens: bool = True
+    ) -> list[Token]:
+        """Return a prompt's ids, with a mark for each of so many images."""
+        text, shown, _ = self._read(prompt, [b""] * images, raw, special_tokens)
+        return self._tokenized(text, len(shown))
+
+    def check_fits(self, tokens: Sequence[Token]) -> None:
+        """Raise PromptError if the context has no room for a prompt; the message says how many
+        images it has room for."""
+        images = [fewest_pieces(self.spec.image)] * tokens.count(Mark())
+        length = count_positions(expand(tokens, images))
+        rows = [count_rows(pieces) for pieces in images]
+        check_length(length, rows, self.spec.decoder.context_length)
+
+    def _read(
+        self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
+    ) -> tuple[str, Images, list[Message]]:
+        """The prompt in its template, its images, and what was said."""
+        check_images(images)
+        if raw:
+            if not isinstance(prompt, str) or not special_tokens:
+                wrong = "messages" if special_tokens else "special_tokens=False"
+                raise PromptError(f"raw: the text is the whole prompt, {wrong} does not go with it")
+            check_text(prompt)
+            self._check_length(len(prompt))
+            return prompt, images, []
+        if isinstance(prompt, str):
+            prompt = [user_message(prompt, len(images), special_tokens)]
+        said = read_messages(prompt, images, special_tokens)
+        self._check_length(said.characters)
+        messages = protect(said.messages, self.tokenizer, special_tokens)
+        return render(self.spec.conversation, messages), said.images, said.messages
+
+    def _check_length(self, characters: int) -> None:
+        """Refuse text that cannot fit into the context, before anything is done with it."""
+        context = self.spec.decoder.context_length
+        if characters <= context * SHORT_TOKEN:
+            return
+        if self._longest_token is None:
+            self._longest_token = max(map(len, self.tokenizer.get_vocab()), default=1)
+        most = context * self._longest_token
+        if characters > most:
+            raise PromptError(
+                f"the prompt has {characters} characters, the context of {context} tokens holds "
+                f"{most} at the very most: shorten it"
+            )
+
+    def _tokenized(self, text: str, images: int) -> list[Token]:
+        conversation, vocab_size = self.spec.conversation, self.spec.decoder.vocab_size
+        return read_text(self.tokenizer, conversation, text, images, vocab_size)
+
+    def _with_instruction(self, image: Prepared, text: str) -> Prepared:
+        return with_instruction(image, self._instruction_tokenizer, text, self.spec)

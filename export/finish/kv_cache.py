@@ -63,7 +63,7 @@ def quantize_cache(model: Model, bundle: Bundle, calibration: str) -> bool:
     scales = known or _measure(model, bundle, find_samples(calibration)[:SAMPLES])
     for path in paths:
         if not stored[path]:
-            _rewrite(path, scales)
+            rewrite(path, scales)
     return True
 
 
@@ -103,8 +103,8 @@ def _stored_scales(path: Path) -> dict[str, Float32] | None:
     return found or None
 
 
-def _rewrite(path: Path, scales: dict[str, NDArray[np.float32]]) -> None:
-    """Gives the attention of a graph these scales; its weights lie in another file."""
+def rewrite(path: Path, scales: dict[str, NDArray[np.float32]]) -> None:
+    """Give the attention of a graph these scales; its weights lie in another file."""
     model = ir.load(path)
     graph, integers = model.graph, ir.TensorType(ir.DataType.INT8)
     for node in graph:

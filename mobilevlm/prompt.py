@@ -32,7 +32,8 @@ class Run:
 
     rows: int
     grid: tuple[int, int, int] = (1, 1, 1)
-    """Frames, rows and columns, for positions of several axes."""
+    """Frames, rows and columns, for positions of several axes; 1, 1, 1 where rows have the
+    positions of a text."""
 
 
 Token: TypeAlias = "int | Mark"
@@ -45,10 +46,8 @@ class Rows:
 
     embeds: NDArray[np.float32]
     """(rows, hidden_size)"""
-    positions: NDArray[np.int64] | None = None
-    """(axes, rows), where a decoder has positions of several axes"""
     deep: tuple[NDArray[np.float32], ...] = ()
-    """(rows, hidden_size) each, added after the first decoder layers"""
+    """(rows, hidden_size) each, added after the decoder's ``deep_layers``"""
 
     @property
     def nbytes(self) -> int:
@@ -59,10 +58,8 @@ def joined(parts: Sequence[Rows]) -> Rows:
     """Return the rows of several runs of an encoder as those of one."""
     if len(parts) == 1:
         return parts[0]
-    given = [part.positions for part in parts if part.positions is not None]
     return Rows(
         np.concatenate([part.embeds for part in parts]),
-        np.concatenate(given, axis=1) if given else None,
         tuple(np.concatenate(rows) for rows in zip(*(part.deep for part in parts), strict=True)),
     )
 
@@ -79,8 +76,11 @@ class Prepared:
 
     @cached_property
     def digest(self) -> bytes:
-        """Digest of all that its rows depend on."""
+        """Digest of all that its rows and their positions depend on."""
         hasher = hashlib.blake2b(self.kind.encode(), digest_size=16)
+        for piece in self.pieces:
+            if isinstance(piece, Run):
+                hasher.update(f"{piece.grid} ".encode())
         for arrays in self.arrays:
             for name, array in arrays.items():
                 hasher.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -110,6 +110,24 @@ def visual_positions(pieces: Iterable[Piece]) -> NDArray[np.bool_]:
     """Return which positions of a prompt encoders fill ``(length,)``."""
     counts = [(piece.rows, True) if isinstance(piece, Run) else (1, False) for piece in pieces]
     return np.repeat([is_run for _, is_run in counts], [rows for rows, _ in counts])
+
+
+def grid_positions(pieces: Iterable[Piece], axes: int) -> NDArray[np.int64]:
+    """Return the positions of a prompt ``(axes, length)``. A token, and a run, begins one after the
+    largest number so far, on all axes; the rows of a run count its grid's last ``axes`` sizes from
+    there (M-RoPE, Qwen2-VL, section 2.1)."""
+    start, found = 0, [np.empty((axes, 0), np.int64)]
+    for piece in pieces:
+        if isinstance(piece, int) or piece.grid == (1, 1, 1):
+            count = 1 if isinstance(piece, int) else piece.rows
+            placed = np.tile(np.arange(count), (axes, 1))
+        else:
+            places = np.indices(piece.grid).reshape(len(piece.grid), -1)
+            assert places.shape[1] == piece.rows, f"{piece.rows} rows, a grid of {piece.grid}"
+            placed = places[len(piece.grid) - axes :]
+        found.append(placed + start)
+        start += int(placed.max()) + 1
+    return np.concatenate(found, axis=1)
 
 
 def in_runs(pieces: Iterable[Piece]) -> Iterator[list[int] | Run]:

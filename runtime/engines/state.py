@@ -12,7 +12,7 @@ from mobilevlm.errors import SessionError
 from mobilevlm.state_buffers import StateBuffer
 
 KEPT_ROWS = 96
-"""Last inputs of short convolutions that are kept: more than a draft has."""
+"""Last slots that a sequence with short convolutions can go back to: more than a draft has."""
 KEPT_MARKS = 32
 """Ends of a prompt's pieces that a sequence with short convolutions can go back to."""
 
@@ -99,9 +99,10 @@ class ConvolutionState:
         _, self._rows, width = buffers[0].sized(0)
         self.past = np.zeros((len(buffers), 1, self._rows, width), np.float32)
         """Inputs that the next run reads, by layer"""
-        self._recent = np.zeros((len(buffers), KEPT_ROWS, width), np.float32)
+        self._kept = KEPT_ROWS + self._rows
+        self._recent = np.zeros((len(buffers), self._kept, width), np.float32)
         self._first = -self._rows
-        """Slot of the oldest row in ``_recent``, where slot s lies at s modulo ``KEPT_ROWS``; rows
+        """Slot of the oldest row in ``_recent``, where slot s lies at s modulo its length; rows
         before the sequence are zeros"""
         self._marks: OrderedDict[int, NDArray[np.float32]] = OrderedDict()
 
@@ -109,13 +110,13 @@ class ConvolutionState:
         """Add the inputs of a run after so many slots. ``inputs``: of each layer ``(1, kernel - 1 +
         length, width)``, those before the run first."""
         length = inputs[0].shape[1] - self._rows
-        kept = min(length, KEPT_ROWS)
+        kept = min(length, self._kept)
         end = slots + length
-        places = np.arange(end - kept, end) % KEPT_ROWS
+        places = np.arange(end - kept, end) % self._kept
         for layer, rows in enumerate(inputs):
             self._recent[layer, places] = rows[0, rows.shape[1] - kept :]
             self.past[layer] = rows[:, length:]
-        self._first = max(self._first, end - KEPT_ROWS)
+        self._first = max(self._first, end - self._kept)
 
     def mark(self, slots: int) -> None:
         """Keep the state after so many slots, which is that of now."""
@@ -133,7 +134,7 @@ class ConvolutionState:
     def go_back(self, slots: int) -> None:
         """Return to a slot that can be reached."""
         if slots - self._rows >= self._first:
-            self.past[:, 0] = self._recent[:, np.arange(slots - self._rows, slots) % KEPT_ROWS]
+            self.past[:, 0] = self._recent[:, np.arange(slots - self._rows, slots) % self._kept]
         else:
             self._begin(slots, self._marks.get(slots, np.zeros_like(self.past)))
         for mark in [mark for mark in self._marks if mark > slots]:
@@ -155,4 +156,4 @@ class ConvolutionState:
         """Let the rows that are kept begin with those before a slot."""
         self.past[:] = past
         self._first = slots - self._rows
-        self._recent[:, np.arange(self._first, slots) % KEPT_ROWS] = past[:, 0]
+        self._recent[:, np.arange(self._first, slots) % self._kept] = past[:, 0]

@@ -17,8 +17,14 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError, SessionError
 from mobilevlm.messages import Message
-from mobilevlm.prompt import Piece, Prepared, Rows, count_rows, joined
-from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine, ExpertChoices, Float32
+from mobilevlm.prompt import Piece, Prepared, Rows, count_rows, grid_positions, joined
+from mobilevlm.runtime.engines import (
+    DecoderEngine,
+    EncoderEngine,
+    ExpertChoices,
+    Float32,
+    Positions,
+)
 from mobilevlm.runtime.sequence.cache import Border, PositionKey, PromptCache, borders, pieces
 from mobilevlm.spec import ModelSpec
 
@@ -215,6 +221,7 @@ class Session:
     ) -> None:
         self._context = spec.decoder.context_length
         self._hidden_size = spec.decoder.hidden_size
+        self._axes, self._deep = spec.decoder.position_axes, len(spec.decoder.deep_layers)
         self._start = spec.decoder.start_token_id
         self._vision, self._decoder = vision, decoder
         self._cache, self._reuse = cache, reuse
@@ -263,12 +270,17 @@ class Session:
         with note.prefill:
             whole = self._take_over(keys, ends)
             start = note.reused_tokens = self.length
-        embeds = self._embed(keys[start:], prompt, note)
+        rows = self._embed(keys[start:], prompt, note)
         with note.prefill:
-            *before, (first, _) = pieces(start, ends, len(keys))
-            for here, there in before:
-                self._decoder.extend(self._state, embeds[here - start : there - start])
-            logits: Float32 = self._decoder.prefill(self._state, embeds[first - start :])[-1]
+            placed = self._positions(prompt, start)
+            *before, last = (
+                (here - start, there - start) for here, there in pieces(start, ends, len(keys))
+            )
+            for span in before:
+                embeds, at, deep = _part(rows, placed, *span)
+                self._decoder.extend(self._state, embeds, at, deep)
+            embeds, at, deep = _part(rows, placed, *last)
+            logits: Float32 = self._decoder.prefill(self._state, embeds, False, at, deep)[-1]
         self._keys = keys
         if whole:
             self._borders = ends
@@ -282,20 +294,19 @@ class Session:
         spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
         with self._changing():
             self._shorten(0)
-            embeds = self._embed(keys, prompt, Fill())
-            logits = [
-                self._decoder.prefill(self._state, embeds[here:there], True)
-                for here, there in spans
-            ]
+            rows, placed, logits = self._embed(keys, prompt, Fill()), self._positions(prompt), []
+            for span in spans:
+                embeds, at, deep = _part(rows, placed, *span)
+                logits.append(self._decoder.prefill(self._state, embeds, True, at, deep))
             if answer:
-                logits.append(self._decoder.answer(self._state, embeds[asked:]))
+                logits.append(self._decoder.answer(self._state, rows.embeds[asked:]))
             self._shorten(0)
         return np.concatenate(logits)
 
     def expert_choices(self, prompt: Prompt) -> PromptChoices:
         """Where the routers send each position of the prompt, in a fresh sequence."""
         keys = self._checked_keys(prompt)
-        embeds = self._embed(keys, prompt, Fill())
+        embeds = self._embed(keys, prompt, Fill()).embeds
         is_visual = np.array([isinstance(key, tuple) for key in keys])
         return PromptChoices(self._decoder.expert_choices(embeds), is_visual)
 
@@ -370,7 +381,7 @@ class Session:
         for border in self._borders:
             if not self._cache.wants(border):
                 start = border.position
-            elif border.position > kept:
+            elif border.position > kept and self._can_go_back_to(border.position):
                 missing.append((border, start))
                 start = border.position
         for border, start in reversed(missing):
@@ -383,6 +394,7 @@ class Session:
         common = 0 if self._reuse == "nothing" else self._common_prefix(keys)
         ours = [0, *(border.position for border in self._borders if border.position <= common)]
         kept = common if self._reuse == "everything" else ours[-1]
+        kept = self._state.reachable(kept)
         chain = self._cache.find(ends, kept)
         self._save(kept)
         self._shorten(kept)
@@ -408,8 +420,15 @@ class Session:
             count += 1
         return count
 
-    def _embed(self, keys: Sequence[PositionKey], prompt: Prompt, note: Fill) -> Float32:
-        """Embeddings ``(len(keys), hidden_size)`` of tokens and images."""
+    def _can_go_back_to(self, length: int) -> bool:
+        return self._state.reachable(length) == length
+
+    def _positions(self, prompt: Prompt, start: int = 0) -> Positions | None:
+        """Positions of a prompt from slot ``start`` on, where they have several axes."""
+        return None if self._axes == 1 else grid_positions(prompt.pieces, self._axes)[:, start:]
+
+    def _embed(self, keys: Sequence[PositionKey], prompt: Prompt, note: Fill) -> Rows:
+        """Rows of tokens and images."""
         with note.vision:
             prepared = {image.digest: image for image in prompt.images}
             images: dict[bytes, Rows] = {}
@@ -432,4 +451,17 @@ class Session:
             for index, key in enumerate(keys):
                 if isinstance(key, tuple):
                     embeds[index] = images[key[0]].embeds[-1 - key[1]]
-        return embeds
+            deep = [np.zeros_like(embeds) for _ in range(self._deep if images else 0)]
+            for layer, added in enumerate(deep):
+                for index, key in enumerate(keys):
+                    if isinstance(key, tuple):
+                        added[index] = images[key[0]].deep[layer][-1 - key[1]]
+        return Rows(embeds, tuple(deep))
+
+
+def _part(
+    rows: Rows, positions: Positions | None, start: int, end: int
+) -> tuple[Float32, Positions | None, list[Float32]]:
+    """Return embeddings, positions and rows for layers of a span."""
+    placed = None if positions is None else positions[:, start:end]
+    return rows.embeds[start:end], placed, [added[start:end] for added in rows.deep]

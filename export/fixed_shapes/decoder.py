@@ -34,8 +34,8 @@ from mobilevlm.export.graph.author import (
     author_vision,
 )
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
-from mobilevlm.export.quality.artifact_weights import weight_error
 from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.export.quantize.errors import weight_error
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.model import Model
 from mobilevlm.plan import default_threads

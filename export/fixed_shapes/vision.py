@@ -26,7 +26,7 @@ from mobilevlm.export.graph.author import author_vision
 from mobilevlm.export.graph.dialects import CENTRED, STANDARD
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
-from mobilevlm.export.quality.artifact_weights import weight_error
+from mobilevlm.export.quantize.errors import weight_error
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.image import ImageInput
 from mobilevlm.linear_groups import linear_groups

@@ -19,10 +19,11 @@ from onnxscript import nn
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.graph.dialects import CONTRIB
-from mobilevlm.export.graph.layers import FLOAT, relative_error
+from mobilevlm.export.graph.layers import FLOAT
 from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.blocks import Float32, Quantized
+from mobilevlm.export.quantize.errors import relative_error
 from mobilevlm.export.recipes.layer_formats import quantize, to_half
 from mobilevlm.recipe import BLOCK_BITS, BLOCK_SIZES, LinearFormat
 from mobilevlm.spec import DecoderSpec

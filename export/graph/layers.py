@@ -13,6 +13,7 @@ from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize import q4_0
 from mobilevlm.export.quantize.blocks import signed_columns
+from mobilevlm.export.quantize.errors import relative_error
 from mobilevlm.export.recipes.layer_formats import quantize, to_half
 from mobilevlm.recipe import BLOCK_BITS
 
@@ -131,9 +132,3 @@ class LayerNorm(nn.Module):  # type: ignore[misc]
 
 def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)
-
-
-def relative_error(stored: np.ndarray[Any, Any], exact: np.ndarray[Any, Any]) -> float:
-    """Of the whole, as a ratio of Euclidean norms."""
-    norm = float(np.linalg.norm(exact))
-    return float(np.linalg.norm(stored.astype(np.float32) - exact)) / norm if norm else 0.0

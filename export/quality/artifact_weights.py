@@ -13,7 +13,6 @@ from mobilevlm.checkpoint import TensorRef, TensorSource, Weights
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.folding import Fold, find_folds, fold
-from mobilevlm.linear_groups import LinearGroup
 from mobilevlm.model import Model
 from mobilevlm.plan import stage_formats
 from mobilevlm.recipe import Recipe
@@ -39,21 +38,6 @@ def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
     one = np.float32(1)
     inverse = {place: one / _factors(model.weights, weights, place) for place in scaled}
     return fold(weights, inverse)
-
-
-def weight_error(exact: Weights, stored: Weights, group: LinearGroup) -> float:
-    """Relative, of the layers of a group."""
-    ours = stacked(exact, group)
-    norm = float(np.linalg.norm(ours))
-    return float(np.linalg.norm(stacked(stored, group) - ours)) / norm if norm else 0.0
-
-
-def stacked(weights: Weights, group: LinearGroup) -> Float32:
-    """``(out_size, in_size)``"""
-    sizes = zip(group.names, group.out_sizes, strict=True)
-    return np.concatenate(
-        [weights.read(f"{name}.weight", (size, group.in_size)) for name, size in sizes]
-    )
 
 
 def _open(model: Model, stage: str, form: str, path: Path) -> tuple[TensorSource, list[str]]:

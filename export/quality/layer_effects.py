@@ -13,9 +13,9 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.console import progress
 from mobilevlm.export.calibration.activations import decoder_states, image_states
 from mobilevlm.export.calibration.samples import Sample
-from mobilevlm.export.quality.artifact_weights import stacked, weight_error
 from mobilevlm.export.quality.limits import StageKind
 from mobilevlm.export.quality.sensitivity import Change, Effect, Probe
+from mobilevlm.export.quantize.errors import stacked, weight_error
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.model import Model
 from mobilevlm.reference import load_reference

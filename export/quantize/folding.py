@@ -12,7 +12,7 @@ import numpy as np
 from mobilevlm.checkpoint import Rescaling, Weights
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.linear_groups import LinearGroup, linear_groups
-from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.spec import DecoderSpec, ModelSpec, TransformerEncoder
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
         sizes = tuple(size for group in found for size in group.out_sizes)
         return Fold(names, producer, found[0].in_size, sizes, heads)
 
-    for index in range(vision.num_hidden_layers):
+    transformer = isinstance(vision, TransformerEncoder)
+    for index in range(vision.num_hidden_layers if transformer else 0):
         name = f"vision.layers.{index}"
         yield place(f"{name}.norm1", f"{name}.attn.q_proj")
         yield place(f"{name}.attn.v_proj", f"{name}.attn.out_proj")

@@ -17,13 +17,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
-
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, QualityError, require
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.calibration.stages import hessians
 from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.export.quantize.errors import stacked
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.recipes.layer_formats import restored, stored_bytes
 from mobilevlm.export.search.bit_allocation import Allocation, Option, front, within_kl, within_size
@@ -307,7 +306,7 @@ def _measure(
         if group.name not in pairs:
             return
         unit, formats = pairs[group.name]
-        weights = [_stacked(model, member) for member in unit.groups]
+        weights = [stacked(model.weights, member) for member in unit.groups]
         for index, layers in enumerate(formats):
             first, *others = (
                 restored(weight, layers, member.name, hessian)
@@ -345,7 +344,7 @@ def _joint_effect(
             if group.name not in chosen:
                 return None
             advance(1)
-            return restored(_stacked(model, group), chosen[group.name], group.name, hessian)
+            return restored(stacked(model.weights, group), chosen[group.name], group.name, hessian)
 
         return probe.joint_effect(replacement)
 
@@ -354,10 +353,3 @@ def _hessians(model: Model, formats: Sequence[LinearFormat], data: Data) -> Hess
     if all(layers.quantizer != "gptq" for layers in formats):
         return no_hessian
     return hessians(model, data.calibration, "decoder", lambda name: True)
-
-
-def _stacked(model: Model, group: LinearGroup) -> Float32:
-    """Weights ``(out_size, in_size)``"""
-    sizes = zip(group.names, group.out_sizes, strict=True)
-    parts = [model.weights.read(f"{name}.weight", (size, group.in_size)) for name, size in sizes]
-    return np.concatenate(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +21,10 @@ from mobilevlm.reference.encoder_decoder import EncoderDecoder
 from mobilevlm.reference.experts import Capacity
 from mobilevlm.reference.projectors import build_projector
 from mobilevlm.reference.steps import State, Step, run_steps, steps_of
-from mobilevlm.spec import ModelSpec
+from mobilevlm.spec import ModelSpec, TransformerEncoder
 
+ENCODERS: dict[type, Callable[[Any], nn.Module]] = {TransformerEncoder: ClipTower}
+"""Image encoders by the class of their spec."""
 _HELD: set[nn.Module] = set()
 """Streamed modules that keep their weights."""
 
@@ -33,7 +35,7 @@ class ReferenceModel(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.vision = ClipTower(spec.image.encoder)
+        self.vision: Any = ENCODERS[type(spec.image.encoder)](spec.image.encoder)
         self.projector = build_projector(spec.image.connector)
         build = EncoderDecoder if spec.decoder.encoder_layers else Decoder
         self.decoder: Any = build(spec.decoder)

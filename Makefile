@@ -1,4 +1,5 @@
 # make demo: from nothing to answers about a picture, without torch.
+# make quick: tests that need neither torch nor a bundle, in less than a minute.
 # make fuzz MINUTES=30: the fuzzers of tests/fuzz, with a new seed.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
 # does (compiled once, about 10 minutes; needs cmake and a C++ compiler). NPU=1 installs Qualcomm's
@@ -18,8 +19,9 @@ INSTALL := $(PIP) install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm export runtime -name '*.py')
 
 MINUTES ?= 10
+PURE := $(shell grep -rl --include='test_*.py' '^pytestmark = pytest.mark.pure$$' tests)
 
-.PHONY: demo test fuzz lint types clean
+.PHONY: demo test quick fuzz lint types clean
 
 demo: $(VENV)/.export
 	$(VENV)/bin/mobilevlm demo
@@ -47,6 +49,9 @@ test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU
 		echo "no Chromium, or no examples/web/vendor: the page is not tested (make test WEB=1 does)"; \
 		export MOBILEVLM_WITHOUT_BROWSER=1; \
 	fi; $(VENV)/bin/pytest -n 2 -q
+
+quick: $(VENV)/.dev
+	$(VENV)/bin/pytest -n 2 -q -m pure $(PURE)
 
 fuzz: $(VENV)/.dev
 	cd tests && ../$(VENV)/bin/python -m fuzz --minutes $(MINUTES) $(FUZZERS)

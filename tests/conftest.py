@@ -11,13 +11,15 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+import pure
 import pytest
 from numpy.typing import NDArray
 
@@ -214,6 +216,24 @@ def mobilevlm_v2() -> Fixture:
 def llava_v1() -> Fixture:
     """The smallest safetensors checkpoint: the one that tests damage."""
     return fixture_named("llava_v1")
+
+
+# Tests marked ``pure``.
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    is_pure = item.get_closest_marker("pure") is not None
+    with pure.guard() if is_pure else nullcontext():
+        return (yield)
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Refuses a module of pure tests that imports what they must not need."""
+    marked = all(item.get_closest_marker("pure") is not None for item in session.items)
+    if marked and pure.imported_libraries():
+        names = ", ".join(pure.imported_libraries())
+        raise pytest.UsageError(f"modules of tests marked pure import {names}")
 
 
 # Bundles, each exported once per test process.

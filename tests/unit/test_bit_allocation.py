@@ -10,6 +10,8 @@ import pytest
 from mobilevlm.export.search.bit_allocation import Option, front, hull, within_kl, within_size
 from mobilevlm.recipe import LinearFormat
 
+pytestmark = pytest.mark.pure
+
 Q4 = LinearFormat("q4")
 
 

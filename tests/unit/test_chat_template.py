@@ -12,6 +12,8 @@ import pytest
 from mobilevlm.errors import PromptError
 from mobilevlm.templates.chat_template import NODES, SOURCE_CHARACTERS, render_template
 
+pytestmark = pytest.mark.pure
+
 MESSAGES: list[dict[str, Any]] = [
     {"role": "system", "content": "Be brief."},
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Größe <b>?"}]},

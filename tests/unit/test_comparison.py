@@ -28,6 +28,8 @@ from comparison.work import BOS, picture, token_ids
 
 from mobilevlm.spec import ConnectorSpec, DecoderSpec, TransformerEncoder
 
+pytestmark = pytest.mark.pure
+
 DECODER = DecoderSpec(100, 8, 24, 3, 2, 1, 4, 1e-6, 1e4, 1.0, 64, False)
 WEIGHTS_OF_A_LAYER = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 24
 """q; k and v with one head of 4; o; gate, up and down."""

@@ -11,6 +11,8 @@ from test_memory import fake_root
 from mobilevlm import control_groups, plan
 from mobilevlm.cli import main
 
+pytestmark = pytest.mark.pure
+
 
 @pytest.mark.parametrize(
     ("groups", "limits", "expected"),

@@ -28,6 +28,8 @@ from mobilevlm.runtime.sequence.drafting import (
 )
 from mobilevlm.runtime.sequence.session import Session
 
+pytestmark = pytest.mark.pure
+
 VOCABULARY = 40
 
 

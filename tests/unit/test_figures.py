@@ -20,6 +20,8 @@ from mobilevlm.export.quality.metrics import (
     vision_figures,
 )
 
+pytestmark = pytest.mark.pure
+
 EVEN = np.zeros((1, 8), np.float32)
 """Eight tokens, each with 1/8."""
 

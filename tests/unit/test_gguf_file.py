@@ -13,6 +13,8 @@ import pytest
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf.file import TENSOR_TYPES, read_gguf
 
+pytestmark = pytest.mark.pure
+
 MUTATIONS = 2000
 
 

@@ -19,6 +19,8 @@ from mobilevlm.errors import ImageError
 from mobilevlm.image import MAX_PADDED_EDGE, normalize, open_image, preprocess
 from mobilevlm.spec import FixedImage
 
+pytestmark = pytest.mark.pure
+
 Pixels = NDArray[np.uint8]
 
 PAD = FixedImage(

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.pure
+
 ROOT = Path(__file__).parents[2]
 ROOMS = {"mobilevlm": "mobilevlm", "export": "mobilevlm.export", "runtime": "mobilevlm.runtime"}
 """Folders of the checkout, and the package that each is."""

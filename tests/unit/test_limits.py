@@ -20,6 +20,8 @@ from mobilevlm.export.quality.limits import (
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.recipe import Limits
 
+pytestmark = pytest.mark.pure
+
 STAGES = {
     "vision": StageQuality({"relative_error": 0.1, "cosine": 0.9}),
     "decoder": StageQuality({"kl": 0.2, "top1_agreement": 0.8}),

@@ -6,6 +6,8 @@ import pytest
 
 from mobilevlm.runtime import machine
 
+pytestmark = pytest.mark.pure
+
 PHONE = "".join(
     f"processor\t: {index}\nBogoMIPS\t: 38.40\nFeatures\t: fp asimd aes asimddp i8mm\n"
     f"CPU implementer\t: {by}\nCPU architecture: 8\nCPU variant\t: 0x1\nCPU part\t: {part}\n\n"

@@ -34,6 +34,8 @@ from mobilevlm.nano.suite import SUITE_KINDS, evaluation_set
 from mobilevlm.nano.text_only import text_questions
 from mobilevlm.nano.training.dense import CLASSES, dense_targets
 
+pytestmark = pytest.mark.pure
+
 TRAINING = [sample_scene(seed) for seed in range(400)]
 EVALUATION = [sample_scene(TRAINING_SEEDS + seed, "evaluation") for seed in range(400)]
 

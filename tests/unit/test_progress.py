@@ -8,6 +8,8 @@ import pytest
 
 from mobilevlm.console import progress
 
+pytestmark = pytest.mark.pure
+
 Capture = pytest.CaptureFixture[str]
 
 

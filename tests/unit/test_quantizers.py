@@ -13,6 +13,8 @@ from mobilevlm.export.quantize import gptq, hqq, rtn
 from mobilevlm.export.quantize.blocks import INT8, dequantize, unpack
 from mobilevlm.recipe import Scheme
 
+pytestmark = pytest.mark.pure
+
 Float32 = NDArray[np.float32]
 
 SCHEMES = [

@@ -13,6 +13,8 @@ from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.recipe import Limits, LinearFormat, Recipe
 from mobilevlm.spec import from_dict
 
+pytestmark = pytest.mark.pure
+
 MINE = """\
 tower = "int8"
 projector = "fp16"

@@ -14,6 +14,8 @@ from mobilevlm.export.quantize import rtn
 from mobilevlm.export.quantize.blocks import INT8, Quantized, dequantize, signed_columns, unpack
 from mobilevlm.recipe import Scheme
 
+pytestmark = pytest.mark.pure
+
 Float32 = NDArray[np.float32]
 
 

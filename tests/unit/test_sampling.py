@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions, candidates
 
+pytestmark = pytest.mark.pure
+
 LOGITS = np.random.default_rng(7).normal(0, 2, 50).astype(np.float32)
 
 

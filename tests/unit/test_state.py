@@ -7,6 +7,8 @@ import pytest
 from mobilevlm.errors import SessionError
 from mobilevlm.runtime.engines.state import SlotState
 
+pytestmark = pytest.mark.pure
+
 
 def test_a_state_goes_back_to_any_slot_and_never_forward() -> None:
     state = SlotState()

@@ -9,6 +9,8 @@ import pytest
 
 from mobilevlm.console.tables import Column, Styled, Table, show
 
+pytestmark = pytest.mark.pure
+
 NAME = "onnx/decoder_model_merged_q4_with_a_long_suffix.onnx"
 
 

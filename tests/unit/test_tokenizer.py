@@ -17,6 +17,8 @@ from tokenizers import Tokenizer
 from mobilevlm.errors import CheckpointError
 from mobilevlm.tokenizers.tokenizer import read_tokenizer
 
+pytestmark = pytest.mark.pure
+
 STRINGS = 4000
 WORDS = "What is in the picture? USER: ASSISTANT: The quick brown fox, 3.14; don't"
 SNIPPETS = [

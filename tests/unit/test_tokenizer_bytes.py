@@ -17,6 +17,8 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.runtime.answer.text import Detokenizer
 from mobilevlm.tokenizers.tokenizer import read_tokenizer
 
+pytestmark = pytest.mark.pure
+
 STRINGS = 2000
 SNIPPETS = [
     *["the", "The picture", " in", "'s", "'LL", "'\u017f", "\u2019s", "don't", "I'VE", "ing"],

@@ -21,6 +21,8 @@ from mobilevlm.runtime.tuning.questions import (
     tune,
 )
 
+pytestmark = pytest.mark.pure
+
 
 @dataclass
 class Machine:

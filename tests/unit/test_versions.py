@@ -6,6 +6,10 @@ import configparser
 import re
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.pure
+
 ROOT = Path(__file__).parents[2]
 
 

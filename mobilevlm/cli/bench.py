@@ -122,7 +122,8 @@ def command(
     from mobilevlm.runtime.bench.bench import run_bench
 
     with model.open() as vlm:
-        grey = vlm.prepare_image(np.full((64, 64, 3), 128, np.uint8))
+        edge = vlm.spec.image.encoder.image_size
+        grey = np.full((edge, edge, 3), 128, np.uint8)
         picture = None if no_image else (image or grey)
         with progress.track("runs", runs + 1) as advance:
             result = run_bench(

@@ -66,8 +66,9 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return LineUp(present, [Absent("c", "cannot be made: why")], {"b": "b 1.0"})
 
     spec = SimpleNamespace(
-        image=SimpleNamespace(size=8),
-        projector=SimpleNamespace(num_tokens=4),
+        image=SimpleNamespace(
+            square=SimpleNamespace(size=8), connector=SimpleNamespace(num_tokens=4)
+        ),
         decoder=SimpleNamespace(hidden_size=8, vocab_size=500, context_length=2048),
     )
     monkeypatch.setattr(compare, "Artifacts", lambda *_: SimpleNamespace(name="nano", spec=spec))

@@ -92,7 +92,7 @@ def test_factors_in_all_folds_leave_every_float_output_as_it_was(any_fixture: Fi
         plain, changed = load_reference(model), load_reference(folded(model))
         for run in (
             lambda reference: reference.features(pixels),
-            lambda reference: reference.visual_tokens(pixels),
+            lambda reference: reference.visual_tokens(pixels, **any_fixture.further),
             lambda reference: reference.logits(embeds),
         ):
             assert relative_error(run(changed).numpy(), run(plain).numpy()) <= 1e-5

@@ -284,6 +284,8 @@ def _decoder(decoder: DecoderSpec, total: int) -> Iterator[_Check]:
 
 def _blocks(decoder: DecoderSpec) -> Iterator[_Check]:
     yield from _whole("decoder", {"sliding_window": decoder.sliding_window}, 0)
+    is_right = decoder.embed_scale == 1 or not decoder.encoder_layers
+    yield "decoder.embed_scale", decoder.embed_scale, is_right, "1 beside an encoder"
     layers, window = decoder.sliding_layers, decoder.sliding_window
     is_right = _ascending(layers, decoder) and (window > 0) == (len(layers) > 0)
     yield "decoder.sliding_layers", layers, is_right, "layers of the decoder, and a sliding_window"

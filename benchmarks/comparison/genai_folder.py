@@ -49,10 +49,13 @@ def write_genai_folder(bundle: Bundle, folder: Path, threads: int) -> None:
         onnx.numpy_helper.from_array(np.array([value], np.int64), name)
         for name, value in (("one", 1), ("zero", 0))
     )
+    scale = np.array(bundle.manifest.spec.decoder.embed_scale, np.float32)
+    graph.initializer.append(onnx.numpy_helper.from_array(scale, "embed_scale"))
     node = onnx.helper.make_node
     before = [
         node("Gather", [EMBEDDINGS, "input_ids"], ["embedding_rows"]),
-        node("Cast", ["embedding_rows"], ["inputs_embeds"], to=onnx.TensorProto.FLOAT),
+        node("Cast", ["embedding_rows"], ["float_rows"], to=onnx.TensorProto.FLOAT),
+        node("Mul", ["float_rows", "embed_scale"], ["inputs_embeds"]),
         node("Shape", ["attention_mask"], ["total_long"], start=1, end=2),
         node("Cast", ["total_long"], ["total_length"], to=onnx.TensorProto.INT32),
         node("Shape", ["input_ids"], ["length_long"], start=1, end=2),

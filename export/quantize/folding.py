@@ -45,8 +45,9 @@ class Fold:
 
 
 def find_folds(spec: ModelSpec) -> Iterator[Fold]:
-    """All folds of a model, in the order of use. Not here: what reads an activation function or the
-    tower's features, which nothing linear makes."""
+    """All folds of a model, in the order of use. Not here: what reads an activation function, a
+    gated convolution or the tower's features, which nothing linear makes. Norms of queries and keys
+    and of what a layer adds to the residual stream have no linear layer behind them."""
     vision, decoder = spec.image.encoder, spec.decoder
     groups = {group.name: group for group in (*linear_groups(spec), *_routers(decoder))}
 
@@ -70,11 +71,14 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
         # The router comes first: unlike an expert it sees every token.
         readers = _router_names(decoder, index)
         readers += [f"{mlp}.{first}" for mlp in decoder.mlp_names(index)]
+        is_attention = index not in decoder.conv_layers
+        mixer = f"{name}.attn.q_proj" if is_attention else f"{name}.short_conv.in_proj"
         if decoder.parallel_residual:
-            yield place(f"{name}.input_norm", f"{name}.attn.q_proj", *readers)
+            yield place(f"{name}.input_norm", mixer, *readers)
         else:
-            yield place(f"{name}.input_norm", f"{name}.attn.q_proj")
-        yield place(f"{name}.attn.v_proj", f"{name}.attn.o_proj", heads=shared)
+            yield place(f"{name}.input_norm", mixer)
+        if is_attention:
+            yield place(f"{name}.attn.v_proj", f"{name}.attn.o_proj", heads=shared)
         if not decoder.parallel_residual:
             yield place(f"{name}.post_attention_norm", *readers)
         if decoder.mlp == "gated":

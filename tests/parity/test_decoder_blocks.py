@@ -176,6 +176,15 @@ def test_factors_in_all_folds_leave_the_logits_as_they_were(model: Model, embeds
     assert relative_error(reference_logits(scaled, embeds), expected) <= 1e-5
 
 
+def test_folds_leave_out_what_a_gated_convolution_gives(tmp_path: Path) -> None:
+    spec = decoder_spec(conv_layers=(1,), conv_kernel=3, qk_norm=True)
+    model = in_memory(spec, tmp_path)
+    test_factors_in_all_folds_leave_the_logits_as_they_were(model, random_embeds(128))
+    producers = {place.producer for place in find_folds(spec)}
+    assert "decoder.layers.0.attn.v_proj" in producers
+    assert not [name for name in producers if name.startswith("decoder.layers.1.attn")]
+
+
 def test_norms_are_read_back_out_of_a_graph(tmp_path: Path) -> None:
     model = in_memory(BLOCKS["Gemma 3"], tmp_path / "weights")
     path = tmp_path / "decoder.onnx"

@@ -17,6 +17,7 @@ const KNOWN = {
     tie_word_embeddings vocab_size`),
 };
 const REMEDY = "choose another model, or use a newer page";
+const PREPARATION = "fixed_image";
 const ASPECTS = ["pad", "crop", "resize"];
 const TOKENIZATIONS = ["apart", "joined", "images_first"];
 
@@ -36,9 +37,9 @@ export function checkRunnable(manifest, stages, url) {
   const other = Object.keys(inputs).find((kind) => kind !== "image");
   if (other) refuse(`takes ${other}, which this page cannot prepare`);
   const { preparation, connector, layout } = inputs.image;
-  const kind = preparation.kind ?? "fixed";
-  if (kind !== "fixed") {
-    refuse(`has images prepared as ${quoted(kind)}, and this page prepares squares of a fixed size`);
+  const { kind = PREPARATION } = preparation;
+  if (kind !== PREPARATION) {
+    refuse(`has images prepared as ${quoted(kind)}, and this page prepares one square of each`);
   }
   if (!stages.vision || !stages.decoder || !manifest.embeddings) {
     throw new Error(`${url}: a bundle without ONNX files: export it with '${EXPORT}'`);

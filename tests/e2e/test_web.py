@@ -30,7 +30,7 @@ import mobilevlm
 from mobilevlm.builtin import WEIGHTS
 from mobilevlm.bundle import MANIFEST, open_bundle
 from mobilevlm.conversation import official_ids, tokenize
-from mobilevlm.export import pipeline
+from mobilevlm.export import settled
 from mobilevlm.export.targets import find_target
 from mobilevlm.image import open_image, preprocess
 from mobilevlm.nano.drawing import render
@@ -39,7 +39,7 @@ from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.preparation import prepare
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.machine import int8_weight_bits
-from mobilevlm.spec import FixedImage, LayoutSpec
+from mobilevlm.spec import FixedImage, LayoutSpec, Mel, Tiles, to_dict
 
 MAX_NEW_TOKENS = 64
 """As the page has it."""
@@ -57,7 +57,7 @@ def export_for_web(name: str, bundle: Path) -> None:
     target = find_target("web-wasm")
     with pytest.MonkeyPatch.context() as patch:
         bits = int8_weight_bits() or target.weight_bits
-        patch.setattr(pipeline, "find_target", lambda _: replace(target, weight_bits=bits))
+        patch.setattr(settled, "find_target", lambda _: replace(target, weight_bits=bits))
         mobilevlm.export(WEIGHTS / name, bundle, target=target.name, measure=False)
 
 
@@ -396,8 +396,10 @@ def unpack_stored(name: str, folder: Path) -> None:
         tar.extractall(folder / name, filter="data")
 
 
-TILES = {"kind": "tiles", "tile_size": 512}
-AUDIO = {"preparation": {"kind": "mel"}}
+TILES = to_dict(
+    Tiles(size=512, longest_edge=2048, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)),
+)
+AUDIO = {"preparation": to_dict(Mel(bins=80))}
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
     from mobilevlm.runtime.engines.llama.native import NativeModel
     from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxVision
+    from mobilevlm.runtime.engines.onnx.stages import Turns
 
 
 def open_engines(bundle: Bundle, plan: Plan) -> tuple[EncoderEngine, DecoderEngine]:
@@ -50,16 +52,15 @@ def open_engines(bundle: Bundle, plan: Plan) -> tuple[EncoderEngine, DecoderEngi
 
         own = _ggml_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
-    if engine == "onnx" and plan.memory == "in turn":
-        return _in_turn(bundle, vision, decoder, plan)
+    turns = _turns(bundle) if engine == "onnx" and plan.memory == "in turn" else None
     openers: dict[str, Callable[[Bundle, Path, Plan], DecoderEngine]] = {
-        "onnx": onnx_decoder,
+        "onnx": partial(onnx_decoder, turns=turns),
         "ort": onnx_decoder,
         "hybrid": _llama_decoder,
         "ggml": _ggml_decoder,
     }
     with ThreadPoolExecutor(1) as beside:
-        opened = beside.submit(onnx_vision, bundle, vision, plan)
+        opened = beside.submit(onnx_vision, bundle, vision, plan, turns)
         language_stage = openers[engine](bundle, decoder, plan)
         return opened.result(), language_stage
 
@@ -111,24 +112,15 @@ def _mtmd_vision(path: Path, spec: ModelSpec, model: NativeModel, threads: int) 
     return MtmdVision(path, spec, model, threads)
 
 
-def _in_turn(
-    bundle: Bundle, vision: Path, decoder: Path, plan: Plan
-) -> tuple[EncoderEngine, DecoderEngine]:
-    from mobilevlm.runtime.engines.onnx.in_turn import stages_in_turn
+def _turns(bundle: Bundle) -> Turns:
+    from mobilevlm.runtime.engines.onnx.stages import Turns
 
-    table = _embedding_table(bundle)
-    return stages_in_turn(
-        lambda: reopened(bundle, lambda: onnx_vision(bundle, vision, plan)),
-        lambda: reopened(bundle, lambda: onnx_decoder(bundle, decoder, plan)),
-        bundle.path(table.path),
-        table,
-        bundle.manifest.spec.decoder,
-        cache_type(bundle),
-    )
+    return Turns(partial(reopened, bundle))
 
 
-def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
-    """Opens the vision stage from an ONNX or .ort file of the bundle."""
+def onnx_vision(bundle: Bundle, path: Path, plan: Plan, turns: Turns | None = None) -> OnnxVision:
+    """Opens the vision stage from an ONNX or .ort file of the bundle; with ``turns``, when it is
+    asked for."""
     from mobilevlm.runtime.engines.onnx.engine import OnnxVision
 
     # Kernels of weights in blocks take them in their own order only.
@@ -136,7 +128,7 @@ def onnx_vision(bundle: Bundle, path: Path, plan: Plan) -> OnnxVision:
     packed = plan.vision_weights == "packed" or not mappable
     threads, compact = plan.threads_of("vision"), plan.memory != "fast"
     spec, entries = bundle.manifest.spec, _products(_artifact_at(bundle, path))
-    return OnnxVision(path, threads, plan.spinning, packed, entries, compact, spec)
+    return OnnxVision(path, threads, plan.spinning, packed, entries, compact, spec, turns)
 
 
 def _products(*artifacts: Artifact) -> Mapping[str, str]:
@@ -176,11 +168,15 @@ def _embedding_table(bundle: Bundle) -> EmbeddingTable:
 
 
 def onnx_decoder(
-    bundle: Bundle, path: Path, plan: Plan, cache: CacheType | None = None
+    bundle: Bundle,
+    path: Path,
+    plan: Plan,
+    cache: CacheType | None = None,
+    turns: Turns | None = None,
 ) -> OnnxDecoder:
     """Opens the decoder stage from an ONNX or .ort file of the bundle, and the graph for prompts in
     the same format where there is one. ``cache``: what it stores keys and values in, where that is
-    not what the bundle says."""
+    not what the bundle says; ``turns`` as of :func:`onnx_vision`."""
     from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 
     spec, table = bundle.manifest.spec, _embedding_table(bundle)
@@ -195,7 +191,9 @@ def onnx_decoder(
         parts.append(bundle.artifact("prefill", form))
         prompts = bundle.path(parts[-1].path)
     rows, stored, entries = bundle.path(table.path), cache or cache_type(bundle), _products(*parts)
-    return OnnxDecoder(path, rows, table, spec.decoder, plan, prompts, encoder, stored, entries)
+    return OnnxDecoder(
+        path, rows, table, spec.decoder, plan, prompts, encoder, stored, entries, turns
+    )
 
 
 def cache_type(bundle: Bundle) -> CacheType:

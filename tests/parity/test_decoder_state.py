@@ -49,6 +49,7 @@ SPECS = {
     "convolutions": CONVOLUTION,
     "convolution with biases": BIASED,
     "rows after layers": DEEP,
+    "scaled embeddings": decoder_spec(context_length=CONTEXT, embed_scale=11.3),
     "a sliding window": decoder_spec(
         context_length=CONTEXT, sliding_window=7, sliding_layers=(0, 2), sliding_rope_theta=500.0
     ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from mobilevlm.bundle import Bundle, Manifest, open_bundle
 from mobilevlm.errors import MemoryLimitError
 from mobilevlm.plan import MemorySetting, Plan, memory_settings
 from mobilevlm.recipe import LinearFormat
+from mobilevlm.runtime.engines.onnx.mapped_weights import Session
 from mobilevlm.runtime.memory import limits as memory_limits
 from mobilevlm.runtime.memory.estimate import IN_PASSING, Memory, estimate
 from mobilevlm.runtime.memory.fitting import DOUBT, fit_plan, need
@@ -222,26 +224,17 @@ def test_stages_in_turn_are_never_open_together(
 ) -> None:
     from mobilevlm.runtime.engines.onnx import engine as onnx
 
-    alive: set[int] = set()
+    alive: weakref.WeakSet[Session] = weakref.WeakSet()
     most = []
+    open_session = onnx.open_session
 
-    def counting(kind: type[Any]) -> None:
-        close, init = kind.close, kind.__init__
+    def opened(*arguments: Any, **settings: Any) -> Session:
+        session = open_session(*arguments, **settings)
+        alive.add(session)
+        most.append(len(alive))
+        return session
 
-        def opened(self: Any, *args: Any, **settings: Any) -> None:
-            init(self, *args, **settings)
-            alive.add(id(self))
-            most.append(len(alive))
-
-        def closed(self: Any) -> None:
-            alive.discard(id(self))
-            close(self)
-
-        monkeypatch.setattr(kind, "__init__", opened)
-        monkeypatch.setattr(kind, "close", closed)
-
-    counting(onnx.OnnxVision)
-    counting(onnx.OnnxDecoder)
+    monkeypatch.setattr(onnx, "open_session", opened)
     picture = np.zeros((336, 336, 3), np.uint8)
     with mobilevlm.load(bundle_of("tiny", "int4"), plan=Plan("onnx", memory="in turn")) as vlm:
         assert not most

@@ -182,8 +182,8 @@ def test_closing_frees_weights_and_buffers_and_later_use_says_so(bundle_of: Bund
     vision, decoder = vlm._engines()
     [session] = vlm._idle
     held: dict[str, Any] = {
-        "vision weights": vision._session,  # type: ignore[attr-defined]
-        "decoder weights": decoder._session,  # type: ignore[attr-defined]
+        "vision weights": vision._stage._sessions,  # type: ignore[attr-defined]
+        "decoder weights": decoder._stage._sessions.answers,  # type: ignore[attr-defined]
         "embedding table": decoder._table,  # type: ignore[attr-defined]
         "KV buffers": session._state,
     }

@@ -105,6 +105,13 @@ class BufferedDecoder:
         rows: Float32 = table[np.asarray(ids, np.int64)].astype(np.float32)
         return rows if self._embed_scale == 1 else rows * np.float32(self._embed_scale)
 
+    def _row(self, token: int) -> NDArray[Any]:
+        """The embedding of one token ``(hidden_size,)``."""
+        table = still_open(self._table)
+        check_whole(still_open(self._mapped))
+        row: NDArray[Any] = table[token]
+        return row if self._embed_scale == 1 else row * np.float32(self._embed_scale)
+
     def save(self, state: DecoderState, start: int) -> Segment:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:
         ``(2 · layers, num_key_value_heads, positions, head_dim)``, keys before values, in the

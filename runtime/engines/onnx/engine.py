@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -32,9 +33,10 @@ from mobilevlm.runtime.engines import (
 )
 from mobilevlm.runtime.engines.contracts import check_decoder, check_encoder, check_vision
 from mobilevlm.runtime.engines.onnx.buffered import BufferedDecoder
-from mobilevlm.runtime.engines.onnx.mapped_pages import check_whole, trim_heap
+from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
 from mobilevlm.runtime.engines.onnx.mapped_weights import MappedWeights, Session
 from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
+from mobilevlm.runtime.engines.onnx.stages import Stage, Turns, stage_of
 from mobilevlm.spec import DecoderSpec, ModelSpec
 from mobilevlm.waiting import processors_wanted
 
@@ -103,8 +105,8 @@ def load_reason(error: Exception) -> str:
 
 class OnnxVision:
     """The vision stage: tower and projector in one graph. ``compact``: buffers of a run are given
-    back after it; ``spec``: what the graph must be. The other arguments as of
-    :func:`open_session`."""
+    back after it; ``spec``: what the graph must be; ``turns``: it is opened in turn with the
+    decoder. The other arguments as of :func:`open_session`."""
 
     def __init__(
         self,
@@ -115,12 +117,16 @@ class OnnxVision:
         entries: Mapping[str, str] = MappingProxyType({}),
         compact: bool = False,
         spec: ModelSpec | None = None,
+        turns: Turns | None = None,
     ) -> None:
-        session = open_session(path, threads, spinning, packed, entries, planned=False)
-        if spec is not None:
-            check_vision(session, spec)
+        def opened() -> Session:
+            session = open_session(path, threads, spinning, packed, entries, planned=False)
+            if spec is not None:
+                check_vision(session, spec)
+            return session
+
         self._run_options = _giving_back() if compact else None
-        self._session: Session | None = session
+        self._stage: Stage[Session] | None = stage_of(opened, turns)
 
     def encode(self, arrays: Arrays) -> Rows:
         """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
@@ -132,21 +138,33 @@ class OnnxVision:
 
     def _run(self, output: str, arrays: Arrays) -> Float32:
         inputs = {name: array[None] for name, array in arrays.items()}
-        session = still_open(self._session)
-        result: Float32 = session.run([output], inputs, self._run_options)[0][0]
+        with still_open(self._stage).open() as session:
+            result: Float32 = session.run([output], inputs, self._run_options)[0][0]
         if self._run_options is not None:
             trim_heap()
         return result
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
-        self._session = None
+        if self._stage is not None:
+            self._stage.close()
+        self._stage = None
+
+
+@dataclass(frozen=True)
+class DecoderSessions:
+    """Graphs of a decoder stage."""
+
+    answers: Session
+    prompts: Session | None
+    encoder: Session | None
 
 
 class OnnxDecoder(BufferedDecoder):
     """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
     second graph that computes pieces of prompts from ``plan.prefill_from`` positions on; ``cache``:
-    what both store keys and values in; ``entries`` as of :func:`open_session`."""
+    what both store keys and values in; ``entries`` as of :func:`open_session`; ``turns`` as of
+    :class:`OnnxVision`."""
 
     def __init__(
         self,
@@ -159,28 +177,33 @@ class OnnxDecoder(BufferedDecoder):
         encoder: Path | None = None,
         cache: CacheType = np.float32,
         entries: Mapping[str, str] = MappingProxyType({}),
+        turns: Turns | None = None,
     ) -> None:
         if cache is np.int8:
             _check_version(path)
         super().__init__(table, embeddings, spec)
         self._spec, self._plan, self._cache = spec, plan, cache
-        opened = partial(
-            open_session,
-            threads=plan.threads_of("decoder"),
-            spinning=plan.spinning,
-            entries=entries,
-            planned=plan.memory == "fast",
-        )
-        self._session: Session | None = opened(path)
-        check_decoder(self._session, spec, cache)
-        self._encoder = None if encoder is None else opened(encoder)
-        if self._encoder is not None:
-            check_encoder(self._encoder, spec)
-        self._prompts: Session | None = None
-        if prompts is not None:
-            packed = plan.prefill_weights == "packed" and plan.memory == "fast"
-            self._prompts = opened(prompts, packed=packed)
-            check_decoder(self._prompts, spec, cache)
+
+        def opened() -> DecoderSessions:
+            threads, planned = plan.threads_of("decoder"), plan.memory == "fast"
+            packed = plan.prefill_weights == "packed" and planned
+
+            def session(path: Path, packed: bool = True) -> Session:
+                return open_session(path, threads, plan.spinning, packed, entries, planned)
+
+            found = DecoderSessions(
+                session(path),
+                None if prompts is None else session(prompts, packed),
+                None if encoder is None else session(encoder),
+            )
+            check_decoder(found.answers, spec, cache)
+            if found.encoder is not None:
+                check_encoder(found.encoder, spec)
+            if found.prompts is not None:
+                check_decoder(found.prompts, spec, cache)
+            return found
+
+        self._stage: Stage[DecoderSessions] | None = stage_of(opened, turns)
         self._run_options = None if plan.memory == "fast" else _giving_back()
 
     def planned(self, plan: Plan) -> OnnxDecoder:
@@ -192,8 +215,9 @@ class OnnxDecoder(BufferedDecoder):
 
     def new_state(self) -> OnnxState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        still_open(self._session)
-        return OnnxState(self._spec, self._cache)
+        stage, state = still_open(self._stage), OnnxState(self._spec, self._cache)
+        stage.add(state)
+        return state
 
     def encode(self, state: DecoderState, embeds: Float32) -> None:
         """See :class:`mobilevlm.runtime.engines.EncoderDecoderEngine`."""
@@ -204,7 +228,8 @@ class OnnxDecoder(BufferedDecoder):
             for kind in ("key", "value")
         ]
         inputs = {"inputs_embeds": np.ascontiguousarray(embeds[None])}
-        found = still_open(self._encoder).run(names, inputs)
+        with self._open() as sessions:
+            found = still_open(sessions.encoder).run(names, inputs)
         state.begin(dict(zip(names, found, strict=True)))
 
     def prefill(
@@ -217,8 +242,8 @@ class OnnxDecoder(BufferedDecoder):
     ) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         count = len(embeds) if all_logits else 1
-        session = self._prompt_session(len(embeds))
-        return self._append(state, embeds, count, session, positions, deep)
+        with self._open() as sessions:
+            return self._append(state, embeds, count, sessions, positions, deep)
 
     def extend(
         self,
@@ -228,24 +253,29 @@ class OnnxDecoder(BufferedDecoder):
         deep: Sequence[Float32] = (),
     ) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._append(state, embeds, 0, self._prompt_session(len(embeds)), positions, deep)
+        with self._open() as sessions:
+            self._append(state, embeds, 0, sessions, positions, deep)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self._append(state, embeds, len(embeds), still_open(self._session), is_piece=False)
+        with self._open() as sessions:
+            return self._append(state, embeds, len(embeds), sessions, is_piece=False)
 
-    def _prompt_session(self, length: int) -> Session:
+    def _open(self) -> AbstractContextManager[DecoderSessions]:
+        return still_open(self._stage).open()
+
+    def _for_prompt(self, sessions: DecoderSessions, length: int) -> Session:
         """What computes a piece of a prompt with so many positions."""
-        if self._prompts is not None and length >= self._plan.prefill_from:
-            return self._prompts
-        return still_open(self._session)
+        if sessions.prompts is not None and length >= self._plan.prefill_from:
+            return sessions.prompts
+        return sessions.answers
 
     def _append(
         self,
         state: DecoderState,
         embeds: Float32,
         count: int,
-        session: Session,
+        sessions: DecoderSessions,
         positions: Positions | None = None,
         deep: Sequence[Float32] = (),
         is_piece: bool = True,
@@ -253,11 +283,12 @@ class OnnxDecoder(BufferedDecoder):
         """Appends positions; logits of the last ``count``. ``is_piece``: they are one of a
         prompt."""
         assert isinstance(state, OnnxState)
+        session = self._for_prompt(sessions, len(embeds)) if is_piece else sessions.answers
         append = partial(self._append_chunk, state, session)
         logits = in_chunks(append, embeds, count, self._plan.chunk_length, positions, deep)
         if is_piece:
             state.mark()
-        if session is self._prompts and self._plan.released_prompt_weights:
+        if session is sessions.prompts and self._plan.released_prompt_weights:
             session.weights.give_back()
         if self._run_options is not None:
             trim_heap()
@@ -293,24 +324,23 @@ class OnnxDecoder(BufferedDecoder):
                 "some layers, are not told: leave them out of the check"
             )
         names = {f"router_logits.{layer}": layer for layer in experts.layers}
-        if not {output.name for output in still_open(self._session).get_outputs()}.issuperset(
-            names
-        ):
-            raise BundleError(
-                "an earlier version made this decoder, which does not say what its routers decide: "
-                "export the bundle again"
-            )
-        state, length = self.new_state(), len(embeds)
-        logits = {
-            name: np.empty((1, length, self._spec.num_experts(layer)), np.float32)
-            for name, layer in names.items()
-        }
-        session, chunk = self._prompt_session(length), self._plan.chunk_length
-        for start in range(0, length, chunk):
-            end = min(start + chunk, length)
-            also = {name: values[:, start:end] for name, values in logits.items()}
-            # Of all positions, since the last layer only has those whose logits are asked for.
-            self._append_chunk(state, session, embeds[start:end], end - start, also=also)
+        with self._open() as sessions:
+            if not {output.name for output in sessions.answers.get_outputs()}.issuperset(names):
+                raise BundleError(
+                    "an earlier version made this decoder, which does not say what its routers "
+                    "decide: export the bundle again"
+                )
+            state, length = self.new_state(), len(embeds)
+            logits = {
+                name: np.empty((1, length, self._spec.num_experts(layer)), np.float32)
+                for name, layer in names.items()
+            }
+            session, chunk = self._for_prompt(sessions, length), self._plan.chunk_length
+            for start in range(0, length, chunk):
+                end = min(start + chunk, length)
+                also = {name: values[:, start:end] for name, values in logits.items()}
+                # Of all positions, since the last layer only has those whose logits are asked for.
+                self._append_chunk(state, session, embeds[start:end], end - start, also=also)
         return {
             layer: np.argsort(-logits[name][0], axis=-1, kind="stable")[:, : experts.top_k]
             for name, layer in names.items()
@@ -319,15 +349,15 @@ class OnnxDecoder(BufferedDecoder):
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, OnnxState)
-        session = still_open(self._session)
-        table = still_open(self._table)
-        check_whole(still_open(self._mapped))
-        return state.step(session, table[token])
+        row = self._row(token)
+        with self._open() as sessions:
+            return state.step(sessions.answers, row)
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._session = self._prompts = self._encoder = None
-        self._table = self._mapped = None
+        if self._stage is not None:
+            self._stage.close()
+        self._stage = self._table = self._mapped = None
 
 
 def exact_products() -> Mapping[str, str]:

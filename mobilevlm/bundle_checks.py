@@ -17,11 +17,10 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mobilevlm.errors import BundleError
 from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
-from mobilevlm.media.image_file import MAX_PIXELS
 from mobilevlm.protobuf import external_files
 from mobilevlm.recipe import PARTS, PREFILL
 from mobilevlm.regular_file import leaves_folder
-from mobilevlm.spec import DynamicImage, FixedImage, Mel, Tiles
+from mobilevlm.spec import FixedImage, Tiles
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Artifact, Manifest
@@ -140,18 +139,15 @@ def _size(groups: Iterable[LinearGroup]) -> int:
 
 def _image(spec: ModelSpec) -> Iterator[_Check]:
     image, edge = spec.image.preparation, spec.image.encoder.image_size
-    if isinstance(image, Mel):
-        yield "image.kind", image.kind, False, "a kind of image"
+    if not isinstance(image, FixedImage | Tiles):
+        yield "image.kind", image.kind, False, "'fixed_image' or 'tiles', which encoders here take"
         return
-    if isinstance(image, DynamicImage):
-        yield from _dynamic(image)
-    else:
-        longest = image.shortest_edge if isinstance(image, FixedImage) else image.longest_edge
-        name = "shortest_edge" if isinstance(image, FixedImage) else "longest_edge"
-        yield from _whole("image", {"size": image.size, name: longest})
-        yield "image.size", image.size, image.size == edge, f"the tower's {_short(edge)}"
-        most = MAX_ENLARGED * image.size
-        yield f"image.{name}", longest, longest <= most, f"at most {_short(most)}"
+    longest = image.shortest_edge if isinstance(image, FixedImage) else image.longest_edge
+    name = "shortest_edge" if isinstance(image, FixedImage) else "longest_edge"
+    yield from _whole("image", {"size": image.size, name: longest})
+    yield "image.size", image.size, image.size == edge, f"the tower's {_short(edge)}"
+    most = MAX_ENLARGED * image.size
+    yield f"image.{name}", longest, longest <= most, f"at most {_short(most)}"
     if isinstance(image, Tiles) and spec.image.layout.tile_ids:
         marks, count = spec.image.layout.tile_ids, image.most_per_edge
         is_right = len(marks) >= count <= min(map(len, marks))
@@ -159,13 +155,6 @@ def _image(spec: ModelSpec) -> Iterator[_Check]:
     for name, value in (("mean", image.mean), ("std", image.std)):
         is_right = all(0 <= item <= 1 for item in value) and (name == "mean" or min(value) > 0)
         yield f"image.{name}", value, is_right, "shares of the brightest value"
-
-
-def _dynamic(image: DynamicImage) -> Iterator[_Check]:
-    numbers = {"patch_size": image.patch_size, "merge_size": image.merge_size}
-    yield from _whole("image", {**numbers, "min_pixels": image.min_pixels})
-    least, most = image.min_pixels, image.max_pixels
-    yield "image.max_pixels", most, least <= most <= MAX_PIXELS, f"{least} to {MAX_PIXELS}"
 
 
 def _vision(vision: TransformerEncoder, total: int) -> Iterator[_Check]:

@@ -481,8 +481,8 @@ class InputSpec:
         if isinstance(self.preparation, FixedImage | Tiles):
             return self.preparation
         raise MobileVLMError(
-            f"an input prepared as {self.preparation.kind!r} needs another encoder than one for "
-            f"squares, which this version does not have"
+            f"an input prepared as {self.preparation.kind!r} needs an encoder that this version "
+            f"does not have: use a later one"
         )
 
 

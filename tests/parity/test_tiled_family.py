@@ -31,7 +31,7 @@ from mobilevlm.prompt import count_rows, expand
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.sequence.session import Fill, Prompt
-from mobilevlm.spec import LayoutSpec, ModelSpec, Tiles, with_image
+from mobilevlm.spec import DynamicImage, LayoutSpec, Mel, ModelSpec, Tiles, with_image
 
 FIXTURE = fixture_named("mobilevlm_v2")
 TOKENS = 144
@@ -145,6 +145,17 @@ def test_a_bundle_whose_tiles_contradict_each_other_is_refused(
     changed = replace(getattr(vlm.spec.image, part), **values)
     manifest = replace(vlm.bundle.manifest, spec=with_image(vlm.spec, **{part: changed}))
     with pytest.raises(MobileVLMError, match=re.escape(named)):
+        check_manifest(manifest, Path("manifest.json"))
+
+
+@pytest.mark.parametrize(
+    "preparation", [DynamicImage(14, 2, 784, 10**5, (0.5,) * 3, (0.5,) * 3), Mel(80)]
+)
+def test_a_bundle_whose_encoder_does_not_take_what_is_prepared_is_refused(
+    preparation: DynamicImage | Mel, vlm: VLM
+) -> None:
+    manifest = replace(vlm.bundle.manifest, spec=with_image(vlm.spec, preparation=preparation))
+    with pytest.raises(MobileVLMError, match=f"image.kind is '{preparation.kind}'"):
         check_manifest(manifest, Path("manifest.json"))
 
 

@@ -99,7 +99,8 @@ class EmbeddingTable:
 class SystemPrompt:
     """Keys and values of what prompts begin with, as the ONNX decoder computes them: float32, or
     int8 where the recipe has such a ``kv_cache``, ``(2 · layers, num_key_value_heads, len(ids),
-    head_dim)``, each layer's keys before its values."""
+    head_dim)``, each layer's keys before its values; then, float32, the last inputs of short
+    convolutions ``(layers, 1, kernel - 1, hidden_size)``."""
 
     path: str
     ids: tuple[int, ...]

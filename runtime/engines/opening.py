@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -202,7 +201,7 @@ def cache_type(bundle: Bundle) -> CacheType:
 
 
 def stored_system_prompt(bundle: Bundle) -> Segment | None:
-    """Keys and values of the system prompt for the ONNX decoder, mapped.
+    """State of the system prompt for the ONNX decoder, mapped.
 
     Raises:
         BundleError: the file has not the size that the spec asks for.
@@ -210,13 +209,6 @@ def stored_system_prompt(bundle: Bundle) -> Segment | None:
     system, spec = bundle.manifest.system_prompt, bundle.manifest.spec.decoder
     if system is None:
         return None
-    path, count = bundle.path(system.path), len(system.ids)
-    shape = (2 * spec.num_hidden_layers, spec.num_key_value_heads, count, spec.cache_head_dim)
-    stored = cache_type(bundle)
-    expected = np.dtype(stored).itemsize * math.prod(shape)
-    if not 0 < count < spec.context_length or path.stat().st_size != expected:
-        raise BundleError(
-            f"{path}: {path.stat().st_size} bytes, {count} tokens of this model take {expected}: "
-            f"export the bundle again"
-        )
-    return Segment(0, count, np.memmap(path, stored, "r", shape=shape))
+    from mobilevlm.runtime.engines.onnx.stored_segment import map_segment
+
+    return map_segment(bundle.path(system.path), spec, len(system.ids), cache_type(bundle))

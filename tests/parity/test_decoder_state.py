@@ -4,7 +4,7 @@ reference, and sequences that go back or are reused against themselves, to the b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +19,17 @@ from mobilevlm.errors import BundleError, MobileVLMError, SessionError
 from mobilevlm.export.formats.gguf import gguf_jobs
 from mobilevlm.export.formats.npu import npu_jobs
 from mobilevlm.export.graph.author import author_decoder, author_embeddings
+from mobilevlm.export.quantize.folding import find_folds
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.gguf.file import GgufFile
+from mobilevlm.linear_groups import decoder_groups
 from mobilevlm.plan import Plan
+from mobilevlm.recipe import LinearFormat, Precision
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime.engines.llama.gguf_check import check_decoder
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.onnx.npu import NpuDecoder
+from mobilevlm.runtime.engines.onnx.stored_segment import map_segment, write_segment
 from mobilevlm.runtime.engines.state import KEPT_MARKS, KEPT_ROWS
 from mobilevlm.spec import ModelSpec
 
@@ -220,6 +224,39 @@ def test_a_state_after_a_segment_is_not_that_of_the_sequence_before_it(opened: O
     assert np.array_equal(decoder.prefill(state, third.embeds), expected)
     state.rewind(state.reachable(len(second)))
     assert state.slots in (0, len(second))  # of keys and values any slot, of convolutions none
+
+
+def test_a_segment_in_a_file_gives_the_bits_of_the_one_that_was_written(
+    opened: Opened, tmp_path: Path
+) -> None:
+    decoder, state, path = opened.decoder, opened.decoder.new_state(), tmp_path / "segment.bin"
+    tokens, following = [3, 5, 7, 9, 11, 13, 15], decoder.embed([20, 21])
+    decoder.extend(state, decoder.embed(tokens))
+    write_segment(path, decoder.save(state, 0))
+    expected = decoder.prefill(state, following)
+    other = decoder.new_state()
+    decoder.restore(other, map_segment(path, opened.spec.decoder, len(tokens), np.float32))
+    assert (other.slots, other.position) == (len(tokens), len(tokens))
+    assert np.array_equal(decoder.prefill(other, following), expected)
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(BundleError, match=f"7 tokens of this model take {path.stat().st_size + 4}"):
+        map_segment(path, opened.spec.decoder, len(tokens), np.float32)
+
+
+@pytest.mark.parametrize("precision", ["int8", "q4"])
+def test_products_around_a_convolution_are_quantized_too(
+    precision: Precision, tmp_path: Path
+) -> None:
+    model, layers = in_memory(CONVOLUTION, tmp_path), LinearFormat(precision)
+    plain = replace(RECIPES["fp32"], decoder=layers, lm_head=layers)
+    written = author_decoder(model.weights, CONVOLUTION, plain, tmp_path / "decoder.onnx")
+    names = {group.name for group in decoder_groups(CONVOLUTION.decoder)}
+    assert {"decoder.layers.0.short_conv.in_proj", "decoder.layers.3.short_conv.out_proj"} <= names
+    assert {name.split(",")[0] for name in written.errors} == names
+    assert not any("conv.weight" in name for name in written.errors)
+    folds = [fold.producer for fold in find_folds(CONVOLUTION)]
+    assert "decoder.layers.0.input_norm" in folds
+    assert "decoder.layers.0.attn.v_proj" not in folds
 
 
 def test_text_counts_on_from_the_largest_position(tmp_path: Path) -> None:

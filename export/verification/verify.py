@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -213,17 +212,23 @@ def verify(
 
 def _check_spec(bundle: Bundle, model: Model) -> None:
     """Raises MobileVLMError: the model's shapes are not the bundle's."""
-    ours, theirs = bundle.manifest.spec, model.spec
-    for part in ("image", "vision", "projector", "decoder", "conversation"):
-        here, there = getattr(ours, part), getattr(theirs, part)
-        for field in dataclasses.fields(here):
-            found, expected = getattr(here, field.name), getattr(there, field.name)
-            if found != expected:
-                raise MobileVLMError(
-                    f"{bundle.folder} is not a bundle of {model.folder}: {part}.{field.name} is "
-                    f"{str(found)[:60]!r} in the bundle, {str(expected)[:60]!r} in the checkpoint: "
-                    f"give the checkpoint that it was exported from, with the same options"
-                )
+    for part in ("inputs", "decoder", "conversation"):
+        ours, theirs = (to_dict(spec)[part] for spec in (bundle.manifest.spec, model.spec))
+        for field, found, expected in _differences(ours, theirs, part):
+            raise MobileVLMError(
+                f"{bundle.folder} is not a bundle of {model.folder}: {field} is "
+                f"{str(found)[:60]!r} in the bundle, {str(expected)[:60]!r} in the checkpoint: "
+                f"give the checkpoint that it was exported from, with the same options"
+            )
+
+
+def _differences(ours: Any, theirs: Any, where: str) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the place and both values of each difference between parts of two specs."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        for key in {**ours, **theirs}:
+            yield from _differences(ours.get(key), theirs.get(key), f"{where}.{key}")
+    elif ours != theirs:
+        yield where, ours, theirs
 
 
 def _check_weights(bundle: Bundle, model: Model, stored: Weights) -> None:

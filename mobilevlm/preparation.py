@@ -8,7 +8,7 @@ from mobilevlm.image import ImageInput, RoomFor, read_pixels
 from mobilevlm.media.dynamic_image import dynamic_pieces, prepare_dynamic
 from mobilevlm.media.tiles import prepare_tiles, tile_pieces
 from mobilevlm.prompt import Piece, Prepared, Run
-from mobilevlm.spec import DynamicImage, FixedImage, InputSpec, Tiles
+from mobilevlm.spec import DynamicImage, FixedImage, InputSpec, Mel, Tiles
 
 _LARGE = 1 << 20
 """Edge of an image that every preparation makes smaller."""
@@ -27,42 +27,41 @@ def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None
         return source
     if isinstance(spec.preparation, Tiles):
         return prepare_tiles(source, spec.preparation, spec, room_for)
+    if isinstance(spec.preparation, DynamicImage):
+        return prepare_dynamic(source, spec.preparation, spec, room_for)
     if isinstance(spec.preparation, FixedImage):
         pixels = read_pixels(source, spec.preparation, room_for)
-        return Prepared("image", ({"pixels": pixels},), _fixed_pieces(spec))
-    return prepare_dynamic(source, _dynamic(spec), spec, room_for)
+        return Prepared("image", ({"pixels": pixels},), fewest_pieces(spec))
+    raise _no_images(spec.preparation)
 
 
 def pieces_of(source: ImageInput, spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of an image, which is not read where all images have the same."""
     if isinstance(spec.preparation, FixedImage):
-        return _fixed_pieces(spec)
+        return fewest_pieces(spec)
     return prepare(source, spec).pieces
 
 
 def fewest_pieces(spec: InputSpec) -> tuple[Piece, ...]:
-    """Return the pieces of the image that takes the fewest positions."""
-    if isinstance(spec.preparation, FixedImage):
-        return _fixed_pieces(spec)
-    if isinstance(spec.preparation, Tiles):
-        return tile_pieces((_LARGE, 1), spec.preparation, spec)
-    return dynamic_pieces((1, 1), _dynamic(spec), spec)
+    """Return the pieces of the image that takes the fewest positions: as tiles a needle does."""
+    return _pieces((_LARGE, 1) if isinstance(spec.preparation, Tiles) else (1, 1), spec)
 
 
 def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of the image that takes the most positions."""
-    if isinstance(spec.preparation, FixedImage):
-        return _fixed_pieces(spec)
+    return _pieces((_LARGE, _LARGE), spec)
+
+
+def _pieces(size: tuple[int, int], spec: InputSpec) -> tuple[Piece, ...]:
+    """Return the pieces of an image of this width and height."""
     if isinstance(spec.preparation, Tiles):
-        return tile_pieces((_LARGE, _LARGE), spec.preparation, spec)
-    return dynamic_pieces((_LARGE, _LARGE), _dynamic(spec), spec)
-
-
-def _dynamic(spec: InputSpec) -> DynamicImage:
+        return tile_pieces(size, spec.preparation, spec)
     if isinstance(spec.preparation, DynamicImage):
-        return spec.preparation
-    raise ImageError(f"an input prepared as {spec.preparation.kind!r} takes no images")
+        return dynamic_pieces(size, spec.preparation, spec)
+    if isinstance(spec.preparation, FixedImage):
+        return (Run(spec.connector.num_tokens), *spec.layout.end_ids)
+    raise _no_images(spec.preparation)
 
 
-def _fixed_pieces(spec: InputSpec) -> tuple[Piece, ...]:
-    return (Run(spec.connector.num_tokens), *spec.layout.end_ids)
+def _no_images(preparation: Mel) -> ImageError:
+    return ImageError(f"an input prepared as {preparation.kind!r} takes no images: give it sound")

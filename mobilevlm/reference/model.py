@@ -81,12 +81,17 @@ class ReferenceModel(nn.Module):
                 start += part.rows
         return torch.cat(parts)
 
-    def logits(self, embeds: Tensor) -> Tensor:
+    def logits(
+        self, embeds: Tensor, positions: Tensor | None = None, deep: Sequence[Tensor] = ()
+    ) -> Tensor:
         """Embeddings ``(length, hidden_size)`` to logits ``(length, vocab_size)``; of a model with
-        an encoder to those of the first token ``(1, vocab_size)``."""
+        an encoder to those of the first token ``(1, vocab_size)``. ``positions``: of several axes
+        ``(axes, length)``, those of a text when not given; ``deep``: what is added after each of
+        the decoder's ``deep_layers``, as ``embeds``."""
         if self.spec.decoder.encoder_layers:
             return self.answer_logits(embeds, [])
-        out: Tensor = self.decoder(embeds[None])[0]
+        added = [rows[None] for rows in deep]
+        out: Tensor = self.decoder(embeds[None], positions, deep=added)[0]
         return out
 
     def answer_logits(self, embeds: Tensor, answer: Sequence[int]) -> Tensor:

@@ -30,7 +30,8 @@ from mobilevlm.export.calibration.samples import held_out_samples
 from mobilevlm.export.finish.kv_cache import HEADROOM, quantize_cache
 from mobilevlm.export.finish.system_prompt import PATH
 from mobilevlm.plan import Plan
-from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxState
+from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
+from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 from mobilevlm.runtime.engines.opening import onnx_decoder
 from mobilevlm.runtime.memory.estimate import estimate
 

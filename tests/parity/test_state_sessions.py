@@ -81,11 +81,11 @@ def test_two_images_of_different_grids_give_the_logits_of_the_reference(opened: 
     decoder = opened.spec.decoder
     rows = session._embed(QUESTION.keys, QUESTION, Fill())
     positions = grid_positions(QUESTION.pieces, decoder.position_axes)
-    placed = torch.from_numpy(positions if decoder.rope_sections else np.arange(len(rows.embeds)))
-    deep = [torch.from_numpy(added)[None] for added in rows.deep]
+    placed = torch.from_numpy(positions) if decoder.rope_sections else None
+    deep = [torch.from_numpy(added) for added in rows.deep]
     with torch.no_grad():
-        embeds = torch.from_numpy(rows.embeds)[None]
-        expected = opened.reference.decoder(embeds, placed, deep=deep)[0].numpy()
+        embeds = torch.from_numpy(rows.embeds)
+        expected = opened.reference.logits(embeds, placed, deep).numpy()
     assert relative_error(found, expected) <= FLOAT32
     logits, _ = filled(session, QUESTION)
     assert relative_error(logits, expected[-1]) <= FLOAT32

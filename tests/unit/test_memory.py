@@ -101,6 +101,18 @@ def test_keys_and_values_have_the_bytes_that_the_decoder_keeps(
     assert states == 200 * 2 * spec.num_hidden_layers * spec.hidden_size * size
 
 
+def test_a_short_convolution_takes_its_last_inputs_in_place_of_keys_and_values(
+    bundle: Bundle,
+) -> None:
+    spec = bundle.manifest.spec.decoder
+    decoder = replace(spec, conv_layers=(0,), conv_kernel=4)
+    manifest = replace(bundle.manifest, spec=replace(bundle.manifest.spec, decoder=decoder))
+    layer = 4 * 2 * spec.num_key_value_heads * spec.cache_head_dim  # bytes of a position
+    few, many = (estimate(manifest, Plan("onnx"), positions=count).states for count in (10, 200))
+    assert many - few == 190 * layer * (spec.num_hidden_layers - 1)
+    assert few == 10 * layer * (spec.num_hidden_layers - 1) + 4 * 3 * spec.hidden_size
+
+
 def limits_of(bundle: Bundle, kind: Any, share: float, setting: MemorySetting) -> list[Limit]:
     """A limit at this share of what a setting needs."""
     limit = Limit(kind, 0.0, "here")

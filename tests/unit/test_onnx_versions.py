@@ -15,6 +15,7 @@ import mobilevlm
 from mobilevlm.errors import BundleError
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines.onnx import engine as onnx
+from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 
 
 @pytest.fixture(scope="module")
@@ -30,13 +31,13 @@ def test_a_prompts_first_piece_is_computed_without_empty_products(
     fails. The row that is computed instead changes nothing."""
     decoder = int8._decoder
     asked: list[int] = []
-    bind = onnx.OnnxState.bind
+    run_of = OnnxState.run_of
 
-    def counted(state: Any, session: Any, embeds: Any, positions: Any, logits: Any) -> Any:
-        asked.append(len(positions))
-        return bind(state, session, embeds, positions, logits)
+    def counted(state: OnnxState, embeds: Any, computed: int, *further: Any) -> Any:
+        asked.append(computed)
+        return run_of(state, embeds, computed, *further)
 
-    monkeypatch.setattr(onnx.OnnxState, "bind", counted)
+    monkeypatch.setattr(OnnxState, "run_of", counted)
     found = []
     for version in (onnx._version(), (1, 31), (1, 24)):
         monkeypatch.setattr(onnx, "_version", lambda version=version: version)

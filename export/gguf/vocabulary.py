@@ -4,6 +4,7 @@ merges of byte-level BPE."""
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any
 import gguf
 
 from mobilevlm.checkpoint import read_json
-from mobilevlm.errors import CheckpointError
+from mobilevlm.errors import CheckpointError, FileWarning
 from mobilevlm.gguf.architectures import needs_own_engine
 from mobilevlm.gguf.tokenizer import WORD_SPLITS, word_split_name
 from mobilevlm.model import Model
@@ -141,6 +142,13 @@ def _special_ids(folder: Path, tokens: list[str]) -> dict[str, int]:
 
 def _describe_ends(writer: gguf.GGUFWriter, ends: Sequence[int]) -> None:
     """Add tokens, besides ``eos``, that end an answer: GGUF has places for two of them."""
+    if len(ends) > 2:
+        warnings.warn(
+            f"GGUF has places for three ends of an answer: other programs than this one will not "
+            f"know {', '.join(map(str, ends[2:]))}",
+            FileWarning,
+            stacklevel=2,
+        )
     for end, add in zip(ends, (writer.add_eot_token_id, writer.add_eom_token_id), strict=False):
         add(end)
 

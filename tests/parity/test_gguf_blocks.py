@@ -148,8 +148,8 @@ def written(case: Case, folder: Path) -> tuple[Model, DecoderSpec, Path]:
     return model, model.spec.decoder, path
 
 
-def prompt_of(spec: DecoderSpec) -> list[int]:
-    ids: list[int] = np.random.default_rng(0).integers(3, spec.vocab_size, 40).tolist()
+def prompt_of(spec: DecoderSpec, length: int = 40) -> list[int]:
+    ids: list[int] = np.random.default_rng(0).integers(3, spec.vocab_size, length).tolist()
     return ids
 
 
@@ -193,14 +193,14 @@ def test_our_graph_gives_the_logits_of_the_reference(name: str, tmp_path: Path) 
 
 
 @torch.no_grad()
-def expected(model: Model) -> Logits:
+def expected(model: Model, length: int = 40) -> Logits:
     """The torch reference's logits of the prompt and the steps after it."""
     spec = model.spec.decoder
     decoder = Decoder(spec)
     for name, parameter in decoder.named_parameters():
         values = model.weights.read(f"decoder.{name}", tuple(parameter.shape))
         parameter.copy_(torch.from_numpy(values))
-    ids = torch.tensor([[*prompt_of(spec), *STEPS]])
+    ids = torch.tensor([[*prompt_of(spec, length), *STEPS]])
     found: Logits = decoder(decoder.embed_tokens(ids))[0].numpy()
     return found
 
@@ -228,6 +228,34 @@ def test_our_graph_gives_the_logits_of_llama_cpp(name: str, tmp_path: Path) -> N
     found = [logits(engine(path, spec, 1), spec) for engine in (GgmlDecoder, LlamaDecoder)]
     limit = GELU_TABLE if spec.hidden_act == "gelu_new" else 2e-6
     assert relative_error(*found) <= limit
+
+
+@needs_llama
+@pytest.mark.parametrize("name", ["Gemma 2", "Gemma 3", "sliding layers"])
+def test_a_prompt_of_several_runs_goes_on_after_going_back_and_being_restored(
+    name: str, tmp_path: Path
+) -> None:
+    """Longer than a run of a prompt, than the step of a graph's size, and than each window."""
+    model, spec, path = written(ALL[name], tmp_path)
+    length, kept = 600, 530
+    whole = expected(model, length)
+    limit = GELU_TABLE if spec.hidden_act == "gelu_new" else REFERENCE
+    engines = [GgmlDecoder, LlamaDecoder] if name in STOCK else [GgmlDecoder]
+    for made in engines:
+        engine = made(path, spec, 1)
+        embeds, state = engine.embed(prompt_of(spec, length)), engine.new_state()
+        assert relative_error(engine.prefill(state, embeds, all_logits=True), whole[:-3]) <= limit
+        state.rewind(kept)
+        segment, other = engine.save(state, 0), engine.new_state()
+        engine.restore(other, segment)
+        ends = [engine.prefill(one, embeds[kept:], all_logits=True) for one in (state, other)]
+        assert np.array_equal(*ends)
+        steps = [engine.step(other, token).copy() for token in STEPS]
+        found = np.concatenate([ends[1], steps])
+        assert relative_error(found, whole[kept:]) <= limit
+        other.rewind(300)  # before what was restored, and far behind each window
+        again = engine.prefill(other, embeds[300:], all_logits=True)
+        assert relative_error(again, whole[300:-3]) <= limit
 
 
 def test_names_and_keys_are_those_of_llama_cpp_s_converter(tmp_path: Path) -> None:
@@ -322,6 +350,20 @@ def test_a_file_alone_answers_and_is_the_model_again(name: str, tmp_path: Path) 
             mobilevlm.load(path, "gguf", mmproj=mmproj)
         with mobilevlm.load(path, mmproj=mmproj) as vlm:
             assert vlm.engine == "ggml"
+
+
+@needs_llama
+@pytest.mark.parametrize("name", ["Qwen3", "Gemma 3"])
+def test_a_file_alone_becomes_an_onnx_bundle(name: str, tmp_path: Path) -> None:
+    """With the logits of the file, but for the visual tokens, whose GELU llama.cpp rounds."""
+    _, path, mmproj = files_of(ALL[name], tmp_path)
+    mobilevlm.export(path, tmp_path / "bundle", recipe="fp32", mmproj=mmproj, measure=False)
+    image = np.random.default_rng(0).integers(0, 255, (28, 28, 3)).astype(np.uint8)
+    rows = []
+    for source, engine, vision in ((tmp_path / "bundle", "onnx", None), (path, "ggml", mmproj)):
+        with mobilevlm.load(source, engine, mmproj=vision) as vlm:
+            rows.append(vlm.prompt_logits("<image>a the he", [image]))
+    assert relative_error(*rows) <= GELU_TABLE
 
 
 @pytest.mark.parametrize(

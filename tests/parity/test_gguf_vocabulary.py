@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from unit.test_tokenizer import seeded_strings
 
 from mobilevlm.console.progress import ignore
-from mobilevlm.errors import BundleError, CheckpointError
+from mobilevlm.errors import BundleError, CheckpointError, FileWarning
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.gguf.conversation import gguf_conversation
 from mobilevlm.gguf.file import GgufFile, read_gguf
@@ -83,6 +83,11 @@ def test_all_ends_of_an_answer_are_in_the_file(tmp_path: Path) -> None:
     write_decoder(model, "f32", path, ignore)
     found = gguf_conversation(read_gguf(path)).eos_token_ids
     assert found == model.spec.conversation.eos_token_ids
+    more = dataclasses.replace(model.spec.conversation, eos_token_ids=(*found, 8, 9, 10))
+    spec = dataclasses.replace(model.spec, conversation=more)
+    with pytest.warns(FileWarning, match="three ends of an answer: other programs .* know 9, 10"):
+        write_decoder(dataclasses.replace(model, spec=spec), "f32", path, ignore)
+    assert gguf_conversation(read_gguf(path)).eos_token_ids == (*found, 8)
 
 
 def test_words_that_gguf_has_no_name_for_are_refused(tmp_path: Path) -> None:

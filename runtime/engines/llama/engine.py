@@ -33,7 +33,15 @@ class LlamaState(SlotState):
     """A llama_context: keys and values of one sequence, in float16 as llama.cpp has them (float32
     for a float32 file), allocated once for the whole context."""
 
-    def __init__(self, model: NativeModel, context_length: int, exact: bool, threads: int) -> None:
+    def __init__(
+        self,
+        model: NativeModel,
+        context_length: int,
+        exact: bool,
+        threads: int,
+        slides: bool = False,
+    ) -> None:
+        """``slides``: the decoder has layers with a sliding window."""
         super().__init__()
         library = llama_library()
         options = library.llama_context_default_params()
@@ -41,7 +49,10 @@ class LlamaState(SlotState):
         options.n_batch = options.n_ubatch = PREFILL_CHUNK
         options.n_outputs_max_per_seq = 0  # as many as a batch has
         options.n_threads = options.n_threads_batch = threads
-        options.swa_full = True  # sliding layers keep all positions, so that a state can go back
+        self._slides = slides
+        if slides:  # these layers keep all positions, so that a state can go back
+            options.swa_full = options.kv_unified = True
+            options.n_seq_max = 2
         if exact:
             options.type_k = options.type_v = library.GGML_TYPE_F32
             options.flash_attn_type = library.LLAMA_FLASH_ATTN_TYPE_DISABLED
@@ -56,7 +67,7 @@ class LlamaState(SlotState):
         free_with(self, _free_context, library, self.pointer, model)
 
     def _go_back(self, slots: int) -> None:
-        if not llama_library().llama_memory_seq_rm(self._memory, 0, slots, -1):
+        if not llama_library().llama_memory_seq_rm(self._memory, -1, slots, -1):
             raise MobileVLMError("llama.cpp cannot go back in this sequence")
 
     def append(self, batch: Any) -> None:
@@ -65,7 +76,7 @@ class LlamaState(SlotState):
         note_threads(LLAMA)
         code = library.llama_decode(self.pointer, batch)
         if code:
-            library.llama_memory_seq_rm(self._memory, 0, self.slots, -1)
+            library.llama_memory_seq_rm(self._memory, -1, self.slots, -1)
             reasons = {1: "the context is full", -2: "too little memory"}
             raise MobileVLMError(
                 f"llama.cpp failed after {self.slots} positions: "
@@ -74,11 +85,12 @@ class LlamaState(SlotState):
         self.advance(batch.n_tokens)
 
     def save(self) -> NDArray[np.uint8]:
-        """The whole sequence in llama.cpp's own format."""
+        """Return the whole sequence in llama.cpp's own format of a context. That of a sequence
+        leaves out what no window of a sliding layer sees any more: it could not go back."""
         library = llama_library()
-        data = np.empty(library.llama_state_seq_get_size(self.pointer, 0), np.uint8)
-        written = library.llama_state_seq_get_data(
-            self.pointer, address(data, ctypes.c_uint8), data.size, 0
+        data = np.empty(library.llama_state_get_size(self.pointer), np.uint8)
+        written = library.llama_state_get_data(
+            self.pointer, address(data, ctypes.c_uint8), data.size
         )
         if written != data.size:
             raise MobileVLMError("llama.cpp cannot save this sequence")
@@ -86,13 +98,15 @@ class LlamaState(SlotState):
         return data
 
     def restore(self, data: NDArray[np.uint8], length: int) -> None:
-        """Replaces the sequence by a saved one of ``length`` positions."""
+        """Replace the sequence by a saved one of ``length`` positions."""
         library = llama_library()
         self.rewind(0)
-        if not library.llama_state_seq_set_data(
-            self.pointer, address(data, ctypes.c_uint8), data.size, 0
-        ):
+        if not library.llama_state_set_data(self.pointer, address(data, ctypes.c_uint8), data.size):
             raise MobileVLMError("llama.cpp cannot take a saved sequence back")
+        if self._slides:
+            # llama.cpp would put new positions where it has those that no window sees any more,
+            # unless these belong to a second sequence too.
+            library.llama_memory_seq_cp(self._memory, 0, 1, 0, -1)
         self.resume(length)
 
     def logits(self, index: int, count: int, vocab_size: int) -> Float32:
@@ -128,7 +142,8 @@ class LlamaDecoder(GgufDecoder):
 
     def new_state(self) -> LlamaState:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return LlamaState(self.model, self._spec.context_length, self._exact, self._threads)
+        slides = len(self._spec.sliding_layers) > 0
+        return LlamaState(self.model, self._spec.context_length, self._exact, self._threads, slides)
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. llama.cpp runs dense ones only."""

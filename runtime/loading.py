@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from os import PathLike
 from pathlib import Path
 
@@ -56,33 +57,19 @@ def load(
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
     check_paths(path, mmproj)
+    opened = partial(
+        open_model,
+        engine=engine,
+        threads=threads,
+        cache_mb=cache_mb,
+        start=start,
+        max_resident_mb=max_resident_mb,
+        max_memory_mb=max_memory_mb,
+    )
     if mmproj is not None:
         described, header = gguf_bundle(path, Path(mmproj))
-        tokenizer = gguf_tokenizer(header)
-        return open_model(
-            described,
-            engine,
-            threads,
-            cache_mb,
-            start,
-            tokenizer,
-            max_resident_mb,
-            "none",
-            max_memory_mb,
-        )
-    return steadily(
-        path,
-        lambda: open_model(
-            open_bundle(path),
-            engine,
-            threads,
-            cache_mb,
-            start,
-            max_resident_mb=max_resident_mb,
-            plan=plan,
-            max_memory_mb=max_memory_mb,
-        ),
-    )
+        return opened(described, tokenizer=gguf_tokenizer(header))
+    return steadily(path, lambda: opened(open_bundle(path), plan=plan))
 
 
 def check_paths(path: Path, mmproj: str | PathLike[str] | None) -> None:

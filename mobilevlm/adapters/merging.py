@@ -51,9 +51,8 @@ class Addition(Protocol):
 
 
 @dataclass(frozen=True)
-class Product:
-    """``factor · B · A`` of a Linear (A: ``(r, in)``, B: ``(out, r)``) or a convolution
-    (A: ``(r, in, height, width)``, B: ``(out, r, 1, 1)``)."""
+class _Factors:
+    """Two matrices and a number, whose product is added."""
 
     a: Stored
     b: Stored
@@ -62,6 +61,11 @@ class Product:
     @property
     def parts(self) -> tuple[Stored, ...]:
         return self.a, self.b
+
+
+class Product(_Factors):
+    """``factor · B · A`` of a Linear (A: ``(r, in)``, B: ``(out, r)``) or a convolution
+    (A: ``(r, in, height, width)``, B: ``(out, r, 1, 1)``)."""
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         a, b = self.a.shape, self.b.shape
@@ -73,17 +77,8 @@ class Product:
         _add_product(array, b.reshape(len(b), -1), a.reshape(len(a), -1), self.factor)
 
 
-@dataclass(frozen=True)
-class TableProduct:
+class TableProduct(_Factors):
     """``factor · (B · A)ᵀ`` of an embedding (A: ``(r, rows)``, B: ``(columns, r)``)."""
-
-    a: Stored
-    b: Stored
-    factor: float
-
-    @property
-    def parts(self) -> tuple[Stored, ...]:
-        return self.a, self.b
 
     def fits(self, shape: tuple[int, ...]) -> bool:
         a, b = self.a.shape, self.b.shape

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from mobilevlm.checkpoint import TensorFiles
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions
+from mobilevlm.prompt import Run
 from mobilevlm.reference import load_reference
 
 ADAPTERS = DATA / "llava_lora"
@@ -45,7 +46,8 @@ def last_logits(model: Model, base: Fixture) -> np.ndarray:
     ids = base.arrays["input_ids"][0].tolist()
     with torch.no_grad():
         tokens = reference.projector(features)[0]
-        logits: np.ndarray = reference.logits(reference.embed(ids, [tokens]))[-12:].numpy()
+        pieces = [Run(len(tokens)) if token < 0 else token for token in ids]
+        logits: np.ndarray = reference.logits(reference.embed(pieces, [tokens]))[-12:].numpy()
     return logits
 
 

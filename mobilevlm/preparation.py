@@ -7,7 +7,7 @@ from mobilevlm.errors import ImageError
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
 from mobilevlm.media.dynamic_image import dynamic_pieces, prepare_dynamic
 from mobilevlm.media.tiles import prepare_tiles, tile_pieces
-from mobilevlm.prompt import Piece, Prepared, Run
+from mobilevlm.prompt import Piece, Prepared, Run, count_rows
 from mobilevlm.spec import DynamicImage, FixedImage, InputSpec, Mel, Tiles
 
 _LARGE = 1 << 20
@@ -20,10 +20,11 @@ def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None
     ``room_for``: memory that this may take, as of :func:`mobilevlm.image.read_pixels`.
 
     Raises:
-        ImageError: it is missing, damaged, not an image, too large, or of a shape that the model
-            does not take.
+        ImageError: it is prepared for another model, missing, damaged, not an image, too large, or
+            of a shape that the model does not take.
     """
     if isinstance(source, Prepared):
+        _check_prepared(source, spec)
         return source
     if isinstance(spec.preparation, Tiles):
         return prepare_tiles(source, spec.preparation, spec, room_for)
@@ -33,6 +34,21 @@ def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None
         pixels = read_pixels(source, spec.preparation, room_for)
         return Prepared("image", ({"pixels": pixels},), fewest_pieces(spec))
     raise _no_images(spec.preparation)
+
+
+def _check_prepared(image: Prepared, spec: InputSpec) -> None:
+    """Refuse an image that was prepared for an encoder of another size.
+
+    Raises:
+        ImageError: its squares or their rows are others.
+    """
+    if isinstance(spec.preparation, DynamicImage):
+        return
+    size = spec.square.size
+    squares = [arrays["pixels"].shape for arrays in image.arrays if "pixels" in arrays]
+    rows = len(image.arrays) * spec.connector.num_tokens
+    if squares != [(size, size, 3)] * len(image.arrays) or count_rows(image.pieces) != rows:
+        raise ImageError("an image that was prepared for another model: prepare it with this one")
 
 
 def pieces_of(source: ImageInput, spec: InputSpec) -> tuple[Piece, ...]:

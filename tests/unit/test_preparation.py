@@ -135,6 +135,19 @@ def test_an_image_that_memory_cannot_hold_is_refused_before_it_is_decoded(
         prepare(tmp_path / "large.png", image_input(preparation), lambda _: Room(1e6, "a test"))
 
 
+def test_an_image_that_was_prepared_for_another_model_is_refused() -> None:
+    spec, image = image_input(TILES), picture(256, 100)
+    ready = prepare(image, spec)
+    assert prepare(ready, spec) is ready
+    fewer = replace(spec.connector, out_grid=2)
+    for other in (image_input(replace(TILES, size=16)), replace(spec, connector=fewer)):
+        with pytest.raises(ImageError, match="prepared for another model"):
+            prepare(ready, other)
+    sound = prepare_sound(tone(440, 1), MEL, image_input(MEL))
+    with pytest.raises(ImageError, match="prepared for another model"):
+        prepare(sound, spec)
+
+
 def test_the_digest_tells_images_tiles_and_arrays_apart() -> None:
     one, other = picture(256, 100), picture(100, 256)
     spec = image_input(TILES)

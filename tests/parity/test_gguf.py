@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Fixture, relative_error
 from numpy.typing import NDArray
-from unit.test_tokenizer import seeded_strings
+from strings import seeded_strings
 
 import mobilevlm
 from mobilevlm.console.progress import ignore

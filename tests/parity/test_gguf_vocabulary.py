@@ -12,8 +12,8 @@ from typing import Any
 import llama
 import pytest
 from conftest import fixture_named, memory_weights
+from strings import seeded_strings
 from tokenizers import Tokenizer
-from unit.test_tokenizer import seeded_strings
 
 from mobilevlm.console.progress import ignore
 from mobilevlm.errors import BundleError, CheckpointError, FileWarning

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Fixture, refusal
-from unit.test_gguf_writer import assert_same_blocks, tensors_of
-from unit.test_tokenizer import seeded_strings
+from strings import seeded_strings
+from test_gguf_writer import assert_same_blocks, tensors_of
 
 import mobilevlm
 from mobilevlm.console.progress import ignore

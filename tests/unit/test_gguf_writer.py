@@ -16,7 +16,7 @@ import onnx_ir
 import pytest
 from conftest import Fixture, fixture_named, memory_weights, refusal, tree_of
 from numpy.typing import NDArray
-from unit.test_imatrix import random_matrix
+from test_imatrix import random_matrix
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle

@@ -259,7 +259,7 @@ def signed_manifest(folder: Path) -> dict[str, Any]:
         version, stated, found = data["schema_version"], data["sha256"], _digest(data)
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise BundleError(f"{path}: damaged manifest: export the bundle again") from None
-    if not isinstance(version, int) or version > SCHEMA_VERSION:
+    if not isinstance(version, int) or not 1 <= version <= SCHEMA_VERSION:
         raise BundleError(
             f"{path}: written by a newer version (schema {version}, this program reads up to "
             f"{SCHEMA_VERSION}): upgrade mobilevlm-edge"

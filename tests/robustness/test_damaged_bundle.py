@@ -134,11 +134,11 @@ def test_a_changed_value_in_the_manifest(bundle: Path, capsys: Capture) -> None:
     assert "manifest.json: sha256 mismatch: the manifest was changed" in run(capsys, bundle)
 
 
-@pytest.mark.parametrize("version", [2, 99, "2", None, 1.5])
+@pytest.mark.parametrize("version", [3, 99, 0, -1, "2", None, 1.5])
 def test_a_newer_or_impossible_schema(version: Any, bundle: Path, capsys: Capture) -> None:
     change_manifest(bundle, lambda data: data.update(schema_version=version, spec="changed"))
     message = run(capsys, bundle)
-    assert f"newer version (schema {version}, this program reads up to 1)" in message
+    assert f"newer version (schema {version}, this program reads up to 2)" in message
     assert "upgrade mobilevlm-edge" in message
 
 

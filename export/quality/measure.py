@@ -170,7 +170,7 @@ def reference_answers(
     ends = model.spec.conversation.eos_token_ids
     answers = [list(item.greedy[: round(item.match * len(item.greedy))]) for item in figures]
     visual = _visual_tokens(model, reference, samples)
-    prompts = [_prompt_pieces(model, sample) for sample in samples]
+    prompts = _embed(reference, [_prompt_pieces(model, sample) for sample in samples], visual)
 
     def is_open(index: int) -> bool:
         tokens = answers[index]
@@ -178,9 +178,10 @@ def reference_answers(
 
     with torch.no_grad():
         while going := [index for index in range(len(figures)) if is_open(index)]:
-            longer = [[*prompts[index], *answers[index]] for index in going]
-            embeds = _embed(reference, longer, [visual[index] for index in going])
-            for index, state in zip(going, _last_states(reference, embeds), strict=True):
+            states = _last_states(
+                reference, [prompts[index] for index in going], [answers[index] for index in going]
+            )
+            for index, state in zip(going, states, strict=True):
                 answers[index].append(int(_logits(reference, state[:, -1:])[0].argmax()))
     return answers
 
@@ -195,10 +196,7 @@ def _measure_group(
 ) -> list[SampleFigures]:
     visual, seen = _measure_pictures(model, reference, vlm, samples)
     if model.spec.decoder.encoder_layers:
-        return [
-            _measure_encoded(model, reference, vlm, sample, visual[index], seen[index], advance)
-            for index, sample in enumerate(samples)
-        ]
+        return _measure_encoded(model, reference, vlm, samples, visual, seen, advance)
     greedy = [_greedy(vlm, sample, max_new_tokens) for sample in samples]
     # Each sample's prompt with the bundle's own answer, then those with the sample's answer.
     answered = [index for index, sample in enumerate(samples) if sample.answer]
@@ -207,7 +205,7 @@ def _measure_group(
         for sample, tokens in zip(samples, greedy, strict=True)
     ] + [sample_pieces(model, samples[index]) for index in answered]
     embeds = _embed(reference, pieces, [*visual, *(visual[index] for index in answered)])
-    states = _last_states(reference, embeds)
+    states = _last_states(reference, embeds, [()] * len(embeds))
     has_prefill = "prefill" in stage_formats(vlm.bundle, vlm.engine)
     found: list[SampleFigures] = []
     with held(reference.decoder.lm_head):
@@ -246,19 +244,26 @@ def _measure_encoded(
     model: Model,
     reference: ReferenceModel,
     vlm: VLM,
-    sample: Sample,
-    visual: Sequence[Tensor],
-    seen: _Seen,
+    samples: Sequence[Sample],
+    visual: Sequence[Sequence[Tensor]],
+    seen: Sequence[_Seen],
     advance: Advance,
-) -> SampleFigures:
-    """Of a model with an encoder, which reads the prompt alone: the bundle's own answer."""
-    tokens = _greedy(vlm, sample, GREEDY_TOKENS)
-    [embeds] = _embed(reference, [_prompt_pieces(model, sample)], [visual])
-    exact = reference.answer_logits(embeds[0], tokens).numpy()
-    decoder = compare_logits(vlm.answer_logits(embeds[0].numpy(), tokens), exact)
-    match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
-    advance(1)
-    return SampleFigures(sample, *seen, decoder, None, None, None, tuple(tokens), match)
+) -> list[SampleFigures]:
+    """Of a model with an encoder, which reads the prompt alone: the bundle's own answers."""
+    greedy = [_greedy(vlm, sample, GREEDY_TOKENS) for sample in samples]
+    embeds = _embed(reference, [_prompt_pieces(model, sample) for sample in samples], visual)
+    states = _last_states(reference, embeds, greedy)
+    found: list[SampleFigures] = []
+    with held(reference.decoder.lm_head):
+        for index, (sample, tokens) in enumerate(zip(samples, greedy, strict=True)):
+            exact = _logits(reference, states[index])
+            decoder = compare_logits(vlm.answer_logits(embeds[index][0].numpy(), tokens), exact)
+            match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
+            found.append(
+                SampleFigures(sample, *seen[index], decoder, None, None, None, tuple(tokens), match)
+            )
+            advance(1)
+    return found
 
 
 def _measure_pictures(
@@ -304,9 +309,13 @@ def _embed(
         ]
 
 
-def _last_states(reference: ReferenceModel, embeds: Sequence[Tensor]) -> list[Tensor]:
-    """Return what the head reads ``(1, length, hidden_size)`` of each prompt."""
-    states = [reference.decoder.start(item) for item in embeds]
+def _last_states(
+    reference: ReferenceModel, embeds: Sequence[Tensor], answers: Sequence[Sequence[int]]
+) -> list[Tensor]:
+    """Return what the head reads ``(1, length, hidden_size)`` of each prompt and its answer."""
+    with torch.no_grad(), held(reference.decoder.embed_tokens):
+        pairs = zip(embeds, answers, strict=True)
+        states = [reference.decoder.answered(item, answer) for item, answer in pairs]
     return [state.hidden for state in stream_steps(reference.decoder_steps(), states)]
 
 

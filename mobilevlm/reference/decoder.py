@@ -230,6 +230,12 @@ class Decoder(Stepped):
             given["mask"] = mask
         return State(embeds, {**given, "positions": positions})
 
+    def answered(self, embeds: Tensor, answer: Sequence[int]) -> State:
+        """Return the state of a prompt ``(1, length, hidden_size)`` and its answer before the first
+        step."""
+        tokens = self.embed_tokens(torch.tensor([answer]).long())
+        return self.start(torch.cat([embeds, tokens], dim=1))
+
     def steps(self) -> Iterator[Step]:
         """Yield the layers and the last norm, whose output the head reads."""
         if self.spec.learned_positions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mobilevlm.reference.decoder import build_norm
 from mobilevlm.reference.mlp import build_mlp
-from mobilevlm.reference.steps import State, Step, Stepped, run_steps, steps_of
+from mobilevlm.reference.steps import State, Step, Stepped, steps_of
 from mobilevlm.spec import DecoderSpec, RelativePositions
 
 
@@ -152,11 +152,14 @@ class EncoderDecoder(Stepped):
         bias = self.relative_bias(buckets).movedim(-1, 0)[None]
         return state.then(state.hidden, bias=bias.masked_fill(later.to(bias.device), -math.inf))
 
-    def forward(self, embeds: Tensor, answer: Tensor) -> Tensor:  # type: ignore[override]
-        """``(batch, length, hidden_size)`` and ids ``(batch, tokens)``, the start token first, to
-        logits ``(batch, tokens, vocab_size)``."""
-        state = run_steps(self.steps(), State(embeds, {"answer": answer}))
-        out: Tensor = self.lm_head(state.hidden)
+    def answered(self, embeds: Tensor, answer: Sequence[int]) -> State:
+        """Return the state of a prompt ``(1, length, hidden_size)`` and its answer before the first
+        step."""
+        return State(embeds, {"answer": torch.tensor([[self.spec.start_token_id, *answer]])})
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Return the logits ``(…, vocab_size)`` of what the steps give ``(…, hidden_size)``."""
+        out: Tensor = self.lm_head(hidden)
         return out
 
 

@@ -97,13 +97,9 @@ class ReferenceModel(nn.Module):
     def answer_logits(self, embeds: Tensor, answer: Sequence[int]) -> Tensor:
         """Logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the next, are
         taken from. ``embeds``: of the prompt ``(length, hidden_size)``."""
-        if self.spec.decoder.encoder_layers:
-            tokens = torch.tensor([[self.spec.decoder.start_token_id, *answer]])
-            out: Tensor = self.decoder(embeds[None], tokens)[0]
-            return out
-        tokens = torch.tensor(answer).long()
-        whole = torch.cat([embeds, self.decoder.embed_tokens(tokens)])
-        return self.logits(whole)[len(embeds) - 1 :]
+        state = run_steps(self.decoder_steps(), self.decoder.answered(embeds[None], answer))
+        out: Tensor = self.decoder.logits(state.hidden)[0, -len(answer) - 1 :]
+        return out
 
     def greedy(self, embeds: Tensor, steps: int) -> list[int]:
         """The next ``steps`` tokens, each from a full pass: slow, and with no cache to be wrong."""

@@ -27,6 +27,7 @@ from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Prepared
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.experts import Capacity, SparseMLP
+from mobilevlm.reference.streaming import stream_steps
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -125,6 +126,15 @@ def test_streamed_reference_equals_the_resident_one_bit_for_bit(
     embeds = embed_prompt(fixture, streamed, pixels)
     assert torch.equal(embeds, embed_prompt(fixture, reference, pixels))
     assert torch.equal(streamed.logits(embeds), reference.logits(embeds))
+    # So do two samples that go through it step by step.
+    images = [streamed.image_state({"pixels": item, **fixture.further}) for item in [*pixels] * 2]
+    steps = (*streamed.vision_steps(), *streamed.projector_steps())
+    for state, item in zip(stream_steps(steps, images), [*pixels] * 2, strict=True):
+        assert torch.equal(state.hidden[0], reference.visual_tokens(item, **fixture.further))
+    prompts = [streamed.decoder.answered(embeds[None, cut:], [5, 6]) for cut in (0, 7)]
+    for cut, state in zip((0, 7), stream_steps(streamed.decoder_steps(), prompts), strict=True):
+        logits = streamed.decoder.logits(state.hidden)[0, -3:]
+        assert torch.equal(logits, reference.answer_logits(embeds[cut:], [5, 6]))
     # Weights are dropped after use: that is what streaming is for.
     assert all(parameter.is_meta for parameter in streamed.decoder.layers.parameters())
 

@@ -60,8 +60,11 @@ lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+# The checkout's files, for the training of the built-in models is not in the installed package.
 types: $(VENV)/.dev
-	cd $(VENV) && bin/mypy --config-file ../setup.cfg -p mobilevlm
+	rm -rf $(VENV)/types && mkdir -p $(VENV)/types/mobilevlm
+	ln -s $(CURDIR)/mobilevlm/* $(CURDIR)/export $(CURDIR)/runtime $(VENV)/types/mobilevlm/
+	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/setup.cfg -p mobilevlm
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -110,10 +110,10 @@ def test_an_operator_that_the_chip_lacks_is_named(bundle: Bundle, tmp_path: Path
 def test_an_export_whose_graphs_the_chip_does_not_take_leaves_no_bundle(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mobilevlm.export import pipeline
+    from mobilevlm.export import settled
 
     wrong = replace(find_target("android-qnn-qcs6490"), layer_norm="fused")
-    monkeypatch.setattr(pipeline, "find_target", lambda _: wrong)
+    monkeypatch.setattr(settled, "find_target", lambda _: wrong)
     place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
     found = refusal(capsys, *place, "--target", "android-qnn-qcs6490", code=1)
     assert "does not take LayerNormalization" in found

@@ -18,7 +18,7 @@ from PIL import Image
 import mobilevlm
 from mobilevlm.bundle import Bundle, open_bundle, write_manifest
 from mobilevlm.cli import main
-from mobilevlm.export import pipeline
+from mobilevlm.export import settled
 from mobilevlm.export.calibration.samples import scene_samples
 from mobilevlm.export.targets import find_target, ort_format
 from mobilevlm.export.targets.ort_format import _example
@@ -120,7 +120,7 @@ def test_the_engine_ort_opens_nothing_but_ort_files_and_embeddings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = replace(find_target("android-xnnpack"), recipe="fast")  # with a graph for prompts
-    monkeypatch.setattr(pipeline, "find_target", lambda _: target)
+    monkeypatch.setattr(settled, "find_target", lambda _: target)
     bundle = exported(tmp_path / "bundle", "android-xnnpack")
     prompt, answers = "What is in the picture? " * 3, []
     with mobilevlm.load(bundle.folder, "onnx") as vlm:
@@ -157,7 +157,7 @@ def test_an_accelerator_that_takes_too_little_fails_and_the_operator_is_named(
     target = find_target("ios-coreml")
     assert target.provider is not None
     wrong = replace(target, provider=replace(target.provider, least={"vision": 1.0}))
-    monkeypatch.setattr(pipeline, "find_target", lambda _: wrong)
+    monkeypatch.setattr(settled, "find_target", lambda _: wrong)
     place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
     found = refusal(capsys, *place, "--target", "ios-coreml", code=1)
     assert "Core ML, ML Program takes 186 of 187 operators of npu/vision_encoder.onnx" in found
@@ -179,7 +179,7 @@ def test_elementary_operators_need_a_vision_stage_in_float(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     wrong = replace(find_target("android-xnnpack"), vision=None)
-    monkeypatch.setattr(pipeline, "find_target", lambda _: wrong)
+    monkeypatch.setattr(settled, "find_target", lambda _: wrong)
     place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
     found = refusal(capsys, *place, "--target", "android-xnnpack")
     assert "elementary operators are for a vision stage in float" in found

@@ -13,7 +13,7 @@ from conftest import Fixture, refusal
 
 from mobilevlm.bundle import open_bundle
 from mobilevlm.cli import main
-from mobilevlm.export import pipeline
+from mobilevlm.export import settled
 from mobilevlm.export.calibration.samples import scene_samples
 from mobilevlm.export.targets import FOLDER, find_target, target_names
 
@@ -82,7 +82,7 @@ def test_a_model_that_takes_more_memory_than_the_target_has_is_no_bundle(
     name: str, room: int, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = replace(find_target(name), memory_mb=room)
-    monkeypatch.setattr(pipeline, "find_target", lambda _: small)
+    monkeypatch.setattr(settled, "find_target", lambda _: small)
     place = ("export", "nano", "-o", tmp_path / "bundle", "--quiet", "--no-measure")
     found = refusal(capsys, *place, "--target", name, code=1)
     assert f"the target has {room} MB" in found

@@ -119,7 +119,8 @@ def attempt(folder: Path) -> None:
         ids = tokenize(tokenizer, text)
         assert len(ids) < 1_000_000
         answer = Detokenizer(tokenizer)
-        pieces = [answer.add(token) for token in (*ids[:200], 0, 5, 2**31 - 1) if token >= 0]
+        words = [token for token in ids[:200] if isinstance(token, int)]
+        pieces = [answer.add(token) for token in (*words, 0, 5, 2**31 - 1)]
         assert sum(map(len, pieces)) + len(answer.finish()) < 4_000_000
 
 

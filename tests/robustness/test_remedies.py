@@ -89,7 +89,6 @@ def test_the_tower_that_is_missing_is_found_where_the_line_says(
         "imatrix nano -o {0}/x.gguf",
         "inspect nano",
         "inspect nano-moe --experts",
-        "inspect {1} --experts",
         "export nano -o {0}/x",
         "export nano -o {0}/x --target ios-coreml",
         "export x.gguf --mmproj y.gguf -o {0}/x",

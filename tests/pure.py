@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
+import numpy.testing  # noqa: F401  (older ones start lscpu when they are imported)
 import onnxruntime
 import pytest
 

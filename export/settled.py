@@ -1,5 +1,5 @@
-"""What a person said about an export, settled: formats, recipe and limits, the model, and the jobs
-that follow."""
+"""Settings of an export as they follow from what a person said: formats, recipe and limits, the
+model, and its jobs."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ JOBS: dict[str, Callable[[Model, Recipe], list[Job]]] = {
     "gguf": gguf_jobs,
     "npu": npu_jobs,
 }
-"""What makes the artifacts of each format."""
+"""Makers of each format's jobs."""
 FORMATS = tuple(JOBS)
 
 
 @dataclass(frozen=True)
 class Wishes:
-    """What a person may say beside the checkpoint and where it goes; the fields are parameters of
+    """Arguments of an export beside the checkpoint and the bundle; the fields are parameters of
     :func:`mobilevlm.export.pipeline.export`."""
 
     recipe: str | None
@@ -55,7 +55,7 @@ class Wishes:
 
 @dataclass(frozen=True)
 class Settled:
-    """What follows from the wishes, whatever the model."""
+    """Settings that follow from the wishes, whatever the model."""
 
     formats: tuple[str, ...]
     recipe: Recipe

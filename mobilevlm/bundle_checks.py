@@ -30,11 +30,11 @@ MOST_POSITIONS = 1 << 20
 """Of a context"""
 MOST_LAYERS = 1 << 12
 MOST_AXES = 4
-"""Of a position"""
+"""Axes of a position"""
 MOST_KERNEL = 64
 """Positions that a short convolution reads"""
 MOST_EXPERTS = 1 << 16
-"""Of all layers together"""
+"""Experts of all layers together"""
 LEAST_BITS = 2
 """Of a weight in a file"""
 SUFFIXES = {"onnx": ".onnx", "npu": ".onnx", "ort": ".ort", "gguf": ".gguf"}

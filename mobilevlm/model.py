@@ -14,14 +14,14 @@ from mobilevlm.spec import ModelSpec
 
 @dataclass(frozen=True)
 class OpenOptions:
-    """What a person may say beside the checkpoint folder."""
+    """Options of opening a checkpoint."""
 
     vision_tower: Path | None = None
     """Folder of the vision tower, where config.json only has its name on a hub."""
     conversation: str | None = None
     """Name of the conversation, where the family's default is not what the model was trained on."""
     variant: str | None = None
-    """Which of several official behaviours, where the checkpoint does not tell the right one."""
+    """One of several official behaviours, where the checkpoint does not tell the right one."""
     base: Path | None = None
     """Folder of the whole model that an adapter is merged into, where the checkpoint is one."""
 
@@ -52,4 +52,4 @@ class Model:
     tokenizer_folder: Path | None = None
     """Folder of the tokenizer's files, where there are any."""
     instruction_tokenizer: Tokenizer | None = None
-    """Of a Q-Former that reads text."""
+    """Tokenizer of a Q-Former that reads text."""

@@ -57,7 +57,7 @@ PREFILL = "prefill"
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which integers stand for weights, and how many weights share a scale."""
+    """The integers that stand for weights, and how many weights share a scale."""
 
     bits: int
     """2, 3, 4 or 8. MatMulNBits has no kernel for 3."""

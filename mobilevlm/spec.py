@@ -373,7 +373,7 @@ class DecoderSpec:
         return self.sliding_window if layer in self.sliding_layers else 0
 
     def has_sliding_rope(self, layer: int) -> bool:
-        """Whether a layer rotates by ``sliding_rope_theta``."""
+        """Return whether a layer rotates by ``sliding_rope_theta``."""
         return self.sliding_rope_theta is not None and self.window(layer) > 0
 
     def rope(self, sliding: bool) -> tuple[float, float]:

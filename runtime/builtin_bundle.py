@@ -78,7 +78,7 @@ def _cached(name: str, formats: tuple[str, ...]) -> Path | None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether a bundle is there whose files are as its manifest says."""
+    """Return whether a bundle is there whose files are as its manifest says."""
     try:
         return is_bundle(folder) and bool(open_bundle(folder))
     except (BundleError, OSError):

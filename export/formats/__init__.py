@@ -60,7 +60,7 @@ class Job:
     """Weights to read, for the progress bar."""
     author: Author
     prepare: Callable[[], object] | None = None
-    """What comes before, with progress of its own."""
+    """Work before the artifact is written, with progress of its own."""
 
 
 def refuse(refusals: Iterable[tuple[bool, str]]) -> None:

@@ -90,7 +90,7 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
 
 def _refusals(spec: ModelSpec, recipe: Recipe) -> list[tuple[bool, str]]:
-    """What stands in the way: whether it does, and the line that says so."""
+    """Return the conditions that rule these graphs out, each with its error line."""
     parts = {
         "a decoder with an encoder": spec.decoder.encoder_layers > 0,
         "a decoder with learned positions": spec.decoder.learned_positions,

@@ -44,7 +44,7 @@ class _Stage:
     prefixes: tuple[str, ...]
     recipe: Recipe
     settings: Sequence[Any]
-    """What it depends on besides its layers' formats."""
+    """Further inputs of its key, besides its layers' formats."""
     write: Callable[..., Written]
 
 
@@ -98,7 +98,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
 
 def _refusals(spec: ModelSpec, recipe: Recipe) -> list[tuple[bool, str]]:
-    """What stands in the way: whether it does, and the line that says so."""
+    """Return the conditions that rule these graphs out, each with its error line."""
     who, encoded = f"recipe {recipe.name!r}", spec.decoder.encoder_layers > 0
     vision = {recipe.tower.precision, recipe.projector.precision}
     decoder = recipe.decoder.needs_reference or recipe.lm_head.needs_reference

@@ -30,7 +30,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
     cache_head_dim)``; of each sparse layer also the router's logits, for verification."""
 
     has_tables = True
-    """Of rotary positions, inside the graph, unless they have several axes"""
+    """Rotary tables are inside the graph, unless positions have several axes"""
 
     def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
         super().__init__("decoder")

@@ -40,9 +40,9 @@ class Dialect:
     layer_norm: LayerNorm
     rms_norm: RMSNorm
     rows_only: bool = False
-    """Whether a constant multiplies two dimensions only, and from the right"""
+    """A constant multiplies two dimensions only, and from the right"""
     floats_only: bool = False
-    """Whether positions are chosen by a product and experts by arithmetic, without indices and
+    """Positions are chosen by a product and experts by arithmetic, without indices and
     comparisons"""
     pixel_offset: int = 0
     """Subtracted from pixels before the first product, and exact there: what they have in common

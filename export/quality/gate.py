@@ -20,7 +20,7 @@ from mobilevlm.runtime.machine import int8_weight_bits
 MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
 MEMORY_LIBRARIES = 0.5e9
-"""What torch and onnxruntime take before they hold any weights."""
+"""Memory of torch and onnxruntime before they hold any weights."""
 RESIDENT = {"fp32": 2.0, "fp16": 4.0, "qdq8": 2.3, "qdq16": 2.3}
 """At most so many times a weight file is resident while it is measured; others 1.3 times."""
 RESIDENT_GGUF = 2.0

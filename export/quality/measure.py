@@ -249,7 +249,7 @@ def _measure_encoded(
     seen: Sequence[_Seen],
     advance: Advance,
 ) -> list[SampleFigures]:
-    """Of a model with an encoder, which reads the prompt alone: the bundle's own answers."""
+    """Measure a model with an encoder, which reads the prompt alone, on its own answers."""
     greedy = [_greedy(vlm, sample, GREEDY_TOKENS) for sample in samples]
     embeds = _embed(reference, [_prompt_pieces(model, sample) for sample in samples], visual)
     states = _last_states(reference, embeds, greedy)
@@ -320,7 +320,7 @@ def _last_states(
 
 
 def _logits(reference: ReferenceModel, state: Tensor) -> Float32:
-    """What the head reads ``(1, length, hidden_size)`` to ``(length, vocab_size)``."""
+    """Return the logits ``(length, vocab_size)`` of final states ``(1, length, hidden_size)``."""
     out: Float32 = reference.decoder.logits(state)[0].numpy()
     return out
 

@@ -22,7 +22,7 @@ class ProviderGoal:
     """An accelerator behind ONNX Runtime, and how much of the model it has to take."""
 
     name: str
-    """Of a table in export/targets/providers"""
+    """Name of a table in export/targets/providers"""
     least: dict[str, float]
     """Share of the operators of each stage that goes to it; the others are for the processor"""
 

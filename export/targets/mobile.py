@@ -1,5 +1,5 @@
-"""What an export to a target with an accelerator behind ONNX Runtime (Core ML, XNNPACK)
-proves and adds: how much of each graph it takes, .ort files, the list of operators for a reduced
+"""Checks and additions of an export to a target with an accelerator behind ONNX Runtime (Core ML,
+XNNPACK): how much of each graph it takes, .ort files, the list of operators for a reduced
 build, and for Core ML a package of the vision stage."""
 
 from __future__ import annotations

@@ -238,7 +238,7 @@ def _attention_sizes(path: Path, config: dict[str, Any]) -> dict[str, Any]:
 def common_values(
     path: Path, config: dict[str, Any], activation: str, key: str = "hidden_act"
 ) -> dict[str, Any]:
-    """What every backbone's configuration says in the same words. ``key``: that of the
+    """Return the fields that every backbone's configuration names alike. ``key``: that of the
     activation."""
     config = _with_rope_parameters(path, config)
     found = config_value(path, config, key, str, activation)

@@ -19,7 +19,7 @@ from mobilevlm.spec import ModelSpec
 
 @dataclass(frozen=True)
 class Source:
-    """What a family reads a model from."""
+    """Files and settings that a family reads a model from."""
 
     folder: Path
     """Folder of config.json."""
@@ -65,11 +65,11 @@ class Family:
     model_types: frozenset[str]
     projector_types: re.Pattern[str]
     keys: frozenset[str]
-    """Of config.json, which tell its layout from that of other families."""
+    """Keys of config.json that tell its layout from that of other families."""
     language_model: str
     """Folder of the language model and its tokenizer, inside the checkpoint; empty: itself."""
     legacy: bool | None
-    """What its loader tells a sentencepiece tokenizer, see :func:`read_tokenizer`."""
+    """Setting of its sentencepiece tokenizer, see :func:`read_tokenizer`."""
     ready_tokenizer: bool
     """tokenizer.json, where there is one, goes before the files that it was made of."""
     variants: tuple[str, ...]

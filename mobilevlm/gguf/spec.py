@@ -1,4 +1,4 @@
-"""What a GGUF file says about its decoder, as a DecoderSpec."""
+"""The decoder of a GGUF file as a DecoderSpec."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
 
 
 def _shared(file: GgufFile) -> DecoderSpec:
-    """What all architectures say in the same words."""
+    """Return the fields that all architectures name alike."""
     embeddings = file.tensors.get("token_embd.weight")
     if embeddings is None:
         raise BundleError(f"{file.path}: tensor 'token_embd.weight' is missing")

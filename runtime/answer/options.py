@@ -37,7 +37,7 @@ class TurnOptions(SamplingKeywords, total=False):
     raw: bool
     """The text is the whole prompt, no template around it"""
     special_tokens: bool
-    """Whether special tokens (``</s>``) and ``<image>`` in the text count as such, as in the
+    """Special tokens (``</s>``) and ``<image>`` in the text count as such, as in the
     official code; by default they do. Else they are ordinary text."""
     draft_tokens: int | None
     """Tokens to guess and check at a time (runtime/sequence/drafting.py; the answer is the same), 0

@@ -166,7 +166,7 @@ def test_float_graphs_of_fixed_shapes_give_the_references_logits(
 
 
 def test_factors_in_all_folds_leave_the_logits_as_they_were(model: Model, embeds: Float32) -> None:
-    """What reads a norm's output is the fold's, whatever is normalised beside."""
+    """A fold is about the layers that read a norm's output, whatever is normalised beside."""
     folds = {}
     for index, place in enumerate(find_folds(model.spec)):
         random = np.random.default_rng(index).standard_normal(place.in_size)

@@ -180,7 +180,7 @@ def test_a_file_says_what_the_spec_says(name: str, tmp_path: Path) -> None:
 
 
 REFERENCE = 1e-5
-"""Of logits; float32 in another order of summation."""
+"""Error of logits; float32 in another order of summation."""
 GELU_TABLE = 1e-3
 """llama.cpp reads GELU from a table in float16: 1.4e-4 of the logits, found."""
 

@@ -35,7 +35,7 @@ from mobilevlm.spec import DynamicImage, LayoutSpec, Mel, ModelSpec, Tiles, with
 
 FIXTURE = fixture_named("mobilevlm_v2")
 TOKENS = 144
-"""Of a tile."""
+"""Visual tokens of a tile."""
 
 
 def read_tiled(source: Source) -> tuple[ModelSpec, Weights]:

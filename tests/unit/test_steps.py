@@ -108,7 +108,7 @@ def model(mobilevlm_v2: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def visual_tokens(reference: ReferenceModel, model: Model) -> list[Tensor]:
-    """Of each image, each image in a pass of its own."""
+    """Return the visual tokens of each image, each in a pass of its own."""
     with torch.no_grad():
         return [reference.visual_tokens(**arrays) for arrays in sample_arrays(model, SAMPLES)]
 

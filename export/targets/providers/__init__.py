@@ -1,4 +1,4 @@
-"""What accelerators take of a graph through ONNX Runtime: a file with a table for each provider.
+"""Operators that accelerators take through ONNX Runtime: a file with a table for each provider.
 
 A provider takes a node if its operator is in the table, in a version that the provider knows, and
 no rule speaks against it. The tables are those of one version of onnxruntime: its documentation

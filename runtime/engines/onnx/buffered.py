@@ -1,4 +1,4 @@
-"""What decoders in ONNX Runtime share: embedding rows in a mapped file, keys and values in
+"""The common part of decoders in ONNX Runtime: embedding rows in a mapped file, keys and values in
 arrays."""
 
 from __future__ import annotations

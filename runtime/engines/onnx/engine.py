@@ -1,7 +1,7 @@
 """ONNX Runtime for both stages, on the CPU.
 
-The decoder may have a second graph for prompts, with other weights and the same keys and values:
-which of the two computes a piece of a prompt depends on the length of that piece alone.
+The decoder may have a prefill graph beside its own, with other weights and the same keys and
+values: which of the two computes a piece of a prompt depends on the length of that piece alone.
 """
 
 from __future__ import annotations
@@ -265,7 +265,7 @@ class OnnxDecoder(BufferedDecoder):
         return still_open(self._stage).open()
 
     def _for_prompt(self, sessions: DecoderSessions, length: int) -> Session:
-        """What computes a piece of a prompt with so many positions."""
+        """Return the session that computes a piece of a prompt with so many positions."""
         if sessions.prompts is not None and length >= self._plan.prefill_from:
             return sessions.prompts
         return sessions.answers
@@ -384,7 +384,7 @@ def _too_old(path: Path, feature: str, needed: tuple[int, int]) -> BundleError:
 
 
 def _giving_back() -> ort.RunOptions:
-    """Of a run that gives its buffers back to the system when it is over."""
+    """Return options of a run that gives its buffers back to the system when it is over."""
     options = ort.RunOptions()
     options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
     return options

@@ -34,7 +34,7 @@ class Stored:
     checkpoint: str = ""
     """Folder of tests/data; the name, where it is left out."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Of the export, which is int4 in ONNX by default."""
+    """Arguments of the export, which is int4 in ONNX by default."""
 
     @property
     def folder(self) -> Path:
@@ -62,7 +62,7 @@ ALL_STORED = (
 
 
 def answer(stored: Stored, bundle: Path, engine: str) -> dict[str, Any]:
-    """What an engine gives."""
+    """Return the ids, tokens and logits of an engine."""
     images = [str(stored.folder / name) for name in stored.images]
     with mobilevlm.load(bundle, engine) as vlm:
         logits = vlm.prompt_logits(stored.prompt, images)[-1]

@@ -110,7 +110,10 @@ class BufferedDecoder:
         table = still_open(self._table)
         check_whole(still_open(self._mapped))
         row: NDArray[Any] = table[token]
-        return row if self._embed_scale == 1 else row * np.float32(self._embed_scale)
+        if self._embed_scale == 1:
+            return row
+        # numpy before 2.0 would multiply a row of float16 in float16, unlike ``embed``.
+        return row.astype(np.float32) * np.float32(self._embed_scale)
 
     def save(self, state: DecoderState, start: int) -> Segment:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. ``data``:

@@ -7,8 +7,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import AudioError
+from mobilevlm.input_spec import InputSpec, Mel
 from mobilevlm.prompt import Prepared, Run
-from mobilevlm.spec import InputSpec, Mel
 
 Float32 = NDArray[np.float32]
 

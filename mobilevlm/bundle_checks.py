@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mobilevlm.errors import BundleError
+from mobilevlm.input_spec import FixedImage, Tiles
 from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
 from mobilevlm.protobuf import external_files
 from mobilevlm.recipe import PARTS, PREFILL
 from mobilevlm.regular_file import leaves_folder
-from mobilevlm.spec import FixedImage, Tiles
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Artifact, Manifest
-    from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, TransformerEncoder
+    from mobilevlm.decoder_spec import DecoderSpec
+    from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
+    from mobilevlm.spec import ModelSpec
 
 MOST_POSITIONS = 1 << 20
 """Of a context"""

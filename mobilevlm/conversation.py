@@ -14,9 +14,10 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from mobilevlm.errors import PromptError
+from mobilevlm.input_spec import LayoutSpec
 from mobilevlm.messages import Message
 from mobilevlm.prompt import Mark, Token
-from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, LayoutSpec
+from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec
 from mobilevlm.templates.chat_template import render_template
 from mobilevlm.templates.plain_text import encode_marked
 

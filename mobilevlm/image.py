@@ -23,9 +23,9 @@ from PIL import Image
 
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
+from mobilevlm.input_spec import DynamicImage, FixedImage, Tiles
 from mobilevlm.media.image_file import Room, RoomFor, check_size, read_image
 from mobilevlm.media.image_source import ImageInput, open_source
-from mobilevlm.spec import DynamicImage, FixedImage, Tiles
 
 __all__ = [
     "ImageInput",

@@ -9,7 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
-from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, QFormerSpec, TransformerEncoder
+from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.input_spec import ConnectorSpec, QFormerSpec, TransformerEncoder
+from mobilevlm.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from mobilevlm.errors import ImageError
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
+from mobilevlm.input_spec import DynamicImage, FixedImage, InputSpec, Mel, Tiles
 from mobilevlm.media.dynamic_image import dynamic_pieces, prepare_dynamic
 from mobilevlm.media.tiles import prepare_tiles, tile_pieces
 from mobilevlm.prompt import Piece, Prepared, Run, count_rows
-from mobilevlm.spec import DynamicImage, FixedImage, InputSpec, Mel, Tiles
 
 _LARGE = 1 << 20
 """Edge of an image that every preparation makes smaller."""

@@ -7,7 +7,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.spec import DecoderSpec
+from mobilevlm.decoder_spec import DecoderSpec
 
 Float32: TypeAlias = NDArray[np.float32]
 

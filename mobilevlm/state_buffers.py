@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from mobilevlm.spec import DecoderSpec
+from mobilevlm.decoder_spec import DecoderSpec
 
 Kind: TypeAlias = Literal["kv", "sliding", "convolution"]
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from mobilevlm.bundle import Bundle
-from mobilevlm.spec import DecoderSpec
+from mobilevlm.decoder_spec import DecoderSpec
 
 EMBEDDINGS = "embed_tokens.weight"
 

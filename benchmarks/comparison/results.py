@@ -24,7 +24,7 @@ from comparison.measure import Rounds
 from comparison.profiling import OperatorTime
 from comparison.roofline import Peaks, Work
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.spec import from_dict
+from mobilevlm.plain_types import from_dict
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,10 @@ from typing import Literal
 
 import numpy as np
 
+from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
 from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
-from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, TransformerEncoder
+from mobilevlm.spec import ModelSpec
 
 BYTES_READ = 2**30
 CHUNK = 2**23

@@ -31,10 +31,11 @@ from mobilevlm.nano.drawing import render as draw
 from mobilevlm.nano.questions import KINDS, caption_question, questions
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.nano.text_only import text_questions
+from mobilevlm.plain_types import from_dict
 from mobilevlm.preparation import pieces_of, prepare
 from mobilevlm.prompt import Arrays, Piece, Prepared, Token, expand, in_runs
 from mobilevlm.runtime.engines import EncoderEngine, Float32
-from mobilevlm.spec import ModelSpec, from_dict
+from mobilevlm.spec import ModelSpec
 
 SCENES = "scenes"
 """Names the default data."""

@@ -19,8 +19,8 @@ from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.folding import Fold, find_folds, fold
 from mobilevlm.export.quantize.gptq import HessianOf
 from mobilevlm.model import Model
+from mobilevlm.plain_types import to_dict
 from mobilevlm.recipe import LinearFormat, Recipe
-from mobilevlm.spec import to_dict
 
 if TYPE_CHECKING:
     from mobilevlm.export.calibration.activations import Block, InputStatistics, Wanted

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.console.progress import Advance, ignore
+from mobilevlm.decoder_spec import ExpertsSpec
 from mobilevlm.errors import require
 from mobilevlm.export.calibration.samples import Sample, sample_pieces, sample_text
 from mobilevlm.model import Model
@@ -19,7 +20,6 @@ from mobilevlm.prompt import visual_positions
 from mobilevlm.runtime.engines import no_experts
 from mobilevlm.runtime.sequence.session import PromptChoices
 from mobilevlm.runtime.vlm import VLM
-from mobilevlm.spec import ExpertsSpec
 
 if TYPE_CHECKING:
     from mobilevlm.reference import ReferenceModel

@@ -29,10 +29,11 @@ from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.quantize.errors import weight_error
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.image import ImageInput
+from mobilevlm.input_spec import InputSpec
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.preparation import prepare
 from mobilevlm.recipe import CalibratorName, LinearFormat, Recipe
-from mobilevlm.spec import InputSpec, ModelSpec
+from mobilevlm.spec import ModelSpec
 
 Inputs: TypeAlias = dict[str, NDArray[Any]]
 Overrides: TypeAlias = dict[str, list[dict[str, Any]]]

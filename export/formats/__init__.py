@@ -20,7 +20,8 @@ from mobilevlm.bundle import Artifact, StageName
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.model import Model
-from mobilevlm.spec import ModelSpec, to_dict
+from mobilevlm.plain_types import to_dict
+from mobilevlm.spec import ModelSpec
 
 QDQ_TOOLS = ("onnx", "onnxruntime")
 """Packages that make fixed-point graphs of float ones."""

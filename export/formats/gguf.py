@@ -13,8 +13,8 @@ from mobilevlm.gguf.architectures import gguf_architecture, is_own
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.spec import bytes_per_token
 from mobilevlm.model import Model
+from mobilevlm.plain_types import to_dict
 from mobilevlm.recipe import Recipe
-from mobilevlm.spec import to_dict
 
 
 def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:

@@ -27,8 +27,9 @@ from mobilevlm.export.formats import (
 from mobilevlm.export.recipes.layer_formats import bits_per_weight
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.model import Model
+from mobilevlm.plain_types import to_dict
 from mobilevlm.recipe import QDQ, Recipe
-from mobilevlm.spec import ModelSpec, to_dict
+from mobilevlm.spec import ModelSpec
 
 DECODER = ("decoder.layers.", "decoder.norm.", "decoder.lm_head.")
 ENCODER = ("decoder.encoder.",)

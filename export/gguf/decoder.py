@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance
+from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, TensorType, write_file
@@ -29,7 +30,7 @@ from mobilevlm.gguf.architectures import PATTERNS, gguf_architecture, is_own
 from mobilevlm.gguf.names import Entry, decoder_entries
 from mobilevlm.gguf.spec import EXPERT_COUNTS, OWN_FLAGS, OWN_KINDS
 from mobilevlm.model import Model
-from mobilevlm.spec import DecoderSpec, ExpertsSpec, GGUFType, ModelSpec
+from mobilevlm.spec import GGUFType, ModelSpec
 
 T = TypeVar("T", bound=np.generic)
 

@@ -17,11 +17,11 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.export.gguf.tensors import Tensor, write_file
 from mobilevlm.gguf.file import GgufFile, GgufTensor, read_gguf
 from mobilevlm.gguf.names import decoder_entries
-from mobilevlm.spec import DecoderSpec
 from mobilevlm.whole_file import written_whole
 
 Float32 = NDArray[np.float32]

@@ -19,8 +19,9 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
+from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.model import Model
-from mobilevlm.spec import ConnectorSpec, GGUFType, ModelSpec
+from mobilevlm.spec import GGUFType, ModelSpec
 
 LDP_GRID = 24
 """llama.cpp's LDP and LDPv2 are written for this patch grid."""

@@ -25,8 +25,9 @@ from mobilevlm.gguf.names import (
     tower_entries,
 )
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
+from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.model import Model
-from mobilevlm.spec import ConnectorSpec, ModelSpec, with_image
+from mobilevlm.spec import ModelSpec, with_image
 
 _READABLE = {label for label, *_ in TENSOR_TYPES.values()} - {"I8", "I16", "I32", "I64", "F64"}
 """Types that become float32; to a Weights they are as good as floats."""

@@ -15,6 +15,7 @@ from onnxscript import GraphBuilder
 from mobilevlm.bundle import data_path
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance, ignore
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.formats import Written
 from mobilevlm.export.graph.decoder import DecoderStage
 from mobilevlm.export.graph.dialects import CPU, ELEMENTARY, STATIC, Dialect
@@ -25,7 +26,7 @@ from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.recipe import Recipe
-from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.spec import ModelSpec
 from mobilevlm.state_buffers import state_buffers
 
 IR_VERSION = 10

@@ -13,6 +13,7 @@ from typing import Any
 import onnx_ir as ir
 from onnxscript import nn
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.experts import SparseMLP
 from mobilevlm.export.graph.head_padding import cut_heads, pad_heads
@@ -21,7 +22,6 @@ from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.short_convolution import ShortConvolution
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.rotary import rotary_tables
-from mobilevlm.spec import DecoderSpec
 
 
 class DecoderStage(nn.Module):  # type: ignore[misc]

@@ -15,13 +15,13 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnxscript import nn
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.graph.decoder import Norm, SkipNorm
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.head_padding import cut_heads, pad_heads
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import DecoderSpec
 
 
 class EncoderStage(nn.Module):  # type: ignore[misc]

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.layers import FLOAT
@@ -26,7 +27,6 @@ from mobilevlm.export.quantize.blocks import Float32, Quantized
 from mobilevlm.export.quantize.errors import relative_error
 from mobilevlm.export.recipes.layer_formats import quantize, to_half
 from mobilevlm.recipe import BLOCK_BITS, BLOCK_SIZES, LinearFormat
-from mobilevlm.spec import DecoderSpec
 
 _ACTIVATIONS = {
     ("gated", "silu"): "swiglu",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mobilevlm.spec import DecoderSpec
+from mobilevlm.decoder_spec import DecoderSpec
 
 
 def pad_heads(op: Any, states: Any, heads: int, spec: DecoderSpec) -> Any:

@@ -6,10 +6,10 @@ from typing import Any
 
 from onnxscript import nn
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.graph.dialects import Dialect
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import DecoderSpec
 
 
 class GatedMLP(nn.Module):  # type: ignore[misc]

@@ -16,7 +16,7 @@ from mobilevlm.export.graph.dialects import hard_sigmoid
 from mobilevlm.export.graph.layers import LayerNorm, Linear
 from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import ConnectorSpec
+from mobilevlm.input_spec import ConnectorSpec
 
 
 class MLPProjector(nn.Module):  # type: ignore[misc]

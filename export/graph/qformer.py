@@ -14,7 +14,7 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import ConnectorSpec, QFormerSpec
+from mobilevlm.input_spec import ConnectorSpec, QFormerSpec
 
 
 class QFormerProjector(nn.Module):  # type: ignore[misc]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import DecoderSpec
 
 _END = np.iinfo(np.int64).max
 

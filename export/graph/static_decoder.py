@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.graph.decoder import DecoderLayer, DecoderStage, Norm, soft_cap
 from mobilevlm.export.graph.layers import FLOAT
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import DecoderSpec
 
 
 class StaticDecoderStage(DecoderStage):

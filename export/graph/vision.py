@@ -14,7 +14,8 @@ from onnxscript import nn
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.spec import FixedImage, ModelSpec, Tiles, TransformerEncoder
+from mobilevlm.input_spec import FixedImage, Tiles, TransformerEncoder
+from mobilevlm.spec import ModelSpec
 
 
 class VisionStage(nn.Module):  # type: ignore[misc]

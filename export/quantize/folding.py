@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from mobilevlm.checkpoint import Rescaling, Weights
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.input_spec import TransformerEncoder
 from mobilevlm.linear_groups import LinearGroup, linear_groups
-from mobilevlm.spec import DecoderSpec, ModelSpec, TransformerEncoder
+from mobilevlm.spec import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.plain_types import from_dict
 from mobilevlm.recipe import (
     BLOCK_BITS,
     BLOCK_SIZES,
@@ -30,7 +31,6 @@ from mobilevlm.recipe import (
     ScalingName,
 )
 from mobilevlm.regular_file import read_regular
-from mobilevlm.spec import from_dict
 
 MOST_FILE = 1 << 24
 """Bytes of a recipe file"""

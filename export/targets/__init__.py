@@ -11,8 +11,8 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.recipes.file import find_recipe
 from mobilevlm.export.targets.htp import Chip
 from mobilevlm.export.targets.providers import find_provider
+from mobilevlm.plain_types import from_dict
 from mobilevlm.recipe import LinearFormat, Precision, Recipe, WeightBits
-from mobilevlm.spec import from_dict
 
 FOLDER = Path(__file__).parent
 

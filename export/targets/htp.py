@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError, TargetError, require
-from mobilevlm.spec import from_dict
+from mobilevlm.plain_types import from_dict
 
 Arrays = Mapping[str, NDArray[Any]]
 

@@ -23,10 +23,10 @@ from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions, open_options
 from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
 from mobilevlm.nano.suite import evaluation_set
+from mobilevlm.plain_types import to_dict
 from mobilevlm.plan import choose_engine, stage_names
 from mobilevlm.recipe import Recipe
 from mobilevlm.runtime.builtin_bundle import bundle_path
-from mobilevlm.spec import to_dict
 
 try:
     from mobilevlm.export.calibration.activations import check_decoder_only

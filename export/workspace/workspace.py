@@ -33,8 +33,8 @@ from mobilevlm.export.workspace.work_folder import (
     restore_target,
     settle,
 )
+from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.runtime.tuning.plan_file import PLAN
-from mobilevlm.spec import from_dict, to_dict
 
 RECORDS = "finished"
 """Folder in the work folder with the records of finished artifacts."""

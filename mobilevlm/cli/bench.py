@@ -166,9 +166,9 @@ def _show_plan(path: Path, engine: str, as_json: bool) -> None:
     from mobilevlm.bundle import open_bundle
     from mobilevlm.cli.tune import show_plan
     from mobilevlm.errors import BundleError
+    from mobilevlm.plain_types import to_dict
     from mobilevlm.runtime.builtin_bundle import bundle_path
     from mobilevlm.runtime.tuning.plan_file import read_plan
-    from mobilevlm.spec import to_dict
 
     bundle = open_bundle(bundle_path(path, engine))
     tuned = read_plan(bundle)

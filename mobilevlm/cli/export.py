@@ -128,7 +128,7 @@ def command(
     """Turn a CHECKPOINT (folder of MobileVLM or LLaVA, or GGUF) into a bundle without torch."""
     progress.enable(not quiet)
     from mobilevlm.export.pipeline import export
-    from mobilevlm.spec import to_dict
+    from mobilevlm.plain_types import to_dict
 
     if budget is not None or max_kl is not None:
         if form == "gguf":

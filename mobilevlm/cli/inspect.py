@@ -66,7 +66,7 @@ def command(
 def _show_bundle(path: Path, as_json: bool) -> None:
     from mobilevlm.bundle import open_bundle
     from mobilevlm.console.tables import Column, Table, show
-    from mobilevlm.spec import to_dict
+    from mobilevlm.plain_types import to_dict
 
     bundle = open_bundle(path)
     manifest = bundle.manifest
@@ -144,7 +144,7 @@ def _show_gguf(path: Path, as_json: bool) -> None:
     from mobilevlm.gguf.file import read_gguf
     from mobilevlm.gguf.keys import check_keys
     from mobilevlm.gguf.model import checked_decoder
-    from mobilevlm.spec import to_dict
+    from mobilevlm.plain_types import to_dict
 
     file = read_gguf(path)
     spec, obstacle = None, None
@@ -218,7 +218,7 @@ def _show_checkpoint(path: Path, origin: dict[str, Any], as_json: bool) -> None:
     from mobilevlm.console.tables import Column, Table, show
     from mobilevlm.families import open_checkpoint
     from mobilevlm.model import OpenOptions
-    from mobilevlm.spec import to_dict
+    from mobilevlm.plain_types import to_dict
 
     model = open_checkpoint(path, OpenOptions(**origin))
     sizes = {

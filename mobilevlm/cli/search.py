@@ -85,7 +85,7 @@ def command(
     from mobilevlm.export.search.recipe import search_recipe
     from mobilevlm.export.search.search import Goal
     from mobilevlm.model import OpenOptions
-    from mobilevlm.spec import to_dict
+    from mobilevlm.plain_types import to_dict
 
     found = search_recipe(
         checkpoint,

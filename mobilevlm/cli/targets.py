@@ -17,7 +17,7 @@ def command(as_json: bool) -> None:
         from mobilevlm.export.targets import find_target, target_names
     except ImportError as error:
         raise require(error.name or "numpy", "export", "listing targets") from None
-    from mobilevlm.spec import to_dict
+    from mobilevlm.plain_types import to_dict
 
     targets = [find_target(name) for name in target_names()]
     if as_json:

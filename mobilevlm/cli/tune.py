@@ -52,8 +52,8 @@ def command(
     run, chat, bench and eval use them from then on; their options win, --no-plan does without.
     """  # fmt: skip
     progress.enable()
+    from mobilevlm.plain_types import to_dict
     from mobilevlm.runtime.tuning.tune import tune_bundle
-    from mobilevlm.spec import to_dict
 
     with progress.track_share("tuning") as show:
         tuned, path = tune_bundle(bundle, budget, engine, show, max_memory_mb)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.checkpoint import RowRange, TensorRef, TensorSource, check_presence
+from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import config_value, rope_scaling
 from mobilevlm.linear_groups import attention_groups, head_group, mlp_groups
-from mobilevlm.spec import DecoderSpec, ExpertsSpec
 
 _MANY = 1000
 """Missing tensors after which no further ones are looked for."""

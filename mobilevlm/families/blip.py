@@ -21,6 +21,7 @@ from mobilevlm.checkpoint import (
     read_json,
 )
 from mobilevlm.conversation import turns_template
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import (
     LLAMA,
@@ -36,17 +37,14 @@ from mobilevlm.families.registry import Source, register
 from mobilevlm.families.t5 import DEFAULTS as T5_DEFAULTS
 from mobilevlm.families.t5 import read_t5, skipped_t5_names, t5_refs
 from mobilevlm.families.towers import Tower, image_spec, transformer_spec
-from mobilevlm.spec import (
-    IMAGE_PLACEHOLDER,
+from mobilevlm.input_spec import (
     ConnectorSpec,
-    ConversationSpec,
-    DecoderSpec,
     InputSpec,
     LayoutSpec,
-    ModelSpec,
     QFormerSpec,
     TransformerEncoder,
 )
+from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 _VISION: dict[str, Any] = {
     "hidden_size": 1408,

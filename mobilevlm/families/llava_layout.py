@@ -34,14 +34,8 @@ from mobilevlm.families.towers import (
     tower_names,
     vision_spec,
 )
-from mobilevlm.spec import (
-    IMAGE_PLACEHOLDER,
-    ConnectorSpec,
-    ConversationSpec,
-    InputSpec,
-    ModelSpec,
-    TransformerEncoder,
-)
+from mobilevlm.input_spec import ConnectorSpec, InputSpec, TransformerEncoder
+from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 _DEEPEST = 999
 _OPENCLIP = ("open_clip_config.json", "open_clip_pytorch_model.bin", "open_clip_model.safetensors")

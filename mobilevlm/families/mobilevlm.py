@@ -10,7 +10,8 @@ from typing import Any
 from mobilevlm.checkpoint import Weights
 from mobilevlm.families.llava_layout import ProjectorLayout, mlp_projector, read_layout
 from mobilevlm.families.registry import Source, register
-from mobilevlm.spec import ConnectorSpec, ModelSpec, TransformerEncoder
+from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
+from mobilevlm.spec import ModelSpec
 
 LDPV2_GRID = 12
 """LDPv2 pools any patch grid to 12 × 12."""

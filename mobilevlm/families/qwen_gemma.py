@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import LLAMA_PARTS, Backbone, common_values, read_llama
 from mobilevlm.families.config import config_value, rope_scaling
-from mobilevlm.spec import DecoderSpec
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _GEMMA3: dict[str, Any] = {

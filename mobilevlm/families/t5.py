@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.checkpoint import TensorRef, TensorSource
+from mobilevlm.decoder_spec import DecoderSpec, RelativePositions
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import config_value
-from mobilevlm.spec import DecoderSpec, RelativePositions
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32128,

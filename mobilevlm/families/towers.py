@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import RANGES, config_value
-from mobilevlm.spec import FixedImage, TransformerEncoder
+from mobilevlm.input_spec import FixedImage, TransformerEncoder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -32,15 +32,8 @@ from mobilevlm.families.towers import (
     tower_names,
     vision_spec,
 )
-from mobilevlm.spec import (
-    IMAGE_PLACEHOLDER,
-    ConnectorSpec,
-    ConversationSpec,
-    InputSpec,
-    LayoutSpec,
-    ModelSpec,
-    TransformerEncoder,
-)
+from mobilevlm.input_spec import ConnectorSpec, InputSpec, LayoutSpec, TransformerEncoder
+from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.spec import DecoderSpec
 
 OWN = "mobilevlm"
 OWN_PREFIX = "moe-llava-"

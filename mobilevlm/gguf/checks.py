@@ -14,13 +14,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.gguf.encoder import Encoder
 from mobilevlm.gguf.file import TENSOR_TYPES, GgufFile, GgufTensor
 from mobilevlm.gguf.names import Entry, decoder_entries
 from mobilevlm.gguf.split import refuse_split
-from mobilevlm.spec import DecoderSpec
 
 MAX_LAYERS = 512
 """llama.cpp's LLAMA_MAX_LAYERS"""

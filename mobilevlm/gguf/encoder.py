@@ -11,7 +11,7 @@ from mobilevlm.errors import BundleError
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.keys import check_keys
 from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
-from mobilevlm.spec import ConnectorSpec, FixedImage, TransformerEncoder
+from mobilevlm.input_spec import ConnectorSpec, FixedImage, TransformerEncoder
 
 FEATURE_LAYER = "clip.vision.feature_layer"
 MAX_GRID = 96

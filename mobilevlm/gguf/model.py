@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 from mobilevlm.bundle import SCHEMA_VERSION, Artifact, Bundle, FileEntry, Manifest, Quality
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.gguf.checks import (
     check_decoder_file,
     check_encoder_file,
@@ -17,8 +18,9 @@ from mobilevlm.gguf.conversation import gguf_conversation
 from mobilevlm.gguf.encoder import read_encoder
 from mobilevlm.gguf.file import GgufFile, read_gguf
 from mobilevlm.gguf.spec import bytes_per_token, decoder_spec
+from mobilevlm.input_spec import InputSpec
 from mobilevlm.recipe import Limits, LinearFormat, Recipe
-from mobilevlm.spec import DecoderSpec, InputSpec, ModelSpec
+from mobilevlm.spec import ModelSpec
 
 _AS_STORED = LinearFormat("fp32")
 _RECIPE = Recipe(

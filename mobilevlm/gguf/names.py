@@ -6,7 +6,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.gguf.architectures import gguf_architecture, has_neighbouring_pairs
+from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
 from mobilevlm.linear_groups import (
     LinearGroup,
     attention_groups,
@@ -15,7 +17,6 @@ from mobilevlm.linear_groups import (
     projector_groups,
     tower_layer,
 )
-from mobilevlm.spec import ConnectorSpec, DecoderSpec, TransformerEncoder
 
 
 @dataclass(frozen=True)

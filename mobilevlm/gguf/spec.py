@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, TypeVar
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.gguf.architectures import (
     OWN,
@@ -21,7 +22,7 @@ from mobilevlm.gguf.checks import MAX_LAYERS
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.keys import Role, check_keys
 from mobilevlm.gguf.names import decoder_entries
-from mobilevlm.spec import DecoderSpec, from_dict, to_dict
+from mobilevlm.plain_types import from_dict, to_dict
 
 T = TypeVar("T", bool, int, float, str)
 

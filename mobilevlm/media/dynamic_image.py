@@ -10,8 +10,8 @@ from PIL import Image
 
 from mobilevlm.errors import ImageError
 from mobilevlm.image import ImageInput, RoomFor, read_resized
+from mobilevlm.input_spec import DynamicImage, InputSpec
 from mobilevlm.prompt import Piece, Prepared, Run
-from mobilevlm.spec import DynamicImage, InputSpec
 
 LONGEST_SHAPE = 200
 """Longer edge over the shorter one, at most, as in the official code."""

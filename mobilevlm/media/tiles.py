@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from mobilevlm.image import ImageInput, RoomFor, read_resized
+from mobilevlm.input_spec import InputSpec, LayoutSpec, Tiles
 from mobilevlm.prompt import Piece, Prepared, Run
-from mobilevlm.spec import InputSpec, LayoutSpec, Tiles
 
 
 def prepare_tiles(

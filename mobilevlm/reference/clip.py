@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.input_spec import TransformerEncoder
 from mobilevlm.reference.steps import Step, Stepped
-from mobilevlm.spec import TransformerEncoder
 
 
 class ClipAttention(nn.Module):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.reference.experts import SparseMLP
 from mobilevlm.reference.mlp import build_mlp
 from mobilevlm.reference.steps import State, Step, Stepped, run_steps
-from mobilevlm.spec import DecoderSpec
 
 
 class RMSNorm(nn.Module):

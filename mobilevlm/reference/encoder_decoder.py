@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.decoder_spec import DecoderSpec, RelativePositions
 from mobilevlm.reference.decoder import build_norm
 from mobilevlm.reference.mlp import build_mlp
 from mobilevlm.reference.steps import State, Step, Stepped, steps_of
-from mobilevlm.spec import DecoderSpec, RelativePositions
 
 
 class SelfAttention(nn.Module):

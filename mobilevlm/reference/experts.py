@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.reference.mlp import build_mlp
-from mobilevlm.spec import DecoderSpec
 
 
 @dataclass(frozen=True)

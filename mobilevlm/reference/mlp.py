@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevlm.spec import DecoderSpec
+from mobilevlm.decoder_spec import DecoderSpec
 
 
 class GatedMLP(nn.Module):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.image import normalize
+from mobilevlm.input_spec import TransformerEncoder
 from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, Piece, in_runs
 from mobilevlm.reference.clip import ClipTower
@@ -21,7 +22,7 @@ from mobilevlm.reference.encoder_decoder import EncoderDecoder
 from mobilevlm.reference.experts import Capacity
 from mobilevlm.reference.projectors import build_projector
 from mobilevlm.reference.steps import State, Step, run_steps, steps_of
-from mobilevlm.spec import ModelSpec, TransformerEncoder
+from mobilevlm.spec import ModelSpec
 
 ENCODERS: dict[type, Callable[[Any], nn.Module]] = {TransformerEncoder: ClipTower}
 """Image encoders by the class of their spec."""

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.reference.qformer import QFormer
 from mobilevlm.reference.steps import Step
-from mobilevlm.spec import ConnectorSpec
 
 
 class MLP(nn.ModuleList):

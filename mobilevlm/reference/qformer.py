@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.input_spec import QFormerSpec
 from mobilevlm.reference.steps import State, Step, Stepped
-from mobilevlm.spec import QFormerSpec
 
 
 class SelfAttention(nn.Module):

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.families.backbones import Backbone, modules, stored_name
 from mobilevlm.linear_groups import decoder_groups
-from mobilevlm.spec import DecoderSpec
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -9,10 +9,10 @@ from typing import Any, Protocol, TypeAlias, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.plan import PREFILL_CHUNK
 from mobilevlm.prompt import Arrays, Rows
-from mobilevlm.spec import DecoderSpec
 
 T = TypeVar("T")
 Float32 = NDArray[np.float32]

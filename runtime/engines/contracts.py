@@ -8,10 +8,11 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.runtime.engines import CacheType
 from mobilevlm.runtime.engines.onnx.mapped_weights import Session
-from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.spec import ModelSpec
 from mobilevlm.state_buffers import state_buffers
 
 Value: TypeAlias = tuple[str, tuple[int | None, ...]]

@@ -23,12 +23,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
+from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.input_spec import TransformerEncoder
 from mobilevlm.linear_groups import LinearGroup, decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
 from mobilevlm.preparation import most_pieces
 from mobilevlm.prompt import count_rows
 from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
-from mobilevlm.spec import DecoderSpec, TransformerEncoder
 from mobilevlm.state_buffers import fixed_buffers, slot_buffers
 
 LIBRARIES = 32e6

@@ -15,12 +15,12 @@ from typing import Any, Literal, TypeAlias
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import BundleError, MobileVLMError, PlanWarning
+from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, Plan, available_processors, choose_engine
 from mobilevlm.regular_file import NotRegularError, read_regular
 from mobilevlm.runtime.machine import installed_extras, processor_key
 from mobilevlm.runtime.sequence.drafting import MAX_DRAFT_TOKENS
 from mobilevlm.runtime.settings import fitting_plan, fitting_threads
-from mobilevlm.spec import from_dict, to_dict
 from mobilevlm.whole_file import written_whole
 
 PLAN = "plan.json"

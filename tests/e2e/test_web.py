@@ -33,13 +33,14 @@ from mobilevlm.conversation import official_ids, tokenize
 from mobilevlm.export import settled
 from mobilevlm.export.targets import find_target
 from mobilevlm.image import open_image, preprocess
+from mobilevlm.input_spec import FixedImage, LayoutSpec, Mel, Tiles
 from mobilevlm.nano.drawing import render
 from mobilevlm.nano.questions import SHORT_STYLE
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
+from mobilevlm.plain_types import to_dict
 from mobilevlm.preparation import prepare
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.machine import int8_weight_bits
-from mobilevlm.spec import FixedImage, LayoutSpec, Mel, Tiles, to_dict
 
 MAX_NEW_TOKENS = 64
 """As the page has it."""

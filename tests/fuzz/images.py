@@ -13,7 +13,7 @@ from PIL import Image, features
 from fuzz.harness import Fuzzer
 from fuzz.image_damage import damage
 from mobilevlm.image import Room, open_image, preprocess, read_pixels
-from mobilevlm.spec import FixedImage
+from mobilevlm.input_spec import FixedImage
 
 SIZE = 56
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from test_graphs import open_decoder
 
 from mobilevlm.checkpoint import TensorFiles, Weights
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.recipes.named import RECIPES
@@ -22,7 +23,6 @@ from mobilevlm.families.backbones import Backbone, decoder_refs, inside
 from mobilevlm.families.qwen_gemma import GEMMA3, QWEN2, QWEN3
 from mobilevlm.model import Model
 from mobilevlm.reference import load_reference
-from mobilevlm.spec import DecoderSpec
 
 FOLDER = Path(__file__).parents[1] / "data" / "decoders"
 BACKBONES = {"qwen2": QWEN2, "qwen3": QWEN3, "gemma3": GEMMA3}

@@ -23,6 +23,7 @@ from conftest import (
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import official_ids, tokenize
+from mobilevlm.decoder_spec import RelativePositions
 from mobilevlm.errors import CheckpointError
 from mobilevlm.export.graph.encoder_decoder import relative_buckets as graph_buckets
 from mobilevlm.families import open_checkpoint
@@ -32,7 +33,6 @@ from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.encoder_decoder import relative_buckets
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, open_session
-from mobilevlm.spec import RelativePositions
 
 NEW_TOKENS = 24
 

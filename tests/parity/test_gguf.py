@@ -22,12 +22,13 @@ from mobilevlm.console.progress import ignore
 from mobilevlm.export.gguf.decoder import decoder_tensors, write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, convert
+from mobilevlm.input_spec import IMAGE_TOKEN_ID
 from mobilevlm.model import Model
 from mobilevlm.preparation import prepare
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
 from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
-from mobilevlm.spec import IMAGE_TOKEN_ID, GGUFType
+from mobilevlm.spec import GGUFType
 
 LIMITS: dict[GGUFType, float] = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2}
 """Relative error of the prompt's logits. bfloat16 has 8 bits of mantissa; llama.cpp rounds the

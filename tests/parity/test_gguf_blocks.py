@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 import mobilevlm
 from mobilevlm.console.progress import ignore
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
@@ -34,7 +35,6 @@ from mobilevlm.model import Model
 from mobilevlm.reference.decoder import Decoder
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
-from mobilevlm.spec import DecoderSpec
 
 needs_llama = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"

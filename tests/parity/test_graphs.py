@@ -27,23 +27,18 @@ from conftest import (
 from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
 from mobilevlm.export.graph.author import author_decoder, author_embeddings, author_vision
 from mobilevlm.export.graph.dialects import CENTRED, ELEMENTARY, STANDARD, Dialect
 from mobilevlm.export.quantize.gptq import no_hessian
 from mobilevlm.export.recipes.layer_formats import restored
 from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
 from mobilevlm.model import Model
 from mobilevlm.preparation import prepare
 from mobilevlm.recipe import LinearFormat, Recipe
 from mobilevlm.reference import ReferenceModel, load_reference
-from mobilevlm.spec import (
-    ConnectorSpec,
-    DecoderSpec,
-    ExpertsSpec,
-    ModelSpec,
-    TransformerEncoder,
-    with_image,
-)
+from mobilevlm.spec import ModelSpec, with_image
 
 Array = NDArray[np.float32]
 CAPACITY = 768

@@ -25,13 +25,14 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import open_checkpoint
 from mobilevlm.families.mobilevlm import read_mobilevlm
 from mobilevlm.families.registry import FAMILIES, Source, register
+from mobilevlm.input_spec import DynamicImage, LayoutSpec, Mel, Tiles
 from mobilevlm.model import OpenOptions
 from mobilevlm.preparation import prepare
 from mobilevlm.prompt import count_rows, expand
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.sequence.session import Fill, Prompt
-from mobilevlm.spec import DynamicImage, LayoutSpec, Mel, ModelSpec, Tiles, with_image
+from mobilevlm.spec import ModelSpec, with_image
 
 FIXTURE = fixture_named("mobilevlm_v2")
 TOKENS = 144

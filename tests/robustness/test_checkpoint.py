@@ -15,8 +15,8 @@ from checkpoints import Copy, copy_of, message_of
 from conftest import fixture_named
 
 from mobilevlm.families import open_checkpoint
+from mobilevlm.input_spec import FixedImage
 from mobilevlm.model import OpenOptions
-from mobilevlm.spec import FixedImage
 
 
 @pytest.fixture

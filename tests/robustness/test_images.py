@@ -21,7 +21,7 @@ from PIL import Image, features
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
 from mobilevlm.image import Room, RoomFor, open_image, read_pixels
-from mobilevlm.spec import FixedImage
+from mobilevlm.input_spec import FixedImage
 
 SPECS = [
     FixedImage(56, 56, aspect, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))

@@ -22,7 +22,7 @@ from mobilevlm import bundle as bundles
 from mobilevlm.bundle import MANIFEST, describe_files
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf.file import read_gguf
-from mobilevlm.spec import to_dict
+from mobilevlm.plain_types import to_dict
 
 needs_llama = pytest.mark.skipif(
     os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"

@@ -26,7 +26,8 @@ from comparison.roofline import (
 )
 from comparison.work import BOS, picture, token_ids
 
-from mobilevlm.spec import ConnectorSpec, DecoderSpec, TransformerEncoder
+from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
 
 pytestmark = pytest.mark.pure
 

@@ -7,9 +7,10 @@ from conftest import Fixture, fixture_named
 
 from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.errors import PromptError
+from mobilevlm.input_spec import LayoutSpec
 from mobilevlm.messages import Message
 from mobilevlm.prompt import Mark
-from mobilevlm.spec import ConversationSpec, LayoutSpec
+from mobilevlm.spec import ConversationSpec
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. The assistant gives "

@@ -16,6 +16,7 @@ from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
 
 from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError, MobileVLMError
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.calibration.stages import calibrate
@@ -26,7 +27,6 @@ from mobilevlm.families import open_checkpoint
 from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.model import Model, OpenOptions
 from mobilevlm.recipe import LinearFormat, Recipe
-from mobilevlm.spec import DecoderSpec
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
 from mobilevlm.console.progress import ignore
+from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
 from mobilevlm.errors import CheckpointError, MissingExtraError, MobileVLMError
 from mobilevlm.export.formats.gguf import gguf_jobs
 from mobilevlm.export.gguf.decoder import decoder_tensors, half_split, interleave, write_decoder
@@ -34,7 +35,7 @@ from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.model import Model
 from mobilevlm.recipe import LinearFormat
-from mobilevlm.spec import GGUF_TYPES, DecoderSpec, ExpertsSpec, GGUFType, ModelSpec, with_image
+from mobilevlm.spec import GGUF_TYPES, GGUFType, ModelSpec, with_image
 
 Shapes = dict[str, tuple[int, ...]]
 

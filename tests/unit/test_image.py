@@ -17,7 +17,7 @@ from PIL import Image
 
 from mobilevlm.errors import ImageError
 from mobilevlm.image import MAX_PADDED_EDGE, normalize, open_image, preprocess
-from mobilevlm.spec import FixedImage
+from mobilevlm.input_spec import FixedImage
 
 pytestmark = pytest.mark.pure
 

@@ -19,6 +19,7 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.cli import main
 from mobilevlm.console.progress import ignore
 from mobilevlm.conversation import official_ids
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, ImageError, MobileVLMError, PromptError
 from mobilevlm.export.calibration import activations
 from mobilevlm.export.calibration.samples import (
@@ -39,7 +40,6 @@ from mobilevlm.export.gguf.imatrix import (
     write_imatrix,
 )
 from mobilevlm.export.recipes.file import find_recipe
-from mobilevlm.spec import DecoderSpec
 
 Float64 = NDArray[np.float64]
 

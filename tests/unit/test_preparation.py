@@ -14,11 +14,12 @@ from PIL import Image
 from mobilevlm.audio import log_mel, mel_filters, prepare_sound
 from mobilevlm.errors import AudioError, ImageError, MobileVLMError
 from mobilevlm.image import Room
+from mobilevlm.input_spec import DynamicImage, InputSpec, LayoutSpec, Mel, Tiles
 from mobilevlm.media.dynamic_image import resized
 from mobilevlm.media.tiles import tile_pieces
+from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.preparation import fewest_pieces, most_pieces, pieces_of, prepare
 from mobilevlm.prompt import Run, count_positions, count_rows
-from mobilevlm.spec import DynamicImage, InputSpec, LayoutSpec, Mel, Tiles, from_dict, to_dict
 
 HALF = (0.5, 0.5, 0.5)
 TILES = Tiles(size=32, longest_edge=128, mean=HALF, std=HALF)

@@ -10,8 +10,8 @@ import pytest
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.recipes.file import find_recipe, recipe_text
 from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.plain_types import from_dict
 from mobilevlm.recipe import Limits, LinearFormat, Recipe
-from mobilevlm.spec import from_dict
 
 pytestmark = pytest.mark.pure
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from conftest import fixture_named
 
+from mobilevlm.decoder_spec import ExpertsSpec
 from mobilevlm.reference.experts import Capacity, SparseMLP
-from mobilevlm.spec import ExpertsSpec
 
 
 @pytest.mark.parametrize(

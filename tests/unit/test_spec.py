@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 from conftest import Fixture
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.spec import ConnectorSpec, DecoderSpec, ModelSpec, from_dict, to_dict
+from mobilevlm.input_spec import ConnectorSpec
+from mobilevlm.plain_types import from_dict, to_dict
+from mobilevlm.spec import ModelSpec
 
 
 def test_a_spec_comes_back_from_json_unchanged(any_fixture: Fixture) -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mobilevlm.input_spec import IMAGE_TOKEN_ID
 from mobilevlm.nano.training.model import EOS, NanoModel
 from mobilevlm.nano.training.packed_attention import attention_mask
 from mobilevlm.nano.training.packing import normalized
 from mobilevlm.nano.training.tokenizer import NanoTokenizer, prompt_text
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 
 @torch.no_grad()

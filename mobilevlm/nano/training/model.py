@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
+from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
 from mobilevlm.families.towers import CLIP_MEAN, CLIP_STD
+from mobilevlm.input_spec import ConnectorSpec, FixedImage, InputSpec, TransformerEncoder
 from mobilevlm.nano.training.packed_attention import PackedAttention, Packing
 from mobilevlm.nano.training.window import attentions, install, keep_codes
 from mobilevlm.reference.clip import ClipLayer, ClipMLP
@@ -20,16 +22,7 @@ from mobilevlm.reference.decoder import Attention, rotary_tables
 from mobilevlm.reference.experts import SparseMLP
 from mobilevlm.reference.mlp import GatedMLP
 from mobilevlm.reference.model import ReferenceModel
-from mobilevlm.spec import (
-    ConnectorSpec,
-    ConversationSpec,
-    DecoderSpec,
-    ExpertsSpec,
-    FixedImage,
-    InputSpec,
-    ModelSpec,
-    TransformerEncoder,
-)
+from mobilevlm.spec import ConversationSpec, ModelSpec
 
 EOS = 2
 CONTEXT = 1024

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mobilevlm.families.towers import CLIP_MEAN, CLIP_STD
+from mobilevlm.input_spec import IMAGE_TOKEN_ID
 from mobilevlm.nano.drawing import render
 from mobilevlm.nano.pairs import pair_questions
 from mobilevlm.nano.questions import KINDS, Question, caption_question, questions
@@ -29,7 +30,7 @@ from mobilevlm.nano.training.model import EOS
 from mobilevlm.nano.training.packed_attention import CHUNK
 from mobilevlm.nano.training.recipes import ALL_KINDS, Recipe
 from mobilevlm.nano.training.tokenizer import NanoTokenizer, prompt_text
-from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
+from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 MOST_QUESTIONS = 40
 """About one picture; the length of a row may allow fewer."""

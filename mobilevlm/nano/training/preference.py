@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
+from mobilevlm.input_spec import IMAGE_TOKEN_ID
 from mobilevlm.nano.drawing import render
 from mobilevlm.nano.evaluate import is_right
 from mobilevlm.nano.questions import questions
@@ -26,7 +27,6 @@ from mobilevlm.nano.training.packing import Batch, add_block, collate, normalize
 from mobilevlm.nano.training.recipes import ALL_KINDS, Recipe
 from mobilevlm.nano.training.tokenizer import NanoTokenizer, prompt_text
 from mobilevlm.nano.training.train import Losses, Trainee, decode
-from mobilevlm.spec import IMAGE_TOKEN_ID
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 import sentencepiece
 
 from mobilevlm.conversation import CONVERSATIONS
+from mobilevlm.input_spec import IMAGE_TOKEN_ID
 from mobilevlm.nano.pairs import INTERLEAVED, STACKED, pair_questions
 from mobilevlm.nano.questions import caption, caption_question, questions
 from mobilevlm.nano.scenes import COLORS, POSITIONS, SHAPES, SIZES, WORDS, sample_scene
 from mobilevlm.nano.text_only import PROSE, text_questions
 from mobilevlm.nano.training.model import EOS
-from mobilevlm.spec import IMAGE_PLACEHOLDER, IMAGE_TOKEN_ID
+from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 BOS = 1
 

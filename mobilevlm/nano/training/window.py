@@ -16,8 +16,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from mobilevlm.input_spec import TransformerEncoder
 from mobilevlm.reference.clip import ClipAttention, ClipLayer, ClipTower
-from mobilevlm.spec import TransformerEncoder
 
 PERIODS = (5.2, 8.5, 29.0)
 """Wave lengths of the codes in patches: of three, those that tell 26 places apart best."""

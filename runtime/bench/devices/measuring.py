@@ -18,13 +18,13 @@ from mobilevlm.bundle import MANIFEST, open_bundle
 from mobilevlm.console import progress
 from mobilevlm.errors import DeviceError, MobileVLMError, PlanWarning
 from mobilevlm.gguf.file import read_gguf
+from mobilevlm.plain_types import from_dict
 from mobilevlm.runtime.bench.bench import BenchResult
 from mobilevlm.runtime.bench.devices import open_device, quote_command
 from mobilevlm.runtime.bench.devices.conversation import DeviceSession, Output, SentFile, sent_file
 from mobilevlm.runtime.builtin_bundle import bundle_path
 from mobilevlm.runtime.loading import check_paths
 from mobilevlm.runtime.tuning.plan_file import PLAN
-from mobilevlm.spec import from_dict
 
 DISTRIBUTION = "mobilevlm-edge"
 MODULES = {"pillow": "PIL"}

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.split import refuse_split
@@ -28,7 +29,6 @@ from mobilevlm.runtime.engines.ggml.residency import ExpertResidency
 from mobilevlm.runtime.engines.llama.gguf_check import check_decoder
 from mobilevlm.runtime.engines.llama.gguf_decoder import GgufDecoder
 from mobilevlm.runtime.engines.state import SlotState
-from mobilevlm.spec import DecoderSpec
 
 _VISIBLE_STEP = 256
 """Attention reads the sequence rounded up to this, so that a graph serves many steps."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.engines.ggml.layers import GraphShape, Inputs, KeyValues, Layers, Observe
 from mobilevlm.runtime.engines.ggml.native import (
@@ -16,7 +17,6 @@ from mobilevlm.runtime.engines.ggml.native import (
     Workspace,
     ggml,
 )
-from mobilevlm.spec import DecoderSpec
 
 _NODES_PER_LAYER = 96
 """More than any layer has, by half."""

@@ -14,6 +14,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.gguf.architectures import gguf_architecture, has_neighbouring_pairs
 from mobilevlm.runtime.engines.ggml.native import (
     TYPE_IDS,
@@ -23,7 +24,6 @@ from mobilevlm.runtime.engines.ggml.native import (
     ggml,
     out_of_memory,
 )
-from mobilevlm.spec import DecoderSpec
 
 _NEIGHBOURS, _HALVES = 0, 2
 """GGML_ROPE_TYPE_NORMAL and GGML_ROPE_TYPE_NEOX."""

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.names import decoder_entries
-from mobilevlm.spec import DecoderSpec
 
 _MEMORY = 0.95
 """What a token leaves of the usage before it: an average over about twenty."""

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.architectures import scales_rows
 from mobilevlm.gguf.file import read_gguf
@@ -26,7 +27,6 @@ from mobilevlm.runtime.engines.llama.gguf_decoder import GgufDecoder
 from mobilevlm.runtime.engines.llama.native import LLAMA, NativeModel, address, llama_library
 from mobilevlm.runtime.engines.onnx.forking import free_with, note_threads
 from mobilevlm.runtime.engines.state import SlotState
-from mobilevlm.spec import DecoderSpec
 
 
 class LlamaState(SlotState):

@@ -6,6 +6,7 @@ crashes on the first picture. So headers are compared with the spec before a lib
 
 from __future__ import annotations
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf.checks import (
     check_decoder_file,
@@ -16,8 +17,9 @@ from mobilevlm.gguf.checks import (
 from mobilevlm.gguf.encoder import read_encoder
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.spec import decoder_spec
+from mobilevlm.input_spec import TransformerEncoder
 from mobilevlm.runtime.engines import refuse_parts
-from mobilevlm.spec import DecoderSpec, ModelSpec, TransformerEncoder
+from mobilevlm.spec import ModelSpec
 
 _SAME = (
     "head_dim", "experts", "rotary_channels", "norm", "mlp", "hidden_act", "qk_norm", "post_norms",

@@ -8,10 +8,10 @@ from functools import partial
 
 import numpy as np
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.runtime.engines import DecoderState, Float32, Positions, in_chunks, still_open
 from mobilevlm.runtime.engines.llama.embedding_rows import EmbeddingRows
-from mobilevlm.spec import DecoderSpec
 
 
 class GgufDecoder(ABC):

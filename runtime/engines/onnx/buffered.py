@@ -11,10 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import check_whole, small_pages
 from mobilevlm.runtime.engines.state import ConvolutionState, NextPositions, SlotState
-from mobilevlm.spec import DecoderSpec
 
 
 class BufferedState(SlotState):

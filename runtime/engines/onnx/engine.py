@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.plan import Plan
 from mobilevlm.prompt import Arrays, Rows
@@ -37,7 +38,7 @@ from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
 from mobilevlm.runtime.engines.onnx.mapped_weights import MappedWeights, Session
 from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 from mobilevlm.runtime.engines.onnx.stages import Stage, Turns, stage_of
-from mobilevlm.spec import DecoderSpec, ModelSpec
+from mobilevlm.spec import ModelSpec
 from mobilevlm.waiting import processors_wanted
 
 INT8_CACHE = (1, 27)

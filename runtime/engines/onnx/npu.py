@@ -18,6 +18,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.rotary import rotary_tables
 from mobilevlm.runtime.engines import (
@@ -32,7 +33,6 @@ from mobilevlm.runtime.engines.contracts import check_static_decoder
 from mobilevlm.runtime.engines.onnx.buffered import BufferedDecoder, BufferedState
 from mobilevlm.runtime.engines.onnx.engine import open_session
 from mobilevlm.runtime.engines.onnx.mapped_weights import Session
-from mobilevlm.spec import DecoderSpec
 
 MASKED = -1e4
 """Added to logits of attention that do not count; the graph stops where its scales do."""

@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MemoryLimitError
 from mobilevlm.rotary import rotary_at
 from mobilevlm.runtime.engines import CacheType, Float32, Positions
 from mobilevlm.runtime.engines.onnx.buffered import BufferedState
 from mobilevlm.runtime.engines.onnx.mapped_weights import Session
 from mobilevlm.runtime.engines.state import ConvolutionState, NextPositions
-from mobilevlm.spec import DecoderSpec
 from mobilevlm.state_buffers import fixed_buffers, slot_buffers
 
 

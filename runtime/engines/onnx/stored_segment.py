@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.runtime.engines import CacheType, Segment
-from mobilevlm.spec import DecoderSpec
 from mobilevlm.state_buffers import fixed_buffers, slot_buffers
 
 

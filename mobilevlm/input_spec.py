@@ -1,0 +1,285 @@
+"""Inputs of a model beside text, as frozen dataclasses: how each is prepared, encoded, brought into
+the decoder's space, and placed in a prompt. Part of the ModelSpec (spec.py), with its rules.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import chain
+from typing import Literal, TypeAlias
+
+from mobilevlm.errors import MobileVLMError
+
+IMAGE_TOKEN_ID = -200
+"""Marks an image in a list of input ids, as the reference code of LLaVA and MobileVLM does."""
+
+
+@dataclass(frozen=True)
+class FixedImage:
+    """Preparation of an image as one square of uint8 pixels ``(size, size, 3)``."""
+
+    size: int
+    """Edge of the square that the tower takes, in pixels."""
+    shortest_edge: int
+    """The shorter edge is resized to this before the centre crop."""
+    aspect: Literal["pad", "crop", "resize"]
+    """``pad``: first pad to a square with the mean colour; ``crop``: centre crop cuts the rest;
+    ``resize``: straight to the square, whatever the shape."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    kind: Literal["fixed_image"] = "fixed_image"
+
+    @property
+    def pad_color(self) -> tuple[int, int, int]:
+        """The mean colour as the reference code rounds it: ``int(mean * 255)``."""
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
+
+
+Resampling: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Preparation of an image as a grid of square tiles and itself made small, each uint8 pixels
+    ``(size, size, 3)`` of one run of the encoder (media/tiles.py)."""
+
+    size: int
+    """Edge of a tile, in pixels."""
+    longest_edge: int
+    """The longer edge is resized to this, then both to multiples of a tile."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    thumbnail: Literal["none", "first", "last"] = "last"
+    """Place of the image made small as a tile, where it has several."""
+    resample: Resampling = "lanczos"
+    kind: Literal["tiles"] = "tiles"
+
+    @property
+    def most_per_edge(self) -> int:
+        """Tiles along the longer edge."""
+        return -(-self.longest_edge // self.size)
+
+
+@dataclass(frozen=True)
+class DynamicImage:
+    """Preparation of an image near its own size, as uint8 pixels ``(height, width, 3)`` whose edges
+    are multiples of ``factor`` (media/dynamic_image.py)."""
+
+    patch_size: int
+    merge_size: int
+    """Patches along each edge of the square that becomes one visual token."""
+    min_pixels: int
+    max_pixels: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resample: Resampling = "bicubic"
+    kind: Literal["dynamic_image"] = "dynamic_image"
+
+    @property
+    def factor(self) -> int:
+        """Pixels along each edge of what becomes one visual token."""
+        return self.patch_size * self.merge_size
+
+
+@dataclass(frozen=True)
+class Mel:
+    """Preparation of sound as log-mel spectrograms float32 ``(bins, frames)``, one for each window
+    (mobilevlm/audio.py)."""
+
+    bins: int
+    sampling_rate: int = 16_000
+    """Samples in a second."""
+    window: int = 400
+    """Samples of a Fourier transform."""
+    hop: int = 160
+    """Samples from one frame to the next."""
+    frames: int = 3000
+    kind: Literal["mel"] = "mel"
+
+
+@dataclass(frozen=True)
+class TransformerEncoder:
+    """A vision transformer, cut after the layer whose features are used; with all defaults CLIP's.
+
+    SigLIP's (VILA) has no class token; BLIP-2's (of EVA's shape) gives its class token on, after
+    the final norm.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    """Layers that are kept: those after the selected layer are dropped."""
+    num_attention_heads: int
+    image_size: int
+    patch_size: int
+    hidden_act: Literal["quick_gelu", "gelu", "gelu_tanh"]
+    """``gelu_tanh`` is GELU by its tanh approximation."""
+    layer_norm_eps: float
+    class_token: bool = True
+    """A learned token before those of the patches, with a position of its own."""
+    patch_bias: bool = False
+    """Of the patch embedding."""
+    pre_norm: bool = True
+    """A norm before the first layer."""
+    post_norm: bool = False
+    """The features are those after the tower's final norm."""
+    class_feature: bool = False
+    """The class token's state is among the features, first; else it is dropped."""
+
+    @property
+    def grid(self) -> int:
+        """Patches per edge."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def num_positions(self) -> int:
+        """Tokens inside the tower."""
+        return self.num_patches + self.class_token
+
+    @property
+    def num_features(self) -> int:
+        """Tokens that come out of it."""
+        return self.num_patches + self.class_feature
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class QFormerSpec:
+    """Learned queries that read the tower's features by cross-attention (BLIP-2, section 3.1): a
+    BERT with norms behind the sums, of which only the queries' states come out."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    cross_attention_frequency: int
+    """Layers whose index is a multiple of this have cross-attention."""
+    num_queries: int
+    layer_norm_eps: float
+    vocab_size: int = 0
+    """Of the instruction, which queries see by self-attention (InstructBLIP); 0: it reads none."""
+    max_positions: int = 0
+    """Tokens that an instruction may have."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_attention_heads
+
+    def has_cross_attention(self, layer: int) -> bool:
+        return layer % self.cross_attention_frequency == 0
+
+    def has_text(self, layer: int) -> bool:
+        """Whether the instruction's states go on after a layer's self-attention: nobody reads those
+        of the last."""
+        return self.vocab_size > 0 and layer < self.num_hidden_layers - 1
+
+
+@dataclass(frozen=True)
+class ConnectorSpec:
+    """Tower features ``(num_features, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
+
+    kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer"]
+    """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
+    it averages squares of them first. ``mlp_downsample`` (VILA) joins the four patches of such a
+    square in one vector, which a norm and the MLP follow. ``qformer`` has an MLP of depth 1 behind
+    the Q-Former."""
+    in_size: int
+    out_size: int
+    depth: int
+    """Linear layers of the MLP (LDP and LDPv2 begin with one of depth 2)."""
+    grid: int
+    """Patches per edge that come in."""
+    out_grid: int
+    """Visual tokens per edge that go out; 0 where they form no grid."""
+    order: Literal["rows", "columns"] = "rows"
+    """How ``mlp_downsample`` gives its squares out: row by row or column by column."""
+    qformer: QFormerSpec | None = None
+
+    @property
+    def mlp_sizes(self) -> list[int]:
+        """Sizes before, between and after the Linears of the MLP."""
+        in_size = self.in_size * (4 if self.kind == "mlp_downsample" else 1)
+        if self.qformer is not None:
+            in_size = self.qformer.hidden_size
+        return [in_size] + [self.out_size] * self.depth
+
+    @property
+    def num_tokens(self) -> int:
+        if self.qformer is not None:
+            return self.qformer.num_queries
+        return self.out_grid * self.out_grid
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the visual tokens depend on what is asked."""
+        return self.qformer is not None and self.qformer.vocab_size > 0
+
+    @property
+    def array_names(self) -> tuple[str, ...]:
+        """Named arrays that it reads beside the features."""
+        return ("instruction_ids",) if self.reads_text else ()
+
+    @property
+    def squeeze_size(self) -> int:
+        """Channels inside LDP's squeeze-and-excitation: a quarter, rounded to a multiple of 8
+        without losing more than a tenth (``_make_divisible`` of MobileNetV3)."""
+        quarter = self.out_size / 4
+        rounded = max(8, int(quarter + 4) // 8 * 8)
+        return rounded + 8 if rounded < 0.9 * quarter else rounded
+
+
+@dataclass(frozen=True)
+class LayoutSpec:
+    """Ids around the visual tokens of an image, in the prompt and in official code."""
+
+    end_ids: tuple[int, ...] = ()
+    """Follow each image."""
+    placeholder_ids: tuple[int, ...] = (IMAGE_TOKEN_ID,)
+    """Ids of the official code for an image, visual tokens and ``end_ids``."""
+    tile_ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
+    """Ids before each tile, by row and column; without any, tiles are not marked."""
+    row_end_ids: tuple[int, ...] = ()
+    """Ids between two rows of tiles."""
+    between_ids: tuple[int, ...] = ()
+    """Ids between the tiles and the image made small."""
+    thumbnail_ids: tuple[int, ...] = ()
+    """Ids before the image made small, or before an image that is one tile."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """All that may stand in a prompt."""
+        tiles = chain.from_iterable(self.tile_ids)
+        others = self.end_ids, self.row_end_ids, self.between_ids, self.thumbnail_ids
+        return tuple(chain(*others, *tiles))
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One kind of input beside text: prepared, encoded, and brought into the decoder's space."""
+
+    preparation: FixedImage | Tiles | DynamicImage | Mel
+    encoder: TransformerEncoder
+    connector: ConnectorSpec
+    layout: LayoutSpec = LayoutSpec()
+
+    @property
+    def square(self) -> FixedImage | Tiles:
+        """The preparation of an encoder that takes squares of one size.
+
+        Raises:
+            MobileVLMError: it takes images of other shapes.
+        """
+        if isinstance(self.preparation, FixedImage | Tiles):
+            return self.preparation
+        raise MobileVLMError(
+            f"an input prepared as {self.preparation.kind!r} needs an encoder that this version "
+            f"does not have: use a later one"
+        )

@@ -7,7 +7,7 @@ the rendered text becomes a mark; the text between images is tokenized piece by 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from tokenizers import Tokenizer
 from mobilevlm.errors import PromptError
 from mobilevlm.input_spec import LayoutSpec
 from mobilevlm.messages import Message
-from mobilevlm.prompt import Mark, Token
+from mobilevlm.prompt import Mark, Piece, Run, Token, expand
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec
 from mobilevlm.templates.chat_template import render_template
 from mobilevlm.templates.plain_text import encode_marked
@@ -140,11 +140,26 @@ def render(conversation: ConversationSpec, messages: Sequence[Message]) -> str:
     """The prompt text up to where the assistant begins to speak."""
     return render_template(
         conversation.chat_template,
-        messages=messages,
+        messages=[_in_parts(message) for message in messages] if conversation.parts else messages,
         add_generation_prompt=True,
         bos_token="",
         eos_token="",
     )
+
+
+def _in_parts(message: Message) -> Message:
+    """Return a message with its content as parts, ``<image>`` in a text of the user as an image."""
+    content = message["content"]
+    given = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts: list[dict[str, Any]] = []
+    for part in given:
+        if part["type"] != "text" or message["role"] != "user":
+            parts.append(part)
+            continue
+        for index, text in enumerate(part["text"].split(IMAGE_PLACEHOLDER)):
+            parts += [{"type": "image"}] if index else []
+            parts += [{"type": "text", "text": text}] if text else []
+    return {**message, "content": parts}
 
 
 def tokenize(
@@ -167,7 +182,7 @@ def tokenize(
             f"text: give it in UTF-8"
         ) from None
     if conversation is not None and conversation.tokenization == "joined":
-        image = tokenizer.token_to_id(IMAGE_PLACEHOLDER)
+        image = tokenizer.token_to_id(conversation.image_mark)
         found = encode_marked(tokenizer, text)
         return [Mark() if token == image else token for token in found]
     rest, first = text, 0
@@ -185,13 +200,18 @@ def _tokenize_apart(tokenizer: Tokenizer, text: str) -> list[Token]:
     return tokens
 
 
-def official_ids(tokens: Sequence[Token], layout: LayoutSpec) -> list[int]:
-    """Return tokens as the ids of the official code, with its own mark for an image."""
-    return [
-        token
-        for part in tokens
-        for token in (layout.placeholder_ids if isinstance(part, Mark) else (part,))
-    ]
+def official_ids(
+    tokens: Sequence[Token], layout: LayoutSpec, images: Iterable[Sequence[Piece]] = ()
+) -> list[int]:
+    """Return tokens as the ids of the official code, with its own mark for an image, or for each of
+    its visual tokens. ``images``: the pieces of each, where there is a ``row_id``."""
+    if layout.row_id is None:
+        marked = itertools.repeat(layout.placeholder_ids)
+        return [piece for piece in expand(tokens, marked) if isinstance(piece, int)]
+    ids: list[int] = []
+    for piece in expand(tokens, images):
+        ids += [layout.row_id] * piece.rows if isinstance(piece, Run) else [piece]
+    return ids
 
 
 def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int]:

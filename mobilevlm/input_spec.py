@@ -243,7 +243,12 @@ class LayoutSpec:
     end_ids: tuple[int, ...] = ()
     """Follow each image."""
     placeholder_ids: tuple[int, ...] = (IMAGE_TOKEN_ID,)
-    """Ids of the official code for an image, visual tokens and ``end_ids``."""
+    """Ids of the official code for an image, visual tokens and ``end_ids``; not read where there is
+    a ``row_id``."""
+    row_id: int | None = None
+    """Id of the official code for each visual token of an image."""
+    begin_ids: tuple[int, ...] = ()
+    """Before each image."""
     tile_ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
     """Ids before each tile, by row and column; without any, tiles are not marked."""
     row_end_ids: tuple[int, ...] = ()
@@ -257,7 +262,13 @@ class LayoutSpec:
     def ids(self) -> tuple[int, ...]:
         """All that may stand in a prompt."""
         tiles = chain.from_iterable(self.tile_ids)
-        others = self.end_ids, self.row_end_ids, self.between_ids, self.thumbnail_ids
+        others = (
+            self.begin_ids,
+            self.end_ids,
+            self.row_end_ids,
+            self.between_ids,
+            self.thumbnail_ids,
+        )
         return tuple(chain(*others, *tiles))
 
 

@@ -75,7 +75,8 @@ def _pieces(size: tuple[int, int], spec: InputSpec) -> tuple[Piece, ...]:
     if isinstance(spec.preparation, DynamicImage):
         return dynamic_pieces(size, spec.preparation, spec)
     if isinstance(spec.preparation, FixedImage):
-        return (Run(spec.connector.num_tokens), *spec.layout.end_ids)
+        layout = spec.layout
+        return (*layout.begin_ids, Run(spec.connector.num_tokens), *layout.end_ids)
     raise _no_images(spec.preparation)
 
 

@@ -30,8 +30,12 @@ class ConversationSpec:
     stop_strings: tuple[str, ...]
     tokenization: Literal["apart", "joined", "images_first"] = "apart"
     """``apart``: text between images is tokenized piece by piece; ``joined``: as one string, where
-    ``<image>`` is a token of the tokenizer; ``images_first``: apart, and images that begin the text
-    stand before the ids that begin a text."""
+    ``image_mark`` is a token of the tokenizer; ``images_first``: apart, and images that begin the
+    text stand before the ids that begin a text."""
+    image_mark: str = IMAGE_PLACEHOLDER
+    """Text that the template writes for an image."""
+    parts: bool = False
+    """The template takes contents as lists of parts only, images among them."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from mobilevlm.bundle import INSTRUCTION_TOKENIZER, Bundle
-from mobilevlm.conversation import official_ids
 from mobilevlm.errors import BundleError
 from mobilevlm.image import ImageInput, Room, RoomFor
 from mobilevlm.messages import Message, check_continued
@@ -180,14 +179,15 @@ class VLM:
     def prompt_ids(
         self,
         prompt: str | Sequence[Message],
-        images: int = 0,
+        images: int | Images = 0,
         raw: bool = False,
         special_tokens: bool = True,
     ) -> list[int]:
-        """Input ids as the official code has them: where an image goes its mark, which is -200 in
-        most. ``special_tokens`` as in :meth:`stream`."""
-        tokens = self._prompts.tokens(prompt, images, raw, special_tokens)
-        return official_ids(tokens, self.spec.image.layout)
+        """Input ids as the official code has them: where an image goes its mark (-200 in LLaVA's
+        lineage), or an id for each of its visual tokens. ``images``: how many, or the images
+        themselves where the number of visual tokens depends on them. ``special_tokens`` as in
+        :meth:`stream`."""
+        return self._prompts.official_ids(prompt, images, raw, special_tokens)
 
     def count_text_tokens(
         self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False

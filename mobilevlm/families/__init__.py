@@ -15,6 +15,7 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.families import (  # they register themselves
     blip,  # noqa: F401
     llava,  # noqa: F401
+    llava_hub,  # noqa: F401
     mobilevlm,  # noqa: F401
     moe_llava,  # noqa: F401
     vila,  # noqa: F401
@@ -72,11 +73,6 @@ def _find_family(folder: Path, config: dict[str, Any]) -> Family:
     for family in FAMILIES.values():
         if family.keys and family.claims(config):
             return family
-    if "text_config" in config and "vision_config" in config:
-        raise CheckpointError(
-            f"{path}: the transformers re-packaging of a model ('text_config'): give the original "
-            f"checkpoint (for example liuhaotian/llava-v1.5-7b, not llava-hf/…)"
-        )
     for family in FAMILIES.values():
         if not family.keys and family.claims(config):
             return family

@@ -44,7 +44,8 @@ def dynamic_pieces(
 
 def _pieces(size: tuple[int, int], dynamic: DynamicImage, spec: InputSpec) -> tuple[Piece, ...]:
     columns, rows = (edge // dynamic.factor for edge in size)
-    return (Run(rows * columns, (1, rows, columns)), *spec.layout.end_ids)
+    run = Run(rows * columns, (1, rows, columns))
+    return (*spec.layout.begin_ids, run, *spec.layout.end_ids)
 
 
 def resized(size: tuple[int, int], dynamic: DynamicImage) -> tuple[int, int]:

@@ -70,7 +70,7 @@ def _pieces(grid: tuple[int, int], tiles: Tiles, spec: InputSpec) -> tuple[Piece
     layout, run = spec.layout, Run(spec.connector.num_tokens)
     whole: list[Piece] = [*layout.thumbnail_ids, run]
     if tiles.thumbnail != "none" and rows * columns == 1:
-        return (*whole, *layout.end_ids)
+        return (*layout.begin_ids, *whole, *layout.end_ids)
     found: list[Piece] = []
     for row in range(rows):
         found += layout.row_end_ids if row else ()
@@ -80,7 +80,7 @@ def _pieces(grid: tuple[int, int], tiles: Tiles, spec: InputSpec) -> tuple[Piece
         found = [*whole, *layout.between_ids, *found]
     elif tiles.thumbnail == "last":
         found += [*layout.between_ids, *whole]
-    return (*found, *layout.end_ids)
+    return (*layout.begin_ids, *found, *layout.end_ids)
 
 
 def _tile_ids(layout: LayoutSpec, row: int, column: int) -> tuple[int, ...]:

@@ -37,11 +37,14 @@ def check_text(text: str) -> None:
 
 
 def protect(
-    messages: Sequence[Message], tokenizer: Tokenizer, special_tokens: bool = True
+    messages: Sequence[Message],
+    tokenizer: Tokenizer,
+    special_tokens: bool = True,
+    image_mark: str = IMAGE_PLACEHOLDER,
 ) -> list[Message]:
     """Return messages whose texts are marked where they must not be read as special tokens:
-    ``<image>`` in what is not the user's (an answer may say it), and without ``special_tokens``
-    everything that could begin one."""
+    ``<image>`` and ``image_mark`` in what is not the user's (an answer may say it), and without
+    ``special_tokens`` everything that could begin one."""
     starts = {"<"} if special_tokens else {"<", *(name[0] for name in _special_names(tokenizer))}
     table = {ord(start): f"{start}{_BREAK}" for start in starts}
 
@@ -49,7 +52,10 @@ def protect(
         check_text(text)
         if not special_tokens:
             return text.translate(table)
-        return text if role == "user" else _without_image_marks(text)
+        if role != "user":
+            for name in (IMAGE_PLACEHOLDER, image_mark):
+                text = text.replace(name, f"{name[0]}{_BREAK}{name[1:]}")
+        return text
 
     found: list[Message] = []
     for message in messages:
@@ -63,10 +69,6 @@ def protect(
         ]
         found.append({"role": role, "content": parts})
     return found
-
-
-def _without_image_marks(text: str) -> str:
-    return text.replace(IMAGE_PLACEHOLDER, f"<{_BREAK}{IMAGE_PLACEHOLDER[1:]}")
 
 
 def encode_marked(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -8,9 +8,10 @@ from typing import TypeAlias
 
 from tokenizers import Tokenizer
 
-from mobilevlm.conversation import read_text, render, user_message
+from mobilevlm.conversation import official_ids, read_text, render, user_message
 from mobilevlm.errors import PromptError
 from mobilevlm.image import ImageInput, RoomFor
+from mobilevlm.input_spec import FixedImage
 from mobilevlm.instruction import with_instruction
 from mobilevlm.messages import Message, check_images, read_messages
 from mobilevlm.preparation import fewest_pieces, prepare
@@ -74,6 +75,28 @@ class PromptReader:
         text, shown, _ = self._read(prompt, [b""] * images, raw, special_tokens)
         return self._tokenized(text, len(shown))
 
+    def official_ids(
+        self, prompt: str | Sequence[Message], images: int | Images, raw: bool, special_tokens: bool
+    ) -> list[int]:
+        """Return a prompt's ids as the official code has them.
+
+        Raises:
+            PromptError: they depend on the images, of which only the number is given.
+        """
+        given = [b""] * images if isinstance(images, int) else images
+        text, shown, _ = self._read(prompt, given, raw, special_tokens)
+        tokens, image = self._tokenized(text, len(shown)), self.spec.image
+        if image.layout.row_id is None:
+            return official_ids(tokens, image.layout)
+        fixed = isinstance(image.preparation, FixedImage)
+        if not fixed and any(isinstance(source, bytes) and not source for source in shown):
+            raise PromptError(
+                "the ids of this model depend on the size of each image: give the images, not "
+                "their number"
+            )
+        pieces = [fewest_pieces(image) if fixed else self.image(source).pieces for source in shown]
+        return official_ids(tokens, image.layout, pieces)
+
     def check_fits(self, tokens: Sequence[Token]) -> None:
         """Raise PromptError if the context has no room for a prompt; the message says how many
         images it has room for."""
@@ -98,8 +121,9 @@ class PromptReader:
             prompt = [user_message(prompt, len(images), special_tokens)]
         said = read_messages(prompt, images, special_tokens)
         self._check_length(said.characters)
-        messages = protect(said.messages, self.tokenizer, special_tokens)
-        return render(self.spec.conversation, messages), said.images, said.messages
+        conversation = self.spec.conversation
+        messages = protect(said.messages, self.tokenizer, special_tokens, conversation.image_mark)
+        return render(conversation, messages), said.images, said.messages
 
     def _check_length(self, characters: int) -> None:
         """Refuse text that cannot fit into the context, before anything is done with it."""

@@ -84,19 +84,10 @@ def test_projector_of_an_impossible_depth(depth: str, copy: Copy) -> None:
     message_of(copy.open, "checkpoint", "mm_projector")
 
 
-def test_transformers_repackaging_is_named(copy: Copy) -> None:
-    copy.config.write_text(
-        json.dumps(
-            {
-                "architectures": ["LlavaForConditionalGeneration"],
-                "model_type": "llava",
-                "text_config": {"model_type": "llama"},
-                "vision_config": {"model_type": "clip_vision_model"},
-                "projector_hidden_act": "gelu",
-            }
-        )
-    )
-    message_of(copy.open, "transformers", "original checkpoint")
+def test_a_family_of_the_hub_that_is_not_known_is_named(copy: Copy) -> None:
+    parts = {"text_config": {"model_type": "llama"}, "vision_config": {"model_type": "x"}}
+    copy.config.write_text(json.dumps({"model_type": "kosmos", **parts}))
+    message_of(copy.open, str(copy.config), "'kosmos'", "expected one of", "llava")
 
 
 def test_tiled_images_are_refused(copy: Copy) -> None:

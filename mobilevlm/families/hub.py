@@ -1,0 +1,236 @@
+"""Checkpoints in the layout of the Hugging Face hub: one config.json with a part for the tower and
+one for the language model, and the tokenizer's, template's and processor's files beside it.
+
+Tensors have had several names over the releases of transformers; all of them are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mobilevlm.adapters.merging import MergedFiles
+from mobilevlm.checkpoint import TensorFiles, read_json
+from mobilevlm.conversation import render, user_message
+from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.errors import CheckpointError, PromptError
+from mobilevlm.families.backbones import LLAMA, Backbone
+from mobilevlm.families.config import config_value, end_ids
+from mobilevlm.families.qwen_gemma import GEMMA3, QWEN2, QWEN3
+from mobilevlm.families.registry import Source
+from mobilevlm.spec import ConversationSpec
+from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
+
+_LLAMA: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+}
+"""Defaults of ``LlamaConfig``: published files leave them out."""
+_QWEN: dict[str, Any] = {
+    **_LLAMA,
+    "vocab_size": 151936,
+    "intermediate_size": 22016,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 32768,
+}
+"""Defaults of ``Qwen2Config`` and ``Qwen3Config``."""
+BACKBONES: dict[str, tuple[Backbone, dict[str, Any]]] = {
+    "llama": (LLAMA, _LLAMA),
+    "qwen2": (QWEN2, _QWEN),
+    "qwen3": (QWEN3, _QWEN),
+    "gemma3_text": (GEMMA3, {}),
+}
+"""Language models by ``model_type`` of ``text_config``, with the defaults of their keys."""
+_DECODERS = (
+    ("model.language_model", "lm_head"),
+    ("language_model.model", "language_model.lm_head"),
+    ("model.text_model", "lm_head"),
+    ("model.language_model.model", "model.language_model.lm_head"),
+    ("language_model", "lm_head"),
+    ("text_model", "lm_head"),
+)
+"""Names that a language model's tensors, and its head, have been under."""
+_TEMPLATES = ("chat_template.jinja", "chat_template.json")
+_PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_QUESTION = "What is it?"
+
+
+@dataclass(frozen=True)
+class HubCheckpoint:
+    """Settings and tensor names of a checkpoint in this layout."""
+
+    source: Source
+    files: TensorFiles | MergedFiles
+
+    @property
+    def path(self) -> Path:
+        """The file config.json."""
+        return self.source.folder / "config.json"
+
+    @cached_property
+    def text(self) -> dict[str, Any]:
+        """Configuration of the language model."""
+        return config_value(self.path, self.source.config, "text_config", dict)
+
+    @cached_property
+    def vision(self) -> dict[str, Any]:
+        """Configuration of the tower."""
+        return config_value(self.path, self.source.config, "vision_config", dict)
+
+    @cached_property
+    def processor_path(self) -> Path:
+        """The file with the settings of the image processor."""
+        folders = [self.source.folder_with(name) for name in _PROCESSORS]
+        places = [folder / name for folder, name in zip(folders, _PROCESSORS, strict=True)]
+        return next((place for place in places if place.is_file()), places[0])
+
+    @cached_property
+    def processor(self) -> dict[str, Any]:
+        """Settings of the image processor.
+
+        Raises:
+            CheckpointError: the checkpoint has none.
+        """
+        settings = read_json(self.processor_path, required_for="how images are prepared")
+        if self.processor_path.name == _PROCESSORS[0]:
+            return settings
+        return config_value(self.processor_path, settings, "image_processor", dict)
+
+    def image_token(self, *keys: str) -> tuple[int, str]:
+        """Return the id that stands for a visual token, which one of these keys of config.json
+        names, and its text.
+
+        Raises:
+            CheckpointError: no key, or the tokenizer lacks the token.
+        """
+        key = next((key for key in keys if self.source.config.get(key) is not None), keys[0])
+        index = config_value(self.path, self.source.config, key, int)
+        text = self.source.tokenizer.id_to_token(index)
+        if text is None:
+            raise CheckpointError(
+                f"{self.path}: {key!r} is {index}, which the tokenizer lacks: give the tokenizer's "
+                f"files of this checkpoint"
+            )
+        return index, text
+
+    def token_id(self, text: str) -> int:
+        """Return the id of a special token.
+
+        Raises:
+            CheckpointError: the tokenizer lacks it.
+        """
+        index = self.source.tokenizer.token_to_id(text)
+        if index is None:
+            raise CheckpointError(
+                f"{self.source.folder}: the tokenizer lacks {text!r}, which stands around images: "
+                f"give the tokenizer's files of this checkpoint"
+            )
+        return index
+
+    def prefix(self, candidates: Iterable[str], probe: str) -> str:
+        """Return the first of these beginnings with which the tensor ``probe`` is there; else the
+        very first, which a message about missing tensors then names."""
+        known = list(candidates)
+        return next((start for start in known if f"{start}{probe}" in self.files), known[0])
+
+    def decoder(self) -> tuple[DecoderSpec, Backbone]:
+        """Return the language model, and the names of its tensors. Whether the head is the
+        embedding table, ``text_config`` says before the rest, and where neither does the file.
+
+        Raises:
+            CheckpointError: it is of no known kind, or a value is missing or wrong.
+        """
+        kind = config_value(self.path, self.text, "model_type", str, "llama")
+        if kind not in BACKBONES:
+            raise CheckpointError(
+                f"{self.path}: 'text_config' has model_type {kind!r:.60}, expected one of "
+                f"{', '.join(BACKBONES)}"
+            )
+        backbone, defaults = BACKBONES[kind]
+        probe = f".{backbone.embed_tokens}.weight"
+        root, head = next(
+            (two for two in _DECODERS if f"{two[0]}{probe}" in self.files), _DECODERS[0]
+        )
+        heads = [
+            name for name in dict.fromkeys((head, "lm_head")) if f"{name}.weight" in self.files
+        ]
+        outer = ("vocab_size", "tie_word_embeddings")
+        given = {key: self.source.config[key] for key in outer if key in self.source.config}
+        given |= {key: value for key, value in self.text.items() if value is not None}
+        spec = backbone.read(self.path, {**defaults, "tie_word_embeddings": not heads, **given})
+        return spec, replace(backbone, root=root, lm_head=heads[0] if heads else head)
+
+    def conversation(self, image_mark: str) -> ConversationSpec:
+        """Return the conversation of the checkpoint's own chat template. ``image_mark``: what the
+        template writes for an image.
+
+        Raises:
+            CheckpointError: no template, one that fails or that drops the question or the image, or
+                the asked conversation is another.
+        """
+        source = self.source
+        if source.options.conversation is not None:
+            raise CheckpointError(
+                f"conversation {source.options.conversation!r}: this checkpoint brings a chat "
+                f"template of its own: leave it out"
+            )
+        place, template = self._template()
+        folder = source.folder_with("generation_config.json")
+        ids = end_ids(folder, {"eos_token_id": self.text.get("eos_token_id"), **source.config})
+        end = token_text(tokenizer_settings(source.folder).get("eos_token"))
+        index = None if end is None else source.tokenizer.token_to_id(end)
+        if index is not None and index not in ids:
+            ids = (*ids, index)
+        found = ConversationSpec(template, ids, (), "joined", image_mark, parts=True)
+        try:
+            text = render(found, [user_message(_QUESTION, 1)])
+        except PromptError as error:
+            raise CheckpointError(f"{place}: {error}") from None
+        if text.count(image_mark) != 1 or _QUESTION not in text:
+            raise CheckpointError(
+                f"{place}: the chat template writes {image_mark!r} {text.count(image_mark)} times "
+                f"for a question about one image, expected once beside the question"
+            )
+        return found
+
+    def _template(self) -> tuple[Path, str]:
+        """Return the chat template and the file that it is in."""
+        for name in (*_TEMPLATES, "processor_config.json", "tokenizer_config.json"):
+            place = self.source.folder_with(name) / name
+            if not place.is_file():
+                continue
+            if place.suffix == ".jinja":
+                return place, _read_text(place)
+            template = read_json(place).get("chat_template")
+            if isinstance(template, list):  # several, by name
+                named = {
+                    one.get("name"): one.get("template") for one in template if type(one) is dict
+                }
+                template = named.get("default")
+            if isinstance(template, str):
+                return place, template
+        raise CheckpointError(
+            f"{self.source.folder}: no chat template: expected {_TEMPLATES[0]}, {_TEMPLATES[1]} or "
+            f"'chat_template' in tokenizer_config.json"
+        )
+
+
+def open_hub(source: Source) -> HubCheckpoint:
+    """Open a checkpoint in this layout."""
+    return HubCheckpoint(source, source.weight_files())
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error!s:.200}") from None

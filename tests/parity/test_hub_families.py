@@ -1,0 +1,132 @@
+"""Families in the hub's layout against the arrays of the official classes: pixels, visual tokens,
+ids, logits and greedy answers, of the torch reference and of float32 bundles.
+
+Limits as in test_reference.py and test_runtime.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FLOAT32, HUB_FIXTURES, BundleOf, Fixture, fixture_named, relative_error
+from numpy.typing import NDArray
+
+import mobilevlm
+from mobilevlm.conversation import official_ids, render, tokenize, user_message
+from mobilevlm.image import normalize
+from mobilevlm.preparation import prepare
+from mobilevlm.prompt import Piece, Prepared, expand
+from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.runtime import VLM
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module", params=HUB_FIXTURES)
+def fixture(request: pytest.FixtureRequest) -> Fixture:
+    return fixture_named(request.param)
+
+
+@pytest.fixture(scope="module")
+def images(fixture: Fixture) -> list[Prepared]:
+    return [prepare(image, fixture.model.spec.image) for image in fixture.images]
+
+
+@pytest.fixture(scope="module")
+def reference(fixture: Fixture) -> ReferenceModel:
+    return load_reference(fixture.model)
+
+
+@pytest.fixture(scope="module")
+def exact(fixture: Fixture, bundle_of: BundleOf) -> Iterator[VLM]:
+    with mobilevlm.load(bundle_of(fixture.name, "fp32")) as vlm:
+        yield vlm
+
+
+def flat(array: NDArray[Any], axes: int) -> NDArray[Any]:
+    """An array whose first axes are one, so that ``axes`` remain."""
+    return array.reshape(-1, *array.shape[len(array.shape) - axes + 1 :])
+
+
+def pieces_of(fixture: Fixture, images: list[Prepared]) -> list[Piece]:
+    model = fixture.model
+    tokens = tokenize(model.tokenizer, fixture.templated_prompt, model.spec.conversation)
+    return expand(tokens, [image.pieces for image in images])
+
+
+def embed_prompt(
+    fixture: Fixture, reference: ReferenceModel, images: list[Prepared]
+) -> torch.Tensor:
+    rows = [reference.visual_tokens(**arrays) for image in images for arrays in image.arrays]
+    return reference.embed(pieces_of(fixture, images), rows)
+
+
+def test_pixel_values_equal_the_official_preprocessing(
+    fixture: Fixture, images: list[Prepared]
+) -> None:
+    preparation = fixture.model.spec.image.preparation
+    found = [normalize(item["pixels"], preparation) for image in images for item in image.arrays]
+    expected = flat(fixture.arrays["pixel_values"], 4)
+    assert np.abs(np.stack(found) - expected).max() <= 1e-6
+
+
+def test_prompt_text_and_ids_equal_the_official_ones(
+    fixture: Fixture, images: list[Prepared]
+) -> None:
+    model = fixture.model
+    text = render(model.spec.conversation, [user_message(fixture.prompt, len(images))])
+    assert text == fixture.templated_prompt
+    tokens = tokenize(model.tokenizer, text, model.spec.conversation)
+    found = official_ids(tokens, model.spec.image.layout, [image.pieces for image in images])
+    assert found == fixture.arrays["input_ids"][0].tolist()
+
+
+def test_reference_features_and_visual_tokens_are_the_official_ones(
+    fixture: Fixture, reference: ReferenceModel, images: list[Prepared]
+) -> None:
+    runs = [arrays for image in images for arrays in image.arrays]
+    features = np.concatenate([reference.features(arrays["pixels"]).numpy() for arrays in runs])
+    assert relative_error(features, flat(fixture.arrays["vision_features"], 2)) <= FLOAT32
+    tokens = np.concatenate([reference.visual_tokens(**arrays).numpy() for arrays in runs])
+    assert relative_error(tokens, flat(fixture.arrays["projector_output"], 2)) <= FLOAT32
+
+
+def test_reference_logits_and_greedy_answer_are_the_official_ones(
+    fixture: Fixture, reference: ReferenceModel, images: list[Prepared]
+) -> None:
+    embeds = embed_prompt(fixture, reference, images)
+    logits = reference.logits(embeds).numpy()
+    assert relative_error(logits, fixture.logits) <= FLOAT32
+    assert (logits.argmax(-1) == fixture.logits.argmax(-1)).all()
+    assert reference.greedy(embeds, 24) == fixture.generated_ids
+
+
+def test_fp32_features_and_visual_tokens_are_the_official_ones(
+    fixture: Fixture, exact: VLM
+) -> None:
+    features = np.concatenate([exact.image_features(image) for image in fixture.images])
+    assert relative_error(features, flat(fixture.arrays["vision_features"], 2)) <= 1e-4
+    tokens = np.concatenate([exact.encode_image(image) for image in fixture.images])
+    assert relative_error(tokens, flat(fixture.arrays["projector_output"], 2)) <= 1e-4
+
+
+def test_fp32_ids_logits_and_answer_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
+    ids = exact.prompt_ids(fixture.prompt, fixture.images)
+    assert ids == fixture.arrays["input_ids"][0].tolist()
+    assert exact.prompt_ids(fixture.templated_prompt, fixture.images, raw=True) == ids
+    found = exact.prompt_logits(fixture.prompt, fixture.images)
+    assert relative_error(found, fixture.logits) <= 1e-3
+    assert (found.argmax(-1) == fixture.logits.argmax(-1)).all()
+    answer = exact.generate(fixture.prompt, fixture.images, max_new_tokens=24, ignore_eos=True)
+    assert answer.token_ids == fixture.generated_ids
+    assert answer.text == fixture.text
+    assert answer.prompt_tokens == len(ids)
+    assert answer.visual_tokens == len(flat(fixture.arrays["projector_output"], 2))

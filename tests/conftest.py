@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +22,7 @@ import numpy as np
 import pure
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 
 import mobilevlm
 import mobilevlm.nano
@@ -29,6 +30,7 @@ from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.cli import main
 from mobilevlm.console import progress
 from mobilevlm.conversation import tokenize
+from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions
 from mobilevlm.preparation import fewest_pieces
@@ -143,7 +145,7 @@ class Fixture:
     def expected(self) -> dict[str, Any]:
         """Prompt, templated prompt, generated text …"""
         data: dict[str, Any] = json.loads((self.folder / "expected.json").read_text())
-        return data | data.get(self.suffix.lstrip("_"), {})
+        return {**data, **data.get(self.suffix.lstrip("_"), {})}
 
     @property
     def options(self) -> OpenOptions:
@@ -166,6 +168,13 @@ def prompt_pieces(model: Model, text: str) -> list[Piece]:
     """Prompt text, in its template, as ids and runs."""
     tokens = tokenize(model.tokenizer, text, model.spec.conversation)
     return expand(tokens, [fewest_pieces(model.spec.image)] * tokens.count(Mark()))
+
+
+def drawn_image(sample: Sample) -> Image.Image:
+    """Image of a sample whose scene was drawn, not read from a file."""
+    [image] = sample.images
+    assert isinstance(image, Image.Image)
+    return image
 
 
 def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
@@ -327,14 +336,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 
 
 
 def run_program(
-    *arguments: object, stdin: bytes = b"", **environment: str
+    *arguments: object, stdin: bytes = b"", environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs ``python -m mobilevlm`` as a person would."""
+    """Runs ``python -m mobilevlm`` as a person would, these variables set beside the own ones."""
     done = subprocess.run(
         [sys.executable, "-m", "mobilevlm", *map(str, arguments)],
         input=stdin,
         capture_output=True,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
         timeout=120,
     )
     return subprocess.CompletedProcess(

@@ -30,7 +30,7 @@ def device_python(folder: Path, without: Sequence[str] = ()) -> Path:
                 (there / path.name).symlink_to(path)
     python = folder / "bin" / "python"
     for name in ("mobilevlm", "onnx"):
-        command = [python, "-c", f"import {name}"]
+        command = [str(python), "-c", f"import {name}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
         assert f"No module named '{name}'" in done.stderr
     return python

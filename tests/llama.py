@@ -129,7 +129,7 @@ class Decoder:
         context = mtmd.mtmd_init_from_file(bytes(mmproj), self.model, params)
         assert context, f"llama.cpp does not load {mmproj.name}"
         height, width, _ = pixels.shape
-        data = (ctypes.c_uint8 * pixels.size).from_buffer_copy(np.ascontiguousarray(pixels))
+        data = (ctypes.c_uint8 * pixels.size).from_buffer_copy(pixels.tobytes())
         bitmap = mtmd.mtmd_bitmap_init(width, height, data)
         chunks = mtmd.mtmd_input_chunks_init()
         marker = mtmd.mtmd_default_marker()

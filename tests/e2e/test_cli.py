@@ -195,7 +195,7 @@ def test_chat_with_a_missing_picture_is_refused(bundle: Path) -> None:
 
 
 def test_inspect_shows_a_bundle(bundle: Path) -> None:
-    done = run_program("inspect", bundle, COLUMNS="200")
+    done = run_program("inspect", bundle, environment={"COLUMNS": "200"})
     assert done.returncode == 0 and done.stderr == ""
     for part in ("onnx/decoder_model_merged_q4.onnx", "recipe int4", "quality not measured",
                  "context_length 2048"):  # fmt: skip
@@ -206,7 +206,7 @@ def test_inspect_shows_a_bundle(bundle: Path) -> None:
 
 
 def test_inspect_shows_a_checkpoint(made: Path) -> None:
-    done = run_program("inspect", made / "checkpoint", COLUMNS="200")
+    done = run_program("inspect", made / "checkpoint", environment={"COLUMNS": "200"})
     assert done.returncode == 0 and done.stderr == ""
     assert "total" in done.stdout and "ldpv2" in done.stdout
     data = json.loads(run_program("inspect", made / "checkpoint", "--json").stdout)
@@ -341,7 +341,7 @@ def test_ctrl_c_during_an_answer_of_a_chat_goes_on_with_the_conversation(storyte
 
 def test_output_that_a_terminal_cannot_show_is_replaced(bundle: Path) -> None:
     arguments = ("run", bundle, "--prompt", "Tell me", "--max-new-tokens", 60)
-    plain = run_program(*arguments, PYTHONIOENCODING="ascii")
+    plain = run_program(*arguments, environment={"PYTHONIOENCODING": "ascii"})
     assert plain.returncode == 0 and "Traceback" not in plain.stderr
     whole = run_program(*arguments).stdout
     assert not whole.isascii()

@@ -72,7 +72,8 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bench(server: SshServer, *arguments: object) -> subprocess.CompletedProcess[str]:
-    return run_program("bench", *arguments, "--device", server.address, MOBILEVLM_SSH=server.client)
+    where = ("--device", server.address)
+    return run_program("bench", *arguments, *where, environment={"MOBILEVLM_SSH": server.client})
 
 
 def audited(*arguments: object, **environment: str) -> tuple[dict[str, Any], list[list[Any]]]:
@@ -184,7 +185,7 @@ def test_a_bench_over_adb_reaches_the_device_of_that_serial_number_only(
     ]  # fmt: skip
     assert (phone.home / "files of mine" / "runtime" / "mobilevlm").is_dir()
 
-    refused = run_program("bench", bundle, *OPTIONS, *where, "--device", "adb", **address)
+    refused = run_program("bench", bundle, *OPTIONS, *where, "--device", "adb", environment=address)
     assert refused.returncode == 2 and refused.stdout == ""
     assert "which one? Say adb:SERIAL: connected are emulator-5554" in refused.stderr
     assert phone.requests[4:] == ["host:devices"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from conftest import Fixture, refusal
+from conftest import Fixture, drawn_image, refusal
 
 from mobilevlm.bundle import open_bundle
 from mobilevlm.cli import main
@@ -32,7 +32,7 @@ def data(tmp_path: Path) -> Path:
     """Two drawn scenes: enough to fix ranges in a second."""
     lines = []
     for index, sample in enumerate(scene_samples(2)):
-        sample.images[0].save(tmp_path / f"{index}.png")  # type: ignore[union-attr, call-arg]
+        drawn_image(sample).save(tmp_path / f"{index}.png")
         lines.append(json.dumps({"image": f"{index}.png", "prompt": "What?", "answer": "This."}))
     path = tmp_path / "samples.jsonl"
     path.write_text("\n".join(lines))
@@ -50,7 +50,7 @@ def recipe(folder: Path, precision: str, limit: float, more: str = "") -> Path:
 def test_a_qdq16_bundle_passes_its_gate_runs_and_is_verified(
     checkpoint: str, mobilevlm_v2: Fixture, data: Path, tmp_path: Path, capsys: Capture
 ) -> None:
-    model, options = "nano", ()
+    model, options = "nano", tuple[str, ...]()
     if checkpoint != "nano":
         model, options = str(mobilevlm_v2.checkpoint), ("--vision-tower", str(mobilevlm_v2.tower))
     bundle = str(tmp_path / "bundle")

@@ -101,7 +101,7 @@ def test_the_files_are_measured_on_a_device(bundles: dict[str, Path], tmp_path: 
             "bench", tmp_path / "model" / "ggml.gguf", "--runs", "1", "--new-tokens", "3",
             "--mmproj", tmp_path / "encoder" / "ggml.gguf", "--device", "adb", "--format", "md",
             "--device-python", sys.executable, "--device-folder", tmp_path / "there",
-            ADB_SERVER_SOCKET=f"tcp:127.0.0.1:{phone.port}",
+            environment={"ADB_SERVER_SOCKET": f"tcp:127.0.0.1:{phone.port}"},
         )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "engine gguf" in done.stdout and "Measured on adb:R58: " in done.stdout

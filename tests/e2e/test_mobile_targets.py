@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 import pytest
-from conftest import refusal
+from conftest import drawn_image, refusal
 from PIL import Image
 
 import mobilevlm
@@ -107,7 +107,7 @@ def test_the_engine_ort_gives_the_same_answer(
     bundle: Bundle, tmp_path: Path, capsys: Capture
 ) -> None:
     picture = tmp_path / "scene.png"
-    scene_samples(1)[0].images[0].save(picture)  # type: ignore[union-attr, call-arg]
+    drawn_image(scene_samples(1)[0]).save(picture)
     answers = []
     for engine in (OWN_ENGINE[str(bundle.manifest.target)], "ort"):
         main(["run", str(bundle.folder), "--engine", engine, "--image", str(picture), "--prompt",

@@ -119,7 +119,7 @@ def test_packed_attention_is_what_the_mask_says(tokenizer: NanoTokenizer) -> Non
     """Its backward pass, too: what a GPU computes from the mask is what a processor computes."""
     torch.manual_seed(0)
     batch = make_batch(small("sft", 1), tokenizer, CONFIG.visual_tokens, 0, 0)
-    gradients = []
+    gradients: list[tuple[dict[str, Any], dict[str, torch.Tensor]]] = []
     for masks in (packing, lambda blocks, _: attention_mask(blocks)):
         model = Trainee(CONFIG).nano
         model.load_state_dict(gradients[0][0] if gradients else model.state_dict())

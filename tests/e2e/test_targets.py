@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from conftest import Fixture, refusal
+from conftest import Fixture, drawn_image, refusal
 
 from mobilevlm.bundle import open_bundle
 from mobilevlm.cli import main
@@ -25,7 +25,7 @@ def data(tmp_path: Path) -> Path:
     """Two drawn scenes: enough to fix ranges in a second."""
     lines = []
     for index, sample in enumerate(scene_samples(2)):
-        sample.images[0].save(tmp_path / f"{index}.png")  # type: ignore[union-attr, call-arg]
+        drawn_image(sample).save(tmp_path / f"{index}.png")
         lines.append(json.dumps({"image": f"{index}.png", "prompt": "What?", "answer": "This."}))
     path = tmp_path / "samples.jsonl"
     path.write_text("\n".join(lines))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import BundleOf, Fixture, refusal, run_program
+from conftest import BundleOf, Fixture, drawn_image, refusal, run_program
 
 import mobilevlm
 from mobilevlm.cli import main
@@ -47,7 +47,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     lines = [{"prompt": "What color is a ruby?"}]
     for index, sample in enumerate(held_out_samples("scenes")[:3]):
-        sample.images[0].save(folder / f"{index}.png")  # type: ignore[union-attr, call-arg]
+        drawn_image(sample).save(folder / f"{index}.png")
         lines.append({"image": f"{index}.png", "prompt": sample.prompt, "answer": sample.answer})
     path = folder / "samples.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)))

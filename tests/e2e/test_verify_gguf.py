@@ -9,6 +9,7 @@ from typing import Any
 import llama  # noqa: F401  (skips where llama.cpp is not wanted)
 import numpy as np
 import pytest
+from conftest import drawn_image
 
 import mobilevlm
 from mobilevlm.builtin import checkpoint_path
@@ -42,7 +43,7 @@ def test_each_engine_is_measured_by_the_artifacts_that_it_runs(
     engine: str, stages: set[str], bundle: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     (sample,) = held_out_samples("scenes")[:1]
-    sample.images[0].save(tmp_path / "scene.png")  # type: ignore[union-attr, call-arg]
+    drawn_image(sample).save(tmp_path / "scene.png")
     line = {"image": "scene.png", "prompt": sample.prompt, "answer": sample.answer}
     (tmp_path / "data.jsonl").write_text(json.dumps(line))
     data = str(tmp_path / "data.jsonl")

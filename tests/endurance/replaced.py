@@ -6,6 +6,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 
@@ -44,7 +45,7 @@ def run(folder: Path, exports: int, loads: int, one_step: bool = True) -> Figure
         from mobilevlm.export.workspace import workspace
 
         if not one_step:
-            workspace.exchange = lambda first, second: False
+            mock.patch.object(workspace, "exchange", return_value=False).start()
         count = 0
         while count < exports or not over.exists():
             _export(checkpoints[count % 2], target)

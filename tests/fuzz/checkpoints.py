@@ -190,8 +190,10 @@ def _place_archive(base: Path, random: random.Random, case: Case) -> None:
     elif kind == 2:
         path.write_bytes(pickle.dumps(random.choice(VALUES)))
     elif kind == 3:
-        value = random.choice(({}, [], {"x": 1}, {3: torch.zeros(2)}, torch.zeros(3), {"": {}}))
-        torch.save(value, path)
+        values: tuple[object, ...] = (
+            {}, [], {"x": 1}, {3: torch.zeros(2)}, torch.zeros(3), {"": {}},
+        )  # fmt: skip
+        torch.save(random.choice(values), path)
     else:
         path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
 

@@ -117,8 +117,8 @@ def _scalar(kind: int, value: Any) -> bytes:
         except OverflowError:
             return struct.pack(f"<{form}", math.inf)
     size = struct.calcsize(form)
-    number = int(value) if isinstance(value, int) or math.isfinite(value) else 0
-    return (number % 2 ** (8 * size)).to_bytes(size, "little")
+    number: int = int(value) if isinstance(value, int) or math.isfinite(value) else 0
+    return (number % (1 << 8 * size)).to_bytes(size, "little")
 
 
 # The well-formed files.

@@ -45,10 +45,16 @@ class Case:
 
 def prepare(folder: Path) -> None:
     """Export a bundle for processors, with a graph for prompts, and one for accelerators."""
-    place = {"vision_tower": CHECKPOINT / "vision_tower", "measure": False}
-    checkpoint = CHECKPOINT / "checkpoint"
-    mobilevlm.export(checkpoint, folder / "onnx", recipe="fast", **place)
-    mobilevlm.export(checkpoint, folder / "npu", target="ios-coreml", **place)
+    checkpoint, tower = CHECKPOINT / "checkpoint", CHECKPOINT / "vision_tower"
+    for name, recipe, target in (("onnx", "fast", None), ("npu", None, "ios-coreml")):
+        mobilevlm.export(
+            checkpoint,
+            folder / name,
+            vision_tower=tower,
+            recipe=recipe,
+            target=target,
+            measure=False,
+        )
     shutil.copyfile(CHECKPOINT / "image.png", folder / "image.png")
 
 

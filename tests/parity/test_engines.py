@@ -360,5 +360,5 @@ def test_llama_cpp_is_quiet_unless_its_log_is_asked_for(export_all: ExportAll) -
     )  # fmt: skip
     quiet = run_program(*arguments)
     assert quiet.returncode == 0 and quiet.stderr.count("\n") == 1, quiet.stderr
-    loud = run_program(*arguments, MOBILEVLM_LLAMA_LOG="1")
+    loud = run_program(*arguments, environment={"MOBILEVLM_LLAMA_LOG": "1"})
     assert loud.returncode == 0 and "llama" in loud.stderr and loud.stdout == quiet.stdout

@@ -19,6 +19,7 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import BundleError, ReplacedError
 from mobilevlm.plan import Plan
 from mobilevlm.runtime import open_model as opening
+from mobilevlm.runtime.engines.opening import open_engines
 
 IN_TURN = Plan("onnx", memory="in turn")
 
@@ -49,7 +50,7 @@ def replace(folder: Path, other: Path) -> None:
 def test_loading_begins_anew_when_the_bundle_is_replaced_meanwhile(
     moment: str, folder: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected, open_engines = open_bundle(other).digest, opening.open_engines
+    expected = open_bundle(other).digest
 
     def disturbed(*arguments: Any) -> Any:
         if other.exists() and moment == "before the engines":

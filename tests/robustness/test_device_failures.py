@@ -268,7 +268,10 @@ def test_a_cable_that_is_pulled_while_files_are_copied(
     phone.cut_after = 200_000
     address = f"tcp:127.0.0.1:{phone.port}"
     where = ("--device-python", python, "--device-folder", tmp_path / "there")
-    done = run_program("bench", bundle, *where, "--device", "adb:R58", ADB_SERVER_SOCKET=address)
+    done = run_program(
+        "bench", bundle, *where, "--device", "adb:R58",
+        environment={"ADB_SERVER_SOCKET": address},
+    )  # fmt: skip
     assert done.returncode == 2 and done.stdout == ""
     line = done.stderr.splitlines()[-1]
     assert "the connection ended: the device went away: check the cable" in line

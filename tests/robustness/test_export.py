@@ -377,7 +377,7 @@ def without_torch(tmp_path: Path) -> dict[str, str]:
 
 
 def test_verify_without_torch_says_what_to_install(without_torch: dict[str, str]) -> None:
-    done = run_program("verify", "nano", "nano", **without_torch)
+    done = run_program("verify", "nano", "nano", environment=without_torch)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.count("\n") == 1 and "pip install 'mobilevlm-edge[reference]'" in done.stderr
 
@@ -389,7 +389,7 @@ def test_a_safetensors_checkpoint_exports_without_torch(
     for name, environment in (("without", without_torch), ("with", {})):
         done = run_program(
             "export", llava_v1.checkpoint, "-o", tmp_path / name,
-            "--vision-tower", llava_v1.tower, **environment,
+            "--vision-tower", llava_v1.tower, environment=environment,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         said[name] = done.stderr
@@ -406,7 +406,7 @@ def test_a_pickled_checkpoint_says_that_it_needs_torch(
 ) -> None:
     done = run_program(
         "export", mobilevlm_v2.checkpoint, "-o", tmp_path / "bundle",
-        "--vision-tower", mobilevlm_v2.tower, **without_torch,
+        "--vision-tower", mobilevlm_v2.tower, environment=without_torch,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "needs the package 'torch': pip install 'mobilevlm-edge[reference]'" in done.stderr
@@ -486,8 +486,8 @@ def test_pictures_of_any_size_are_answered(
 
 
 def test_bytes_in_the_prompt_that_are_no_text_are_named(bundle: Path) -> None:
-    command = [sys.executable, "-m", "mobilevlm", "run", str(bundle), "--prompt", b"a\xff"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-m", "mobilevlm", "run", str(bundle), "--prompt"]
+    done = subprocess.run([*command, b"a\xff"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("mobilevlm: error: the prompt holds '\\udcff' at character ")
     assert done.stderr.count("\n") == 1

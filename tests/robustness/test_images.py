@@ -136,20 +136,24 @@ def test_a_decoder_that_raises_anything_is_one_line(monkeypatch: pytest.MonkeyPa
 # EXIF
 
 
-def odd_exif(order: str, tag: int, form: int, count: int, value: bytes, orientation: int) -> bytes:
+OddTag = tuple[int, int, int, bytes]
+"""Tag, form, count and value of an entry."""
+
+
+def odd_exif(order: str, odd: OddTag, orientation: int) -> bytes:
     """EXIF with an orientation and one more tag."""
 
     def number(value: int, size: int) -> bytes:
         return value.to_bytes(size, "little" if order == "II" else "big")
 
     short = number(orientation, 2) + b"\0\0"
-    entries = [(0x0112, 3, 1, short), (tag, form, count, value)]
+    entries = [(0x0112, 3, 1, short), odd]
     body = b"".join(number(a, 2) + number(b, 2) + number(c, 4) + d for a, b, c, d in entries)
     head = order.encode() + number(42, 2) + number(8, 4)
     return b"Exif\0\0" + head + number(2, 2) + body + number(0, 4) + b"\0" * 64
 
 
-ODD = [
+ODD: list[OddTag] = [
     (0x0128, 2, 4, b"abc\0"), (0x011A, 7, 4, b"\1\2\3\4"), (0x0131, 3, 2, b"\1\0\2\0"),
     (0x8769, 2, 4, b"xyz\0"), (0x8825, 4, 1, b"\xff\xff\xff\xff"), (0x0132, 12, 1, b"\0\0\0\0"),
     (0x927C, 99, 9, b"\0\0\0\0"), (0x0100, 5, 2**31, b"\0\0\0\0"),
@@ -158,10 +162,10 @@ ODD = [
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: f"{odd[0]:#x}-{odd[1]}-{odd[2]}")
-def test_orientation_is_heeded_beside_an_odd_tag(odd: Any, kind: str) -> None:
+def test_orientation_is_heeded_beside_an_odd_tag(odd: OddTag, kind: str) -> None:
     options = {"lossless": True} if kind == "WEBP" else {}
     for order in ("II", "MM"):
-        exif = odd_exif(order, *odd, orientation=6)
+        exif = odd_exif(order, odd, orientation=6)
         image = noise()
         plain = np.asarray(open_image(encoded(image, kind, **options)))
         if kind == "TIFF":
@@ -339,8 +343,8 @@ def test_an_image_takes_no_more_than_its_room(
     elif name == "deep.tif":
         Image.fromarray(np.full(size[::-1], 7000, np.uint16)).save(path)
     else:
-        options = {"webp": {"method": 0}, "avif": {"speed": 10}}.get(kind, {})
-        Image.new("RGB", size, "red").save(path, **options)
+        options: dict[str, dict[str, Any]] = {"webp": {"method": 0}, "avif": {"speed": 10}}
+        Image.new("RGB", size, "red").save(path, **options.get(kind, {}))
     command = [sys.executable, "-c", MEASURE, str(path), aspect, str(small), str(room)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr

@@ -32,6 +32,8 @@ QUESTION = ("--prompt", "Who?", "--max-new-tokens", "2", "--image", CHECKPOINT /
 MUTATIONS = 150
 
 Capture = pytest.CaptureFixture[str]
+Damage = Callable[[Path], object]
+"""Changes a file."""
 
 
 @pytest.fixture(scope="module")
@@ -57,11 +59,12 @@ def bundle(exported: Path, tmp_path: Path) -> Path:
 
 def gguf_file(bundle: Path, stage: str) -> Path:
     artifacts = json.loads((bundle / MANIFEST).read_text())["artifacts"]
-    return next(
+    [path] = [
         bundle / artifact["path"]
         for artifact in artifacts
         if (artifact["stage"], artifact["format"]) == (stage, "gguf")
-    )
+    ]
+    return Path(path)
 
 
 def sign(bundle: Path) -> None:
@@ -81,11 +84,11 @@ def refused(bundle: Path, *options: object) -> str:
     return done.stderr
 
 
-def cut(share: float) -> Callable[[Path], None]:
+def cut(share: float) -> Damage:
     return lambda path: path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
-def write(offset: int, value: bytes) -> Callable[[Path], None]:
+def write(offset: int, value: bytes) -> Damage:
     def change(path: Path) -> None:
         with path.open("r+b") as file:
             file.seek(offset)
@@ -94,7 +97,7 @@ def write(offset: int, value: bytes) -> Callable[[Path], None]:
     return change
 
 
-def rename(old: bytes, new: bytes) -> Callable[[Path], None]:
+def rename(old: bytes, new: bytes) -> Damage:
     """Another name of the same length in the header."""
     assert len(old) == len(new)
 
@@ -106,7 +109,7 @@ def rename(old: bytes, new: bytes) -> Callable[[Path], None]:
     return change
 
 
-DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+DAMAGES: dict[str, tuple[Damage, str]] = {
     "empty": (cut(0), "cannot be read"),
     "header cut": (lambda path: path.write_bytes(path.read_bytes()[:100]), "ends inside its head"),
     "data cut": (cut(0.7), "the file has"),

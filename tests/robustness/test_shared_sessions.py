@@ -212,7 +212,7 @@ def test_what_a_broken_run_wrote_is_used_by_nobody(
     reuse: bool, case: Case, vlm: VLM, expected: dict[str, list[int]]
 ) -> None:
     breaking = Breaking(vlm._decoder)
-    vlm._decoder = breaking  # type: ignore[assignment]
+    vlm._decoder = breaking
     session = vlm.new_session() if reuse else None
     for calls in range(6):
         for question in QUESTIONS[::2]:
@@ -226,7 +226,7 @@ def test_what_a_broken_run_wrote_is_used_by_nobody(
 
 def test_a_sequence_that_broke_off_does_not_go_on(case: Case, vlm: VLM) -> None:
     breaking = Breaking(vlm._decoder)
-    vlm._decoder = breaking  # type: ignore[assignment]
+    vlm._decoder = breaking
     session = vlm.new_session()
     session.fill(vlm._prepare(QUESTIONS[0], [case.fixture.image], False), Fill())
     breaking.good_calls = 0
@@ -243,7 +243,7 @@ def test_a_model_may_be_closed_while_another_thread_reads_a_stream(
     case: Case, open_model: Callable[[], VLM], expected: dict[str, list[int]]
 ) -> None:
     for pieces in (1, 2, 4):
-        vlm, begun, ended = open_model(), threading.Semaphore(0), []
+        vlm, begun, ended = open_model(), threading.Semaphore(0), list[str]()
 
         def read(vlm: VLM, begun: threading.Semaphore, ended: list[str]) -> None:
             session = vlm.new_session()

@@ -9,6 +9,8 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
+from os import PathLike
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,6 @@ from conftest import BundleOf, fixture_named, refusal, run_program
 
 import mobilevlm
 from mobilevlm.runtime.machine import installed_extras
-from mobilevlm.runtime.tuning import plan_file
 
 FIXTURE = fixture_named("llava_v1")
 QUESTION = ("--prompt", "Who?", "--max-new-tokens", "2")
@@ -39,11 +40,12 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def program(*arguments: object, shell: str = "") -> subprocess.CompletedProcess[str]:
+def program(
+    *arguments: str | bytes | PathLike[str], shell: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run the program, by a shell where ``shell`` says what goes behind its arguments."""
     command: list[str | bytes] = [sys.executable, "-m", "mobilevlm"]
-    command += [argument if isinstance(argument, str) else os.fsencode(argument)  # type: ignore[arg-type]
-                for argument in arguments]  # fmt: skip
+    command += [part if isinstance(part, str) else os.fsencode(part) for part in arguments]
     if shell:
         line = f"{shlex.join(os.fsdecode(part) for part in command)} {shell}"
         command = ["bash", "-c", os.fsencode(line)]
@@ -154,11 +156,14 @@ def test_a_reader_that_goes_away_is_no_error(verb: str, pipe: str, bundle: Path)
 def test_text_in_utf8_is_read_where_the_locale_is_another(bundle: Path) -> None:
     plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     asked = ("--prompt", "Größe?", "--stop", "日", "--max-new-tokens", "2")
-    usual, found = (run_program("run", bundle, *asked, **names) for names in ({}, plain))
+    usual, found = (run_program("run", bundle, *asked, environment=names) for names in ({}, plain))
     assert (found.returncode, found.stdout) == (0, usual.stdout.encode("ascii", "replace").decode())
-    talk = run_program("chat", bundle, "--max-new-tokens", 2, stdin="Größe?\n".encode(), **plain)
+    talk = run_program(
+        "chat", bundle, "--max-new-tokens", 2, stdin="Größe?\n".encode(), environment=plain
+    )
     assert talk.returncode == 0 and "error" not in talk.stderr
-    assert "UTF-8" in run_program("run", bundle, "--prompt", os.fsdecode(b"\xff"), **plain).stderr
+    odd = ("--prompt", os.fsdecode(b"\xff"))
+    assert "UTF-8" in run_program("run", bundle, *odd, environment=plain).stderr
 
 
 # Folders
@@ -170,7 +175,7 @@ def test_tune_says_that_a_bundle_is_read_only_before_it_measures(
     def refuse(**_: object) -> None:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr(plan_file.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
     monkeypatch.setattr(
         "mobilevlm.runtime.tuning.tune.tune", lambda *_, **__: pytest.fail("measures")
     )

@@ -39,7 +39,8 @@ def refused(folder: Path) -> str:
     return str(caught.value)
 
 
-TRUNCATION = {"direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0}
+LONGEST = 4
+TRUNCATION = {"direction": "Right", "max_length": LONGEST, "strategy": "LongestFirst", "stride": 0}
 PADDING = {
     "strategy": {"Fixed": 2**40},
     "direction": "Left",
@@ -68,7 +69,7 @@ def test_a_checkpoint_with_truncation_and_padding_has_the_official_ids(tmp_path:
     text = fixture.prompt
     found = tokenize(read_tokenizer(tmp_path / "c", ready=True), text)
     assert found == tokenize(read_tokenizer(fixture.checkpoint, ready=True), text)
-    assert len(found) > TRUNCATION["max_length"]  # type: ignore[operator]
+    assert len(found) > LONGEST
 
 
 GROWING: list[Any] = [
@@ -122,8 +123,8 @@ def test_what_makes_the_library_panic_is_one_line(part: str, state: Any, tmp_pat
     assert "tokenizer.json" in refused(changed(tmp_path, **{part: state}))
 
 
-BPE = {"type": "BPE", "vocab": {"a": 0, "b": 1, "é": 2, "ab": 3, "aé": 4},
-       "merges": [["a", "b"], ["a", "é"]]}  # fmt: skip
+BPE: dict[str, Any] = {"type": "BPE", "vocab": {"a": 0, "b": 1, "é": 2, "ab": 3, "aé": 4},
+                       "merges": [["a", "b"], ["a", "é"]]}  # fmt: skip
 WORD_PIECE = {"type": "WordPiece", "unk_token": "a", "continuing_subword_prefix": "##",
               "max_input_chars_per_word": 100, "vocab": {"a": 0, "##b": 1}}  # fmt: skip
 UNIGRAM = {"type": "Unigram", "unk_id": 0, "byte_fallback": False}
@@ -132,7 +133,7 @@ UNIGRAM = {"type": "Unigram", "unk_id": 0, "byte_fallback": False}
 @pytest.mark.parametrize("prefix", ["#", "\0", "##", "é"])
 def test_merges_that_continue_a_word_by_a_prefix_are_refused(prefix: str, tmp_path: Path) -> None:
     """The library cuts the prefix's bytes off the merge's second half and aborts the process."""
-    parts = {"added_tokens": [], "post_processor": None}
+    parts: dict[str, Any] = {"added_tokens": [], "post_processor": None}
     model = {**BPE, "continuing_subword_prefix": prefix}
     assert "continuing_subword_prefix" in refused(changed(tmp_path, model=model, **parts))
     path = tmp_path / "tokenizer.json"
@@ -147,14 +148,14 @@ def test_merges_that_continue_a_word_by_a_prefix_are_refused(prefix: str, tmp_pa
 @pytest.mark.parametrize("prefix", ["", None])
 def test_merges_without_a_prefix_are_read(prefix: str | None, tmp_path: Path) -> None:
     model = {**BPE, "continuing_subword_prefix": prefix}
-    parts = {"added_tokens": [], "post_processor": None, "normalizer": None}
+    parts: dict[str, Any] = {"added_tokens": [], "post_processor": None, "normalizer": None}
     assert tokenize(read_tokenizer(changed(tmp_path, model=model, **parts)), "abaé") == [3, 4]
 
 
 def test_word_pieces_with_a_prefix_are_read(tmp_path: Path) -> None:
     vocabulary = {"a": 0, "##b": 1, "merges": 2, "continuing_subword_prefix": 3}
     model = {**WORD_PIECE, "vocab": vocabulary}
-    parts = {"added_tokens": [], "post_processor": None, "normalizer": None}
+    parts: dict[str, Any] = {"added_tokens": [], "post_processor": None, "normalizer": None}
     assert tokenize(read_tokenizer(changed(tmp_path, model=model, **parts)), "ab") == [0, 1]
 
 
@@ -200,7 +201,7 @@ def test_a_model_that_splits_long_words_for_minutes_is_refused(
     ids=["words", "pieces"],
 )
 def test_the_longest_words_that_are_split_take_seconds(model: Any, tmp_path: Path) -> None:
-    parts = {"added_tokens": [], "post_processor": None, "normalizer": None}
+    parts: dict[str, Any] = {"added_tokens": [], "post_processor": None, "normalizer": None}
     pre_tokenizer = {"type": "WhitespaceSplit"}
     folder = changed(tmp_path, model=model, pre_tokenizer=pre_tokenizer, **parts)
     start = time.process_time()
@@ -209,8 +210,13 @@ def test_the_longest_words_that_are_split_take_seconds(model: Any, tmp_path: Pat
 
 
 def test_an_empty_token_of_an_answer_is_no_text(tmp_path: Path) -> None:
-    model = {**BPE, "vocab": {**BPE["vocab"], "": 5}}  # type: ignore[dict-item]
-    parts = {"added_tokens": [], "post_processor": None, "normalizer": None, "decoder": None}
+    model = {**BPE, "vocab": {**BPE["vocab"], "": 5}}
+    parts: dict[str, Any] = {
+        "added_tokens": [],
+        "post_processor": None,
+        "normalizer": None,
+        "decoder": None,
+    }
     answer = Detokenizer(read_tokenizer(changed(tmp_path, model=model, **parts)))
     assert [answer.add(token) for token in (0, 5, 1)] == ["a", "", "b"]
 

@@ -18,6 +18,7 @@ from mobilevlm.bundle import open_bundle, read_manifest
 from mobilevlm.errors import BundleError
 from mobilevlm.export import pipeline
 from mobilevlm.export.workspace import work_folder, workspace
+from mobilevlm.export.workspace.exchange import exchange
 from mobilevlm.export.workspace.workspace import open_workspace
 from mobilevlm.runtime.tuning.plan_file import PLAN
 from mobilevlm.synth.checkpoints import write_checkpoint
@@ -217,7 +218,7 @@ def test_a_file_that_appears_during_the_export_is_not_lost(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Before the last check, or between that and the exchange."""
-    before, exchange = tree_of(target), workspace.exchange
+    before = tree_of(target)
 
     def late(first: Path, second: Path) -> bool:
         if not (target / "late.txt").exists():
@@ -333,10 +334,8 @@ def test_weights_of_another_recipe_are_not_adopted(
 def test_a_file_that_changes_between_its_record_and_the_manifest_is_not_signed(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keep_only = pipeline.keep_only
-
     def flip(work: workspace.Workspace, names: list[str]) -> None:
-        keep_only(work, names)
+        workspace.keep_only(work, names)
         with work.path("onnx/embed_tokens_fp16.onnx_data").open("r+b") as file:
             file.write(b"\x77")
 

@@ -305,10 +305,10 @@ def _samples(entry: Entry) -> Samples:
     """As they are measured: what :func:`_entry` made an entry of."""
     rows = {key: list(values) for key, values in entry.rows.items() if key != "size"}
     prefill, decode = (
-        {int(length): list(values) for length, values in curve.items()}
+        defaultdict(list, {int(length): list(values) for length, values in curve.items()})
         for curve in (entry.prefill, entry.decode)
     )
-    return Samples(*(defaultdict(list, d) for d in (rows, prefill, decode)), list(entry.notes))
+    return Samples(defaultdict(list, rows), prefill, decode, list(entry.notes))
 
 
 def _fixed(samples: Mapping[Any, list[float]]) -> dict[str, tuple[float, ...]]:

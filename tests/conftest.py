@@ -23,6 +23,7 @@ import pure
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
+from tokenizers import Tokenizer
 
 import mobilevlm
 import mobilevlm.nano
@@ -130,9 +131,10 @@ class Fixture:
         return ids
 
     @property
-    def chosen_experts(self) -> NDArray[Any] | None:
-        """``(layers, length, top_k)``, best first; none of a dense decoder."""
-        return self.arrays.get("topk_experts_nodrop", self.arrays.get("topk_experts"))
+    def chosen_experts(self) -> NDArray[Any]:
+        """``(layers, length, top_k)`` of a sparse decoder, best first."""
+        nodrop = "topk_experts_nodrop"
+        return self.arrays[nodrop if nodrop in self.arrays else "topk_experts"]
 
     @property
     def text(self) -> str:
@@ -162,6 +164,13 @@ def fixture_named(name: str) -> Fixture:
     if name == "vila_v15":
         return Fixture(name, DATA / "vila", "vila1.5", "_v15")
     return Fixture(name, DATA / name)
+
+
+def token_id(tokenizer: Tokenizer, token: str) -> int:
+    """Id of a token that the vocabulary must have."""
+    found = tokenizer.token_to_id(token)
+    assert found is not None, token
+    return found
 
 
 def prompt_pieces(model: Model, text: str) -> list[Piece]:

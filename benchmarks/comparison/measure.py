@@ -8,7 +8,7 @@ import mmap
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -73,7 +73,7 @@ def measure(
     schedule: Schedule,
     samples: Mapping[str, Samples],
     done: Rounds,
-) -> Iterator[Rounds]:
+) -> Generator[Rounds, None, None]:
     """The rounds that are not ``done``, into ``samples`` by candidate; after each of them yields
     how many are. A candidate that fails keeps what it gave until then, with a note."""
     steps = len(candidates) * sum(asdict(schedule.planned).values())

@@ -52,12 +52,13 @@ def pooled(i: Inputs) -> Tensor:
 
 def sliced(i: Inputs) -> Tensor:
     whole = i.get("end_mask", np.zeros(len(i["begin"]), bool))
-    return i["x"][
+    found: Tensor = i["x"][
         tuple(
             slice(begin, None if to_end else end)
             for begin, end, to_end in zip(sizes(i["begin"]), sizes(i["end"]), whole, strict=True)
         )
     ]
+    return found
 
 
 def multiplied(i: Inputs) -> Tensor:
@@ -65,7 +66,7 @@ def multiplied(i: Inputs) -> Tensor:
         i[name].transpose(-1, -2) if bool(i.get(f"transpose_{name}", False)) else i[name]
         for name in "xy"
     )
-    return x @ y
+    return torch.matmul(x, y)
 
 
 def normed(i: Inputs) -> Tensor:

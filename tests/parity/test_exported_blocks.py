@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,7 +65,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     def read_blocks(source: Source) -> tuple[ModelSpec, Weights]:
         spec, weights = read_mobilevlm(source)
         layers = tuple(range(spec.decoder.num_hidden_layers - 1))
-        blocks = {**GEMMA, "sliding_window": 20, "sliding_layers": layers, "rope_scaling": 8.0}
+        sliding = {"sliding_window": 20, "sliding_layers": layers, "rope_scaling": 8.0}
+        blocks: dict[str, Any] = {**GEMMA, **sliding}
         spec = replace(spec, decoder=replace(spec.decoder, **blocks, sliding_rope_theta=100.0))
         shapes = {
             name: shape
@@ -84,8 +86,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
 
 
 def exported(model: Model, folder: Path, recipe: str) -> Path:
-    options = {"vision_tower": FIXTURE.tower, "measure": False}
-    mobilevlm.export(model.folder, folder / "bundle", recipe=recipe, **options)
+    mobilevlm.export(
+        model.folder, folder / "bundle", recipe=recipe, vision_tower=FIXTURE.tower, measure=False
+    )
     return folder / "bundle"
 
 
@@ -132,8 +135,14 @@ def test_a_scaled_bundle_has_the_logits_of_its_stored_weights(
 def test_graphs_of_fixed_shapes_are_exported_and_run(model: Model, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(FIXED)
-    options = {"vision_tower": FIXTURE.tower, "measure": False, "formats": ("npu",)}
-    mobilevlm.export(model.folder, tmp_path / "bundle", recipe=str(recipe), **options)
+    mobilevlm.export(
+        model.folder,
+        tmp_path / "bundle",
+        recipe=str(recipe),
+        vision_tower=FIXTURE.tower,
+        formats=("npu",),
+        measure=False,
+    )
     with mobilevlm.load(tmp_path / "bundle", engine="npu") as vlm:
         found = vlm.prompt_logits(QUESTION, [FIXTURE.image])[-16:]
         expected = reference_logits(model, vlm)[-16:]

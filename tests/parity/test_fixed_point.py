@@ -20,6 +20,7 @@ from mobilevlm.checkpoint import TensorRef
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.fixed_shapes.vision import author_qdq
+from mobilevlm.export.formats import Written
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
@@ -36,9 +37,7 @@ def recipe(precision: str, calibrator: str = "minmax") -> Recipe:
     return replace(RECIPES["fp32"], tower=layers, projector=layers)
 
 
-def author(
-    model: Model, image: Path | Image.Image, settings: Recipe, path: Path
-) -> dict[str, float]:
+def author(model: Model, image: Path | Image.Image, settings: Recipe, path: Path) -> Written:
     samples = [Sample("", "", (image,))]
     return author_qdq(samples, model.weights, model.spec, settings, path)
 

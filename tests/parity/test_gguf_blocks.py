@@ -110,7 +110,7 @@ STOCK = {
     ),
 }
 
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "biases and query and key norms": {"qkv_bias": True, "qk_norm": True, "o_bias": True},
     "wide heads with biases": {"qkv_bias": True, "head_dim": 32, "num_key_value_heads": 2},
     "sliding layers": {"sliding_window": 4, "sliding_layers": (0, 2)},

@@ -11,7 +11,7 @@ from typing import Any
 
 import llama
 import pytest
-from conftest import fixture_named, memory_weights
+from conftest import fixture_named, memory_weights, token_id
 from strings import seeded_strings
 from tokenizers import Tokenizer
 
@@ -44,7 +44,7 @@ def model_with(tokenizer: Tokenizer, folder: Path) -> Model:
     size = tokenizer.get_vocab_size() + 3
     decoder = dataclasses.replace(model.spec.decoder, vocab_size=size, qkv_bias=True)
     shapes = {part: entry.shape for entry in decoder_entries(decoder) for part in entry.parts}
-    ends = (tokenizer.token_to_id("<|endoftext|>"), 7)
+    ends = (token_id(tokenizer, "<|endoftext|>"), 7)
     conversation = dataclasses.replace(model.spec.conversation, eos_token_ids=ends)
     spec = dataclasses.replace(model.spec, decoder=decoder, conversation=conversation)
     weights = memory_weights(shapes, folder)

@@ -33,7 +33,7 @@ from mobilevlm.export.graph.dialects import CENTRED, ELEMENTARY, STANDARD, Diale
 from mobilevlm.export.quantize.gptq import no_hessian
 from mobilevlm.export.recipes.layer_formats import restored
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
+from mobilevlm.input_spec import ConnectorSpec, FixedImage, TransformerEncoder
 from mobilevlm.model import Model
 from mobilevlm.preparation import prepare
 from mobilevlm.recipe import LinearFormat, Recipe
@@ -350,7 +350,7 @@ def test_authoring_twice_gives_the_same_bytes(mobilevlm_v2: Fixture, tmp_path: P
 
 # Variants that no fixture has, with random weights against the torch reference.
 
-IMAGE = fixture_named("mobilevlm_v2").model.spec.image.square
+IMAGE = fixture_named("mobilevlm_v2").model.spec.image.preparation
 
 
 def vision_spec(
@@ -361,6 +361,7 @@ def vision_spec(
     vision = TransformerEncoder(32, 64, 2, 4, size, 14, "gelu", 1e-5)
     projector = ConnectorSpec(kind, 32, 48, depth, patches, out_grid, **connector)  # type: ignore[arg-type]
     spec = fixture_named("mobilevlm_v2").model.spec
+    assert isinstance(IMAGE, FixedImage)
     image = replace(IMAGE, size=size, shortest_edge=size)
     decoder = replace(spec.decoder, hidden_size=48, head_dim=12)
     spec = with_image(spec, encoder=vision, connector=projector, preparation=image)

@@ -89,7 +89,7 @@ def test_logits_lie_close_to_those_of_float_keys_and_values(
     [picture] = held_out_samples("scenes")[0].images
     found = []
     for kind in ("fp32", "int8"):
-        bundle = bundle_of(checkpoint, "fp32", kv_cache=kind)  # type: ignore[arg-type]
+        bundle = bundle_of(checkpoint, "fp32", kv_cache=kind)
         with mobilevlm.load(bundle) as vlm:
             found.append(vlm.prompt_logits("What is in the picture?", [picture]))
     error = relative_error(found[1], found[0])
@@ -97,10 +97,7 @@ def test_logits_lie_close_to_those_of_float_keys_and_values(
 
 
 def test_a_fourth_of_the_memory_and_of_the_stored_system_prompt(bundle_of: BundleOf) -> None:
-    bundles = [
-        open_bundle(bundle_of("tiny", "fast", kv_cache=kind))  # type: ignore[arg-type]
-        for kind in ("fp32", "int8")
-    ]
+    bundles = [open_bundle(bundle_of("tiny", "fast", kv_cache=kind)) for kind in ("fp32", "int8")]
     sizes = [bundle.manifest.files[PATH].size for bundle in bundles]
     assert sizes[0] == 4 * sizes[1]
     states = [estimate(bundle.manifest, Plan("onnx")).states for bundle in bundles]
@@ -114,8 +111,7 @@ def test_an_interrupted_export_goes_on_with_the_scales_of_the_graph_that_is_read
     bundle_of: BundleOf, tmp_path: Path
 ) -> None:
     whole, plain = (
-        open_bundle(bundle_of("tiny", "fast", kv_cache=kind))  # type: ignore[arg-type]
-        for kind in ("int8", "fp32")
+        open_bundle(bundle_of("tiny", "fast", kv_cache=kind)) for kind in ("int8", "fp32")
     )
     folder = tmp_path / "bundle"
     shutil.copytree(whole.folder, folder)

@@ -122,7 +122,8 @@ def test_fixed_point_graphs_stay_near_the_official_logits(
 def row_errors(found: NDArray[np.float32], expected: NDArray[np.float32]) -> NDArray[np.float32]:
     """Relative error of each row."""
     errors: NDArray[np.float32] = np.linalg.norm(found - expected, axis=1)
-    return errors / np.linalg.norm(expected, axis=1)
+    norms: NDArray[np.float32] = np.linalg.norm(expected, axis=1)
+    return errors / norms
 
 
 def test_fixed_point_graphs_are_standard_static_and_share_their_weights(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from mobilevlm.export.calibration import activations
 from mobilevlm.export.calibration.activations import Block, watch_decoder, watch_vision
 from mobilevlm.export.calibration.samples import Sample, find_samples, sample_pieces, scene_samples
 from mobilevlm.preparation import prepare
-from mobilevlm.reference import load_reference
+from mobilevlm.reference import ReferenceModel, load_reference
 
 
 def everything(name: str) -> bool:
@@ -88,13 +89,13 @@ def test_only_wanted_layers_are_watched_and_no_hessian_is_kept(
 def test_weights_of_a_layer_are_gone_when_the_next_is_at_work(
     mobilevlm_v2: Fixture, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    references = []
-    load = activations.load_reference
-    monkeypatch.setattr(
-        activations,
-        "load_reference",
-        lambda *given, **named: references.append(load(*given, **named)) or references[-1],
-    )
+    references: list[ReferenceModel] = []
+
+    def load(*given: Any, **named: Any) -> ReferenceModel:
+        references.append(load_reference(*given, **named))
+        return references[-1]
+
+    monkeypatch.setattr(activations, "load_reference", load)
     blocks: Iterator[Block] = watch_decoder(mobilevlm_v2.model, samples, everything, False)
     for _ in blocks:
         loaded = [name for name, value in references[0].named_parameters() if not value.is_meta]

@@ -13,6 +13,7 @@ from conftest import BundleOf
 
 from mobilevlm import bundle
 from mobilevlm.bundle import open_bundle, read_manifest, write_manifest
+from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError
 
 
@@ -25,11 +26,10 @@ def copy(bundle_of: BundleOf, tmp_path: Path) -> Path:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that are hashed from now on."""
     names: list[str] = []
-    original = bundle.file_sha256
 
     def note(path: Path) -> str:
         names.append(path.name)
-        return original(path)
+        return file_sha256(path)
 
     monkeypatch.setattr(bundle, "file_sha256", note)
     return names

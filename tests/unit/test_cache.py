@@ -20,7 +20,14 @@ from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.prompt import Rows
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines import Segment
-from mobilevlm.runtime.sequence.cache import Border, PromptCache, SizedLRU, borders, pieces
+from mobilevlm.runtime.sequence.cache import (
+    Border,
+    PositionKey,
+    PromptCache,
+    SizedLRU,
+    borders,
+    pieces,
+)
 
 A, B = b"A" * 16, b"B" * 16
 
@@ -33,7 +40,7 @@ def rows(digest: bytes, count: int = 3) -> list[tuple[bytes, int]]:
 
 
 def test_borders_stand_behind_the_system_prompt_and_each_picture() -> None:
-    keys = [1, 2, *rows(A), *rows(A), 5, *rows(B), 6]
+    keys: list[PositionKey] = [1, 2, *rows(A), *rows(A), 5, *rows(B), 6]
     assert [border.position for border in borders(keys, [1, 2])] == [2, 5, 8, 12]
     assert [border.position for border in borders(keys, [1, 3])] == [5, 8, 12]
     assert list(pieces(5, borders(keys, [1, 2]), len(keys))) == [(5, 8), (8, 12), (12, 13)]
@@ -78,7 +85,7 @@ def test_a_size_that_is_none_is_refused() -> None:
 
 
 def test_a_chain_with_a_gap_is_not_taken() -> None:
-    keys = [1, *rows(A), *rows(B), 2]
+    keys: list[PositionKey] = [1, *rows(A), *rows(B), 2]
     first, second = borders(keys, [])
     cache, data = PromptCache(1), np.zeros(4, np.float32)
     cache.keep(second, Segment(first.position, second.position, data))

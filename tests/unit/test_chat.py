@@ -11,7 +11,7 @@ from conftest import BundleOf, fixture_named
 import mobilevlm
 from mobilevlm.conversation import official_ids
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
-from mobilevlm.prompt import Token
+from mobilevlm.prompt import Arrays, Rows, Token
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.answer.chat import Chat
 
@@ -63,8 +63,13 @@ def test_pictures_are_encoded_once_in_a_conversation(
 ) -> None:
     vlm.clear_caches()
     vision, _ = vlm._engines()
-    count, original = [], vision.encode
-    monkeypatch.setattr(vision, "encode", lambda pixels: (count.append(1), original(pixels))[1])
+    count, original = list[int](), vision.encode
+
+    def counted(arrays: Arrays) -> Rows:
+        count.append(1)
+        return original(arrays)
+
+    monkeypatch.setattr(vision, "encode", counted)
     chat = Chat(vlm, [IMAGE])
     for question in ("Who?", "Why?", "When?"):
         chat.ask(question, max_new_tokens=3).finish()

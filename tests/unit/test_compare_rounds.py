@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import signal
 import statistics
@@ -74,7 +75,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     monkeypatch.setattr(compare, "Artifacts", lambda *_: SimpleNamespace(name="nano", spec=spec))
     monkeypatch.setattr(compare, "line_up", line_up)
     monkeypatch.setattr(compare, "measure_peaks", lambda threads: Peaks(1.0, 2.0, 3.0))
-    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)  # no pictures
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no pictures
     monkeypatch.setattr(measure, "Worker", Counting)
     monkeypatch.setattr(measure, "PAUSE", 0)
 
@@ -166,7 +167,7 @@ def test_another_run_begins_anew(
     other: str, runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert runs(stop=30) == 130
-    arguments = ARGUMENTS
+    arguments: tuple[str, ...] = ARGUMENTS
     path = tmp_path / "out" / "compare.json"
     if other == "arguments":
         arguments = (*ARGUMENTS, "--memory", "9")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import click
@@ -171,8 +171,8 @@ def test_the_options_arrive_as_they_were_given(
 ) -> None:
     seen: list[str] = []
 
-    def record(*arguments: object, **more: object) -> None:
-        seen.extend(arguments[2])  # type: ignore[call-overload]
+    def record(name: str, model: Path, options: Sequence[str], **more: object) -> None:
+        seen.extend(options)
         raise DeviceError("seen")
 
     monkeypatch.setattr(measuring, "bench_on_device", record)

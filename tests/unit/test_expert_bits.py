@@ -24,7 +24,7 @@ TEXTS = [
     Sample("What is red?", "Blood is, and so are roses.", ()),
     Sample("Say hello in three words.", "Hello to you.", ()),
 ]
-FORMATS = tuple(LinearFormat(p, symmetric=False) for p in ("q2", "q4", "q8"))  # type: ignore[arg-type]
+FORMATS = tuple(LinearFormat(p, symmetric=False) for p in ("q2", "q4", "q8"))
 
 
 def options(*kls: float) -> list[Option]:

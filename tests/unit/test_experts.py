@@ -148,7 +148,7 @@ def test_a_token_reads_half_of_the_experts(stablelm: Fixture, tmp_path: Path) ->
     """Two of four, in both forms: 64 x 96 weights in each of three matrices of four bytes."""
     experts = 2 * 4 * 3 * 64 * 96 * 4
     for form in ("fused", "plain"):
-        recipe = replace(RECIPES["fp32"], experts=form)  # type: ignore[arg-type]
+        recipe = replace(RECIPES["fp32"], experts=form)
         found = author(stablelm, recipe, tmp_path)
         everything = sum(path.stat().st_size for path in tmp_path.iterdir())
         # What is left: the graph itself and padding to whole pages.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -42,7 +43,8 @@ def test_awq_enlarges_the_weights_of_large_inputs_and_makes_the_output_better() 
     inputs = random.standard_normal((500, 128), np.float32)
     inputs[:, ::16] *= 30
     inputs[:, 5] = 0
-    scheme, moments = Scheme(4, 32), inputs.T @ inputs / len(inputs)
+    scheme = Scheme(4, 32)
+    moments: Float32 = inputs.T @ inputs / np.float32(len(inputs))
     found = awq.factors([weight[:64], weight[64:]], np.diag(moments), moments, scheme)
     assert found[::16].min() > 1.5 * np.delete(found, slice(None, None, 16)).max()
     assert found[5] == 1
@@ -90,11 +92,12 @@ def test_factors_in_all_folds_leave_every_float_output_as_it_was(any_fixture: Fi
     embeds = torch.from_numpy(arrays["inputs_embeds"][0])
     with torch.no_grad():
         plain, changed = load_reference(model), load_reference(folded(model))
-        for run in (
+        outputs: list[Callable[[ReferenceModel], torch.Tensor]] = [
             lambda reference: reference.features(pixels),
             lambda reference: reference.visual_tokens(pixels, **any_fixture.further),
             lambda reference: reference.logits(embeds),
-        ):
+        ]
+        for run in outputs:
             assert relative_error(run(changed).numpy(), run(plain).numpy()) <= 1e-5
 
 

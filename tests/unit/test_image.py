@@ -51,7 +51,8 @@ def directly(image: Image.Image, spec: FixedImage) -> Pixels:
         image = square
     short, long = sorted(image.size)
     resized = (spec.shortest_edge, int(spec.shortest_edge * long / short))
-    image = image.resize(resized if image.width <= image.height else resized[::-1], Image.BICUBIC)
+    size = resized if image.width <= image.height else resized[::-1]
+    image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (image.width - spec.size) // 2, (image.height - spec.size) // 2
     return np.asarray(image.crop((left, top, left + spec.size, top + spec.size)))
 

@@ -53,7 +53,7 @@ def squared_inputs(weights: Weights, spec: DecoderSpec, embeds: Float64) -> dict
         return weights.read(f"decoder.{name}.weight", shape).astype(np.float64)
 
     def norm(values: Float64, name: str) -> Float64:
-        mean = np.square(values).mean(axis=-1, keepdims=True)
+        mean: Float64 = np.square(values).mean(axis=-1, keepdims=True)
         return values / np.sqrt(mean + spec.norm_eps) * read(name, spec.hidden_size)
 
     def product(values: Float64, ours: str, theirs: str, out_size: int) -> Float64:

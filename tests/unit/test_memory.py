@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_loading_keeps_a_bounded_part_of_the_file_beside_the_copies(bundle_of: B
      ("ort", "fp32", 4), ("ort", "qdq16", 1), ("gguf", "q4_0", 2)],
 )  # fmt: skip
 def test_keys_and_values_have_the_bytes_that_the_decoder_keeps(
-    form: str, precision: str, size: int, bundle: Bundle
+    form: Literal["onnx", "gguf", "npu", "ort"], precision: str, size: int, bundle: Bundle
 ) -> None:
     parts = tuple(
         replace(part, format=form, precision=precision) for part in bundle.manifest.artifacts
@@ -145,7 +145,7 @@ def test_what_a_person_asks_for_is_strict_and_a_limit_of_the_system_has_a_margin
 def test_pages_of_files_count_only_where_a_person_asks_and_in_address_space() -> None:
     memory = Memory(30e6, 100e6, 10e6, 20e6, 50e6, 10e6, 300e6)
     sizes = {
-        kind: sum(need(memory, Limit(kind, 0.0, ""), (200e6, 50e6))) / 1e6  # type: ignore[arg-type]
+        kind: sum(need(memory, Limit(kind, 0.0, ""), (200e6, 50e6))) / 1e6
         for kind in ("asked", "cgroup", "available", "address space", "data")
     }
     assert sizes.pop("asked") == 220

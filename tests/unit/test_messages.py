@@ -62,7 +62,7 @@ def test_templates_see_image_parts_without_what_they_bring() -> None:
     assert found.characters == 1
 
 
-WRONG: list[tuple[Any, list[Any], str]] = [
+WRONG: list[tuple[Any, Any, str]] = [
     ([], [], "empty"),
     ({}, [], "expected a text or a list"),
     (None, [], "expected a text or a list"),

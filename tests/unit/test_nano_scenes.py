@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -278,5 +279,5 @@ def test_evaluation_scores_sight_and_blindness_apart() -> None:
     assert noisy.to_dict()["kinds"]["color"]["asked"] == len(examples)
 
 
-def _smooth(images: list[object]) -> bool:
+def _smooth(images: Sequence[object]) -> bool:
     return all(np.asarray(image, float).std() < 70 for image in images)

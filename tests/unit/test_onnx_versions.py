@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 from conftest import BundleOf
 
@@ -30,7 +31,7 @@ def test_a_prompts_first_piece_is_computed_without_empty_products(
 ) -> None:
     """Before 1.32, DynamicQuantizeMatMul makes no empty output of no rows, and the next operator
     fails. The row that is computed instead changes nothing."""
-    decoder = int8._decoder
+    _, decoder = int8._engines()
     asked: list[int] = []
     run_of = OnnxState.run_of
 
@@ -63,14 +64,14 @@ def test_sparse_experts_in_4_bits_name_the_version_that_they_need(
         raise RuntimeError(reason)
 
     monkeypatch.setattr(onnx, "MappedWeights", fail)
-    monkeypatch.setattr(onnx.ort, "__version__", version)
+    monkeypatch.setattr(onnxruntime, "__version__", version)
     with pytest.raises(BundleError, match=rf"need onnxruntime 1\.31, this is {version}: pip inst"):
         onnx.open_session(tmp_path / "decoder.onnx", 1)
-    monkeypatch.setattr(onnx.ort, "__version__", "1.31.1")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.31.1")
     with pytest.raises(BundleError, match="cannot load it"):
         onnx.open_session(tmp_path / "decoder.onnx", 1)
 
 
 def test_a_version_with_a_suffix_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx.ort, "__version__", "1.33.0.dev20261101+cpu")
+    monkeypatch.setattr(onnxruntime, "__version__", "1.33.0.dev20261101+cpu")
     assert onnx._version() == (1, 33)

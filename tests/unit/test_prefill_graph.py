@@ -16,6 +16,7 @@ from mobilevlm.plan import PREFILL_FROM, Plan, engine_files
 from mobilevlm.prompt import Rows
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.opening import onnx_decoder
+from mobilevlm.runtime.sequence.session import Fill
 
 LONG = PREFILL_FROM + 16
 
@@ -104,7 +105,7 @@ def test_no_plan_makes_answers_depend_on_caches(fast: Path, plan: Plan) -> None:
             session = vlm._session("pieces" if megabytes else "nothing")
             for question in ("Who?", "What is it?"):
                 prompt = vlm._prepare(question, [picture], raw=False)
-                found.append(session.fill(prompt, mobilevlm.runtime.sequence.session.Fill()).copy())
+                found.append(session.fill(prompt, Fill()).copy())
     assert np.array_equal(found[0], found[2]) and np.array_equal(found[1], found[3])
 
 

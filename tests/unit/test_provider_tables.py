@@ -29,7 +29,7 @@ def covered(
     provider: str,
     shape: tuple[int | str, ...] = (1, 4, 8),
     kind: int = TensorProto.FLOAT,
-    **constants: NDArray[np.generic],
+    constants: Constants | None = None,
 ) -> GraphCoverage:
     """Coverage of a graph from ``x`` to ``y``."""
     graph = helper.make_graph(
@@ -37,7 +37,7 @@ def covered(
         "graph",
         [helper.make_tensor_value_info("x", kind, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()],
     )
     opsets = [helper.make_opsetid("", 18)]
     save(helper.make_model(graph, opset_imports=opsets, ir_version=9), folder / "graph.onnx")
@@ -67,7 +67,7 @@ def test_xnnpack_takes_products_of_rows_and_softmax_and_all_multiplications(
         helper.make_node("Softmax", ["c"], ["y"], axis=-1),
     ]
     ones = np.ones((8, 6), np.float32)
-    found = covered(tmp_path, nodes, "xnnpack", (4, 8), w=ones, b=ones[0])
+    found = covered(tmp_path, nodes, "xnnpack", (4, 8), constants={"w": ones, "b": ones[0]})
     assert (found.taken, found.left, found.checked) == (2, {"Tanh": 1}, None)
     assert found.multiplications == 1
 
@@ -96,7 +96,8 @@ def test_what_restricts_an_operator_is_named(
 ) -> None:
     turned = helper.make_node("Transpose", ["x"], ["t"], perm=[0, 2, 1])
     node = helper.make_node(operator, list(inputs), ["y"], **attributes)
-    found = covered(tmp_path, [turned, node] if "t" in inputs else [node], provider, **constants)
+    nodes = [turned, node] if "t" in inputs else [node]
+    found = covered(tmp_path, nodes, provider, constants=constants)
     assert reason in found.left
 
 
@@ -108,7 +109,7 @@ def test_uneven_pieces_go_to_core_ml(tmp_path: Path) -> None:
         helper.make_node("Add", ["c", "d"], ["y"]),
     ]
     sizes: Constants = {"s": np.array([6, 2]), "r": np.array([2])}
-    assert covered(tmp_path, nodes, "coreml", **sizes).left == {}
+    assert covered(tmp_path, nodes, "coreml", constants=sizes).left == {}
 
 
 def test_types_sizes_and_shapes_that_are_not_taken_are_named(tmp_path: Path) -> None:

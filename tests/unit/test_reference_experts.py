@@ -25,9 +25,11 @@ def test_places_in_each_of_four_experts(capacity: Capacity, tokens: int, slots: 
     assert capacity.slots(tokens, experts=4, top_k=2) == slots
 
 
-def routed(logits: list[list[float]], capacity: Capacity | None, **changes: bool) -> SparseMLP:
+def routed(
+    logits: list[list[float]], capacity: Capacity | None, renormalize: bool = True
+) -> SparseMLP:
     """Experts of two channels after a pass; the router hands its input on as logits."""
-    experts = replace(ExpertsSpec((0,), (3,), 2), **changes)
+    experts = ExpertsSpec((0,), (3,), 2, renormalize=renormalize)
     base = fixture_named("moe_llava_stablelm").model.spec.decoder
     spec = replace(base, hidden_size=3, intermediate_size=4, experts=experts)
     sparse = SparseMLP(spec, 0)

@@ -93,7 +93,7 @@ def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens(
 
 
 def test_a_strong_penalty_never_repeats_a_token() -> None:
-    sampler, tokens = Sampler(SamplingOptions(repetition_penalty=1e6)), []
+    sampler, tokens = Sampler(SamplingOptions(repetition_penalty=1e6)), list[int]()
     positive = np.abs(LOGITS) + 1
     for _ in range(50):
         tokens.append(sampler(positive, tokens))

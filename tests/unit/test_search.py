@@ -23,7 +23,7 @@ TEXTS = [
     Sample("Say hello in three words.", "Hello to you.", ()),
 ]
 DATA = Data(TEXTS, TEXTS)
-FORMATS = tuple(LinearFormat(p, symmetric=False) for p in ("q2", "q4", "q8"))  # type: ignore[arg-type]
+FORMATS = tuple(LinearFormat(p, symmetric=False) for p in ("q2", "q4", "q8"))
 
 
 @pytest.fixture(scope="module")

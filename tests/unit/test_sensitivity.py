@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -125,12 +126,12 @@ def test_weights_of_at_most_two_parts_are_in_memory(
     mobilevlm_v2: Fixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     references: list[ReferenceModel] = []
-    load = sensitivity.load_reference
-    monkeypatch.setattr(
-        sensitivity,
-        "load_reference",
-        lambda *given, **named: references.append(load(*given, **named)) or references[-1],
-    )
+
+    def load(*given: Any, **named: Any) -> ReferenceModel:
+        references.append(load_reference(*given, **named))
+        return references[-1]
+
+    monkeypatch.setattr(sensitivity, "load_reference", load)
     seen: set[int] = set()
 
     def changes(group: LinearGroup) -> Iterable[Change]:

@@ -14,9 +14,16 @@ from conftest import FLOAT32, relative_error
 from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError
-from mobilevlm.prompt import Arrays, Piece, Rows
+from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime import VLM, Session
-from mobilevlm.runtime.engines import DecoderEngine, DecoderState, EncoderEngine, Float32, Segment
+from mobilevlm.runtime.engines import (
+    DecoderEngine,
+    DecoderState,
+    EncoderEngine,
+    ExpertChoices,
+    Float32,
+    Segment,
+)
 from mobilevlm.runtime.sequence.cache import PromptCache
 from mobilevlm.runtime.sequence.session import Fill, Prompt, Reuse
 
@@ -45,6 +52,13 @@ class CountedDecoder:
 
     engine: DecoderEngine
     prefills: list[int] = field(default_factory=list)
+
+    @property
+    def brought_in_bytes(self) -> int | None:
+        return self.engine.brought_in_bytes
+
+    def expert_choices(self, embeds: Float32) -> ExpertChoices:
+        raise AssertionError("a session does not ask for experts")
 
     def new_state(self) -> DecoderState:
         return self.engine.new_state()
@@ -111,13 +125,14 @@ def prompt_of(vlm: VLM, text: str, *pixels: NDArray[np.uint8]) -> Prompt:
 def fresh(vlm: VLM, prompt: Prompt) -> Float32:
     """Logits after the prompt by embeddings put together here, without a session."""
     vision, decoder = vlm._engines()
-    images, rows = iter(prompt.images), []
+    images, rows = iter(prompt.images), list[Float32]()
     for piece in prompt.pieces:
         if isinstance(piece, int):
             rows.append(decoder.embed([piece]))
         else:
             rows.append(vision.encode(next(images).arrays[0]).embeds)
-    return vlm.embeds_logits(np.concatenate(rows))[-1]
+    logits: Float32 = vlm.embeds_logits(np.concatenate(rows))[-1]
+    return logits
 
 
 TEXT = "What is in the picture and who are they?"
@@ -225,9 +240,13 @@ def test_a_step_gives_the_logits_of_the_longer_prompt(vlm: VLM) -> None:
 # The context of the tiny model holds 2048 positions.
 
 
-def ids_of_length(vlm: VLM, length: int) -> list[Piece]:
+def ids_of_length(vlm: VLM, length: int) -> list[int]:
     ids = np.random.default_rng(0).integers(259, vlm.spec.decoder.vocab_size, length)
     return [1, *ids.tolist()[1:]]
+
+
+def prompt_of_ids(ids: Sequence[int]) -> Prompt:
+    return Prompt([*ids], [], 0.0)
 
 
 def test_a_prompt_that_fills_the_context_is_refused_and_the_sequence_stays(vlm: VLM) -> None:
@@ -235,7 +254,7 @@ def test_a_prompt_that_fills_the_context_is_refused_and_the_sequence_stays(vlm: 
     run.fill(prompt_of(vlm, TEXT))
     length = run.session.length
     with pytest.raises(PromptError) as caught:
-        run.fill(Prompt(ids_of_length(vlm, context), [], 0.0))
+        run.fill(prompt_of_ids(ids_of_length(vlm, context)))
     assert f"the prompt takes {context} tokens, the context holds {context}" in str(caught.value)
     assert run.session.length == length
     with pytest.raises(PromptError, match="144 for each image"):
@@ -248,8 +267,8 @@ def test_a_prompt_that_fills_the_context_is_refused_and_the_sequence_stays(vlm: 
 def test_a_long_prompt_in_chunks_gives_the_logits_of_steps(vlm: VLM) -> None:
     ids = ids_of_length(vlm, 600)  # more than one chunk of 512
     whole, steps = counted(vlm), counted(vlm)
-    expected = whole.fill(Prompt(ids, [], 0.0))
-    steps.fill(Prompt(ids[:500], [], 0.0))
+    expected = whole.fill(prompt_of_ids(ids))
+    steps.fill(prompt_of_ids(ids[:500]))
     for token in ids[500:]:
         logits = steps.session.step(token)
     assert relative_error(logits, expected) <= FLOAT32

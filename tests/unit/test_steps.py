@@ -197,8 +197,9 @@ def test_a_change_in_a_stage_has_the_effect_of_whole_passes(model: Model, name: 
     [(_, _, effect)] = probe.effects(changes)
     reference = load_reference(model)
     exact = torch.cat(visual_tokens(reference, model))
-    reference.get_submodule(name).weight.data *= 1.25
+    reference.get_parameter(f"{name}.weight").data *= 1.25
     found = torch.cat(visual_tokens(reference, model))
+    assert effect.visual_error is not None
     assert effect.visual_error == pytest.approx(
         float((found - exact).norm() / exact.norm()), rel=1e-4
     )
@@ -212,7 +213,8 @@ def test_layer_effects_and_errors_of_states_name_its_stages(model: Model) -> Non
     effects = {item.label: item for item in layer_effects(model, stored, SAMPLES, everything=True)}
     assert effects[first].weight_error == 0 and effects[first].effect is None
     assert effects[second].weight_error == pytest.approx(0.25) and effects[second].is_vision
-    assert effects[second].effect is not None and (effects[second].effect.visual_error or 0) > 0
+    effect = effects[second].effect
+    assert effect is not None and (effect.visual_error or 0) > 0
     errors = {item.layer: item.error for item in state_errors(model, stored, SAMPLES)}
     stages = [name.removesuffix(".pointwise") for name in LINEARS]
     layers = [f"decoder.layers.{index}" for index in range(model.spec.decoder.num_hidden_layers)]

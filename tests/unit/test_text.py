@@ -7,7 +7,7 @@ import random
 import unicodedata
 
 import pytest
-from conftest import Fixture, fixture_named
+from conftest import Fixture, fixture_named, token_id
 from sentencepiece import SentencePieceProcessor
 from tokenizers import Tokenizer, normalizers
 
@@ -35,7 +35,7 @@ def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 
 def byte_ids(tokenizer: Tokenizer, content: bytes) -> list[int]:
-    return [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in content]
+    return [token_id(tokenizer, f"<0x{byte:02X}>") for byte in content]
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=ascii)
@@ -98,12 +98,12 @@ def test_an_unfinished_character_does_not_swallow_the_word_after_it(tokenizer: T
 
 
 def test_only_the_first_word_loses_its_leading_space(tokenizer: Tokenizer) -> None:
-    word = tokenizer.token_to_id("\u2581not")
+    word = token_id(tokenizer, "\u2581not")
     assert pieces_of(tokenizer, [word, word]) == ["not", " not", ""]
 
 
 def test_special_tokens_and_ids_beyond_the_vocabulary_give_no_text(tokenizer: Tokenizer) -> None:
-    word = tokenizer.token_to_id("\u2581not")
+    word = token_id(tokenizer, "\u2581not")
     beyond = tokenizer.get_vocab_size() + 5
     assert pieces_of(tokenizer, [1, beyond, word, 2, 0, word]) == [
         "",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import onnxruntime
 import pytest
 from conftest import DATA
 
@@ -53,7 +54,7 @@ def test_onnx_runtime_waits_asleep_beside_other_programs(
             entries[name] = value
 
     monkeypatch.setattr(onnx, "processors_wanted", lambda threads: wanted)
-    monkeypatch.setattr(onnx.ort, "SessionOptions", Options)
+    monkeypatch.setattr(onnxruntime, "SessionOptions", Options)
     for spinning in (True, False):
         with pytest.raises(mobilevlm.MobileVLMError):
             onnx.open_session(tmp_path / "none.onnx", 2, spinning)

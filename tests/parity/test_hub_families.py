@@ -72,7 +72,7 @@ def embed_prompt(
 def test_pixel_values_equal_the_official_preprocessing(
     fixture: Fixture, images: list[Prepared]
 ) -> None:
-    preparation = fixture.model.spec.image.preparation
+    preparation = fixture.model.spec.image.square
     found = [normalize(item["pixels"], preparation) for image in images for item in image.arrays]
     expected = flat(fixture.arrays["pixel_values"], 4)
     assert np.abs(np.stack(found) - expected).max() <= 1e-6

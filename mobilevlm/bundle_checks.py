@@ -25,12 +25,14 @@ from mobilevlm.regular_file import leaves_folder
 if TYPE_CHECKING:
     from mobilevlm.bundle import Artifact, Manifest
     from mobilevlm.decoder_spec import DecoderSpec
-    from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
+    from mobilevlm.input_spec import ConnectorSpec, ConvEncoder, Encoder
     from mobilevlm.spec import ModelSpec
 
 MOST_POSITIONS = 1 << 20
 """Of a context"""
 MOST_LAYERS = 1 << 12
+MOST_STAGES = 16
+"""Stages of a convolutional encoder"""
 MOST_AXES = 4
 """Axes of a position"""
 MOST_KERNEL = 64
@@ -159,7 +161,10 @@ def _image(spec: ModelSpec) -> Iterator[_Check]:
         yield f"image.{name}", value, is_right, "shares of the brightest value"
 
 
-def _vision(vision: TransformerEncoder, total: int) -> Iterator[_Check]:
+def _vision(vision: Encoder, total: int) -> Iterator[_Check]:
+    if vision.kind == "conv":
+        yield from _conv_encoder(vision, total)
+        return
     numbers = {
         "hidden_size": vision.hidden_size,
         "intermediate_size": vision.intermediate_size,
@@ -179,18 +184,43 @@ def _vision(vision: TransformerEncoder, total: int) -> Iterator[_Check]:
     yield _weights("vision", _size(tower_groups(vision)) + hidden * positions, total)
 
 
+def _conv_encoder(vision: ConvEncoder, total: int) -> Iterator[_Check]:
+    stages = len(vision.widths)
+    yield "vision.widths", vision.widths, 1 <= stages <= MOST_STAGES, f"1 to {MOST_STAGES} stages"
+    for name in ("widths", "depths", "mlp_ratios"):
+        values = getattr(vision, name)
+        is_right = len(values) == stages and all(1 <= value < 1 << 31 for value in values)
+        yield f"vision.{name}", values, is_right, f"{stages} numbers"
+    numbers = {
+        "image_size": vision.image_size,
+        "head_dim": vision.head_dim,
+        "expansion": vision.expansion,
+        "squeeze_ratio": vision.squeeze_ratio,
+    }
+    yield from _whole("vision", numbers)
+    yield from _positive("vision", {"layer_norm_eps": vision.layer_norm_eps})
+    yield _layers("vision.depths", sum(vision.depths))
+    edge, stride = vision.image_size, vision.stride
+    yield "vision.image_size", edge, edge % stride == 0, f"a multiple of {_short(stride)}"
+    attending = vision.attention_stages
+    is_right = all(0 <= stage < stages for stage in attending)
+    is_right = is_right and list(attending) == sorted(set(attending))
+    yield "vision.attention_stages", attending, is_right, "stages, in order"
+    for stage, (before, width) in enumerate(zip((1, *vision.widths), vision.widths, strict=False)):
+        heads = vision.head_dim if stage in attending else 1
+        is_right = width % before == 0 and width % heads == 0
+        yield "vision.widths", width, is_right, f"multiples of {_short(before)} and {_short(heads)}"
+    yield "vision.squeeze_ratio", vision.squeeze_size, vision.squeeze_size > 0, "channels left over"
+    yield _weights("vision", _size(tower_groups(vision)), total)
+
+
 def _layers(name: str, count: int) -> _Check:
     return name, count, count <= MOST_LAYERS, f"at most {MOST_LAYERS}"
 
 
 def _projector(spec: ModelSpec, total: int) -> Iterator[_Check]:
     projector, vision = spec.image.connector, spec.image.encoder
-    whole = {
-        "depth": projector.depth,
-        "out_size": projector.out_size,
-        "factor": projector.factor,
-    }
-    yield from _whole("projector", whole)
+    yield from _whole("projector", {"depth": projector.depth, "out_size": projector.out_size})
     yield _layers("projector.depth", projector.depth)
     for name, value, expected in (
         ("in_size", projector.in_size, vision.hidden_size),
@@ -200,10 +230,6 @@ def _projector(spec: ModelSpec, total: int) -> Iterator[_Check]:
         yield f"projector.{name}", value, value == expected, str(expected)
     is_grid = 0 <= projector.out_grid <= projector.grid
     yield "projector.out_grid", projector.out_grid, is_grid, f"0 to {projector.grid}"
-    if projector.kind == "mlp_downsample":
-        squares = -(-projector.grid // projector.factor)
-        fits = projector.out_grid == squares
-        yield "projector.out_grid", projector.out_grid, fits, f"{squares}"
     has_queries = (projector.qformer is not None) == (projector.kind == "qformer")
     yield "projector.kind", projector.kind, has_queries, "that of its parts"
     yield from _qformer(projector, total)

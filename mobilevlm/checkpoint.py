@@ -344,10 +344,6 @@ class Weights:
         ref = self._refs[name]
         return None if name in self._factors or ref.rows else ref.files.q4_0(ref.name)
 
-    def stored_names(self, files: TensorSource) -> set[str]:
-        """Return the names in ``files`` of the tensors that are stored there."""
-        return {ref.name for ref in self._refs.values() if ref.files is files}
-
     @property
     def stored_bytes(self) -> int:
         """Size of all weight files."""

@@ -99,6 +99,24 @@ def turns_template(before: str = "", after: str = "") -> str:
     return _IMAGES_FIRST + turns
 
 
+IMAGES_IN_TEXT = """\
+{%- set turns = namespace(found=[]) -%}
+{%- for message in messages -%}
+  {%- set text -%}
+    {%- if message['content'] is string -%}{{- message['content'] -}}
+    {%- else -%}
+      {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>\\n' -}}
+      {%- endfor -%}
+      {%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}
+      {%- endfor -%}
+    {%- endif -%}
+  {%- endset -%}
+  {%- set turns.found = turns.found + [{'role': message['role'], 'content': text}] -%}
+{%- endfor -%}
+{%- set messages = turns.found -%}
+"""
+"""Goes before a template that takes contents as strings only: images that are parts become marks
+with a line break each, before the text."""
 _ASSISTANT = (
     "an artificial intelligence assistant. The assistant gives helpful, detailed, and polite "
     "answers to the"

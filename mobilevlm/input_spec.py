@@ -4,7 +4,7 @@ the decoder's space, and placed in a prompt. Part of the ModelSpec (spec.py), wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal, TypeAlias
 
@@ -126,6 +126,7 @@ class TransformerEncoder:
     """The features are those after the tower's final norm."""
     class_feature: bool = False
     """The class token's state is among the features, first; else it is dropped."""
+    kind: Literal["transformer"] = "transformer"
 
     @property
     def grid(self) -> int:
@@ -149,6 +150,72 @@ class TransformerEncoder:
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+
+@dataclass(frozen=True)
+class ConvEncoder:
+    """A hybrid of convolutions and attention in stages of halved resolution, with fused branches:
+    FastViTHD (FastVLM, Vasu et al. 2024, section 3.2). Its features are the last map, row by row.
+    """
+
+    image_size: int
+    widths: tuple[int, ...]
+    """Channels of each stage."""
+    depths: tuple[int, ...]
+    """Blocks of each stage."""
+    mlp_ratios: tuple[int, ...]
+    """Channels inside the MLPs of each stage, in multiples of its width."""
+    attention_stages: tuple[int, ...]
+    """Stages that mix positions by attention, in ascending order; the others by convolutions."""
+    head_dim: int = 32
+    expansion: int = 2
+    """Channels of the features, in multiples of the last width."""
+    squeeze_ratio: int = 16
+    """Channels of the features for each inside the squeeze-and-excitation."""
+    layer_norm_eps: float = 1e-5
+    kind: Literal["conv"] = "conv"
+
+    @property
+    def hidden_size(self) -> int:
+        """Channels of the features."""
+        return self.widths[-1] * self.expansion
+
+    @property
+    def squeeze_size(self) -> int:
+        """Channels inside the squeeze-and-excitation."""
+        return self.hidden_size // self.squeeze_ratio
+
+    @property
+    def stride(self) -> int:
+        """Pixels along each edge of what becomes one feature."""
+        return 4 << (len(self.widths) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Features per edge."""
+        return self.stage_grid(len(self.widths) - 1)
+
+    @property
+    def num_features(self) -> int:
+        return self.grid * self.grid
+
+    @property
+    def num_positions(self) -> int:
+        """Vectors as wide as the features that the largest map between two steps would fill."""
+        sizes = (self.stage_grid(stage) ** 2 * width for stage, width in enumerate(self.widths))
+        return max(self.num_features, -(-max(sizes) // self.hidden_size))
+
+    def stage_grid(self, stage: int) -> int:
+        """Positions per edge of a stage's maps."""
+        return self.image_size // (4 << stage)
+
+    def mlp_size(self, stage: int) -> int:
+        """Channels inside the MLPs of a stage."""
+        return self.widths[stage] * self.mlp_ratios[stage]
+
+
+Encoder: TypeAlias = TransformerEncoder | ConvEncoder
+"""An image encoder."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +255,9 @@ class ConnectorSpec:
 
     kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer"]
     """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
-    it averages squares of them first. ``mlp_downsample`` (VILA; pixel shuffle in Idefics3 and
-    InternVL) joins the patches of such a square in one vector, which a norm and the MLP follow.
-    ``qformer`` has an MLP of depth 1 behind the Q-Former."""
+    it averages squares of them first. ``mlp_downsample`` (VILA) joins the four patches of such a
+    square in one vector, which a norm and the MLP follow. ``qformer`` has an MLP of depth 1 behind
+    the Q-Former."""
     in_size: int
     out_size: int
     depth: int
@@ -202,18 +269,11 @@ class ConnectorSpec:
     order: Literal["rows", "columns"] = "rows"
     """How ``mlp_downsample`` gives its squares out: row by row or column by column."""
     qformer: QFormerSpec | None = None
-    factor: int = 2
-    """Patches along each edge of the squares of ``mlp_downsample``; a grid that this does not
-    divide is padded with zeros below and on the right."""
-    norm: bool = True
-    """``mlp_downsample`` has a LayerNorm before its MLP."""
-    bias: bool = True
-    """The Linears of the MLP have biases."""
 
     @property
     def mlp_sizes(self) -> list[int]:
         """Sizes before, between and after the Linears of the MLP."""
-        in_size = self.in_size * (self.factor**2 if self.kind == "mlp_downsample" else 1)
+        in_size = self.in_size * (4 if self.kind == "mlp_downsample" else 1)
         if self.qformer is not None:
             in_size = self.qformer.hidden_size
         return [in_size] + [self.out_size] * self.depth
@@ -284,9 +344,23 @@ class InputSpec:
     """One kind of input beside text: prepared, encoded, and brought into the decoder's space."""
 
     preparation: FixedImage | Tiles | DynamicImage | Mel
-    encoder: TransformerEncoder
+    encoder: Encoder = field(metadata={"formerly_kind": "transformer"})
     connector: ConnectorSpec
     layout: LayoutSpec = LayoutSpec()
+
+    @property
+    def transformer(self) -> TransformerEncoder:
+        """The encoder of a model that has a vision transformer.
+
+        Raises:
+            MobileVLMError: it is of another kind.
+        """
+        if isinstance(self.encoder, TransformerEncoder):
+            return self.encoder
+        raise MobileVLMError(
+            f"this needs a vision transformer, and the image encoder is {self.encoder.kind!r}: use "
+            f"--format onnx"
+        )
 
     @property
     def square(self) -> FixedImage | Tiles:

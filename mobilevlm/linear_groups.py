@@ -10,7 +10,13 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import ConnectorSpec, QFormerSpec, TransformerEncoder
+from mobilevlm.input_spec import (
+    ConnectorSpec,
+    ConvEncoder,
+    Encoder,
+    QFormerSpec,
+    TransformerEncoder,
+)
 from mobilevlm.spec import ModelSpec
 
 
@@ -52,8 +58,14 @@ def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
     yield from decoder_groups(spec.decoder)
 
 
-def tower_groups(spec: TransformerEncoder) -> Iterator[LinearGroup]:
+def tower_groups(spec: Encoder) -> Iterator[LinearGroup]:
     """Yield the layers of an image encoder."""
+    if isinstance(spec, ConvEncoder):
+        yield _square("vision.stem.pointwise", spec.widths[0])
+        for stage in range(len(spec.widths)):
+            yield from stage_groups(spec, stage)
+        yield from expansion_groups(spec)
+        return
     for index in range(spec.num_hidden_layers):
         yield from tower_layer(spec, index)
 
@@ -66,12 +78,32 @@ def tower_layer(spec: TransformerEncoder, index: int) -> Iterator[LinearGroup]:
     yield from _plain_mlp(f"{name}.mlp", size, spec.intermediate_size)
 
 
+def stage_groups(spec: ConvEncoder, stage: int) -> Iterator[LinearGroup]:
+    """Yield the layers of one stage of a convolutional encoder, each used at all its positions."""
+    size, name = spec.widths[stage], f"vision.stages.{stage}"
+    if stage:
+        yield _square(f"{name}.downsample.pointwise", size)
+    for index in range(spec.depths[stage]):
+        block = f"{name}.blocks.{index}"
+        if stage in spec.attention_stages:
+            yield LinearGroup(_qkv(f"{block}.attn"), size, (size,) * 3)
+            yield _square(f"{block}.attn.out_proj", size)
+        yield from _plain_mlp(f"{block}.mlp", size, spec.mlp_size(stage))
+
+
+def expansion_groups(spec: ConvEncoder) -> Iterator[LinearGroup]:
+    """Yield the layers of a convolutional encoder that see all positions as one."""
+    wide, squeezed = spec.hidden_size, spec.squeeze_size
+    yield LinearGroup(("vision.expansion.squeeze",), wide, (squeezed,), True)
+    yield LinearGroup(("vision.expansion.excite",), squeezed, (wide,), True)
+
+
 def projector_groups(spec: ConnectorSpec) -> Iterator[LinearGroup]:
     """Yield the layers of a projector: those of its Q-Former, then its MLP."""
     if spec.qformer is not None:
         yield from _qformer_groups(spec.qformer, spec.in_size)
     for index, (in_size, out_size) in enumerate(pairwise(spec.mlp_sizes)):
-        yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,), spec.bias)
+        yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,), True)
 
 
 def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
@@ -150,6 +182,10 @@ def _qformer_groups(spec: QFormerSpec, source_size: int) -> Iterator[LinearGroup
             yield LinearGroup((f"{name}.cross.query_proj",), size, (size,), True)
             yield LinearGroup((f"{name}.cross.out_proj",), size, (size,), True)
         yield from _plain_mlp(f"{name}.mlp", size, wide)
+
+
+def _square(name: str, size: int) -> LinearGroup:
+    return LinearGroup((name,), size, (size,), True)
 
 
 def _plain_mlp(mlp: str, size: int, wide: int) -> Iterator[LinearGroup]:

@@ -50,6 +50,8 @@ def _convert(expected: Any, data: Any, where: str, strict: bool) -> Any:
                 value = data[key]
                 if not strict and isinstance(value, str):  # a value of an earlier version
                     value = field.metadata.get("formerly_said", {}).get(value, value)
+                if "formerly_kind" in field.metadata and isinstance(value, dict):
+                    value = {"kind": field.metadata["formerly_kind"], **value}
                 values[field.name] = _convert(hints[field.name], value, f"{where}.{key}", strict)
             elif field.default is field.default_factory is dataclasses.MISSING:
                 raise MobileVLMError(f"{where}: key {field.name!r} is missing")
@@ -89,7 +91,9 @@ def _convert(expected: Any, data: Any, where: str, strict: bool) -> Any:
 def _of_kind(kinds: list[Any], data: Any, where: str) -> Any:
     """Return the dataclass of a union that the data's ``kind`` names."""
     named = {one.kind: one for one in kinds}
-    kind = data.get("kind") if isinstance(data, dict) else data
+    if not isinstance(data, dict):
+        raise MobileVLMError(f"{where}: expected an object, found {data!r:.60}")
+    kind = data.get("kind")
     if not isinstance(kind, str) or kind not in named:
         raise MobileVLMError(
             f"{where}: expected the kind {' or '.join(map(repr, named))}, found {kind!r:.60}"

@@ -16,8 +16,15 @@ from typing import Literal
 import numpy as np
 
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
-from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
+from mobilevlm.input_spec import ConnectorSpec, ConvEncoder, Encoder
+from mobilevlm.linear_groups import (
+    LinearGroup,
+    decoder_groups,
+    expansion_groups,
+    projector_groups,
+    stage_groups,
+    tower_groups,
+)
 from mobilevlm.spec import ModelSpec
 
 BYTES_READ = 2**30
@@ -163,12 +170,32 @@ def _share(spec: DecoderSpec, group: LinearGroup) -> float:
     return spec.experts.top_k / spec.num_experts(int(group.name.split(".")[2]))
 
 
-def tower_operations(spec: TransformerEncoder) -> float:
+def tower_operations(spec: Encoder) -> float:
     """Patch embedding, and the products and attention of each layer."""
+    if isinstance(spec, ConvEncoder):
+        return _conv_operations(spec)
     tokens, size = spec.num_positions, spec.hidden_size
     patches = 2.0 * spec.num_patches * 3 * spec.patch_size**2 * size
     products = 2.0 * tokens * sum(group.size for group in tower_groups(spec))
     return patches + products + spec.num_hidden_layers * 4.0 * tokens * tokens * size
+
+
+def _conv_operations(spec: ConvEncoder) -> float:
+    """Convolutions, and the products and attention of each stage."""
+    first, positions = spec.widths[0], spec.stage_grid(0) ** 2
+    operations = 2.0 * positions * first * (4 * 27 + 9 + first)
+    for stage, width in enumerate(spec.widths):
+        positions, depth = spec.stage_grid(stage) ** 2, spec.depths[stage]
+        products = sum(group.size for group in stage_groups(spec, stage))
+        kernels = 49 * (depth + (stage > 0))
+        if stage in spec.attention_stages:
+            operations += 4.0 * positions * positions * width * depth
+            kernels += 49
+        else:
+            kernels += 9 * depth
+        operations += 2.0 * positions * (products + kernels * width)
+    operations += 18.0 * spec.num_features * spec.hidden_size
+    return operations + 2.0 * sum(group.size for group in expansion_groups(spec))
 
 
 def projector_operations(spec: ConnectorSpec) -> float:

@@ -19,7 +19,7 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
-from mobilevlm.input_spec import ConnectorSpec
+from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
 from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType, ModelSpec
 
@@ -52,6 +52,8 @@ def check_support(spec: ModelSpec) -> None:
 def obstacle(spec: ModelSpec) -> str:
     """Why llama.cpp has no graph for tower and projector; empty where it has one."""
     projector, vision = spec.image.connector, spec.image.encoder
+    if not isinstance(vision, TransformerEncoder):
+        return f"llama.cpp has no image encoder of the kind {vision.kind}"
     if spec.image.preparation.kind != "fixed_image":
         return "llama.cpp's files are for images that become one square, this model's do not"
     if projector.kind not in ("mlp", "ldp", "ldpv2"):
@@ -76,7 +78,7 @@ def obstacle(spec: ModelSpec) -> str:
 
 
 def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
-    vision, image = spec.image.encoder, spec.image.square
+    vision, image = spec.image.transformer, spec.image.square
     writer.add_type("mmproj")
     writer.add_name(spec.name)
     writer.add_file_type(FILE_TYPES[kind])
@@ -117,7 +119,7 @@ def _tensors(model: Model, kind: GGUFType, advance: Advance) -> Iterator[Tensor]
 
         return Tensor(entry.theirs, entry.stored, kinds[entry.store], [read])
 
-    for entry in tower_entries(model.spec.image.encoder):
+    for entry in tower_entries(model.spec.image.transformer):
         yield tensor(entry)
     projector = model.spec.image.connector
     if projector.kind == "mlp" and projector.depth == 1:

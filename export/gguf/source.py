@@ -133,7 +133,10 @@ def _is_one_linear(file: GgufFile, spec: ConnectorSpec) -> bool:
 def vision_entries(spec: ModelSpec, swapped: bool = False) -> list[Entry]:
     """All tensors of an mmproj file that a canonical tensor can be read from. ``swapped``: see
     :class:`mobilevlm.gguf.encoder.Encoder`."""
-    return [*tower_entries(spec.image.encoder, swapped), *_projector_entries(spec.image.connector)]
+    return [
+        *tower_entries(spec.image.transformer, swapped),
+        *_projector_entries(spec.image.connector),
+    ]
 
 
 def _projector_entries(spec: ConnectorSpec) -> list[Entry]:

@@ -130,5 +130,15 @@ class LayerNorm(nn.Module):  # type: ignore[misc]
         return self.dialect.layer_norm(op, x, self.weight, self.bias, self.epsilon)
 
 
+def to_grid(op: Any, tokens: Any, channels: int, grid: int) -> Any:
+    """``(1, grid², channels)`` to ``(1, channels, grid, grid)``."""
+    return op.Reshape(op.Transpose(tokens, perm=[0, 2, 1]), [1, channels, grid, grid])
+
+
+def to_tokens(op: Any, hidden: Any, channels: int, tokens: int) -> Any:
+    """``(1, channels, grid, grid)`` to ``(1, grid², channels)``."""
+    return op.Transpose(op.Reshape(hidden, [1, channels, tokens]), perm=[0, 2, 1])
+
+
 def _stacked(parts: list[np.ndarray[Any, Any]]) -> np.ndarray[Any, Any]:
     return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -13,7 +13,7 @@ import numpy as np
 from onnxscript import nn
 
 from mobilevlm.export.graph.dialects import hard_sigmoid
-from mobilevlm.export.graph.layers import LayerNorm, Linear
+from mobilevlm.export.graph.layers import LayerNorm, Linear, to_grid, to_tokens
 from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.input_spec import ConnectorSpec
@@ -64,29 +64,24 @@ class AveragePooling(nn.Module):  # type: ignore[misc]
 
 
 class DownsampleProjector(nn.Module):  # type: ignore[misc]
-    """Squares of patches as one vector each, norm, Linears with exact GELU between."""
+    """Squares of 2 × 2 patches as one vector each, norm, Linears with exact GELU between."""
 
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.spec, self.dialect = spec, weights.dialect
-        self.norm = None
-        if spec.norm:
-            self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
+        self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
         self.mlp = _linears(weights, spec)
 
     def forward(self, op: Any, features: Any) -> Any:
-        spec, missing = self.spec, -self.spec.grid % self.spec.factor
+        spec, odd = self.spec, self.spec.grid % 2
         patches = op.Reshape(features, [1, spec.grid, spec.grid, spec.in_size])
-        if missing:
-            patches = op.Pad(patches, [0, 0, 0, 0, 0, missing, missing, 0])
-        # Neighbours in a row are one vector already: accelerators have no six dimensions.
-        row = [spec.factor, spec.out_grid, spec.factor * spec.in_size]
-        squares = op.Reshape(patches, [spec.out_grid, *row])
+        if odd:
+            patches = op.Pad(patches, [0, 0, 0, 0, 0, odd, odd, 0])
+        # Two neighbours of a row are one vector already: accelerators have no six dimensions.
+        squares = op.Reshape(patches, [spec.out_grid, 2, spec.out_grid, 2 * spec.in_size])
         by_column = spec.order == "columns"
         squares = op.Transpose(squares, perm=[2, 0, 1, 3] if by_column else [0, 2, 1, 3])
-        hidden = op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]])
-        if self.norm is not None:
-            hidden = self.norm(op, hidden)
+        hidden = self.norm(op, op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]]))
         for index, linear in enumerate(self.mlp):
             hidden = linear(
                 op, self.dialect.gelu(op, hidden, approximate="none") if index else hidden
@@ -111,9 +106,9 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
         spec = self.spec
         hidden = self.dialect.gelu(op, self.mlp[0](op, features), approximate="none")
         hidden = self.mlp[1](op, self.pooling(op, hidden))
-        hidden = _to_grid(op, hidden, spec.out_size, spec.out_grid)
+        hidden = to_grid(op, hidden, spec.out_size, spec.out_grid)
         mixed = op.Conv(hidden, self.kernel, self.bias, group=spec.out_size, pads=[1, 1, 1, 1])
-        return _to_tokens(op, op.Add(mixed, hidden), spec.out_size, spec.num_tokens)
+        return to_tokens(op, op.Add(mixed, hidden), spec.out_size, spec.num_tokens)
 
 
 class LDPProjector(nn.Module):  # type: ignore[misc]
@@ -134,10 +129,10 @@ class LDPProjector(nn.Module):  # type: ignore[misc]
         spec = self.spec
         hidden = self.dialect.gelu(op, self.mlp[0](op, features), approximate="none")
         hidden = self.mlp[1](op, hidden)
-        hidden = _to_grid(op, hidden, spec.out_size, spec.grid)
+        hidden = to_grid(op, hidden, spec.out_size, spec.grid)
         for block in self.blocks:
             hidden = block(op, hidden)
-        return _to_tokens(op, hidden, spec.out_size, spec.num_tokens)
+        return to_tokens(op, hidden, spec.out_size, spec.num_tokens)
 
 
 class InvertedResidual(nn.Module):  # type: ignore[misc]
@@ -212,20 +207,10 @@ def build_projector(weights: WeightFile, spec: ConnectorSpec) -> nn.Module:
 def _linears(weights: WeightFile, spec: ConnectorSpec) -> nn.ModuleList:
     return nn.ModuleList(
         [
-            Linear(weights, f"projector.mlp.{index}", *sizes, bias=spec.bias)
+            Linear(weights, f"projector.mlp.{index}", *sizes)
             for index, sizes in enumerate(pairwise(spec.mlp_sizes))
         ]
     )
-
-
-def _to_grid(op: Any, tokens: Any, channels: int, grid: int) -> Any:
-    """``(1, grid², channels)`` to ``(1, channels, grid, grid)``."""
-    return op.Reshape(op.Transpose(tokens, perm=[0, 2, 1]), [1, channels, grid, grid])
-
-
-def _to_tokens(op: Any, hidden: Any, channels: int, tokens: int) -> Any:
-    """``(1, channels, grid, grid)`` to ``(1, grid², channels)``."""
-    return op.Transpose(op.Reshape(hidden, [1, channels, tokens]), perm=[0, 2, 1])
 
 
 def _pooling_matrix(grid: int, out: int) -> np.ndarray[Any, np.dtype[np.float32]]:

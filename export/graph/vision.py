@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
+from mobilevlm.export.graph.fastvit import FastVit
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import FixedImage, Tiles, TransformerEncoder
+from mobilevlm.input_spec import ConvEncoder, FixedImage, InputSpec, Tiles, TransformerEncoder
 from mobilevlm.spec import ModelSpec
 
 
@@ -25,12 +26,19 @@ class VisionStage(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, spec: ModelSpec) -> None:
         super().__init__("vision")
-        self.tower = ClipTower(weights, spec.image.encoder, spec.image.square)
+        self.tower = build_tower(weights, spec.image)
         self.projector = build_projector(weights, spec.image.connector)
 
     def forward(self, op: Any, pixels: Any, *further: Any) -> tuple[Any, Any]:
         features = self.tower(op, pixels)
         return self.projector(op, features, *further), features
+
+
+def build_tower(weights: WeightFile, spec: InputSpec) -> nn.Module:
+    """The tower of the kind that the spec has."""
+    if isinstance(spec.encoder, ConvEncoder):
+        return FastVit(weights, spec.encoder, spec.square)
+    return ClipTower(weights, spec.encoder, spec.square)
 
 
 class ClipTower(nn.Module):  # type: ignore[misc]

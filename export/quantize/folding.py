@@ -1,5 +1,5 @@
-"""Where factors for a layer's inputs can go without another operator in the graph: into the norm or
-the linear layer before it."""
+"""Where factors for a layer's inputs can go without another operator in the graph: into the norm,
+the linear layer or the convolution of single channels before it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from mobilevlm.checkpoint import Rescaling, Weights
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.input_spec import ConvEncoder, TransformerEncoder
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.spec import ModelSpec
 
@@ -24,7 +24,7 @@ class Fold:
     consumers: tuple[str, ...]
     """Without ``.weight``, with their output sizes in ``out_sizes``."""
     producer: str
-    """A norm or a linear layer, without ``.weight``."""
+    """A norm, a linear layer or a convolution of single channels, without ``.weight``."""
     in_size: int
     out_sizes: tuple[int, ...]
     heads: tuple[int, int] = (1, 1)
@@ -59,8 +59,14 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
         sizes = tuple(size for group in found for size in group.out_sizes)
         return Fold(names, producer, found[0].in_size, sizes, heads)
 
-    transformer = isinstance(vision, TransformerEncoder)
-    for index in range(vision.num_hidden_layers if transformer else 0):
+    if isinstance(vision, ConvEncoder):
+        for stage, depth in enumerate(vision.depths):
+            for name in (f"vision.stages.{stage}.blocks.{index}" for index in range(depth)):
+                if stage in vision.attention_stages:
+                    yield place(f"{name}.norm", f"{name}.attn.q_proj")
+                    yield place(f"{name}.attn.v_proj", f"{name}.attn.out_proj")
+                yield place(f"{name}.mlp.conv", f"{name}.mlp.fc1")
+    for index in range(vision.num_hidden_layers if isinstance(vision, TransformerEncoder) else 0):
         name = f"vision.layers.{index}"
         yield place(f"{name}.norm1", f"{name}.attn.q_proj")
         yield place(f"{name}.attn.v_proj", f"{name}.attn.out_proj")

@@ -15,7 +15,7 @@ import numpy as np
 from mobilevlm.adapters.lora import LoraTensors, lora_tensors, model_name, read_lora_config
 from mobilevlm.adapters.merging import Addition, MergedFiles, Stored, Sum
 from mobilevlm.builtin import checkpoint_path
-from mobilevlm.checkpoint import PICKLE, SAFETENSORS, TensorFiles, Weights, read_json
+from mobilevlm.checkpoint import PICKLE, SAFETENSORS, TensorFiles, read_json
 from mobilevlm.console import progress
 from mobilevlm.errors import CheckpointError
 
@@ -97,14 +97,13 @@ class Adapter:
     changed: dict[str, str]
     """The merged model's tensors that the adapter changes, each with the adapter's name of it."""
 
-    def check_used(self, weights: Weights) -> None:
-        """Check that the model reads every tensor of the adapter.
+    def check_used(self, read: set[str]) -> None:
+        """Check that every tensor of the adapter is among those that the model reads.
 
         Raises:
             CheckpointError: it does not read one; those of vision layers after the selected one
                 may be left out.
         """
-        read = weights.stored_names(self.files)
         tower = any("vision_model." in name for name in read)
         unread = [
             name

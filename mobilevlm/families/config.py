@@ -65,6 +65,14 @@ def config_value(
     return value
 
 
+def check_only(path: Path, config: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Raise CheckpointError where a key has another value than the only one that is supported."""
+    for key, value in expected.items():
+        found = config.get(key, value)
+        if found != value or type(found) is not type(value):
+            raise CheckpointError(f"{path}: {key!r} is {found!r:.60}, expected {value!r}")
+
+
 def _check_range(path: Path, key: str, value: float) -> None:
     if value <= 0:
         raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, expected a positive number")

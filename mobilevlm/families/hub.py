@@ -57,6 +57,7 @@ _DECODERS = (
     ("model.language_model.model", "model.language_model.lm_head"),
     ("language_model", "lm_head"),
     ("text_model", "lm_head"),
+    ("model", "lm_head"),
 )
 """Names that a language model's tensors, and its head, have been under."""
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
@@ -169,9 +170,9 @@ class HubCheckpoint:
         spec = backbone.read(self.path, {**defaults, "tie_word_embeddings": not heads, **given})
         return spec, replace(backbone, root=root, lm_head=heads[0] if heads else head)
 
-    def conversation(self, image_mark: str) -> ConversationSpec:
+    def conversation(self, image_mark: str, before: str = "") -> ConversationSpec:
         """Return the conversation of the checkpoint's own chat template. ``image_mark``: what the
-        template writes for an image.
+        template writes for an image; ``before``: template text that goes before it.
 
         Raises:
             CheckpointError: no template, one that fails or that drops the question or the image, or
@@ -190,7 +191,7 @@ class HubCheckpoint:
         index = None if end is None else source.tokenizer.token_to_id(end)
         if index is not None and index not in ids:
             ids = (*ids, index)
-        found = ConversationSpec(template, ids, (), "joined", image_mark, parts=True)
+        found = ConversationSpec(before + template, ids, (), "joined", image_mark, parts=True)
         try:
             text = render(found, [user_message(_QUESTION, 1)])
         except PromptError as error:

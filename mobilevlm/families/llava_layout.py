@@ -90,7 +90,7 @@ def read_layout(
         name=source.name,
         inputs={
             "image": InputSpec(
-                image_spec(tower, vision, _aspect(path, config)), vision, layout.spec
+                image_spec(tower, vision, image_aspect(path, config)), vision, layout.spec
             )
         },
         decoder=decoder,
@@ -269,7 +269,12 @@ def _check_features(path: Path, config: dict[str, Any]) -> None:
         )
 
 
-def _aspect(path: Path, config: dict[str, Any]) -> Literal["pad", "crop"]:
+def image_aspect(path: Path, config: dict[str, Any]) -> Literal["pad", "crop"]:
+    """Return how an image becomes a square.
+
+    Raises:
+        CheckpointError: as several tiles.
+    """
     aspect = config.get("image_aspect_ratio")
     if isinstance(aspect, str) and aspect.startswith("anyres"):
         raise CheckpointError(

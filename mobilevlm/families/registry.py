@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from mobilevlm.adapters.adapter import Adapter
 from mobilevlm.adapters.merging import MergedFiles
 from mobilevlm.checkpoint import ListedTensors, TensorFiles, TensorRef, Weights, check_unread
+from mobilevlm.families.fused import FusedTensors
 from mobilevlm.model import OpenOptions
 from mobilevlm.spec import ModelSpec
 
@@ -45,8 +46,11 @@ class Source:
     ) -> None:
         """See :func:`mobilevlm.checkpoint.check_unread`. What is an adapter's is named as it is
         there."""
-        if self.adapter is not None and files is self.adapter.files:
-            self.adapter.check_used(Weights(dict(refs)))
+        stored, read = files, {ref.name for ref in refs.values() if ref.files is files}
+        if isinstance(files, FusedTensors):
+            stored, read = files.stored, files.stored_names(read)
+        if self.adapter is not None and stored is self.adapter.files:
+            self.adapter.check_used(read)
         check_unread(refs, files, may_skip)
 
     def folder_with(self, name: str) -> Path:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import RANGES, config_value
-from mobilevlm.input_spec import FixedImage, TransformerEncoder
+from mobilevlm.input_spec import Encoder, FixedImage, TransformerEncoder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -55,7 +55,7 @@ def vision_spec(
     config: dict[str, Any],
     tower: Tower,
     key: str,
-    **traits: bool,
+    **traits: Any,
 ) -> TransformerEncoder:
     """The tower as far as the layer that ``mm_vision_select_layer`` names in the checkpoint's
     config.json (``path``, ``config``).
@@ -86,7 +86,7 @@ def vision_spec(
 
 
 def transformer_spec(
-    where: Path, config: dict[str, Any], layers: int, activation: str, **traits: bool
+    where: Path, config: dict[str, Any], layers: int, activation: str, **traits: Any
 ) -> TransformerEncoder:
     """A tower's own configuration, cut after so many layers.
 
@@ -141,7 +141,7 @@ def skipped_tower_names(
 
 
 def image_spec(
-    tower: Tower, vision: TransformerEncoder, aspect: Literal["pad", "crop", "resize"]
+    tower: Tower, vision: Encoder, aspect: Literal["pad", "crop", "resize"]
 ) -> FixedImage:
     """Preprocessing as preprocessor_config.json has it; CLIP's where it says nothing.
 
@@ -150,9 +150,9 @@ def image_spec(
     """
     where = f"{tower.where} (preprocessor_config.json)"
     settings = tower.preprocessor
-    size = _edge(settings.get("size"), vision.image_size, where, "size")
+    size = pixel_edge(settings.get("size"), vision.image_size, where, "size")
     cut = "size" if aspect == "resize" else "crop_size"
-    crop = _edge(settings.get(cut), vision.image_size, where, cut)
+    crop = pixel_edge(settings.get(cut), vision.image_size, where, cut)
     if crop != vision.image_size:
         raise CheckpointError(
             f"{where}: {cut!r} is {crop}, but the tower takes {vision.image_size} pixels"
@@ -205,7 +205,7 @@ _LAYER_PARTS = {
 }
 
 
-def _edge(value: Any, default: int, where: str, key: str) -> int:
+def pixel_edge(value: Any, default: int, where: str, key: str) -> int:
     """An edge in pixels: an integer, or an object with ``shortest_edge`` or ``height``."""
     if isinstance(value, dict):
         value = value.get("shortest_edge", value.get("height"))

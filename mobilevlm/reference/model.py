@@ -13,18 +13,22 @@ from torch import Tensor, nn
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.image import normalize
-from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.input_spec import ConvEncoder, TransformerEncoder
 from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, Piece, in_runs
 from mobilevlm.reference.clip import ClipTower
 from mobilevlm.reference.decoder import Decoder
 from mobilevlm.reference.encoder_decoder import EncoderDecoder
 from mobilevlm.reference.experts import Capacity
+from mobilevlm.reference.fastvit import FastVit
 from mobilevlm.reference.projectors import build_projector
 from mobilevlm.reference.steps import State, Step, run_steps, steps_of
 from mobilevlm.spec import ModelSpec
 
-ENCODERS: dict[type, Callable[[Any], nn.Module]] = {TransformerEncoder: ClipTower}
+ENCODERS: dict[type, Callable[[Any], nn.Module]] = {
+    TransformerEncoder: ClipTower,
+    ConvEncoder: FastVit,
+}
 """Image encoders by the class of their spec."""
 _HELD: set[nn.Module] = set()
 """Streamed modules that keep their weights."""

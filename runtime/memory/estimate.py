@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.input_spec import Encoder, TransformerEncoder
 from mobilevlm.linear_groups import LinearGroup, decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
 from mobilevlm.preparation import most_pieces
@@ -273,12 +273,18 @@ def decoder_weights(spec: DecoderSpec, stage: str) -> list[LinearGroup]:
     ]
 
 
-def _vision_buffers(spec: TransformerEncoder) -> float:
+def _vision_buffers(spec: Encoder) -> float:
     """Of one layer: the hidden states and what attention makes of them, and the MLP's inner states,
     which 8-bit products have five of (each operator's, before and after). Its attention keeps no
-    scores."""
-    states = 4 * spec.hidden_size + 5 * spec.intermediate_size
-    return _FLOAT * spec.num_positions * states
+    scores. Of a convolutional encoder that of the stage with the largest maps."""
+    if isinstance(spec, TransformerEncoder):
+        sizes = [(spec.num_positions, spec.hidden_size, spec.intermediate_size)]
+    else:
+        sizes = [
+            (spec.stage_grid(stage) ** 2, width, spec.mlp_size(stage))
+            for stage, width in enumerate(spec.widths)
+        ]
+    return _FLOAT * max(count * (4 * width + 5 * wide) for count, width, wide in sizes)
 
 
 def _decoder_buffers(spec: DecoderSpec, chunk: int, total: int) -> float:

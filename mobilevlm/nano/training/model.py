@@ -111,7 +111,7 @@ def model_spec(config: NanoConfig, name: str = "nano") -> ModelSpec:
 
 def config_of(spec: ModelSpec) -> NanoConfig:
     """The sizes that :func:`model_spec` made a spec of."""
-    vision, decoder = spec.image.encoder, spec.decoder
+    vision, decoder = spec.image.transformer, spec.decoder
     experts = decoder.experts or ExpertsSpec((), (0,), NanoConfig.experts_per_token)
     return NanoConfig(
         vocab_size=decoder.vocab_size,
@@ -142,7 +142,7 @@ class NanoModel(ReferenceModel):
         self.config = config
         self.halfway = torch.zeros(0)
         """Hidden states (rows, length, hidden) of the last pass, after half of the layers."""
-        install(self.vision, spec.image.encoder)
+        install(self.vision, spec.image.transformer)
         for layer in self.decoder.layers:
             layer.attn = PackedAttention(spec.decoder)
         initialize(self)

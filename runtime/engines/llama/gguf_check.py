@@ -68,11 +68,11 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
         raise BundleError(f"{header.path}: not an image encoder (mmproj)")
     kind = header.metadata.get("clip.projector_type", "mlp")  # old files do not say
     _same(header, "clip.projector_type", kind, spec.image.connector.kind)
-    for key, expected in _vision_metadata(spec.image.encoder).items():
+    for key, expected in _vision_metadata(spec.image.transformer).items():
         _same(header, key, header.metadata.get(key), expected)
     found = read_encoder(header, spec.image.connector.out_size)
     layers = found.vision.num_hidden_layers
-    _same(header, "number of layers that are run", layers, spec.image.encoder.num_hidden_layers)
+    _same(header, "number of layers that are run", layers, spec.image.transformer.num_hidden_layers)
     check_encoder_file(header, found)
 
 

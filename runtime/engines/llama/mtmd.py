@@ -49,7 +49,7 @@ class MtmdVision:
         options.warmup = False
         options.n_threads = threads
         options.cb_eval = order = class_token_order()
-        with with_feature_layer(header, spec.image.encoder.num_hidden_layers) as opened:
+        with with_feature_layer(header, spec.image.transformer.num_hidden_layers) as opened:
             pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(opened), model.pointer, options)
         if not pointer:
             raise load_error(path)

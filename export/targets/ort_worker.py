@@ -3,7 +3,8 @@
 
 onnxruntime's converter prints to stdout, and the order in which it stores things depends on where
 they lie in memory. So the process starts itself once more where addresses are the same every time
-(Linux), and nothing that it is given has a length of its own: the same graphs give the same bytes.
+(Linux), its sessions have no second thread, which would allocate whenever the scheduler lets it,
+and nothing that it is given has a length of its own: the same graphs give the same bytes.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import ctypes
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 _ADDR_NO_RANDOMIZE = 0x0040000
 """Of Linux' personality(2)"""
@@ -24,11 +26,14 @@ def main() -> None:
         os.execv(
             sys.executable, [sys.executable, "-m", "mobilevlm.export.targets.ort_worker", "again"]
         )
+    import onnxruntime
     from onnxruntime.tools.convert_onnx_models_to_ort import (
         OptimizationStyle,
         convert_onnx_models_to_ort,
     )
 
+    options = onnxruntime.SessionOptions
+    onnxruntime.SessionOptions = lambda: _of_one_thread(options())  # the converter has no setting
     Path.resolve = lambda self, strict=False: self  # type: ignore[method-assign]
     convert_onnx_models_to_ort(
         Path("graphs"),
@@ -38,6 +43,11 @@ def main() -> None:
         optimization_styles=[OptimizationStyle.Runtime],
         enable_type_reduction=True,
     )
+
+
+def _of_one_thread(options: Any) -> Any:
+    options.intra_op_num_threads = 1
+    return options
 
 
 def _fixed_addresses() -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -149,6 +151,22 @@ def test_sparse_experts_go_to_accelerators_as_a_whole(tmp_path: Path) -> None:
 def test_the_same_export_has_the_same_bytes(bundle: Bundle, tmp_path: Path) -> None:
     again = exported(tmp_path / "again", str(bundle.manifest.target))
     assert again.manifest.files == bundle.manifest.files
+
+
+def test_sessions_of_the_converter_have_no_second_thread() -> None:
+    """It would allocate whenever the scheduler lets it, and memory decides the order of a file."""
+    script = """\
+import sys, onnxruntime
+from onnxruntime.tools import convert_onnx_models_to_ort as tool
+from mobilevlm.export.targets import ort_worker
+def converted(*_, **__):
+    print(onnxruntime.SessionOptions().intra_op_num_threads)
+tool.convert_onnx_models_to_ort = converted
+sys.argv.append("again")
+ort_worker.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stdout.split() == [b"1"]
 
 
 def test_an_accelerator_that_takes_too_little_fails_and_the_operator_is_named(

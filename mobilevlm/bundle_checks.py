@@ -220,7 +220,12 @@ def _layers(name: str, count: int) -> _Check:
 
 def _projector(spec: ModelSpec, total: int) -> Iterator[_Check]:
     projector, vision = spec.image.connector, spec.image.encoder
-    yield from _whole("projector", {"depth": projector.depth, "out_size": projector.out_size})
+    whole = {
+        "depth": projector.depth,
+        "out_size": projector.out_size,
+        "factor": projector.factor,
+    }
+    yield from _whole("projector", whole)
     yield _layers("projector.depth", projector.depth)
     for name, value, expected in (
         ("in_size", projector.in_size, vision.hidden_size),
@@ -230,6 +235,10 @@ def _projector(spec: ModelSpec, total: int) -> Iterator[_Check]:
         yield f"projector.{name}", value, value == expected, str(expected)
     is_grid = 0 <= projector.out_grid <= projector.grid
     yield "projector.out_grid", projector.out_grid, is_grid, f"0 to {projector.grid}"
+    if projector.kind == "mlp_downsample":
+        squares = -(-projector.grid // projector.factor)
+        fits = projector.out_grid == squares
+        yield "projector.out_grid", projector.out_grid, fits, f"{squares}"
     has_queries = (projector.qformer is not None) == (projector.kind == "qformer")
     yield "projector.kind", projector.kind, has_queries, "that of its parts"
     yield from _qformer(projector, total)

@@ -255,9 +255,9 @@ class ConnectorSpec:
 
     kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer"]
     """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
-    it averages squares of them first. ``mlp_downsample`` (VILA) joins the four patches of such a
-    square in one vector, which a norm and the MLP follow. ``qformer`` has an MLP of depth 1 behind
-    the Q-Former."""
+    it averages squares of them first. ``mlp_downsample`` (VILA; pixel shuffle in Idefics3 and
+    InternVL) joins the patches of such a square in one vector, which a norm and the MLP follow.
+    ``qformer`` has an MLP of depth 1 behind the Q-Former."""
     in_size: int
     out_size: int
     depth: int
@@ -269,11 +269,18 @@ class ConnectorSpec:
     order: Literal["rows", "columns"] = "rows"
     """How ``mlp_downsample`` gives its squares out: row by row or column by column."""
     qformer: QFormerSpec | None = None
+    factor: int = 2
+    """Patches along each edge of the squares of ``mlp_downsample``; a grid that this does not
+    divide is padded with zeros below and on the right."""
+    norm: bool = True
+    """``mlp_downsample`` has a LayerNorm before its MLP."""
+    bias: bool = True
+    """The Linears of the MLP have biases."""
 
     @property
     def mlp_sizes(self) -> list[int]:
         """Sizes before, between and after the Linears of the MLP."""
-        in_size = self.in_size * (4 if self.kind == "mlp_downsample" else 1)
+        in_size = self.in_size * (self.factor**2 if self.kind == "mlp_downsample" else 1)
         if self.qformer is not None:
             in_size = self.qformer.hidden_size
         return [in_size] + [self.out_size] * self.depth

@@ -103,7 +103,7 @@ def projector_groups(spec: ConnectorSpec) -> Iterator[LinearGroup]:
     if spec.qformer is not None:
         yield from _qformer_groups(spec.qformer, spec.in_size)
     for index, (in_size, out_size) in enumerate(pairwise(spec.mlp_sizes)):
-        yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,), True)
+        yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,), spec.bias)
 
 
 def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:

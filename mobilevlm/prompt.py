@@ -42,12 +42,24 @@ Piece: TypeAlias = "int | Run"
 
 @dataclass(frozen=True)
 class Rows:
-    """Output of an encoder."""
+    """Rows for the decoder: output of an encoder, or a part of a prompt."""
 
     embeds: NDArray[np.float32]
     """(rows, hidden_size)"""
     deep: tuple[NDArray[np.float32], ...] = ()
-    """(rows, hidden_size) each, added after the decoder's ``deep_layers``"""
+    """(rows, hidden_size) each, added after the decoder's ``deep_layers``; zeros when not given"""
+    positions: NDArray[np.int64] | None = None
+    """(axes, rows), those of a text when not given"""
+
+    def __len__(self) -> int:
+        return len(self.embeds)
+
+    def __getitem__(self, span: slice) -> Rows:
+        return Rows(
+            self.embeds[span],
+            tuple(rows[span] for rows in self.deep),
+            None if self.positions is None else self.positions[:, span],
+        )
 
     @property
     def nbytes(self) -> int:
@@ -55,7 +67,7 @@ class Rows:
 
 
 def joined(parts: Sequence[Rows]) -> Rows:
-    """Return the rows of several runs of an encoder as those of one."""
+    """Return the rows of several runs of an encoder, not placed yet, as those of one."""
     if len(parts) == 1:
         return parts[0]
     return Rows(

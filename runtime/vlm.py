@@ -17,7 +17,7 @@ from mobilevlm.image import ImageInput, Room, RoomFor
 from mobilevlm.messages import Message, check_continued
 from mobilevlm.plan import DRAFTING_ENGINES, Plan
 from mobilevlm.preparation import fewest_pieces
-from mobilevlm.prompt import Prepared, count_positions, count_rows, expand, joined
+from mobilevlm.prompt import Prepared, Rows, count_positions, count_rows, expand, joined
 from mobilevlm.runtime.answer.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.answer.options import (
     AnswerOptions,
@@ -217,7 +217,7 @@ class VLM:
         alone. ``as_prompt``: by the graph for prompts, if there is one."""
         _, decoder = self._engines()
         if as_prompt:
-            return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
+            return decoder.prefill(decoder.new_state(), Rows(embeds), all_logits=True)
         return decoder.answer(decoder.new_state(), embeds)
 
     def expert_choices(

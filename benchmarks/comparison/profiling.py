@@ -22,6 +22,7 @@ import numpy as np
 from comparison.process import ROOT
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.plan import Plan
+from mobilevlm.prompt import Rows
 
 RUNS = 3
 DECODE_STEPS = 16
@@ -114,7 +115,8 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
             model.step(state, 5)
 
         random = np.random.default_rng(0)
-        prompt = random.standard_normal((PROMPT_TOKENS, spec.decoder.hidden_size), np.float32) * 0.1
+        shape = PROMPT_TOKENS, spec.decoder.hidden_size
+        prompt = Rows(random.standard_normal(shape, np.float32) * 0.1)
         path = bundle.path(bundle.artifact("vision", "onnx").path)
         vision = onnx_vision(bundle, path, plan)
         pixels = picture(spec.image.square.size, 0)

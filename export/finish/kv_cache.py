@@ -20,6 +20,7 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import Sample, find_samples, sample_embeds
 from mobilevlm.model import Model
 from mobilevlm.plan import Plan
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.engines.opening import onnx_decoder, onnx_vision
 
@@ -78,7 +79,7 @@ def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[st
     with progress.track("kv_cache", len(samples)) as advance:
         for sample in samples:
             state.rewind(0)
-            decoder.extend(state, sample_embeds(model, sample, vision, decoder.embed))
+            decoder.extend(state, Rows(sample_embeds(model, sample, vision, decoder.embed)))
             found = np.abs(decoder.save(state, 0).data).max(axis=2)
             largest = found if largest is None else np.maximum(largest, found)
             advance(1)

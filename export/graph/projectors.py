@@ -64,24 +64,29 @@ class AveragePooling(nn.Module):  # type: ignore[misc]
 
 
 class DownsampleProjector(nn.Module):  # type: ignore[misc]
-    """Squares of 2 × 2 patches as one vector each, norm, Linears with exact GELU between."""
+    """Squares of patches as one vector each, norm, Linears with exact GELU between."""
 
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.spec, self.dialect = spec, weights.dialect
-        self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
+        self.norm = None
+        if spec.norm:
+            self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
         self.mlp = _linears(weights, spec)
 
     def forward(self, op: Any, features: Any) -> Any:
-        spec, odd = self.spec, self.spec.grid % 2
+        spec, missing = self.spec, -self.spec.grid % self.spec.factor
         patches = op.Reshape(features, [1, spec.grid, spec.grid, spec.in_size])
-        if odd:
-            patches = op.Pad(patches, [0, 0, 0, 0, 0, odd, odd, 0])
-        # Two neighbours of a row are one vector already: accelerators have no six dimensions.
-        squares = op.Reshape(patches, [spec.out_grid, 2, spec.out_grid, 2 * spec.in_size])
+        if missing:
+            patches = op.Pad(patches, [0, 0, 0, 0, 0, missing, missing, 0])
+        # Neighbours in a row are one vector already: accelerators have no six dimensions.
+        row = [spec.factor, spec.out_grid, spec.factor * spec.in_size]
+        squares = op.Reshape(patches, [spec.out_grid, *row])
         by_column = spec.order == "columns"
         squares = op.Transpose(squares, perm=[2, 0, 1, 3] if by_column else [0, 2, 1, 3])
-        hidden = self.norm(op, op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]]))
+        hidden = op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]])
+        if self.norm is not None:
+            hidden = self.norm(op, hidden)
         for index, linear in enumerate(self.mlp):
             hidden = linear(
                 op, self.dialect.gelu(op, hidden, approximate="none") if index else hidden
@@ -207,7 +212,7 @@ def build_projector(weights: WeightFile, spec: ConnectorSpec) -> nn.Module:
 def _linears(weights: WeightFile, spec: ConnectorSpec) -> nn.ModuleList:
     return nn.ModuleList(
         [
-            Linear(weights, f"projector.mlp.{index}", *sizes)
+            Linear(weights, f"projector.mlp.{index}", *sizes, bias=spec.bias)
             for index, sizes in enumerate(pairwise(spec.mlp_sizes))
         ]
     )

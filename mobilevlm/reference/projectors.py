@@ -19,7 +19,7 @@ class MLP(nn.ModuleList):
     """Linears with exact GELU between; one Linear is LLaVA's first projector."""
 
     def __init__(self, spec: ConnectorSpec) -> None:
-        super().__init__(nn.Linear(*sizes) for sizes in pairwise(spec.mlp_sizes))
+        super().__init__(nn.Linear(*sizes, bias=spec.bias) for sizes in pairwise(spec.mlp_sizes))
 
     def forward(self, hidden: Tensor) -> Tensor:
         for index, linear in enumerate(self):
@@ -45,21 +45,23 @@ class MLPProjector(nn.Module):
 
 
 class DownsampleProjector(nn.Module):
-    """VILA's ``mlp_downsample`` (Lin et al. 2023): squares of 2 × 2 patches as one vector each,
-    norm, MLP. An odd grid is padded with zeros below and on the right."""
+    """``mlp_downsample`` (VILA, Lin et al. 2023): squares of patches as one vector each, norm, MLP.
+    A grid that they do not fill is padded with zeros below and on the right."""
 
     def __init__(self, spec: ConnectorSpec) -> None:
         super().__init__()
-        self.grid, self.by_column = spec.grid, spec.order == "columns"
-        self.norm = nn.LayerNorm(spec.mlp_sizes[0], eps=1e-5)
+        self.grid, self.factor, self.by_column = spec.grid, spec.factor, spec.order == "columns"
+        self.norm = nn.LayerNorm(spec.mlp_sizes[0], eps=1e-5) if spec.norm else nn.Identity()
         self.mlp = MLP(spec)
 
     def forward(self, features: Tensor) -> Tensor:
         patches = features.view(len(features), self.grid, self.grid, -1)
-        odd = self.grid % 2
-        patches = F.pad(patches, (0, 0, 0, odd, 0, odd))
-        corners = [patches[:, row::2, column::2] for row in (0, 1) for column in (0, 1)]
-        squares = torch.cat(corners, dim=-1)
+        missing, step = -self.grid % self.factor, range(self.factor)
+        patches = F.pad(patches, (0, 0, 0, missing, 0, missing))
+        places = [
+            patches[:, row :: self.factor, column :: self.factor] for row in step for column in step
+        ]
+        squares = torch.cat(places, dim=-1)
         if self.by_column:
             squares = squares.transpose(1, 2)
         out: Tensor = self.mlp(self.norm(squares.flatten(1, 2)))

@@ -99,17 +99,9 @@ class DecoderEngine(Protocol):
     def embed(self, ids: Sequence[int]) -> Float32:
         """Token ids to embeddings ``(length, hidden_size)``."""
 
-    def prefill(
-        self,
-        state: DecoderState,
-        embeds: Float32,
-        all_logits: bool = False,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> Float32:
-        """Appends ``(length, hidden_size)``; logits of the last position ``(1, vocab_size)``, or of
-        all ``(length, vocab_size)``. ``positions``: those of text when not given; ``deep``: what is
-        added after each of the decoder's ``deep_layers``, as ``embeds``."""
+    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
+        """Appends rows; logits of the last ``(1, vocab_size)``, or of all
+        ``(length, vocab_size)``."""
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """Where the router of each sparse layer sends a sequence ``(length, hidden_size)``; for
@@ -119,15 +111,8 @@ class DecoderEngine(Protocol):
             MobileVLMError: the decoder has no experts, or does not say.
         """
 
-    def extend(
-        self,
-        state: DecoderState,
-        embeds: Float32,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> None:
-        """Appends ``(length, hidden_size)`` where no logits are needed; the other arguments as of
-        :meth:`prefill`."""
+    def extend(self, state: DecoderState, rows: Rows) -> None:
+        """Appends rows where no logits are needed."""
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """Appends ``(length, hidden_size)`` in one run, by the weights that :meth:`step` uses;
@@ -155,26 +140,15 @@ class EncoderDecoderEngine(DecoderEngine, Protocol):
 
 
 def in_chunks(
-    append: Callable[..., Float32],
-    embeds: Float32,
-    count: int,
-    size: int = PREFILL_CHUNK,
-    positions: Positions | None = None,
-    deep: Sequence[Float32] = (),
+    append: Callable[[Rows, int], Float32], rows: Rows, count: int, size: int = PREFILL_CHUNK
 ) -> Float32:
-    """Appends ``(length, hidden_size)`` in chunks of ``size``. Returns the logits of the last
-    ``count`` positions; ``append`` does so for one chunk, and is given its part of ``positions``
-    and ``deep`` where there are any."""
+    """Append rows in chunks of ``size``, and return the logits of the last ``count``; ``append``
+    does so for one chunk."""
     logits = []
-    for start in range(0, len(embeds), size):
-        chunk = embeds[start : start + size]
-        behind = len(embeds) - start - len(chunk)
-        further: dict[str, Any] = {}
-        if positions is not None:
-            further["positions"] = positions[:, start : start + size]
-        if deep:
-            further["deep"] = [rows[start : start + size] for rows in deep]
-        logits.append(append(chunk, min(max(count - behind, 0), len(chunk)), **further))
+    for start in range(0, len(rows), size):
+        chunk = rows[start : start + size]
+        behind = len(rows) - start - len(chunk)
+        logits.append(append(chunk, min(max(count - behind, 0), len(chunk))))
     return np.concatenate(logits)
 
 

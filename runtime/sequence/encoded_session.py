@@ -23,7 +23,7 @@ class EncodedSession(Session):
         if keys == self._prompt and self._reuse != "nothing":
             note.reused_tokens, note.reused_images = len(keys), len(prompt.images)
         else:
-            embeds = self._embed(keys, prompt, note).embeds
+            embeds = self._rows(prompt, note).embeds
             self._prompt = None
             with note.prefill:
                 self._decoder.encode(self._state, embeds)

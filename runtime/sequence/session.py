@@ -23,7 +23,6 @@ from mobilevlm.runtime.engines import (
     EncoderEngine,
     ExpertChoices,
     Float32,
-    Positions,
 )
 from mobilevlm.runtime.sequence.cache import Border, PositionKey, PromptCache, borders, pieces
 from mobilevlm.spec import ModelSpec
@@ -270,17 +269,14 @@ class Session:
         with note.prefill:
             whole = self._take_over(keys, ends)
             start = note.reused_tokens = self.length
-        rows = self._embed(keys[start:], prompt, note)
+        rows = self._rows(prompt, note, start)
         with note.prefill:
-            placed = self._positions(prompt, start)
             *before, last = (
-                (here - start, there - start) for here, there in pieces(start, ends, len(keys))
+                rows[here - start : there - start] for here, there in pieces(start, ends, len(keys))
             )
-            for span in before:
-                embeds, at, deep = _part(rows, placed, *span)
-                self._decoder.extend(self._state, embeds, at, deep)
-            embeds, at, deep = _part(rows, placed, *last)
-            logits: Float32 = self._decoder.prefill(self._state, embeds, False, at, deep)[-1]
+            for part in before:
+                self._decoder.extend(self._state, part)
+            logits: Float32 = self._decoder.prefill(self._state, last)[-1]
         self._keys = keys
         if whole:
             self._borders = ends
@@ -294,10 +290,10 @@ class Session:
         spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
         with self._changing():
             self._shorten(0)
-            rows, placed, logits = self._embed(keys, prompt, Fill()), self._positions(prompt), []
-            for span in spans:
-                embeds, at, deep = _part(rows, placed, *span)
-                logits.append(self._decoder.prefill(self._state, embeds, True, at, deep))
+            rows = self._rows(prompt, Fill())
+            logits = [
+                self._decoder.prefill(self._state, rows[here:there], True) for here, there in spans
+            ]
             if answer:
                 logits.append(self._decoder.answer(self._state, rows.embeds[asked:]))
             self._shorten(0)
@@ -306,7 +302,7 @@ class Session:
     def expert_choices(self, prompt: Prompt) -> PromptChoices:
         """Where the routers send each position of the prompt, in a fresh sequence."""
         keys = self._checked_keys(prompt)
-        embeds = self._embed(keys, prompt, Fill()).embeds
+        embeds = self._rows(prompt, Fill()).embeds
         is_visual = np.array([isinstance(key, tuple) for key in keys])
         return PromptChoices(self._decoder.expert_choices(embeds), is_visual)
 
@@ -423,12 +419,9 @@ class Session:
     def _can_go_back_to(self, length: int) -> bool:
         return self._state.reachable(length) == length
 
-    def _positions(self, prompt: Prompt, start: int = 0) -> Positions | None:
-        """Positions of a prompt from slot ``start`` on, where they have several axes."""
-        return None if self._axes == 1 else grid_positions(prompt.pieces, self._axes)[:, start:]
-
-    def _embed(self, keys: Sequence[PositionKey], prompt: Prompt, note: Fill) -> Rows:
-        """Rows of tokens and images."""
+    def _rows(self, prompt: Prompt, note: Fill, start: int = 0) -> Rows:
+        """Return the rows of a prompt from slot ``start`` on."""
+        keys = prompt.keys[start:]
         with note.vision:
             prepared = {image.digest: image for image in prompt.images}
             images: dict[bytes, Rows] = {}
@@ -456,12 +449,7 @@ class Session:
                 for index, key in enumerate(keys):
                     if isinstance(key, tuple):
                         added[index] = images[key[0]].deep[layer][-1 - key[1]]
-        return Rows(embeds, tuple(deep))
-
-
-def _part(
-    rows: Rows, positions: Positions | None, start: int, end: int
-) -> tuple[Float32, Positions | None, list[Float32]]:
-    """Return embeddings, positions and rows for layers of a span."""
-    placed = None if positions is None else positions[:, start:end]
-    return rows.embeds[start:end], placed, [added[start:end] for added in rows.deep]
+            placed = None
+            if self._axes > 1:
+                placed = grid_positions(prompt.pieces, self._axes)[:, start:]
+        return Rows(embeds, tuple(deep), placed)

@@ -12,8 +12,8 @@ import numpy as np
 from mobilevlm.bundle import Bundle
 from mobilevlm.plan import Plan
 from mobilevlm.preparation import prepare
-from mobilevlm.prompt import count_rows
-from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine, Float32
+from mobilevlm.prompt import Rows, count_rows
+from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.opening import open_engines
 from mobilevlm.runtime.tuning.questions import StageTimes
@@ -43,7 +43,7 @@ class EngineProbe:
         image = prepare(np.full((64, 64, 3), 128, np.uint8), spec.image)
         state = decoder.new_state()
         room = spec.decoder.context_length - STEPS - 2
-        prompt = self._embeds(decoder, min(count_rows(image.pieces) + TEXT_TOKENS, room))
+        prompt = self._rows(decoder, min(count_rows(image.pieces) + TEXT_TOKENS, room))
 
         def prefill() -> None:
             state.rewind(0)
@@ -63,7 +63,7 @@ class EngineProbe:
         graphs = [decoder.planned(replace(plan, prefill_from=start)) for start in (NEVER, 1)]
         found = {}
         for length in lengths:
-            prompt = self._embeds(decoder, length)
+            prompt = self._rows(decoder, length)
             by_decoder, by_prompts = _in_turns([_filling(graph, prompt) for graph in graphs])
             found[length] = (by_decoder, by_prompts)
         return found
@@ -72,7 +72,7 @@ class EngineProbe:
         """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""
         decoder = self._decoder(plan)
         length = min(LONG_PROMPT, self._bundle.manifest.spec.decoder.context_length - 1)
-        prompt = self._embeds(decoder, length)
+        prompt = self._rows(decoder, length)
         useful = [size for size in sizes if size <= length]
         if len(useful) < 2:
             return {}
@@ -85,7 +85,7 @@ class EngineProbe:
         """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""
         _, decoder = self._open(plan)
         state, start = decoder.new_state(), TEXT_TOKENS
-        decoder.extend(state, self._embeds(decoder, start))
+        decoder.extend(state, self._rows(decoder, start))
 
         def run(count: int) -> Callable[[], None]:
             tokens = decoder.embed([1] * (count + 1))
@@ -122,12 +122,12 @@ class EngineProbe:
         assert isinstance(decoder, OnnxDecoder)
         return decoder
 
-    def _embeds(self, decoder: DecoderEngine, length: int) -> Float32:
-        """Any tokens: the work is the same."""
-        return decoder.embed([index % 7 + 1 for index in range(length)])
+    def _rows(self, decoder: DecoderEngine, length: int) -> Rows:
+        """Return rows of any tokens: the work is the same."""
+        return Rows(decoder.embed([index % 7 + 1 for index in range(length)]))
 
 
-def _filling(decoder: DecoderEngine, prompt: Float32) -> Callable[[], None]:
+def _filling(decoder: DecoderEngine, prompt: Rows) -> Callable[[], None]:
     """Computes a piece of a prompt from the beginning of one sequence."""
     state = decoder.new_state()
 

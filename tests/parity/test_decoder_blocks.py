@@ -37,6 +37,7 @@ from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.quantize.folding import find_folds, fold
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
+from mobilevlm.prompt import Rows
 from mobilevlm.reference import load_reference
 from mobilevlm.spec import ModelSpec
 
@@ -159,9 +160,9 @@ def test_float_graphs_of_fixed_shapes_give_the_references_logits(
     decoder = opened(model, tmp_path)
     state = decoder.new_state()
     expected = reference_logits(model, embeds)
-    assert relative_error(decoder.prefill(state, embeds)[0], expected[-1]) < 5 * FLOAT32
+    assert relative_error(decoder.prefill(state, Rows(embeds))[0], expected[-1]) < 5 * FLOAT32
     state.rewind(10)
-    ones = decoder.prefill(state, embeds[10:], all_logits=True)
+    ones = decoder.prefill(state, Rows(embeds[10:]), all_logits=True)
     assert relative_error(ones, expected[10:]) < 5 * FLOAT32
 
 
@@ -285,5 +286,5 @@ def test_fixed_point_graphs_stay_near_the_references_logits(name: str, tmp_path:
     with torch.no_grad():
         embeds = reference.embed([5 + 3 * index for index in range(LENGTH)], [])
         expected = reference.logits(embeds).numpy()
-    found = fixed.prefill(fixed.new_state(), embeds.numpy(), all_logits=True)
+    found = fixed.prefill(fixed.new_state(), Rows(embeds.numpy()), all_logits=True)
     assert np.median(row_errors(found, expected)) < 0.03

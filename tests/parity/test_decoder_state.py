@@ -24,6 +24,7 @@ from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.linear_groups import decoder_groups
 from mobilevlm.plan import Plan
+from mobilevlm.prompt import Rows
 from mobilevlm.recipe import LinearFormat, Precision
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime.engines.llama.gguf_check import check_decoder
@@ -34,7 +35,6 @@ from mobilevlm.runtime.engines.state import KEPT_MARKS, KEPT_ROWS
 from mobilevlm.spec import ModelSpec
 
 Array = NDArray[np.float32]
-Positions = NDArray[np.int64]
 CONTEXT = 1024
 CHUNK = 40
 
@@ -84,25 +84,13 @@ def open_decoder(spec: ModelSpec, folder: Path) -> Opened:
     return Opened(spec, decoder, load_reference(model))
 
 
-@dataclass(frozen=True)
-class Piece:
-    """Rows of one piece of a prompt."""
-
-    embeds: Array
-    positions: Positions | None
-    deep: list[Array]
-
-    def __len__(self) -> int:
-        return len(self.embeds)
-
-
-def pieces_of(spec: ModelSpec, lengths: Sequence[int]) -> list[Piece]:
+def pieces_of(spec: ModelSpec, lengths: Sequence[int]) -> list[Rows]:
     """Text, and every second piece a grid of three columns with rows for layers."""
     random, decoder = np.random.default_rng(7), spec.decoder
     made, start = [], 0
     for index, length in enumerate(lengths):
         embeds = random.standard_normal((length, decoder.hidden_size), np.float32)
-        deep = [random.standard_normal(embeds.shape, np.float32) for _ in decoder.deep_layers]
+        deep = tuple(random.standard_normal(embeds.shape, np.float32) for _ in decoder.deep_layers)
         is_grid = index % 2 == 1
         positions = np.tile(start + np.arange(length), (decoder.position_axes, 1))
         if is_grid and decoder.rope_sections:
@@ -111,11 +99,11 @@ def pieces_of(spec: ModelSpec, lengths: Sequence[int]) -> list[Piece]:
             positions[2:] = start + np.arange(length) % 3
         start = int(positions.max()) + 1
         is_given = is_grid and decoder.rope_sections
-        made.append(Piece(embeds, positions if is_given else None, deep if is_grid else []))
+        made.append(Rows(embeds, deep if is_grid else (), positions if is_given else None))
     return made
 
 
-def expected_logits(opened: Opened, pieces: Sequence[Piece]) -> Array:
+def expected_logits(opened: Opened, pieces: Sequence[Rows]) -> Array:
     """Logits ``(length, vocab_size)`` by the reference in one pass."""
     decoder, start, positions, deep = opened.spec.decoder, 0, [], []
     for piece in pieces:
@@ -141,10 +129,7 @@ LENGTHS = (20, 100, 30)
 def test_logits_are_those_of_the_reference(opened: Opened) -> None:
     pieces = pieces_of(opened.spec, LENGTHS)
     state = opened.decoder.new_state()
-    found = [
-        opened.decoder.prefill(state, piece.embeds, True, piece.positions, piece.deep)
-        for piece in pieces
-    ]
+    found = [opened.decoder.prefill(state, piece, all_logits=True) for piece in pieces]
     expected = expected_logits(opened, pieces)
     assert relative_error(np.concatenate(found), expected) <= FLOAT32
     assert state.slots == sum(LENGTHS)
@@ -156,17 +141,17 @@ def test_steps_and_drafts_give_the_logits_of_the_reference(opened: Opened) -> No
     rows = opened.decoder.embed(tokens)
     state = opened.decoder.new_state()
     for piece in before:
-        opened.decoder.extend(state, piece.embeds, piece.positions, piece.deep)
+        opened.decoder.extend(state, piece)
     found = [opened.decoder.step(state, token).copy() for token in tokens[:3]]
     found += list(opened.decoder.answer(state, rows[3:]))
-    expected = expected_logits(opened, [*before, Piece(rows, None, [])])[-len(tokens) :]
+    expected = expected_logits(opened, [*before, Rows(rows)])[-len(tokens) :]
     assert relative_error(np.stack(found), expected) <= FLOAT32
 
 
 def test_going_back_over_steps_is_exact_to_the_bit(opened: Opened) -> None:
     first, *_ = pieces_of(opened.spec, LENGTHS)
     state = opened.decoder.new_state()
-    opened.decoder.prefill(state, first.embeds)
+    opened.decoder.prefill(state, Rows(first.embeds))
     tokens = list(range(1, 31))
     logits = [opened.decoder.step(state, token).copy() for token in tokens]
     positions = [state.position]
@@ -185,18 +170,18 @@ def test_reused_pieces_give_the_bits_of_computed_ones(opened: Opened) -> None:
     decoder, state, segments, start = opened.decoder, opened.decoder.new_state(), [], 0
     *before, last = pieces
     for piece in before:
-        decoder.extend(state, piece.embeds, piece.positions, piece.deep)
+        decoder.extend(state, piece)
         segments.append(decoder.save(state, start))
         start = state.slots
-    expected, position = decoder.prefill(state, last.embeds), state.position
+    expected, position = decoder.prefill(state, Rows(last.embeds)), state.position
 
     state.rewind(0)
-    decoder.extend(state, last.embeds)  # something else in the same places
+    decoder.extend(state, Rows(last.embeds))  # something else in the same places
     for segment in segments:
         state.rewind(0) if segment.start == 0 else None
         decoder.restore(state, segment)
         assert (state.slots, state.position) == (segment.end, segment.position)
-    assert np.array_equal(decoder.prefill(state, last.embeds), expected)
+    assert np.array_equal(decoder.prefill(state, Rows(last.embeds)), expected)
     assert state.position == position
 
     # The same sequence, gone back to each border.
@@ -206,22 +191,22 @@ def test_reused_pieces_give_the_bits_of_computed_ones(opened: Opened) -> None:
         assert state.reachable(end) == end
         state.rewind(end)
         for piece in before[count:]:
-            decoder.extend(state, piece.embeds, piece.positions, piece.deep)
-        assert np.array_equal(decoder.prefill(state, last.embeds), expected)
+            decoder.extend(state, piece)
+        assert np.array_equal(decoder.prefill(state, Rows(last.embeds)), expected)
         assert state.position == position
 
 
 def test_a_state_after_a_segment_is_not_that_of_the_sequence_before_it(opened: Opened) -> None:
     first, second, third = pieces_of(opened.spec, (120, 110, 115))
     decoder, state, other = opened.decoder, opened.decoder.new_state(), opened.decoder.new_state()
-    decoder.extend(other, first.embeds)
+    decoder.extend(other, Rows(first.embeds))
     segment = decoder.save(other, 0)
-    expected = decoder.prefill(other, third.embeds)
+    expected = decoder.prefill(other, Rows(third.embeds))
     for piece in (second, third):
-        decoder.extend(state, piece.embeds, piece.positions, piece.deep)
+        decoder.extend(state, piece)
     state.rewind(0)
     decoder.restore(state, segment)
-    assert np.array_equal(decoder.prefill(state, third.embeds), expected)
+    assert np.array_equal(decoder.prefill(state, Rows(third.embeds)), expected)
     state.rewind(state.reachable(len(second)))
     assert state.slots in (0, len(second))  # of keys and values any slot, of convolutions none
 
@@ -231,13 +216,13 @@ def test_a_segment_in_a_file_gives_the_bits_of_the_one_that_was_written(
 ) -> None:
     decoder, state, path = opened.decoder, opened.decoder.new_state(), tmp_path / "segment.bin"
     tokens, following = [3, 5, 7, 9, 11, 13, 15], decoder.embed([20, 21])
-    decoder.extend(state, decoder.embed(tokens))
+    decoder.extend(state, Rows(decoder.embed(tokens)))
     write_segment(path, decoder.save(state, 0))
-    expected = decoder.prefill(state, following)
+    expected = decoder.prefill(state, Rows(following))
     other = decoder.new_state()
     decoder.restore(other, map_segment(path, opened.spec.decoder, len(tokens), np.float32))
     assert (other.slots, other.position) == (len(tokens), len(tokens))
-    assert np.array_equal(decoder.prefill(other, following), expected)
+    assert np.array_equal(decoder.prefill(other, Rows(following)), expected)
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(BundleError, match=f"7 tokens of this model take {path.stat().st_size + 4}"):
         map_segment(path, opened.spec.decoder, len(tokens), np.float32)
@@ -263,9 +248,9 @@ def test_text_counts_on_from_the_largest_position(tmp_path: Path) -> None:
     opened = open_decoder(TWO_AXES, tmp_path)
     text, image, _ = pieces_of(TWO_AXES, (4, 12, 1))
     state = opened.decoder.new_state()
-    opened.decoder.extend(state, text.embeds)
+    opened.decoder.extend(state, Rows(text.embeds))
     assert (state.slots, state.position) == (4, 4)
-    opened.decoder.extend(state, image.embeds, image.positions)
+    opened.decoder.extend(state, Rows(image.embeds, positions=image.positions))
     assert (state.slots, state.position) == (16, 8)  # four rows of three
     opened.decoder.step(state, 5)
     assert (state.slots, state.position) == (17, 9)
@@ -277,7 +262,7 @@ def test_a_slot_whose_convolution_state_is_gone_is_refused(tmp_path: Path) -> No
     opened = open_decoder(CONVOLUTION, tmp_path)
     decoder, state = opened.decoder, opened.decoder.new_state()
     for piece in pieces_of(CONVOLUTION, (50, 150, 40)):
-        decoder.extend(state, piece.embeds)
+        decoder.extend(state, Rows(piece.embeds))
     reachable = sorted({state.reachable(slots) for slots in range(241)})
     window = 240 - KEPT_ROWS
     assert reachable == [0, 50, *range(window, 241)]
@@ -290,7 +275,7 @@ def test_marks_that_are_too_many_are_forgotten_oldest_first(tmp_path: Path) -> N
     opened = open_decoder(CONVOLUTION, tmp_path)
     decoder, state = opened.decoder, opened.decoder.new_state()
     for piece in pieces_of(CONVOLUTION, [5] * (KEPT_MARKS + 10) + [200]):
-        decoder.extend(state, piece.embeds)
+        decoder.extend(state, Rows(piece.embeds))
     found = {state.reachable(slots) for slots in range(5 * (KEPT_MARKS + 10) + 1)}
     assert len(found) == KEPT_MARKS  # the start and all marks but that of now
     assert min(found - {0}) == 5 * 12

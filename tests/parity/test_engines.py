@@ -25,6 +25,7 @@ from conftest import DATA, Fixture, fixture_named, relative_error, run_program
 
 import mobilevlm
 from mobilevlm.errors import MobileVLMError, PromptError
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.answer.chat import Chat
 from mobilevlm.runtime.sequence.drafting import INEXACT, Drafting, Drafts
@@ -197,16 +198,16 @@ def test_going_back_and_on_gives_the_same_logits(vlm: VLM) -> None:
     _, decoder = vlm._engines()
     embeds = np.random.default_rng(0).standard_normal((700, 64), np.float32)  # two chunks
     state = decoder.new_state()
-    whole = decoder.prefill(state, embeds, all_logits=True)
-    last = decoder.prefill(decoder.new_state(), embeds)
+    whole = decoder.prefill(state, Rows(embeds), all_logits=True)
+    last = decoder.prefill(decoder.new_state(), Rows(embeds))
     assert whole.shape == (700, vlm.spec.decoder.vocab_size)
     assert relative_error(last[0], whole[-1]) <= 1e-5
     state.rewind(300)
     assert state.slots == 300
-    assert relative_error(decoder.prefill(state, embeds[300:]), last) <= 1e-5
+    assert relative_error(decoder.prefill(state, Rows(embeds[300:])), last) <= 1e-5
     state.rewind(699)
     token = 5
-    one = decoder.prefill(state, decoder.embed([token]))[0]
+    one = decoder.prefill(state, Rows(decoder.embed([token])))[0]
     state.rewind(699)
     assert relative_error(decoder.step(state, token), one) <= 1e-5
     assert state.slots == 700
@@ -249,9 +250,9 @@ def test_a_failure_leaves_the_sequence_as_it_was(vlm: VLM) -> None:
     _, decoder = vlm._engines()
     state = decoder.new_state()
     embeds = np.zeros((2040, 64), np.float32)
-    decoder.prefill(state, embeds)
+    decoder.prefill(state, Rows(embeds))
     with pytest.raises(MobileVLMError, match=r"failed after 2040 .*the context is full"):
-        decoder.prefill(state, embeds[:20])
+        decoder.prefill(state, Rows(embeds[:20]))
     assert state.slots == 2040
     decoder.step(state, 5)
 

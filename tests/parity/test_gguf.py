@@ -25,6 +25,7 @@ from mobilevlm.export.gguf.tensors import TYPES, convert
 from mobilevlm.input_spec import IMAGE_TOKEN_ID
 from mobilevlm.model import Model
 from mobilevlm.preparation import prepare
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
 from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
@@ -242,7 +243,7 @@ def test_our_graph_gives_the_logits_of_llama_cpp(
     embeds, rows = fixture.arrays["inputs_embeds"][0], []
     for engine in (GgmlDecoder(path, spec, 1), LlamaDecoder(path, spec, 1)):
         state = engine.new_state()
-        prompt = engine.prefill(state, embeds, all_logits=True)
+        prompt = engine.prefill(state, Rows(embeds), all_logits=True)
         steps = [engine.step(state, token).copy() for token in (5, 6, 7)]
         rows.append(np.concatenate([prompt, steps]))
     assert relative_error(*rows) <= NEAR_LLAMA_CPP[kind]

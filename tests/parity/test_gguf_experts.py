@@ -29,6 +29,7 @@ from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.gguf.spec import bytes_per_token, decoder_spec
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
 from mobilevlm.model import Model, OpenOptions
+from mobilevlm.prompt import Rows
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
@@ -125,13 +126,13 @@ def test_going_back_and_on_gives_the_same_logits(sparse: Fixture, written: Writt
     hidden = sparse.model.spec.decoder.hidden_size
     embeds = np.random.default_rng(0).standard_normal((520, hidden), np.float32)  # two chunks
     state = decoder.new_state()
-    whole = decoder.prefill(state, embeds, all_logits=True)
-    assert relative_error(decoder.prefill(decoder.new_state(), embeds)[0], whole[-1]) <= EXACT
+    whole = decoder.prefill(state, Rows(embeds), all_logits=True)
+    assert relative_error(decoder.prefill(decoder.new_state(), Rows(embeds))[0], whole[-1]) <= EXACT
     state.rewind(300)
-    assert relative_error(decoder.prefill(state, embeds[300:]), whole[-1:]) <= EXACT
+    assert relative_error(decoder.prefill(state, Rows(embeds[300:])), whole[-1:]) <= EXACT
     for position in (519, 256, 255, 250):  # on both sides of a new graph
         state.rewind(position)
-        one = decoder.prefill(state, embeds[position : position + 1])
+        one = decoder.prefill(state, Rows(embeds[position : position + 1]))
         assert relative_error(one, whole[position : position + 1]) <= EXACT
 
 
@@ -207,12 +208,12 @@ def test_a_dense_mlp_beside_the_experts_equals_the_reference(
     engine = GgmlDecoder(path, spec.decoder, 1)
     embeds = np.random.default_rng(0).standard_normal((40, decoder.hidden_size), np.float32)
     state = engine.new_state()
-    found = engine.prefill(state, embeds, all_logits=True)
+    found = engine.prefill(state, Rows(embeds), all_logits=True)
     with torch.no_grad():
         expected = load_reference(model).logits(torch.from_numpy(embeds)).numpy()
     assert relative_error(found, expected) <= EXACT
     state.rewind(39)
-    one = engine.prefill(state, embeds[39:])
+    one = engine.prefill(state, Rows(embeds[39:]))
     assert relative_error(one, expected[39:]) <= EXACT
 
 
@@ -234,7 +235,7 @@ def rounding_error(model: Model, path: Path, embeds: NDArray[np.float32]) -> flo
 
     def logits(path: Path) -> NDArray[np.float32]:
         decoder = GgmlDecoder(path, spec, 1)
-        return decoder.prefill(decoder.new_state(), embeds, all_logits=True)
+        return decoder.prefill(decoder.new_state(), Rows(embeds), all_logits=True)
 
     mmproj, restored = path.with_name("mmproj.gguf"), path.with_name("restored.gguf")
     write_mmproj(model, "f32", mmproj, ignore)

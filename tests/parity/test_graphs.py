@@ -353,11 +353,13 @@ def test_authoring_twice_gives_the_same_bytes(mobilevlm_v2: Fixture, tmp_path: P
 IMAGE = fixture_named("mobilevlm_v2").model.spec.image.preparation
 
 
-def vision_spec(kind: str, patches: int, out_grid: int, border: int = 0) -> ModelSpec:
+def vision_spec(
+    kind: str, patches: int, out_grid: int, border: int = 0, depth: int = 2, **connector: object
+) -> ModelSpec:
     """A small tower of ``patches`` per edge and a projector; the rest as in a fixture."""
     size = patches * 14 + border
     vision = TransformerEncoder(32, 64, 2, 4, size, 14, "gelu", 1e-5)
-    projector = ConnectorSpec(kind, 32, 48, 2, patches, out_grid)  # type: ignore[arg-type]
+    projector = ConnectorSpec(kind, 32, 48, depth, patches, out_grid, **connector)  # type: ignore[arg-type]
     spec = fixture_named("mobilevlm_v2").model.spec
     assert isinstance(IMAGE, FixedImage)
     image = replace(IMAGE, size=size, shortest_edge=size)
@@ -390,6 +392,11 @@ def in_memory(spec: ModelSpec, folder: Path) -> Model:
         pytest.param(vision_spec("ldp", 16, 8), id="ldp even grid"),
         pytest.param(vision_spec("mlp", 6, 6), id="mlp"),
         pytest.param(vision_spec("mlp", 6, 3), id="mlp after pooling"),
+        pytest.param(
+            vision_spec("mlp_downsample", 8, 2, depth=1, factor=4, norm=False, bias=False),
+            id="mlp_downsample as Idefics3 has it",
+        ),
+        pytest.param(vision_spec("mlp_downsample", 7, 3, factor=3), id="squares of 3, padded"),
         pytest.param(vision_spec("mlp", 6, 6, border=5), id="border narrower than a patch"),
     ],
 )

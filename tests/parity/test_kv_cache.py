@@ -30,6 +30,7 @@ from mobilevlm.export.calibration.samples import held_out_samples
 from mobilevlm.export.finish.kv_cache import HEADROOM, quantize_cache
 from mobilevlm.export.finish.system_prompt import PATH
 from mobilevlm.plan import Plan
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 from mobilevlm.runtime.engines.opening import onnx_decoder
@@ -46,7 +47,7 @@ def filled(bundle: Bundle) -> OnnxState:
     """What a decoder leaves of a text."""
     decoder = decoder_of(bundle)
     state = decoder.new_state()
-    decoder.extend(state, decoder.embed(range(10, 40)))
+    decoder.extend(state, Rows(decoder.embed(range(10, 40))))
     return state
 
 

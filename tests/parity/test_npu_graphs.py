@@ -29,6 +29,7 @@ from mobilevlm.export.formats.npu import npu_jobs
 from mobilevlm.export.graph.author import ChunkShape, author_embeddings, author_static_decoder
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
+from mobilevlm.prompt import Rows
 from mobilevlm.recipe import Recipe
 from mobilevlm.runtime.engines.onnx.npu import NpuDecoder
 
@@ -84,13 +85,13 @@ def test_float_graphs_of_fixed_shapes_give_the_official_logits(name: str, tmp_pa
     model = short(fixture.model, len(embeds) + 4)
     decoder = float_decoder(model, tmp_path)
     state = decoder.new_state()
-    found = decoder.prefill(state, embeds)[0]
+    found = decoder.prefill(state, Rows(embeds))[0]
     assert state.slots == len(embeds)
     assert relative_error(found, fixture.logits[-1]) < 5 * FLOAT32
     # Chunk by chunk and one by one, with a place where the sequence goes back.
     half = len(embeds) // 2
     state.rewind(half)
-    ones = decoder.prefill(state, embeds[half:], all_logits=True)
+    ones = decoder.prefill(state, Rows(embeds[half:]), all_logits=True)
     assert relative_error(ones, fixture.logits[half:]) < 5 * FLOAT32
 
 
@@ -105,13 +106,13 @@ def test_fixed_point_graphs_stay_near_the_official_logits(
     model = short(fixture.model, len(embeds) + 4)
     decoder = fixed_decoder(fixture, model, FIXED, tmp_path)
     state = decoder.new_state()
-    ones = decoder.prefill(state, embeds, all_logits=True)
+    ones = decoder.prefill(state, Rows(embeds), all_logits=True)
     assert np.median(row_errors(ones, fixture.logits)) < limit
     # The graphs have the same scales: one goes on where the other was.
     half = len(embeds) // 2
     before = {key: buffer.copy() for key, buffer in state.buffers.items()}
     state.rewind(half)
-    found = decoder.prefill(state, embeds[half:])
+    found = decoder.prefill(state, Rows(embeds[half:]))
     assert row_errors(found, ones[-1:])[0] < limit
     for key, buffer in state.buffers.items():
         off = np.abs(buffer.astype(int) - before[key])

@@ -79,7 +79,7 @@ def test_two_images_of_different_grids_give_the_logits_of_the_reference(opened: 
     session = session_of(opened, "nothing")
     found = session.all_logits(QUESTION)
     decoder = opened.spec.decoder
-    rows = session._embed(QUESTION.keys, QUESTION, Fill())
+    rows = session._rows(QUESTION, Fill())
     positions = grid_positions(QUESTION.pieces, decoder.position_axes)
     placed = torch.from_numpy(positions) if decoder.rope_sections else None
     deep = [torch.from_numpy(added) for added in rows.deep]

@@ -69,6 +69,7 @@ def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], ob
     ("place", "value"),
     [
         ("inputs.image.connector.out_grid", 10**6),
+        ("inputs.image.connector.factor", 0),
         ("inputs.image.connector.grid", 10**6),
         ("inputs.image.connector.depth", 10**9),
         ("inputs.image.connector.out_size", 10**9),

@@ -21,6 +21,7 @@ from conftest import Fixture, fixture_named
 import mobilevlm
 from mobilevlm.errors import MobileVLMError, SessionError
 from mobilevlm.plan import LLAMA_ENGINES, Plan
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime import VLM, Session
 from mobilevlm.runtime.machine import installed_extras
 from mobilevlm.runtime.sequence.session import Fill, Prompt
@@ -200,7 +201,7 @@ class Breaking:
             if self.good_calls >= 0:
                 return found(state, *given)
             if name != "encode":
-                self._decoder.extend(state, self._decoder.embed([5, 6, 7]))
+                self._decoder.extend(state, Rows(self._decoder.embed([5, 6, 7])))
             raise KeyboardInterrupt
 
         return call

@@ -239,7 +239,7 @@ def stored(bundle: Path) -> NDArray[Any]:
 def test_what_is_stored_is_what_the_decoder_computes(bundle: Path, plain: VLM) -> None:
     _, decoder = plain._engines()
     state = decoder.new_state()
-    decoder.extend(state, decoder.embed(plain._cache.system))
+    decoder.extend(state, Rows(decoder.embed(plain._cache.system)))
     assert np.array_equal(decoder.save(state, 0).data.ravel(), stored(bundle))
 
 

@@ -18,6 +18,7 @@ from mobilevlm.console.progress import ignore
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.decoder import write_decoder
 from mobilevlm.gguf.file import read_gguf
+from mobilevlm.prompt import Rows
 from mobilevlm.reference import ReferenceModel
 from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.ggml.residency import ExpertResidency
@@ -85,7 +86,7 @@ def test_logits_are_the_same_to_the_last_bit(sparse: Fixture, path: Path) -> Non
     def logits(max_resident: int | None) -> list[np.ndarray]:
         decoder = GgmlDecoder(path, spec, 1, max_resident)
         state = decoder.new_state()
-        first = decoder.prefill(state, embeds, all_logits=True)
+        first = decoder.prefill(state, Rows(embeds), all_logits=True)
         return [first, *(decoder.step(state, token).copy() for token in range(12))]
 
     for free, limited in zip(logits(None), logits(LAYER), strict=True):
@@ -110,7 +111,7 @@ def test_what_does_not_fit_the_limit_leaves_memory(sparse: Fixture, tmp_path: Pa
         path = tmp_path / f"{label}.gguf"
         write_decoder(model, "f32", path, ignore)
         engine = GgmlDecoder(path, decoder, 1, limit)
-        engine.prefill(engine.new_state(), embeds)
+        engine.prefill(engine.new_state(), Rows(embeds))
         used[label] = resident_bytes(path)
         assert (engine.brought_in_bytes or 0) > (-1 if limit is None else 1.5 * layer)
     # Two layers have experts and one may stay. What expert and neighbour share stays too, and the

@@ -14,6 +14,7 @@ from conftest import BundleOf
 
 import mobilevlm
 from mobilevlm.errors import BundleError
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines.onnx import engine as onnx
 from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
@@ -34,17 +35,17 @@ def test_a_prompts_first_piece_is_computed_without_empty_products(
     asked: list[int] = []
     run_of = OnnxState.run_of
 
-    def counted(state: OnnxState, embeds: Any, computed: int, *further: Any) -> Any:
+    def counted(state: OnnxState, rows: Rows, computed: int) -> Any:
         asked.append(computed)
-        return run_of(state, embeds, computed, *further)
+        return run_of(state, rows, computed)
 
     monkeypatch.setattr(OnnxState, "run_of", counted)
     found = []
     for version in (onnx._version(), (1, 31), (1, 24)):
         monkeypatch.setattr(onnx, "_version", lambda version=version: version)
         state = decoder.new_state()
-        decoder.extend(state, decoder.embed(range(10, 40)))
-        found.append(decoder.prefill(state, decoder.embed([7])))
+        decoder.extend(state, Rows(decoder.embed(range(10, 40))))
+        found.append(decoder.prefill(state, Rows(decoder.embed([7]))))
     assert asked[2:] == [1, 1, 1, 1]
     assert found[0].shape == (1, int8.spec.decoder.vocab_size)
     assert all((logits == found[0]).all() for logits in found)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.plan import PREFILL_FROM, Plan, engine_files
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.opening import onnx_decoder
 from mobilevlm.runtime.sequence.session import Fill
@@ -59,8 +60,8 @@ def test_the_length_of_a_piece_alone_says_which_graph_computes_it(
         for name, engine in (("fast", decoder), ("int4", int4), ("int8", int8)):
             state = engine.new_state()
             if before:
-                engine.extend(state, embeds(before))
-            found[name] = engine.prefill(state, embeds(length), all_logits=True)
+                engine.extend(state, Rows(embeds(before)))
+            found[name] = engine.prefill(state, Rows(embeds(length)), all_logits=True)
         short = length < PREFILL_FROM
         assert np.array_equal(found["fast"], found["int4"]) == short, length
         if not before:  # one recipe's graph for prompts is the other's graph for all
@@ -74,7 +75,7 @@ def test_an_answer_never_meets_the_graph_for_prompts(fast: Path, bundle_of: Bund
     )
     assert np.array_equal(found, expected)
     state = decoder.new_state()
-    decoder.extend(state, embeds(LONG))
+    decoder.extend(state, Rows(embeds(LONG)))
     copied = int4.new_state()
     int4.restore(copied, decoder.save(state, 0))
     assert np.array_equal(decoder.step(state, 7), int4.step(copied, 7))
@@ -85,7 +86,7 @@ def test_wherever_the_weights_lie_the_bits_are_the_same(fast: Path, weights: Any
     mapped, other = decoder_of(fast), decoder_of(fast, Plan(prefill_weights=weights))
     for _ in range(2):  # the second time what was given back comes again
         found, expected = (
-            decoder.prefill(decoder.new_state(), embeds(LONG), all_logits=True)
+            decoder.prefill(decoder.new_state(), Rows(embeds(LONG)), all_logits=True)
             for decoder in (other, mapped)
         )
         assert np.array_equal(found, expected)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import pytest
@@ -67,15 +66,13 @@ class CountedDecoder:
     def embed(self, ids: Sequence[int]) -> Float32:
         return self.engine.embed(ids)
 
-    def prefill(
-        self, state: DecoderState, embeds: Float32, all_logits: bool = False, *further: Any
-    ) -> Float32:
-        self.prefills.append(len(embeds))
-        return self.engine.prefill(state, embeds, all_logits, *further)
+    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
+        self.prefills.append(len(rows))
+        return self.engine.prefill(state, rows, all_logits)
 
-    def extend(self, state: DecoderState, embeds: Float32, *further: Any) -> None:
-        self.prefills.append(len(embeds))
-        self.engine.extend(state, embeds, *further)
+    def extend(self, state: DecoderState, rows: Rows) -> None:
+        self.prefills.append(len(rows))
+        self.engine.extend(state, rows)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         return self.engine.answer(state, embeds)

@@ -14,6 +14,7 @@ from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.split import refuse_split
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
@@ -132,7 +133,7 @@ class GgmlDecoder(GgufDecoder):
         def note(layer: int, chosen: NDArray[np.int32]) -> None:
             found.setdefault(layer, []).append(chosen.copy())
 
-        self.prefill(self._observed_state(note), embeds, all_logits=True)
+        self.prefill(self._observed_state(note), Rows(embeds), all_logits=True)
         return {layer: np.concatenate(chunks) for layer, chunks in found.items()}
 
     def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from functools import partial
 
 import numpy as np
 
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.gguf.file import GgufFile
-from mobilevlm.runtime.engines import DecoderState, Float32, Positions, in_chunks, still_open
+from mobilevlm.prompt import Rows
+from mobilevlm.runtime.engines import DecoderState, Float32, in_chunks, still_open
 from mobilevlm.runtime.engines.llama.embedding_rows import EmbeddingRows
 
 
@@ -36,29 +36,20 @@ class GgufDecoder(ABC):
         scale = np.float32(self._spec.embed_scale)
         return rows if scale == 1 else rows * scale
 
-    def prefill(
-        self,
-        state: DecoderState,
-        embeds: Float32,
-        all_logits: bool = False,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> Float32:
+    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        count = len(embeds) if all_logits else 1
-        append = partial(self._append, state)
-        return in_chunks(append, embeds, count, positions=positions, deep=deep)
+        return self._append_all(state, rows, len(rows) if all_logits else 1)
 
-    def extend(
-        self,
-        state: DecoderState,
-        embeds: Float32,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> None:
+    def extend(self, state: DecoderState, rows: Rows) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        in_chunks(partial(self._append, state), embeds, 0, positions=positions, deep=deep)
+        self._append_all(state, rows, 0)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self.prefill(state, embeds, all_logits=True)
+        return self.prefill(state, Rows(embeds), all_logits=True)
+
+    def _append_all(self, state: DecoderState, rows: Rows, count: int) -> Float32:
+        assert rows.positions is None and not rows.deep
+        return in_chunks(
+            lambda chunk, wanted: self._append(state, chunk.embeds, wanted), rows, count
+        )

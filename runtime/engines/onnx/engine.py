@@ -7,7 +7,7 @@ values: which of the two computes a piece of a prompt depends on the length of t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,7 +27,6 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
-    Positions,
     in_chunks,
     no_experts,
     still_open,
@@ -233,34 +232,21 @@ class OnnxDecoder(BufferedDecoder):
             found = still_open(sessions.encoder).run(names, inputs)
         state.begin(dict(zip(names, found, strict=True)))
 
-    def prefill(
-        self,
-        state: DecoderState,
-        embeds: Float32,
-        all_logits: bool = False,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> Float32:
+    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        count = len(embeds) if all_logits else 1
+        count = len(rows) if all_logits else 1
         with self._open() as sessions:
-            return self._append(state, embeds, count, sessions, positions, deep)
+            return self._append(state, rows, count, sessions)
 
-    def extend(
-        self,
-        state: DecoderState,
-        embeds: Float32,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> None:
+    def extend(self, state: DecoderState, rows: Rows) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         with self._open() as sessions:
-            self._append(state, embeds, 0, sessions, positions, deep)
+            self._append(state, rows, 0, sessions)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         with self._open() as sessions:
-            return self._append(state, embeds, len(embeds), sessions, is_piece=False)
+            return self._append(state, Rows(embeds), len(embeds), sessions, is_piece=False)
 
     def _open(self) -> AbstractContextManager[DecoderSessions]:
         return still_open(self._stage).open()
@@ -274,19 +260,16 @@ class OnnxDecoder(BufferedDecoder):
     def _append(
         self,
         state: DecoderState,
-        embeds: Float32,
+        rows: Rows,
         count: int,
         sessions: DecoderSessions,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
         is_piece: bool = True,
     ) -> Float32:
-        """Appends positions; logits of the last ``count``. ``is_piece``: they are one of a
-        prompt."""
+        """Appends rows; logits of the last ``count``. ``is_piece``: they are one of a prompt."""
         assert isinstance(state, OnnxState)
-        session = self._for_prompt(sessions, len(embeds)) if is_piece else sessions.answers
+        session = self._for_prompt(sessions, len(rows)) if is_piece else sessions.answers
         append = partial(self._append_chunk, state, session)
-        logits = in_chunks(append, embeds, count, self._plan.chunk_length, positions, deep)
+        logits = in_chunks(append, rows, count, self._plan.chunk_length)
         if is_piece:
             state.mark()
         if session is sessions.prompts and self._plan.released_prompt_weights:
@@ -299,16 +282,14 @@ class OnnxDecoder(BufferedDecoder):
         self,
         state: OnnxState,
         session: Session,
-        embeds: Float32,
+        rows: Rows,
         count: int,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
         also: Mapping[str, Float32] = MappingProxyType({}),
     ) -> Float32:
         """Appends a chunk; logits of its last ``count`` positions. ``also``: further outputs, to be
         filled."""
         computed = max(count, 0 if _version() >= EMPTY_PRODUCTS else 1)
-        arrays = state.run_of(embeds, computed, positions, deep)
+        arrays = state.run_of(rows, computed)
         state.run(session, arrays, self._run_options, also)
         result: Float32 = arrays.logits[0, computed - count :]
         return result
@@ -341,7 +322,7 @@ class OnnxDecoder(BufferedDecoder):
                 end = min(start + chunk, length)
                 also = {name: values[:, start:end] for name, values in logits.items()}
                 # Of all positions, since the last layer only has those whose logits are asked for.
-                self._append_chunk(state, session, embeds[start:end], end - start, also=also)
+                self._append_chunk(state, session, Rows(embeds[start:end]), end - start, also)
         return {
             layer: np.argsort(-logits[name][0], axis=-1, kind="stable")[:, : experts.top_k]
             for name, layer in names.items()

@@ -9,7 +9,6 @@ CPU, each operator of fixed point in float32 between two roundings, as an NPU wo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
+from mobilevlm.prompt import Rows
 from mobilevlm.rotary import rotary_tables
 from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
-    Positions,
     refuse_parts,
     still_open,
 )
@@ -135,36 +134,23 @@ class NpuDecoder(BufferedDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return NpuState(still_open(self._chunks))
 
-    def prefill(
-        self,
-        state: DecoderState,
-        embeds: Float32,
-        all_logits: bool = False,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> Float32:
+    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. A run has the logits of one
         position, so those of all take a run each."""
-        assert isinstance(state, NpuState) and positions is None and not deep
+        assert isinstance(state, NpuState) and rows.positions is None and not rows.deep
         if all_logits:
-            return np.concatenate([self._append(state, row[None]) for row in embeds])
-        for start in range(0, len(embeds), self.chunk):
-            logits = self._append(state, embeds[start : start + self.chunk])
+            return np.concatenate([self._append(state, row[None]) for row in rows.embeds])
+        for start in range(0, len(rows), self.chunk):
+            logits = self._append(state, rows.embeds[start : start + self.chunk])
         return logits
 
-    def extend(
-        self,
-        state: DecoderState,
-        embeds: Float32,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> None:
+    def extend(self, state: DecoderState, rows: Rows) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self.prefill(state, embeds, False, positions, deep)
+        self.prefill(state, rows)
 
     def answer(self, state: DecoderState, embeds: Float32) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Token by token, as :meth:`step`."""
-        return self.prefill(state, embeds, all_logits=True)
+        return self.prefill(state, Rows(embeds), all_logits=True)
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. These graphs compute all experts

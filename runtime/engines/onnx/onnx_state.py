@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MemoryLimitError
+from mobilevlm.prompt import Rows
 from mobilevlm.rotary import rotary_at
 from mobilevlm.runtime.engines import CacheType, Float32, Positions
 from mobilevlm.runtime.engines.onnx.buffered import BufferedState
@@ -65,32 +66,22 @@ class OnnxState(BufferedState):
         self.rewind(0)
         self.cross, self._step = cross, None
 
-    def run_of(
-        self,
-        embeds: Float32,
-        computed: int,
-        positions: Positions | None = None,
-        deep: Sequence[Float32] = (),
-    ) -> RunArrays:
-        """Return the arrays of a run that appends ``(length, hidden_size)``, with room for the
-        logits of its last ``computed`` positions. ``positions``: ``(axes, length)``, those of text
-        when not given; ``deep``: ``(length, hidden_size)`` for each of the spec's ``deep_layers``,
-        zeros when not given."""
-        spec, length = self._spec, len(embeds)
-        if positions is None:
-            positions = self._text_positions(length)
+    def run_of(self, rows: Rows, computed: int) -> RunArrays:
+        """Return the arrays of a run that appends rows, with room for the logits of the last
+        ``computed``."""
+        spec, length = self._spec, len(rows)
+        positions = self._text_positions(length) if rows.positions is None else rows.positions
         inputs: dict[str, NDArray[Any]] = {
-            "inputs_embeds": np.ascontiguousarray(embeds[None]),
+            "inputs_embeds": np.ascontiguousarray(rows.embeds[None]),
             "total_length": self._total_length,
             "logits_positions": np.arange(length - computed, length),
         }
         outputs = {"logits": np.empty((1, computed, spec.vocab_size), np.float32)}
         if spec.rope_sections:
             inputs["rotary_cos"], inputs["rotary_sin"] = rotary_at(spec, positions)
-        for layer, rows in zip(
-            spec.deep_layers, deep or [np.zeros_like(embeds)] * len(spec.deep_layers), strict=True
-        ):
-            inputs[f"deep.{layer}"] = np.ascontiguousarray(rows[None])
+        deep = rows.deep or [np.zeros_like(rows.embeds)] * len(spec.deep_layers)
+        for layer, added in zip(spec.deep_layers, deep, strict=True):
+            inputs[f"deep.{layer}"] = np.ascontiguousarray(added[None])
         for buffer, past in zip(self._fixed, self.pasts(), strict=True):
             inputs[buffer.past] = past
             rows_read = past.shape[1] + length
@@ -108,7 +99,7 @@ class OnnxState(BufferedState):
         """Append one row ``(hidden_size,)`` of text; logits ``(vocab_size,)``, valid until the next
         call. The arrays of a step are bound once for a session."""
         if self._step is None or self._step[0] is not session:
-            run = self.run_of(row[None].astype(np.float32), 1)
+            run = self.run_of(Rows(row[None].astype(np.float32)), 1)
             self._step = session, run, self._bind(session, run)
         _, run, binding = self._step
         run.inputs["inputs_embeds"][0, 0] = row

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mobilevlm.errors import BundleError
-from mobilevlm.input_spec import FixedImage, Tiles
+from mobilevlm.input_spec import MOST_TILES, AspectTiles, FixedImage, SquareImages, Tiles
 from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
 from mobilevlm.protobuf import external_files
 from mobilevlm.recipe import PARTS, PREFILL
@@ -143,15 +143,21 @@ def _size(groups: Iterable[LinearGroup]) -> int:
 
 def _image(spec: ModelSpec) -> Iterator[_Check]:
     image, edge = spec.image.preparation, spec.image.encoder.image_size
-    if not isinstance(image, FixedImage | Tiles):
-        yield "image.kind", image.kind, False, "'fixed_image' or 'tiles', which encoders here take"
+    if not isinstance(image, SquareImages):
+        yield "image.kind", image.kind, False, "one of squares, which encoders here take"
         return
-    longest = image.shortest_edge if isinstance(image, FixedImage) else image.longest_edge
-    name = "shortest_edge" if isinstance(image, FixedImage) else "longest_edge"
-    yield from _whole("image", {"size": image.size, name: longest})
+    yield from _whole("image", {"size": image.size})
     yield "image.size", image.size, image.size == edge, f"the tower's {_short(edge)}"
-    most = MAX_ENLARGED * image.size
-    yield f"image.{name}", longest, longest <= most, f"at most {_short(most)}"
+    if isinstance(image, AspectTiles):
+        yield from _whole("image", {"min_tiles": image.min_tiles, "max_tiles": image.max_tiles})
+        is_right = image.min_tiles <= image.max_tiles <= MOST_TILES
+        yield "image.max_tiles", image.max_tiles, is_right, f"min_tiles to {MOST_TILES}"
+    else:
+        longest = image.shortest_edge if isinstance(image, FixedImage) else image.longest_edge
+        name = "shortest_edge" if isinstance(image, FixedImage) else "longest_edge"
+        yield from _whole("image", {name: longest})
+        most = MAX_ENLARGED * image.size
+        yield f"image.{name}", longest, longest <= most, f"at most {_short(most)}"
     if isinstance(image, Tiles) and spec.image.layout.tile_ids:
         marks, count = spec.image.layout.tile_ids, image.most_per_edge
         is_right = len(marks) >= count <= min(map(len, marks))

@@ -294,8 +294,9 @@ class Weights:
         return Weights(self._refs, merged, self.notes)
 
     def replaced(self, refs: Mapping[str, TensorRef]) -> Weights:
-        """The same tensors, those that ``refs`` names from elsewhere."""
-        return Weights({**self._refs, **refs}, self._factors, self.notes)
+        """The same tensors, those that ``refs`` names from elsewhere, as they are there."""
+        factors = {name: kept for name, kept in self._factors.items() if name not in refs}
+        return Weights({**self._refs, **refs}, factors, self.notes)
 
     def first_rows(self, names: Iterable[str], rows: int, total: int) -> Weights:
         """The same tensors, of these only the first ``rows`` of ``total``."""

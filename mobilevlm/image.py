@@ -23,7 +23,7 @@ from PIL import Image
 
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
-from mobilevlm.input_spec import DynamicImage, FixedImage, Tiles
+from mobilevlm.input_spec import DynamicImage, FixedImage, SquareImages
 from mobilevlm.media.image_file import Room, RoomFor, check_size, read_image
 from mobilevlm.media.image_source import ImageInput, open_source
 
@@ -36,6 +36,7 @@ __all__ = [
     "preprocess",
     "read_pixels",
     "read_resized",
+    "read_several",
 ]
 
 MAX_PADDED_EDGE = 32_768
@@ -184,8 +185,21 @@ def read_resized(
     Raises:
         ImageError: as of :func:`open_image`.
     """
+    (image,) = read_several(source, lambda size: [target(size)], resample, room_for, edge)
+    return image
+
+
+def read_several(
+    source: ImageInput,
+    targets: Callable[[tuple[int, int]], list[tuple[int, int]]],
+    resample: Image.Resampling,
+    room_for: RoomFor | None = None,
+    edge: int | None = None,
+) -> list[Image.Image]:
+    """Return one image at several sizes, each made from the original as by
+    :func:`read_resized`."""
     stored = _read(source, room_for, edge)
-    return _resize(stored, target(stored.size), resample)
+    return [_resize(stored, size, resample) for size in targets(stored.size)]
 
 
 def preprocess(image: Image.Image, spec: FixedImage) -> NDArray[np.uint8]:
@@ -197,9 +211,7 @@ def preprocess(image: Image.Image, spec: FixedImage) -> NDArray[np.uint8]:
     return _pixels(_Stored(image), spec)
 
 
-def normalize(
-    pixels: NDArray[np.uint8], spec: FixedImage | Tiles | DynamicImage
-) -> NDArray[np.float32]:
+def normalize(pixels: NDArray[np.uint8], spec: SquareImages | DynamicImage) -> NDArray[np.float32]:
     """uint8 ``(height, width, 3)`` to float32 ``(3, height, width)``:
     ``(pixel / 255 - mean) / std``."""
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)

@@ -12,6 +12,8 @@ from mobilevlm.errors import MobileVLMError
 
 IMAGE_TOKEN_ID = -200
 """Marks an image in a list of input ids, as the reference code of LLaVA and MobileVLM does."""
+MOST_TILES = 64
+"""Tiles that the grid of an image may have."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,28 @@ class Tiles:
     def most_per_edge(self) -> int:
         """Tiles along the longer edge."""
         return -(-self.longest_edge // self.size)
+
+
+@dataclass(frozen=True)
+class AspectTiles:
+    """Preparation of an image as the grid of square tiles whose shape is nearest to its own, and
+    itself made small after them, each uint8 pixels ``(size, size, 3)`` of one run of the encoder
+    (media/aspect_tiles.py)."""
+
+    size: int
+    """Edge of a tile, in pixels."""
+    min_tiles: int
+    max_tiles: int
+    """Tiles of the grid; the image made small comes on top."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    thumbnail: bool = True
+    """The image made small follows, where it has several tiles."""
+    kind: Literal["aspect_tiles"] = "aspect_tiles"
+
+
+SquareImages: TypeAlias = FixedImage | Tiles | AspectTiles
+"""Preparations for encoders that take squares of one size."""
 
 
 @dataclass(frozen=True)
@@ -350,7 +374,7 @@ class LayoutSpec:
 class InputSpec:
     """One kind of input beside text: prepared, encoded, and brought into the decoder's space."""
 
-    preparation: FixedImage | Tiles | DynamicImage | Mel
+    preparation: SquareImages | DynamicImage | Mel
     encoder: Encoder = field(metadata={"formerly_kind": "transformer"})
     connector: ConnectorSpec
     layout: LayoutSpec = LayoutSpec()
@@ -370,13 +394,13 @@ class InputSpec:
         )
 
     @property
-    def square(self) -> FixedImage | Tiles:
+    def square(self) -> SquareImages:
         """The preparation of an encoder that takes squares of one size.
 
         Raises:
             MobileVLMError: it takes images of other shapes.
         """
-        if isinstance(self.preparation, FixedImage | Tiles):
+        if isinstance(self.preparation, SquareImages):
             return self.preparation
         raise MobileVLMError(
             f"an input prepared as {self.preparation.kind!r} needs an encoder that this version "

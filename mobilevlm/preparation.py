@@ -5,7 +5,8 @@ from __future__ import annotations
 
 from mobilevlm.errors import ImageError
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
-from mobilevlm.input_spec import DynamicImage, FixedImage, InputSpec, Mel, Tiles
+from mobilevlm.input_spec import AspectTiles, DynamicImage, FixedImage, InputSpec, Mel, Tiles
+from mobilevlm.media.aspect_tiles import aspect_pieces, prepare_aspect_tiles
 from mobilevlm.media.dynamic_image import dynamic_pieces, prepare_dynamic
 from mobilevlm.media.tiles import prepare_tiles, tile_pieces
 from mobilevlm.prompt import Piece, Prepared, Run, count_rows
@@ -28,6 +29,8 @@ def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None
         return source
     if isinstance(spec.preparation, Tiles):
         return prepare_tiles(source, spec.preparation, spec, room_for)
+    if isinstance(spec.preparation, AspectTiles):
+        return prepare_aspect_tiles(source, spec.preparation, spec, room_for)
     if isinstance(spec.preparation, DynamicImage):
         return prepare_dynamic(source, spec.preparation, spec, room_for)
     if isinstance(spec.preparation, FixedImage):
@@ -59,12 +62,17 @@ def pieces_of(source: ImageInput, spec: InputSpec) -> tuple[Piece, ...]:
 
 
 def fewest_pieces(spec: InputSpec) -> tuple[Piece, ...]:
-    """Return the pieces of the image that takes the fewest positions: as tiles a needle does."""
+    """Return the pieces of the image that takes the fewest positions: as tiles a needle does, and
+    as tiles of its own shape the smallest grid."""
+    if isinstance(spec.preparation, AspectTiles):
+        return _pieces((spec.preparation.min_tiles, 1), spec)
     return _pieces((_LARGE, 1) if isinstance(spec.preparation, Tiles) else (1, 1), spec)
 
 
 def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of the image that takes the most positions."""
+    if isinstance(spec.preparation, AspectTiles):
+        return _pieces((spec.preparation.max_tiles * _LARGE, _LARGE), spec)
     return _pieces((_LARGE, _LARGE), spec)
 
 
@@ -72,6 +80,8 @@ def _pieces(size: tuple[int, int], spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of an image of this width and height."""
     if isinstance(spec.preparation, Tiles):
         return tile_pieces(size, spec.preparation, spec)
+    if isinstance(spec.preparation, AspectTiles):
+        return aspect_pieces(size, spec.preparation, spec)
     if isinstance(spec.preparation, DynamicImage):
         return dynamic_pieces(size, spec.preparation, spec)
     if isinstance(spec.preparation, FixedImage):

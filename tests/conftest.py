@@ -56,7 +56,7 @@ MOE_FIXTURES = ("moe_llava_stablelm", "moe_llava_phi2", "moe_llava_qwen")
 FAMILY_FIXTURES = ("vila", "vila_v15", "blip2", "instructblip")
 """Other towers and projectors, other places of images. ``vila_v15`` is ``vila`` in its other
 official behaviour."""
-HUB_FIXTURES = ("llava_hf", "fast_vlm")
+HUB_FIXTURES = ("llava_hf", "fast_vlm", "internvl3", "internvl35")
 """Families in the layout of the hub, with one or several tiles."""
 
 

@@ -17,13 +17,13 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear, to_grid, to_tokens
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import ConvEncoder, FixedImage, Tiles
+from mobilevlm.input_spec import ConvEncoder, SquareImages
 
 
 class FastVit(nn.Module):  # type: ignore[misc]
     """uint8 ``(1, size, size, 3)`` to features ``(1, num_features, hidden_size)``."""
 
-    def __init__(self, weights: WeightFile, spec: ConvEncoder, image: FixedImage | Tiles) -> None:
+    def __init__(self, weights: WeightFile, spec: ConvEncoder, image: SquareImages) -> None:
         super().__init__()
         self.stem = Stem(weights, spec, image)
         self.stages = nn.ModuleList(
@@ -74,7 +74,7 @@ class Pointwise(Linear):
 
 
 class Stem(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, spec: ConvEncoder, image: FixedImage | Tiles) -> None:
+    def __init__(self, weights: WeightFile, spec: ConvEncoder, image: SquareImages) -> None:
         super().__init__()
         width, self.dialect = spec.widths[0], weights.dialect
         stored = weights.read("vision.stem.conv.weight", width, 3, 3, 3).astype(np.float64)

@@ -15,7 +15,7 @@ from mobilevlm.export.graph.fastvit import FastVit
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import ConvEncoder, FixedImage, InputSpec, Tiles, TransformerEncoder
+from mobilevlm.input_spec import ConvEncoder, InputSpec, SquareImages, TransformerEncoder
 from mobilevlm.spec import ModelSpec
 
 
@@ -42,9 +42,7 @@ def build_tower(weights: WeightFile, spec: InputSpec) -> nn.Module:
 
 
 class ClipTower(nn.Module):  # type: ignore[misc]
-    def __init__(
-        self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage | Tiles
-    ) -> None:
+    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: SquareImages) -> None:
         super().__init__()
         self.dropped = spec.num_positions - spec.num_features
         self.embedding = PatchEmbedding(weights, spec, image)
@@ -75,9 +73,7 @@ class ClipTower(nn.Module):  # type: ignore[misc]
 class PatchEmbedding(nn.Module):  # type: ignore[misc]
     """Patches times the convolution's weights, with positions and a class token if there is one."""
 
-    def __init__(
-        self, weights: WeightFile, spec: TransformerEncoder, image: FixedImage | Tiles
-    ) -> None:
+    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: SquareImages) -> None:
         super().__init__()
         self.dialect, self.pixel_offset = weights.dialect, weights.dialect.pixel_offset
         self.grid, self.patch = spec.grid, spec.patch_size

@@ -15,6 +15,7 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.families import (  # they register themselves
     blip,  # noqa: F401
     fastvlm,  # noqa: F401
+    internvl,  # noqa: F401
     llava,  # noqa: F401
     llava_hub,  # noqa: F401
     mobilevlm,  # noqa: F401

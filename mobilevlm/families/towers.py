@@ -165,8 +165,8 @@ def image_spec(
         size=crop,
         shortest_edge=size,
         aspect=aspect,
-        mean=_channels(settings.get("image_mean"), CLIP_MEAN, where, "image_mean"),
-        std=_channels(settings.get("image_std"), CLIP_STD, where, "image_std"),
+        mean=channels(settings.get("image_mean"), CLIP_MEAN, where, "image_mean"),
+        std=channels(settings.get("image_std"), CLIP_STD, where, "image_std"),
     )
 
 
@@ -216,9 +216,10 @@ def pixel_edge(value: Any, default: int, where: str, key: str) -> int:
     return value
 
 
-def _channels(
+def channels(
     value: Any, default: tuple[float, float, float], where: str, key: str
 ) -> tuple[float, float, float]:
+    """Return a mean or deviation for each channel."""
     if value is None:
         return default
     numbers = isinstance(value, list) and all(

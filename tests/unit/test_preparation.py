@@ -14,7 +14,8 @@ from PIL import Image
 from mobilevlm.audio import log_mel, mel_filters, prepare_sound
 from mobilevlm.errors import AudioError, ImageError, MobileVLMError
 from mobilevlm.image import Room
-from mobilevlm.input_spec import DynamicImage, InputSpec, LayoutSpec, Mel, Tiles
+from mobilevlm.input_spec import AspectTiles, DynamicImage, InputSpec, LayoutSpec, Mel, Tiles
+from mobilevlm.media.aspect_tiles import aspect_pieces
 from mobilevlm.media.dynamic_image import resized
 from mobilevlm.media.tiles import tile_pieces
 from mobilevlm.plain_types import from_dict, to_dict
@@ -169,7 +170,9 @@ def test_an_unknown_kind_of_preparation_is_named_in_one_line(kind: Any) -> None:
     data["preparation"]["kind"] = kind
     with pytest.raises(MobileVLMError) as caught:
         from_dict(InputSpec, data, "spec")
-    expected = "expected the kind 'fixed_image' or 'tiles' or 'dynamic_image' or 'mel'"
+    expected = (
+        "expected the kind 'fixed_image' or 'tiles' or 'aspect_tiles' or 'dynamic_image' or 'mel'"
+    )
     assert str(caught.value) == f"spec.preparation: {expected}, found {kind!r}"
 
 
@@ -251,3 +254,58 @@ def test_an_input_for_sound_takes_no_images() -> None:
 def test_an_encoder_for_squares_does_not_take_images_that_keep_their_shape() -> None:
     with pytest.raises(MobileVLMError, match="dynamic_image"):
         _ = image_input(DYNAMIC).square
+
+
+ASPECT = AspectTiles(size=32, min_tiles=1, max_tiles=12, mean=HALF, std=HALF)
+AROUND = LayoutSpec(begin_ids=(1,), end_ids=(2,))
+
+
+@pytest.mark.parametrize(
+    "size, grid",
+    [
+        ((32, 32), (1, 1)),
+        ((300, 200), (2, 3)),
+        ((200, 300), (3, 2)),
+        ((1000, 20), (1, 12)),
+        ((45, 45), (1, 1)),  # 2025 pixels, not more than half of 2 × 2 tiles
+        ((46, 46), (2, 2)),  # 2116, more than half of 4096
+        ((60, 30), (1, 2)),
+        ((100, 50), (2, 4)),  # 5000, more than half of 8192
+        ((96, 96), (3, 3)),
+    ],
+)
+def test_the_grid_has_the_nearest_shape_and_the_larger_one_only_for_a_large_image(
+    size: tuple[int, int], grid: tuple[int, int]
+) -> None:
+    spec, (rows, columns) = image_input(ASPECT, AROUND), grid
+    image = prepare(picture(*size), spec)
+    count = rows * columns + (rows * columns > 1)
+    assert len(image.arrays) == count
+    assert image.pieces == (1, Run(count * spec.connector.num_tokens), 2)
+    assert aspect_pieces(size, ASPECT, spec) == image.pieces
+    canvas = picture(*size).resize((columns * 32, rows * 32), Image.Resampling.BICUBIC)
+    last = canvas.crop((columns * 32 - 32, rows * 32 - 32, columns * 32, rows * 32))
+    assert np.array_equal(image.arrays[rows * columns - 1]["pixels"], np.asarray(last))
+    whole = picture(*size).resize((32, 32), Image.Resampling.BICUBIC)
+    assert np.array_equal(image.arrays[-1]["pixels"], np.asarray(whole))
+
+
+@pytest.mark.parametrize("tiles, fewest, most", [((1, 12), 1, 13), ((2, 6), 3, 7), ((5, 5), 6, 6)])
+def test_fewest_and_most_tiles_of_the_images_own_shape_are_found(
+    tiles: tuple[int, int], fewest: int, most: int
+) -> None:
+    spec = image_input(replace(ASPECT, min_tiles=tiles[0], max_tiles=tiles[1]), AROUND)
+    assert count_rows(fewest_pieces(spec)) == fewest * spec.connector.num_tokens
+    assert count_rows(most_pieces(spec)) == most * spec.connector.num_tokens
+    counts = {
+        count_rows(pieces_of(picture(width, height), spec)) // spec.connector.num_tokens
+        for width in (1, 7, 50, 200)
+        for height in (1, 7, 50, 200)
+    }
+    assert min(counts) >= fewest
+    assert max(counts) <= most
+
+
+def test_tiles_without_the_small_whole_are_the_grid_alone() -> None:
+    spec = image_input(replace(ASPECT, thumbnail=False), AROUND)
+    assert count_rows(prepare(picture(300, 200), spec).pieces) == 6 * spec.connector.num_tokens

@@ -1,0 +1,208 @@
+"""InternViT, the tower of InternVL, and the connector behind it: shape and tensor names.
+
+What attention and the MLP add to the residual stream is multiplied by learned factors for each
+channel (layer scale). They are folded into the rows of the linear layers before them when these are
+read: the same function, and scales for each row take no notice.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mobilevlm.checkpoint import Rescaling, RowRange, TensorRef, Weights, check_presence
+from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.errors import CheckpointError
+from mobilevlm.families.backbones import Backbone, decoder_refs, skipped_names
+from mobilevlm.families.config import config_value
+from mobilevlm.families.hub import HubCheckpoint
+from mobilevlm.families.towers import transformer_spec
+from mobilevlm.input_spec import TransformerEncoder
+
+FACTOR = 2
+"""Patches along an edge of the square that becomes one visual token."""
+_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+         "num_attention_heads": 16, "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6,
+         "attention_bias": False}  # fmt: skip
+"""Defaults of ``InternVLVisionConfig``."""
+_EXPECTED = {
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "norm_type": "layer_norm",
+    "use_mean_pooling": True,
+    "use_absolute_position_embeddings": True,
+}
+"""The tower of 300M; that of 6B has norms of queries and keys, RMSNorm, and no biases."""
+
+
+@dataclass(frozen=True)
+class Names:
+    """Tensor names of one layout."""
+
+    towers: tuple[str, ...]
+    """What the tower has been under."""
+    class_token: str
+    positions: str
+    patches: str
+    layers: str
+    parts: dict[str, str]
+    """Of a layer."""
+    scales: dict[str, str]
+    """Factors of a layer by what they are folded into."""
+    connectors: tuple[str, ...]
+    links: dict[str, str]
+    """Of the connector."""
+    fused_qkv: str | None = None
+
+
+HUB = Names(
+    ("vision_tower.", "model.vision_tower."),
+    "embeddings.cls_token",
+    "embeddings.position_embeddings",
+    "embeddings.patch_embeddings.projection",
+    "encoder.layer",
+    {
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        **{f"attn.{part}_proj": f"attention.{part}_proj" for part in "qkv"},
+        "attn.out_proj": "attention.projection_layer",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    {"attn.out_proj": "lambda_1", "mlp.fc2": "lambda_2"},
+    ("multi_modal_projector.", "model.multi_modal_projector."),
+    {"norm": "layer_norm", "mlp.0": "linear_1", "mlp.1": "linear_2"},
+)
+OPENGVLAB = Names(
+    ("vision_model.",),
+    "embeddings.class_embedding",
+    "embeddings.position_embedding",
+    "embeddings.patch_embedding",
+    "encoder.layers",
+    {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attn.out_proj": "attn.proj",
+        "mlp.fc1": "mlp.fc1",
+        "mlp.fc2": "mlp.fc2",
+    },
+    {"attn.out_proj": "ls1", "mlp.fc2": "ls2"},
+    ("mlp1.",),
+    {"norm": "0", "mlp.0": "1", "mlp.1": "3"},
+    fused_qkv="attn.qkv",
+)
+
+
+def intern_vit(path: Path, config: dict[str, Any], select: Any) -> TransformerEncoder:
+    """Return the tower of a configuration with the hub's keys, as far as the layer ``select``.
+
+    Raises:
+        CheckpointError: it is another one, its grid does not divide into squares, or a value is
+            missing or wrong.
+    """
+    config = {**_300M, **{key: value for key, value in config.items() if value is not None}}
+    refuse_others(path, config, _EXPECTED)
+    config |= {key: _edge(path, config, key) for key in ("image_size", "patch_size")}
+    layers = config_value(path, config, "num_hidden_layers", int)
+    if type(select) is not int or not -layers - 1 <= select <= layers:
+        raise CheckpointError(
+            f"{path}: the features are those of layer {select!r:.60}, but the tower has {layers}"
+        )
+    kept = select if select >= 0 else layers + 1 + select
+    vision = transformer_spec(path, config, kept, "gelu", patch_bias=True, pre_norm=False)
+    if vision.grid % FACTOR:
+        raise CheckpointError(
+            f"{path}: 'image_size' {vision.image_size} is {vision.grid} patches of "
+            f"{vision.patch_size} along an edge, expected a multiple of {FACTOR}: so many become "
+            f"one visual token"
+        )
+    return vision
+
+
+def refuse_others(path: Path, config: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Refuse values that mean another model; keys that are absent have the expected ones.
+
+    Raises:
+        CheckpointError: a value is not as expected.
+    """
+    for key, value in expected.items():
+        found = config.get(key)
+        if found is not None and (found != value or type(found) is not type(value)):
+            raise CheckpointError(f"{path}: {key!r} is {found!r:.60}, expected {value!r}")
+
+
+def intern_weights(
+    hub: HubCheckpoint,
+    names: Names,
+    vision: TransformerEncoder,
+    decoder: DecoderSpec,
+    backbone: Backbone,
+) -> Weights:
+    """Return all tensors of a checkpoint, layer scale folded.
+
+    Raises:
+        CheckpointError: some are missing, or nothing reads them.
+    """
+    tower = hub.prefix(names.towers, names.class_token)
+    link = hub.prefix(names.connectors, f"{names.links['norm']}.weight")
+    refs = decoder_refs(hub.files, decoder, backbone) | _tower_refs(hub, names, vision, tower)
+    for ours, theirs in names.links.items():
+        for part in ("weight", "bias"):
+            refs[f"projector.{ours}.{part}"] = TensorRef(hub.files, f"{link}{theirs}.{part}")
+    scales = {
+        f"vision.layers.{index}.{ours}": TensorRef(
+            hub.files, f"{tower}{names.layers}.{index}.{theirs}"
+        )
+        for index in range(vision.num_hidden_layers)
+        for ours, theirs in names.scales.items()
+    }
+    known = {**refs, **scales}
+    check_presence(known)
+    numbers = "|".join(
+        map(str, range(vision.num_hidden_layers, hub.vision.get("num_hidden_layers", 0)))
+    )
+    dropped = rf"{re.escape(f'{tower}{names.layers}')}\.({numbers or '(?!)'})\."
+    hub.source.check_unread(known, hub.files, [*skipped_names(decoder, backbone), dropped])
+    factors = Weights(scales)
+    folded: dict[str, Rescaling] = {}
+    for name in scales:
+        rows = Rescaling(rows=factors.read(name, (vision.hidden_size,)))
+        folded |= {f"{name}.weight": rows, f"{name}.bias": rows}
+    return Weights(refs).rescaled(folded)
+
+
+def _tower_refs(
+    hub: HubCheckpoint, names: Names, vision: TransformerEncoder, tower: str
+) -> dict[str, TensorRef]:
+    refs = {
+        "vision.class_embedding": TensorRef(hub.files, f"{tower}{names.class_token}", outer=2),
+        "vision.position_embedding.weight": TensorRef(
+            hub.files, f"{tower}{names.positions}", outer=1
+        ),
+    }
+    size = vision.hidden_size
+    for part in ("weight", "bias"):
+        stored = f"{tower}{names.patches}.{part}"
+        refs[f"vision.patch_embedding.{part}"] = TensorRef(hub.files, stored)
+        for index in range(vision.num_hidden_layers):
+            ours, theirs = f"vision.layers.{index}", f"{tower}{names.layers}.{index}"
+            for name, other in names.parts.items():
+                refs[f"{ours}.{name}.{part}"] = TensorRef(hub.files, f"{theirs}.{other}.{part}")
+            if names.fused_qkv is None:
+                continue
+            for place, name in enumerate("qkv"):
+                rows = RowRange(place * size, (place + 1) * size, 3 * size)
+                stored = f"{theirs}.{names.fused_qkv}.{part}"
+                refs[f"{ours}.attn.{name}_proj.{part}"] = TensorRef(hub.files, stored, rows)
+    return refs
+
+
+def _edge(path: Path, config: dict[str, Any], key: str) -> int:
+    """Return an edge in pixels, which may be given for both directions."""
+    value = config[key]
+    both = value if isinstance(value, list) and len(value) == 2 else [value, value]
+    if both[0] != both[1]:
+        raise CheckpointError(f"{path}: {key!r} is {value!r:.60}, expected a square")
+    return config_value(path, {key: both[0]}, key, int)

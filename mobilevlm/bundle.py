@@ -17,13 +17,13 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from mobilevlm.bundle_checks import check_file, check_graph, check_manifest
 from mobilevlm.bundle_identity import Identity, identity_of, replaced_error, steadily, unchanged
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.recipe import Recipe
 from mobilevlm.regular_file import read_regular
 from mobilevlm.schema_1 import upgraded
 from mobilevlm.spec import ModelSpec
+from mobilevlm.whole_file import file_sha256
 
 SCHEMA_VERSION = 2
 """1: one image input, whose parts were keys of the spec (schema_1.py)."""

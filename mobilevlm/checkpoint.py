@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import CheckpointError, FileWarning
 from mobilevlm.shards import FLOATS, Float32, Shard, open_shard, refuse_pointer
+from mobilevlm.whole_file import file_sha256
 
 SAFETENSORS, PICKLE = "model.safetensors", "pytorch_model.bin"
 MAX_JSON_BYTES = 64 * 2**20
@@ -117,15 +118,6 @@ class TensorFiles:
                 f"{', '.join(path.name for path in self.files)}"
             )
         return self._shards[self._index[name]]
-
-
-def file_sha256(path: Path) -> str:
-    """Digest of a file's bytes, read in pieces."""
-    digest, buffer = hashlib.sha256(), bytearray(4 * 2**20)
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
 
 
 def _weight_files(folder: Path) -> list[Path]:

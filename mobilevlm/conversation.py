@@ -18,7 +18,6 @@ from mobilevlm.input_spec import LayoutSpec
 from mobilevlm.messages import Message
 from mobilevlm.prompt import Mark, Piece, Run, Token, expand
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec
-from mobilevlm.templates.chat_template import render_template
 from mobilevlm.templates.plain_text import encode_marked
 
 SHORTEST_SYSTEM_PROMPT = 16
@@ -155,7 +154,9 @@ def user_message(prompt: str, num_images: int, marks_in_text: bool = True) -> Me
 
 
 def render(conversation: ConversationSpec, messages: Sequence[Message]) -> str:
-    """The prompt text up to where the assistant begins to speak."""
+    """Return the prompt's text up to where the assistant begins to speak."""
+    from mobilevlm.templates.chat_template import render_template  # brings Jinja
+
     return render_template(
         conversation.chat_template,
         messages=[_in_parts(message) for message in messages] if conversation.parts else messages,

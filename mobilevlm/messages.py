@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypedDict
 from urllib.parse import urlsplit
-from urllib.request import url2pathname
 
 from mobilevlm.errors import PromptError
 from mobilevlm.image import ImageInput
@@ -162,6 +161,8 @@ def _local(place: str, source: str) -> str:
         address = urlsplit(source)
         if address.netloc not in ("", "localhost"):
             raise PromptError(f"{place}: {source[:100]}: a file of another machine: copy it first")
+        from urllib.request import url2pathname  # brings http and ssl
+
         return url2pathname(address.path)
     return source
 

@@ -1,7 +1,8 @@
-"""Files that appear whole or not at all."""
+"""Files as wholes: one that appears whole or not at all, and its digest."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -29,3 +30,12 @@ def written_whole(path: Path) -> Iterator[Path]:
     except BaseException:
         draft.unlink(missing_ok=True)
         raise
+
+
+def file_sha256(path: Path) -> str:
+    """Return the digest of a file's bytes, read in pieces."""
+    digest, buffer = hashlib.sha256(), bytearray(4 * 2**20)
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()

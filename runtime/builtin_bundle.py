@@ -20,9 +20,9 @@ from pathlib import Path
 from mobilevlm._version import __version__
 from mobilevlm.builtin import BUNDLES, RECIPE, WEIGHTS, is_built_in
 from mobilevlm.bundle import cache_folder, is_bundle, open_bundle
-from mobilevlm.checkpoint import SAFETENSORS, file_sha256
 from mobilevlm.console import progress
 from mobilevlm.errors import BundleError, require
+from mobilevlm.whole_file import file_sha256
 
 PATIENCE = 180.0
 """Seconds to wait for the export of another process"""
@@ -70,7 +70,8 @@ def bundle_path(given: Path, engine: str = "auto", writable: bool = False) -> Pa
 
 def _cached(name: str, formats: tuple[str, ...]) -> Path | None:
     """The bundle's place in the cache folder; none where there is no home."""
-    version = f"{__version__}-{file_sha256(WEIGHTS / name / SAFETENSORS)[:12]}"
+    digest = file_sha256(WEIGHTS / name / "model.safetensors")
+    version = f"{__version__}-{digest[:12]}"
     try:
         return cache_folder() / "models" / f"{name}-{RECIPE}-{'-'.join(formats)}-{version}"
     except RuntimeError:

@@ -10,8 +10,6 @@ from pathlib import Path
 from mobilevlm.bundle import open_bundle
 from mobilevlm.bundle_identity import steadily
 from mobilevlm.errors import BundleError
-from mobilevlm.gguf.model import gguf_bundle
-from mobilevlm.gguf.tokenizer import gguf_tokenizer
 from mobilevlm.plan import Plan, engine_for_limit
 from mobilevlm.runtime.builtin_bundle import bundle_path
 from mobilevlm.runtime.open_model import open_model
@@ -67,6 +65,9 @@ def load(
         max_memory_mb=max_memory_mb,
     )
     if mmproj is not None:
+        from mobilevlm.gguf.model import gguf_bundle
+        from mobilevlm.gguf.tokenizer import gguf_tokenizer
+
         described, header = gguf_bundle(path, Path(mmproj))
         return opened(described, tokenizer=gguf_tokenizer(header))
     return steadily(path, lambda: opened(open_bundle(path), plan=plan))

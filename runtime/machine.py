@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -188,6 +187,8 @@ def _property(name: str) -> str:
     program = shutil.which("getprop")
     if program is None:
         return ""
+    import subprocess  # on Android only
+
     try:
         done = subprocess.run([program, name], capture_output=True, text=True, timeout=5)
     except (OSError, subprocess.TimeoutExpired):

@@ -61,14 +61,14 @@ def _open_cache(
     megabytes: float,
     room: Callable[[], float],
 ) -> PromptCache:
+    try:  # where they are stored too: the template is compiled before the first question
+        ids = system_ids(tokenizer, bundle.manifest.spec.conversation)
+    except PromptError:  # questions will say so; raw prompts can do without a template
+        ids = []
     system = bundle.manifest.system_prompt
     if plan.engine == "onnx" and system is not None:
         stored = stored_system_prompt(bundle)
         if not plan.computes_prompt_like(Plan(), len(system.ids)):
             stored = None  # what this plan computes has other bits
         return PromptCache(megabytes, system.ids, stored, room)
-    try:
-        ids = system_ids(tokenizer, bundle.manifest.spec.conversation)
-    except PromptError:  # questions will say so; raw prompts can do without a template
-        ids = []
     return PromptCache(megabytes, ids, room=room)

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.conversation import read_text, render, user_message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.instruction import with_instruction
@@ -36,6 +35,7 @@ from mobilevlm.preparation import pieces_of, prepare
 from mobilevlm.prompt import Arrays, Piece, Prepared, Token, expand, in_runs
 from mobilevlm.runtime.engines import EncoderEngine, Float32
 from mobilevlm.spec import ModelSpec
+from mobilevlm.whole_file import file_sha256
 
 SCENES = "scenes"
 """Names the default data."""

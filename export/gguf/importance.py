@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import SCENES, find_samples
@@ -17,6 +16,7 @@ from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from mobilevlm.export.gguf.tensors import WEIGHABLE
 from mobilevlm.model import Model
 from mobilevlm.recipe import Recipe
+from mobilevlm.whole_file import file_sha256
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.checkpoint import TensorRef, Weights, file_sha256
+from mobilevlm.checkpoint import TensorRef, Weights
 from mobilevlm.errors import CheckpointError
 from mobilevlm.export.gguf.decoder import half_split
 from mobilevlm.export.gguf.mmproj import LINEAR_SCALE, signed_difference
@@ -28,6 +28,7 @@ from mobilevlm.gguf.tokenizer import gguf_tokenizer
 from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.model import Model
 from mobilevlm.spec import ModelSpec, with_image
+from mobilevlm.whole_file import file_sha256
 
 _READABLE = {label for label, *_ in TENSOR_TYPES.values()} - {"I8", "I16", "I32", "I64", "F64"}
 """Types that become float32; to a Weights they are as good as floats."""

@@ -12,12 +12,12 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError
 from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.recipe import Scheme
 from mobilevlm.spec import ModelSpec
+from mobilevlm.whole_file import file_sha256
 
 _PARTS = {"vision": "vision.tower", "projector": "vision.projector", "decoder": "decoder"}
 """Modules of the graphs by the first part of a canonical name."""

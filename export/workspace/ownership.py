@@ -16,9 +16,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mobilevlm.bundle import MANIFEST, signed_manifest
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError
 from mobilevlm.runtime.tuning.plan_file import PLAN, SCHEMA_VERSION
+from mobilevlm.whole_file import file_sha256
 
 _NAMED = 3
 """At most so many files are named in an error."""

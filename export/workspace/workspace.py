@@ -20,7 +20,6 @@ from pathlib import Path
 
 from mobilevlm.bundle import MANIFEST, Artifact, FileEntry, read_manifest
 from mobilevlm.bundle_identity import without_readers
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.console import progress
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.export.workspace.exchange import exchange
@@ -35,6 +34,7 @@ from mobilevlm.export.workspace.work_folder import (
 )
 from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.runtime.tuning.plan_file import PLAN
+from mobilevlm.whole_file import file_sha256
 
 RECORDS = "finished"
 """Folder in the work folder with the records of finished artifacts."""

@@ -15,8 +15,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from mobilevlm.errors import require
-from mobilevlm.tokenizers.byte_level import byte_level_name
-from mobilevlm.tokenizers.tokenizer import SPACE, begin_with
+from mobilevlm.tokenizers.pieces import SPACE, byte_level_name
+from mobilevlm.tokenizers.tokenizer import begin_with
 
 _SPECIAL = (("<unk>", 2), ("<s>", 3), ("</s>", 3))
 _NORMAL, _BYTE = 1, 6

@@ -18,6 +18,7 @@ from tokenizers.models import BPE
 from mobilevlm.checkpoint import read_json
 from mobilevlm.errors import CheckpointError
 from mobilevlm.shards import refuse_pointer
+from mobilevlm.tokenizers.pieces import byte_level_name
 
 VOCAB, MERGES = "vocab.json", "merges.txt"
 
@@ -129,18 +130,6 @@ def from_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     return tokenizer
 
 
-def byte_level_name(text: bytes) -> str:
-    """What a byte-level vocabulary calls a token of these bytes."""
-    return "".join(_LETTERS[byte] for byte in text)
-
-
-def token_bytes(token: str) -> bytes:
-    """What a token of a byte-level vocabulary stands for; added ones are their own text."""
-    if all(letter in _BYTES for letter in token):
-        return bytes(_BYTES[letter] for letter in token)
-    return token.encode()
-
-
 def _added(folder: Path, settings: dict[str, Any]) -> list[tuple[int, AddedToken]]:
     """Tokens of ``added_tokens_decoder`` in order of their ids."""
     entries = settings.get("added_tokens_decoder", {})
@@ -194,15 +183,3 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
             break
         parts[index : index + 2] = [parts[index] + parts[index + 1]]
     return parts
-
-
-def _byte_letters() -> list[str]:
-    """The letters that stand for bytes in byte-level BPE (GPT-2's ``bytes_to_unicode``): printable
-    Latin-1 for itself, the others from 256 on."""
-    printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    others = iter(range(256, 512))
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-_LETTERS = _byte_letters()
-_BYTES = {letter: byte for byte, letter in enumerate(_LETTERS)}

@@ -34,9 +34,7 @@ from mobilevlm.tokenizers.byte_level import (
     from_vocab_and_merges,
 )
 from mobilevlm.tokenizers.json_file import open_tokenizer_json
-
-SPACE = "\u2581"
-"""The character that stands for a space inside pieces."""
+from mobilevlm.tokenizers.pieces import SPACE
 
 ADDED, SETTINGS, WHOLE = "added_tokens.json", "tokenizer_config.json", "tokenizer.json"
 

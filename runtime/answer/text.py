@@ -9,9 +9,8 @@ from collections.abc import Sequence
 from tokenizers import Tokenizer, decoders
 
 from mobilevlm.errors import BundleError
-from mobilevlm.tokenizers.byte_level import token_bytes
 from mobilevlm.tokenizers.json_file import foreign
-from mobilevlm.tokenizers.tokenizer import SPACE
+from mobilevlm.tokenizers.pieces import SPACE, token_bytes
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
 

@@ -22,9 +22,9 @@ import mobilevlm
 from fuzz.harness import Fuzzer
 from fuzz.mutations import NUMBERS, mutate_bytes, mutate_json
 from mobilevlm.bundle import MANIFEST, _digest
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import PlanWarning, PrecisionWarning
 from mobilevlm.plan import Plan
+from mobilevlm.whole_file import file_sha256
 
 CHECKPOINT = Path(__file__).parents[1] / "data" / "llava_v1"
 RUNS = {

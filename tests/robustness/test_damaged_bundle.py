@@ -14,7 +14,7 @@ from conftest import BundleOf, fixture_named, refusal
 
 from mobilevlm import bundle as bundles
 from mobilevlm.bundle import open_bundle
-from mobilevlm.checkpoint import file_sha256
+from mobilevlm.whole_file import file_sha256
 
 FILES = [
     "tokenizer.json",

@@ -20,10 +20,10 @@ from test_damaged_bundle import change_manifest, run
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError
 from mobilevlm.plan import Plan
 from mobilevlm.regular_file import NotRegularError, read_regular
+from mobilevlm.whole_file import file_sha256
 
 Capture = pytest.CaptureFixture[str]
 DECODER = "onnx/decoder_model_merged_q4.onnx"

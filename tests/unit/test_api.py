@@ -85,3 +85,24 @@ def test_importing_the_package_imports_neither_runtime_nor_export() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "False", done.stderr
+
+
+FOR_SOME = {
+    "mobilevlm.checkpoint", "mobilevlm.export", "mobilevlm.families", "mobilevlm.gguf.file",
+    "mobilevlm.gguf.model", "mobilevlm.reference", "mobilevlm.shards", "mobilevlm.synth",
+    "mobilevlm.templates.chat_template", "mobilevlm.tokenizers.byte_level",
+    "mobilevlm.tokenizers.tokenizer", "onnxruntime", "torch", "transformers", "onnx", "llama_cpp",
+    "click", "rich", "jinja2", "safetensors", "http", "ssl", "subprocess", "zipfile",
+}  # fmt: skip
+"""Modules that only some models, verbs or systems need."""
+MOST_MODULES = 72
+"""Modules of the product that every model needs."""
+
+
+def test_importing_the_runtime_imports_only_what_every_model_needs() -> None:
+    code = "import sys, mobilevlm.runtime; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    found = set(done.stdout.split())
+    assert "mobilevlm.runtime.vlm" in found, done.stderr
+    assert not found & FOR_SOME
+    assert len([name for name in found if name.startswith("mobilevlm")]) <= MOST_MODULES

@@ -28,6 +28,7 @@ from mobilevlm.runtime.sequence.cache import (
     borders,
     pieces,
 )
+from mobilevlm.templates.chat_template import _compiled
 
 A, B = b"A" * 16, b"B" * 16
 
@@ -227,6 +228,14 @@ def test_a_bundle_brings_the_system_prompt(bundle: Path, plain: VLM) -> None:
         assert vlm._cache.segments.nbytes == 0  # it is mapped, not copied
     expected = plain.generate("What is it?", max_new_tokens=8, ignore_eos=True)
     assert found.token_ids == expected.token_ids
+
+
+def test_loading_compiles_the_chat_template_where_a_bundle_brings_it_too(bundle: Path) -> None:
+    _compiled.cache_clear()
+    with mobilevlm.load(bundle) as vlm:
+        assert _compiled.cache_info().misses == 1
+        vlm.count_text_tokens("What is it?", images=1)
+    assert _compiled.cache_info().misses == 1
 
 
 def stored(bundle: Path) -> NDArray[Any]:

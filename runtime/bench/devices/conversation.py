@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.errors import DeviceError
 from mobilevlm.runtime.bench.devices.agent import MARK
 from mobilevlm.runtime.bench.devices.contracts import SILENCE_SECONDS, Command, Device
+from mobilevlm.whole_file import file_sha256
 
 NO_SUCH_PROGRAM = (126, 127)
 """Exit codes of shells that cannot start a command."""

@@ -65,6 +65,8 @@ types: $(VENV)/.dev
 	rm -rf $(VENV)/types && mkdir -p $(VENV)/types/mobilevlm
 	ln -s $(CURDIR)/mobilevlm/* $(CURDIR)/export $(CURDIR)/runtime $(VENV)/types/mobilevlm/
 	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/setup.cfg -p mobilevlm
+	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/setup.cfg \
+		$(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/examples
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -21,10 +21,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from mobilevlm.bundle import read_manifest
-from mobilevlm.plan import Plan
+from mobilevlm.plan import MemorySetting, Plan
 from mobilevlm.runtime.machine import describe_machine
 from mobilevlm.runtime.memory.estimate import estimate
 
@@ -41,7 +41,9 @@ def answer(path: str, engine: str, memory: str, text_tokens: int) -> dict[str, A
     from mobilevlm.runtime.bench.bench import prompt_of_length
     from mobilevlm.runtime.machine import peak_memory_mb
 
-    plan: Any = "none" if memory == "auto" else Plan(engine or "auto", memory=memory)  # type: ignore[arg-type]
+    plan: Plan | Literal["none"] = "none"
+    if memory != "auto":
+        plan = Plan(engine or "auto", memory=cast(MemorySetting, memory))
     with load(path, engine or "auto", plan=plan) as vlm:
         size = vlm.spec.image.square.size
         grey = np.full((size, size, 3), 128, np.uint8)

@@ -21,7 +21,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accuracy import row
@@ -48,14 +48,14 @@ from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import evaluation_set, pictures
 from mobilevlm.plan import Plan
 from mobilevlm.prompt import Arrays, Rows
-from mobilevlm.recipe import Limits, LinearFormat, Recipe
+from mobilevlm.recipe import Limits, LinearFormat, QuantizerName, Recipe, ScalingName
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime.engines import EncoderEngine
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.vlm import VLM
 
-METHODS = {
+METHODS: dict[str, tuple[QuantizerName, ScalingName]] = {
     "rtn": ("rtn", "none"),
     "hqq": ("hqq", "none"),
     "gptq": ("gptq", "none"),
@@ -84,7 +84,7 @@ def cases() -> Iterator[Case]:
     for quantizer in ("rtn", "hqq", "gptq"):
         for scaling in ("none", "smoothquant"):
             name = quantizer if scaling == "none" else f"smoothquant + {quantizer}"
-            formats = LinearFormat("int8", quantizer, scaling)  # type: ignore[arg-type]
+            formats = LinearFormat("int8", quantizer, scaling)
             yield Case((name, "int8", "row", "no"), formats)
     for precision in ("q4", "q2", "q8"):
         for size in (16, 32, 64, 128):
@@ -92,7 +92,7 @@ def cases() -> Iterator[Case]:
                 for name, (quantizer, scaling) in METHODS.items():
                     if precision == "q8" and (name not in ("rtn", "gptq") or not symmetric):
                         continue
-                    formats = LinearFormat(precision, quantizer, scaling, size, symmetric)  # type: ignore[arg-type]
+                    formats = LinearFormat(precision, quantizer, scaling, size, symmetric)
                     zeros = "no" if symmetric else "yes"
                     yield Case((name, precision[1], str(size), zeros), formats)
     for bits in MIXED:
@@ -178,13 +178,14 @@ class Bench:
         if case.goal is None:
             return recipe
         found = choose(self.model, case.goal, self.sensitivity, self.data).layers
-        quantizer = case.label[0]
+        quantizer = cast(QuantizerName, case.label[0])
         rounded = {
-            name: dataclasses.replace(layers, quantizer=quantizer)  # type: ignore[arg-type]
-            for name, layers in found.items()
+            name: dataclasses.replace(layers, quantizer=quantizer) for name, layers in found.items()
         }
-        experts = "plain" if self.model.spec.decoder.experts else "fused"  # each has its own bits
-        return dataclasses.replace(recipe, layers=rounded, experts=experts)
+        recipe = dataclasses.replace(recipe, layers=rounded)
+        if self.model.spec.decoder.experts:
+            recipe = dataclasses.replace(recipe, experts="plain")  # each has its own bits
+        return recipe
 
     @cached_property
     def sensitivity(self) -> Sensitivity:

@@ -22,7 +22,7 @@ from typing import Any
 
 from comparison.roofline import measure_read
 
-from mobilevlm.runtime.machine import default_threads
+from mobilevlm.plan import default_threads
 
 
 @dataclass

@@ -14,6 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -252,7 +253,7 @@ def _decoder_errors(
         buffers = buffers or {name: np.zeros(shapes[name], np.uint8) for name in states}
         length, window = shapes["inputs_embeds"][1], shapes[states[0]][2]
         here = np.arange(start, start + length)
-        inputs = {
+        inputs: dict[str, NDArray[Any]] = {
             "inputs_embeds": rows[None, here],
             "attention_mask": causal_mask(length, window, start),
             "rotary_cos": cos[None, here, None],

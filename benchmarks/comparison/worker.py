@@ -37,7 +37,7 @@ def main() -> None:
                 value = memory()
             else:
                 value = getattr(model, request["do"])(*request["arguments"])
-            answer = {"value": value}
+            answer: dict[str, object] = {"value": value}
         except NotSupportedError as error:
             answer = {"not_supported": str(error)}
         except Exception as error:  # whatever a peer raises is told, with its row left empty

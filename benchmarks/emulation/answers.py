@@ -39,4 +39,5 @@ def answers(bundle: Path, questions: int) -> dict[str, NDArray[Any]]:
 
 if __name__ == "__main__":
     bundle, questions, output = sys.argv[1:]
-    np.savez(output, **answers(Path(bundle), int(questions)))  # type: ignore[arg-type]
+    arrays: dict[str, Any] = {**answers(Path(bundle), int(questions))}
+    np.savez(output, **arrays)

@@ -76,7 +76,8 @@ def logits(model: LlamaForCausalLM, base: Path) -> torch.Tensor:
     before, after = (torch.from_numpy(part)[None] for part in (ids[:place], ids[place + 1 :]))
     embed, image = model.model.embed_tokens, model.model.mm_projector(features)
     embeds = torch.cat([embed(before), image, embed(after)], dim=1)
-    return model(inputs_embeds=embeds).logits[0, -POSITIONS:]
+    found: torch.Tensor = model(inputs_embeds=embeds).logits[0, -POSITIONS:]
+    return found
 
 
 @torch.no_grad()
@@ -85,7 +86,7 @@ def disturb(model: nn.Module, random: torch.Generator) -> None:
     for name, value in model.named_parameters():
         if value.requires_grad:
             scale = 0.05 if "lora_" in name else 0.1 * float(value.std() if value.dim() > 1 else 1)
-            value += scale * torch.randn(value.shape, generator=random)
+            value.add_(scale * torch.randn(value.shape, generator=random))
 
 
 def main(base: Path, out: Path) -> None:
@@ -109,16 +110,15 @@ def main(base: Path, out: Path) -> None:
                 if value.requires_grad and "lora_" not in key
             }
             torch.save(others, folder / "non_lora_trainables.bin")
-            settings = (base / "checkpoint" / "config.json").read_text()
-            (folder / "config.json").write_text(settings)
+            config = (base / "checkpoint" / "config.json").read_text()
+            (folder / "config.json").write_text(config)
         unmerged = logits(model.base_model.model, base)
         expected[name] = logits(model.merge_and_unload(), base)
         difference = float((unmerged - expected[name]).abs().max())
         change = float((expected["base"] - expected[name]).abs().max())
         print(f"{name}: merged against unmerged {difference:.2g}, against the base {change:.2g}")
-    np.savez_compressed(
-        out / "expected.npz", **{name: value.numpy() for name, value in expected.items()}
-    )
+    arrays: dict[str, Any] = {name: value.numpy() for name, value in expected.items()}
+    np.savez_compressed(out / "expected.npz", **arrays)
 
 
 if __name__ == "__main__":

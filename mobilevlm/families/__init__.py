@@ -16,6 +16,7 @@ from mobilevlm.families import (  # they register themselves
     blip,  # noqa: F401
     fastvlm,  # noqa: F401
     internvl,  # noqa: F401
+    internvl_chat,  # noqa: F401
     llava,  # noqa: F401
     llava_hub,  # noqa: F401
     mobilevlm,  # noqa: F401

@@ -71,6 +71,8 @@ class HubCheckpoint:
 
     source: Source
     files: TensorFiles | MergedFiles
+    text_key: str = "text_config"
+    """Key of the language model's configuration."""
 
     @property
     def path(self) -> Path:
@@ -80,7 +82,7 @@ class HubCheckpoint:
     @cached_property
     def text(self) -> dict[str, Any]:
         """Configuration of the language model."""
-        return config_value(self.path, self.source.config, "text_config", dict)
+        return config_value(self.path, self.source.config, self.text_key, dict)
 
     @cached_property
     def vision(self) -> dict[str, Any]:
@@ -153,7 +155,7 @@ class HubCheckpoint:
         kind = config_value(self.path, self.text, "model_type", str, "llama")
         if kind not in BACKBONES:
             raise CheckpointError(
-                f"{self.path}: 'text_config' has model_type {kind!r:.60}, expected one of "
+                f"{self.path}: {self.text_key!r} has model_type {kind!r:.60}, expected one of "
                 f"{', '.join(BACKBONES)}"
             )
         backbone, defaults = BACKBONES[kind]
@@ -225,9 +227,9 @@ class HubCheckpoint:
         )
 
 
-def open_hub(source: Source) -> HubCheckpoint:
-    """Open a checkpoint in this layout."""
-    return HubCheckpoint(source, source.weight_files())
+def open_hub(source: Source, text_key: str = "text_config") -> HubCheckpoint:
+    """Open a checkpoint in this layout, or in one whose language model has another key."""
+    return HubCheckpoint(source, source.weight_files(), text_key)
 
 
 def _read_text(path: Path) -> str:

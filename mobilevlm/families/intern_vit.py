@@ -23,23 +23,11 @@ from mobilevlm.input_spec import TransformerEncoder
 
 FACTOR = 2
 """Patches along an edge of the square that becomes one visual token."""
-_300M = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
-         "num_attention_heads": 16, "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6,
-         "attention_bias": False}  # fmt: skip
-"""Defaults of ``InternVLVisionConfig``."""
-_EXPECTED = {
-    "attention_bias": True,
-    "use_qk_norm": False,
-    "norm_type": "layer_norm",
-    "use_mean_pooling": True,
-    "use_absolute_position_embeddings": True,
-}
-"""The tower of 300M; that of 6B has norms of queries and keys, RMSNorm, and no biases."""
 
 
 @dataclass(frozen=True)
 class Names:
-    """Tensor names of one layout."""
+    """Names of one layout: tensors, and keys of the tower's configuration."""
 
     towers: tuple[str, ...]
     """What the tower has been under."""
@@ -54,6 +42,10 @@ class Names:
     connectors: tuple[str, ...]
     links: dict[str, str]
     """Of the connector."""
+    defaults: dict[str, Any]
+    """Of the tower's configuration."""
+    expected: dict[str, Any]
+    """What that of 300M has; that of 6B has norms of queries and keys, RMSNorm, and no biases."""
     fused_qkv: str | None = None
 
 
@@ -74,7 +66,12 @@ HUB = Names(
     {"attn.out_proj": "lambda_1", "mlp.fc2": "lambda_2"},
     ("multi_modal_projector.", "model.multi_modal_projector."),
     {"norm": "layer_norm", "mlp.0": "linear_1", "mlp.1": "linear_2"},
-)
+    {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
+     "num_attention_heads": 16, "image_size": 448, "patch_size": 14, "layer_norm_eps": 1e-6,
+     "attention_bias": False},
+    {"attention_bias": True, "use_qk_norm": False, "norm_type": "layer_norm",
+     "use_mean_pooling": True, "use_absolute_position_embeddings": True},
+)  # fmt: skip
 OPENGVLAB = Names(
     ("vision_model.",),
     "embeddings.class_embedding",
@@ -91,19 +88,24 @@ OPENGVLAB = Names(
     {"attn.out_proj": "ls1", "mlp.fc2": "ls2"},
     ("mlp1.",),
     {"norm": "0", "mlp.0": "1", "mlp.1": "3"},
+    {"hidden_size": 3200, "intermediate_size": 12800, "num_hidden_layers": 48,
+     "num_attention_heads": 25, "image_size": 224, "patch_size": 14, "layer_norm_eps": 1e-6,
+     "qkv_bias": False, "qk_normalization": True, "norm_type": "rms_norm"},
+    {"qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"},
     fused_qkv="attn.qkv",
-)
+)  # fmt: skip
 
 
-def intern_vit(path: Path, config: dict[str, Any], select: Any) -> TransformerEncoder:
-    """Return the tower of a configuration with the hub's keys, as far as the layer ``select``.
+def intern_vit(path: Path, names: Names, config: dict[str, Any], select: Any) -> TransformerEncoder:
+    """Return the tower of a configuration as far as the layer ``select``.
 
     Raises:
         CheckpointError: it is another one, its grid does not divide into squares, or a value is
             missing or wrong.
     """
-    config = {**_300M, **{key: value for key, value in config.items() if value is not None}}
-    refuse_others(path, config, _EXPECTED)
+    given = {key: value for key, value in config.items() if value is not None}
+    config = {**names.defaults, **given}
+    refuse_others(path, config, names.expected)
     config |= {key: _edge(path, config, key) for key in ("image_size", "patch_size")}
     layers = config_value(path, config, "num_hidden_layers", int)
     if type(select) is not int or not -layers - 1 <= select <= layers:

@@ -45,7 +45,7 @@ def read_internvl(source: Source) -> tuple[ModelSpec, Weights]:
     """Reads InternVL in the hub's layout."""
     hub = open_hub(source)
     refuse_others(hub.path, source.config, _EXPECTED)
-    vision = intern_vit(hub.path, hub.vision, source.config.get("vision_feature_layer", -1))
+    vision = intern_vit(hub.path, HUB, hub.vision, source.config.get("vision_feature_layer", -1))
     row_id, mark = hub.image_token("image_token_id", "image_token_index")
     settings = tokenizer_settings(source.folder)
     begin, end = (
@@ -99,8 +99,10 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> AspectTiles:
     )
 
 
-def tile_counts(path: Path, settings: dict[str, Any], least: str, most: str) -> tuple[int, int]:
-    """Return how many tiles a grid has at least and at most; the keys of these are given.
+def tile_counts(
+    path: Path, settings: dict[str, Any], least: str, most: str, default: int = 12
+) -> tuple[int, int]:
+    """Return how many tiles a grid has at least and at most, by their keys; ``default``: at most.
 
     Raises:
         CheckpointError: they are no range, or more than :data:`MOST_TILES`.

@@ -26,7 +26,11 @@ _PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""How both tiktoken vocabularies split text into words (tokenization_qwen.py)."""
+"""How both tiktoken vocabularies, and Qwen2's tokenizer, split text into words
+(tokenization_qwen.py, tokenization_qwen2.py)."""
+_GPT2 = ("", "GPT2Tokenizer", "CodeGenTokenizer")
+_QWEN2 = "Qwen2Tokenizer"
+"""Classes of tokenizers that vocab.json is read for."""
 _END = "<|endoftext|>"
 _IM = ("<|im_start|>", "<|im_end|>")
 _CODE = (
@@ -85,13 +89,7 @@ def from_tiktoken(path: Path) -> Tokenizer:
     ]
     vocabulary = {names[token]: rank for token, rank in ranks.items()}
     tokenizer = Tokenizer(BPE(vocab={**vocabulary, **special}, merges=merges, ignore_merges=True))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    _split_as_qwen(tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
     # Found after normalisation, as the reference code looks for them.
     tokenizer.add_special_tokens(
@@ -117,8 +115,17 @@ def from_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
         tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
     except Exception as error:  # the tokenizers library raises plain Exception
         raise CheckpointError(f"{folder / MERGES}: damaged tokenizer: {error}") from None
+    kind = str(settings.get("tokenizer_class") or "").removesuffix("Fast")
     prefix = bool(settings.get("add_prefix_space", False))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    if kind == _QWEN2:
+        _split_as_qwen(tokenizer)
+    elif kind in _GPT2:
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
+    else:
+        raise CheckpointError(
+            f"{folder / 'tokenizer_config.json'}: how {kind!r:.60} splits text is not known here: "
+            f"save the tokenizer as tokenizer.json beside it"
+        )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([token for _, token in _added(folder, settings)])
     for index, token in _added(folder, settings):
@@ -128,6 +135,17 @@ def from_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
                 f"expected {tokenizer.token_to_id(token.content)}: ids go on from {VOCAB}"
             )
     return tokenizer
+
+
+def _split_as_qwen(tokenizer: Tokenizer) -> None:
+    """Set how text is normalised and split into words."""
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def _added(folder: Path, settings: dict[str, Any]) -> list[tuple[int, AddedToken]]:

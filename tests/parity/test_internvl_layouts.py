@@ -1,0 +1,190 @@
+"""InternVL's checkpoints in every form that they come in hold the same model."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import fixture_named
+from safetensors.torch import load_file, save_file
+
+from mobilevlm.conversation import render, tokenize, user_message
+from mobilevlm.families import open_checkpoint
+from mobilevlm.model import Model
+from mobilevlm.prompt import Mark
+from mobilevlm.reference import load_reference
+from mobilevlm.tokenizers.tokenizer import read_tokenizer
+
+ORIGINAL = [
+    (r"vision_tower\.embeddings\.cls_token", "vision_model.embeddings.class_embedding"),
+    (
+        r"vision_tower\.embeddings\.position_embeddings",
+        "vision_model.embeddings.position_embedding",
+    ),
+    (
+        r"vision_tower\.embeddings\.patch_embeddings\.projection",
+        "vision_model.embeddings.patch_embedding",
+    ),
+    (r"vision_tower\.encoder\.layer\.(\d+)\.", r"vision_model.encoder.layers.\1."),
+    (r"attention\.projection_layer", "attn.proj"),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"lambda_(\d)", r"ls\1"),
+    (r"multi_modal_projector\.layer_norm", "mlp1.0"),
+    (r"multi_modal_projector\.linear_1", "mlp1.1"),
+    (r"multi_modal_projector\.linear_2", "mlp1.3"),
+]
+"""The hub's names and OpenGVLab's."""
+Tensors = dict[str, torch.Tensor]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return content
+
+
+def as_original(source: Path, folder: Path) -> Path:
+    """A copy of a checkpoint of the hub's layout in OpenGVLab's."""
+    shutil.copytree(source, folder)
+    for name in ("preprocessor_config.json", "processor_config.json", "chat_template.jinja"):
+        (folder / name).unlink()
+    (folder / "tokenizer.json").unlink()
+    config = read_json(source / "config.json")
+    tower = config["vision_config"]
+    tower |= {"qkv_bias": True, "qk_normalization": False, "model_type": "intern_vit_6b"}
+    for key in ("attention_bias", "use_qk_norm", "use_mean_pooling"):
+        del tower[key]
+    tower |= {"image_size": tower["image_size"][0], "patch_size": tower["patch_size"][0]}
+    outer = {
+        "model_type": "internvl_chat",
+        "llm_config": {**config["text_config"], "tie_word_embeddings": False},
+        "vision_config": tower,
+        "downsample_ratio": 0.5,
+        "dynamic_image_size": True,
+        "force_image_size": tower["image_size"],
+        "max_dynamic_patch": 12,
+        "min_dynamic_patch": 1,
+        "ps_version": "v2",
+        "select_layer": -1,
+        "template": "internvl2_5",
+        "use_thumbnail": True,
+        "tie_word_embeddings": True,  # of the outer class, which reads it nowhere
+    }
+    (folder / "config.json").write_text(json.dumps(outer))
+    tensors: Tensors = {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        for pattern, other in ORIGINAL:
+            name = re.sub(pattern, other, name)
+        tensors[name] = tensor
+    for place in {name.split("attention.")[0] for name in tensors if "attention.q_proj" in name}:
+        for part in ("weight", "bias"):
+            rows = [tensors.pop(f"{place}attention.{letter}_proj.{part}") for letter in "qkv"]
+            tensors[f"{place}attn.qkv.{part}"] = torch.cat(rows)
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def assert_same(found: Model, expected: Model) -> None:
+    assert found.spec.inputs == expected.spec.inputs
+    assert found.spec.decoder == expected.spec.decoder
+    ours, theirs = (load_reference(model).state_dict() for model in (found, expected))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.fixture(params=["internvl3", "internvl35"])
+def model(request: pytest.FixtureRequest) -> Model:
+    return fixture_named(request.param).model
+
+
+def test_the_original_layout_is_the_same_model(model: Model, tmp_path: Path) -> None:
+    found = open_checkpoint(as_original(model.folder, tmp_path / "original"))
+    assert_same(found, model)
+    assert found.spec.family == "internvl_chat"
+
+
+def test_the_original_conversation_begins_with_its_system_message(tmp_path: Path) -> None:
+    model = fixture_named("internvl3").model
+    found = open_checkpoint(as_original(model.folder, tmp_path / "original"))
+    text = render(found.spec.conversation, [user_message("What is written on the sign?", 1)])
+    system, user, answer = text.split("<|im_end|>\n")
+    assert system.startswith("<|im_start|>system\n你是书生·万象，英文名是InternVL，")
+    assert user == "<|im_start|>user\n<IMG_CONTEXT>\nWhat is written on the sign?"
+    assert answer == "<|im_start|>assistant\n"
+    placed = render(found.spec.conversation, [user_message("A <image> and <image>?", 2)])
+    assert "user\nA <IMG_CONTEXT> and <IMG_CONTEXT>?<|im_end|>" in placed
+    tokens = tokenize(found.tokenizer, placed, found.spec.conversation)
+    assert tokens.count(Mark()) == 2
+    own = [{"role": "system", "content": "Be brief."}, user_message("Why?", 0)]
+    begun = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?"
+    assert render(found.spec.conversation, own).startswith(begun)
+
+
+def test_version_one_of_the_pixel_shuffle_gives_tokens_column_by_column(tmp_path: Path) -> None:
+    folder = as_original(fixture_named("internvl3").checkpoint, tmp_path / "original")
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "ps_version": "v1"}))
+    assert open_checkpoint(folder).spec.image.connector.order == "columns"
+
+
+def test_vocab_and_merges_split_text_as_the_whole_tokenizer_does(
+    model: Model, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(model.folder, tmp_path / "copy")
+    (folder / "tokenizer.json").unlink()
+    found = read_tokenizer(folder, ready=True)
+    for text in ("It's 1234 o'clock,\n\n  WE'LL go!!", "a cafe\u0301 <img> x\r\n", "\t12,5 %"):
+        assert found.encode(text).ids == model.tokenizer.encode(text).ids
+
+
+@pytest.mark.parametrize("form", ["renamed", "fp16", "fp32", "sharded"])
+def test_other_names_types_and_shards_are_the_same_model(form: str, tmp_path: Path) -> None:
+    model = fixture_named("internvl35").model
+    folder = shutil.copytree(model.folder, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    if form == "renamed":
+        renamed = {
+            "model." + name.replace("language_model.model.", "language_model."): tensor
+            for name, tensor in tensors.items()
+        }
+        renamed["lm_head.weight"] = renamed.pop("model.language_model.lm_head.weight")
+        save_file(renamed, folder / "model.safetensors")
+    elif form == "sharded":
+        (folder / "model.safetensors").unlink()
+        shards = [f"model-{index:05}-of-00002.safetensors" for index in (1, 2)]
+        # Layer scale in another shard than what it is folded into.
+        places = {name: shards["lambda" in name] for name in tensors}
+        for shard in shards:
+            part = {name: tensors[name] for name in tensors if places[name] == shard}
+            save_file(part, folder / shard)
+        index = {"weight_map": places}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    else:
+        kind = torch.float16 if form == "fp16" else torch.float32
+        save_file(
+            {name: item.to(kind) for name, item in tensors.items()}, folder / "model.safetensors"
+        )
+        if form == "fp16":  # numbers below its range are rounded: compare with the same
+            again = {name: item.to(kind).float() for name, item in tensors.items()}
+            exact = shutil.copytree(folder, tmp_path / "exact")
+            save_file(again, exact / "model.safetensors")
+            model = open_checkpoint(exact)
+    assert_same(open_checkpoint(folder), model)
+
+
+def test_a_tied_head_is_the_embedding_table(tmp_path: Path) -> None:
+    model = fixture_named("internvl3").model
+    folder = shutil.copytree(model.folder, tmp_path / "copy")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["language_model.lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors")
+    found = open_checkpoint(folder)
+    assert found.spec.decoder.tie_word_embeddings
+    assert not model.spec.decoder.tie_word_embeddings
+    head = load_reference(found).decoder.lm_head.weight
+    assert torch.equal(head, tensors["language_model.model.embed_tokens.weight"].float())

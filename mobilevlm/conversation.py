@@ -178,7 +178,7 @@ def _in_parts(message: Message) -> Message:
         for index, text in enumerate(part["text"].split(IMAGE_PLACEHOLDER)):
             parts += [{"type": "image"}] if index else []
             parts += [{"type": "text", "text": text}] if text else []
-    return {**message, "content": parts}
+    return {**message, "content": parts or [{"type": "text", "text": ""}]}
 
 
 def tokenize(

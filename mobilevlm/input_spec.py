@@ -55,6 +55,9 @@ class Tiles:
     thumbnail: Literal["none", "first", "last"] = "last"
     """Place of the image made small as a tile, where it has several."""
     resample: Resampling = "lanczos"
+    max_tiles: int = 0
+    """Tiles of an image at most, beside itself made small; 0: as many as ``longest_edge`` gives.
+    An image that is not split is made a square, whatever its shape."""
     kind: Literal["tiles"] = "tiles"
 
     @property
@@ -81,6 +84,8 @@ class AspectTiles:
     kind: Literal["aspect_tiles"] = "aspect_tiles"
 
 
+Tiled: TypeAlias = Tiles | AspectTiles
+"""Preparations that split an image, each with a field ``max_tiles``."""
 SquareImages: TypeAlias = FixedImage | Tiles | AspectTiles
 """Preparations for encoders that take squares of one size."""
 

@@ -3,13 +3,25 @@ pure function for each kind of preparation."""
 
 from __future__ import annotations
 
-from mobilevlm.errors import ImageError
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import lru_cache
+
+from mobilevlm.errors import ImageError, MobileVLMError
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
-from mobilevlm.input_spec import AspectTiles, DynamicImage, FixedImage, InputSpec, Mel, Tiles
+from mobilevlm.input_spec import (
+    AspectTiles,
+    DynamicImage,
+    FixedImage,
+    InputSpec,
+    Mel,
+    Tiled,
+    Tiles,
+)
 from mobilevlm.media.aspect_tiles import aspect_pieces, prepare_aspect_tiles
 from mobilevlm.media.dynamic_image import dynamic_pieces, prepare_dynamic
-from mobilevlm.media.tiles import prepare_tiles, tile_pieces
-from mobilevlm.prompt import Piece, Prepared, Run, count_rows
+from mobilevlm.media.tiles import prepare_tiles, tile_pieces, tile_shapes
+from mobilevlm.prompt import Piece, Prepared, Run, count_positions, count_rows
 
 _LARGE = 1 << 20
 """Edge of an image that every preparation makes smaller."""
@@ -39,6 +51,26 @@ def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None
     raise _no_images(spec.preparation)
 
 
+def with_max_tiles(spec: InputSpec, most: int) -> InputSpec:
+    """Return an input whose images are split into at most ``most`` tiles, besides the whole made
+    small; 1: not at all. More than the checkpoint's own number changes nothing.
+
+    Raises:
+        MobileVLMError: its images are not split.
+    """
+    preparation = spec.preparation
+    if not isinstance(preparation, Tiled):
+        raise MobileVLMError(
+            f"max_tiles is {most}, but this model does not split images into tiles "
+            f"({preparation.kind}): leave it out"
+        )
+    fewest = min(most, preparation.max_tiles or most)
+    limited: Tiled = replace(preparation, max_tiles=fewest)
+    if isinstance(limited, AspectTiles):
+        limited = replace(limited, min_tiles=min(limited.min_tiles, fewest))
+    return replace(spec, preparation=limited)
+
+
 def _check_prepared(image: Prepared, spec: InputSpec) -> None:
     """Refuse an image that was prepared for an encoder of another size.
 
@@ -62,18 +94,25 @@ def pieces_of(source: ImageInput, spec: InputSpec) -> tuple[Piece, ...]:
 
 
 def fewest_pieces(spec: InputSpec) -> tuple[Piece, ...]:
-    """Return the pieces of the image that takes the fewest positions: as tiles a needle does, and
-    as tiles of its own shape the smallest grid."""
-    if isinstance(spec.preparation, AspectTiles):
-        return _pieces((spec.preparation.min_tiles, 1), spec)
-    return _pieces((_LARGE, 1) if isinstance(spec.preparation, Tiles) else (1, 1), spec)
+    """Return the pieces of the image that takes the fewest positions."""
+    return _extremes(spec)[0]
 
 
 def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of the image that takes the most positions."""
-    if isinstance(spec.preparation, AspectTiles):
-        return _pieces((spec.preparation.max_tiles * _LARGE, _LARGE), spec)
-    return _pieces((_LARGE, _LARGE), spec)
+    return _extremes(spec)[1]
+
+
+@lru_cache(maxsize=8)
+def _extremes(spec: InputSpec) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """Return the pieces of the images that take the fewest and the most positions."""
+    shapes: Iterable[tuple[int, int]] = ((1, 1), (_LARGE, _LARGE))
+    if isinstance(spec.preparation, Tiles):
+        shapes = tile_shapes(spec.preparation)
+    elif isinstance(spec.preparation, AspectTiles):
+        shapes = ((spec.preparation.min_tiles, 1), (spec.preparation.max_tiles * _LARGE, _LARGE))
+    found = [_pieces(shape, spec) for shape in shapes]
+    return min(found, key=count_positions), max(found, key=count_positions)
 
 
 def _pieces(size: tuple[int, int], spec: InputSpec) -> tuple[Piece, ...]:

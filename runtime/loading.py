@@ -28,6 +28,7 @@ def load(
     max_resident_mb: float | None = None,
     plan: Plan | PlanChoice = "auto",
     max_memory_mb: float | None = None,
+    max_tiles: int | None = None,
 ) -> VLM:
     """Opens a bundle for running.
 
@@ -43,14 +44,18 @@ def load(
     where there is one (``engine``, ``threads`` and ``max_resident_mb`` win over it); ``none`` does
     without. ``max_memory_mb``: the most that may be resident while one question about one picture
     is answered, in megabytes, besides the limits that the system has (runtime/memory/fitting.py);
-    settings that take less are chosen where they are needed.
+    settings that take less are chosen where they are needed. ``max_tiles``: tiles that an image is
+    split into at most, where the model splits images, besides the whole made small; 1: it is not
+    split. By default, and at most, as many as the checkpoint has.
 
     Raises:
         MemoryLimitError: the model needs more than a limit. Nothing was loaded.
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
         ReplacedError: exports replace the bundle again and again.
     """
-    check_settings(bundle, engine, threads, plan, cache_mb, max_resident_mb, max_memory_mb)
+    check_settings(
+        bundle, engine, threads, plan, cache_mb, max_resident_mb, max_memory_mb, max_tiles
+    )
     engine = engine_for_limit(engine, max_resident_mb)
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
@@ -63,6 +68,7 @@ def load(
         start=start,
         max_resident_mb=max_resident_mb,
         max_memory_mb=max_memory_mb,
+        max_tiles=max_tiles,
     )
     if mmproj is not None:
         from mobilevlm.gguf.model import gguf_bundle

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from tokenizers import Tokenizer
 
@@ -12,6 +13,7 @@ from mobilevlm.bundle_identity import unchanged
 from mobilevlm.conversation import system_ids
 from mobilevlm.errors import PromptError
 from mobilevlm.plan import Plan
+from mobilevlm.preparation import with_max_tiles
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.memory.fitting import fit_plan
@@ -19,6 +21,7 @@ from mobilevlm.runtime.memory.limits import memory_limits, room_left
 from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.tuning.plan_file import PlanChoice, settle_plans
 from mobilevlm.runtime.vlm import VLM, read_tokenizer
+from mobilevlm.spec import with_image
 
 
 def open_model(
@@ -31,9 +34,13 @@ def open_model(
     max_resident_mb: float | None = None,
     plan: Plan | PlanChoice = "none",
     max_memory_mb: float | None = None,
+    max_tiles: int | None = None,
 ) -> VLM:
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
-    ``tokenizer``: instead of the bundle's; ``plan`` and ``max_memory_mb`` as in :func:`load`."""
+    ``tokenizer``: instead of the bundle's; ``plan``, ``max_memory_mb`` and ``max_tiles`` as in
+    :func:`load`."""
+    if max_tiles is not None:
+        bundle = _with_max_tiles(bundle, max_tiles)
     start = time.perf_counter() if start is None else start
     with unchanged(bundle.folder, bundle.identity):
         first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
@@ -52,6 +59,13 @@ def open_model(
         cache = _open_cache(bundle, tokenizer, settled, cache_mb, room)
         seconds = time.perf_counter() - start
         return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds, limits)
+
+
+def _with_max_tiles(bundle: Bundle, most: int) -> Bundle:
+    manifest = bundle.manifest
+    image = with_max_tiles(manifest.spec.image, most)
+    spec = with_image(manifest.spec, preparation=image.preparation)
+    return replace(bundle, manifest=replace(manifest, spec=spec))
 
 
 def _open_cache(

@@ -23,6 +23,7 @@ def check_settings(
     cache_mb: object,
     max_resident_mb: object,
     max_memory_mb: object,
+    max_tiles: object,
 ) -> None:
     """Refuse arguments of ``load`` that are no settings: a wrong type, name or range.
 
@@ -44,6 +45,17 @@ def check_settings(
     for name, size in {"max_resident_mb": max_resident_mb, "max_memory_mb": max_memory_mb}.items():
         if size is not None:
             _check_size(name, size, 1)
+    check_max_tiles(max_tiles)
+
+
+def check_max_tiles(most: object) -> None:
+    """Refuse a ``max_tiles`` that is neither none nor a number of tiles.
+
+    Raises:
+        MobileVLMError: it is not 1 or more.
+    """
+    if most is not None:
+        _check_count("max_tiles", most)
 
 
 def fitting_threads(threads: int) -> int:

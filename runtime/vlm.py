@@ -41,6 +41,7 @@ from mobilevlm.runtime.sequence.session import (
     check_process,
     check_session,
 )
+from mobilevlm.runtime.settings import check_max_tiles
 from mobilevlm.tokenizers.json_file import open_tokenizer_json
 
 IDLE_SESSIONS = 2
@@ -154,14 +155,17 @@ class VLM:
                 session.forget()
         self._cache.clear()
 
-    def prepare_image(self, image: ImageInput) -> Prepared:
+    def prepare_image(self, image: ImageInput, max_tiles: int | None = None) -> Prepared:
         """Return an image as this model takes it, which may be given in its place: an image that is
-        used again, or the frames of a video, need not stay in memory.
+        used again, or the frames of a video, need not stay in memory. ``max_tiles``: less than what
+        the model was loaded with, for this image.
 
         Raises:
             ImageError: as of :func:`mobilevlm.preparation.prepare`.
+            MobileVLMError: ``max_tiles`` is no number of tiles, or the model does not split images.
         """
-        return self._prompts.image(image)
+        check_max_tiles(max_tiles)
+        return self._prompts.image(image, max_tiles)
 
     def encode_image(self, image: ImageInput, prompt: str = "") -> Float32:
         """Visual tokens ``(num_tokens, hidden_size)``: the projector's output. ``prompt``: what is

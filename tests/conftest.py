@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,10 +34,10 @@ from mobilevlm.conversation import tokenize
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions
-from mobilevlm.preparation import fewest_pieces
+from mobilevlm.preparation import fewest_pieces, with_max_tiles
 from mobilevlm.prompt import Mark, Piece, expand
 from mobilevlm.runtime import VLM
-from mobilevlm.spec import KVCache
+from mobilevlm.spec import KVCache, with_image
 from mobilevlm.synth.checkpoints import write_checkpoint
 from mobilevlm.waiting import wait_asleep
 
@@ -56,7 +56,10 @@ MOE_FIXTURES = ("moe_llava_stablelm", "moe_llava_phi2", "moe_llava_qwen")
 FAMILY_FIXTURES = ("vila", "vila_v15", "blip2", "instructblip")
 """Other towers and projectors, other places of images. ``vila_v15`` is ``vila`` in its other
 official behaviour."""
-HUB_FIXTURES = ("llava_hf", "fast_vlm", "internvl3", "internvl35")
+HUB_FIXTURES = (
+    *("llava_hf", "fast_vlm", "internvl3", "internvl35"),
+    *("smolvlm2", "smolvlm2_nosplit", "idefics3"),
+)
 """Families in the layout of the hub, with one or several tiles."""
 
 
@@ -69,6 +72,8 @@ class Fixture:
     variant: str | None = None
     suffix: str = ""
     """Ends the names of arrays that are of this variant."""
+    max_tiles: int | None = None
+    """Tiles of an image, where it is asked for fewer than the checkpoint's."""
 
     @property
     def checkpoint(self) -> Path:
@@ -147,7 +152,10 @@ class Fixture:
     def expected(self) -> dict[str, Any]:
         """Prompt, templated prompt, generated text …"""
         data: dict[str, Any] = json.loads((self.folder / "expected.json").read_text())
-        return {**data, **data.get(self.suffix.lstrip("_"), {})}
+        own = data.get(self.suffix.lstrip("_"), {})
+        texts = {"decoded_text", "decoded_text_skip_special"}
+        shared = {key: data[key] for key in data if key not in texts or not texts & own.keys()}
+        return {**shared, **own}
 
     @property
     def options(self) -> OpenOptions:
@@ -157,12 +165,19 @@ class Fixture:
     @cached_property
     def model(self) -> Model:
         """The opened checkpoint."""
-        return open_checkpoint(self.checkpoint, self.options)
+        model = open_checkpoint(self.checkpoint, self.options)
+        if self.max_tiles is None:
+            return model
+        image = with_max_tiles(model.spec.image, self.max_tiles)
+        return replace(model, spec=with_image(model.spec, preparation=image.preparation))
 
 
 def fixture_named(name: str) -> Fixture:
     if name == "vila_v15":
         return Fixture(name, DATA / "vila", "vila1.5", "_v15")
+    if name.endswith("_nosplit"):
+        folder = DATA / name.removesuffix("_nosplit")
+        return Fixture(name, folder, suffix="_nosplit", max_tiles=1)
     return Fixture(name, DATA / name)
 
 

@@ -92,6 +92,7 @@ class ModelOptions:
     max_memory_mb: float | None
     max_resident_mb: float | None
     plan: PlanChoice
+    max_tiles: int | None
 
     def open(self) -> VLM:
         """The model, loaded."""
@@ -107,19 +108,30 @@ class ModelOptions:
             said.append(f"--threads={self.threads}")
         if self.plan == "none":
             said.append("--no-plan")
+        if self.max_tiles is not None:
+            said.append(f"--max-tiles={self.max_tiles}")
         return [f"--engine={self.engine}", *said]
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
-    """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-memory``, ``--max-resident``
-    and ``--no-plan``, which the function gets as ``model``."""
+    """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-memory``, ``--max-resident``,
+    ``--no-plan``, ``--max-tiles`` and ``--no-tiles``, which the function gets as ``model``."""
 
     @functools.wraps(function)
     def gathered(**given: Any) -> None:
+        if given.pop("no_tiles"):
+            if given["max_tiles"] is not None:
+                raise click.UsageError("--no-tiles and --max-tiles do not go together: give one")
+            given["max_tiles"] = 1
         said = {field.name: given.pop(field.name) for field in fields(ModelOptions)}
         function(model=ModelOptions(**said), **given)
 
     for decorate in (
+        click.option("--no-tiles", is_flag=True,
+                     help="Do not split images: each is one square, as --max-tiles 1."),
+        click.option("--max-tiles", type=click.IntRange(1), metavar="N",
+                     help="Tiles that an image is split into at most, by models that do. Default: "
+                          "as many as the checkpoint has."),
         click.option("--no-plan", "plan", flag_value="none", default="auto",
                      help="Do without the settings that 'mobilevlm tune' found."),
         click.option("--max-resident", "max_resident_mb", callback=_megabytes, metavar="800MB",

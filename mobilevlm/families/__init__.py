@@ -21,6 +21,7 @@ from mobilevlm.families import (  # they register themselves
     llava_hub,  # noqa: F401
     mobilevlm,  # noqa: F401
     moe_llava,  # noqa: F401
+    smolvlm,  # noqa: F401
     vila,  # noqa: F401
 )
 from mobilevlm.families.config import read_config

@@ -9,11 +9,16 @@ from typing import Any, Literal
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import RANGES, config_value
-from mobilevlm.input_spec import Encoder, FixedImage, TransformerEncoder
+from mobilevlm.input_spec import Encoder, FixedImage, Tiles, TransformerEncoder
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-BICUBIC = 3
+SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
+BICUBIC, LANCZOS = 3, 1
+MAX_TILES_PER_EDGE = 8
+"""Tiles along the longer edge of an image, at most."""
+_STEPS = ("do_resize", "do_rescale", "do_normalize")
+"""Steps of every image processor, which a file may turn off."""
 _FAR = 1000.0
 """Beyond any mean and deviation of channels from 0 to 1, or to 255."""
 
@@ -157,10 +162,7 @@ def image_spec(
         raise CheckpointError(
             f"{where}: {cut!r} is {crop}, but the tower takes {vision.image_size} pixels"
         )
-    if settings.get("resample", BICUBIC) != BICUBIC:
-        raise CheckpointError(
-            f"{where}: 'resample' is {settings['resample']!r:.60}, expected 3 (bicubic)"
-        )
+    _check_steps(where, settings, BICUBIC, "3 (bicubic)")
     return FixedImage(
         size=crop,
         shortest_edge=size,
@@ -168,6 +170,66 @@ def image_spec(
         mean=channels(settings.get("image_mean"), CLIP_MEAN, where, "image_mean"),
         std=channels(settings.get("image_std"), CLIP_STD, where, "image_std"),
     )
+
+
+def tiles_spec(tower: Tower, vision: TransformerEncoder) -> Tiles:
+    """Preprocessing into tiles as the settings of an Idefics3ImageProcessor have it, its own
+    defaults where they say nothing.
+
+    Raises:
+        CheckpointError: a value is wrong, or asks for what is not known here.
+    """
+    where, settings = tower.where, tower.preprocessor
+    _check_steps(where, settings, LANCZOS, "1 (Lanczos)")
+    tile = _longest_edge(settings, "max_image_size", 364, where)
+    longest = _longest_edge(settings, "size", 4 * 364, where)
+    if tile != vision.image_size:
+        raise CheckpointError(
+            f"{where}: 'max_image_size' is {tile}, but the tower takes {vision.image_size} pixels"
+        )
+    if longest > MAX_TILES_PER_EDGE * tile:
+        raise CheckpointError(
+            f"{where}: 'size' is {longest}, which is more than {MAX_TILES_PER_EDGE} tiles of "
+            f"{tile} pixels along an edge: expected at most {MAX_TILES_PER_EDGE * tile}"
+        )
+    splits = config_value(Path(where), settings, "do_image_splitting", bool, True)
+    return Tiles(
+        size=tile,
+        longest_edge=longest,
+        mean=channels(settings.get("image_mean"), SIGLIP_MEAN, where, "image_mean"),
+        std=channels(settings.get("image_std"), SIGLIP_STD, where, "image_std"),
+        max_tiles=0 if splits else 1,
+    )
+
+
+def _longest_edge(settings: dict[str, Any], key: str, default: int, where: str) -> int:
+    value = settings.get(key)
+    if value is None:
+        return default
+    edge = value.get("longest_edge") if isinstance(value, dict) else value
+    if type(edge) is not int or not 0 < edge <= RANGES["image_size"][1]:
+        raise CheckpointError(
+            f"{where}: {key!r} is {value!r:.60}, expected 'longest_edge' with a number of pixels"
+        )
+    return edge
+
+
+def _check_steps(where: str, settings: dict[str, Any], resample: int, named: str) -> None:
+    """Refuse an image processor that leaves a step out, or does it otherwise than all do.
+
+    Raises:
+        CheckpointError: names the setting.
+    """
+    for key in _STEPS:
+        if settings.get(key) not in (None, True):
+            raise CheckpointError(f"{where}: {key!r} is {settings[key]!r:.60}, expected true")
+    factor = settings.get("rescale_factor")
+    if factor is not None and not (type(factor) is float and abs(factor * 255 - 1) < 1e-6):
+        raise CheckpointError(f"{where}: 'rescale_factor' is {factor!r:.60}, expected 1 / 255")
+    if settings.get("resample", resample) not in (None, resample):
+        raise CheckpointError(
+            f"{where}: 'resample' is {settings['resample']!r:.60}, expected {named}"
+        )
 
 
 def tower_names(spec: TransformerEncoder) -> dict[str, str]:
@@ -185,6 +247,8 @@ def tower_names(spec: TransformerEncoder) -> dict[str, str]:
     for part in ("weight", "bias"):
         if spec.pre_norm:
             names[f"vision.pre_norm.{part}"] = f"vision_model.pre_layrnorm.{part}"
+        if spec.post_norm:
+            names[f"vision.post_norm.{part}"] = f"vision_model.post_layernorm.{part}"
         for index in range(spec.num_hidden_layers):
             for ours, theirs in _LAYER_PARTS.items():
                 names[f"vision.layers.{index}.{ours}.{part}"] = (

@@ -1,10 +1,14 @@
 """Large images as a grid of square tiles, the whole made small beside them (Idefics3, SmolVLM).
 
 Up to three resizes, as in the official processors: the longest edge becomes ``longest_edge``, both
-edges become multiples of a tile, and the small whole is made from the result of the second.
+edges become multiples of a tile, and the small whole is made from the result of the second. Where
+that would be more than ``max_tiles``, the longest edge becomes fewer whole tiles; an image that is
+not split at all goes from ``longest_edge`` straight to the square.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -12,6 +16,9 @@ from PIL import Image
 from mobilevlm.image import ImageInput, RoomFor, read_resized
 from mobilevlm.input_spec import InputSpec, LayoutSpec, Tiles
 from mobilevlm.prompt import Piece, Prepared, Run
+
+_PARTS = 1 << 10
+"""Pixels of a tile's edge, in the shapes of images."""
 
 
 def prepare_tiles(
@@ -21,10 +28,10 @@ def prepare_tiles(
     size, resample = tiles.size, Image.Resampling[tiles.resample.upper()]
 
     def longest(given: tuple[int, int]) -> tuple[int, int]:
-        return _scaled(given, tiles.longest_edge)
+        return _first_size(given, tiles)
 
     image = read_resized(source, longest, resample, room_for, tiles.longest_edge)
-    rows, columns = _grid(image.size, size)
+    rows, columns = _grid(image.size, tiles)
     image = image.resize((columns * size, rows * size), resample)
     squares = [
         image.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
@@ -40,7 +47,39 @@ def prepare_tiles(
 
 def tile_pieces(image_size: tuple[int, int], tiles: Tiles, spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of an image of this width and height."""
-    return _pieces(_grid(_scaled(image_size, tiles.longest_edge), tiles.size), tiles, spec)
+    return _pieces(_grid(_first_size(image_size, tiles), tiles), tiles, spec)
+
+
+def tile_shapes(tiles: Tiles) -> Iterator[tuple[int, int]]:
+    """Yield widths and heights of images that together become every grid of tiles there is: as
+    wide as whole tiles, and a little less."""
+    most = tiles.most_per_edge
+    for long in range(1, most + 1):
+        for short in range(1, long + 1):
+            for less in (0, 1):
+                edges = long * _PARTS, short * _PARTS - less
+                yield from (edges, edges[::-1])
+
+
+def _first_size(size: tuple[int, int], tiles: Tiles) -> tuple[int, int]:
+    """Return the width and height of the first resize: the largest that gives no more tiles than
+    there may be; ``longest_edge`` where none does."""
+    whole = range(tiles.most_per_edge - 1, 1, -1)
+    for edge in (tiles.longest_edge, *(count * tiles.size for count in whole)):
+        found = _scaled(size, edge)
+        if _may_be(_split(found, tiles.size), tiles):
+            return found
+    return _scaled(size, tiles.longest_edge)
+
+
+def _grid(size: tuple[int, int], tiles: Tiles) -> tuple[int, int]:
+    """Return how many rows and columns of tiles an image becomes after its first resize."""
+    grid = _split(size, tiles.size)
+    return grid if _may_be(grid, tiles) else (1, 1)
+
+
+def _may_be(grid: tuple[int, int], tiles: Tiles) -> bool:
+    return not tiles.max_tiles or grid[0] * grid[1] <= tiles.max_tiles
 
 
 def _scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
@@ -52,8 +91,8 @@ def _scaled(size: tuple[int, int], longest: int) -> tuple[int, int]:
     return (longest, short) if width >= height else (short, longest)
 
 
-def _grid(size: tuple[int, int], tile: int) -> tuple[int, int]:
-    """Return how many rows and columns of tiles an image of this width and height becomes."""
+def _split(size: tuple[int, int], tile: int) -> tuple[int, int]:
+    """Return how many rows and columns of tiles cover an image of this width and height."""
     width, height = size
     if max(size) <= tile:
         return 1, 1

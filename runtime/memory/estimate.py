@@ -28,7 +28,7 @@ from mobilevlm.input_spec import Encoder, TransformerEncoder
 from mobilevlm.linear_groups import LinearGroup, decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
 from mobilevlm.preparation import most_pieces
-from mobilevlm.prompt import count_rows
+from mobilevlm.prompt import count_positions, count_rows
 from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
 from mobilevlm.state_buffers import fixed_buffers, slot_buffers
 
@@ -123,9 +123,10 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     """The peak of a process that loads a bundle by a plan (its engine settled), and fills
     ``positions`` of the context: by default a picture's, and :data:`TEXT_POSITIONS`. Of a bundle
     compiled for an NPU: on the device, where binaries are mapped once."""
-    decoder, image_rows = manifest.spec.decoder, count_rows(most_pieces(manifest.spec.image))
+    decoder, image = manifest.spec.decoder, most_pieces(manifest.spec.image)
+    image_rows = count_rows(image)
     if positions is None:
-        positions = image_rows + TEXT_POSITIONS
+        positions = count_positions(image) + TEXT_POSITIONS
     positions = min(positions, decoder.context_length)
     artifacts = _artifacts(manifest, plan.engine)
     own, pages, mapped = LIBRARIES, LIBRARY_FILES, 0.0

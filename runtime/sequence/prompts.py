@@ -14,7 +14,7 @@ from mobilevlm.image import ImageInput, RoomFor
 from mobilevlm.input_spec import FixedImage
 from mobilevlm.instruction import with_instruction
 from mobilevlm.messages import Message, check_images, read_messages
-from mobilevlm.preparation import fewest_pieces, prepare
+from mobilevlm.preparation import fewest_pieces, prepare, with_max_tiles
 from mobilevlm.prompt import Mark, Prepared, Token, count_positions, count_rows, expand
 from mobilevlm.runtime.sequence.session import Prompt, check_length
 from mobilevlm.spec import ModelSpec
@@ -42,16 +42,22 @@ class PromptReader:
         self._longest_token: int | None = None
         """Characters; found when a prompt is long."""
 
-    def image(self, source: ImageInput) -> Prepared:
-        """Return an image as the model takes it.
+    def image(self, source: ImageInput, max_tiles: int | None = None) -> Prepared:
+        """Return an image as the model takes it, in no more than ``max_tiles``.
 
         Raises:
             ImageError: as of :func:`mobilevlm.preparation.prepare`.
+            MobileVLMError: the model does not split images.
         """
-        return prepare(source, self.spec.image, self._room_for)
+        spec = self.spec.image
+        if max_tiles is not None:
+            spec = with_max_tiles(spec, max_tiles)
+        return prepare(source, spec, self._room_for)
 
     def asked_image(self, source: ImageInput, question: str) -> Prepared:
         """Return an image with all that its encoder reads when ``question`` is asked about it."""
+        if self._instruction_tokenizer is None:
+            return self.image(source)
         parts = [{"type": "text", "text": question}]
         text = render(self.spec.conversation, [{"role": "user", "content": parts}])
         return self._with_instruction(self.image(source), text)

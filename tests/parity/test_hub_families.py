@@ -47,7 +47,8 @@ def reference(fixture: Fixture) -> ReferenceModel:
 
 @pytest.fixture(scope="module")
 def exact(fixture: Fixture, bundle_of: BundleOf) -> Iterator[VLM]:
-    with mobilevlm.load(bundle_of(fixture.name, "fp32")) as vlm:
+    bundle = bundle_of(fixture.name.removesuffix("_nosplit"), "fp32")
+    with mobilevlm.load(bundle, max_tiles=fixture.max_tiles) as vlm:
         yield vlm
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import fixture_named, refusal, relative_error
+from conftest import BundleOf, fixture_named, refusal, relative_error
 from numpy.typing import NDArray
 
 import mobilevlm
@@ -31,6 +31,7 @@ from mobilevlm.preparation import prepare
 from mobilevlm.prompt import count_rows, expand
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime import VLM
+from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.sequence.session import Fill, Prompt
 from mobilevlm.spec import ModelSpec, with_image
 
@@ -129,6 +130,37 @@ def test_a_prompt_too_long_says_how_many_of_its_images_would_fit(vlm: VLM) -> No
         vlm.generate("Who?", images)
     with pytest.raises(MobileVLMError, match=r"for the images.*3 of the 4 images"):
         vlm.generate("Who?", [WIDE, WIDE, SQUARE, SQUARE])
+
+
+def test_a_model_loaded_with_fewer_tiles_splits_no_image_into_more(vlm: VLM) -> None:
+    with mobilevlm.load(vlm.bundle.folder, max_tiles=1) as limited:
+        assert limited.encode_image(WIDE).shape == (TOKENS, 64)
+        answer = limited.generate("Who?", [WIDE, SQUARE], max_new_tokens=2, ignore_eos=True)
+        assert answer.visual_tokens == 2 * TOKENS
+        limited.generate("Who?", [SQUARE] * 6, max_new_tokens=2)  # whole, three would not fit
+        sizes = [estimate(one.bundle.manifest, one.plan).states for one in (limited, vlm)]
+    assert sizes[1] - sizes[0] > 4 * TOKENS * 8
+    with pytest.raises(MobileVLMError, match="max_tiles is 0, expected 1 or more"):
+        vlm.prepare_image(WIDE, max_tiles=0)
+
+
+def test_an_image_in_fewer_tiles_is_another_image_for_the_cache(vlm: VLM) -> None:
+    vlm.clear_caches()
+    counts = [
+        vlm.generate("Who?", [vlm.prepare_image(SQUARE, most)], max_new_tokens=2).visual_tokens
+        for most in (None, 1, None, 1)
+    ]
+    assert counts == [5 * TOKENS, TOKENS] * 2
+    few, all_tiles = (vlm.prompt_logits("Who?", [vlm.prepare_image(SQUARE, n)]) for n in (1, 4))
+    assert len(all_tiles) - len(few) == 4 * TOKENS + 9  # marks of four tiles, and a row's end
+
+
+def test_a_model_that_does_not_split_images_refuses_a_number_of_tiles(
+    bundle_of: BundleOf, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ["run", bundle_of("llava_v1", "fp32"), "--prompt", "Who?", "--no-tiles"]
+    message = refusal(capsys, *asked)
+    assert "max_tiles is 1, but this model does not split images into tiles" in message
 
 
 @pytest.mark.parametrize(

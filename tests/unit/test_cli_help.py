@@ -69,6 +69,8 @@ def test_version_is_that_of_the_distribution() -> None:
         (["run", "bundle", "--prompt", "a", "--imagee", "b"], "No such option '--imagee'"),
         (["run", "bundle", "--prompt", "a", "--threads", "0"], "'--threads'"),
         (["run", "bundle", "--prompt", "a", "--top-k", "many"], "'--top-k'"),
+        (["run", "bundle", "--prompt", "a", "--max-tiles", "0"], "'--max-tiles'"),
+        (["eval", "bundle", "--max-tiles", "2", "--no-tiles"], "do not go together"),
         (["run", "bundle", "--prompt", "a", "--engine", "gpu"], "'gpu' is not one of"),
         (["export", "checkpoint"], "Missing option '-o' / '--output'"),
         (["bench", "bundle", "--new-tokens", "1"], "'--new-tokens'"),

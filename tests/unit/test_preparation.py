@@ -19,7 +19,13 @@ from mobilevlm.media.aspect_tiles import aspect_pieces
 from mobilevlm.media.dynamic_image import resized
 from mobilevlm.media.tiles import tile_pieces
 from mobilevlm.plain_types import from_dict, to_dict
-from mobilevlm.preparation import fewest_pieces, most_pieces, pieces_of, prepare
+from mobilevlm.preparation import (
+    fewest_pieces,
+    most_pieces,
+    pieces_of,
+    prepare,
+    with_max_tiles,
+)
 from mobilevlm.prompt import Run, count_positions, count_rows
 
 HALF = (0.5, 0.5, 0.5)
@@ -94,6 +100,63 @@ def test_images_of_any_shape_become_whole_tiles_and_as_many_rows_as_said_before(
     least, most = (count_positions(end(spec)) for end in (fewest_pieces, most_pieces))
     assert least <= count_positions(image.pieces) <= most
     assert most == 17 * spec.connector.num_tokens
+
+
+@pytest.mark.parametrize(
+    ("most", "size", "tiles"),
+    [
+        (1, (256, 100), 1),
+        (4, (256, 100), 2),  # 128 × 50 is 8 tiles, 96 × 38 is 6, 64 × 26 is 2
+        (6, (256, 100), 6),
+        (8, (256, 100), 8),
+        (100, (256, 100), 8),
+        (3, (100, 100), 1),  # 2 × 2 would be one too many
+        (4, (100, 100), 4),
+        (2, (10, 900), 2),
+    ],
+)
+def test_no_more_tiles_than_asked_for(most: int, size: tuple[int, int], tiles: int) -> None:
+    spec = with_max_tiles(image_input(TILES), most)
+    image = prepare(picture(*size), spec)
+    assert len(image.arrays) == tiles + (tiles > 1)
+    assert isinstance(spec.preparation, Tiles)
+    assert image.pieces == tile_pieces(size, spec.preparation, spec)
+
+
+def test_an_image_that_is_not_split_is_resized_to_the_longest_edge_first() -> None:
+    """``do_image_splitting`` off in the official processor."""
+    lanczos = Image.Resampling.LANCZOS
+    once = picture(256, 100).resize((128, 50), lanczos)
+    (found,) = prepare(picture(256, 100), with_max_tiles(image_input(TILES), 1)).arrays
+    assert np.array_equal(found["pixels"], np.asarray(once.resize((32, 32), lanczos)))
+
+
+def test_fewer_tiles_are_those_of_a_smaller_longest_edge() -> None:
+    fewer = prepare(picture(256, 100), with_max_tiles(image_input(TILES), 7))
+    smaller = prepare(picture(256, 100), image_input(replace(TILES, longest_edge=96)))
+    assert fewer.digest == smaller.digest and fewer.pieces == smaller.pieces
+
+
+@pytest.mark.parametrize("most", range(1, 18))
+@pytest.mark.parametrize("tile", [27, 32])
+def test_the_fewest_and_the_most_pieces_are_those_of_some_image(most: int, tile: int) -> None:
+    tiles = replace(TILES, size=tile, longest_edge=4 * tile)
+    spec = with_max_tiles(image_input(tiles), most)
+    sizes = [(width, height) for width in range(1, 42, 2) for height in range(1, 42)]
+    found = {count_positions(tile_pieces(size, spec.preparation, spec)) for size in sizes}  # type: ignore[arg-type]
+    assert count_positions(fewest_pieces(spec)) == min(found)
+    assert count_positions(most_pieces(spec)) == max(found)
+
+
+def test_fewer_tiles_than_a_checkpoint_has_may_be_asked_for_but_not_more() -> None:
+    own = image_input(replace(TILES, max_tiles=4))
+    asked = [with_max_tiles(own, most).preparation for most in (2, 9)]
+    assert asked == [replace(TILES, max_tiles=2), own.preparation]
+    aspect = image_input(replace(ASPECT, min_tiles=3))
+    assert with_max_tiles(aspect, 2).preparation == replace(ASPECT, min_tiles=2, max_tiles=2)
+    assert len(prepare(picture(300, 100), with_max_tiles(aspect, 1)).arrays) == 1
+    with pytest.raises(MobileVLMError, match=r"max_tiles is 2, but .* not split.*dynamic_image"):
+        with_max_tiles(image_input(DYNAMIC), 2)
 
 
 @pytest.mark.parametrize(

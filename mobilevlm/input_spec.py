@@ -128,6 +128,20 @@ class Mel:
 
 
 @dataclass(frozen=True)
+class LibraryImage:
+    """Preparation of an image by llama.cpp, which alone knows the sizes, tiles and marks of a pair
+    of GGUF files (runtime/engines/llama/pair_images.py)."""
+
+    projector: str
+    """llama.cpp's name of the connector."""
+    fewest_rows: int
+    """Positions that every image takes."""
+    most_rows: int
+    """Positions of a photo, those of marks included."""
+    kind: Literal["llama.cpp"] = "llama.cpp"
+
+
+@dataclass(frozen=True)
 class TransformerEncoder:
     """A vision transformer, cut after the layer whose features are used; with all defaults CLIP's.
 
@@ -282,11 +296,12 @@ class QFormerSpec:
 class ConnectorSpec:
     """Tower features ``(num_features, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
 
-    kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer"]
+    kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer", "llama.cpp"]
     """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
     it averages squares of them first. ``mlp_downsample`` (VILA; pixel shuffle in Idefics3 and
     InternVL) joins the patches of such a square in one vector, which a norm and the MLP follow.
-    ``qformer`` has an MLP of depth 1 behind the Q-Former."""
+    ``qformer`` has an MLP of depth 1 behind the Q-Former. ``llama.cpp``: any that llama.cpp alone
+    knows."""
     in_size: int
     out_size: int
     depth: int
@@ -379,7 +394,7 @@ class LayoutSpec:
 class InputSpec:
     """One kind of input beside text: prepared, encoded, and brought into the decoder's space."""
 
-    preparation: SquareImages | DynamicImage | Mel
+    preparation: SquareImages | DynamicImage | LibraryImage | Mel
     encoder: Encoder = field(metadata={"formerly_kind": "transformer"})
     connector: ConnectorSpec
     layout: LayoutSpec = LayoutSpec()

@@ -14,6 +14,7 @@ from mobilevlm.input_spec import (
     DynamicImage,
     FixedImage,
     InputSpec,
+    LibraryImage,
     Mel,
     Tiled,
     Tiles,
@@ -106,6 +107,8 @@ def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
 @lru_cache(maxsize=8)
 def _extremes(spec: InputSpec) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
     """Return the pieces of the images that take the fewest and the most positions."""
+    if isinstance(spec.preparation, LibraryImage):
+        return (Run(spec.preparation.fewest_rows),), (Run(spec.preparation.most_rows),)
     shapes: Iterable[tuple[int, int]] = ((1, 1), (_LARGE, _LARGE))
     if isinstance(spec.preparation, Tiles):
         shapes = tile_shapes(spec.preparation)
@@ -129,5 +132,7 @@ def _pieces(size: tuple[int, int], spec: InputSpec) -> tuple[Piece, ...]:
     raise _no_images(spec.preparation)
 
 
-def _no_images(preparation: Mel) -> ImageError:
+def _no_images(preparation: LibraryImage | Mel) -> ImageError:
+    if isinstance(preparation, LibraryImage):
+        return ImageError("llama.cpp prepares the images of this model: use VLM.prepare_image")
     return ImageError(f"an input prepared as {preparation.kind!r} takes no images: give it sound")

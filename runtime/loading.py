@@ -73,7 +73,10 @@ def load(
     if mmproj is not None:
         from mobilevlm.gguf.model import gguf_bundle
         from mobilevlm.gguf.tokenizer import gguf_tokenizer
+        from mobilevlm.runtime.engines.llama.pair import pair_bundle
 
+        if (pair := pair_bundle(path, Path(mmproj), engine, threads)) is not None:
+            return opened(pair)
         described, header = gguf_bundle(path, Path(mmproj))
         return opened(described, tokenizer=gguf_tokenizer(header))
     return steadily(path, lambda: opened(open_bundle(path), plan=plan))

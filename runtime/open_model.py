@@ -48,7 +48,8 @@ def open_model(
         settled = fit_plan(bundle, first, limits, others)
         vision, decoder = open_engines(bundle, settled)
         # After the engines: memory is scarcest while they pack weights.
-        tokenizer = tokenizer or read_tokenizer(bundle, TOKENIZER)
+        own = getattr(decoder, "tokenizer", None)  # of an engine that knows text best
+        tokenizer = tokenizer or own or read_tokenizer(bundle, TOKENIZER)
         memory = estimate(bundle.manifest, settled)
         turns = memory.weights if settled.memory == "in turn" else 0.0  # of the other stage
         answer = memory.working + memory.states + turns

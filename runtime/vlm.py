@@ -28,10 +28,12 @@ from mobilevlm.runtime.answer.options import (
 from mobilevlm.runtime.answer.sampling import SamplingOptions
 from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine, Float32, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
+from mobilevlm.runtime.engines.opening import is_pair
 from mobilevlm.runtime.memory.limits import Limit, room_left
 from mobilevlm.runtime.sequence.cache import PromptCache
 from mobilevlm.runtime.sequence.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.sequence.encoded_session import EncodedSession
+from mobilevlm.runtime.sequence.pair_session import PairSession
 from mobilevlm.runtime.sequence.prompts import Images, PromptReader
 from mobilevlm.runtime.sequence.session import (
     Prompt,
@@ -83,7 +85,8 @@ class VLM:
         asked = None
         if self.spec.image.connector.reads_text:
             asked = read_tokenizer(bundle, INSTRUCTION_TOKENIZER)
-        self._prompts = PromptReader(self.spec, tokenizer, asked, self._room_for)
+        prepare = getattr(vision, "prepare", None)  # of an engine that knows images best
+        self._prompts = PromptReader(self.spec, tokenizer, asked, self._room_for, prepare)
         self._drafting = Drafting()
         self._idle: list[Session] = []
         """Sessions of finished answers, the one used last at the end."""
@@ -278,6 +281,8 @@ class VLM:
         nothing = PromptCache(0, self._cache.system)
         cache = nothing if reuse == "nothing" else self._cache
         kind = EncodedSession if self.spec.decoder.encoder_layers else Session
+        if is_pair(self.spec):
+            kind = PairSession
         return kind(self.spec, *self._engines(), cache, reuse)
 
     def _answer(

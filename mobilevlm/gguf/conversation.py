@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 from mobilevlm.conversation import (
     CONVERSATIONS,
@@ -14,6 +17,7 @@ from mobilevlm.conversation import (
 from mobilevlm.errors import BundleError, FileWarning, PromptError
 from mobilevlm.gguf.checks import is_utf8
 from mobilevlm.gguf.file import GgufFile
+from mobilevlm.gguf.tokenizer import begins_texts
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec
 
 FALLBACK = "v1"
@@ -43,6 +47,45 @@ _FLATTENED = """\
 them."""
 
 
+_INLINE = _FLATTENED.replace("'<image>\\n'", "'<image>'")
+"""Goes before such a template as llama.cpp has it: no line break behind an image."""
+_TYPED = """\
+{%- set typed = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set part = namespace(text='') -%}
+  {%- if message['content'] is string -%}
+    {%- set part.text = message['content'] -%}
+  {%- else -%}
+    {%- for given in message['content'] -%}
+      {%- set part.text = part.text ~ (given['text'] if given['type'] == 'text' else '<image>') -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- set content = [{'type': 'text', 'text': part.text}] -%}
+  {%- set typed.messages = typed.messages + [dict(message, content=content)] -%}
+{%- endfor -%}
+{%- set messages = typed.messages -%}
+"""
+"""Goes before a template that knows lists of texts alone, as llama.cpp has it."""
+_LISTED = """\
+{%- set listed = namespace(messages=[]) -%}
+{%- for message in messages -%}
+  {%- set content = message['content'] -%}
+  {%- if content is string -%}{%- set content = [{'type': 'text', 'text': content}] -%}{%- endif -%}
+  {%- set listed.messages = listed.messages + [dict(message, content=content)] -%}
+{%- endfor -%}
+{%- set messages = listed.messages -%}
+"""
+"""Goes before a template that knows lists of parts alone."""
+CHATML = """\
+{%- for message in messages -%}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\n' -}}{%- endif -%}
+"""
+"""The template that llama.cpp takes where a file has none."""
+_MARKS = re.compile(r"<\|?[^<>\s]+\|?>|\[[A-Z_]+\]")
+
+
 def gguf_conversation(file: GgufFile) -> ConversationSpec:
     """Return the conversation of a file whose vocabulary was checked.
 
@@ -60,24 +103,106 @@ def gguf_conversation(file: GgufFile) -> ConversationSpec:
     return ConversationSpec(_template(file, tokens, ids[0]), ids, stops)
 
 
-def _template(file: GgufFile, tokens: list[str], eos: int) -> str:
-    source: str = file.metadata.get("tokenizer.chat_template", "")
+def pair_conversation(file: GgufFile, begins: bool, ends: Sequence[int]) -> ConversationSpec:
+    """Return the conversation of a language model whose images llama.cpp alone knows.
+
+    The template may write its own marks of an image: llama.cpp writes marks, too, so those of the
+    template become one ``<image>``. ``begins``: the tokenizer begins texts with a token; ``ends``:
+    ids that end an answer.
+
+    Raises:
+        BundleError: the template is not UTF-8.
+    """
+    tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
+    eos: Any = file.metadata.get("tokenizer.ggml.eos_token_id")
+    known: list[int] = [eos] if type(eos) is int and 0 <= eos < len(tokens) else []
+    ids = tuple(dict.fromkeys([*known, *ends])) or (0,)
+    source = _source(file)
+    if not source and "<|im_start|>" in tokens:
+        source = CHATML
     fallback = two_separator_template(CONVERSATIONS[FALLBACK])
-    if not source:
-        return fallback
+    template, reason = fallback, "it has none"
+    if source:
+        named = _named(file, source, tokens, ids[0], begins) + source
+        template, reason = _with_marks(named, tokens)
+    if not template:
+        warnings.warn(
+            f"{file.path}: the file's chat template cannot hold an image ({reason:.200}): LLaVA's "
+            f"conversation '{FALLBACK}' is used instead",
+            FileWarning,
+            stacklevel=2,
+        )
+        template = fallback
+    return ConversationSpec(template, ids, tuple(tokens[index] for index in ids))
+
+
+def _with_marks(source: str, tokens: Sequence[str]) -> tuple[str, str]:
+    """Return a template that writes ``<image>`` for each image and nothing else of it, empty where
+    there is none, and why."""
+    special = {token for token in tokens if _MARKS.fullmatch(token)} | {IMAGE_PLACEHOLDER}
+    reason = ""
+    for ahead in ("", _LISTED):
+        mark = _image_mark(ahead + source, special)
+        if mark is None:
+            continue
+        template = ahead + source
+        if mark != IMAGE_PLACEHOLDER:
+            # Inside a block Jinja keeps the line break that it leaves out at the end of a template.
+            template = re.sub(r"\r?\n\Z", "", template)
+            replaced = f"replace({json.dumps(mark, ensure_ascii=False)}, '{IMAGE_PLACEHOLDER}')"
+            template = f"{{% set written %}}{template}{{% endset %}}{{{{ written | {replaced} }}}}"
+        if not (reason := _obstacle(template)):
+            return template, ""
+    for ahead in (_INLINE, _TYPED):
+        if not (reason := _obstacle(ahead + source)):
+            return ahead + source, ""
+    return "", reason
+
+
+def _image_mark(source: str, special: set[str]) -> str | None:
+    """Return the marks that a template writes in the place of an image, from the first to the last
+    of them; none where it writes no image."""
+    conversation = ConversationSpec(source, (), ())
+    try:
+        one = render(conversation, [user_message(_QUESTION, 1)])
+        none = render(conversation, [user_message(_QUESTION, 0)])
+    except PromptError:
+        return None
+    found = [
+        match for match in _MARKS.finditer(one) if match[0] in special and match[0] not in none
+    ]
+    mark = one[found[0].start() : found[-1].end()] if found else ""
+    return None if not mark or _QUESTION in mark else mark
+
+
+def _source(file: GgufFile) -> str:
+    source: str = file.metadata.get("tokenizer.chat_template", "")
     if not is_utf8(source):
         raise BundleError(f"{file.path}: tokenizer.chat_template is not UTF-8: convert it again")
-    adds_bos = file.metadata.get("tokenizer.ggml.add_bos_token", True)
+    return source
+
+
+def _named(file: GgufFile, source: str, tokens: list[str], eos: int, begins: bool) -> str:
+    """Return what gives a template the names of tokens that it uses. ``begins``: the tokenizer
+    writes the first."""
     bos = file.metadata.get("tokenizer.ggml.bos_token_id")
     names = {
-        "bos_token": "" if adds_bos or bos is None else tokens[bos],
+        "bos_token": "" if begins or bos is None else tokens[bos],
         "eos_token": tokens[eos],
     }
-    named = "".join(
+    return "".join(
         f"{{%- set {name} = {json.dumps(text)} -%}}"
         for name, text in names.items()
         if name in source
     )
+
+
+def _template(file: GgufFile, tokens: list[str], eos: int) -> str:
+    source = _source(file)
+    fallback = two_separator_template(CONVERSATIONS[FALLBACK])
+    if not source:
+        return fallback
+    named = _named(file, source, tokens, eos, begins_texts(file))
     reasons = []
     for template in (named + source, named + _FLATTENED + source):
         if not (reason := _obstacle(template)):

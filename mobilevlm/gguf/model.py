@@ -47,8 +47,17 @@ def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
         BundleError: a file is damaged, or of a kind that the spec cannot say.
     """
     decoder, vision = read_gguf(model), read_gguf(mmproj)
+    spec = model_spec(decoder, vision)
+    return bundle_of_files(decoder, vision, spec, bytes_per_token(decoder, spec.decoder)), decoder
+
+
+def bundle_of_files(
+    decoder: GgufFile, vision: GgufFile, spec: ModelSpec, bytes_of_token: int
+) -> Bundle:
+    """Return a bundle that lies nowhere. ``bytes_of_token``: weights that a decoding step reads."""
+    model, mmproj = decoder.path, vision.path
     paths = {"vision": mmproj.absolute().as_posix(), "decoder": model.absolute().as_posix()}
-    spec, label = model_spec(decoder, vision), "as in the file"
+    label = "as in the file"
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
         spec=spec,
@@ -62,7 +71,7 @@ def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
                 paths["decoder"],
                 tuple(path.absolute().as_posix() for path in decoder.parts[1:]),
                 key="",
-                bytes_per_token=bytes_per_token(decoder, spec.decoder),
+                bytes_per_token=bytes_of_token,
             ),
         ),
         embeddings=None,
@@ -73,7 +82,7 @@ def gguf_bundle(model: Path, mmproj: Path) -> tuple[Bundle, GgufFile]:
         },
         tools={},
     )
-    return Bundle(Path(), manifest, digest=""), decoder
+    return Bundle(Path(), manifest, digest="")
 
 
 def checked_decoder(file: GgufFile) -> DecoderSpec:

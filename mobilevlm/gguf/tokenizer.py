@@ -142,9 +142,18 @@ def gguf_tokenizer(file: GgufFile) -> Tokenizer:
         _Model(pieces, _Normalizer(space), _Trainer(_BYTE in types)), legacy=True
     )
     bos = file.metadata.get("tokenizer.ggml.bos_token_id", 1)
-    if file.metadata.get("tokenizer.ggml.add_bos_token", True) and bos in range(len(texts)):
+    if begins_texts(file) and bos in range(len(texts)):
         begin_with(tokenizer, texts[bos])
     return tokenizer
+
+
+def begins_texts(file: GgufFile) -> bool:
+    """Return whether texts begin with a token; files that do not say so leave it to the kind of
+    their tokenizer."""
+    name = str(file.metadata.get("tokenizer.ggml.pre"))
+    is_pieces = file.metadata.get("tokenizer.ggml.model") != "gpt2"
+    default = is_pieces or _SAME.get(name, name) == _BEGINS
+    return bool(file.metadata.get("tokenizer.ggml.add_bos_token", default))
 
 
 def _byte_level(file: GgufFile) -> Tokenizer:
@@ -194,8 +203,7 @@ def _byte_level(file: GgufFile) -> Tokenizer:
     }
     tokenizer = open_tokenizer_json(json.dumps(state), str(file.path), BundleError)
     bos: Any = file.metadata.get("tokenizer.ggml.bos_token_id")
-    begins = WORD_SPLITS[_BEGINS] is split
-    if file.metadata.get("tokenizer.ggml.add_bos_token", begins) and bos in range(len(texts)):
+    if begins_texts(file) and bos in range(len(texts)):
         begin_with(tokenizer, texts[bos])
     return tokenizer
 

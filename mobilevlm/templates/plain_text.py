@@ -20,6 +20,7 @@ from mobilevlm.errors import PromptError
 from mobilevlm.messages import Message
 from mobilevlm.spec import IMAGE_PLACEHOLDER
 from mobilevlm.tokenizers.json_file import encode, foreign
+from mobilevlm.tokenizers.library import LibraryTokenizer
 
 _BREAK, _OPEN, _CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 """Noncharacters of Unicode: no text has them."""
@@ -79,6 +80,8 @@ def encode_marked(tokenizer: Tokenizer, text: str, add_special_tokens: bool = Tr
     """
     if _BREAK not in text:
         return encode(tokenizer, text, add_special_tokens)
+    if isinstance(tokenizer, LibraryTokenizer):
+        return tokenizer.encode_marked(text, _BREAK, add_special_tokens)
     twin, names = _twin(tokenizer)
     for name, other in names.items():
         text = text.replace(name, other)

@@ -10,6 +10,7 @@ from tokenizers import Tokenizer, decoders
 
 from mobilevlm.errors import BundleError
 from mobilevlm.tokenizers.json_file import foreign
+from mobilevlm.tokenizers.library import LibraryTokenizer
 from mobilevlm.tokenizers.pieces import SPACE, token_bytes
 
 _BYTE = re.compile("<0x([0-9A-F]{2})>")
@@ -37,7 +38,9 @@ class Detokenizer:
         added = tokenizer.get_added_tokens_decoder()
         self._special = {index for index, token in added.items() if token.special}
         self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        errors = "replace" if self._byte_level else "mobilevlm_replace_each_byte"
+        self._library = tokenizer if isinstance(tokenizer, LibraryTokenizer) else None
+        whole = self._byte_level or self._library is not None
+        errors = "replace" if whole else "mobilevlm_replace_each_byte"
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors)
         self._begun = self._unfinished = False
 
@@ -46,6 +49,9 @@ class Detokenizer:
         piece = self._tokenizer.id_to_token(token)
         if piece is None or token in self._special:
             return self.finish()
+        if self._library is not None:
+            first, self._begun = not self._begun, True
+            return self._bytes.decode(self._library.token_bytes(token, first))
         if self._byte_level:
             return self._bytes.decode(token_bytes(piece))
         first, self._begun = not self._begun, True

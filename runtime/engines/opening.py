@@ -14,6 +14,7 @@ import numpy as np
 from mobilevlm.builtin import is_shipped
 from mobilevlm.bundle import Artifact, Bundle, EmbeddingTable, reopened
 from mobilevlm.errors import BundleError, PrecisionWarning
+from mobilevlm.input_spec import LibraryImage
 from mobilevlm.plan import Plan, stage_formats
 from mobilevlm.runtime.engines import CacheType, DecoderEngine, EncoderEngine, Segment
 from mobilevlm.runtime.machine import int8_weight_bits
@@ -35,6 +36,8 @@ def open_engines(bundle: Bundle, plan: Plan) -> tuple[EncoderEngine, DecoderEngi
         MissingExtraError: llama-cpp-python is needed and not installed.
     """
     spec, engine = bundle.manifest.spec, plan.engine
+    if is_pair(spec):
+        return _open_pair(bundle, plan)
     formats = stage_formats(bundle, engine)
     _check_weight_bits(bundle, engine)
     vision, decoder = (
@@ -62,6 +65,20 @@ def open_engines(bundle: Bundle, plan: Plan) -> tuple[EncoderEngine, DecoderEngi
         opened = beside.submit(onnx_vision, bundle, vision, plan, turns)
         language_stage = openers[engine](bundle, decoder, plan)
         return opened.result(), language_stage
+
+
+def is_pair(spec: ModelSpec) -> bool:
+    """Return whether llama.cpp alone knows a model."""
+    image = spec.inputs.get("image")
+    return image is not None and isinstance(image.preparation, LibraryImage)
+
+
+def _open_pair(bundle: Bundle, plan: Plan) -> tuple[EncoderEngine, DecoderEngine]:
+    from mobilevlm.runtime.engines.llama.pair_probe import open_pair
+
+    mmproj, model = (bundle.path(part.path) for part in bundle.manifest.artifacts)
+    threads = plan.threads_of("decoder"), plan.threads_of("vision")
+    return open_pair(model, mmproj, bundle.manifest.spec.decoder, *threads)
 
 
 def _check_weight_bits(bundle: Bundle, engine: str) -> None:

@@ -58,7 +58,7 @@ class Drafting:
         """Appends tokens; the logits after each ``(len(tokens), vocab_size)``. None, with nothing
         appended, where they would not be those of single steps."""
         count, length = len(tokens), session.length
-        if self._costs.get(count) == math.inf:
+        if self._costs.get(count) == math.inf or not session.can_draft:
             return None
         start = self._clock()
         rows = session.extend(tokens)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from tokenizers import Tokenizer
@@ -28,7 +28,8 @@ Images: TypeAlias = "Sequence[ImageInput]"
 
 class PromptReader:
     """Reads prompts for one model. ``instruction_tokenizer``: of the text that the image encoder
-    reads, if it reads any; ``room_for``: memory that an image may take."""
+    reads, if it reads any; ``room_for``: memory that an image may take; ``prepare``: what prepares
+    images in place of the spec."""
 
     def __init__(
         self,
@@ -36,7 +37,9 @@ class PromptReader:
         tokenizer: Tokenizer,
         instruction_tokenizer: Tokenizer | None,
         room_for: RoomFor,
+        prepare: Callable[[ImageInput, RoomFor], Prepared] | None = None,
     ) -> None:
+        self._prepare = prepare
         self.spec, self.tokenizer = spec, tokenizer
         self._instruction_tokenizer, self._room_for = instruction_tokenizer, room_for
         self._longest_token: int | None = None
@@ -52,6 +55,8 @@ class PromptReader:
         spec = self.spec.image
         if max_tiles is not None:
             spec = with_max_tiles(spec, max_tiles)
+        if self._prepare is not None:
+            return self._prepare(source, self._room_for)
         return prepare(source, spec, self._room_for)
 
     def asked_image(self, source: ImageInput, question: str) -> Prepared:

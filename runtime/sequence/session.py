@@ -249,6 +249,11 @@ class Session:
         return self._context - self._state.slots
 
     @property
+    def can_draft(self) -> bool:
+        """Whether the sequence can go back after guesses that are wrong."""
+        return True
+
+    @property
     def full(self) -> bool:
         """Whether the context has no room for another token."""
         return self.room <= 0
@@ -419,9 +424,8 @@ class Session:
     def _can_go_back_to(self, length: int) -> bool:
         return self._state.reachable(length) == length
 
-    def _rows(self, prompt: Prompt, note: Fill, start: int = 0) -> Rows:
-        """Return the rows of a prompt from slot ``start`` on."""
-        keys = prompt.keys[start:]
+    def _encode(self, keys: Sequence[PositionKey], prompt: Prompt, note: Fill) -> dict[bytes, Rows]:
+        """Return the rows of the images among ``keys`` by their digests."""
         with note.vision:
             prepared = {image.digest: image for image in prompt.images}
             images: dict[bytes, Rows] = {}
@@ -436,6 +440,12 @@ class Session:
                     encoded.add(digest)
                 images[digest] = known
             note.reused_images = sum(image.digest not in encoded for image in prompt.images)
+        return images
+
+    def _rows(self, prompt: Prompt, note: Fill, start: int = 0) -> Rows:
+        """Return the rows of a prompt from slot ``start`` on."""
+        keys = prompt.keys[start:]
+        images = self._encode(keys, prompt, note)
         with note.prefill:
             embeds = np.empty((len(keys), self._hidden_size), np.float32)
             tokens = [index for index, key in enumerate(keys) if isinstance(key, int)]

@@ -174,10 +174,6 @@ def test_a_key_of_the_language_model_is_refused_by_name(
         ({"clip__vision__feature_layer": (ARRAY, [1, 2], I32)}, "[1, 2], expected one layer from"),
         ({"clip__vision__feature_layer": (ARRAY, [3], I32)}, "[3], expected one layer from 1 to 2"),
         ({"clip__vision__feature_layer": (ARRAY, [0], I32)}, "[0], expected one layer from 1 to 2"),
-        (
-            {"clip__vision__image_grid_pinpoints": (ARRAY, [336, 672], I32)},
-            "images cut into tiles (LLaVA-1.6), which is not supported",
-        ),
         ({"clip__vision__mm_patch_merge_type": (STRING, "spatial_unpad")}, "tiles (LLaVA-1.6)"),
         ({"clip__vision__image_aspect_ratio": (STRING, "anyres")}, "tiles): expected 'pad'"),
         ({"clip__minicpmv_version": (I32, 3)}, "'clip.minicpmv_version' is 3: another projector"),

@@ -39,6 +39,7 @@ class StandIn:
     def __init__(self, seed: int, prompt: Sequence[int], context: int, noise: float = 0) -> None:
         self.ids, self.runs = list(prompt), 0
         self._seed, self._context, self._noise = seed, context, np.float32(noise)
+        self.can_draft = True
 
     @property
     def length(self) -> int:

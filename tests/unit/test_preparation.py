@@ -233,9 +233,8 @@ def test_an_unknown_kind_of_preparation_is_named_in_one_line(kind: Any) -> None:
     data["preparation"]["kind"] = kind
     with pytest.raises(MobileVLMError) as caught:
         from_dict(InputSpec, data, "spec")
-    expected = (
-        "expected the kind 'fixed_image' or 'tiles' or 'aspect_tiles' or 'dynamic_image' or 'mel'"
-    )
+    kinds = ("fixed_image", "tiles", "aspect_tiles", "dynamic_image", "llama.cpp", "mel")
+    expected = f"expected the kind {' or '.join(map(repr, kinds))}"
     assert str(caught.value) == f"spec.preparation: {expected}, found {kind!r}"
 
 

@@ -40,13 +40,15 @@ class LlamaState(SlotState):
         exact: bool,
         threads: int,
         slides: bool = False,
+        chunk: int = PREFILL_CHUNK,
     ) -> None:
-        """``slides``: the decoder has layers with a sliding window."""
+        """``slides``: the decoder has layers with a sliding window; ``chunk``: most positions of a
+        run."""
         super().__init__()
         library = llama_library()
         options = library.llama_context_default_params()
         options.n_ctx = context_length
-        options.n_batch = options.n_ubatch = PREFILL_CHUNK
+        options.n_batch = options.n_ubatch = min(chunk, context_length)
         options.n_outputs_max_per_seq = 0  # as many as a batch has
         options.n_threads = options.n_threads_batch = threads
         self._slides = slides
@@ -66,8 +68,13 @@ class LlamaState(SlotState):
         # The finalizer holds the model, which must live longer than its contexts.
         free_with(self, _free_context, library, self.pointer, model)
 
+    def position_after(self, slots: int) -> int:
+        """Return the position of the token after so many rows."""
+        return slots
+
     def _go_back(self, slots: int) -> None:
-        if not llama_library().llama_memory_seq_rm(self._memory, -1, slots, -1):
+        start = self.position_after(slots)
+        if not llama_library().llama_memory_seq_rm(self._memory, -1, start, -1):
             raise MobileVLMError("llama.cpp cannot go back in this sequence")
 
     def append(self, batch: Any) -> None:
@@ -76,7 +83,7 @@ class LlamaState(SlotState):
         note_threads(LLAMA)
         code = library.llama_decode(self.pointer, batch)
         if code:
-            library.llama_memory_seq_rm(self._memory, -1, self.slots, -1)
+            library.llama_memory_seq_rm(self._memory, -1, self.position_after(self.slots), -1)
             reasons = {1: "the context is full", -2: "too little memory"}
             raise MobileVLMError(
                 f"llama.cpp failed after {self.slots} positions: "

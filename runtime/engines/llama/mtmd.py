@@ -53,7 +53,7 @@ class MtmdVision:
             pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(opened), model.pointer, options)
         if not pointer:
             raise load_error(path)
-        self._context: _Context | None = _Context(mtmd_cpp, pointer, (model, order))
+        self._context: MtmdContext | None = MtmdContext(mtmd_cpp, pointer, (model, order))
 
     def encode(self, arrays: Arrays) -> Rows:
         """See :class:`mobilevlm.runtime.engines.EncoderEngine`. One picture at a time: mtmd keeps
@@ -72,7 +72,7 @@ class MtmdVision:
         """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
         self._context = None
 
-    def _encode(self, context: _Context, pixels: NDArray[np.uint8]) -> Float32:
+    def _encode(self, context: MtmdContext, pixels: NDArray[np.uint8]) -> Float32:
         mtmd = self._mtmd
         height, width, _ = pixels.shape
         bitmap = mtmd.mtmd_bitmap_init(width, height, address(pixels, ctypes.c_uint8))
@@ -108,7 +108,7 @@ class MtmdVision:
             mtmd.mtmd_bitmap_free(bitmap)
 
 
-class _Context:
+class MtmdContext:
     """An mtmd_context, used by one thread at a time; freed before what it refers to."""
 
     def __init__(self, mtmd: Any, pointer: int, refers_to: object) -> None:

@@ -14,6 +14,7 @@ from comparison.process import one_line
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import read_gguf
+from mobilevlm.linear_groups import tower_groups
 from mobilevlm.plan import engine_files
 
 OURS, LLAMA = "mobilevlm", "llama.cpp"
@@ -226,7 +227,7 @@ def _transformers(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
     stored = sum(file.stat().st_size for file in files)
     spec = artifacts.spec
     embeddings = 2 * spec.decoder.vocab_size * spec.decoder.hidden_size
-    tower = 2 * 12 * spec.image.encoder.num_hidden_layers * spec.image.encoder.hidden_size**2
+    tower = 2 * sum(group.size for group in tower_groups(spec.image.encoder))
     for dtype, size in (("bfloat16", 1), ("float32", 2)):  # the checkpoint is float16
         yield Candidate(
             name=f"transformers {dtype}",

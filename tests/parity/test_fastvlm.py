@@ -157,7 +157,7 @@ def test_weights_of_other_types_in_shards_are_read(
 ) -> None:
     tensors = load_file(copy / "model.safetensors")
     (copy / "model.safetensors").unlink()
-    places, total = {}, 3
+    places, total = dict[str, str](), 3
     for number in range(total):
         file = f"model-{number + 1:05}-of-{total:05}.safetensors"
         part = {

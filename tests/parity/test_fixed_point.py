@@ -108,7 +108,7 @@ def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
     products = [node for node in products if node.inputs[1].producer().inputs[0].is_initializer()]
     assert (
         len(products)
-        == 1 + 4 * model.spec.image.encoder.num_hidden_layers + model.spec.image.connector.depth
+        == 1 + 4 * model.spec.image.transformer.num_hidden_layers + model.spec.image.connector.depth
     )
     for node in products:
         numbers, scale = (value.const_value for value in node.inputs[1].producer().inputs[:2])
@@ -129,7 +129,7 @@ def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_p
         products = [node for node in graph if node.op_type == "MatMul"]
         factors = [[value.producer().inputs[0] for value in node.inputs] for node in products]
         seconds = [pair[1].name for pair in factors if not pair[1].is_initializer()]
-        assert len(seconds) == 2 * mobilevlm_v2.model.spec.image.encoder.num_hidden_layers
+        assert len(seconds) == 2 * mobilevlm_v2.model.spec.image.transformer.num_hidden_layers
         assert {types[name] for name in seconds} == {ir.DataType.UINT8}
         assert {types[pair[0].name] for pair in factors} == {dtype}
 

@@ -318,7 +318,7 @@ def test_features_of_an_earlier_layer_are_those_of_a_shorter_file(tmp_path: Path
     files = written(tmp_path, PLAIN, earlier)
     for engine in ENGINES:
         assert np.array_equal(visual_tokens(engine, files), expected)
-    assert open_gguf(*files).spec.image.encoder.num_hidden_layers == 1
+    assert open_gguf(*files).spec.image.transformer.num_hidden_layers == 1
     assert not close(visual_tokens("gguf", written(tmp_path)), expected)
 
 

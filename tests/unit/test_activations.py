@@ -112,7 +112,10 @@ def test_the_number_of_positions_is_bounded(
     )
     monkeypatch.setattr(activations, "MAX_POSITIONS", 1)
     block = next(watch_vision(mobilevlm_v2.model, samples, everything, False))
-    assert next(iter(block.values())).count == mobilevlm_v2.model.spec.image.encoder.num_patches + 1
+    assert (
+        next(iter(block.values())).count
+        == mobilevlm_v2.model.spec.image.transformer.num_patches + 1
+    )
 
 
 def test_text_alone_says_nothing_about_the_tower(mobilevlm_v2: Fixture, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from conftest import BundleOf
 
 from mobilevlm import bundle
 from mobilevlm.bundle import open_bundle, read_manifest, write_manifest
-from mobilevlm.checkpoint import file_sha256
 from mobilevlm.errors import BundleError
+from mobilevlm.whole_file import file_sha256
 
 
 @pytest.fixture

@@ -168,7 +168,7 @@ def test_tied_embeddings_are_written_once(llava_v1: Fixture) -> None:
 def test_the_mmproj_file_holds_every_kept_layer(fixture: Fixture, tmp_path: Path) -> None:
     path = tmp_path / "mmproj.gguf"
     write_mmproj(fixture.model, "f16", path, ignore)
-    vision, projector = fixture.model.spec.image.encoder, fixture.model.spec.image.connector
+    vision, projector = fixture.model.spec.image.transformer, fixture.model.spec.image.connector
     fields, tensors = fields_of(path), tensors_of(path)
     assert fields["general.architecture"] == "clip"
     assert fields["clip.projector_type"] == projector.kind

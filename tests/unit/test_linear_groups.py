@@ -77,7 +77,7 @@ def test_gguf_files_have_the_weights_of_the_decoder(model: Model) -> None:
 def test_gguf_files_have_the_weights_of_tower_and_projector(model: Model) -> None:
     image = model.spec.image
     for swapped in (False, True):
-        entries = list(tower_entries(image.encoder, swapped))
+        entries = list(tower_entries(image.transformer, swapped))
         assert sum(matrices(entries).values()) == size_of(tower_groups(image.encoder))
     if image.connector.kind in ("mlp", "ldp", "ldpv2") and image.connector.depth == 2:
         found = matrices(projector_entries(image.connector))
@@ -101,7 +101,7 @@ def test_the_roofline_counts_two_operations_for_each_weight_and_position_of_an_i
     model: Model,
 ) -> None:
     """The difference of two sizes of MLP, which only the products with weights can see."""
-    tower, connector = model.spec.image.encoder, model.spec.image.connector
+    tower, connector = model.spec.image.transformer, model.spec.image.connector
     wider = replace(tower, intermediate_size=tower.intermediate_size + 1)
     more = size_of(tower_groups(wider)) - size_of(tower_groups(tower))
     assert tower_operations(wider) - tower_operations(tower) == 2 * tower.num_positions * more

@@ -145,7 +145,10 @@ class FusedTensors:
                 weight, beta, mean, variance = (
                     self._channels(f"{branch.norm}.{leaf}", shape[0]) for leaf in _STATISTICS
                 )
-                weight = weight / np.sqrt(np.maximum(variance, 0) + BATCH_NORM_EPS)
+                with np.errstate(
+                    invalid="ignore"
+                ):  # what is not finite is refused where it is read
+                    weight = weight / np.sqrt(variance + BATCH_NORM_EPS)
                 shift = (shift - mean) * weight + beta
                 bias += shift * scale
                 scale = scale * weight

@@ -62,6 +62,7 @@ _DECODERS = (
 """Names that a language model's tensors, and its head, have been under."""
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_FOR_IMAGES = "how images are prepared"
 _QUESTION = "What is it?"
 
 
@@ -103,9 +104,11 @@ class HubCheckpoint:
         Raises:
             CheckpointError: the checkpoint has none.
         """
-        settings = read_json(self.processor_path, required_for="how images are prepared")
+        settings = read_json(self.processor_path, required_for=_FOR_IMAGES)
         if self.processor_path.name == _PROCESSORS[0]:
             return settings
+        if "image_processor" not in settings:  # of a release that had a file for each
+            return read_json(self.processor_path.with_name(_PROCESSORS[0]), _FOR_IMAGES)
         return config_value(self.processor_path, settings, "image_processor", dict)
 
     def image_token(self, *keys: str) -> tuple[int, str]:

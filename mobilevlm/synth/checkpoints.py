@@ -296,7 +296,9 @@ def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float,
     sqrt(2 · layers), as in GPT-2, so that the stream does not grow; embeddings have the variance
     of the visual tokens beside them.
     """
-    if "norm" in name.lower() or "layrnorm" in name:
+    if name.endswith(("running_var", "gamma")):
+        return 1.0, 0.0
+    if "norm" in name.lower() or "layrnorm" in name or ".bn." in name:
         return (1.0, 0.0) if name.endswith("weight") else (0.0, 0.0)
     if name.endswith(_EMBEDDINGS):
         return 0.0, 1.0

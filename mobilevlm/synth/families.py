@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.families.backbones import LLAMA, OPT, inside
+from mobilevlm.synth.fastvlm import fastvlm
 from mobilevlm.synth.shapes import (
     Layout,
     Part,
@@ -131,7 +132,11 @@ def _blip2_opt() -> Layout:
     return Layout((Part("", shapes, _OPT["num_hidden_layers"], ""),), _write_blip2_opt)
 
 
-LAYOUTS: dict[str, Callable[[], Layout]] = {"vila_1.5_3b": _vila, "blip2_opt_2.7b": _blip2_opt}
+LAYOUTS: dict[str, Callable[[], Layout]] = {
+    "vila_1.5_3b": _vila,
+    "blip2_opt_2.7b": _blip2_opt,
+    "fastvlm_0.5b": fastvlm,
+}
 """By the configuration's name."""
 
 

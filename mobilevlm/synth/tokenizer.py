@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise, product
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -90,28 +90,39 @@ def tiktoken_ranks(count: int) -> bytes:
 def byte_level_tokenizer(size: int) -> Tokenizer:
     """A tokenizer of GPT-2's kind with OPT's special tokens, ``size`` tokens and ``<image>``."""
     special = ["<s>", "<pad>", "</s>", "<unk>"]
-    letters = [byte_level_name(bytes([byte])) for byte in range(256)]
-    words, merges = list(letters), []
-    ranks = {letter: rank for rank, letter in enumerate(letters)}
+    tokenizer = _byte_level(size - len(special), special, ["<image>"])
+    begin_with(tokenizer, "</s>")
+    return tokenizer
+
+
+def chat_tokenizer(count: int, special: Sequence[str]) -> Tokenizer:
+    """A tokenizer of GPT-2's kind with ``count`` tokens, and special ones after them (Qwen2)."""
+    return _byte_level(count, [], special)
+
+
+def _byte_level(count: int, before: Sequence[str], after: Sequence[str]) -> Tokenizer:
+    """Return bytes and words as ``count`` tokens, and special ones before and after them."""
+    words = [byte_level_name(bytes([byte])) for byte in range(256)]
+    merges: list[tuple[str, str]] = []
+    ranks = {letter: rank for rank, letter in enumerate(words)}
     for word in _words():
         parts = _split(byte_level_name(word.replace(SPACE, " ").encode()), ranks)
         for end in range(2, len(parts) + 1):
-            if len(special) + len(words) == size:
+            if len(words) == count:
                 break
             left, whole = "".join(parts[: end - 1]), "".join(parts[:end])
             merges.append((left, parts[end - 1]))
             ranks[whole] = len(ranks)
             words.append(whole)
-        if len(special) + len(words) == size:
+        if len(words) == count:
             break
-    vocabulary = {text: index for index, text in enumerate([*special, *words])}
+    vocabulary = {text: index for index, text in enumerate([*before, *words])}
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
-        [AddedToken(text, normalized=False, special=True) for text in [*special, "<image>"]]
+        [AddedToken(text, normalized=False, special=True) for text in [*before, *after]]
     )
-    begin_with(tokenizer, "</s>")
     return tokenizer
 
 

@@ -4,6 +4,7 @@ ways in which their weights are stored."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import official_ids, render, tokenize, user_message
+from mobilevlm.export.gguf.mmproj import check_support
 from mobilevlm.families import open_checkpoint
 from mobilevlm.input_spec import ConvEncoder
 from mobilevlm.model import Model
@@ -48,6 +50,15 @@ def copy(fixture: Fixture, tmp_path: Path) -> Path:
 def pixels_of(fixture: Fixture) -> np.ndarray:
     pixels: np.ndarray = prepare(fixture.image, fixture.model.spec.image).arrays[0]["pixels"]
     return pixels
+
+
+@pytest.fixture(scope="module")
+def gguf_bundle(fixture: Fixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Float32 in both formats."""
+    folder = tmp_path_factory.mktemp("gguf") / "bundle"
+    formats = ("onnx", "gguf")
+    mobilevlm.export(fixture.checkpoint, folder, recipe="fp32", formats=formats, measure=False)
+    return folder
 
 
 def check_features(model: Model, fixture: Fixture, limit: float = FLOAT32) -> None:
@@ -185,6 +196,30 @@ def test_a_tied_head_is_the_embedding_table(fixture: Fixture, copy: Path) -> Non
     shape = (decoder.vocab_size, decoder.hidden_size)
     table = model.weights.read("decoder.embed_tokens.weight", shape)
     assert np.array_equal(model.weights.read("decoder.lm_head.weight", shape), table)
+
+
+@pytest.mark.skipif(
+    os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1", reason="asked to go without llama.cpp"
+)
+@pytest.mark.parametrize("engine", ["hybrid", "ggml"])
+def test_the_decoder_alone_is_a_gguf_file_that_llama_cpp_runs_behind_the_onnx_tower(
+    fixture: Fixture, engine: str, gguf_bundle: Path
+) -> None:
+    formats = {(part.stage, part.format) for part in open_bundle(gguf_bundle).manifest.artifacts}
+    assert ("decoder", "gguf") in formats and ("vision", "gguf") not in formats
+    with mobilevlm.load(gguf_bundle, engine) as vlm:
+        found = vlm.prompt_logits(fixture.prompt, [fixture.image])
+        assert relative_error(found, fixture.logits) <= 1e-2
+        assert (found.argmax(-1) == fixture.logits.argmax(-1)).all()
+        answer = vlm.generate(fixture.prompt, [fixture.image], max_new_tokens=24, ignore_eos=True)
+    assert answer.token_ids == fixture.generated_ids
+
+
+def test_llama_cpp_has_no_such_tower(fixture: Fixture, gguf_bundle: Path) -> None:
+    with pytest.raises(mobilevlm.MobileVLMError, match="no image encoder of the kind conv"):
+        check_support(fixture.model.spec)
+    with pytest.raises(mobilevlm.MobileVLMError, match="gguf"):
+        mobilevlm.load(gguf_bundle, "gguf")
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4"])

@@ -8,13 +8,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import fixture_named
+from conftest import BundleOf, fixture_named
 from safetensors.torch import load_file, save_file
 
+from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import render, tokenize, user_message
+from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.families import open_checkpoint
+from mobilevlm.linear_groups import tower_groups
 from mobilevlm.model import Model
 from mobilevlm.prompt import Mark
 from mobilevlm.reference import load_reference
@@ -188,3 +192,14 @@ def test_a_tied_head_is_the_embedding_table(tmp_path: Path) -> None:
     assert not model.spec.decoder.tie_word_embeddings
     head = load_reference(found).decoder.lm_head.weight
     assert torch.equal(head, tensors["language_model.model.embed_tokens.weight"].float())
+
+
+def test_weights_read_back_from_a_bundle_have_layer_scale_once(bundle_of: BundleOf) -> None:
+    model = fixture_named("internvl3").model
+    stored = artifact_weights(model, open_bundle(bundle_of("internvl3", "fp32")), "onnx")
+    for name in ("attn.out_proj", "mlp.fc2"):
+        for group in tower_groups(model.spec.image.transformer):
+            if group.name.endswith(name):
+                place = f"{group.name}.weight"
+                shape = group.out_size, group.in_size
+                assert np.array_equal(stored.read(place, shape), model.weights.read(place, shape))

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mobilevlm.errors import BundleError
-from mobilevlm.input_spec import MOST_TILES, AspectTiles, FixedImage, SquareImages, Tiles
+from mobilevlm.input_spec import (
+    MOST_GRIDS,
+    MOST_TILES,
+    AnyResolution,
+    AspectTiles,
+    FixedImage,
+    SquareImages,
+    Tiles,
+)
 from mobilevlm.linear_groups import LinearGroup, decoder_groups, projector_groups, tower_groups
 from mobilevlm.protobuf import external_files
 from mobilevlm.recipe import PARTS, PREFILL
@@ -152,12 +160,17 @@ def _image(spec: ModelSpec) -> Iterator[_Check]:
         yield from _whole("image", {"min_tiles": image.min_tiles, "max_tiles": image.max_tiles})
         is_right = image.min_tiles <= image.max_tiles <= MOST_TILES
         yield "image.max_tiles", image.max_tiles, is_right, f"min_tiles to {MOST_TILES}"
+    elif isinstance(image, AnyResolution):
+        yield from _any_resolution(image)
     else:
         longest = image.shortest_edge if isinstance(image, FixedImage) else image.longest_edge
         name = "shortest_edge" if isinstance(image, FixedImage) else "longest_edge"
         yield from _whole("image", {name: longest})
         most = MAX_ENLARGED * image.size
         yield f"image.{name}", longest, longest <= most, f"at most {_short(most)}"
+    projector, is_assembled = spec.image.connector, isinstance(image, AnyResolution)
+    is_right = projector.newline == is_assembled and (projector.kind == "mlp" or not is_assembled)
+    yield "projector.newline", projector.newline, is_right, "one of any_resolution and an MLP"
     if isinstance(image, Tiles) and spec.image.layout.tile_ids:
         marks, count = spec.image.layout.tile_ids, image.most_per_edge
         is_right = len(marks) >= count <= min(map(len, marks))
@@ -165,6 +178,18 @@ def _image(spec: ModelSpec) -> Iterator[_Check]:
     for name, value in (("mean", image.mean), ("std", image.std)):
         is_right = all(0 <= item <= 1 for item in value) and (name == "mean" or min(value) > 0)
         yield f"image.{name}", value, is_right, "shares of the brightest value"
+
+
+def _any_resolution(image: AnyResolution) -> Iterator[_Check]:
+    counts = {"most_tiles": image.most_tiles, "max_tiles": image.max_tiles}
+    yield from _whole("image", counts, 0)
+    count = len(image.grids)
+    yield "image.grids", count, 0 < count <= MOST_GRIDS, f"1 to {MOST_GRIDS}"
+    is_right = all(
+        min(grid) > 0 and grid[0] * grid[1] <= MOST_TILES for grid in image.grids[:MOST_GRIDS]
+    )
+    expected = f"rows and columns of up to {MOST_TILES} tiles"
+    yield "image.grids", image.grids[:MOST_GRIDS], is_right, expected
 
 
 def _vision(vision: Encoder, total: int) -> Iterator[_Check]:

@@ -66,6 +66,37 @@ class Tiles:
         return -(-self.longest_edge // self.size)
 
 
+MOST_GRIDS = 1000
+"""Grids that an image's is chosen from."""
+
+
+@dataclass(frozen=True)
+class AnyResolution:
+    """Preparation of an image as itself made small, then a grid of square tiles, each uint8 pixels
+    ``(size, size, 3)`` of one run of the encoder. The visual tokens of the tiles are put together
+    as one grid (LLaVA-NeXT; media/any_resolution.py, mobilevlm/assembly.py)."""
+
+    size: int
+    """Edge of a tile, in pixels."""
+    grids: tuple[tuple[int, int], ...]
+    """Rows and columns of tiles that an image may become; of equally good ones the first."""
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    most_tiles: int = 0
+    """A grid with clearly more visual tokens than this many tiles have is made smaller
+    (``anyres_max_9``); 0: none is."""
+    several: Literal["tiles", "square"] = "tiles"
+    """Preparation of each image of a prompt with several. ``square``: padded to a square with the
+    mean colour, one tile (LLaVA-OneVision)."""
+    max_tiles: int = 0
+    """Tiles of a grid, at most, 0: as the grids have. An image that no grid is left for becomes one
+    tile as in ``square``, and by 1 each does."""
+    rounding: bool = True
+    """Edges of what an image covers of a grid are rounded to 7 digits before they are cut to whole
+    numbers, as the hub's code does and LLaVA's own does not."""
+    kind: Literal["any_resolution"] = "any_resolution"
+
+
 @dataclass(frozen=True)
 class AspectTiles:
     """Preparation of an image as the grid of square tiles whose shape is nearest to its own, and
@@ -84,9 +115,9 @@ class AspectTiles:
     kind: Literal["aspect_tiles"] = "aspect_tiles"
 
 
-Tiled: TypeAlias = Tiles | AspectTiles
+Tiled: TypeAlias = Tiles | AspectTiles | AnyResolution
 """Preparations that split an image, each with a field ``max_tiles``."""
-SquareImages: TypeAlias = FixedImage | Tiles | AspectTiles
+SquareImages: TypeAlias = FixedImage | Tiles | AspectTiles | AnyResolution
 """Preparations for encoders that take squares of one size."""
 
 
@@ -294,7 +325,7 @@ class QFormerSpec:
 
 @dataclass(frozen=True)
 class ConnectorSpec:
-    """Tower features ``(num_features, in_size)`` to visual tokens ``(num_tokens, out_size)``."""
+    """Tower features ``(num_features, in_size)`` to visual tokens ``(num_rows, out_size)``."""
 
     kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer", "llama.cpp"]
     """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
@@ -320,6 +351,9 @@ class ConnectorSpec:
     """``mlp_downsample`` has a LayerNorm before its MLP."""
     bias: bool = True
     """The Linears of the MLP have biases."""
+    newline: bool = False
+    """A learned row, ``projector.newline``, comes out behind the visual tokens. It ends the rows of
+    a grid that tiles are put together as (mobilevlm/assembly.py)."""
 
     @property
     def mlp_sizes(self) -> list[int]:
@@ -334,6 +368,11 @@ class ConnectorSpec:
         if self.qformer is not None:
             return self.qformer.num_queries
         return self.out_grid * self.out_grid
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that come out: visual tokens, and the newline where there is one."""
+        return self.num_tokens + self.newline
 
     @property
     def reads_text(self) -> bool:

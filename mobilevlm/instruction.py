@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from tokenizers import Tokenizer
 
@@ -31,4 +33,4 @@ def with_instruction(
         )
     further = {"instruction_ids": np.asarray(ids, np.int64)}
     arrays = tuple({**given, **further} for given in image.arrays)
-    return Prepared(image.kind, arrays, image.pieces)
+    return replace(image, arrays=arrays)

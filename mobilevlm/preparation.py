@@ -10,6 +10,7 @@ from functools import lru_cache
 from mobilevlm.errors import ImageError, MobileVLMError
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
 from mobilevlm.input_spec import (
+    AnyResolution,
     AspectTiles,
     DynamicImage,
     FixedImage,
@@ -18,6 +19,14 @@ from mobilevlm.input_spec import (
     Mel,
     Tiled,
     Tiles,
+)
+from mobilevlm.media.any_resolution import (
+    any_resolution_pieces,
+    greatest_pieces,
+    is_assembly_of,
+    is_square,
+    least_pieces,
+    prepare_any_resolution,
 )
 from mobilevlm.media.aspect_tiles import aspect_pieces, prepare_aspect_tiles
 from mobilevlm.media.dynamic_image import dynamic_pieces, prepare_dynamic
@@ -28,18 +37,23 @@ _LARGE = 1 << 20
 """Edge of an image that every preparation makes smaller."""
 
 
-def prepare(source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None) -> Prepared:
+def prepare(
+    source: ImageInput, spec: InputSpec, room_for: RoomFor | None = None, images: int = 1
+) -> Prepared:
     """Return an image as a model takes it; what is prepared already as it is.
 
-    ``room_for``: memory that this may take, as of :func:`mobilevlm.image.read_pixels`.
+    ``room_for``: memory that this may take, as of :func:`mobilevlm.image.read_pixels`; ``images``:
+    of the prompt that it stands in.
 
     Raises:
-        ImageError: it is prepared for another model, missing, damaged, not an image, too large, or
-            of a shape that the model does not take.
+        ImageError: it is prepared for another model or for a prompt with another number of images,
+            missing, damaged, not an image, too large, or of a shape that the model does not take.
     """
     if isinstance(source, Prepared):
-        _check_prepared(source, spec)
+        _check_prepared(source, spec, images)
         return source
+    if isinstance(spec.preparation, AnyResolution):
+        return prepare_any_resolution(source, spec.preparation, spec, room_for, images)
     if isinstance(spec.preparation, Tiles):
         return prepare_tiles(source, spec.preparation, spec, room_for)
     if isinstance(spec.preparation, AspectTiles):
@@ -72,26 +86,41 @@ def with_max_tiles(spec: InputSpec, most: int) -> InputSpec:
     return replace(spec, preparation=limited)
 
 
-def _check_prepared(image: Prepared, spec: InputSpec) -> None:
-    """Refuse an image that was prepared for an encoder of another size.
+def _check_prepared(image: Prepared, spec: InputSpec, images: int) -> None:
+    """Refuse an image that was prepared for an encoder of another size, or for a prompt in which
+    images are prepared in another way.
 
     Raises:
         ImageError: its squares or their rows are others.
     """
     if isinstance(spec.preparation, DynamicImage):
         return
-    size = spec.square.size
-    squares = [arrays["pixels"].shape for arrays in image.arrays if "pixels" in arrays]
+    size, assembly = spec.square.size, image.assembly
     rows = len(image.arrays) * spec.connector.num_tokens
-    if squares != [(size, size, 3)] * len(image.arrays) or count_rows(image.pieces) != rows:
+    is_known = assembly is None
+    if isinstance(spec.preparation, AnyResolution):
+        is_known = assembly is not None and is_assembly_of(spec.preparation, assembly, spec)
+    if assembly is not None:
+        rows = assembly.rows
+        is_known = is_known and assembly.runs == len(image.arrays)
+    squares = [arrays["pixels"].shape for arrays in image.arrays if "pixels" in arrays]
+    is_known = is_known and squares == [(size, size, 3)] * len(image.arrays)
+    if not is_known or count_rows(image.pieces) != rows:
         raise ImageError("an image that was prepared for another model: prepare it with this one")
+    is_one = isinstance(spec.preparation, AnyResolution) and is_square(spec.preparation, images)
+    if is_one and len(image.arrays) > 1:
+        raise ImageError(
+            f"an image in tiles, which this model does not take in a prompt with {images} images: "
+            f"prepare it with images={images}"
+        )
 
 
-def pieces_of(source: ImageInput, spec: InputSpec) -> tuple[Piece, ...]:
-    """Return the pieces of an image, which is not read where all images have the same."""
+def pieces_of(source: ImageInput, spec: InputSpec, images: int = 1) -> tuple[Piece, ...]:
+    """Return the pieces of an image of a prompt with so many; it is not read where all images have
+    the same."""
     if isinstance(spec.preparation, FixedImage):
         return fewest_pieces(spec)
-    return prepare(source, spec).pieces
+    return prepare(source, spec, images=images).pieces
 
 
 def fewest_pieces(spec: InputSpec) -> tuple[Piece, ...]:
@@ -109,6 +138,8 @@ def _extremes(spec: InputSpec) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
     """Return the pieces of the images that take the fewest and the most positions."""
     if isinstance(spec.preparation, LibraryImage):
         return (Run(spec.preparation.fewest_rows),), (Run(spec.preparation.most_rows),)
+    if isinstance(spec.preparation, AnyResolution):
+        return least_pieces(spec), greatest_pieces(spec.preparation, spec)
     shapes: Iterable[tuple[int, int]] = ((1, 1), (_LARGE, _LARGE))
     if isinstance(spec.preparation, Tiles):
         shapes = tile_shapes(spec.preparation)
@@ -120,6 +151,8 @@ def _extremes(spec: InputSpec) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
 
 def _pieces(size: tuple[int, int], spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of an image of this width and height."""
+    if isinstance(spec.preparation, AnyResolution):
+        return any_resolution_pieces(size, spec.preparation, spec)
     if isinstance(spec.preparation, Tiles):
         return tile_pieces(size, spec.preparation, spec)
     if isinstance(spec.preparation, AspectTiles):

@@ -66,14 +66,32 @@ class Rows:
         return self.embeds.nbytes + sum(rows.nbytes for rows in self.deep)
 
 
-def joined(parts: Sequence[Rows]) -> Rows:
-    """Return the rows of several runs of an encoder, not placed yet, as those of one."""
-    if len(parts) == 1:
-        return parts[0]
-    return Rows(
-        np.concatenate([part.embeds for part in parts]),
-        tuple(np.concatenate(rows) for rows in zip(*(part.deep for part in parts), strict=True)),
-    )
+@dataclass(frozen=True)
+class Assembly:
+    """Way from the rows of several runs of an encoder to those of an image (LLaVA-NeXT): first the
+    visual tokens of the first run, then those of the others put together as one grid, each row of
+    the grid before the newline (mobilevlm/assembly.py)."""
+
+    side: int
+    """Visual tokens along each edge of a tile."""
+    tiles: tuple[int, int]
+    """Rows and columns of tiles; 0, 0: the first run alone, and one newline."""
+    margins: tuple[int, int] = (0, 0)
+    """Rows above and below, and columns on the left and right, of the grid that only padding
+    made: they are left out."""
+    size: tuple[int, int] = (0, 0)
+    """Rows and columns that the rest is brought to."""
+
+    @property
+    def runs(self) -> int:
+        """Runs of the encoder."""
+        return 1 + self.tiles[0] * self.tiles[1]
+
+    @property
+    def rows(self) -> int:
+        """Positions in the prompt."""
+        newlines = 1 if self.runs == 1 else self.size[0]
+        return self.side**2 + self.size[0] * self.size[1] + newlines
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,6 +103,9 @@ class Prepared:
     """Inputs of each run of the encoder."""
     pieces: tuple[Piece, ...]
     """Ids and runs in its place in the prompt."""
+    assembly: Assembly | None = None
+    """How the rows of the encoder's runs become those of the image; one behind the other when none
+    is given."""
 
     @cached_property
     def digest(self) -> bytes:
@@ -93,6 +114,8 @@ class Prepared:
         for piece in self.pieces:
             if isinstance(piece, Run):
                 hasher.update(f"{piece.grid} ".encode())
+        if self.assembly is not None:
+            hasher.update(repr(self.assembly).encode())
         for arrays in self.arrays:
             for name, array in arrays.items():
                 hasher.update(f"{name} {array.dtype} {array.shape}".encode())

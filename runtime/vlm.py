@@ -11,13 +11,14 @@ from typing import Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
+from mobilevlm.assembly import assemble
 from mobilevlm.bundle import INSTRUCTION_TOKENIZER, Bundle
 from mobilevlm.errors import BundleError
 from mobilevlm.image import ImageInput, Room, RoomFor
 from mobilevlm.messages import Message, check_continued
 from mobilevlm.plan import DRAFTING_ENGINES, Plan
 from mobilevlm.preparation import fewest_pieces
-from mobilevlm.prompt import Prepared, Rows, count_positions, count_rows, expand, joined
+from mobilevlm.prompt import Prepared, Rows, count_positions, count_rows, expand
 from mobilevlm.runtime.answer.generation import Generation, StopRules, TextStream, generate_text
 from mobilevlm.runtime.answer.options import (
     AnswerOptions,
@@ -158,29 +159,35 @@ class VLM:
                 session.forget()
         self._cache.clear()
 
-    def prepare_image(self, image: ImageInput, max_tiles: int | None = None) -> Prepared:
+    def prepare_image(
+        self, image: ImageInput, max_tiles: int | None = None, images: int = 1
+    ) -> Prepared:
         """Return an image as this model takes it, which may be given in its place: an image that is
         used again, or the frames of a video, need not stay in memory. ``max_tiles``: less than what
-        the model was loaded with, for this image.
+        the model was loaded with, for this image; ``images``: of the prompt, on whose number it
+        depends how some models take each.
 
         Raises:
             ImageError: as of :func:`mobilevlm.preparation.prepare`.
             MobileVLMError: ``max_tiles`` is no number of tiles, or the model does not split images.
         """
         check_max_tiles(max_tiles)
-        return self._prompts.image(image, max_tiles)
+        return self._prompts.image(image, images, max_tiles)
 
-    def encode_image(self, image: ImageInput, prompt: str = "") -> Float32:
-        """Visual tokens ``(num_tokens, hidden_size)``: the projector's output. ``prompt``: what is
-        asked about the image, where a Q-Former reads it (InstructBLIP)."""
+    def encode_image(self, image: ImageInput, prompt: str = "", images: int = 1) -> Float32:
+        """Visual tokens ``(rows, hidden_size)``: what the decoder reads. ``prompt``: what is asked
+        about the image, where a Q-Former reads it (InstructBLIP); ``images`` as of
+        :meth:`prepare_image`."""
         vision, _ = self._engines()
-        arrays = self._prompts.asked_image(image, prompt).arrays
-        return joined([vision.encode(given) for given in arrays]).embeds
+        prepared = self._prompts.asked_image(image, prompt, images)
+        parts = [vision.encode(given) for given in prepared.arrays]
+        return assemble(parts, prepared.assembly).embeds
 
-    def image_features(self, image: ImageInput) -> Float32:
-        """The tower's features ``(num_features, vision hidden_size)``; for verification."""
+    def image_features(self, image: ImageInput, images: int = 1) -> Float32:
+        """The tower's features of each run ``(num_features, vision hidden_size)``, one behind the
+        other; for verification."""
         vision, _ = self._engines()
-        arrays = self._prompts.asked_image(image, "").arrays
+        arrays = self._prompts.asked_image(image, "", images).arrays
         return np.concatenate([vision.features(given) for given in arrays])
 
     def prompt_ids(

@@ -59,6 +59,7 @@ official behaviour."""
 HUB_FIXTURES = (
     *("llava_hf", "fast_vlm", "internvl3", "internvl35"),
     *("smolvlm2", "smolvlm2_nosplit", "idefics3"),
+    *("llava_next", "llava_onevision", "llava_onevision_multi"),
 )
 """Families in the layout of the hub, with one or several tiles."""
 
@@ -95,7 +96,15 @@ class Fixture:
     @property
     def prompt(self) -> str:
         """The user's words, ``<image>`` where the pictures are not the first."""
+        if "messages" in self.expected:
+            return str(self.expected["messages"][-1]["content"][-1]["text"])
         return str(self.expected.get("user_prompt") or "".join(self.expected["prompt_parts"]))
+
+    @property
+    def system(self) -> str:
+        """The system message, where the prompt has one."""
+        first = self.expected.get("messages", [{"role": "user"}])[0]
+        return str(first["content"][0]["text"]) if first["role"] == "system" else ""
 
     @property
     def templated_prompt(self) -> str:
@@ -178,6 +187,8 @@ def fixture_named(name: str) -> Fixture:
     if name.endswith("_nosplit"):
         folder = DATA / name.removesuffix("_nosplit")
         return Fixture(name, folder, suffix="_nosplit", max_tiles=1)
+    if name == "llava_onevision_multi":
+        return Fixture(name, DATA / "llava_onevision", suffix="_multi")
     return Fixture(name, DATA / name)
 
 

@@ -28,6 +28,7 @@ from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, count_positions
 from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.reference.assembly import assemble_rows
 from mobilevlm.reference.model import held
 from mobilevlm.reference.steps import State, Step
 from mobilevlm.reference.streaming import stream_step, stream_steps
@@ -217,16 +218,16 @@ def exact_images(
     model: Model, reference: ReferenceModel, samples: Sequence[Sample]
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield the reference's features and visual tokens of each image."""
-    images = [image.arrays for sample in samples for image in sample_images(model, sample)]
-    states = stream_steps(
-        reference.vision_steps(), map(reference.image_state, chain.from_iterable(images))
-    )
+    images = [image for sample in samples for image in sample_images(model, sample)]
+    arrays = chain.from_iterable(image.arrays for image in images)
+    states = stream_steps(reference.vision_steps(), map(reference.image_state, arrays))
     features = iter([state.hidden[0] for state in states])
     projected = stream_steps(reference.projector_steps(), states)
     tokens = iter([state.hidden[0] for state in projected])
     for image in images:
-        seen = [(next(features), next(tokens)) for _ in image]
-        yield torch.cat([part for part, _ in seen]), torch.cat([part for _, part in seen])
+        seen = [(next(features), next(tokens)) for _ in image.arrays]
+        rows = assemble_rows([part for _, part in seen], image.assembly)
+        yield torch.cat([part for part, _ in seen]), rows
 
 
 def sample_groups(

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mobilevlm.assembly import assemble
 from mobilevlm.conversation import read_text, render, user_message
 from mobilevlm.errors import ImageError, MobileVLMError, PromptError
 from mobilevlm.instruction import with_instruction
@@ -175,7 +176,8 @@ def sample_tokens(model: Model, sample: Sample) -> list[Token]:
 
 def sample_pieces(model: Model, sample: Sample) -> list[Piece]:
     """The same with the runs of each image in the place of its mark."""
-    images = [pieces_of(image, model.spec.image) for image in sample.images]
+    count = len(sample.images)
+    images = [pieces_of(image, model.spec.image, count) for image in sample.images]
     return expand(sample_tokens(model, sample), images)
 
 
@@ -187,7 +189,7 @@ def sample_images(model: Model, sample: Sample) -> Iterator[Prepared]:
     """
     text = sample_text(model.spec, replace(sample, answer=""))
     for image in sample.images:
-        prepared = prepare(image, model.spec.image)
+        prepared = prepare(image, model.spec.image, images=len(sample.images))
         yield with_instruction(prepared, model.instruction_tokenizer, text, model.spec)
 
 
@@ -203,7 +205,10 @@ def sample_embeds(
 ) -> Float32:
     """What the decoder is given for a sample ``(length, hidden_size)``, at most its context: of
     text what ``embed`` makes of the ids, of images the stage's visual tokens."""
-    encoded = [vision.encode(arrays).embeds for arrays in sample_arrays(model, [sample])]
+    encoded = [
+        assemble([vision.encode(arrays) for arrays in image.arrays], image.assembly).embeds
+        for image in sample_images(model, sample)
+    ]
     rows = iter(np.concatenate(encoded) if encoded else ())
     parts = [
         embed(part) if isinstance(part, list) else np.stack(list(islice(rows, part.rows)))

@@ -70,7 +70,7 @@ def author_vision(
             builder,
             tokens,
             "visual_tokens",
-            [1, spec.image.connector.num_tokens, spec.image.connector.out_size],
+            [1, spec.image.connector.num_rows, spec.image.connector.out_size],
         )
         _output(builder, features, "features", [1, count, spec.image.encoder.hidden_size])
 

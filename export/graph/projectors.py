@@ -1,4 +1,4 @@
-"""Projectors: features ``(1, num_patches, in_size)`` to tokens ``(1, num_tokens, out_size)``.
+"""Projectors: features ``(1, num_patches, in_size)`` to rows ``(1, num_rows, out_size)``.
 
 Exact rewrite: LDPv2's average pooling commutes with the second Linear of its MLP, so it comes
 first and that Linear does a quarter of the work.
@@ -20,14 +20,18 @@ from mobilevlm.input_spec import ConnectorSpec
 
 
 class MLPProjector(nn.Module):  # type: ignore[misc]
-    """Linears with exact GELU between, for some after average pooling."""
+    """Linears with exact GELU between, for some after average pooling, and for some a learned row
+    behind the visual tokens."""
 
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.pooling, self.dialect = None, weights.dialect
         if spec.out_grid < spec.grid:
             self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.in_size)
-        self.mlp = _linears(weights, spec)
+        self.mlp, self.newline = _linears(weights, spec), None
+        if spec.newline:
+            row = weights.read("projector.newline", spec.out_size)
+            self.newline = weights.parameter(row[None, None])
 
     def forward(self, op: Any, features: Any) -> Any:
         hidden = features if self.pooling is None else self.pooling(op, features)
@@ -35,7 +39,7 @@ class MLPProjector(nn.Module):  # type: ignore[misc]
             hidden = linear(
                 op, self.dialect.gelu(op, hidden, approximate="none") if index else hidden
             )
-        return hidden
+        return hidden if self.newline is None else op.Concat(hidden, self.newline, axis=1)
 
 
 class AveragePooling(nn.Module):  # type: ignore[misc]

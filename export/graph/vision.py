@@ -20,7 +20,7 @@ from mobilevlm.spec import ModelSpec
 
 
 class VisionStage(nn.Module):  # type: ignore[misc]
-    """uint8 ``(1, size, size, 3)`` to visual tokens ``(1, num_tokens, hidden_size)`` and tower
+    """uint8 ``(1, size, size, 3)`` to rows ``(1, num_rows, hidden_size)`` and tower
     features ``(1, num_features, vision hidden_size)``. ``further``: arrays that the connector reads
     beside the features."""
 

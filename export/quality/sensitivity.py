@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import TypeAlias
 
 import numpy as np
@@ -20,15 +21,20 @@ from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.activations import (
     check_decoder_only,
-    image_states,
     sample_groups,
 )
-from mobilevlm.export.calibration.samples import Sample, answer_ids, sample_pieces
+from mobilevlm.export.calibration.samples import (
+    Sample,
+    answer_ids,
+    sample_images,
+    sample_pieces,
+)
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.model import Model
 from mobilevlm.prompt import count_rows, visual_positions
 from mobilevlm.reference import load_reference
+from mobilevlm.reference.assembly import assemble_rows
 from mobilevlm.reference.model import fill_block, held
 from mobilevlm.reference.steps import State, Step
 from mobilevlm.reference.streaming import stream_step
@@ -68,7 +74,7 @@ Changes: TypeAlias = Callable[[LinearGroup], Iterable[Change]]
 Replacement: TypeAlias = Callable[[LinearGroup], Float32 | None]
 """Stacked weights ``(out_size, in_size)`` for a group, none to leave it as it is."""
 _States: TypeAlias = list[State]
-"""After a step: of each image, and behind the projector of each sample."""
+"""After a step: of each run of the encoder, and behind the projector of each sample."""
 
 
 class Probe:
@@ -93,7 +99,11 @@ class Probe:
         self.num_positions = sum(self._answers)
         self._groups = list(linear_groups(model.spec))
         self._templates, self._places = self._embed_texts(model, used)
-        self._start = list(image_states(model, self._reference, used))
+        images = [image for sample in used for image in sample_images(model, sample)]
+        self._assemblies = [(len(image.arrays), image.assembly) for image in images]
+        runs = chain.from_iterable(image.arrays for image in images)
+        self._start = list(map(self._reference.image_state, runs))
+        del images
         before = [*self._reference.vision_steps(), *self._reference.projector_steps()]
         self._steps = [*before, *self._reference.decoder_steps(), self._head()]
         self._last_before = len(before) - 1
@@ -162,8 +172,13 @@ class Probe:
         return after
 
     def _embed(self, states: _States) -> _States:
-        """Return the decoder's state of each sample; ``states``: of the images."""
-        visual = torch.cat([self._templates[0][:0], *(state.hidden[0] for state in states)])
+        """Return the decoder's state of each sample; ``states``: of the encoder's runs."""
+        runs = iter([state.hidden[0] for state in states])
+        images = [
+            assemble_rows(list(islice(runs, count)), assembly)
+            for count, assembly in self._assemblies
+        ]
+        visual = torch.cat([self._templates[0][:0], *images])
         embedded = []
         for template, places, answers in zip(
             self._templates, self._places, self._answers, strict=True

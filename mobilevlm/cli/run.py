@@ -79,7 +79,7 @@ def command(
             asked = len(pictures) + len(clip.places)
             vlm.check_fits(prompt, asked, raw, sampling["special_tokens"])
             for frame in decode_frames(clip, vlm.room_for):
-                pictures.append(vlm.prepare_image(frame))
+                pictures.append(vlm.prepare_image(frame, images=asked))
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

@@ -19,7 +19,7 @@ from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError, PromptError
 from mobilevlm.families.backbones import LLAMA, Backbone
 from mobilevlm.families.config import config_value, end_ids
-from mobilevlm.families.qwen_gemma import GEMMA3, QWEN2, QWEN3
+from mobilevlm.families.qwen_gemma import GEMMA3, MISTRAL, QWEN2, QWEN3
 from mobilevlm.families.registry import Source
 from mobilevlm.spec import ConversationSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
@@ -43,8 +43,16 @@ _QWEN: dict[str, Any] = {
     "max_position_embeddings": 32768,
 }
 """Defaults of ``Qwen2Config`` and ``Qwen3Config``."""
+_MISTRAL: dict[str, Any] = {
+    **_LLAMA,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+}
+"""Defaults of ``MistralConfig``; that of ``sliding_window`` its reader knows."""
 BACKBONES: dict[str, tuple[Backbone, dict[str, Any]]] = {
     "llama": (LLAMA, _LLAMA),
+    "mistral": (MISTRAL, _MISTRAL),
     "qwen2": (QWEN2, _QWEN),
     "qwen3": (QWEN3, _QWEN),
     "gemma3_text": (GEMMA3, {}),
@@ -63,6 +71,8 @@ _DECODERS = (
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _FOR_IMAGES = "how images are prepared"
+_STEPS = ("do_resize", "do_rescale", "do_normalize")
+"""Settings of an image processor that are true in all published files."""
 _QUESTION = "What is it?"
 
 
@@ -102,8 +112,23 @@ class HubCheckpoint:
         """Settings of the image processor.
 
         Raises:
-            CheckpointError: the checkpoint has none.
+            CheckpointError: the checkpoint has none, or leaves out a step that is always done here.
         """
+        settings = self._processor_settings()
+        for key in _STEPS:
+            if not config_value(self.processor_path, settings, key, bool, True):
+                raise CheckpointError(
+                    f"{self.processor_path}: {key!r} is false, expected true: images are resized, "
+                    f"rescaled and normalized here"
+                )
+        factor = config_value(self.processor_path, settings, "rescale_factor", float, 1 / 255)
+        if abs(factor * 255 - 1) > 1e-6:
+            raise CheckpointError(
+                f"{self.processor_path}: 'rescale_factor' is {factor}, expected 1 / 255"
+            )
+        return settings
+
+    def _processor_settings(self) -> dict[str, Any]:
         settings = read_json(self.processor_path, required_for=_FOR_IMAGES)
         if self.processor_path.name == _PROCESSORS[0]:
             return settings
@@ -171,7 +196,11 @@ class HubCheckpoint:
         ]
         outer = ("vocab_size", "tie_word_embeddings")
         given = {key: self.source.config[key] for key in outer if key in self.source.config}
-        given |= {key: value for key, value in self.text.items() if value is not None}
+        given |= {
+            key: value
+            for key, value in self.text.items()
+            if value is not None or key == "sliding_window"  # null: none, not the default
+        }
         spec = backbone.read(self.path, {**defaults, "tie_word_embeddings": not heads, **given})
         return spec, replace(backbone, root=root, lm_head=heads[0] if heads else head)
 

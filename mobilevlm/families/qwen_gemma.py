@@ -1,5 +1,5 @@
-"""Dense language models of Qwen2, Qwen3 and Gemma 3: their keys in config.json and their tensor
-names."""
+"""Dense language models of Qwen2, Qwen3, Mistral and Gemma 3: their keys in config.json and their
+tensor names."""
 
 from __future__ import annotations
 
@@ -50,6 +50,15 @@ def _read_qwen3(path: Path, config: dict[str, Any]) -> DecoderSpec:
     """``Qwen3Config``."""
     spec = read_llama(path, {"head_dim": 128, **_within_context(config)})
     return replace(spec, qk_norm=True, **_windows(path, config))
+
+
+def _read_mistral(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    """``MistralConfig``: a Llama all of whose layers slide; by ``null`` none do."""
+    spec = read_llama(path, config)
+    window = config_value(path, {"sliding_window": 4096, **config}, "sliding_window", int, 0)
+    if not 0 < window < spec.context_length:
+        return spec
+    return replace(spec, sliding_window=window, sliding_layers=tuple(range(spec.num_hidden_layers)))
 
 
 def _within_context(config: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +140,7 @@ def _read_gemma3(path: Path, config: dict[str, Any]) -> DecoderSpec:
     )
 
 
+MISTRAL = Backbone(_read_mistral, parts=LLAMA_PARTS)
 QWEN2 = Backbone(_read_qwen2, parts=LLAMA_PARTS)
 _QK_NORMS = {f"attn.{part}_norm": f"self_attn.{part}_norm" for part in "qk"}
 QWEN3 = Backbone(_read_qwen3, parts={**LLAMA_PARTS, **_QK_NORMS})

@@ -11,6 +11,8 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import RANGES, config_value
 from mobilevlm.input_spec import Encoder, FixedImage, Tiles, TransformerEncoder
 
+SIGLIP = {"class_token": False, "patch_bias": True, "pre_norm": False}
+"""Differences of SigLIP's tower from CLIP's, as fields of TransformerEncoder."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
@@ -272,7 +274,10 @@ _LAYER_PARTS = {
 def pixel_edge(value: Any, default: int, where: str, key: str) -> int:
     """An edge in pixels: an integer, or an object with ``shortest_edge`` or ``height``."""
     if isinstance(value, dict):
-        value = value.get("shortest_edge", value.get("height"))
+        edge = value.get("shortest_edge", value.get("height"))
+        if "shortest_edge" not in value and value.get("width", edge) != edge:
+            raise CheckpointError(f"{where}: {key!r} is {value!r:.60}, expected a square")
+        value = edge
     if value is None:
         return default
     if type(value) is not int or not 0 < value <= RANGES["image_size"][1]:

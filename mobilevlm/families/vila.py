@@ -26,6 +26,7 @@ from mobilevlm.families.backbones import LLAMA, decoder_refs, skipped_names
 from mobilevlm.families.config import config_value, end_ids, read_config
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import (
+    SIGLIP,
     Tower,
     image_spec,
     skipped_tower_names,
@@ -59,7 +60,7 @@ _MEDIA_TOKENS = ("<vila/sentinel>", IMAGE_PLACEHOLDER, "<vila/video>")
 """What the main branch adds to the tokenizer, in its order."""
 _FOLDERS = ("llm", "vision_tower", "mm_projector")
 _TRAITS: dict[Any, dict[str, bool]] = {
-    "siglip_vision_model": {"class_token": False, "patch_bias": True, "pre_norm": False},
+    "siglip_vision_model": SIGLIP,
     "clip_vision_model": {},
 }
 """In what a tower is unlike CLIP, by its ``model_type``."""

@@ -15,7 +15,8 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.image import normalize
 from mobilevlm.input_spec import ConvEncoder, TransformerEncoder
 from mobilevlm.model import Model
-from mobilevlm.prompt import Arrays, Piece, in_runs
+from mobilevlm.prompt import Arrays, Piece, Prepared, in_runs
+from mobilevlm.reference.assembly import assemble_rows
 from mobilevlm.reference.clip import ClipTower
 from mobilevlm.reference.decoder import Decoder
 from mobilevlm.reference.encoder_decoder import EncoderDecoder
@@ -69,10 +70,15 @@ class ReferenceModel(nn.Module):
         return run_steps(self.vision_steps(), self.image_state({"pixels": pixels})).hidden[0]
 
     def visual_tokens(self, pixels: NDArray[np.uint8], **further: NDArray[Any]) -> Tensor:
-        """uint8 ``(size, size, 3)``, and further named arrays that the connector reads, to visual
-        tokens ``(num_tokens, hidden_size)``."""
+        """uint8 ``(size, size, 3)``, and further named arrays that the connector reads, to the rows
+        of one run ``(num_rows, hidden_size)``."""
         steps = (*self.vision_steps(), *self.projector_steps())
         return run_steps(steps, self.image_state({"pixels": pixels, **further})).hidden[0]
+
+    def image_rows(self, image: Prepared) -> Tensor:
+        """Return the visual tokens of an image ``(rows, hidden_size)``."""
+        parts = [self.visual_tokens(**arrays) for arrays in image.arrays]
+        return assemble_rows(parts, image.assembly)
 
     def embed(self, pieces: Sequence[Piece], images: Sequence[Tensor]) -> Tensor:
         """A prompt to embeddings ``(length, hidden_size)``; ``images``: rows for its runs."""

@@ -1,5 +1,5 @@
 """Projectors: patch features ``(batch, num_patches, in_size)`` to visual tokens
-``(batch, num_tokens, out_size)``."""
+``(batch, num_rows, out_size)``."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class MLPProjector(nn.Module):
         super().__init__()
         self.grid, self.out_grid = spec.grid, spec.out_grid
         self.mlp = MLP(spec)
+        self.newline = nn.Parameter(torch.zeros(spec.out_size)) if spec.newline else None
 
     def forward(self, features: Tensor) -> Tensor:
         if self.out_grid < self.grid:
@@ -41,6 +42,8 @@ class MLPProjector(nn.Module):
             patches = patches.reshape(*patches.shape[:2], self.grid, self.grid)
             features = F.avg_pool2d(patches, self.grid // self.out_grid).flatten(2).transpose(1, 2)
         out: Tensor = self.mlp(features)
+        if self.newline is not None:
+            out = torch.cat([out, self.newline.expand(len(out), 1, -1)], dim=1)
         return out
 
 

@@ -27,7 +27,7 @@ class Chat:
         Raises:
             ImageError: a picture cannot be opened; the conversation stays as it was.
         """
-        self.images = [self._vlm.prepare_image(image) for image in images]
+        self.images = [self._vlm.prepare_image(image, images=len(images)) for image in images]
         self.messages: list[Message] = []
         self._session.told = []
 

@@ -30,7 +30,7 @@ def check_vision(session: Session, spec: ModelSpec) -> None:
     inputs: dict[str, Value] = {"pixels": ("uint8", (1, size, size, 3))}
     inputs |= dict.fromkeys(projector.array_names, ("int64", (1, None)))
     outputs: dict[str, Value] = {
-        "visual_tokens": ("float", (1, projector.num_tokens, projector.out_size)),
+        "visual_tokens": ("float", (1, projector.num_rows, projector.out_size)),
         "features": ("float", (1, vision.num_features, vision.hidden_size)),
     }
     _check(session, inputs, outputs)

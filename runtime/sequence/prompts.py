@@ -45,8 +45,9 @@ class PromptReader:
         self._longest_token: int | None = None
         """Characters; found when a prompt is long."""
 
-    def image(self, source: ImageInput, max_tiles: int | None = None) -> Prepared:
-        """Return an image as the model takes it, in no more than ``max_tiles``.
+    def image(self, source: ImageInput, images: int = 1, max_tiles: int | None = None) -> Prepared:
+        """Return an image of a prompt with so many as the model takes it, in no more than
+        ``max_tiles``.
 
         Raises:
             ImageError: as of :func:`mobilevlm.preparation.prepare`.
@@ -57,15 +58,15 @@ class PromptReader:
             spec = with_max_tiles(spec, max_tiles)
         if self._prepare is not None:
             return self._prepare(source, self._room_for)
-        return prepare(source, spec, self._room_for)
+        return prepare(source, spec, self._room_for, images)
 
-    def asked_image(self, source: ImageInput, question: str) -> Prepared:
+    def asked_image(self, source: ImageInput, question: str, images: int) -> Prepared:
         """Return an image with all that its encoder reads when ``question`` is asked about it."""
         if self._instruction_tokenizer is None:
-            return self.image(source)
+            return self.image(source, images)
         parts = [{"type": "text", "text": question}]
         text = render(self.spec.conversation, [{"role": "user", "content": parts}])
-        return self._with_instruction(self.image(source), text)
+        return self._with_instruction(self.image(source, images), text)
 
     def prompt(
         self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
@@ -75,7 +76,9 @@ class PromptReader:
         text, shown, said = self._read(prompt, images, raw, special_tokens)
         tokens = self._tokenized(text, len(shown))
         self.check_fits(tokens)
-        prepared = [self._with_instruction(self.image(source), text) for source in shown]
+        prepared = [
+            self._with_instruction(self.image(source, len(shown)), text) for source in shown
+        ]
         pieces = expand(tokens, [image.pieces for image in prepared])
         return Prompt(pieces, prepared, time.perf_counter() - start), said
 
@@ -105,7 +108,10 @@ class PromptReader:
                 "the ids of this model depend on the size of each image: give the images, not "
                 "their number"
             )
-        pieces = [fewest_pieces(image) if fixed else self.image(source).pieces for source in shown]
+        pieces = [
+            fewest_pieces(image) if fixed else self.image(source, len(shown)).pieces
+            for source in shown
+        ]
         return official_ids(tokens, image.layout, pieces)
 
     def check_fits(self, tokens: Sequence[Token]) -> None:

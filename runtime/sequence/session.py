@@ -15,9 +15,10 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.assembly import assemble
 from mobilevlm.errors import PromptError, SessionError
 from mobilevlm.messages import Message
-from mobilevlm.prompt import Piece, Prepared, Rows, count_rows, grid_positions, joined
+from mobilevlm.prompt import Piece, Prepared, Rows, count_rows, grid_positions
 from mobilevlm.runtime.engines import (
     DecoderEngine,
     EncoderEngine,
@@ -434,7 +435,8 @@ class Session:
                 known = self._cache.images.get(digest)
                 if known is None:
                     image = prepared[digest]
-                    known = joined([self._vision.encode(arrays) for arrays in image.arrays])
+                    parts = [self._vision.encode(arrays) for arrays in image.arrays]
+                    known = assemble(parts, image.assembly)
                     assert len(known.embeds) == count_rows(image.pieces), "rows of an encoder"
                     self._cache.keep_image(digest, known)
                     encoded.add(digest)

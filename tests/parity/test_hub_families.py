@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 import mobilevlm
 from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.image import normalize
+from mobilevlm.messages import Message
 from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Piece, Prepared, expand
 from mobilevlm.reference import ReferenceModel, load_reference
@@ -37,7 +38,8 @@ def fixture(request: pytest.FixtureRequest) -> Fixture:
 
 @pytest.fixture(scope="module")
 def images(fixture: Fixture) -> list[Prepared]:
-    return [prepare(image, fixture.model.spec.image) for image in fixture.images]
+    count = len(fixture.images)
+    return [prepare(image, fixture.model.spec.image, images=count) for image in fixture.images]
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +59,13 @@ def flat(array: NDArray[Any], axes: int) -> NDArray[Any]:
     return array.reshape(-1, *array.shape[len(array.shape) - axes + 1 :])
 
 
+def said(fixture: Fixture) -> list[Message]:
+    """The messages of the prompt."""
+    system: list[Message] = [{"role": "system", "content": fixture.system}]
+    asked = user_message(fixture.prompt, len(fixture.images))
+    return [*system, asked] if fixture.system else [asked]
+
+
 def pieces_of(fixture: Fixture, images: list[Prepared]) -> list[Piece]:
     model = fixture.model
     tokens = tokenize(model.tokenizer, fixture.templated_prompt, model.spec.conversation)
@@ -66,7 +75,7 @@ def pieces_of(fixture: Fixture, images: list[Prepared]) -> list[Piece]:
 def embed_prompt(
     fixture: Fixture, reference: ReferenceModel, images: list[Prepared]
 ) -> torch.Tensor:
-    rows = [reference.visual_tokens(**arrays) for image in images for arrays in image.arrays]
+    rows = [reference.image_rows(image) for image in images]
     return reference.embed(pieces_of(fixture, images), rows)
 
 
@@ -83,7 +92,7 @@ def test_prompt_text_and_ids_equal_the_official_ones(
     fixture: Fixture, images: list[Prepared]
 ) -> None:
     model = fixture.model
-    text = render(model.spec.conversation, [user_message(fixture.prompt, len(images))])
+    text = render(model.spec.conversation, said(fixture))
     assert text == fixture.templated_prompt
     tokens = tokenize(model.tokenizer, text, model.spec.conversation)
     found = official_ids(tokens, model.spec.image.layout, [image.pieces for image in images])
@@ -96,7 +105,7 @@ def test_reference_features_and_visual_tokens_are_the_official_ones(
     runs = [arrays for image in images for arrays in image.arrays]
     features = np.concatenate([reference.features(arrays["pixels"]).numpy() for arrays in runs])
     assert relative_error(features, flat(fixture.arrays["vision_features"], 2)) <= FLOAT32
-    tokens = np.concatenate([reference.visual_tokens(**arrays).numpy() for arrays in runs])
+    tokens = np.concatenate([reference.image_rows(image).numpy() for image in images])
     assert relative_error(tokens, flat(fixture.arrays["projector_output"], 2)) <= FLOAT32
 
 
@@ -113,20 +122,21 @@ def test_reference_logits_and_greedy_answer_are_the_official_ones(
 def test_fp32_features_and_visual_tokens_are_the_official_ones(
     fixture: Fixture, exact: VLM
 ) -> None:
-    features = np.concatenate([exact.image_features(image) for image in fixture.images])
+    given = {"images": len(fixture.images)}
+    features = np.concatenate([exact.image_features(image, **given) for image in fixture.images])
     assert relative_error(features, flat(fixture.arrays["vision_features"], 2)) <= 1e-4
-    tokens = np.concatenate([exact.encode_image(image) for image in fixture.images])
+    tokens = np.concatenate([exact.encode_image(image, **given) for image in fixture.images])
     assert relative_error(tokens, flat(fixture.arrays["projector_output"], 2)) <= 1e-4
 
 
 def test_fp32_ids_logits_and_answer_are_the_official_ones(fixture: Fixture, exact: VLM) -> None:
-    ids = exact.prompt_ids(fixture.prompt, fixture.images)
+    ids = exact.prompt_ids(said(fixture), fixture.images)
     assert ids == fixture.arrays["input_ids"][0].tolist()
     assert exact.prompt_ids(fixture.templated_prompt, fixture.images, raw=True) == ids
-    found = exact.prompt_logits(fixture.prompt, fixture.images)
+    found = exact.prompt_logits(said(fixture), fixture.images)
     assert relative_error(found, fixture.logits) <= 1e-3
     assert (found.argmax(-1) == fixture.logits.argmax(-1)).all()
-    answer = exact.generate(fixture.prompt, fixture.images, max_new_tokens=24, ignore_eos=True)
+    answer = exact.generate(said(fixture), fixture.images, max_new_tokens=24, ignore_eos=True)
     assert answer.token_ids == fixture.generated_ids
     assert answer.text == fixture.text
     assert answer.prompt_tokens == len(ids)

@@ -233,8 +233,8 @@ def test_an_unknown_kind_of_preparation_is_named_in_one_line(kind: Any) -> None:
     data["preparation"]["kind"] = kind
     with pytest.raises(MobileVLMError) as caught:
         from_dict(InputSpec, data, "spec")
-    kinds = ("fixed_image", "tiles", "aspect_tiles", "dynamic_image", "llama.cpp", "mel")
-    expected = f"expected the kind {' or '.join(map(repr, kinds))}"
+    kinds = ("fixed_image", "tiles", "aspect_tiles", "any_resolution", "dynamic_image")
+    expected = f"expected the kind {' or '.join(map(repr, (*kinds, 'llama.cpp', 'mel')))}"
     assert str(caught.value) == f"spec.preparation: {expected}, found {kind!r}"
 
 

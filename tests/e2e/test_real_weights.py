@@ -1,0 +1,71 @@
+"""Real weights through the exported bundle: SmolLM2-135M-Instruct in SmolVLM's layout says what the
+official class says (tests/data/smollm2/README.md)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import DATA
+from smollm2 import write_smollm2
+
+import mobilevlm
+from mobilevlm.runtime import VLM
+
+pytestmark = pytest.mark.real_weights
+EXPECTED: dict[str, Any] = json.loads((DATA / "smollm2" / "expected.json").read_text("utf-8"))
+PASSAGES, INSTRUCTIONS = EXPECTED["passages"], EXPECTED["instructions"]
+
+
+@pytest.fixture(scope="module")
+def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLM]:
+    folder = tmp_path_factory.mktemp("smollm2")
+    write_smollm2(folder / "checkpoint")
+    mobilevlm.export(folder / "checkpoint", folder / "bundle", recipe="fp32")
+    with mobilevlm.load(folder / "bundle") as opened:
+        yield opened
+
+
+def negative_log_likelihood(vlm: VLM, text: str) -> float:
+    """Sum over all tokens but the first, each given those before it."""
+    ids = vlm.prompt_ids(text, raw=True)
+    logits = vlm.prompt_logits(text, raw=True)[:-1].astype(np.float64)
+    most = logits.max(-1)
+    totals = most + np.log(np.exp(logits - most[:, None]).sum(-1))
+    return float((totals - logits[np.arange(len(ids) - 1), ids[1:]]).sum())
+
+
+def test_token_ids_of_text_and_of_questions_are_the_official_ones(vlm: VLM) -> None:
+    for passage in PASSAGES:
+        assert vlm.prompt_ids(passage["text"], raw=True) == passage["input_ids"]
+    for asked in INSTRUCTIONS:
+        assert vlm.prompt_ids(asked["question"]) == asked["input_ids"]
+
+
+@pytest.mark.parametrize("passage", PASSAGES, ids=lambda passage: passage["source"])
+def test_perplexity_is_the_official_one_within_a_thousandth(
+    passage: dict[str, Any], vlm: VLM
+) -> None:
+    count = len(passage["input_ids"]) - 1
+    expected = np.exp(passage["nll_sum"] / count)
+    found = np.exp(negative_log_likelihood(vlm, passage["text"]) / count)
+    assert found == pytest.approx(expected, rel=1e-3)
+
+
+@pytest.mark.parametrize("asked", INSTRUCTIONS, ids=lambda asked: asked["question"][:40])
+def test_greedy_answers_are_the_official_ones(asked: dict[str, Any], vlm: VLM) -> None:
+    answer = vlm.generate(asked["question"], max_new_tokens=EXPECTED["max_new_tokens"])
+    expected = [index for index in asked["generated_ids"] if index not in EXPECTED["end_ids"]]
+    assert [index for index in answer.token_ids if index not in EXPECTED["end_ids"]] == expected
+    assert answer.text == asked["text"]
+
+
+def test_the_bundle_answers_about_an_image_too(vlm: VLM, tmp_path: Path) -> None:
+    """Tower and connector are random, so what it says means nothing."""
+    image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
+    answer = vlm.generate("What is it?", [image], max_new_tokens=4, ignore_eos=True)
+    assert answer.visual_tokens == 4 and len(answer.token_ids) == 4

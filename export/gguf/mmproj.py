@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -18,8 +19,8 @@ from mobilevlm.console.progress import Advance
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
-from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
+from mobilevlm.gguf.names import Entry, projector_entries, projector_name, tower_entries
+from mobilevlm.input_spec import AspectTiles, ConnectorSpec, InputSpec, TransformerEncoder
 from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType, ModelSpec
 
@@ -54,6 +55,8 @@ def obstacle(spec: ModelSpec) -> str:
     projector, vision = spec.image.connector, spec.image.encoder
     if not isinstance(vision, TransformerEncoder):
         return f"llama.cpp has no image encoder of the kind {vision.kind}"
+    if isinstance(spec.image.preparation, AspectTiles):
+        return _internvl_obstacle(spec.image, vision, projector)
     if spec.image.preparation.kind != "fixed_image":
         return "llama.cpp's files are for images that become one square, this model's do not"
     if projector.kind not in ("mlp", "ldp", "ldpv2"):
@@ -77,6 +80,23 @@ def obstacle(spec: ModelSpec) -> str:
     return ""
 
 
+def _internvl_obstacle(
+    image: InputSpec, vision: TransformerEncoder, projector: ConnectorSpec
+) -> str:
+    """Why the model is not llama.cpp's InternVL: an InternViT of 300M, four patches a token."""
+    expected = replace(
+        vision, class_token=True, patch_bias=True, pre_norm=False, post_norm=False,
+        class_feature=False, hidden_act="gelu",
+    )  # fmt: skip
+    if vision != expected:
+        return "llama.cpp's tower beside tiles of the image's shape is InternViT, this is another"
+    if projector.kind != "mlp_downsample" or projector.depth != 2 or projector.order != "rows":
+        return "llama.cpp's InternVL joins patches row by row before an MLP of two layers"
+    if not (projector.norm and projector.bias) or projector.grid % projector.factor:
+        return "llama.cpp's InternVL has a norm before its MLP and a grid that divides into squares"
+    return ""
+
+
 def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     vision, image = spec.image.transformer, spec.image.square
     writer.add_type("mmproj")
@@ -85,14 +105,14 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     writer.add_quantization_version(2)
     writer.add_clip_has_vision_encoder(True)
     writer.add_bool("clip.has_llava_projector", True)
-    writer.add_clip_projector_type(spec.image.connector.kind)
+    writer.add_clip_projector_type(projector_name(spec.image.connector))
     writer.add_vision_projection_dim(spec.image.connector.out_size)
     writer.add_vision_image_size(vision.image_size)
     writer.add_vision_patch_size(vision.patch_size)
     writer.add_vision_embedding_length(vision.hidden_size)
     writer.add_vision_feed_forward_length(vision.intermediate_size)
     writer.add_vision_block_count(vision.num_hidden_layers)
-    # Without this key llama.cpp leaves the last layer of the file out.
+    # Without this key llama.cpp leaves the last layer of a CLIP out.
     writer.add_array("clip.vision.feature_layer", [vision.num_hidden_layers])
     writer.add_vision_head_count(vision.num_attention_heads)
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
@@ -100,6 +120,10 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     writer.add_vision_image_std(image.std)
     writer.add_vision_use_gelu(vision.hidden_act == "gelu")
     writer.add_string("clip.vision.mm_patch_merge_type", "flat")
+    if isinstance(image, AspectTiles):
+        writer.add_vision_projector_scale_factor(spec.image.connector.factor)
+        writer.add_uint32("clip.vision.preproc_min_tiles", image.min_tiles)
+        writer.add_uint32("clip.vision.preproc_max_tiles", image.max_tiles)
 
 
 def _tensors(model: Model, kind: GGUFType, advance: Advance) -> Iterator[Tensor]:
@@ -115,13 +139,15 @@ def _tensors(model: Model, kind: GGUFType, advance: Advance) -> Iterator[Tensor]
     def tensor(entry: Entry) -> Tensor:
         def read() -> Float32:
             advance(math.prod(entry.shape))
-            return model.weights.read(entry.ours, entry.shape).reshape(entry.stored)
+            values = model.weights.read(entry.ours, entry.shape).reshape(entry.stored)
+            return np.roll(values, -1, axis=0) if entry.first_last else values
 
         return Tensor(entry.theirs, entry.stored, kinds[entry.store], [read])
 
-    for entry in tower_entries(model.spec.image.transformer):
-        yield tensor(entry)
     projector = model.spec.image.connector
+    class_last = projector_name(projector) == "internvl"
+    for entry in tower_entries(model.spec.image.transformer, class_last=class_last):
+        yield tensor(entry)
     if projector.kind == "mlp" and projector.depth == 1:
         yield from _linear_as_mlp(model.weights, projector, kind, advance)
         return

@@ -22,6 +22,7 @@ from mobilevlm.gguf.names import (
     Entry,
     decoder_entries,
     projector_entries,
+    projector_name,
     tower_entries,
 )
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
@@ -68,7 +69,8 @@ class GgufTensors:
         values: Float32 = gguf.quants.dequantize(self._rows(entry, index), kind).astype(np.float32)
         if entry.stored[0] == 2 * entry.shape[0]:  # see _projector_entries
             values = values.reshape(2, -1)[0] / np.float32(LINEAR_SCALE)
-        return values.reshape(entry.shape)
+        values = values.reshape(entry.shape)
+        return np.roll(values, 1, axis=0) if entry.first_last else values
 
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
         entry, index = self._entries[name]
@@ -134,8 +136,9 @@ def _is_one_linear(file: GgufFile, spec: ConnectorSpec) -> bool:
 def vision_entries(spec: ModelSpec, swapped: bool = False) -> list[Entry]:
     """All tensors of an mmproj file that a canonical tensor can be read from. ``swapped``: see
     :class:`mobilevlm.gguf.encoder.Encoder`."""
+    class_last = projector_name(spec.image.connector) == "internvl"
     return [
-        *tower_entries(spec.image.transformer, swapped),
+        *tower_entries(spec.image.transformer, swapped, class_last),
         *_projector_entries(spec.image.connector),
     ]
 

@@ -11,7 +11,7 @@ from mobilevlm.errors import BundleError
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.keys import check_keys
 from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
-from mobilevlm.input_spec import ConnectorSpec, FixedImage, TransformerEncoder
+from mobilevlm.input_spec import ConnectorSpec, FixedImage, SquareImages, TransformerEncoder
 
 FEATURE_LAYER = "clip.vision.feature_layer"
 MAX_GRID = 96
@@ -28,7 +28,7 @@ LDPV2_GRID = 12
 class Encoder:
     """Image encoder and projector of a file."""
 
-    image: FixedImage
+    image: SquareImages
     vision: TransformerEncoder
     """Up to the layer whose features are used."""
     projector: ConnectorSpec

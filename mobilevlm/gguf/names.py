@@ -36,6 +36,8 @@ class Entry:
     """Heads whose rotary pairs llama.cpp wants side by side; 0: rows stay where they are."""
     stack: int = 0
     """Ours are so many, numbered where ``{}`` stands; theirs is all of them; 0: one and one."""
+    first_last: bool = False
+    """Our first row is their last one."""
 
     @property
     def parts(self) -> list[str]:
@@ -123,20 +125,30 @@ def _linears(
         yield from _linear(theirs, ours, *shape, group.biased, turned.get(part, 0), stack)
 
 
-def tower_entries(spec: TransformerEncoder, swapped: bool = False) -> Iterator[Entry]:
+def projector_name(spec: ConnectorSpec) -> str:
+    """Return llama.cpp's name of a projector."""
+    return "internvl" if spec.kind == "mlp_downsample" else spec.kind
+
+
+def tower_entries(
+    spec: TransformerEncoder, swapped: bool = False, class_last: bool = False
+) -> Iterator[Entry]:
     """All tensors of the tower. ``swapped``: the two layers of an MLP are named the other way
-    round, as llama.cpp's first converter did."""
+    round, as llama.cpp's first converter did; ``class_last``: the class token's position is the
+    last, as llama.cpp's graph of InternViT, which puts that token last, adds them."""
     mlp_names = {"fc1": "ffn_down", "fc2": "ffn_up"} if swapped else _LINEARS
     hidden, patch = spec.hidden_size, spec.patch_size
-    token, kernel, places = (hidden,), (hidden, 3, patch, patch), (spec.num_patches + 1, hidden)
-    yield Entry("v.class_embd", "vision.class_embedding", token, token, "float")
-    yield Entry(
-        "v.patch_embd.weight", "vision.patch_embedding.weight", kernel, kernel, "convolution"
-    )
-    yield Entry(
-        "v.position_embd.weight", "vision.position_embedding.weight", places, places, "float"
-    )
-    yield from _pair("v.pre_ln", "vision.pre_norm", hidden)
+    token, kernel, places = (hidden,), (hidden, 3, patch, patch), (spec.num_positions, hidden)
+    if spec.class_token:
+        yield Entry("v.class_embd", "vision.class_embedding", token, token, "float")
+    patches = "v.patch_embd", "vision.patch_embedding"
+    yield Entry(f"{patches[0]}.weight", f"{patches[1]}.weight", kernel, kernel, "convolution")
+    if spec.patch_bias:
+        yield Entry(f"{patches[0]}.bias", f"{patches[1]}.bias", token, token, "float")
+    positions = "v.position_embd.weight", "vision.position_embedding.weight"
+    yield Entry(*positions, places, places, "float", first_last=class_last)
+    if spec.pre_norm:
+        yield from _pair("v.pre_ln", "vision.pre_norm", hidden)
     for index in range(spec.num_hidden_layers):
         ours, theirs = f"vision.layers.{index}", f"v.blk.{index}"
         yield from _pair(f"{theirs}.ln1", f"{ours}.norm1", hidden)
@@ -155,7 +167,10 @@ def projector_entries(spec: ConnectorSpec) -> Iterator[Entry]:
         "mlp": ("mm.0", "mm.2"),
         "ldp": ("mm.model.mlp.1", "mm.model.mlp.3"),
         "ldpv2": ("mm.model.mlp.0", "mm.model.mlp.2"),
+        "mlp_downsample": ("mm.model.mlp.1", "mm.model.mlp.3"),
     }[spec.kind]
+    if spec.kind == "mlp_downsample" and spec.norm:
+        yield from _pair("mm.model.mlp.0", "projector.norm", spec.mlp_sizes[0])
     for group, theirs in zip(projector_groups(spec), names, strict=True):
         yield from _linear(theirs, group.name, *group.shapes[group.name], group.biased)
     if spec.kind == "ldp":

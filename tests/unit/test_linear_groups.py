@@ -79,7 +79,8 @@ def test_gguf_files_have_the_weights_of_tower_and_projector(model: Model) -> Non
     for swapped in (False, True):
         entries = list(tower_entries(image.transformer, swapped))
         assert sum(matrices(entries).values()) == size_of(tower_groups(image.encoder))
-    if image.connector.kind in ("mlp", "ldp", "ldpv2") and image.connector.depth == 2:
+    kinds = ("mlp", "ldp", "ldpv2", "mlp_downsample")
+    if image.connector.kind in kinds and image.connector.depth == 2:
         found = matrices(projector_entries(image.connector))
         assert sum(found.values()) == size_of(projector_groups(image.connector))
 

@@ -14,8 +14,9 @@ from mobilevlm.gguf.checks import (
     check_vocabulary,
     other,
 )
-from mobilevlm.gguf.encoder import read_encoder
+from mobilevlm.gguf.encoder import Encoder, read_encoder
 from mobilevlm.gguf.file import GgufFile
+from mobilevlm.gguf.names import projector_name
 from mobilevlm.gguf.spec import decoder_spec
 from mobilevlm.input_spec import TransformerEncoder
 from mobilevlm.runtime.engines import refuse_parts
@@ -67,12 +68,17 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     if header.architecture != "clip":
         raise BundleError(f"{header.path}: not an image encoder (mmproj)")
     kind = header.metadata.get("clip.projector_type", "mlp")  # old files do not say
-    _same(header, "clip.projector_type", kind, spec.image.connector.kind)
-    for key, expected in _vision_metadata(spec.image.transformer).items():
+    connector, vision = spec.image.connector, spec.image.transformer
+    _same(header, "clip.projector_type", kind, projector_name(connector))
+    for key, expected in _vision_metadata(vision).items():
         _same(header, key, header.metadata.get(key), expected)
-    found = read_encoder(header, spec.image.connector.out_size)
-    layers = found.vision.num_hidden_layers
-    _same(header, "number of layers that are run", layers, spec.image.transformer.num_hidden_layers)
+    if projector_name(connector) == "internvl":  # llama.cpp runs all its layers
+        layers = header.metadata.get("clip.vision.block_count")
+        found = Encoder(spec.image.square, vision, connector, vision.num_hidden_layers, False)
+    else:
+        found = read_encoder(header, connector.out_size)
+        layers = found.vision.num_hidden_layers
+    _same(header, "number of layers that are run", layers, vision.num_hidden_layers)
     check_encoder_file(header, found)
 
 

@@ -1,0 +1,88 @@
+"""InternVL's GGUF files in llama.cpp against the official arrays.
+
+llama.cpp makes tiles of its own: of several grids of one shape it takes the largest, and it
+resizes in other numbers. So it is given tiles here, which it takes as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import llama
+import numpy as np
+import pytest
+from conftest import Fixture, fixture_named, relative_error
+
+import mobilevlm
+from mobilevlm.bundle import open_bundle
+from mobilevlm.export.quality.artifact_weights import artifact_weights
+from mobilevlm.preparation import prepare
+from mobilevlm.runtime import VLM
+
+LIMIT = 1e-2
+"""Measured: 6e-4 of the visual tokens and 8e-4 of the logits."""
+
+
+@pytest.fixture(scope="module", params=["internvl3", "internvl35"])
+def fixture(request: pytest.FixtureRequest) -> Fixture:
+    return fixture_named(request.param)
+
+
+@pytest.fixture(scope="module")
+def bundle(fixture: Fixture, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(fixture.name) / "bundle"
+    mobilevlm.export(fixture.checkpoint, folder, recipe="fp32", formats=["gguf"], measure=False)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vlm(bundle: Path) -> Iterator[VLM]:
+    with mobilevlm.load(bundle, engine="gguf") as opened:
+        yield opened
+
+
+def test_llama_cpp_gives_the_official_visual_tokens_logits_and_answer(
+    fixture: Fixture, vlm: VLM
+) -> None:
+    found = vlm.encode_image(fixture.image)
+    expected = fixture.arrays["projector_output"].reshape(found.shape)
+    assert relative_error(found, expected) < LIMIT
+    logits = vlm.prompt_logits(fixture.prompt, fixture.images)
+    assert relative_error(logits, fixture.logits) < LIMIT
+    assert (logits.argmax(-1) == fixture.logits.argmax(-1)).all()
+    answer = vlm.generate(fixture.prompt, fixture.images, max_new_tokens=24, ignore_eos=True)
+    assert answer.token_ids == fixture.generated_ids
+
+
+def test_mtmd_alone_gives_the_official_visual_tokens_of_a_tile(
+    fixture: Fixture, bundle: Path
+) -> None:
+    files = {item.stage: bundle / item.path for item in open_bundle(bundle).manifest.artifacts}
+    tiles = prepare(fixture.image, fixture.model.spec.image).arrays
+    with llama.opened(files["decoder"]) as decoder:
+        for index in (0, len(tiles) - 1):
+            found = decoder.encode_image(files["vision"], np.array(tiles[index]["pixels"]))
+            assert relative_error(found, fixture.arrays["projector_output"][index]) < LIMIT
+
+
+def test_the_tokenizer_in_the_file_gives_our_ids(fixture: Fixture, bundle: Path) -> None:
+    files = {item.stage: bundle / item.path for item in open_bundle(bundle).manifest.artifacts}
+    text = fixture.templated_prompt
+    with llama.opened(files["decoder"]) as decoder:
+        assert decoder.tokenize(text, False) == fixture.model.tokenizer.encode(text).ids
+
+
+def test_positions_and_layer_scale_are_read_back_as_they_were(
+    fixture: Fixture, bundle: Path
+) -> None:
+    model, vision = fixture.model, fixture.model.spec.image.transformer
+    stored = artifact_weights(model, open_bundle(bundle), "gguf")
+    shapes = {
+        "vision.position_embedding.weight": (vision.num_positions, vision.hidden_size),
+        "vision.layers.0.attn.out_proj.weight": (vision.hidden_size, vision.hidden_size),
+        "vision.layers.0.mlp.fc2.bias": (vision.hidden_size,),
+        "projector.norm.weight": (4 * vision.hidden_size,),
+    }
+    for name, shape in shapes.items():
+        assert np.array_equal(stored.read(name, shape), model.weights.read(name, shape))

@@ -74,6 +74,11 @@ def with_max_tiles(spec: InputSpec, most: int) -> InputSpec:
         MobileVLMError: its images are not split.
     """
     preparation = spec.preparation
+    if isinstance(preparation, LibraryImage):
+        raise MobileVLMError(
+            f"max_tiles is {most}, but llama.cpp alone decides how it splits images of this model: "
+            f"leave it out"
+        )
     if not isinstance(preparation, Tiled):
         raise MobileVLMError(
             f"max_tiles is {most}, but this model does not split images into tiles "

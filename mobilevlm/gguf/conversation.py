@@ -204,7 +204,7 @@ def _template(file: GgufFile, tokens: list[str], eos: int) -> str:
         return fallback
     named = _named(file, source, tokens, eos, begins_texts(file))
     reasons = []
-    for template in (named + source, named + _FLATTENED + source):
+    for template in (named + source, named + _LISTED + source, named + _FLATTENED + source):
         if not (reason := _obstacle(template)):
             return template
         reasons.append(reason)
@@ -220,14 +220,17 @@ def _template(file: GgufFile, tokens: list[str], eos: int) -> str:
 def _obstacle(template: str) -> str:
     """Return why a question about an image cannot be put with a template; empty where it can."""
     conversation = ConversationSpec(template, (), ())
+    inside = f"{IMAGE_PLACEHOLDER} {_QUESTION}"
     try:
-        with_image = render(conversation, [user_message(_QUESTION, 1)])
+        as_part = render(conversation, [user_message(_QUESTION, 1)])
+        in_text = render(conversation, [user_message(inside, 1)])
         without = render(conversation, [user_message(_QUESTION, 0)])
     except PromptError as error:
         return " ".join(str(error).split())
-    marks = with_image.count(IMAGE_PLACEHOLDER)
-    if marks != 1 or without.count(IMAGE_PLACEHOLDER):
-        return f"{marks} {IMAGE_PLACEHOLDER} for one image"
-    if _QUESTION not in with_image or _QUESTION not in without:
-        return "the question is not in the prompt"
+    for prompt, expected in ((as_part, 1), (in_text, 1), (without, 0)):
+        marks = prompt.count(IMAGE_PLACEHOLDER)
+        if marks != expected:
+            return f"{marks} {IMAGE_PLACEHOLDER} for {'one image' if expected else 'none'}"
+        if _QUESTION not in prompt:
+            return "the question is not in the prompt"
     return ""

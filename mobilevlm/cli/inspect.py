@@ -144,14 +144,16 @@ def _show_gguf(path: Path, as_json: bool) -> None:
     from mobilevlm.gguf.file import read_gguf
     from mobilevlm.gguf.keys import check_keys
     from mobilevlm.gguf.model import checked_decoder
+    from mobilevlm.gguf.pair import known_to_llama_alone, projector_name
     from mobilevlm.plain_types import to_dict
 
     file = read_gguf(path)
-    spec, obstacle = None, None
+    spec, obstacle, alone = None, None, known_to_llama_alone(file)
+    projector = projector_name(file) if file.architecture == "clip" else None
     try:
-        if file.architecture == "clip":
+        if not alone and file.architecture == "clip":
             check_keys(file, "encoder")
-        else:
+        elif not alone:
             spec = to_dict(checked_decoder(file))
     except BundleError as error:
         obstacle = str(error)
@@ -164,6 +166,8 @@ def _show_gguf(path: Path, as_json: bool) -> None:
         show_json(
             {
                 "architecture": _short(file.architecture),
+                "projector": None if projector is None else _short(projector),
+                "llama_cpp_alone": alone,
                 "decoder": spec,
                 "obstacle": _printable(obstacle) if obstacle else None,
                 "metadata": {
@@ -184,6 +188,12 @@ def _show_gguf(path: Path, as_json: bool) -> None:
     for kind, (number, size) in types.items():
         table.add(kind, str(number), f"{size / 1e6:.1f}")
     show(table)
+    shown = f"architecture {_short(file.architecture) or '?'}"
+    if projector is not None:
+        shown += f", projector {_short(projector) or '?'}"
+    print(plain(shown))
+    if alone:
+        print("not a family of this program: engine gguf runs it if llama.cpp can, no export does")
     if spec is not None:
         print("decoder  " + ", ".join(f"{key} {value}" for key, value in spec.items()))
     if obstacle:

@@ -58,16 +58,19 @@ class PairFacts:
 
 
 def is_ours(decoder: GgufFile, vision: GgufFile) -> bool:
-    """Return whether a pair is of a family whose keys and tensors are all known here, by what the
-    files call themselves; files that call themselves nothing are, too, to be refused."""
-    known = is_own(decoder.architecture) or decoder.architecture in (*STOCK, "", "clip")
-    tiled = bool(vision.metadata.get(_TILES))
-    return (
-        known
-        and vision.architecture == "clip"
-        and projector_name(vision) in OUR_PROJECTORS
-        and not tiled
-    ) or vision.architecture != "clip"
+    """Return whether a pair is of a family whose keys and tensors are all known here, or not a
+    language model and an image encoder, to be refused."""
+    kinds = decoder.architecture == "clip", vision.architecture == "clip"
+    return kinds != (False, True) or not any(map(known_to_llama_alone, (decoder, vision)))
+
+
+def known_to_llama_alone(file: GgufFile) -> bool:
+    """Return whether a file calls itself of a family that is not known here. A file that calls
+    itself nothing does not."""
+    if file.architecture == "clip":
+        is_tiled = bool(file.metadata.get(_TILES))
+        return is_tiled or projector_name(file) not in OUR_PROJECTORS
+    return not is_own(file.architecture) and file.architecture not in (*STOCK, "")
 
 
 def projector_name(vision: GgufFile) -> str:

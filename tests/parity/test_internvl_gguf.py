@@ -68,9 +68,10 @@ def test_mtmd_alone_gives_the_official_visual_tokens_of_a_tile(
 
 def test_the_tokenizer_in_the_file_gives_our_ids(fixture: Fixture, bundle: Path) -> None:
     files = {item.stage: bundle / item.path for item in open_bundle(bundle).manifest.artifacts}
-    text = fixture.templated_prompt
+    texts = (fixture.prompt, "It's 1234 o'clock,\n\n  WE'LL go!!", "\t12,5 % caf\u00e9")
     with llama.opened(files["decoder"]) as decoder:
-        assert decoder.tokenize(text, False) == fixture.model.tokenizer.encode(text).ids
+        for text in texts:
+            assert decoder.tokenize(text, False) == fixture.model.tokenizer.encode(text).ids
 
 
 def test_positions_and_layer_scale_are_read_back_as_they_were(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,7 @@ from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.errors import CheckpointError, FileWarning
 from mobilevlm.families.backbones import LLAMA, Backbone, decoder_refs, skipped_names
 from mobilevlm.families.config import config_value, end_ids, read_config
+from mobilevlm.families.pinpoints import any_resolution
 from mobilevlm.families.registry import Source
 from mobilevlm.families.towers import (
     KNOWN_TOWERS,
@@ -34,10 +35,17 @@ from mobilevlm.families.towers import (
     tower_names,
     vision_spec,
 )
-from mobilevlm.input_spec import ConnectorSpec, InputSpec, TransformerEncoder
+from mobilevlm.input_spec import (
+    AnyResolution,
+    ConnectorSpec,
+    FixedImage,
+    InputSpec,
+    TransformerEncoder,
+)
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 _DEEPEST = 999
+_NEWLINE = "image_newline"
 _OPENCLIP = ("open_clip_config.json", "open_clip_pytorch_model.bin", "open_clip_model.safetensors")
 """Files of a tower in the layout of OpenCLIP."""
 
@@ -85,14 +93,18 @@ def read_layout(
     decoder = backbone.read(path, config)
     check_depth(path, config, "mm_projector_type")
     layout = projector(config, vision)
+    preparation = _preparation(path, config, tower, vision)
+    newline = isinstance(preparation, AnyResolution)
+    if newline and layout.spec.kind != "mlp":
+        raise CheckpointError(
+            f"{path}: 'image_aspect_ratio' is 'anyres', which goes with an MLP as projector, not "
+            f"with {layout.spec.kind!r}"
+        )
+    connector = replace(layout.spec, newline=newline) if newline else layout.spec
     spec = ModelSpec(
         family=family,
         name=source.name,
-        inputs={
-            "image": InputSpec(
-                image_spec(tower, vision, image_aspect(path, config)), vision, layout.spec
-            )
-        },
+        inputs={"image": InputSpec(preparation, vision, connector)},
         decoder=decoder,
         conversation=_conversation_spec(source, source.options.conversation or conversation),
     )
@@ -100,6 +112,8 @@ def read_layout(
     for ours, name in layout.names.items():
         stored = f"{backbone.root}.{naming.projector}.{name}"
         refs[f"projector.{ours}"] = TensorRef(files, stored)
+    if newline:
+        refs["projector.newline"] = TensorRef(files, f"{backbone.root}.{_NEWLINE}")
     trained = _training_of_tower(path, config)
     own = embedded and (prefer_checkpoint_tower or trained is not None or tower.folder is None)
     prefix, tower_files = copy, files
@@ -110,6 +124,8 @@ def read_layout(
         refs[ours] = TensorRef(tower_files, prefix + name)
     check_presence(refs)
     skipped = skipped_names(decoder, backbone)
+    if not newline:  # nobody reads it where images become one square
+        skipped.append(rf"{re.escape(backbone.root)}\.{_NEWLINE}$")
     if own:
         source.check_unread(
             refs, files, skipped + skipped_tower_names(vision, tower.config, re.escape(copy))
@@ -282,6 +298,14 @@ def image_aspect(path: Path, config: dict[str, Any]) -> Literal["pad", "crop"]:
             f"'square'"
         )
     return "pad" if aspect == "pad" else "crop"
+
+
+def _preparation(
+    path: Path, config: dict[str, Any], tower: Tower, vision: TransformerEncoder
+) -> FixedImage | AnyResolution:
+    """Return how images become one square, or tiles (LLaVA 1.6)."""
+    tiles = any_resolution(path, config, image_spec(tower, vision, "crop"))
+    return tiles or image_spec(tower, vision, image_aspect(path, config))
 
 
 def _conversation_spec(source: Source, name: str) -> ConversationSpec:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from typing import Any
 
 from mobilevlm.errors import CheckpointError
-from mobilevlm.input_spec import MOST_GRIDS, MOST_TILES
+from mobilevlm.families.config import config_value
+from mobilevlm.input_spec import MOST_GRIDS, MOST_TILES, AnyResolution, FixedImage
 
 KEY = "image_grid_pinpoints"
+_LONGEST = 1 << 16
+"""Characters of sizes in a text."""
 
 
 def grids_of(path: Path, value: Any, size: int) -> tuple[tuple[int, int], ...]:
@@ -22,6 +26,46 @@ def grids_of(path: Path, value: Any, size: int) -> tuple[tuple[int, int], ...]:
             f"{path}: {KEY!r} is {value!r:.60}, expected a list of 1 to {MOST_GRIDS} sizes"
         )
     return tuple(_grid(path, entry, size) for entry in value)
+
+
+def any_resolution(path: Path, config: dict[str, Any], square: FixedImage) -> AnyResolution | None:
+    """Return the tiles of a checkpoint in LLaVA's own layout (1.6), none of one without; there the
+    width of a size comes first. ``square``: how one tile is prepared.
+
+    Raises:
+        CheckpointError: they are put together in a way that is not known here, or a size is wrong.
+    """
+    aspect = config.get("image_aspect_ratio")
+    if not isinstance(aspect, str) or not aspect.startswith("anyres"):
+        return None
+    if aspect != "anyres":
+        raise CheckpointError(
+            f"{path}: 'image_aspect_ratio' is {aspect!r:.60}, expected 'anyres', 'pad' or 'square'"
+        )
+    merge = config_value(path, config, "mm_patch_merge_type", str, "flat")
+    if merge != "spatial_unpad":
+        raise CheckpointError(
+            f"{path}: 'mm_patch_merge_type' is {merge!r:.60}, expected 'spatial_unpad' beside "
+            f"'image_aspect_ratio' 'anyres'"
+        )
+    if square.shortest_edge != square.size:
+        raise CheckpointError(
+            f"{path}: the tower resizes images to {square.shortest_edge} pixels before it cuts out "
+            f"{square.size}, expected the same of tiles"
+        )
+    grids = grids_of(path, _listed(config.get(KEY)), square.size)
+    by_row = tuple((rows, columns) for columns, rows in grids)
+    return AnyResolution(square.size, by_row, square.mean, square.std, rounding=False)
+
+
+def _listed(value: Any) -> Any:
+    """Return sizes that a configuration may have as the text of a Python list."""
+    if isinstance(value, str):
+        try:
+            return ast.literal_eval(value[:_LONGEST])
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return value
+    return value
 
 
 def _grid(path: Path, entry: Any, size: int) -> tuple[int, int]:

@@ -92,7 +92,7 @@ def test_a_family_of_the_hub_that_is_not_known_is_named(copy: Copy) -> None:
 
 def test_tiled_images_are_refused(copy: Copy) -> None:
     copy.change(copy.config, image_aspect_ratio="anyres_max_9")
-    message_of(copy.open, str(copy.config), "image_aspect_ratio", "anyres_max_9", "pad")
+    message_of(copy.open, str(copy.config), "image_aspect_ratio", "anyres_max_9", "'pad'")
 
 
 def test_unknown_conversation(copy: Copy) -> None:

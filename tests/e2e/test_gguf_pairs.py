@@ -57,7 +57,7 @@ def test_bench_measures_every_stage(
 
 def test_eval_asks_about_one_and_several_images(files: list[str], capsys: Capture) -> None:
     main(["eval", *files, "--questions", "12", "--no-blind", "--json"])
-    assert json.loads(capsys.readouterr().out)["kinds"]["two_images"]["total"] == 1
+    assert json.loads(capsys.readouterr().out)["kinds"]["two_images"]["asked"] == 1
 
 
 def test_inspect_tells_architecture_and_projector(

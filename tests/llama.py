@@ -23,6 +23,7 @@ from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model
 from mobilevlm.synth.checkpoints import CONFIGURATIONS, Configuration, Tower, write_checkpoint
 
+__all__ = ["llama_cpp", "mtmd"]  # for tests that need more of it
 THREADS = 2
 Float32 = NDArray[np.float32]
 

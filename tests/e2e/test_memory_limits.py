@@ -15,7 +15,7 @@ from conftest import refusal, run_program
 
 from mobilevlm.bundle import read_manifest
 from mobilevlm.cli import main
-from mobilevlm.plan import Plan
+from mobilevlm.plan import MemorySetting, Plan
 from mobilevlm.runtime.memory.estimate import estimate
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Linux only")
@@ -112,14 +112,14 @@ def test_what_a_person_allows_chooses_the_setting_or_refuses(
 @pytest.mark.parametrize("setting", ["fast", "compact", "in turn"])
 @pytest.mark.parametrize("name", ["nano", "nano-moe"])
 def test_the_estimate_is_within_15_percent_of_the_measured_peak(
-    name: str, setting: str, bundles: dict[str, Path]
+    name: str, setting: MemorySetting, bundles: dict[str, Path]
 ) -> None:
     command = [sys.executable, "-c", MEASURE, str(bundles[name]), "onnx", setting]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     measured, positions = done.stdout.split()
     manifest, _ = read_manifest(bundles[name])
-    plan = Plan("onnx", memory=setting)  # type: ignore[arg-type]
+    plan = Plan("onnx", memory=setting)
     told = estimate(manifest, plan, int(positions)).peak / 1e6
     assert abs(told / float(measured) - 1) < WITHIN, (told, measured)
 

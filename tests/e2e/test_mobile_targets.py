@@ -25,6 +25,7 @@ from mobilevlm.export.calibration.samples import scene_samples
 from mobilevlm.export.targets import find_target, ort_format
 from mobilevlm.export.targets.ort_format import _example
 from mobilevlm.plan import Plan
+from mobilevlm.runtime.engines.onnx.npu import NpuState
 from mobilevlm.runtime.engines.opening import open_engines
 from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.open_model import open_model
@@ -98,7 +99,9 @@ def test_the_estimate_counts_the_bytes_of_keys_and_values_that_a_position_takes(
 ) -> None:
     for engine in (OWN_ENGINE[str(bundle.manifest.target)], "ort"):
         vision, decoder = open_engines(bundle, Plan(engine))
-        buffers = decoder.new_state().buffers.values()  # type: ignore[attr-defined]
+        state = decoder.new_state()
+        assert isinstance(state, NpuState)
+        buffers = state.buffers.values()
         taken = sum(buffer[:, :, :100].nbytes for buffer in buffers)
         assert estimate(bundle.manifest, Plan(engine), positions=100).states == taken
         vision.close()

@@ -50,10 +50,11 @@ def tokenizer() -> NanoTokenizer:
 
 
 def small(name: str, steps: int) -> Recipe:
-    changes = {"steps": steps, "images": 4, "pair_rows": 1, "text_rows": 1, "length": 384}
-    if name == "vision":
-        changes.update(pair_rows=0, text_rows=0, length=0)
-    return dataclasses.replace(RECIPES[name], **changes)  # type: ignore[arg-type]
+    rows = 0 if name == "vision" else 1
+    length = 0 if name == "vision" else 384
+    return dataclasses.replace(
+        RECIPES[name], steps=steps, images=4, pair_rows=rows, text_rows=rows, length=length
+    )
 
 
 def losses(

@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import PIL
@@ -181,10 +181,12 @@ def test_sparse_experts_run_too(
 
 
 @pytest.mark.parametrize("aspect", ["pad", "crop", "resize"])
-def test_pixels_are_those_of_pillow(browser: Browser, address: str, aspect: str) -> None:
+def test_pixels_are_those_of_pillow(
+    browser: Browser, address: str, aspect: Literal["pad", "crop", "resize"]
+) -> None:
     spec = FixedImage(
         size=48, shortest_edge=48, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28),
-        aspect=aspect,  # type: ignore[arg-type]
+        aspect=aspect,
     )  # fmt: skip
     random = np.random.default_rng(0)
     browser.driver.get(f"{address}package.json")

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -149,10 +150,10 @@ def test_a_quantized_graph_equals_the_reference_with_its_rounded_weights(
     indirect=["spec"],
 )
 def test_float_graphs_of_fixed_shapes_give_the_references_logits(
-    operators: str, model: Model, embeds: Float32, tmp_path: Path
+    operators: Literal["runtime", "elementary"], model: Model, embeds: Float32, tmp_path: Path
 ) -> None:
     model = short(model, LENGTH + 4)
-    recipe = replace(RECIPES["fp32"], operators=operators)  # type: ignore[arg-type]
+    recipe = replace(RECIPES["fp32"], operators=operators)
     for name, length in (("chunk", CHUNK), ("token", 1)):
         shape, path = ChunkShape(length, LENGTH + 4), tmp_path / f"{name}.onnx"
         author_static_decoder(model.weights, model.spec, recipe, path, shape)
@@ -264,10 +265,10 @@ def test_rows_of_the_table_are_scaled_by_every_engine_and_the_head_is_not(
     ],
     ids=lambda off: next(iter(off)),
 )
-def test_each_block_changes_the_logits(off: dict[str, object], tmp_path: Path) -> None:
+def test_each_block_changes_the_logits(off: dict[str, Any], tmp_path: Path) -> None:
     """So that the tests above see each."""
     model = in_memory(BLOCKS["Gemma 3"], tmp_path)
-    decoder = replace(model.spec.decoder, **off)  # type: ignore[arg-type]
+    decoder = replace(model.spec.decoder, **off)
     without = replace(model, spec=replace(model.spec, decoder=decoder))
     embeds = random_embeds(128)
     found = reference_logits(without, embeds)

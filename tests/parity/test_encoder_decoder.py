@@ -6,6 +6,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -118,9 +119,9 @@ def test_a_prompt_is_encoded_once_and_another_one_anew(
     vlm.clear_caches()
     runs, original = [], OnnxDecoder.encode
 
-    def count(self: OnnxDecoder, *arguments: object) -> None:
+    def count(self: OnnxDecoder, *arguments: Any) -> None:
         runs.append(1)
-        original(self, *arguments)  # type: ignore[arg-type]
+        original(self, *arguments)
 
     monkeypatch.setattr(OnnxDecoder, "encode", count)
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -334,10 +334,10 @@ def test_closing_frees_model_and_contexts_and_later_use_says_so(
 ) -> None:
     vlm = mobilevlm.load(export_all("mobilevlm_v2", "fp32"), engine)
     vlm.generate("Who?", [IMAGE], max_new_tokens=2)
-    vision, decoder = vlm._engines()
+    vision, decoder = cast(tuple[Any, Any], vlm._engines())
     held: list[Any] = [vlm._idle[0]._state]
-    held += [decoder._weights if engine == "ggml" else decoder.model]  # type: ignore[attr-defined]
-    held += [vision._context] if engine == "gguf" else []  # type: ignore[attr-defined]
+    held += [decoder._weights if engine == "ggml" else decoder.model]
+    held += [vision._context] if engine == "gguf" else []
     watched = [weakref.ref(part) for part in held]
     del held
     vlm.close()

@@ -25,15 +25,15 @@ from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
 from mobilevlm.preparation import prepare
-from mobilevlm.recipe import LinearFormat, Recipe
+from mobilevlm.recipe import CalibratorName, LinearFormat, Precision, Recipe
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime.engines.onnx.engine import OnnxVision
 
 Array = NDArray[np.float32]
 
 
-def recipe(precision: str, calibrator: str = "minmax") -> Recipe:
-    layers = LinearFormat(precision, calibrator=calibrator)  # type: ignore[arg-type]
+def recipe(precision: Precision, calibrator: CalibratorName = "minmax") -> Recipe:
+    layers = LinearFormat(precision, calibrator=calibrator)
     return replace(RECIPES["fp32"], tower=layers, projector=layers)
 
 
@@ -66,7 +66,7 @@ def reference(model: Model, pixels: NDArray[np.uint8]) -> tuple[Array, Array]:
 # weights' 8 bits are in it.
 @pytest.mark.parametrize(("precision", "limit"), [("qdq16", 0.02), ("qdq8", 0.26)])
 def test_a_fixed_point_graph_equals_the_reference_with_its_weights(
-    fixture: Fixture, precision: str, limit: float, tmp_path: Path
+    fixture: Fixture, precision: Precision, limit: float, tmp_path: Path
 ) -> None:
     model, path = fixture.model, tmp_path / "vision.onnx"
     author(model, fixture.image, recipe(precision), path)
@@ -97,7 +97,7 @@ def test_a_fixed_point_graph_of_an_unusual_grid_equals_the_reference_with_its_we
 
 @pytest.mark.parametrize("precision", ["qdq8", "qdq16"])
 def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
-    mobilevlm_v2: Fixture, precision: str, tmp_path: Path
+    mobilevlm_v2: Fixture, precision: Precision, tmp_path: Path
 ) -> None:
     model, path = mobilevlm_v2.model, tmp_path / "vision.onnx"
     written = author(model, mobilevlm_v2.image, recipe(precision), path)
@@ -120,7 +120,11 @@ def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
 
 def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
     """Of products of two activations the second has 8 bits in both."""
-    for precision, dtype in (("qdq8", ir.DataType.UINT8), ("qdq16", ir.DataType.UINT16)):
+    types_of: dict[Precision, ir.DataType] = {
+        "qdq8": ir.DataType.UINT8,
+        "qdq16": ir.DataType.UINT16,
+    }
+    for precision, dtype in types_of.items():
         path = tmp_path / f"{precision}.onnx"
         author(mobilevlm_v2.model, mobilevlm_v2.image, recipe(precision), path)
         graph = ir.load(path).graph

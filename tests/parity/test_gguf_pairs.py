@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import ctypes
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from mobilevlm.input_spec import LibraryImage
 from mobilevlm.runtime import VLM
 
 Float32 = NDArray[np.float32]
-BUILDERS = {
+BUILDERS: dict[str, Callable[[Path], Pair]] = {
     # llama.cpp puts the class token's position last, its converter leaves it first
     "internvl35": lambda folder: internvl_pair(folder, class_last=True),
     "smolvlm2": smolvlm_pair,
@@ -88,7 +89,7 @@ def by_llama_cpp(pair: Pair, prompt: str, images: list[NDArray[np.uint8]]) -> Fl
         chunks, text = mtmd.mtmd_input_chunks_init(), prompt.encode()
         bitmaps = []
         for pixels in images:
-            data = (ctypes.c_uint8 * pixels.size).from_buffer_copy(np.ascontiguousarray(pixels))
+            data = (ctypes.c_uint8 * pixels.size).from_buffer_copy(pixels.tobytes())
             bitmaps.append(mtmd.mtmd_bitmap_init(pixels.shape[1], pixels.shape[0], data))
         given = mtmd.mtmd_input_text(text, len(text), True, True)
         listed = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)

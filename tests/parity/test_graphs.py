@@ -7,7 +7,7 @@ import math
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -41,6 +41,7 @@ from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.spec import ModelSpec, with_image
 
 Array = NDArray[np.float32]
+Experts = Literal["fused", "plain"]
 CAPACITY = 768
 """Positions in the KV buffers: more than the longest fixture prompt, 658."""
 
@@ -129,11 +130,11 @@ QUANTIZED["q4"] = SMALL_BLOCKS
 
 
 def author(
-    fixture: Fixture, recipe: str | Recipe, folder: Path, experts: str = "fused"
+    fixture: Fixture, recipe: str | Recipe, folder: Path, experts: Experts = "fused"
 ) -> Authored:
     model = fixture.model
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
-    settings = replace(recipe, experts=experts)  # type: ignore[arg-type]
+    settings = replace(recipe, experts=experts)
     author_vision(model.weights, model.spec, settings, folder / "vision.onnx")
     author_decoder(model.weights, model.spec, settings, folder / "decoder.onnx")
     author_embeddings(model.weights, model.spec, settings, folder / "embeddings.onnx")
@@ -354,12 +355,17 @@ IMAGE = fixture_named("mobilevlm_v2").model.spec.image.preparation
 
 
 def vision_spec(
-    kind: str, patches: int, out_grid: int, border: int = 0, depth: int = 2, **connector: object
+    kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample"],
+    patches: int,
+    out_grid: int,
+    border: int = 0,
+    depth: int = 2,
+    **connector: Any,
 ) -> ModelSpec:
     """A small tower of ``patches`` per edge and a projector; the rest as in a fixture."""
     size = patches * 14 + border
     vision = TransformerEncoder(32, 64, 2, 4, size, 14, "gelu", 1e-5)
-    projector = ConnectorSpec(kind, 32, 48, depth, patches, out_grid, **connector)  # type: ignore[arg-type]
+    projector = ConnectorSpec(kind, 32, 48, depth, patches, out_grid, **connector)
     spec = fixture_named("mobilevlm_v2").model.spec
     assert isinstance(IMAGE, FixedImage)
     image = replace(IMAGE, size=size, shortest_edge=size)
@@ -416,13 +422,13 @@ def test_vision_graph_of_an_unusual_grid_equals_the_reference(
     assert relative_error(tokens, expected) <= FLOAT32
 
 
-def decoder_spec(**changes: object) -> ModelSpec:
+def decoder_spec(**changes: Any) -> ModelSpec:
     spec = fixture_named("mobilevlm_v2").model.spec
     decoder = replace(spec.decoder, vocab_size=97, hidden_size=128, intermediate_size=96,
                       num_attention_heads=8, num_key_value_heads=8, head_dim=16)  # fmt: skip
     projector = replace(spec.image.connector, out_size=128)
     spec = with_image(spec, connector=projector)
-    return replace(spec, decoder=replace(decoder, **changes))  # type: ignore[arg-type]
+    return replace(spec, decoder=replace(decoder, **changes))
 
 
 def sparse_spec(
@@ -482,10 +488,10 @@ SPARSE = {
     ],
 )
 def test_decoder_graph_of_a_variant_equals_the_reference(
-    spec: ModelSpec, experts: str, tmp_path: Path
+    spec: ModelSpec, experts: Experts, tmp_path: Path
 ) -> None:
     model = in_memory(spec, tmp_path)
-    recipe = replace(RECIPES["fp32"], experts=experts)  # type: ignore[arg-type]
+    recipe = replace(RECIPES["fp32"], experts=experts)
     author_decoder(model.weights, spec, recipe, tmp_path / "decoder.onnx")
     embeds = np.random.default_rng(2).standard_normal((70, 128), np.float32)
     logits = open_decoder(tmp_path / "decoder.onnx", spec.decoder).step(embeds, 0)

@@ -19,6 +19,7 @@ from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.families import open_checkpoint
 from mobilevlm.linear_groups import tower_groups
+from mobilevlm.messages import Message
 from mobilevlm.model import Model
 from mobilevlm.prompt import Mark
 from mobilevlm.reference import load_reference
@@ -124,7 +125,7 @@ def test_the_original_conversation_begins_with_its_system_message(tmp_path: Path
     assert "user\nA <IMG_CONTEXT> and <IMG_CONTEXT>?<|im_end|>" in placed
     tokens = tokenize(found.tokenizer, placed, found.spec.conversation)
     assert tokens.count(Mark()) == 2
-    own = [{"role": "system", "content": "Be brief."}, user_message("Why?", 0)]
+    own: list[Message] = [{"role": "system", "content": "Be brief."}, user_message("Why?", 0)]
     begun = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nWhy?"
     assert render(found.spec.conversation, own).startswith(begun)
 

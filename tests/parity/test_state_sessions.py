@@ -166,7 +166,8 @@ def test_rows_for_layers_are_part_of_an_image(tmp_path: Path) -> None:
     opened = open_decoder(DEEP, tmp_path)
     session = session_of(opened, "nothing")
     with_rows, _ = filled(session, QUESTION)
-    session._vision.layers = 0  # type: ignore[attr-defined]
+    assert isinstance(session._vision, Patches)
+    session._vision.layers = 0
     session._deep = 0
     without, _ = filled(session, QUESTION)
     assert relative_error(with_rows, without) > 100 * FLOAT32

@@ -7,6 +7,7 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -44,8 +45,8 @@ def test_the_function_export_shows_its_parameters() -> None:
 
 
 @pytest.mark.parametrize("function", [mobilevlm.export, mobilevlm.load])
-def test_every_parameter_is_documented(function: object) -> None:
-    parameters = set(inspect.signature(function).parameters)  # type: ignore[arg-type]
+def test_every_parameter_is_documented(function: Callable[..., object]) -> None:
+    parameters = set(inspect.signature(function).parameters)
     assert parameters <= words_of(DOCUMENT), parameters - words_of(DOCUMENT)
 
 

@@ -70,7 +70,8 @@ def test_an_asymmetric_block_by_hand() -> None:
     weight = np.array([[-1, 0, 0.4, 2, 1, 0.6, -0.4, -1]], np.float32)
     quantized = rtn.quantize(weight, Scheme(2, 8, symmetric=False))
     assert quantized.scales.tolist() == [[1.0]]
-    assert unpack(quantized.zero_points, 2, 1).tolist() == [[1]]  # type: ignore[arg-type]
+    assert quantized.zero_points is not None
+    assert unpack(quantized.zero_points, 2, 1).tolist() == [[1]]
     assert unpack(quantized.packed, 2, 8).tolist() == [[[0, 1, 1, 3, 2, 2, 1, 0]]]
 
 

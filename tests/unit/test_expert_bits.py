@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from conftest import fixture_named, run_program
@@ -75,9 +76,11 @@ def test_usage_counts_the_choices_of_both_kinds_of_data() -> None:
 
 
 @pytest.mark.parametrize("experts", ["plain", "fused"])
-def test_a_search_gives_bits_to_each_expert_or_to_each_layer(experts: str) -> None:
+def test_a_search_gives_bits_to_each_expert_or_to_each_layer(
+    experts: Literal["plain", "fused"],
+) -> None:
     model = fixture_named("moe_llava_stablelm").model
-    found = search(model, Goal(bits_per_weight=5.0), FORMATS, Data(TEXTS, TEXTS), experts)  # type: ignore[arg-type]
+    found = search(model, Goal(bits_per_weight=5.0), FORMATS, Data(TEXTS, TEXTS), experts)
     layer = {
         name: layers
         for name, layers in found.layers.items()

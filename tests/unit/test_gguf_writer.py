@@ -9,6 +9,7 @@ import sys
 import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -359,8 +360,8 @@ def _decoder_weights(spec: DecoderSpec, folder: Path) -> Weights:
     return memory_weights(shapes, folder)
 
 
-def _with_spec(model: Model, **parts: object) -> Model:
-    return dataclasses.replace(model, spec=dataclasses.replace(model.spec, **parts))  # type: ignore[arg-type]
+def _with_spec(model: Model, **parts: Any) -> Model:
+    return dataclasses.replace(model, spec=dataclasses.replace(model.spec, **parts))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from conftest import BundleOf, Fixture, fixture_named, run_program, token_id
 
 from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.errors import PromptError
-from mobilevlm.messages import read_messages
+from mobilevlm.messages import Message, read_messages
 from mobilevlm.prompt import Mark, Token
 from mobilevlm.runtime import VLM
 from mobilevlm.spec import IMAGE_PLACEHOLDER
@@ -106,10 +106,11 @@ def test_plain_text_has_a_switch(bundle_of: BundleOf) -> None:
 
 def test_a_prompt_of_ten_megabytes_is_refused_before_it_is_tokenized(vlm: VLM) -> None:
     long = "word " * 2_000_000
-    for prompt in (long, [{"role": "user", "content": long}]):
+    prompts: tuple[str | list[Message], ...] = (long, [{"role": "user", "content": long}])
+    for prompt in prompts:
         start = time.perf_counter()
         with pytest.raises(PromptError, match="characters"):
-            vlm.generate(prompt)  # type: ignore[arg-type]
+            vlm.generate(prompt)
         assert time.perf_counter() - start < 1
     with pytest.raises(PromptError, match="characters"):
         vlm.generate(long, raw=True)

@@ -142,8 +142,10 @@ def test_fewer_tiles_are_those_of_a_smaller_longest_edge() -> None:
 def test_the_fewest_and_the_most_pieces_are_those_of_some_image(most: int, tile: int) -> None:
     tiles = replace(TILES, size=tile, longest_edge=4 * tile)
     spec = with_max_tiles(image_input(tiles), most)
+    limited = spec.preparation
+    assert isinstance(limited, Tiles)
     sizes = [(width, height) for width in range(1, 42, 2) for height in range(1, 42)]
-    found = {count_positions(tile_pieces(size, spec.preparation, spec)) for size in sizes}  # type: ignore[arg-type]
+    found = {count_positions(tile_pieces(size, limited, spec)) for size in sizes}
     assert count_positions(fewest_pieces(spec)) == min(found)
     assert count_positions(most_pieces(spec)) == max(found)
 

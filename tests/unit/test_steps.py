@@ -61,7 +61,8 @@ class Stage(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         mixed = hidden + self.depthwise(hidden).relu()
-        return self.pointwise(mixed.movedim(1, -1)).movedim(-1, 1)  # type: ignore[no-any-return]
+        rows: Tensor = self.pointwise(mixed.movedim(1, -1))
+        return rows.movedim(-1, 1)
 
 
 class ConvTower(Stepped):
@@ -80,7 +81,8 @@ class ConvTower(Stepped):
         yield Step.of("norm", self.norm, self._rows)
 
     def _rows(self, hidden: Tensor) -> Tensor:
-        return self.norm(hidden.flatten(2).transpose(1, 2)) * self.scale  # type: ignore[no-any-return]
+        rows: Tensor = self.norm(hidden.flatten(2).transpose(1, 2))
+        return rows * self.scale
 
 
 @pytest.fixture

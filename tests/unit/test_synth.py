@@ -9,6 +9,7 @@ import shutil
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import numpy as np
 import pytest
@@ -187,13 +188,15 @@ def test_every_tensor_of_a_big_configuration_has_the_shape_that_the_model_expect
 ) -> None:
     write_values = synth._write_values
 
-    def leave_a_hole(file, name, shape, seed, depth):  # type: ignore[no-untyped-def]
+    def leave_a_hole(
+        file: BinaryIO, name: str, shape: tuple[int, ...], seed: str, depth: int
+    ) -> None:
         """Sparse files: full size to the reader, no disk used. Norms of zeros would be deltas."""
         if len(shape) == 1:
-            return write_values(file, name, shape, seed, depth)
+            write_values(file, name, shape, seed, depth)
+            return
         os.ftruncate(file.fileno(), file.tell() + 2 * math.prod(shape))
         file.seek(0, os.SEEK_END)
-        return None
 
     monkeypatch.setattr(synth, "_write_values", leave_a_hole)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 
-from mobilevlm.plan import PREFILL_FROM, Plan
+from mobilevlm.plan import PREFILL_FROM, MemorySetting, Plan
 from mobilevlm.runtime.tuning.plan_file import TunedPlan
 from mobilevlm.runtime.tuning.questions import (
     LENGTHS,
@@ -62,10 +63,11 @@ class Machine:
         return {count: 1 + 0.2 * count for count in counts}
 
 
-def tuned(machine: Machine, seconds: float = 100, **options: object) -> TunedPlan:
+def tuned(
+    machine: Machine, seconds: float = 100, engines: Sequence[str] = ("onnx",), **options: Any
+) -> TunedPlan:
     budget = Budget(seconds, lambda: machine.now)
-    engines = options.pop("engines", ["onnx"])
-    return tune(machine, budget, "digest", engines, 4, **options)  # type: ignore[arg-type]
+    return tune(machine, budget, "digest", engines, 4, **options)
 
 
 def test_each_stage_gets_the_threads_that_are_fastest_for_it() -> None:
@@ -133,13 +135,15 @@ def test_weights_of_the_image_encoder_are_copied_where_there_is_room_and_it_pays
 
 
 @pytest.mark.parametrize(("memory", "positions"), [("compact", 48), ("in turn", PREFILL_FROM)])
-def test_all_is_measured_with_the_memory_that_there_is(memory: str, positions: int) -> None:
+def test_all_is_measured_with_the_memory_that_there_is(
+    memory: MemorySetting, positions: int
+) -> None:
     """Chunks are short then, and the graph for prompts is measured where it can be kept open."""
     machine = Machine()
     found = tuned(machine, prompts=["onnx"], memory={"onnx": memory})
     assert {plan.memory for plan in machine.opened} == {memory}
     expected = replace(Plan("onnx", decoder_threads=2), prefill_from=positions)
-    assert found.plans == (replace(expected, memory=memory),)  # type: ignore[arg-type]
+    assert found.plans == (replace(expected, memory=memory),)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -179,12 +179,12 @@ def test_an_unknown_engine_is_refused(tmp_path: Path) -> None:
 def test_closing_frees_weights_and_buffers_and_later_use_says_so(bundle_of: BundleOf) -> None:
     vlm = mobilevlm.load(bundle_of("tiny", "fp32"))
     ask(vlm, *QUESTIONS[0])
-    vision, decoder = vlm._engines()
+    vision, decoder = cast(tuple[Any, Any], vlm._engines())
     [session] = vlm._idle
     held: dict[str, Any] = {
-        "vision weights": vision._stage._sessions,  # type: ignore[attr-defined]
-        "decoder weights": decoder._stage._sessions.answers,  # type: ignore[attr-defined]
-        "embedding table": decoder._table,  # type: ignore[attr-defined]
+        "vision weights": vision._stage._sessions,
+        "decoder weights": decoder._stage._sessions.answers,
+        "embedding table": decoder._table,
         "KV buffers": session._state,
     }
     watched = {name: weakref.ref(part) for name, part in held.items()}

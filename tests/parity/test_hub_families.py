@@ -122,10 +122,12 @@ def test_reference_logits_and_greedy_answer_are_the_official_ones(
 def test_fp32_features_and_visual_tokens_are_the_official_ones(
     fixture: Fixture, exact: VLM
 ) -> None:
-    given = {"images": len(fixture.images)}
-    features = np.concatenate([exact.image_features(image, **given) for image in fixture.images])
+    count = len(fixture.images)
+    features = np.concatenate(
+        [exact.image_features(image, images=count) for image in fixture.images]
+    )
     assert relative_error(features, flat(fixture.arrays["vision_features"], 2)) <= 1e-4
-    tokens = np.concatenate([exact.encode_image(image, **given) for image in fixture.images])
+    tokens = np.concatenate([exact.encode_image(image, images=count) for image in fixture.images])
     assert relative_error(tokens, flat(fixture.arrays["projector_output"], 2)) <= 1e-4
 
 

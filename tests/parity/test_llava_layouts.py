@@ -111,7 +111,7 @@ def test_new_names_shards_and_other_types_give_the_same_numbers(
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     renamed = {new_name(key): tensor.to(dtype) for key, tensor in tensors.items()}
-    names, index = sorted(renamed), {}
+    names, index = sorted(renamed), dict[str, str]()
     for shard in range(2):
         file = f"model-0000{shard + 1}-of-00002.safetensors"
         save_file({key: renamed[key] for key in names[shard::2]}, folder / file)

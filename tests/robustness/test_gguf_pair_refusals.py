@@ -136,7 +136,7 @@ def test_a_crash_in_the_process_that_tries_is_one_line(
             command, -signal.SIGABRT, b"", b"x.cpp:7: GGML_ASSERT(n > 0) failed\n"
         )
 
-    monkeypatch.setattr(pair_probe.subprocess, "run", crash)
+    monkeypatch.setattr(subprocess, "run", crash)
     message = refused(pair)
     assert "it ended with SIGABRT" in message and "GGML_ASSERT(n > 0) failed" in message
 

@@ -33,9 +33,6 @@ _EXPECTED = {
     "vision_feature_select_strategy": "default",
     "downsample_ratio": 1 / FACTOR,
 }
-_PROCESSOR = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3,
-              "rescale_factor": 1 / 255}  # fmt: skip
-"""Steps of the image processor. ``crop_to_patches`` is not read: the processor sets it."""
 _MARKS = {"start_image_token": "<img>", "end_image_token": "</img>"}
 """Tokens around an image, by their keys in tokenizer_config.json."""
 
@@ -83,7 +80,7 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> AspectTiles:
         CheckpointError: a value is wrong, or asks for what is not known here.
     """
     where, settings = hub.processor_path, hub.processor
-    refuse_others(where, settings, _PROCESSOR)
+    refuse_others(where, settings, {"resample": 3})  # crop_to_patches: the processor sets it
     size = pixel_edge(settings.get("size"), vision.image_size, str(where), "size")
     if size != vision.image_size:
         raise CheckpointError(

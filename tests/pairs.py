@@ -409,3 +409,48 @@ def _drawn_decoder(
         for name in ("attn_norm", "ffn_norm"):
             found[f"blk.{layer}.{name}.weight"] = 1 + draw(hidden)
     return found
+
+
+def hybrid_pair(folder: Path, **changes: Any) -> Pair:
+    """LFM2's decoder at random behind Idefics3's projector: layers with short convolutions, whose
+    state cannot go back."""
+    rng, hidden, wide = np.random.default_rng(6), 32, 64
+    draw = _drawn(rng)
+    tower = {
+        "v.patch_embd.weight": draw(16, 3, 14, 14), "v.patch_embd.bias": draw(16),
+        "v.position_embd.weight": draw(36, 16),
+        "v.post_ln.weight": 1 + draw(16), "v.post_ln.bias": draw(16),
+        "mm.model.fc.weight": draw(hidden, 16 * 9),
+        **_siglip_layers(draw, 2, 16, 40),
+    }  # fmt: skip
+    keys = {
+        **_drawn_tower_keys("idefics3", 84, 14, 16, 40, 2, 2, hidden),
+        "clip.vision.projector.scale_factor": 3,
+        "clip.vision.preproc_image_size": 168,
+        "clip.use_gelu": True,
+    }
+    mmproj, model = folder / "mmproj.gguf", folder / "model.gguf"
+    _write(mmproj, "clip", {**keys, **_dotted(changes, "clip.")}, tower)
+    decoder = {
+        **_drawn_decoder_keys("lfm2", hidden, wide, 4, 4, 2, 8),
+        "lfm2.attention.head_count_kv": [0, 2, 0, 2],
+        "lfm2.shortconv.l_cache": 3,
+        **_tokenizer_keys(DATA / "smolvlm2" / "checkpoint", _TEXT),
+    }
+    tensors = _drawn_decoder(draw, hidden, wide, 4, 4, 2, 8)
+    tensors["token_embd_norm.weight"] = tensors.pop("output_norm.weight")
+    for layer in range(4):
+        block = f"blk.{layer}."
+        if layer % 2:
+            tensors |= {f"{block}attn_{part}_norm.weight": 1 + draw(8) for part in "qk"}
+            continue
+        for part in ("q", "k", "v", "output"):
+            del tensors[f"{block}attn_{part}.weight"]
+        tensors |= {
+            f"{block}shortconv.conv.weight": draw(hidden, 3),
+            f"{block}shortconv.in_proj.weight": draw(3 * hidden, hidden),
+            f"{block}shortconv.out_proj.weight": draw(hidden, hidden),
+        }
+    changed = {**_dotted(changes, "tokenizer."), **_dotted(changes, "lfm2.")}
+    _write(model, "lfm2", {**decoder, **changed}, tensors)
+    return model, mmproj

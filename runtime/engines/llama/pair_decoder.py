@@ -77,6 +77,12 @@ class PairState(LlamaState):
             return min(slots, self.slots)
         return 0
 
+    def _go_back(self, slots: int) -> None:
+        if slots:
+            super()._go_back(slots)
+        else:  # states of layers without attention are removed as a whole alone
+            llama_library().llama_memory_clear(self._memory, False)
+
 
 def goes_back(model: NativeModel) -> bool:
     """Return whether a sequence of a model is keys and values alone, which can go back."""

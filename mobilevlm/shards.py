@@ -7,6 +7,7 @@ file does not fill.
 from __future__ import annotations
 
 import json
+import math
 import zipfile
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
@@ -21,6 +22,8 @@ Float32 = NDArray[np.float32]
 
 FLOATS = frozenset({"f64", "f32", "f16", "bf16"})
 _TORCH_DTYPES = {"float64": "f64", "float32": "f32", "float16": "f16", "bfloat16": "bf16"}
+_PIECE = 1 << 22
+"""Numbers of a stored tensor that are converted at a time."""
 _PREFIX = 8
 """Bytes of the length that a safetensors file begins with."""
 _MAX_HEADER = 100 * 10**6
@@ -85,8 +88,17 @@ class _SafetensorsShard:
         return str(self._file.get_slice(name).get_dtype()).lower()
 
     def read(self, name: str) -> Float32:
+        stored = self._file.get_slice(name)
+        shape = tuple(stored.get_shape())
+        rows = max(1, _PIECE // max(1, math.prod(shape[1:])))
         try:
-            array: Float32 = self._file.get_tensor(name).astype(np.float32)
+            if not shape or shape[0] <= rows:
+                whole: Float32 = self._file.get_tensor(name).astype(np.float32)
+                return whole
+            array = np.empty(shape, np.float32)
+            for start in range(0, shape[0], rows):  # no copy of all of it in the stored type
+                stop = min(start + rows, shape[0])
+                array[start:stop] = stored[start:stop]
         except self._errors as error:  # numpy has no such type
             raise _damaged(self._path, error) from None
         return array

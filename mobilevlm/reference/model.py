@@ -199,4 +199,8 @@ def _stream(block: nn.Module, weights: Weights, prefix: str) -> None:
 
 
 def _read(weights: Weights, name: str, like: Tensor) -> Tensor:
-    return torch.from_numpy(np.array(weights.read(name, tuple(like.shape))))
+    array = weights.read(name, tuple(like.shape))
+    whole = array if array.base is None else array.base
+    # What was just made, and no part of a file or of a larger tensor, needs no second copy.
+    is_own = type(whole) is np.ndarray and whole.flags.owndata and whole.size == array.size
+    return torch.from_numpy(array if is_own and whole.flags.writeable else np.array(array))

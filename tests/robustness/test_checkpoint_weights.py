@@ -16,8 +16,9 @@ import torch
 from checkpoints import Copy, copy_of, message_of
 from conftest import Fixture, fixture_named
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import save_file as save_torch
 
-from mobilevlm import export
+from mobilevlm import export, shards
 from mobilevlm.console import progress
 from mobilevlm.errors import FileWarning
 from mobilevlm.families import open_checkpoint
@@ -425,3 +426,24 @@ def test_the_untouched_fixtures_open_without_a_word(any_fixture: Fixture) -> Non
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         open_checkpoint(any_fixture.checkpoint, any_fixture.options)
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_tensor_that_is_converted_in_pieces_is_the_stored_one(
+    kind: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "_PIECE", 50)
+    torch.manual_seed(0)
+    tensors = {
+        "matrix": torch.randn(21, 13).to(kind),
+        "kernel": torch.randn(7, 3, 5, 5).to(kind),
+        "vector": torch.randn(120).to(kind),
+        "number": torch.tensor(2.5).to(kind),
+        "empty": torch.empty(0, 4).to(kind),
+    }
+    save_torch(tensors, tmp_path / "model.safetensors")
+    shard = shards.open_shard(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        found = shard.read(name)
+        assert found.dtype == np.float32 and found.shape == tuple(tensor.shape)
+        assert np.array_equal(found, tensor.float().numpy())

@@ -36,10 +36,11 @@ _HALF = 2
 _EMBEDDINGS = (
     *("embed_tokens.weight", "embed_positions.weight", "query_tokens"),
     *("class_embedding", "position_embedding.weight", "position_embedding"),
+    *("cls_token", "position_embeddings"),
 )
 _TO_RESIDUAL = (
     *("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight"),
-    "self_attn.projection.weight",
+    *("self_attn.projection.weight", "attention.projection_layer.weight"),
 )
 """What adds to a residual stream."""
 
@@ -296,7 +297,7 @@ def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float,
     sqrt(2 · layers), as in GPT-2, so that the stream does not grow; embeddings have the variance
     of the visual tokens beside them.
     """
-    if name.endswith(("running_var", "gamma")):
+    if name.endswith(("running_var", "gamma", "lambda_1", "lambda_2")):
         return 1.0, 0.0
     if "norm" in name.lower() or "layrnorm" in name or ".bn." in name:
         return (1.0, 0.0) if name.endswith("weight") else (0.0, 0.0)

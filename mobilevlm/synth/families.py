@@ -8,6 +8,7 @@ from typing import Any
 
 from mobilevlm.families.backbones import LLAMA, OPT, inside
 from mobilevlm.synth.fastvlm import fastvlm
+from mobilevlm.synth.internvl import internvl
 from mobilevlm.synth.shapes import (
     Layout,
     Part,
@@ -136,6 +137,7 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "vila_1.5_3b": _vila,
     "blip2_opt_2.7b": _blip2_opt,
     "fastvlm_0.5b": fastvlm,
+    "internvl3.5_1b": internvl,
 }
 """By the configuration's name."""
 

@@ -168,13 +168,15 @@ def test_big_configurations_have_the_published_number_of_parameters(
 
 # Llama 2.7B as above, SigLIP SO400M/14@384 without its pooling head, VILA's projector; BLIP-2 is
 # said to have 3.7 billion. Qwen2-0.5B with a table of 152000 rows and a head of its own, and
-# FastViTHD, which is said to have 125 million, 2.4 of them in a head that nobody reads.
+# FastViTHD, which is said to have 125 million, 2.4 of them in a head that nobody reads. Qwen3-0.6B
+# with a head of its own, InternViT-300M and InternVL's projector.
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
         ("vila_1.5_3b", 2_701_560_320 + 412_987_248 + 18_364_416),
         ("blip2_opt_2.7b", 3_744_761_856),
         ("fastvlm_0.5b", 630_282_112 + 122_749_920 + 3_557_120),
+        ("internvl3.5_1b", 596_049_920 + 155_582_464 + 304_012_288 + 5_253_120),
     ],
 )
 def test_other_families_have_the_published_number_of_parameters(name: str, parameters: int) -> None:

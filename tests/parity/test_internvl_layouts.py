@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import BundleOf, fixture_named
+from conftest import BundleOf, fixture_named, relative_error
 from internvl import as_original, read_json
 from safetensors.torch import load_file, save_file
 
+import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import render, tokenize, user_message
 from mobilevlm.export.quality.artifact_weights import artifact_weights
@@ -20,7 +21,8 @@ from mobilevlm.families import open_checkpoint
 from mobilevlm.linear_groups import tower_groups
 from mobilevlm.messages import Message
 from mobilevlm.model import Model
-from mobilevlm.prompt import Mark
+from mobilevlm.preparation import prepare
+from mobilevlm.prompt import Mark, expand
 from mobilevlm.reference import load_reference
 from mobilevlm.tokenizers.tokenizer import read_tokenizer
 
@@ -135,3 +137,40 @@ def test_weights_read_back_from_a_bundle_have_layer_scale_once(bundle_of: Bundle
                 place = f"{group.name}.weight"
                 shape = group.out_size, group.in_size
                 assert np.array_equal(stored.read(place, shape), model.weights.read(place, shape))
+
+
+def test_features_of_an_earlier_layer_leave_the_later_ones_unread(tmp_path: Path) -> None:
+    folder = shutil.copytree(fixture_named("internvl3").checkpoint, tmp_path / "copy")
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps({**config, "vision_feature_layer": -2}))
+    found = open_checkpoint(folder)
+    assert found.spec.image.transformer.num_hidden_layers == 2
+    assert not any(name.startswith("vision.layers.2.") for name in found.weights)
+
+
+@torch.no_grad()
+def test_two_images_stand_in_a_run_each(bundle_of: BundleOf) -> None:
+    model = fixture_named("internvl35").model
+    shapes = {(20, 240): 13, (30, 30): 1}
+    """Height and width, and tiles with the small whole."""
+    images = [np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8) for shape in shapes]
+    text = "Is <image> or <image> brighter?"
+    with mobilevlm.load(bundle_of("internvl35", "fp32")) as vlm:
+        ids = vlm.prompt_ids(text, images)
+        logits = vlm.prompt_logits(text, images)
+    layout = model.spec.image.layout
+    assert layout.row_id is not None
+    marked = [index for index in ids if index in (*layout.begin_ids, *layout.end_ids)]
+    assert marked == [*layout.begin_ids, *layout.end_ids] * 2
+    starts = [place for place, index in enumerate(ids) if index == layout.begin_ids[0]]
+    for start, tiles in zip(starts, shapes.values(), strict=True):
+        stop = start + 1 + 4 * tiles
+        assert ids[start + 1 : stop + 1] == [layout.row_id] * (4 * tiles) + [*layout.end_ids]
+    reference = load_reference(model)
+    prepared = [prepare(image, model.spec.image) for image in images]
+    rows = [reference.visual_tokens(**arrays) for image in prepared for arrays in image.arrays]
+    prompt = render(model.spec.conversation, [user_message(text, 2)])
+    tokens = tokenize(model.tokenizer, prompt, model.spec.conversation)
+    pieces = expand(tokens, [image.pieces for image in prepared])
+    expected = reference.logits(reference.embed(pieces, rows)).numpy()
+    assert relative_error(logits, expected) <= 1e-4

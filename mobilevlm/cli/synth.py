@@ -19,7 +19,7 @@ def command(name: str, folder: Path, seed: int, quiet: bool) -> None:
     """Write a checkpoint with random weights in the official format, to measure latency without
     downloads. NAME: mobilevlm_v2_0.5b, mobilevlm_v2_1.7b, mobilevlm_v2_3b, llava_v1.5_7b,
     moe_llava_stablelm_1.6b_4e, vila_1.5_3b, blip2_opt_2.7b, fastvlm_0.5b, internvl3.5_1b,
-    llava_2b or tiny."""
+    llava_onevision_0.5b, llava_2b or tiny."""
     progress.enable(not quiet)
     from mobilevlm.synth.checkpoints import write_checkpoint
 

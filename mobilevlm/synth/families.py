@@ -9,6 +9,7 @@ from typing import Any
 from mobilevlm.families.backbones import LLAMA, OPT, inside
 from mobilevlm.synth.fastvlm import fastvlm
 from mobilevlm.synth.internvl import internvl
+from mobilevlm.synth.llava_onevision import llava_onevision
 from mobilevlm.synth.shapes import (
     Layout,
     Part,
@@ -16,6 +17,8 @@ from mobilevlm.synth.shapes import (
     decoder_shapes,
     linear,
     norm,
+    siglip_shapes,
+    tower_mlp,
     write_json,
 )
 from mobilevlm.synth.tokenizer import byte_level_tokenizer, tokenizer_model
@@ -118,7 +121,7 @@ def _vila() -> Layout:
     return Layout(
         (
             Part("llm", language, _VILA_LLM["num_hidden_layers"], ""),
-            Part("vision_tower", _siglip_shapes(_SIGLIP), _SIGLIP["num_hidden_layers"], "tower"),
+            Part("vision_tower", siglip_shapes(_SIGLIP), _SIGLIP["num_hidden_layers"], "tower"),
             Part("mm_projector", projector, 1, "projector"),
         ),
         _write_vila,
@@ -138,25 +141,9 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "blip2_opt_2.7b": _blip2_opt,
     "fastvlm_0.5b": fastvlm,
     "internvl3.5_1b": internvl,
+    "llava_onevision_0.5b": llava_onevision,
 }
 """By the configuration's name."""
-
-
-def _siglip_shapes(config: dict[str, Any]) -> Shapes:
-    """Without the pooling head, which nobody reads."""
-    hidden, patch = config["hidden_size"], config["patch_size"]
-    embeddings = "vision_model.embeddings"
-    shapes: Shapes = {
-        f"{embeddings}.patch_embedding.weight": (hidden, 3, patch, patch),
-        f"{embeddings}.patch_embedding.bias": (hidden,),
-        f"{embeddings}.position_embedding.weight": ((config["image_size"] // patch) ** 2, hidden),
-    }
-    for index in range(config["num_hidden_layers"]):
-        layer = f"vision_model.encoder.layers.{index}"
-        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes |= linear(f"{layer}.self_attn.{part}", hidden, hidden)
-        shapes |= _tower_mlp(layer, hidden, config["intermediate_size"])
-    return shapes | norm("vision_model.post_layernorm", hidden)
 
 
 def _eva_shapes(config: dict[str, Any]) -> Shapes:
@@ -173,14 +160,8 @@ def _eva_shapes(config: dict[str, Any]) -> Shapes:
         layer = f"vision_model.encoder.layers.{index}"
         shapes |= linear(f"{layer}.self_attn.qkv", hidden, 3 * hidden)
         shapes |= linear(f"{layer}.self_attn.projection", hidden, hidden)
-        shapes |= _tower_mlp(layer, hidden, config["intermediate_size"])
+        shapes |= tower_mlp(layer, hidden, config["intermediate_size"])
     return shapes | norm("vision_model.post_layernorm", hidden)
-
-
-def _tower_mlp(layer: str, hidden: int, wide: int) -> Shapes:
-    """MLP and norms."""
-    shapes = linear(f"{layer}.mlp.fc1", hidden, wide) | linear(f"{layer}.mlp.fc2", wide, hidden)
-    return shapes | norm(f"{layer}.layer_norm1", hidden) | norm(f"{layer}.layer_norm2", hidden)
 
 
 def _qformer_shapes(config: dict[str, Any]) -> Shapes:

@@ -71,6 +71,29 @@ def decoder_shapes(spec: DecoderSpec, backbone: Backbone) -> Shapes:
     return found
 
 
+def siglip_shapes(config: dict[str, Any]) -> Shapes:
+    """A SigLIP tower without the pooling head, which nobody reads."""
+    hidden, patch = config["hidden_size"], config["patch_size"]
+    embeddings = "vision_model.embeddings"
+    shapes: Shapes = {
+        f"{embeddings}.patch_embedding.weight": (hidden, 3, patch, patch),
+        f"{embeddings}.patch_embedding.bias": (hidden,),
+        f"{embeddings}.position_embedding.weight": ((config["image_size"] // patch) ** 2, hidden),
+    }
+    for index in range(config["num_hidden_layers"]):
+        layer = f"vision_model.encoder.layers.{index}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes |= linear(f"{layer}.self_attn.{part}", hidden, hidden)
+        shapes |= tower_mlp(layer, hidden, config["intermediate_size"])
+    return shapes | norm("vision_model.post_layernorm", hidden)
+
+
+def tower_mlp(layer: str, hidden: int, wide: int) -> Shapes:
+    """MLP and norms of a layer of a tower."""
+    shapes = linear(f"{layer}.mlp.fc1", hidden, wide) | linear(f"{layer}.mlp.fc2", wide, hidden)
+    return shapes | norm(f"{layer}.layer_norm1", hidden) | norm(f"{layer}.layer_norm2", hidden)
+
+
 def write_json(path: Path, data: dict[str, Any]) -> None:
     """As the checkpoints of the hub have it."""
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

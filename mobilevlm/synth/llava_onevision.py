@@ -1,0 +1,111 @@
+"""LLaVA-OneVision-0.5B in the hub's layout: published shapes, random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mobilevlm.families.qwen_gemma import QWEN2
+from mobilevlm.synth.shapes import (
+    Layout,
+    Part,
+    decoder_shapes,
+    linear,
+    siglip_shapes,
+    write_json,
+)
+from mobilevlm.synth.tokenizer import chat_tokenizer
+from mobilevlm.tokenizers.tokenizer import save_tokenizer
+
+_PIECES = 151643
+"""Of Qwen2's tokenizer, the special ones aside."""
+_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
+_QWEN2: dict[str, Any] = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "bos_token_id": _PIECES,
+    "eos_token_id": _PIECES + 2,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 24,
+    "model_type": "qwen2",
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 152000,
+}
+_SIGLIP: dict[str, Any] = {
+    "hidden_size": 1152,
+    "image_size": 384,
+    "intermediate_size": 4304,
+    "model_type": "siglip_vision_model",
+    "num_attention_heads": 16,
+    "num_hidden_layers": 26,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+_TEMPLATE = """\
+{%- for message in messages -%}
+  {{- '<|im_start|>' ~ message['role'] ~ ' ' -}}
+  {%- if message['content'] is string -%}{{- '\\n' ~ message['content'] -}}
+  {%- else -%}
+    {%- for part in message['content'] if part['type'] == 'image' -%}{{- '<image>' -}}{%- endfor -%}
+    {%- for part in message['content'] if part['type'] == 'text' -%}
+      {{- '\\n' ~ part['text'] -}}
+    {%- endfor -%}
+  {%- endif -%}
+  {{- '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+def llava_onevision() -> Layout:
+    """Return the files of LLaVA-OneVision-0.5B."""
+    hidden = _QWEN2["hidden_size"]
+    backbone = replace(QWEN2, root="language_model.model", lm_head="language_model.lm_head")
+    shapes = decoder_shapes(backbone.read(Path("config.json"), _QWEN2), backbone)
+    shapes |= {f"vision_tower.{name}": shape for name, shape in siglip_shapes(_SIGLIP).items()}
+    shapes |= linear("multi_modal_projector.linear_1", _SIGLIP["hidden_size"], hidden)
+    shapes |= linear("multi_modal_projector.linear_2", hidden, hidden)
+    shapes["image_newline"] = (hidden,)
+    return Layout((Part("", shapes, _QWEN2["num_hidden_layers"], ""),), _write_settings)
+
+
+def _write_settings(folder: Path, name: str) -> None:
+    edge = _SIGLIP["image_size"]
+    sizes = [[rows * edge, columns * edge] for rows in range(1, 7) for columns in range(1, 7)]
+    config = {
+        "_name_or_path": f"synth/{name}",
+        "architectures": ["LlavaOnevisionForConditionalGeneration"],
+        "image_grid_pinpoints": sizes,
+        "image_token_index": _PIECES + _SPECIAL.index("<image>"),
+        "model_type": "llava_onevision",
+        "projector_hidden_act": "gelu",
+        "text_config": _QWEN2,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "vision_aspect_ratio": "anyres_max_9",
+        "vision_config": _SIGLIP,
+        "vision_feature_layer": -1,
+        "vision_feature_select_strategy": "full",
+    }
+    write_json(folder / "config.json", config)
+    processor = {
+        "image_grid_pinpoints": sizes,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "resample": 3,
+        "size": {"height": edge, "width": edge},
+    }
+    write_json(folder / "preprocessor_config.json", processor)
+    write_json(folder / "chat_template.json", {"chat_template": _TEMPLATE})
+    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    write_json(folder / "tokenizer_config.json", {**settings, "tokenizer_class": "Qwen2Tokenizer"})
+    save_tokenizer(chat_tokenizer(_PIECES, _SPECIAL), folder / "tokenizer.json")

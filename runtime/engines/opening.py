@@ -74,9 +74,10 @@ def is_pair(spec: ModelSpec) -> bool:
 
 
 def _open_pair(bundle: Bundle, plan: Plan) -> tuple[EncoderEngine, DecoderEngine]:
+    from mobilevlm.gguf.file import read_gguf
     from mobilevlm.runtime.engines.llama.pair_probe import open_pair
 
-    mmproj, model = (bundle.path(part.path) for part in bundle.manifest.artifacts)
+    mmproj, model = (read_gguf(bundle.path(part.path)) for part in bundle.manifest.artifacts)
     threads = plan.threads_of("decoder"), plan.threads_of("vision")
     return open_pair(model, mmproj, bundle.manifest.spec.decoder, *threads)
 

@@ -29,7 +29,7 @@ def pair_bundle(model: Path, mmproj: Path, engine: str, threads: int | None) -> 
             f"projector {projector_name(vision)!r:.40}, llama.cpp may: use --engine gguf"
         )
     language = check_pair(decoder, vision)
-    facts = probe_pair(model, mmproj, threads or default_threads())
+    facts = probe_pair(decoder, vision, threads or default_threads())
     spec = pair_spec(decoder, vision, language, facts)
     return bundle_of_files(decoder, vision, spec, _bytes_of_token(decoder))
 

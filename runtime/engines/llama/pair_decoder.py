@@ -6,7 +6,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
-from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.file import GgufFile
 from mobilevlm.plan import PREFILL_CHUNK
 from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import (
@@ -96,12 +95,12 @@ class PairDecoder:
     ``append_rows`` in place of what takes embeddings: architectures do with a token's row what is
     their own (runtime/sequence/pair_session.py)."""
 
-    def __init__(self, path: Path, spec: DecoderSpec, threads: int) -> None:
-        self._spec, self._threads, self._path = spec, threads, path
-        header = read_gguf(path)
+    def __init__(self, header: GgufFile, spec: DecoderSpec, threads: int) -> None:
+        """``header``: of the file, checked."""
+        self._spec, self._threads, self._path = spec, threads, header.path
         self.exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
         """Whether keys and values are float32 too"""
-        self._model: NativeModel | None = NativeModel(path)
+        self._model: NativeModel | None = NativeModel(header.path)
         self.tokenizer = LlamaTokenizer(self._model)
         self.has_axes = False
         """Whether positions of rows have several axes"""

@@ -7,14 +7,13 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import BundleError, ImageError, MobileVLMError
-from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.pair import CLIP_PROJECTORS, projector_name
 from mobilevlm.image import ImageInput, RoomFor, open_image
 from mobilevlm.prompt import Arrays, Piece, Prepared, Rows, Run
@@ -44,13 +43,13 @@ _AXES = 4
 class PairImages:
     """See :class:`mobilevlm.runtime.engines.EncoderEngine`. It prepares images, too."""
 
-    def __init__(self, path: Path, model: NativeModel, threads: int, exact: bool = False) -> None:
-        """``exact``: attention is computed in float32.
+    def __init__(self, header: GgufFile, model: NativeModel, threads: int, exact: bool) -> None:
+        """``header``: of the file, checked; ``exact``: attention is computed in float32.
 
         Raises:
             BundleError: llama.cpp cannot load it, or not beside this language model.
         """
-        header = read_gguf(path)
+        path = header.path
         catch_log()
         from llama_cpp import mtmd_cpp
 

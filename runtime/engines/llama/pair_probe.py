@@ -20,7 +20,7 @@ import numpy as np
 
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
-from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.file import GgufFile, read_gguf
 from mobilevlm.gguf.pair import PairFacts, check_pair
 from mobilevlm.plain_types import from_dict
 from mobilevlm.prompt import Prepared, Run, count_positions, in_runs
@@ -36,15 +36,15 @@ MEMORY_FACTOR, MEMORY = 3, 3 << 30
 """Bytes that it may take: so many times the files' own, and more."""
 
 
-def probe_pair(model: Path, mmproj: Path, threads: int) -> PairFacts:
+def probe_pair(decoder: GgufFile, vision: GgufFile, threads: int) -> PairFacts:
     """Return llama.cpp's answers about a pair whose headers were checked.
 
     Raises:
         BundleError: llama.cpp cannot run it, or the process that tried came to no end.
     """
     llama_library()  # a package that is missing is told here
-    size = sum(read_gguf(path).size for path in (model, mmproj))
-    limit = SECONDS + size / BYTES_PER_SECOND
+    model, mmproj = decoder.path, vision.path
+    limit = SECONDS + (decoder.size + vision.size) / BYTES_PER_SECOND
     command = [sys.executable, "-m", __name__, str(model), str(mmproj), str(threads)]
     environment = {**os.environ, "GGML_NO_BACKTRACE": "1"}
     try:
@@ -78,12 +78,12 @@ def _cause(code: int, errors: list[str]) -> str:
         return f"it ended with code {code}{said}"
 
 
-def _limit_memory(model: Path, mmproj: Path) -> None:
+def _limit_memory(size: int) -> None:
+    """Bound the memory of this process. ``size``: of the files."""
     try:
         import resource
     except ImportError:  # Windows
         return
-    size = sum(read_gguf(path).size for path in (model, mmproj))
     wanted = MEMORY_FACTOR * size + MEMORY
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY or soft > wanted:
@@ -92,9 +92,10 @@ def _limit_memory(model: Path, mmproj: Path) -> None:
 
 def _try(model: Path, mmproj: Path, threads: int) -> PairFacts:
     """Open a pair, run it once, and say what it is like."""
-    _limit_memory(model, mmproj)
-    spec = check_pair(read_gguf(model), read_gguf(mmproj))
-    images, decoder = open_pair(model, mmproj, spec, threads, threads)
+    headers = read_gguf(model), read_gguf(mmproj)
+    _limit_memory(sum(header.size for header in headers))
+    spec = check_pair(*headers)
+    images, decoder = open_pair(*headers, spec, threads, threads)
     small = images.prepare(np.full(SMALL, 128, np.uint8))
     photo = images.prepare(np.full(PHOTO, 128, np.uint8))
     if not any(isinstance(piece, Run) for piece in small.pieces):
@@ -118,7 +119,7 @@ def _try(model: Path, mmproj: Path, threads: int) -> PairFacts:
 
 
 def open_pair(
-    model: Path, mmproj: Path, spec: DecoderSpec, threads: int, image_threads: int
+    model: GgufFile, mmproj: GgufFile, spec: DecoderSpec, threads: int, image_threads: int
 ) -> tuple[PairImages, PairDecoder]:
     """Open both files of a pair.
 

@@ -21,6 +21,7 @@ from mobilevlm.families.backbones import LLAMA, Backbone
 from mobilevlm.families.config import config_value, end_ids
 from mobilevlm.families.qwen_gemma import GEMMA3, MISTRAL, QWEN2, QWEN3
 from mobilevlm.families.registry import Source
+from mobilevlm.families.towers import check_steps
 from mobilevlm.spec import ConversationSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
 
@@ -71,8 +72,6 @@ _DECODERS = (
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 _FOR_IMAGES = "how images are prepared"
-_STEPS = ("do_resize", "do_rescale", "do_normalize")
-"""Settings of an image processor that are true in all published files."""
 _QUESTION = "What is it?"
 
 
@@ -115,17 +114,7 @@ class HubCheckpoint:
             CheckpointError: the checkpoint has none, or leaves out a step that is always done here.
         """
         settings = self._processor_settings()
-        for key in _STEPS:
-            if not config_value(self.processor_path, settings, key, bool, True):
-                raise CheckpointError(
-                    f"{self.processor_path}: {key!r} is false, expected true: images are resized, "
-                    f"rescaled and normalized here"
-                )
-        factor = config_value(self.processor_path, settings, "rescale_factor", float, 1 / 255)
-        if abs(factor * 255 - 1) > 1e-6:
-            raise CheckpointError(
-                f"{self.processor_path}: 'rescale_factor' is {factor}, expected 1 / 255"
-            )
+        check_steps(self.processor_path, settings)
         return settings
 
     def _processor_settings(self) -> dict[str, Any]:

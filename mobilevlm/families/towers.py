@@ -20,7 +20,7 @@ BICUBIC, LANCZOS = 3, 1
 MAX_TILES_PER_EDGE = 8
 """Tiles along the longer edge of an image, at most."""
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
-"""Steps of every image processor, which a file may turn off."""
+"""Settings of an image processor that are true in all published files."""
 _FAR = 1000.0
 """Beyond any mean and deviation of channels from 0 to 1, or to 255."""
 
@@ -164,7 +164,8 @@ def image_spec(
         raise CheckpointError(
             f"{where}: {cut!r} is {crop}, but the tower takes {vision.image_size} pixels"
         )
-    _check_steps(where, settings, BICUBIC, "3 (bicubic)")
+    check_steps(Path(where), settings)
+    _check_resample(where, settings, BICUBIC, "bicubic")
     return FixedImage(
         size=crop,
         shortest_edge=size,
@@ -182,7 +183,7 @@ def tiles_spec(tower: Tower, vision: TransformerEncoder) -> Tiles:
         CheckpointError: a value is wrong, or asks for what is not known here.
     """
     where, settings = tower.where, tower.preprocessor
-    _check_steps(where, settings, LANCZOS, "1 (Lanczos)")
+    _check_resample(where, settings, LANCZOS, "Lanczos")
     tile = _longest_edge(settings, "max_image_size", 364, where)
     longest = _longest_edge(settings, "size", 4 * 364, where)
     if tile != vision.image_size:
@@ -216,21 +217,29 @@ def _longest_edge(settings: dict[str, Any], key: str, default: int, where: str) 
     return edge
 
 
-def _check_steps(where: str, settings: dict[str, Any], resample: int, named: str) -> None:
-    """Refuse an image processor that leaves a step out, or does it otherwise than all do.
+def check_steps(path: Path, settings: dict[str, Any]) -> None:
+    """Refuse an image processor that leaves out a step which is always done here, or scales pixels
+    otherwise.
 
     Raises:
         CheckpointError: names the setting.
     """
     for key in _STEPS:
-        if settings.get(key) not in (None, True):
-            raise CheckpointError(f"{where}: {key!r} is {settings[key]!r:.60}, expected true")
-    factor = settings.get("rescale_factor")
-    if factor is not None and not (type(factor) is float and abs(factor * 255 - 1) < 1e-6):
-        raise CheckpointError(f"{where}: 'rescale_factor' is {factor!r:.60}, expected 1 / 255")
-    if settings.get("resample", resample) not in (None, resample):
+        if not config_value(path, settings, key, bool, True):
+            raise CheckpointError(
+                f"{path}: {key!r} is false, expected true: images are resized, rescaled and "
+                f"normalized here"
+            )
+    factor = config_value(path, settings, "rescale_factor", float, 1 / 255)
+    if abs(factor * 255 - 1) > 1e-6:
+        raise CheckpointError(f"{path}: 'rescale_factor' is {factor}, expected 1 / 255")
+
+
+def _check_resample(where: str, settings: dict[str, Any], expected: int, named: str) -> None:
+    found = settings.get("resample")
+    if found not in (None, expected):
         raise CheckpointError(
-            f"{where}: 'resample' is {settings['resample']!r:.60}, expected {named}"
+            f"{where}: 'resample' is {found!r:.60}, expected {expected} ({named})"
         )
 
 

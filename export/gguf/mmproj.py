@@ -19,8 +19,9 @@ from mobilevlm.console.progress import Advance
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.gguf.encoder import LONGEST_EDGE
 from mobilevlm.gguf.names import Entry, projector_entries, projector_name, tower_entries
-from mobilevlm.input_spec import AspectTiles, ConnectorSpec, InputSpec, TransformerEncoder
+from mobilevlm.input_spec import AspectTiles, ConnectorSpec, InputSpec, Tiles, TransformerEncoder
 from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType, ModelSpec
 
@@ -29,6 +30,10 @@ LDP_GRID = 24
 
 LINEAR_SCALE = 64.0
 """See :func:`_linear_as_mlp`."""
+_EQUAL_SIZES = (
+    "llama.cpp tells the tower's two MLP layers apart by their sizes, and in this model they are "
+    "equal"
+)
 
 
 def write_mmproj(model: Model, kind: GGUFType, path: Path, advance: Advance) -> dict[str, float]:
@@ -57,6 +62,8 @@ def obstacle(spec: ModelSpec) -> str:
         return f"llama.cpp has no image encoder of the kind {vision.kind}"
     if isinstance(spec.image.preparation, AspectTiles):
         return _internvl_obstacle(spec.image, vision, projector)
+    if isinstance(spec.image.preparation, Tiles):
+        return _idefics3_obstacle(spec.image.preparation, vision, projector)
     if spec.image.preparation.kind != "fixed_image":
         return "llama.cpp's files are for images that become one square, this model's do not"
     if projector.kind not in ("mlp", "ldp", "ldpv2"):
@@ -73,10 +80,7 @@ def obstacle(spec: ModelSpec) -> str:
             f" this model has {projector.grid} × {projector.grid}"
         )
     if vision.hidden_size == vision.intermediate_size:
-        return (
-            "llama.cpp tells the tower's two MLP layers apart by their sizes, and in this model "
-            "they are equal"
-        )
+        return _EQUAL_SIZES
     return ""
 
 
@@ -94,6 +98,23 @@ def _internvl_obstacle(
         return "llama.cpp's InternVL joins patches row by row before an MLP of two layers"
     if not (projector.norm and projector.bias) or projector.grid % projector.factor:
         return "llama.cpp's InternVL has a norm before its MLP and a grid that divides into squares"
+    return ""
+
+
+def _idefics3_obstacle(tiles: Tiles, vision: TransformerEncoder, projector: ConnectorSpec) -> str:
+    """Why the model is not llama.cpp's Idefics3: a SigLIP, a pixel shuffle and one Linear."""
+    expected = replace(
+        vision, class_token=False, patch_bias=True, pre_norm=False, post_norm=True,
+        class_feature=False, hidden_act="gelu_tanh",
+    )  # fmt: skip
+    if vision != expected or tiles.thumbnail != "last":
+        return "llama.cpp's tower beside tiles and a small image is SigLIP, this model has another"
+    if projector.kind != "mlp_downsample" or projector.depth != 1 or projector.order != "rows":
+        return "llama.cpp's Idefics3 joins patches row by row before one Linear"
+    if projector.norm or projector.bias or projector.grid % projector.factor:
+        return "llama.cpp's Idefics3 has no norm and no bias, and a grid that divides into squares"
+    if vision.hidden_size == vision.intermediate_size:
+        return _EQUAL_SIZES
     return ""
 
 
@@ -118,12 +139,16 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     writer.add_vision_attention_layernorm_eps(vision.layer_norm_eps)
     writer.add_vision_image_mean(image.mean)
     writer.add_vision_image_std(image.std)
-    writer.add_vision_use_gelu(vision.hidden_act == "gelu")
+    writer.add_vision_use_gelu(vision.hidden_act != "quick_gelu")
     writer.add_string("clip.vision.mm_patch_merge_type", "flat")
     if isinstance(image, AspectTiles):
         writer.add_vision_projector_scale_factor(spec.image.connector.factor)
         writer.add_uint32("clip.vision.preproc_min_tiles", image.min_tiles)
         writer.add_uint32("clip.vision.preproc_max_tiles", image.max_tiles)
+    if isinstance(image, Tiles):
+        writer.add_vision_projector_scale_factor(spec.image.connector.factor)
+        longest = image.size if image.max_tiles == 1 else image.longest_edge
+        writer.add_uint32(LONGEST_EDGE, longest)
 
 
 def _tensors(model: Model, kind: GGUFType, advance: Advance) -> Iterator[Tensor]:

@@ -145,7 +145,7 @@ def vision_entries(spec: ModelSpec, swapped: bool = False) -> list[Entry]:
 
 def _projector_entries(spec: ConnectorSpec) -> list[Entry]:
     """Of a single Linear: the first half of the first layer, scaled down."""
-    if spec.depth > 1:
+    if spec.kind != "mlp" or spec.depth > 1:
         return list(projector_entries(spec))
     size, ours = spec.out_size, "projector.mlp.0"
     shape, stored = (size, spec.in_size), (2 * size, spec.in_size)

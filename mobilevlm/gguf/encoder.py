@@ -14,6 +14,8 @@ from mobilevlm.gguf.names import Entry, projector_entries, tower_entries
 from mobilevlm.input_spec import ConnectorSpec, FixedImage, SquareImages, TransformerEncoder
 
 FEATURE_LAYER = "clip.vision.feature_layer"
+LONGEST_EDGE = "clip.vision.preproc_image_size"
+"""Key of the edge that an image is resized to before it is split."""
 MAX_GRID = 96
 """Patches per edge: attention over more of them would take gigabytes."""
 SMALLEST_DEVIATION = 1e-3

@@ -127,7 +127,9 @@ def _linears(
 
 def projector_name(spec: ConnectorSpec) -> str:
     """Return llama.cpp's name of a projector."""
-    return "internvl" if spec.kind == "mlp_downsample" else spec.kind
+    if spec.kind == "mlp_downsample":
+        return "internvl" if spec.norm else "idefics3"
+    return spec.kind
 
 
 def tower_entries(
@@ -158,11 +160,18 @@ def tower_entries(
         yield from _pair(f"{theirs}.ln2", f"{ours}.norm2", hidden)
         for group in mlp:
             yield from _linears(group, theirs, names=mlp_names)
+    if spec.post_norm:
+        yield from _pair("v.post_ln", "vision.post_norm", hidden)
 
 
 def projector_entries(spec: ConnectorSpec) -> Iterator[Entry]:
-    """All tensors of a projector that begins with an MLP of two layers."""
+    """All tensors of a projector that begins with an MLP of two layers, or is one Linear after a
+    pixel shuffle."""
     size = spec.out_size
+    if projector_name(spec) == "idefics3":
+        for group in projector_groups(spec):
+            yield from _linear("mm.model.fc", group.name, *group.shapes[group.name], group.biased)
+        return
     names = {
         "mlp": ("mm.0", "mm.2"),
         "ldp": ("mm.model.mlp.1", "mm.model.mlp.3"),

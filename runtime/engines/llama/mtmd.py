@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import read_gguf
+from mobilevlm.input_spec import Tiles
 from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
@@ -24,7 +25,7 @@ from mobilevlm.runtime.engines.llama.native import (
     catch_log,
     load_error,
 )
-from mobilevlm.runtime.engines.onnx.feature_layer import with_feature_layer
+from mobilevlm.runtime.engines.onnx.feature_layer import with_feature_layer, without_splitting
 from mobilevlm.runtime.engines.onnx.forking import free_with, note_threads
 from mobilevlm.spec import ModelSpec
 
@@ -49,7 +50,13 @@ class MtmdVision:
         options.warmup = False
         options.n_threads = threads
         options.cb_eval = order = class_token_order()
-        with with_feature_layer(header, spec.image.transformer.num_hidden_layers) as opened:
+        preparation = spec.image.preparation
+        self._is_tile = isinstance(preparation, Tiles)
+        if isinstance(preparation, Tiles):
+            copied = without_splitting(header, preparation.size)
+        else:
+            copied = with_feature_layer(header, spec.image.transformer.num_hidden_layers)
+        with copied as opened:
             pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(opened), model.pointer, options)
         if not pointer:
             raise load_error(path)
@@ -91,6 +98,8 @@ class MtmdVision:
                 for piece in pieces
                 if mtmd.mtmd_input_chunk_get_type(piece) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE
             ]
+            if self._is_tile:  # it is its own small image, too
+                images = images[:1]
             counts = [mtmd.mtmd_input_chunk_get_n_tokens(image) for image in images]
             if counts != [self._shape[0]]:
                 raise MobileVLMError(

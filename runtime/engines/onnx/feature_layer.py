@@ -1,4 +1,5 @@
-"""An image encoder that says which layer's features are used.
+"""Copies of an image encoder's file that say something else: which layer's features are used, or
+that images are not split.
 
 mtmd leaves out the last layer of a file that does not say (files of llama.cpp's first converter,
 which had left one out already), so it is given a copy that does.
@@ -10,17 +11,17 @@ import shutil
 import struct
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mobilevlm.errors import BundleError, FileWarning
-from mobilevlm.gguf.encoder import FEATURE_LAYER
+from mobilevlm.gguf.encoder import FEATURE_LAYER, LONGEST_EDGE
 from mobilevlm.gguf.file import DEFAULT_ALIGNMENT, GgufFile
 
 _COUNTS_END = 24
 """Bytes of magic, version and the numbers of tensors and keys."""
-_ARRAY, _INT32 = 9, 5
+_UINT32, _INT32, _ARRAY = 4, 5, 9
 
 
 @contextmanager
@@ -41,16 +42,44 @@ def with_feature_layer(header: GgufFile, layers: int) -> Iterator[Path]:
         FileWarning,
         stacklevel=2,
     )
+    with _copied(header, FEATURE_LAYER, lambda path: _write(header, layers, path)) as path:
+        yield path
+
+
+@contextmanager
+def without_splitting(header: GgufFile, size: int) -> Iterator[Path]:
+    """Yield a copy of a file that says how far images are split, which says that they are not. It
+    is given tiles of this size, ready made: mtmd would split them again.
+
+    Raises:
+        BundleError: the copy cannot be written.
+    """
+    with _copied(header, LONGEST_EDGE, lambda path: _write_edge(header, size, path)) as path:
+        yield path
+
+
+@contextmanager
+def _copied(header: GgufFile, key: str, write: Callable[[Path], None]) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="mobilevlm-") as folder:
         path = Path(folder, "mmproj.gguf")
         try:
-            _write(header, layers, path)
+            write(path)
         except OSError as error:
             raise BundleError(
-                f"{header.path}: a copy with the key {FEATURE_LAYER} cannot be written to "
-                f"{folder}: {error}: set TMPDIR to a folder with room for it"
+                f"{header.path}: a copy with the key {key} cannot be written to {folder}: {error}: "
+                f"set TMPDIR to a folder with room for it"
             ) from None
         yield path
+
+
+def _write_edge(header: GgufFile, size: int, path: Path) -> None:
+    name = LONGEST_EDGE.encode()
+    entry = struct.pack("<Q", len(name)) + name + struct.pack("<I", _UINT32)
+    shutil.copyfile(header.path, path)
+    with path.open("r+b") as copy:
+        at = copy.read(header.header_size).index(entry) + len(entry)
+        copy.seek(at)
+        copy.write(struct.pack("<I", size))
 
 
 def _write(header: GgufFile, layers: int, path: Path) -> None:

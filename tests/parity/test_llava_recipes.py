@@ -73,7 +73,7 @@ def test_the_effect_of_a_layer_of_the_projector_reaches_the_answer(fixture: Fixt
         if group.name != "projector.mlp.1":
             return []
         weight = fixture.model.weights.read(f"{group.name}.weight", (group.out_size, group.in_size))
-        return [Change("half", np.asarray(weight) / 2)]
+        return [Change("half", np.asarray(weight) / np.float32(2))]
 
     ((_, _, effect),) = probe.effects(changes)
     assert effect.kl > 1e-6 and effect.visual_error is not None and effect.visual_error > 0.1

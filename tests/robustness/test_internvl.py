@@ -21,6 +21,7 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.bundle_checks import check_manifest
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import open_checkpoint
+from mobilevlm.input_spec import AspectTiles
 from mobilevlm.spec import with_image
 
 FIXTURE = fixture_named("internvl3")
@@ -166,7 +167,9 @@ def test_more_images_than_fit_are_counted(bundle_of: BundleOf) -> None:
 def test_a_bundle_with_an_impossible_number_of_tiles_is_refused(bundle_of: BundleOf) -> None:
     manifest = open_bundle(bundle_of("internvl3", "fp32")).manifest
     image = manifest.spec.image.preparation
-    for changes in ({"max_tiles": 10**6}, {"min_tiles": 13}, {"min_tiles": 0}):
+    assert isinstance(image, AspectTiles)
+    impossible: list[dict[str, Any]] = [{"max_tiles": 10**6}, {"min_tiles": 13}, {"min_tiles": 0}]
+    for changes in impossible:
         spec = with_image(manifest.spec, preparation=replace(image, **changes))
         with pytest.raises(MobileVLMError, match=r"image\.m"):
             check_manifest(replace(manifest, spec=spec), Path("manifest.json"))

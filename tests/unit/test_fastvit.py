@@ -28,7 +28,7 @@ from mobilevlm.export.quality.layer_effects import layer_effects, state_errors
 from mobilevlm.export.quantize.folding import find_folds, fold
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.families.fastvit import TOWERS
-from mobilevlm.input_spec import ConvEncoder, InputSpec, TransformerEncoder
+from mobilevlm.input_spec import ConvEncoder, FixedImage, InputSpec, TransformerEncoder
 from mobilevlm.linear_groups import tower_groups
 from mobilevlm.model import Model
 from mobilevlm.plain_types import from_dict, to_dict
@@ -36,7 +36,7 @@ from mobilevlm.plan import Plan
 from mobilevlm.preparation import prepare
 from mobilevlm.recipe import LinearFormat
 from mobilevlm.reference import load_reference
-from mobilevlm.reference.fastvit import FastVit
+from mobilevlm.reference.fastvit import FastVit, MapAttention
 from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.spec import with_image
 
@@ -92,24 +92,19 @@ def test_the_published_tower_has_256_features_of_3072_channels() -> None:
 def test_the_roofline_counts_what_the_reference_multiplies(tower: ConvEncoder) -> None:
     found = 0
 
-    def convolution(module: nn.Module, _: object, output: Tensor) -> None:
+    def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal found
-        found += 2 * output.numel() * module.weight[0].numel()  # type: ignore[index, operator]
-
-    def linear(module: nn.Module, _: object, output: Tensor) -> None:
-        nonlocal found
-        found += 2 * output.numel() * module.weight.shape[1]  # type: ignore[index]
-
-    def attention(module: nn.Module, inputs: tuple[Tensor], _: object) -> None:
-        nonlocal found
-        _, length, width = inputs[0].shape
-        found += 4 * length * length * width
+        if isinstance(module, nn.Conv2d):
+            found += 2 * output.numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            found += 2 * output.numel() * module.weight.shape[1]
+        elif isinstance(module, MapAttention):
+            _, length, width = inputs[0].shape
+            found += 4 * length * length * width
 
     reference = FastVit(tower)
-    hooks = {"Conv2d": convolution, "Linear": linear, "MapAttention": attention}
     for module in reference.modules():
-        if type(module).__name__ in hooks:
-            module.register_forward_hook(hooks[type(module).__name__])  # type: ignore[arg-type]
+        module.register_forward_hook(count)
     reference(torch.zeros(1, 3, tower.image_size, tower.image_size))
     assert tower_operations(tower) == found
 
@@ -226,7 +221,9 @@ def test_a_manifest_whose_tower_contradicts_itself_is_one_line(
     manifest = open_bundle(bundle).manifest
     spec = with_image(manifest.spec, encoder=replace(tower, **changes))
     if "image_size" in changes:
-        spec = with_image(spec, preparation=replace(spec.image.square, size=200, shortest_edge=200))
+        square = spec.image.preparation
+        assert isinstance(square, FixedImage)
+        spec = with_image(spec, preparation=replace(square, size=200, shortest_edge=200))
     with pytest.raises(BundleError) as caught:
         check_manifest(replace(manifest, spec=spec), bundle)
     assert message in str(caught.value) and "\n" not in str(caught.value)

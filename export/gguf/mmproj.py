@@ -21,7 +21,7 @@ from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.gguf.encoder import LONGEST_EDGE
 from mobilevlm.gguf.names import Entry, projector_entries, projector_name, tower_entries
-from mobilevlm.input_spec import AspectTiles, ConnectorSpec, InputSpec, Tiles, TransformerEncoder
+from mobilevlm.input_spec import AspectTiles, ConnectorSpec, Tiles, TransformerEncoder
 from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType, ModelSpec
 
@@ -61,7 +61,7 @@ def obstacle(spec: ModelSpec) -> str:
     if not isinstance(vision, TransformerEncoder):
         return f"llama.cpp has no image encoder of the kind {vision.kind}"
     if isinstance(spec.image.preparation, AspectTiles):
-        return _internvl_obstacle(spec.image, vision, projector)
+        return _internvl_obstacle(spec.image.preparation, vision, projector)
     if isinstance(spec.image.preparation, Tiles):
         return _idefics3_obstacle(spec.image.preparation, vision, projector)
     if spec.image.preparation.kind != "fixed_image":
@@ -85,7 +85,7 @@ def obstacle(spec: ModelSpec) -> str:
 
 
 def _internvl_obstacle(
-    image: InputSpec, vision: TransformerEncoder, projector: ConnectorSpec
+    tiles: AspectTiles, vision: TransformerEncoder, projector: ConnectorSpec
 ) -> str:
     """Why the model is not llama.cpp's InternVL: an InternViT of 300M, four patches a token."""
     expected = replace(
@@ -98,6 +98,12 @@ def _internvl_obstacle(
         return "llama.cpp's InternVL joins patches row by row before an MLP of two layers"
     if not (projector.norm and projector.bias) or projector.grid % projector.factor:
         return "llama.cpp's InternVL has a norm before its MLP and a grid that divides into squares"
+    if tiles.min_tiles > 1:  # it ends the process at an image that is one tile
+        return f"llama.cpp's InternVL takes images of one tile, this model's have {tiles.min_tiles}"
+    if tiles.max_tiles > 1 and not tiles.thumbnail:
+        return "llama.cpp's InternVL always has the image made small after several tiles"
+    if vision.hidden_size == vision.intermediate_size:
+        return _EQUAL_SIZES
     return ""
 
 

@@ -7,7 +7,9 @@ resizes in other numbers. So it is given tiles here, which it takes as they are.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import llama
 import numpy as np
@@ -16,9 +18,11 @@ from conftest import Fixture, fixture_named, relative_error
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
+from mobilevlm.export.gguf.mmproj import obstacle
 from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.preparation import prepare
 from mobilevlm.runtime import VLM
+from mobilevlm.spec import with_image
 
 LIMIT = 1e-2
 """Measured: 6e-4 of the visual tokens and 8e-4 of the logits."""
@@ -87,3 +91,22 @@ def test_positions_and_layer_scale_are_read_back_as_they_were(
     }
     for name, shape in shapes.items():
         assert np.array_equal(stored.read(name, shape), model.weights.read(name, shape))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "reason"),
+    [
+        ("preparation", {"min_tiles": 5, "max_tiles": 5}, "takes images of one tile"),
+        ("preparation", {"thumbnail": False}, "always has the image made small"),
+        ("encoder", {"intermediate_size": 32}, "tells the tower's two MLP layers apart"),
+        ("encoder", {"hidden_act": "quick_gelu"}, "is InternViT, this is another"),
+        ("connector", {"order": "columns"}, "joins patches row by row"),
+    ],
+)
+def test_what_llama_cpp_computes_otherwise_is_not_written(
+    part: str, changes: dict[str, Any], reason: str
+) -> None:
+    spec = fixture_named("internvl35").model.spec
+    changed = with_image(spec, **{part: replace(getattr(spec.image, part), **changes)})
+    assert reason in obstacle(changed)
+    assert not obstacle(spec)

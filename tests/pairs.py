@@ -13,6 +13,7 @@ import numpy as np
 from conftest import DATA
 from numpy.typing import NDArray
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
 
 from mobilevlm.gguf.tokenizer import word_split_name
 
@@ -454,3 +455,15 @@ def hybrid_pair(folder: Path, **changes: Any) -> Pair:
     changed = {**_dotted(changes, "tokenizer."), **_dotted(changes, "lfm2.")}
     _write(model, "lfm2", {**decoder, **changed}, tensors)
     return model, mmproj
+
+
+def write_vocabulary(checkpoint: Path, path: Path, **changes: Any) -> Path:
+    """Write a language model of one small layer with a checkpoint's byte-level vocabulary."""
+    vocabulary = Tokenizer.from_file(str(checkpoint / "tokenizer.json")).get_vocab()
+    text = {"vocab_size": max(vocabulary.values()) + 1, "bos_token_id": 1, "eos_token_id": 2}
+    draw = _drawn(np.random.default_rng(8))
+    keys = _drawn_decoder_keys("llama", 32, 64, 1, 4, 2, 8) | _tokenizer_keys(checkpoint, text)
+    tensors = _drawn_decoder(draw, 32, 64, 1, 4, 2, 8)
+    tensors["token_embd.weight"] = draw(text["vocab_size"], 32)
+    _write(path, "llama", {**keys, **_dotted(changes, "tokenizer.")}, tensors)
+    return path

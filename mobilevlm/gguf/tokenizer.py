@@ -55,9 +55,11 @@ WORD_SPLITS = {
 }
 """By ``tokenizer.ggml.pre``, llama.cpp's names of them (src/llama-vocab.cpp)."""
 _SAME = {
-    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "dbrx", "phi-2": "gpt-2",
-    "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "stablelm2": "qwen2", "starcoder": "smollm",
-    "refact": "smollm", "command-r": "smollm",
+    "llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "dbrx",
+    "phi-2": "gpt-2", "olmo": "gpt-2", "mpt": "gpt-2", "jais": "gpt-2", "trillion": "gpt-2",
+    "granite-docling": "gpt-2", "deepseek-r1-qwen": "qwen2", "megrez": "qwen2", "hunyuan": "qwen2",
+    "stablelm2": "qwen2", "starcoder": "smollm", "refact": "smollm", "command-r": "smollm",
+    "codeshell": "smollm", "exaone": "smollm", "minerva-7b": "smollm",
 }  # fmt: skip
 """Other names that llama.cpp has for the same."""
 _BEGINS = "llama-bpe"

@@ -23,7 +23,7 @@ from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.export.gguf.mmproj import check_support
 from mobilevlm.families import open_checkpoint
 from mobilevlm.input_spec import ConvEncoder
-from mobilevlm.model import Model
+from mobilevlm.model import Model, OpenOptions
 from mobilevlm.preparation import prepare
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.steps import State
@@ -196,6 +196,40 @@ def test_a_tied_head_is_the_embedding_table(fixture: Fixture, copy: Path) -> Non
     shape = (decoder.vocab_size, decoder.hidden_size)
     table = model.weights.read("decoder.embed_tokens.weight", shape)
     assert np.array_equal(model.weights.read("decoder.lm_head.weight", shape), table)
+
+
+def test_an_adapter_changes_layers_before_they_are_fused(fixture: Fixture, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    block = "model.vision_tower.timm_model.stages.3.blocks.0"
+    places = {
+        "model.language_model.layers.0.self_attn.q_proj": ("decoder.layers.0.attn.q_proj", 64, ()),
+        f"{block}.token_mixer.proj": ("vision.stages.3.blocks.0.attn.out_proj", 64, ()),
+        f"{block}.mlp.fc1": ("vision.stages.3.blocks.0.mlp.fc1", 128, (1, 1)),
+    }
+    tensors, changes = {}, {}
+    for theirs, (ours, out, edges) in places.items():
+        a, b = (random.standard_normal(shape, np.float32) for shape in ((4, 64), (out, 4)))
+        name = f"base_model.model.{theirs}"
+        tensors[f"{name}.lora_A.weight"] = torch.from_numpy(a.reshape(4, 64, *edges))
+        tensors[f"{name}.lora_B.weight"] = torch.from_numpy(b.reshape(out, 4, *edges))
+        changes[ours] = 2 * b @ a
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    adapted = open_checkpoint(folder, OpenOptions(base=fixture.checkpoint))
+    scale = load_file(fixture.checkpoint / "model.safetensors")[f"{block}.layer_scale_1.gamma"]
+    for ours, change in changes.items():
+        names = f"{ours}.weight", change.shape
+        expected = change * (scale.float().numpy()[:, :, 0] if "out_proj" in ours else 1)
+        found = adapted.weights.read(*names) - fixture.model.weights.read(*names)
+        assert np.abs(found - expected).max() <= 1e-5
+    tensors[f"base_model.model.{block}.mlp.fc9.lora_A.weight"] = torch.zeros(4, 64)
+    tensors[f"base_model.model.{block}.mlp.fc9.lora_B.weight"] = torch.zeros(64, 4)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    with pytest.raises(mobilevlm.MobileVLMError, match="fc9"):
+        open_checkpoint(folder, OpenOptions(base=fixture.checkpoint))
 
 
 @pytest.mark.skipif(

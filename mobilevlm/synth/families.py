@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mobilevlm.synth.shapes import (
     tower_mlp,
     write_json,
 )
+from mobilevlm.synth.smolvlm import smolvlm
 from mobilevlm.synth.tokenizer import byte_level_tokenizer, tokenizer_model
 from mobilevlm.tokenizers.tokenizer import save_tokenizer
 
@@ -142,6 +144,8 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "fastvlm_0.5b": fastvlm,
     "internvl3.5_1b": internvl,
     "llava_onevision_0.5b": llava_onevision,
+    "smolvlm_256m": partial(smolvlm, "smolvlm_256m"),
+    "smolvlm_500m": partial(smolvlm, "smolvlm_500m"),
 }
 """By the configuration's name."""
 

@@ -169,7 +169,7 @@ def test_big_configurations_have_the_published_number_of_parameters(
 # Llama 2.7B as above, SigLIP SO400M/14@384 without its pooling head, VILA's projector; BLIP-2 is
 # said to have 3.7 billion. Qwen2-0.5B with a table of 152000 rows and a head of its own, and
 # FastViTHD, which is said to have 125 million, 2.4 of them in a head that nobody reads. Qwen3-0.6B
-# with a head of its own, InternViT-300M and InternVL's projector.
+# with a head of its own, InternViT-300M and InternVL's projector. SmolVLM's as its files have it.
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
@@ -177,6 +177,8 @@ def test_big_configurations_have_the_published_number_of_parameters(
         ("blip2_opt_2.7b", 3_744_761_856),
         ("fastvlm_0.5b", 630_282_112 + 122_749_920 + 3_557_120),
         ("llava_onevision_0.5b", 494_090_112 + 397_747_744 + 1_837_696),
+        ("smolvlm_256m", 256_484_928),
+        ("smolvlm_500m", 507_482_304),
         ("internvl3.5_1b", 596_049_920 + 155_582_464 + 304_012_288 + 5_253_120),
     ],
 )

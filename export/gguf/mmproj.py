@@ -21,7 +21,14 @@ from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.gguf.encoder import LONGEST_EDGE
 from mobilevlm.gguf.names import Entry, projector_entries, projector_name, tower_entries
-from mobilevlm.input_spec import AspectTiles, ConnectorSpec, Tiles, TransformerEncoder
+from mobilevlm.input_spec import (
+    AnyResolution,
+    AspectTiles,
+    ConnectorSpec,
+    FixedImage,
+    Tiles,
+    TransformerEncoder,
+)
 from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType, ModelSpec
 
@@ -64,7 +71,7 @@ def obstacle(spec: ModelSpec) -> str:
         return _internvl_obstacle(spec.image.preparation, vision, projector)
     if isinstance(spec.image.preparation, Tiles):
         return _idefics3_obstacle(spec.image.preparation, vision, projector)
-    if spec.image.preparation.kind != "fixed_image":
+    if not isinstance(spec.image.preparation, FixedImage | AnyResolution):
         return "llama.cpp's files are for images that become one square, this model's do not"
     if projector.kind not in ("mlp", "ldp", "ldpv2"):
         return f"llama.cpp has no projector of the kind {projector.kind}"
@@ -72,6 +79,8 @@ def obstacle(spec: ModelSpec) -> str:
         return "llama.cpp's tower for such projectors is CLIP's, this model has another"
     if projector.kind == "mlp" and projector.depth > 2:
         return f"llama.cpp has no MLP projector with {projector.depth} layers"
+    if projector.newline and projector.depth != 2:
+        return "llama.cpp's tower beside a newline has an MLP of two layers, this model another"
     if projector.kind == "mlp" and projector.out_grid != projector.grid:
         return "llama.cpp has no MLP projector that pools"
     if projector.kind != "mlp" and projector.grid != LDP_GRID:

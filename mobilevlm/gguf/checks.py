@@ -87,7 +87,8 @@ def check_encoder_file(file: GgufFile, encoder: Encoder) -> None:
         BundleError: names the first tensor that is missing, too many, or of another shape or type.
     """
     refuse_split(file, "an image encoder")
-    if newline := next((name for name in file.tensors if name.endswith("image_newline")), ""):
+    newline = next((name for name in file.tensors if name.endswith("image_newline")), "")
+    if newline and not encoder.projector.newline:
         raise BundleError(
             f"{file.path}: tensor {newline[:80]!r}: images cut into tiles (LLaVA-1.6), which is "
             f"not supported"

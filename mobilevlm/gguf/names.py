@@ -125,6 +125,10 @@ def _linears(
         yield from _linear(theirs, ours, *shape, group.biased, turned.get(part, 0), stack)
 
 
+NEWLINE = "v.image_newline"
+"""Tensor of the row behind the visual tokens of a tile."""
+
+
 def projector_name(spec: ConnectorSpec) -> str:
     """Return llama.cpp's name of a projector."""
     if spec.kind == "mlp_downsample":
@@ -182,6 +186,8 @@ def projector_entries(spec: ConnectorSpec) -> Iterator[Entry]:
         yield from _pair("mm.model.mlp.0", "projector.norm", spec.mlp_sizes[0])
     for group, theirs in zip(projector_groups(spec), names, strict=True):
         yield from _linear(theirs, group.name, *group.shapes[group.name], group.biased)
+    if spec.newline:
+        yield Entry(NEWLINE, "projector.newline", (size,), (size,), "float")
     if spec.kind == "ldp":
         for block in (0, 1):
             yield from _inverted_residual(spec, block)

@@ -6,6 +6,8 @@ crashes on the first picture. So headers are compared with the spec before a lib
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf.checks import (
@@ -81,6 +83,7 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     _same(header, "number of layers that are run", layers, vision.num_hidden_layers)
     if isinstance(tiles := spec.image.preparation, Tiles) and tiles.max_tiles != 1:
         _same(header, LONGEST_EDGE, header.metadata.get(LONGEST_EDGE), tiles.longest_edge)
+    found = replace(found, projector=replace(found.projector, newline=connector.newline))
     check_encoder_file(header, found)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.gguf.file import read_gguf
+from mobilevlm.gguf.file import GgufFile, read_gguf
+from mobilevlm.gguf.names import NEWLINE
 from mobilevlm.input_spec import Tiles
 from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
+from mobilevlm.runtime.engines.llama.embedding_rows import EmbeddingRows
 from mobilevlm.runtime.engines.llama.gguf_check import check_mmproj
 from mobilevlm.runtime.engines.llama.native import (
     LLAMA,
@@ -60,6 +63,7 @@ class MtmdVision:
             pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(opened), model.pointer, options)
         if not pointer:
             raise load_error(path)
+        self._newline = _newline(header) if spec.image.connector.newline else None
         self._context: MtmdContext | None = MtmdContext(mtmd_cpp, pointer, (model, order))
 
     def encode(self, arrays: Arrays) -> Rows:
@@ -67,7 +71,8 @@ class MtmdVision:
         the result inside."""
         context = still_open(self._context)
         with context.lock:
-            return Rows(self._encode(context, np.ascontiguousarray(arrays["pixels"])))
+            rows = self._encode(context, np.ascontiguousarray(arrays["pixels"]))
+        return Rows(rows if self._newline is None else np.concatenate([rows, self._newline]))
 
     def features(self, arrays: Arrays) -> Float32:
         """Not to be had: mtmd runs tower and projector in one."""
@@ -115,6 +120,13 @@ class MtmdVision:
         finally:
             mtmd.mtmd_input_chunks_free(chunks)
             mtmd.mtmd_bitmap_free(bitmap)
+
+
+def _newline(header: GgufFile) -> Float32:
+    """Return the row that llama.cpp does not add ``(1, hidden_size)``."""
+    tensor = header.tensors[NEWLINE]
+    flat = replace(tensor, shape=(1, *tensor.shape))
+    return EmbeddingRows(flat).read([0])
 
 
 class MtmdContext:

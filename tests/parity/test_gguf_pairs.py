@@ -12,12 +12,15 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DATA
+from fuzz.gguf import ARRAY, I32, U32, decoder_file, mmproj_file
 from llama import THREADS, llama_cpp, mtmd, opened
 from numpy.typing import NDArray
 from pairs import Pair, gemma_pair, hybrid_pair, internvl_pair, qwen_vl_pair, smolvlm_pair
 from PIL import Image
 
 import mobilevlm
+from mobilevlm.errors import BundleError
+from mobilevlm.export.gguf.source import open_gguf
 from mobilevlm.input_spec import LibraryImage
 from mobilevlm.runtime import VLM
 
@@ -170,6 +173,30 @@ def test_the_estimate_counts_the_rows_of_a_photo(
     rows = len(models[name].encode_image(photo))
     assert preparation.fewest_rows <= rows
     assert preparation.most_rows >= 0.5 * rows
+
+
+def test_images_of_llava_1_6_are_tiles_one_after_the_other(
+    tmp_path: Path, photo: NDArray[np.uint8]
+) -> None:
+    """A CLIP tower, whose class token llama.cpp puts where its positions do not look for it: a tile
+    has the visual tokens that it has as an image of LLaVA-1.5."""
+    decoder, encoder = decoder_file(0).copy(), mmproj_file("mlp")
+    decoder.keys = [pair for pair in decoder.keys if pair[0] != "llama.context_length"]
+    decoder.add("llama.context_length", U32, 2048)
+    tiled = encoder.copy()
+    tiled.add("clip.vision.image_grid_pinpoints", ARRAY, [28, 56, 56, 28, 56, 56], I32)
+    model, plain, mmproj = (tmp_path / f"{name}.gguf" for name in ("model", "plain", "mmproj"))
+    for path, file in ((model, decoder), (plain, encoder), (mmproj, tiled)):
+        path.write_bytes(file.packed())
+    with mobilevlm.load(model, mmproj=mmproj) as vlm, mobilevlm.load(model, mmproj=plain) as one:
+        plain_color = np.full((56, 56, 3), (200, 30, 90), np.uint8)
+        tile = one.encode_image(plain_color)
+        rows = vlm.encode_image(plain_color)
+        assert rows.shape == (5 * len(tile), tile.shape[1])
+        np.testing.assert_allclose(rows[len(tile) : 2 * len(tile)], tile, atol=1e-3)
+        assert len(vlm.generate("What?", [photo], max_new_tokens=2).token_ids) == 2
+    with pytest.raises(BundleError, match="images cut into tiles"):
+        open_gguf(model, mmproj)
 
 
 def test_positions_of_an_image_have_several_axes(models: dict[str, VLM]) -> None:

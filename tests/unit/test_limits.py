@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -92,6 +95,29 @@ def test_built_in_recipes_limit_what_a_person_notices() -> None:
     for name in ("int8", "int4"):
         limits = RECIPES[name].limits
         assert limits.accuracy_loss is not None and limits.perplexity_ratio is not None
+
+
+def documented_limits() -> dict[str, dict[str, float]]:
+    """Limits of each recipe in the table of docs/quality.md."""
+    lines = (Path(__file__).parents[2] / "docs" / "quality.md").read_text("utf-8").splitlines()
+    start = next(index for index, line in enumerate(lines) if "| `decoder_kl` |" in line)
+    names = re.findall(r"`(\w+)`", lines[start])
+    found: dict[str, dict[str, float]] = {}
+    for row in itertools.takewhile(lambda line: line.startswith("|"), lines[start + 2 :]):
+        recipes, *cells = row.strip("|").split("|")
+        limits = dict(zip(names, (float(cell.split(",")[0]) for cell in cells), strict=True))
+        further = re.findall(r"`(\w+)` ([\d.]+)", row)
+        limits |= {name: float(value) for name, value in further}
+        found |= dict.fromkeys(re.findall(r"`([\w-]+)`", recipes), limits)
+    return found
+
+
+@pytest.mark.parametrize(
+    "name", ["fp32", "fp16-weights", "int8", "int8-calibrated", "int4", "fast"]
+)
+def test_limits_of_a_built_in_recipe_are_the_documented_ones(name: str) -> None:
+    limits = dataclasses.asdict(RECIPES[name].limits)
+    assert {key: value for key, value in limits.items() if value} == documented_limits()[name]
 
 
 def test_limits_that_a_person_gives_replace_the_recipe_s() -> None:

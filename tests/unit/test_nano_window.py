@@ -82,3 +82,14 @@ def test_orthogonal_has_singular_values_near_one(shape: tuple[int, int]) -> None
     torch.manual_seed(1)
     values = torch.linalg.svdvals(orthogonal(torch.randn(shape)))
     assert values.min() > 0.5 and values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (16, 48), (48, 16)])
+def test_orthogonal_keeps_the_singular_vectors_and_their_signs(shape: tuple[int, int]) -> None:
+    torch.manual_seed(1)
+    matrix = torch.randn(shape)
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    values = left.T @ orthogonal(matrix) @ right.T
+    assert values.diagonal().min() > 0.5
+    assert (values - values.diagonal().diag()).abs().max() < 1e-5  # measured: 1.6e-6
+    torch.testing.assert_close(orthogonal(1e3 * matrix), orthogonal(matrix))

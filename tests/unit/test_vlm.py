@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
@@ -16,8 +18,10 @@ from PIL import Image
 
 import mobilevlm
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.preparation import prepare
 from mobilevlm.runtime import VLM, Generation
 from mobilevlm.runtime.answer.chat import Chat
+from mobilevlm.runtime.sequence import prompts
 
 IMAGE = fixture_named("llava_v1").image
 QUESTIONS = [
@@ -134,6 +138,35 @@ def test_timings_add_up(vlm: VLM) -> None:
     assert len(answer.token_seconds) == len(answer.token_ids) - 1
     assert times.decode == pytest.approx(sum(answer.token_seconds))
     assert times.tokens_per_second == pytest.approx(len(answer.token_seconds) / times.decode)
+
+
+def test_seconds_of_each_stage_are_counted_where_they_pass(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that only the stages move: preparing an image takes 1 s, encoding it 10 s, the
+    prompt 100 s and each further token 1000 s."""
+    now = 0.0
+
+    def taking(seconds: float, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **named: Any) -> Any:
+            nonlocal now
+            now += seconds
+            return call(*arguments, **named)
+
+        return timed
+
+    vlm.clear_caches()
+    vision, decoder = vlm._engines()
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(prompts, "prepare", taking(1, prepare))
+    monkeypatch.setattr(vision, "encode", taking(10, vision.encode))
+    monkeypatch.setattr(decoder, "prefill", taking(100, decoder.prefill))
+    monkeypatch.setattr(decoder, "step", taking(1000, decoder.step))
+    images = [IMAGE, np.zeros((20, 30, 3), np.uint8)]
+    question = "Is <image> like <image>?"
+    times = vlm.generate(question, images, max_new_tokens=4, ignore_eos=True).timings
+    assert (times.preprocess, times.vision, times.prefill, times.decode) == (2, 20, 100, 3000)
+    assert times.ttft == 122 and times.tokens_per_second == pytest.approx(1e-3)
 
 
 def test_messages_may_be_given_in_place_of_a_question(vlm: VLM) -> None:

@@ -18,6 +18,7 @@ from PIL import Image
 
 import mobilevlm
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.image import ImageInput
 from mobilevlm.preparation import prepare
 from mobilevlm.runtime import VLM, Generation
 from mobilevlm.runtime.answer.chat import Chat
@@ -162,7 +163,7 @@ def test_seconds_of_each_stage_are_counted_where_they_pass(
     monkeypatch.setattr(vision, "encode", taking(10, vision.encode))
     monkeypatch.setattr(decoder, "prefill", taking(100, decoder.prefill))
     monkeypatch.setattr(decoder, "step", taking(1000, decoder.step))
-    images = [IMAGE, np.zeros((20, 30, 3), np.uint8)]
+    images: list[ImageInput] = [IMAGE, np.zeros((20, 30, 3), np.uint8)]
     question = "Is <image> like <image>?"
     times = vlm.generate(question, images, max_new_tokens=4, ignore_eos=True).timings
     assert (times.preprocess, times.vision, times.prefill, times.decode) == (2, 20, 100, 3000)

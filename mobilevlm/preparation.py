@@ -26,6 +26,7 @@ from mobilevlm.media.any_resolution import (
     is_assembly_of,
     is_square,
     least_pieces,
+    most_tiles,
     prepare_any_resolution,
 )
 from mobilevlm.media.aspect_tiles import aspect_pieces, prepare_aspect_tiles
@@ -136,6 +137,11 @@ def fewest_pieces(spec: InputSpec) -> tuple[Piece, ...]:
 def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
     """Return the pieces of the image that takes the most positions."""
     return _extremes(spec)[1]
+
+
+def most_assembled_tiles(spec: InputSpec) -> int:
+    """Return the tiles of the largest grid whose visual tokens are put together as one."""
+    return most_tiles(spec.preparation) if isinstance(spec.preparation, AnyResolution) else 0
 
 
 @lru_cache(maxsize=8)

@@ -180,7 +180,7 @@ class VLM:
         :meth:`prepare_image`."""
         vision, _ = self._engines()
         prepared = self._prompts.asked_image(image, prompt, images)
-        parts = [vision.encode(given) for given in prepared.arrays]
+        parts = (vision.encode(given) for given in prepared.arrays)
         return assemble(parts, prepared.assembly).embeds
 
     def image_features(self, image: ImageInput, images: int = 1) -> Float32:

@@ -206,7 +206,7 @@ def sample_embeds(
     """What the decoder is given for a sample ``(length, hidden_size)``, at most its context: of
     text what ``embed`` makes of the ids, of images the stage's visual tokens."""
     encoded = [
-        assemble([vision.encode(arrays) for arrays in image.arrays], image.assembly).embeds
+        assemble(map(vision.encode, image.arrays), image.assembly).embeds
         for image in sample_images(model, sample)
     ]
     rows = iter(np.concatenate(encoded) if encoded else ())

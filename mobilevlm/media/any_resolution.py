@@ -85,6 +85,11 @@ def greatest_pieces(anyres: AnyResolution, spec: InputSpec) -> tuple[Piece, ...]
     return _pieces(side**2 + int(tokens), spec)
 
 
+def most_tiles(anyres: AnyResolution) -> int:
+    """Return the tiles of the largest grid; 0 where each image is one square."""
+    return max((rows * columns for rows, columns in _usable(anyres)), default=0)
+
+
 def best_grid(size: tuple[int, int], anyres: AnyResolution) -> tuple[int, int]:
     """Return the rows and columns of the grid that keeps most of an image of this width and height;
     of several the one that wastes least (``select_best_resolution`` of the official code)."""

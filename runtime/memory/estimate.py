@@ -24,10 +24,10 @@ from dataclasses import dataclass
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import Encoder, TransformerEncoder
+from mobilevlm.input_spec import Encoder, InputSpec, TransformerEncoder
 from mobilevlm.linear_groups import LinearGroup, decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
-from mobilevlm.preparation import most_pieces
+from mobilevlm.preparation import most_assembled_tiles, most_pieces
 from mobilevlm.prompt import count_positions, count_rows
 from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
 from mobilevlm.state_buffers import fixed_buffers, slot_buffers
@@ -157,7 +157,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
         elif name == "prefill" and (plan.prefill_weights != "packed" or plan.memory != "fast"):
             stages.append(_Stage(SESSION, 0.0, 0.0, size))
         elif name == "vision" and artifact.precision == "int8" and plan.vision_weights == "mapped":
-            run = _vision_buffers(manifest.spec.image.encoder)
+            run = _image_buffers(manifest.spec.image)
             stages.append(_Stage(SESSION, run, run * (plan.memory == "fast"), size))
         else:
             stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
@@ -215,7 +215,7 @@ def _onnx_stage(
 ) -> _Stage:
     spec = manifest.spec
     if name == "vision":
-        growth, run = _growth(manifest.recipe.tower), _vision_buffers(spec.image.encoder)
+        growth, run = _growth(manifest.recipe.tower), _image_buffers(spec.image)
         weights = size * growth
     else:
         weights = _decoder_bytes(manifest, name)
@@ -237,7 +237,8 @@ def _gguf_stage(
     """llama.cpp reads the image encoder into memory of its own and maps the decoder, some types of
     which it packs anew. ``read``: bytes of the file that are used."""
     if name == "vision":
-        return _Stage(read, _vision_buffers(manifest.spec.image.encoder) / 2, 0.0)
+        image = manifest.spec.image
+        return _Stage(read, _vision_buffers(image.encoder) / 2 + assembly_bytes(image), 0.0)
     packed = read if artifact.precision in REPACKED and plan.engine != "ggml" else 0.0
     run = _decoder_buffers(manifest.spec.decoder, min(PREFILL_CHUNK, positions), positions)
     return _Stage(packed, run, run)
@@ -272,6 +273,21 @@ def decoder_weights(spec: DecoderSpec, stage: str) -> list[LinearGroup]:
         for group in decoder_groups(spec)
         if group.name.startswith("decoder.encoder.") == (stage == "encoder")
     ]
+
+
+def _image_buffers(spec: InputSpec) -> float:
+    """Of one run of the encoder, and of all tiles that are put together after it."""
+    return _vision_buffers(spec.encoder) + assembly_bytes(spec)
+
+
+def assembly_bytes(spec: InputSpec) -> float:
+    """Return the bytes of the pixels of all tiles, and of their visual tokens as one grid before
+    and after it is cut and made smaller; 0 where rows of runs stand one behind the other."""
+    tiles = most_assembled_tiles(spec)
+    connector = spec.connector
+    rows = tiles * connector.num_tokens + count_rows(most_pieces(spec)) * (tiles > 0)
+    pixels = 3 * 2 * tiles * spec.encoder.image_size**2
+    return float(_FLOAT * rows * connector.out_size + pixels)
 
 
 def _vision_buffers(spec: Encoder) -> float:

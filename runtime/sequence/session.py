@@ -435,7 +435,7 @@ class Session:
                 known = self._cache.images.get(digest)
                 if known is None:
                     image = prepared[digest]
-                    parts = [self._vision.encode(arrays) for arrays in image.arrays]
+                    parts = (self._vision.encode(arrays) for arrays in image.arrays)
                     known = assemble(parts, image.assembly)
                     assert len(known.embeds) == count_rows(image.pieces), "rows of an encoder"
                     self._cache.keep_image(digest, known)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +18,7 @@ from mobilevlm.errors import ImageError
 from mobilevlm.input_spec import (
     AnyResolution,
     ConnectorSpec,
+    FixedImage,
     InputSpec,
     TransformerEncoder,
 )
@@ -30,6 +33,7 @@ from mobilevlm.preparation import (
 )
 from mobilevlm.prompt import Assembly, Rows, count_rows
 from mobilevlm.reference.assembly import assemble_rows
+from mobilevlm.runtime.memory.estimate import assembly_bytes
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.5, 0.5, 0.5)
 NEXT = AnyResolution(28, ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), MEAN, STD)
@@ -200,3 +204,29 @@ def test_the_fewest_and_most_pieces_bound_those_of_all_images(
 
 def test_the_spec_of_any_resolution_is_stored_and_read() -> None:
     assert from_dict(AnyResolution, to_dict(ONEVISION), "manifest") == ONEVISION
+
+
+def test_memory_estimates_count_the_tiles_that_are_held_at_once() -> None:
+    spec = image_input(ONEVISION)
+    most = count_rows(most_pieces(spec))
+    assert assembly_bytes(spec) == 4 * 12 * (36 * 16 + most) + 2 * 36 * 28 * 28 * 3
+    assert assembly_bytes(with_max_tiles(spec, 4)) < assembly_bytes(spec)
+    one = with_max_tiles(spec, 1)
+    assert assembly_bytes(one) == 0
+    plain = FixedImage(28, 28, "pad", MEAN, STD)
+    assert assembly_bytes(replace(spec, preparation=plain)) == 0
+
+
+def test_runs_are_asked_for_one_by_one() -> None:
+    assembly = image_assembly((400, 267), ONEVISION, 4)
+    parts = tile_rows(assembly)
+    held: list[weakref.ref[Rows]] = []
+
+    def runs() -> Iterator[Rows]:
+        for part in parts:
+            rows = Rows(part.embeds.copy())
+            assert sum(there() is not None for there in held) <= 2
+            held.append(weakref.ref(rows))
+            yield rows
+
+    assert np.array_equal(assemble(runs(), assembly).embeds, assemble(parts, assembly).embeds)

@@ -269,7 +269,7 @@ def read_text(
     marks = tokens.count(Mark())
     if marks != images:
         raise PromptError(
-            f"the prompt holds {marks} <image> but {images} images were given: "
+            f"the prompt holds {marks} {conversation.image_mark} but {images} images were given: "
             f"give one image for each mark"
         )
     return tokens

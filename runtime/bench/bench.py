@@ -19,7 +19,6 @@ from mobilevlm.runtime.answer.generation import Generation
 from mobilevlm.runtime.bench.telemetry import Telemetry, describe, recorded
 from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
 from mobilevlm.runtime.vlm import VLM
-from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 LEAST_BEYOND = 0.5
 """Samples that must lie beyond a percentile on average: p90 needs 5 samples, p99 needs 50."""
@@ -154,7 +153,7 @@ def run_bench(
 def prompt_of_length(vlm: VLM, text_tokens: int, images: int, word: str = " a") -> str:
     """A raw prompt of exactly this many text tokens (pictures not counted), if its pieces allow:
     one word over and over."""
-    prompt = IMAGE_PLACEHOLDER * images
+    prompt = vlm.spec.conversation.image_mark * images
     while vlm.count_text_tokens(prompt, images, raw=True) < text_tokens:
         prompt += word
     return prompt

@@ -23,6 +23,7 @@ from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Piece, Prepared, expand
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
+from mobilevlm.runtime.bench.bench import prompt_of_length
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -143,3 +144,12 @@ def test_fp32_ids_logits_and_answer_are_the_official_ones(fixture: Fixture, exac
     assert answer.text == fixture.text
     assert answer.prompt_tokens == len(ids)
     assert answer.visual_tokens == len(flat(fixture.arrays["projector_output"], 2))
+
+
+def test_a_prompt_of_the_benchmark_has_an_image_and_the_text_tokens_that_are_asked_for(
+    fixture: Fixture, exact: VLM
+) -> None:
+    prompt = prompt_of_length(exact, 30, 1)
+    assert exact.count_text_tokens(prompt, 1, raw=True) == 30
+    answer = exact.generate(prompt, fixture.images[:1], max_new_tokens=1, raw=True)
+    assert answer.visual_tokens == len(exact.encode_image(fixture.images[0]))

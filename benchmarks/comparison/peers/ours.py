@@ -10,7 +10,6 @@ import numpy as np
 
 import mobilevlm.runtime
 from comparison.work import TEXT_TOKENS, Shapes, picture, timed
-from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 
 def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> Ours:
@@ -62,7 +61,7 @@ class Ours:
 
     def _prompt(self, text_tokens: int, images: int, variation: int) -> str:
         """A raw prompt of exactly this many text tokens: words of one token each."""
-        start = IMAGE_PLACEHOLDER * images
+        start = self._vlm.spec.conversation.image_mark * images
         around = self._vlm.count_text_tokens(start + self._words[0], images, raw=True) - 1
         words = np.random.default_rng(variation).choice(self._words, text_tokens - around)
         return start + "".join(words)

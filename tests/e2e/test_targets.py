@@ -4,8 +4,10 @@ compiler."""
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -15,6 +17,7 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.cli import main
 from mobilevlm.export import settled
 from mobilevlm.export.calibration.samples import scene_samples
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.export.targets import FOLDER, find_target, target_names
 
 Capture = pytest.CaptureFixture[str]
@@ -42,6 +45,34 @@ def test_each_target_is_a_file_that_can_be_read_and_is_listed(capsys: Capture) -
         assert listed[name]["verified"] == target.verified and "memory" in target.verified
     main(["targets"])
     assert "Hexagon v75" in " ".join(capsys.readouterr().out.split())
+
+
+def stored(name: str) -> dict[str, Any]:
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text("utf-8"))
+
+
+def test_the_list_has_every_line_of_each_target_and_what_is_verified(capsys: Capture) -> None:
+    main(["targets", "--json"])
+    listed = json.loads(capsys.readouterr().out)["targets"]
+    assert listed.keys() == {path.stem for path in FOLDER.glob("*.toml")}
+    for name, found in listed.items():
+        for key, value in stored(name).items():
+            parts = value.items() if isinstance(value, dict) else ()
+            assert all(found[key][part] == each for part, each in parts), (name, key)
+            assert isinstance(value, dict) or found[key] == value, (name, key)
+        verified = found["verified"]
+        assert ("no operator left to the CPU" in verified) == ("htp" in stored(name))
+        assert ("by table; .ort files run" in verified) == ("provider" in stored(name))
+        assert all(stored(name).get(key, "") in verified for key in ("tested", "caveat"))
+
+
+@pytest.mark.parametrize("name", target_names())
+def test_the_recipe_of_a_target_has_its_settings(name: str) -> None:
+    given, recipe = stored(name), find_target(name).settled()
+    for key in ("operators", "chunk_length", "context_length", "layer_norm", "experts"):
+        assert getattr(recipe, key) == given.get(key, getattr(RECIPES["fp32"], key)), key
+    if "vision" in given:
+        assert recipe.tower.precision == recipe.projector.precision == given["vision"]
 
 
 def test_a_bundle_for_a_target_says_so_and_has_its_weight_bits(

@@ -65,7 +65,7 @@ def test_a_change_of_the_connector_shows_in_the_tokens_of_all_tiles() -> None:
 
     def changes(asked: LinearGroup) -> Iterable[Change]:
         if asked == group:
-            yield Change("halved", weight / 2)
+            yield Change("halved", weight / np.float32(2))
 
     with torch.no_grad():
         ((_, _, effect),) = Probe(model, samples).effects(changes)

@@ -13,7 +13,7 @@ from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.formats import Job
 from mobilevlm.export.formats.gguf import gguf_jobs
-from mobilevlm.export.formats.npu import fixed_context, npu_jobs
+from mobilevlm.export.formats.npu import fixed_context, npu_jobs, with_fewer_tiles
 from mobilevlm.export.formats.onnx import onnx_jobs
 from mobilevlm.export.quality.limits import with_limits
 from mobilevlm.export.recipes.file import find_recipe
@@ -99,6 +99,8 @@ def settle(wishes: Wishes) -> Settled:
 def settle_model(said: Settled, model: Model) -> tuple[Model, Recipe, list[Job]]:
     """Return the model as the formats have room for it, the recipe with an entry for each layer,
     and the jobs of all formats."""
+    if said.target is not None and said.target.max_tiles:
+        model = with_fewer_tiles(model, said.target.max_tiles)
     if "npu" in said.formats:
         model = fixed_context(model, said.recipe)
     recipe = expand_layers(in_stored_blocks(said.recipe, model), model.spec)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+from mobilevlm.console import progress
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import require
 from mobilevlm.export.calibration.samples import find_samples, samples_digest
@@ -18,11 +19,14 @@ from mobilevlm.export.formats import (
     refuse,
 )
 from mobilevlm.export.recipes.layer_formats import bits_per_weight
+from mobilevlm.input_spec import MOST_TILES, FixedImage, Tiled
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.model import Model
 from mobilevlm.plain_types import to_dict
+from mobilevlm.preparation import most_pieces, with_max_tiles
+from mobilevlm.prompt import count_positions
 from mobilevlm.recipe import QDQ, Recipe
-from mobilevlm.spec import ModelSpec
+from mobilevlm.spec import ModelSpec, with_image
 
 
 def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
@@ -92,7 +96,9 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
 def _refusals(spec: ModelSpec, recipe: Recipe) -> list[tuple[bool, str]]:
     """Return the conditions that rule these graphs out, each with its error line."""
+    image = spec.image.preparation
     parts = {
+        f"images prepared as {image.kind!r}": not isinstance(image, FixedImage | Tiled),
         "a decoder with an encoder": spec.decoder.encoder_layers > 0,
         "a decoder with learned positions": spec.decoder.learned_positions,
         "a Q-Former": spec.image.connector.qformer is not None,
@@ -126,7 +132,36 @@ def _bits(spec: ModelSpec, recipe: Recipe, prefixes: tuple[str, ...]) -> float:
 
 
 def fixed_context(model: Model, recipe: Recipe) -> Model:
-    """Return the model with no more context than graphs of fixed shapes have room for."""
+    """Return the model with no more context than graphs of fixed shapes have room for, and images
+    in no more tiles than this has room for."""
     context = min(model.spec.decoder.context_length, recipe.context_length)
     decoder = replace(model.spec.decoder, context_length=context)
-    return replace(model, spec=replace(model.spec, decoder=decoder))
+    return _fitting(replace(model, spec=replace(model.spec, decoder=decoder)))
+
+
+def with_fewer_tiles(model: Model, most: int) -> Model:
+    """Return the model with images in no more than ``most`` tiles; as it is where none is split."""
+    image = model.spec.inputs.get("image")
+    if image is None or not isinstance(image.preparation, Tiled):
+        return model
+    preparation = with_max_tiles(image, most).preparation
+    return replace(model, spec=with_image(model.spec, preparation=preparation))
+
+
+def _fitting(model: Model) -> Model:
+    """Return the model with images in so many tiles that the context has as much room for text."""
+    room = model.spec.decoder.context_length // 2
+    image = model.spec.inputs.get("image")
+    if image is None or not isinstance(image.preparation, Tiled):
+        return model
+    if count_positions(most_pieces(image)) <= room:
+        return model
+    for most in range(MOST_TILES, 0, -1):
+        found = with_fewer_tiles(model, most)
+        if count_positions(most_pieces(found.spec.image)) <= room:
+            break
+    progress.say(
+        f"tiles       an image becomes at most {most}, so that half of the "
+        f"{model.spec.decoder.context_length} positions are for text"
+    )
+    return found

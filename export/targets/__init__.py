@@ -46,6 +46,9 @@ class Target:
     chunk_length: int = 64
     context_length: int = 1024
     """Shapes of graphs for NPUs, see :class:`mobilevlm.recipe.Recipe`"""
+    max_tiles: int = 0
+    """Tiles that an image is split into, at most; 1: none is split, so that all take as many
+    positions. 0: as the checkpoint has it"""
     layer_norm: Literal["fused", "centred"] = "fused"
     operators: Literal["runtime", "elementary"] = "runtime"
     vision: Precision | None = None

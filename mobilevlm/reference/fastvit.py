@@ -48,9 +48,9 @@ class ConvMLP(nn.Module):
         self.fc2 = nn.Linear(wide, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        rows = self.conv(hidden).movedim(1, -1)
+        rows = self.conv(hidden).permute(0, 2, 3, 1)
         out: Tensor = self.fc2(F.gelu(self.fc1(rows)))
-        return out.movedim(-1, 1)
+        return out.permute(0, 3, 1, 2)
 
 
 class MixerBlock(nn.Module):
@@ -161,5 +161,5 @@ def _depthwise(in_width: int, width: int, kernel: int, stride: int = 1) -> nn.Co
 
 
 def _pointwise(linear: nn.Module, hidden: Tensor) -> Tensor:
-    out: Tensor = linear(hidden.movedim(1, -1))
-    return out.movedim(-1, 1)
+    out: Tensor = linear(hidden.permute(0, 2, 3, 1))
+    return out.permute(0, 3, 1, 2)

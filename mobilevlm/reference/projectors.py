@@ -142,7 +142,7 @@ class QFormerProjector(QFormer):
 
 
 def _channel_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
-    out: Tensor = norm(hidden.movedim(1, -1)).movedim(-1, 1)
+    out: Tensor = norm(hidden.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return out
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from conftest import fixture_named, relative_error
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
@@ -156,3 +156,10 @@ def test_the_program_of_a_package_gives_the_visual_tokens_of_the_reference(tmp_p
         given = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
         found = run(package, large, given)[0]
     assert relative_error(found.numpy(), expected.numpy()) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["mobilevlm_v1", "fast_vlm"])
+def test_norms_and_products_over_channels_are_converted(name: str, tmp_path: Path) -> None:
+    from mobilevlm.export.targets.coreml_package import write_package
+
+    assert write_package(fixture_named(name).model, tmp_path / "vision.mlpackage")["conv"] > 2

@@ -13,6 +13,7 @@ from conftest import (
     FAMILY_FIXTURES,
     FIXTURES,
     FLOAT32,
+    HUB_FIXTURES,
     MOE_FIXTURES,
     Fixture,
     fixture_named,
@@ -69,7 +70,11 @@ def fixed_decoder(fixture: Fixture, model: Model, recipe: Recipe, folder: Path) 
 
 
 REFUSED = {"blip2": "learned positions", "blip2_t5": "an encoder", "instructblip": "a Q-Former"}
-WITH_GRAPHS = [name for name in (*FIXTURES, *MOE_FIXTURES, *FAMILY_FIXTURES) if name not in REFUSED]
+WITH_GRAPHS = [
+    name
+    for name in (*FIXTURES, *MOE_FIXTURES, *FAMILY_FIXTURES, *HUB_FIXTURES)
+    if name not in REFUSED
+]
 
 
 @pytest.mark.parametrize("name", REFUSED)

@@ -116,7 +116,7 @@ def pair_conversation(file: GgufFile, begins: bool, ends: Sequence[int]) -> Conv
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
     eos: Any = file.metadata.get("tokenizer.ggml.eos_token_id")
     known: list[int] = [eos] if type(eos) is int and 0 <= eos < len(tokens) else []
-    ids = tuple(dict.fromkeys([*known, *ends])) or (0,)
+    ids = tuple(dict.fromkeys([*known, *(end for end in ends if 0 <= end < len(tokens))])) or (0,)
     source = _source(file)
     if not source and "<|im_start|>" in tokens:
         source = CHATML

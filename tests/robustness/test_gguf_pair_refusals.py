@@ -128,6 +128,39 @@ def vlm(pair: Pair) -> VLM:
 Change = Callable[[pytest.MonkeyPatch], None]
 
 
+@pytest.fixture(autouse=True)
+def untried(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Let no test know of pairs that others tried."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_pair_is_tried_once_as_long_as_its_files_are_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, mmproj = smolvlm_pair(tmp_path)
+    mobilevlm.load(model, mmproj=mmproj).close()
+    [note] = (tmp_path / "cache" / "mobilevlm" / "pairs").iterdir()
+    monkeypatch.setattr(pair_probe, "SECONDS", 0.01)
+    monkeypatch.setattr(pair_probe, "BYTES_PER_SECOND", 1e12)
+    mobilevlm.load(model, mmproj=mmproj).close()
+    whole = note.read_text()
+    for damaged in ("", "{}", "[1]", whole.replace("72", '"x"'), whole[:-3]):
+        note.write_text(damaged)
+        assert "did not open it" in refused((model, mmproj))
+    note.write_text(whole)
+    mobilevlm.load(model, mmproj=mmproj).close()
+    os.utime(mmproj)
+    assert "did not open it" in refused((model, mmproj))
+
+
+def test_a_cache_that_cannot_be_written_only_costs_time(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    mobilevlm.load(pair[0], mmproj=pair[1]).close()
+
+
 def test_a_crash_in_the_process_that_tries_is_one_line(
     pair: Pair, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,6 +7,7 @@ import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -135,11 +136,15 @@ class PairImages:
     def encode(self, arrays: Arrays) -> Rows:
         """See :class:`mobilevlm.runtime.engines.EncoderEngine`. One image at a time: mtmd keeps the
         result inside."""
+        return self.encode_runs(arrays, None)
+
+    def encode_runs(self, arrays: Arrays, most: int | None) -> Rows:
+        """Return the rows of the first ``most`` runs of an image, or of all."""
         context, rows = still_open(self._context), [np.empty((0, self.width), np.float32)]
         pixels = np.ascontiguousarray(arrays["pixels"])
         note_threads(LLAMA)
         with context.lock, self._chunks(context, pixels) as chunks:
-            for chunk in filter(self._is_image, chunks):
+            for chunk in islice(filter(self._is_image, chunks), most):
                 code = self._mtmd.mtmd_encode_chunk(context.pointer, chunk)
                 if code:
                     raise MobileVLMError(f"llama.cpp failed on an image (code {code})")

@@ -8,16 +8,20 @@ memory out of all proportion ends another process than this one.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
+from mobilevlm._version import __version__
+from mobilevlm.bundle import cache_folder
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.gguf.file import GgufFile, read_gguf
@@ -27,6 +31,7 @@ from mobilevlm.prompt import Prepared, Run, count_positions, in_runs
 from mobilevlm.runtime.engines.llama.native import llama_library
 from mobilevlm.runtime.engines.llama.pair_decoder import PairDecoder
 from mobilevlm.runtime.engines.llama.pair_images import PairImages
+from mobilevlm.whole_file import written_whole
 
 SMALL, PHOTO = (64, 64, 3), (2250, 3000, 3)
 """Shapes of images that are tried: the first is encoded, the second is only prepared."""
@@ -37,12 +42,43 @@ MEMORY_FACTOR, MEMORY = 3, 3 << 30
 
 
 def probe_pair(decoder: GgufFile, vision: GgufFile, threads: int) -> PairFacts:
-    """Return llama.cpp's answers about a pair whose headers were checked.
+    """Return llama.cpp's answers about a pair whose headers were checked. A pair that was tried
+    before is not tried again, as long as its files are the same.
 
     Raises:
         BundleError: llama.cpp cannot run it, or the process that tried came to no end.
     """
-    llama_library()  # a package that is missing is told here
+    library = llama_library()  # a package that is missing is told here
+    try:
+        note = _note_of((*decoder.parts, *vision.parts), library.__version__)
+    except RuntimeError:  # there is no home folder
+        return _facts(decoder, vision, threads)
+    try:
+        data = json.loads(note.read_text(encoding="utf-8"))
+        return from_dict(PairFacts, data, str(note), strict=True)
+    except (OSError, ValueError, MobileVLMError):
+        facts = _facts(decoder, vision, threads)
+    try:
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with written_whole(note) as draft:
+            draft.write_text(json.dumps(asdict(facts)), encoding="utf-8")
+    except OSError:
+        pass  # the pair is tried again next time
+    return facts
+
+
+def _note_of(paths: Iterable[Path], version: str) -> Path:
+    """Return where the answers about files are kept. ``version``: of llama.cpp."""
+    hasher = hashlib.blake2b(f"{__version__} {version}".encode(), digest_size=16)
+    for path in paths:
+        stat = path.stat()
+        said = f"{path.absolute()} {stat.st_size} {stat.st_mtime_ns} {stat.st_ino}"
+        hasher.update(said.encode(errors="surrogateescape"))
+    return cache_folder() / "pairs" / f"{hasher.hexdigest()}.json"
+
+
+def _facts(decoder: GgufFile, vision: GgufFile, threads: int) -> PairFacts:
+    """Try a pair in a process of its own; errors as of :func:`probe_pair`."""
     model, mmproj = decoder.path, vision.path
     limit = SECONDS + (decoder.size + vision.size) / BYTES_PER_SECOND
     command = [sys.executable, "-m", __name__, str(model), str(mmproj), str(threads)]
@@ -133,21 +169,19 @@ def open_pair(
 
 
 def _run_once(decoder: PairDecoder, images: PairImages, image: Prepared) -> None:
-    """Run an image between two tokens.
+    """Run an image between two tokens; of one in tiles the first.
 
     Raises:
         BundleError: results are no numbers.
     """
     [arrays] = image.arrays
-    embeds, state, before, runs = images.encode(arrays).embeds, decoder.new_state(), 0, 0
+    embeds, state = images.encode_runs(arrays, 1).embeds, decoder.new_state()
     decoder.append(state, [0], 0)
     for part in in_runs(image.pieces):
-        if isinstance(part, list):
-            decoder.append(state, part, 0)
-            continue
-        rows = embeds[before : before + part.rows]
-        decoder.append_rows(state, decoder.placed(rows, arrays, runs, before), 0)
-        before, runs = before + part.rows, runs + 1
+        if isinstance(part, Run):
+            decoder.append_rows(state, decoder.placed(embeds, arrays, 0, 0), 0)
+            break
+        decoder.append(state, part, 0)
     if not (np.isfinite(embeds).all() and np.isfinite(decoder.step(state, 0)).all()):
         raise BundleError("llama.cpp computes no numbers from a grey image: a file is damaged")
 

@@ -75,6 +75,9 @@ class Plan:
     """Of an ``int8`` image encoder in ONNX Runtime. ``mapped``: used where they lie in the file,
     whose pages the system can take back and share, and loading reads none of them; ``packed``:
     copied in the kernels' order, so that a picture takes less time and loading more."""
+    tiles_at_once: int = 1
+    """Tiles of an image that ONNX Runtime encodes at the same time, each with the buffers of a run;
+    no more than the stage has threads."""
     prefill_chunk: int = PREFILL_CHUNK
     """Positions per run of a long prompt (ONNX Runtime)."""
     prefill_from: int = PREFILL_FROM
@@ -99,6 +102,13 @@ class Plan:
         """Positions per run of a long prompt (ONNX Runtime), memory considered."""
         scarce = self.memory != "fast"
         return min(self.prefill_chunk, COMPACT_CHUNK) if scarce else self.prefill_chunk
+
+    @property
+    def parallel_tiles(self) -> int:
+        """Tiles of an image that are encoded at the same time, memory and threads considered."""
+        if self.memory != "fast":
+            return 1
+        return max(min(self.tiles_at_once, self.threads_of("vision")), 1)
 
     @property
     def released_prompt_weights(self) -> bool:
@@ -139,16 +149,18 @@ def memory_settings(engine: str, first: MemorySetting = "fast") -> tuple[MemoryS
 
 
 def lighter_plans(plan: Plan) -> list[Plan]:
-    """The plan, and what takes less and less memory: the same with all weights that may stay in
-    their files there, then with each further setting that its engine knows."""
-    first, *others = (
-        replace(plan, memory=setting) for setting in memory_settings(plan.engine, plan.memory)
-    )
+    """The plan, and what takes less and less memory: the same with one tile of an image at a time,
+    with all weights that may stay in their files there, then with each further setting that its
+    engine knows."""
+    settings = memory_settings(plan.engine, plan.memory)
+    first = replace(plan, memory=settings[0])
+    single, *others = (replace(plan, memory=setting, tiles_at_once=1) for setting in settings)
     prompts = "mapped" if plan.prefill_weights == "packed" else plan.prefill_weights
     mapped = [
-        replace(item, vision_weights="mapped", prefill_weights=prompts) for item in (first, *others)
+        replace(item, vision_weights="mapped", prefill_weights=prompts)
+        for item in (single, *others)
     ]
-    return list(dict.fromkeys([first, *mapped]))
+    return list(dict.fromkeys([first, single, *mapped]))
 
 
 def default_threads() -> int:

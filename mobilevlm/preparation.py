@@ -139,9 +139,13 @@ def most_pieces(spec: InputSpec) -> tuple[Piece, ...]:
     return _extremes(spec)[1]
 
 
-def most_assembled_tiles(spec: InputSpec) -> int:
-    """Return the tiles of the largest grid whose visual tokens are put together as one."""
-    return most_tiles(spec.preparation) if isinstance(spec.preparation, AnyResolution) else 0
+def most_runs(spec: InputSpec) -> int:
+    """Return the most runs of the encoder that an image takes."""
+    if isinstance(spec.preparation, AnyResolution):
+        return 1 + most_tiles(spec.preparation)
+    if isinstance(spec.preparation, Tiled):
+        return count_rows(most_pieces(spec)) // spec.connector.num_tokens
+    return 1
 
 
 @lru_cache(maxsize=8)

@@ -11,7 +11,6 @@ from typing import Unpack
 import numpy as np
 from tokenizers import Tokenizer
 
-from mobilevlm.assembly import assemble
 from mobilevlm.bundle import INSTRUCTION_TOKENIZER, Bundle
 from mobilevlm.errors import BundleError
 from mobilevlm.image import ImageInput, Room, RoomFor
@@ -34,6 +33,7 @@ from mobilevlm.runtime.memory.limits import Limit, room_left
 from mobilevlm.runtime.sequence.cache import PromptCache
 from mobilevlm.runtime.sequence.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.sequence.encoded_session import EncodedSession
+from mobilevlm.runtime.sequence.encoding import encode_image
 from mobilevlm.runtime.sequence.pair_session import PairSession
 from mobilevlm.runtime.sequence.prompts import Images, PromptReader
 from mobilevlm.runtime.sequence.session import (
@@ -180,8 +180,7 @@ class VLM:
         :meth:`prepare_image`."""
         vision, _ = self._engines()
         prepared = self._prompts.asked_image(image, prompt, images)
-        parts = (vision.encode(given) for given in prepared.arrays)
-        return assemble(parts, prepared.assembly).embeds
+        return encode_image(vision, prepared, self.plan.parallel_tiles).embeds
 
     def image_features(self, image: ImageInput, images: int = 1) -> Float32:
         """The tower's features of each run ``(num_features, vision hidden_size)``, one behind the
@@ -290,7 +289,7 @@ class VLM:
         kind = EncodedSession if self.spec.decoder.encoder_layers else Session
         if is_pair(self.spec):
             kind = PairSession
-        return kind(self.spec, *self._engines(), cache, reuse)
+        return kind(self.spec, *self._engines(), cache, reuse, self.plan.parallel_tiles)
 
     def _answer(
         self,

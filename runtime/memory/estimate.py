@@ -11,7 +11,9 @@ The parts, and what each follows from (docs/runtime.md tells more, benchmarks/me
   ``fp16`` are made float32, and kept twice. llama.cpp keeps a second copy of Q4_0 in another order.
 - loading: pages of the file that are being packed, which go as the copies come
   (runtime/engines/onnx/mapped_weights.py).
-- buffers of a run: attention and MLP of one layer at a time, which the formulas below add up.
+- buffers of a run: attention and MLP of one layer at a time, which the formulas below add up; of
+  the image encoder once for each tile that is encoded at the same time.
+- the image: pixels of its tiles, its rows, and these once more in pieces or among the prompt's.
 - keys and values of the positions that are filled.
 - mapped: pages of files that the system can take back.
 """
@@ -24,10 +26,16 @@ from dataclasses import dataclass
 
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import Encoder, InputSpec, TransformerEncoder
+from mobilevlm.input_spec import (
+    DynamicImage,
+    Encoder,
+    InputSpec,
+    SquareImages,
+    TransformerEncoder,
+)
 from mobilevlm.linear_groups import LinearGroup, decoder_groups
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
-from mobilevlm.preparation import most_assembled_tiles, most_pieces
+from mobilevlm.preparation import most_pieces, most_runs
 from mobilevlm.prompt import count_positions, count_rows
 from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
 from mobilevlm.state_buffers import fixed_buffers, slot_buffers
@@ -157,13 +165,14 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
         elif name == "prefill" and (plan.prefill_weights != "packed" or plan.memory != "fast"):
             stages.append(_Stage(SESSION, 0.0, 0.0, size))
         elif name == "vision" and artifact.precision == "int8" and plan.vision_weights == "mapped":
-            run = _image_buffers(manifest.spec.image)
+            run = _tile_buffers(manifest.spec.image, plan)
             stages.append(_Stage(SESSION, run, run * (plan.memory == "fast"), size))
         else:
             stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
     if manifest.system_prompt is not None and plan.engine == "onnx":
         mapped += _size(manifest, [manifest.system_prompt.path])
     weights, filled, working, read = _peak(stages, states, plan)
+    working += image_bytes(manifest.spec.image)
     files = sum(_size(manifest, part.files) for part in artifacts.values())
     reserved = files + position * decoder.context_length - filled
     return Memory(libraries, weights, working, filled, pages, mapped + read, reserved)
@@ -215,7 +224,7 @@ def _onnx_stage(
 ) -> _Stage:
     spec = manifest.spec
     if name == "vision":
-        growth, run = _growth(manifest.recipe.tower), _image_buffers(spec.image)
+        growth, run = _growth(manifest.recipe.tower), _tile_buffers(spec.image, plan)
         weights = size * growth
     else:
         weights = _decoder_bytes(manifest, name)
@@ -238,7 +247,7 @@ def _gguf_stage(
     which it packs anew. ``read``: bytes of the file that are used."""
     if name == "vision":
         image = manifest.spec.image
-        return _Stage(read, _vision_buffers(image.encoder) / 2 + assembly_bytes(image), 0.0)
+        return _Stage(read, _vision_buffers(image.encoder) / 2, 0.0)
     packed = read if artifact.precision in REPACKED and plan.engine != "ggml" else 0.0
     run = _decoder_buffers(manifest.spec.decoder, min(PREFILL_CHUNK, positions), positions)
     return _Stage(packed, run, run)
@@ -275,19 +284,23 @@ def decoder_weights(spec: DecoderSpec, stage: str) -> list[LinearGroup]:
     ]
 
 
-def _image_buffers(spec: InputSpec) -> float:
-    """Of one run of the encoder, and of all tiles that are put together after it."""
-    return _vision_buffers(spec.encoder) + assembly_bytes(spec)
+def image_bytes(spec: InputSpec) -> float:
+    """Return the bytes of the largest image beside an encoder's buffers: its pixels, those of tiles
+    twice as Pillow has them (resized, and resized again or cut); the rows of all runs, and those
+    of the image."""
+    preparation, runs = spec.preparation, most_runs(spec)
+    rows, pixels = count_rows(most_pieces(spec)), 0
+    if isinstance(preparation, SquareImages):
+        pixels = (8 if runs > 1 else 3) * runs * preparation.size**2
+    elif isinstance(preparation, DynamicImage):
+        pixels = 3 * preparation.max_pixels
+    before = runs * spec.connector.num_tokens if runs > 1 else rows
+    return float(pixels + _FLOAT * (before + rows) * spec.connector.out_size)
 
 
-def assembly_bytes(spec: InputSpec) -> float:
-    """Return the bytes of the pixels of all tiles, and of their visual tokens as one grid before
-    and after it is cut and made smaller; 0 where rows of runs stand one behind the other."""
-    tiles = most_assembled_tiles(spec)
-    connector = spec.connector
-    rows = tiles * connector.num_tokens + count_rows(most_pieces(spec)) * (tiles > 0)
-    pixels = 3 * 2 * tiles * spec.encoder.image_size**2
-    return float(_FLOAT * rows * connector.out_size + pixels)
+def _tile_buffers(spec: InputSpec, plan: Plan) -> float:
+    """Of the tiles that are encoded at the same time."""
+    return min(plan.parallel_tiles, most_runs(spec)) * _vision_buffers(spec.encoder)
 
 
 def _vision_buffers(spec: Encoder) -> float:

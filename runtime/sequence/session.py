@@ -15,7 +15,6 @@ from typing import Literal, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.assembly import assemble
 from mobilevlm.errors import PromptError, SessionError
 from mobilevlm.messages import Message
 from mobilevlm.prompt import Piece, Prepared, Rows, count_rows, grid_positions
@@ -26,6 +25,7 @@ from mobilevlm.runtime.engines import (
     Float32,
 )
 from mobilevlm.runtime.sequence.cache import Border, PositionKey, PromptCache, borders, pieces
+from mobilevlm.runtime.sequence.encoding import encode_image
 from mobilevlm.spec import ModelSpec
 
 Reuse: TypeAlias = Literal["nothing", "pieces", "everything"]
@@ -218,12 +218,13 @@ class Session:
         decoder: DecoderEngine,
         cache: PromptCache,
         reuse: Reuse,
+        tiles_at_once: int = 1,
     ) -> None:
         self._context = spec.decoder.context_length
         self._hidden_size = spec.decoder.hidden_size
         self._axes, self._deep = spec.decoder.position_axes, len(spec.decoder.deep_layers)
         self._start = spec.decoder.start_token_id
-        self._vision, self._decoder = vision, decoder
+        self._vision, self._decoder, self._at_once = vision, decoder, tiles_at_once
         self._cache, self._reuse = cache, reuse
         self._state = decoder.new_state()
         self._keys: list[PositionKey] = []
@@ -435,8 +436,7 @@ class Session:
                 known = self._cache.images.get(digest)
                 if known is None:
                     image = prepared[digest]
-                    parts = (self._vision.encode(arrays) for arrays in image.arrays)
-                    known = assemble(parts, image.assembly)
+                    known = encode_image(self._vision, image, self._at_once)
                     assert len(known.embeds) == count_rows(image.pieces), "rows of an encoder"
                     self._cache.keep_image(digest, known)
                     encoded.add(digest)

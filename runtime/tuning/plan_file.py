@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 
 from mobilevlm.bundle import Bundle
 from mobilevlm.errors import BundleError, MobileVLMError, PlanWarning
+from mobilevlm.input_spec import MOST_TILES
 from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.plan import ENGINES, LLAMA_ENGINES, Plan, available_processors, choose_engine
 from mobilevlm.regular_file import NotRegularError, read_regular
@@ -190,6 +191,7 @@ def _check(plan: Plan, where: str) -> None:
     ranges: dict[str, tuple[float, float]] = {
         "vision_threads": (0, most_threads),
         "decoder_threads": (0, most_threads),
+        "tiles_at_once": (1, MOST_TILES + 1),
         "prefill_chunk": (1, 1 << 20),
         "prefill_from": (1, 1 << 20),
         "draft_tokens": (0, MAX_DRAFT_TOKENS),

@@ -16,6 +16,7 @@ from mobilevlm.prompt import Rows, count_rows
 from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.opening import open_engines
+from mobilevlm.runtime.sequence.encoding import encode_runs
 from mobilevlm.runtime.tuning.questions import StageTimes
 
 TEXT_TOKENS = 56
@@ -54,7 +55,7 @@ class EngineProbe:
             for _ in range(STEPS):
                 decoder.step(state, 1)
 
-        picture = _seconds(lambda: [vision.encode(arrays) for arrays in image.arrays])
+        picture = _seconds(lambda: list(encode_runs(vision, image.arrays, plan.parallel_tiles)))
         return StageTimes(picture, _seconds(prefill), _seconds(steps) / STEPS)
 
     def pieces(self, plan: Plan, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
@@ -80,6 +81,18 @@ class EngineProbe:
             _filling(decoder.planned(replace(plan, prefill_chunk=size)), prompt) for size in useful
         ]
         return dict(zip(useful, _in_turns(runs), strict=True))
+
+    def tiles(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
+        """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""
+        vision, _ = self._open(plan)
+        size = self._bundle.manifest.spec.image.square.size
+        runs = [{"pixels": np.full((size, size, 3), 128, np.uint8)}] * max(counts)
+
+        def run(count: int) -> Callable[[], object]:
+            return lambda: list(encode_runs(vision, runs, count))
+
+        timed = [run(count) for count in counts]
+        return dict(zip(counts, _in_turns(timed), strict=True))
 
     def drafts(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
         """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""
@@ -110,7 +123,9 @@ class EngineProbe:
     def _open(self, plan: Plan) -> tuple[EncoderEngine, DecoderEngine]:
         """The engines of a plan; those that are open, if they differ in nothing that must be known
         when weights are read."""
-        settings = replace(plan, prefill_chunk=1, prefill_from=1, draft_tokens=None)
+        settings = replace(
+            plan, prefill_chunk=1, prefill_from=1, draft_tokens=None, tiles_at_once=1
+        )
         if self._engines is None or settings != self._plan:
             self.close()
             self._engines, self._plan = open_engines(self._bundle, plan), settings

@@ -32,6 +32,8 @@ ROUNDS = 2
 LENGTHS = (8, 16, PREFILL_FROM, 32, 48, 96)
 """Positions of the pieces by which the graph for prompts is compared with the other one."""
 CHUNKS = (PREFILL_CHUNK, 256, 128)
+TILES = (1, 2, 4)
+"""Tiles of an image at the same time."""
 DRAFTS = (0, 2, DEFAULT_DRAFT_TOKENS, 8)
 GUESSES_RIGHT = 0.6
 """Share of guessed tokens that are right where the text repeats itself; elsewhere drafts pause."""
@@ -67,6 +69,9 @@ class Probe(Protocol):
 
     def chunks(self, plan: Plan, sizes: Sequence[int]) -> dict[int, float]:
         """A long prompt in chunks; of sizes beyond what fits into the context none."""
+
+    def tiles(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
+        """As many tiles as the largest count, so many of them at the same time."""
 
     def drafts(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
         """A run over a token and so many guesses."""
@@ -126,11 +131,13 @@ def tune(
     prompts: Sequence[str] = (),
     packing: bool = False,
     memory: Mapping[str, MemorySetting] = MappingProxyType({}),
+    tiles: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> TunedPlan:
     """Measures the engines and chooses. ``digest``: of the bundle's manifest; ``threads``: that
     this process may use; ``prompts``: engines that have a graph for prompts; ``packing``: whether
     memory suffices to copy weights that may stay in their file; ``memory``: setting of each engine,
-    where it is not ``fast``. At least one engine is measured, whatever the budget."""
+    where it is not ``fast``; ``tiles``: for engines that may encode several tiles of an image at
+    the same time, how many memory allows. At least one engine is measured, whatever the budget."""
     state = _Tuning(probe, budget)
     plans = {engine: Plan(engine, memory=memory.get(engine, "fast")) for engine in engines}
     first: dict[str, StageTimes] = {}
@@ -149,6 +156,9 @@ def tune(
             found = _spinning(state, found)
             if packing:
                 found = _vision_weights(state, found)
+        if engine in tiles:
+            most = found.vision_threads or threads
+            found = _tiles(state, found, [count for count in tiles[engine] if count <= most])
         if engine in prompts and start.memory != "in turn":
             found = _prompt_graph(state, found, packing)
         if engine == "onnx" and start.memory == "fast":
@@ -272,6 +282,17 @@ def _chunk(state: _Tuning, plan: Plan) -> Plan:
     best = fastest(seconds)
     state.note(question, seconds, best)
     return replace(plan, prefill_chunk=int(best))
+
+
+def _tiles(state: _Tuning, plan: Plan, counts: Sequence[int]) -> Plan:
+    question = f"{plan.engine}: tiles of an image at the same time"
+    if len(counts) < 2 or not state.may(question):
+        return plan
+    times = state.probe.tiles(plan, counts)
+    seconds = {f"{count}": [value] for count, value in times.items()}
+    best = fastest(seconds)
+    state.note(question, seconds, best)
+    return replace(plan, tiles_at_once=int(best))
 
 
 def _drafts(state: _Tuning, plan: Plan) -> Plan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -17,13 +18,14 @@ from mobilevlm.plan import (
     default_threads,
     stage_formats,
 )
+from mobilevlm.preparation import most_runs
 from mobilevlm.runtime.builtin_bundle import bundle_path
 from mobilevlm.runtime.machine import available_memory
 from mobilevlm.runtime.memory.fitting import fit_plan
 from mobilevlm.runtime.memory.limits import Limit, memory_limits
 from mobilevlm.runtime.tuning.plan_file import TunedPlan, check_writable, write_plan
 from mobilevlm.runtime.tuning.probe import EngineProbe
-from mobilevlm.runtime.tuning.questions import DEFAULT_BUDGET, Budget, tune
+from mobilevlm.runtime.tuning.questions import DEFAULT_BUDGET, TILES, Budget, tune
 
 
 def tune_bundle(
@@ -65,6 +67,11 @@ def tune_bundle(
             prompts=prompts,
             packing="onnx" in engines and _may_pack(ready, limits),
             memory=memory,
+            tiles={
+                name: _tiles(ready, Plan(name), limits)
+                for name in engines
+                if memory[name] == "fast"
+            },
         )
     finally:
         probe.close()
@@ -102,6 +109,16 @@ def _fitting(
     if not found:
         raise refusals[0]
     return found
+
+
+def _tiles(bundle: Bundle, plan: Plan, limits: list[Limit]) -> list[int]:
+    """Return how many tiles of an image an engine may encode at the same time: one if it has no
+    others, or no stage that does so; else as many as the limits allow."""
+    most = 1
+    if stage_formats(bundle, plan.engine)["vision"] in ("onnx", "ort"):
+        most = most_runs(bundle.manifest.spec.image)
+    plans = [replace(plan, tiles_at_once=count) for count in TILES if count <= most]
+    return [item.tiles_at_once for item in plans if fit_plan(bundle, item, limits) == item]
 
 
 def _may_pack(bundle: Bundle, limits: list[Limit]) -> bool:

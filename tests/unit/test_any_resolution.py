@@ -27,13 +27,14 @@ from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.preparation import (
     fewest_pieces,
     most_pieces,
+    most_runs,
     pieces_of,
     prepare,
     with_max_tiles,
 )
 from mobilevlm.prompt import Assembly, Rows, count_rows
 from mobilevlm.reference.assembly import assemble_rows
-from mobilevlm.runtime.memory.estimate import assembly_bytes
+from mobilevlm.runtime.memory.estimate import image_bytes
 
 MEAN, STD = (0.5, 0.25, 0.1), (0.5, 0.5, 0.5)
 NEXT = AnyResolution(28, ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), MEAN, STD)
@@ -209,12 +210,12 @@ def test_the_spec_of_any_resolution_is_stored_and_read() -> None:
 def test_memory_estimates_count_the_tiles_that_are_held_at_once() -> None:
     spec = image_input(ONEVISION)
     most = count_rows(most_pieces(spec))
-    assert assembly_bytes(spec) == 4 * 12 * (36 * 16 + most) + 2 * 36 * 28 * 28 * 3
-    assert assembly_bytes(with_max_tiles(spec, 4)) < assembly_bytes(spec)
-    one = with_max_tiles(spec, 1)
-    assert assembly_bytes(one) == 0
+    assert most_runs(spec) == 37
+    assert image_bytes(spec) == 4 * 12 * (37 * 16 + most) + 8 * 37 * 28 * 28
+    assert image_bytes(with_max_tiles(spec, 4)) < image_bytes(spec)
+    assert image_bytes(with_max_tiles(spec, 1)) == 2 * 4 * 12 * 17 + 3 * 28 * 28
     plain = FixedImage(28, 28, "pad", MEAN, STD)
-    assert assembly_bytes(replace(spec, preparation=plain)) == 0
+    assert image_bytes(replace(spec, preparation=plain)) == 2 * 4 * 12 * 16 + 3 * 28 * 28
 
 
 def test_runs_are_asked_for_one_by_one() -> None:

@@ -58,6 +58,10 @@ def test_what_is_written_is_read_and_used(bundle: Bundle) -> None:
         assert vlm.plan == ONE and vlm.threads == 1
     with mobilevlm.load(bundle.folder, plan="none") as vlm:
         assert vlm.plan == Plan("onnx")
+    tiles = replace(ONE, tiles_at_once=65)
+    write_plan(bundle, tuned(bundle, tiles))
+    assert settle_plan(bundle, "auto", None, "auto") == tiles
+    assert "tiles at once 65" in tiles.describe()
 
 
 def test_what_was_asked_for_wins(bundle: Bundle) -> None:
@@ -134,6 +138,9 @@ def test_a_damaged_file_is_passed_over_with_a_line(
         ({"engine": "gone"}, "engine 'gone' is not known"),
         ({"spinning": "no"}, "expected bool"),
         ({"draft_tokens": 999}, "draft_tokens is 999"),
+        ({"tiles_at_once": 0}, "tiles_at_once is 0, expected 1 to 65"),
+        ({"tiles_at_once": 66}, "tiles_at_once is 66, expected 1 to 65"),
+        ({"tiles_at_once": True}, "tiles_at_once: expected int, found True"),
     ],
 )
 def test_values_that_no_engine_takes_are_passed_over(

@@ -37,6 +37,8 @@ class Machine:
     spinning_off: float = 1.2
     packed: float = 0.9
     vision_packed: float = 1.0
+    tile: dict[int, float] = field(default_factory=lambda: {1: 1.0, 2: 0.7, 4: 0.8})
+    """Seconds of some tiles by how many are encoded at the same time"""
     now: float = 0.0
     opened: list[Plan] = field(default_factory=list)
 
@@ -57,6 +59,10 @@ class Machine:
     def chunks(self, plan: Plan, sizes: Sequence[int]) -> dict[int, float]:
         self.now += 1
         return {size: 1 + abs(size - 256) / 256 for size in sizes}
+
+    def tiles(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
+        self.now += 1
+        return {count: self.tile[count] for count in counts}
 
     def drafts(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
         self.now += 1
@@ -132,6 +138,33 @@ def test_weights_of_the_image_encoder_are_copied_where_there_is_room_and_it_pays
 ) -> None:
     found = tuned(Machine(vision_packed=time), packing=packing).plans[0]
     assert found.vision_weights == expected
+
+
+@pytest.mark.parametrize(
+    ("times", "allowed", "expected"),
+    [
+        ({}, [1, 2, 4], 2),
+        ({}, [1], 1),
+        ({2: 0.98, 4: 0.98}, [1, 2, 4], 1),
+        ({2: 0.9, 4: 0.5}, [1, 2], 2),
+        ({2: 0.9, 4: 0.5}, [1, 2, 4], 4),
+    ],
+)
+def test_tiles_are_encoded_at_the_same_time_where_there_is_room_and_it_pays(
+    times: dict[int, float], allowed: list[int], expected: int
+) -> None:
+    machine = Machine()
+    machine.tile |= times
+    found = tuned(machine, tiles={"onnx": allowed})
+    assert found.plans[0].tiles_at_once == expected
+    told = [item.label for item in found.candidates if "tiles of an image" in item.question]
+    assert told == [str(count) for count in allowed if len(allowed) > 1]
+
+
+def test_no_more_tiles_are_tried_at_the_same_time_than_the_stage_has_threads() -> None:
+    machine = Machine(vision={4: 1.0, 3: 1.0, 2: 0.5}, tile={1: 1.0, 2: 0.9, 4: 0.1})
+    [found] = tuned(machine, tiles={"onnx": [1, 2, 4]}).plans
+    assert (found.vision_threads, found.tiles_at_once) == (2, 2)
 
 
 @pytest.mark.parametrize(("memory", "positions"), [("compact", 48), ("in turn", PREFILL_FROM)])

@@ -249,7 +249,16 @@ class HubCheckpoint:
 
 
 def open_hub(source: Source, text_key: str = "text_config") -> HubCheckpoint:
-    """Open a checkpoint in this layout, or in one whose language model has another key."""
+    """Open a checkpoint in this layout, or in one whose language model has another key.
+
+    Raises:
+        CheckpointError: a vision tower is given, which such a checkpoint has itself.
+    """
+    if source.options.vision_tower is not None:
+        raise CheckpointError(
+            f"{source.folder}: this checkpoint has its vision tower inside: leave --vision-tower "
+            f"out"
+        )
     return HubCheckpoint(source, source.weight_files(), text_key)
 
 

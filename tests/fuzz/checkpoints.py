@@ -24,7 +24,7 @@ from mobilevlm.model import OpenOptions
 from mobilevlm.reference.model import ReferenceModel
 
 DATA = Path(__file__).parents[1] / "data"
-FIXTURES = ("llava_v1", "mobilevlm_v2")
+FIXTURES = ("llava_v1", "mobilevlm_v2", "smolvlm2")
 BOMB_BYTES = 1 << 29
 """Of zeros, in an archive member of a thousandth of it."""
 _KEYS: dict[str, tuple[Any, ...]] = {
@@ -45,6 +45,11 @@ _KEYS: dict[str, tuple[Any, ...]] = {
     "mm_vision_select_layer": (10**9, -1, 0),
     "image_size": (10**6, 2**40),
     "patch_size": (1, 2**40),
+    "scale_factor": (1, 3, 8, 2**40),
+    "image_token_id": (0, 623, 10**9),
+    "size": ({"longest_edge": 10**9}, {"longest_edge": 1}, {"height": 64}),
+    "max_image_size": ({"longest_edge": 2**40}, {}),
+    "image_seq_len": (0, 10**9),
     "moe": ({"moe_enable": True, "moe_mode": "dense", "num_experts": [2**40]}, []),
 }
 """Values at which a reader of these keys may break."""
@@ -58,14 +63,20 @@ class Case:
 
     checkpoint: Path
     tower: Path
+    """Not there where the checkpoint holds its own."""
     bundle: Path | None
+
+    @property
+    def options(self) -> OpenOptions:
+        return OpenOptions(self.tower if self.tower.is_dir() else None)
 
 
 def prepare(folder: Path) -> None:
     """Copy the fixtures, and write an archive that unpacks to a thousand times its size."""
     for name in FIXTURES:
         for part in ("checkpoint", "vision_tower"):
-            shutil.copytree(DATA / name / part, folder / name / part)
+            if (DATA / name / part).is_dir():
+                shutil.copytree(DATA / name / part, folder / name / part)
     torch.save({"lm_head.weight": torch.zeros(4)}, folder / "small.bin")
     members = _members(folder / "small.bin")
     (data,) = (name for name in members if name.endswith("data/0"))
@@ -103,7 +114,7 @@ def mutate(base: Path, random: random.Random, scratch: Path) -> Case:
 
 def attempt(case: Case) -> None:
     """Open the checkpoint and read every tensor as an export does; some are exported."""
-    model = open_checkpoint(case.checkpoint, OpenOptions(case.tower))
+    model = open_checkpoint(case.checkpoint, case.options)
     with torch.device("meta"):
         reference = ReferenceModel(model.spec)
     for name, parameter in reference.named_parameters():
@@ -113,16 +124,19 @@ def attempt(case: Case) -> None:
             case.checkpoint,
             case.bundle,
             recipe="fp32",
-            vision_tower=case.tower,
+            vision_tower=case.options.vision_tower,
             measure=False,
         )
 
 
 def _change_key(base: Path, random: random.Random, case: Case) -> None:
-    path = random.choice((case.checkpoint, case.checkpoint, case.tower)) / "config.json"
+    folders = [folder for folder in (case.checkpoint, case.tower) if folder.is_dir()]
+    files = [folder / "config.json" for folder in folders]
+    path = random.choice([files[0], *files, *case.checkpoint.glob("*processor*.json")])
     data = _json(path)
-    key = random.choice((*_KEYS, *data))
-    data[key] = random.choice((*_KEYS.get(key, ()), random.choice(NUMBERS), random.choice(VALUES)))
+    part = data.get(random.choice(("", "text_config", "vision_config")), data)
+    key = random.choice((*_KEYS, *part))
+    part[key] = random.choice((*_KEYS.get(key, ()), random.choice(NUMBERS), random.choice(VALUES)))
     path.write_text(json.dumps(data))
 
 

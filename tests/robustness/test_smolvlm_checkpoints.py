@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from mobilevlm.families import open_checkpoint
 from mobilevlm.input_spec import Tiles
-from mobilevlm.model import Model
+from mobilevlm.model import Model, OpenOptions
 from mobilevlm.reference import load_reference
 
 FIXTURE = fixture_named("smolvlm2")
@@ -178,6 +178,11 @@ def test_a_checkpoint_with_files_missing_or_of_another_model_is_one_line(
 ) -> None:
     damage(copy)
     message_of(lambda: open_checkpoint(copy), str(copy), *told)
+
+
+def test_a_vision_tower_that_nobody_reads_is_refused(copy: Path) -> None:
+    options = OpenOptions(fixture_named("llava_v1").tower)
+    message_of(lambda: open_checkpoint(copy, options), str(copy), "leave --vision-tower out")
 
 
 def test_a_tensor_that_nobody_reads_is_named(copy: Path) -> None:

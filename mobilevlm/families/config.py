@@ -66,10 +66,11 @@ def config_value(
 
 
 def check_only(path: Path, config: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Raise CheckpointError where a key has another value than the only one that is supported."""
+    """Raise CheckpointError where a key has another value than the only one that is supported;
+    ``null`` counts as absent."""
     for key, value in expected.items():
-        found = config.get(key, value)
-        if found != value or type(found) is not type(value):
+        found = config.get(key)
+        if found is not None and (found != value or type(found) is not type(value)):
             raise CheckpointError(f"{path}: {key!r} is {found!r:.60}, expected {value!r}")
 
 

@@ -8,15 +8,17 @@ read: the same function, and scales for each row take no notice.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.checkpoint import Rescaling, RowRange, TensorRef, Weights, check_presence
+from mobilevlm.checkpoint import RowRange, TensorRef, Weights, check_presence
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import Backbone, decoder_refs, skipped_names
-from mobilevlm.families.config import config_value
+from mobilevlm.families.config import check_only, config_value
+from mobilevlm.families.fused import Branch, FusedLayer, FusedTensors
 from mobilevlm.families.hub import HubCheckpoint
 from mobilevlm.families.towers import transformer_spec
 from mobilevlm.input_spec import TransformerEncoder
@@ -105,7 +107,7 @@ def intern_vit(path: Path, names: Names, config: dict[str, Any], select: Any) ->
     """
     given = {key: value for key, value in config.items() if value is not None}
     config = {**names.defaults, **given}
-    refuse_others(path, config, names.expected)
+    check_only(path, config, names.expected)
     config |= {key: _edge(path, config, key) for key in ("image_size", "patch_size")}
     layers = config_value(path, config, "num_hidden_layers", int)
     if type(select) is not int or not -layers - 1 <= select <= layers:
@@ -123,18 +125,6 @@ def intern_vit(path: Path, names: Names, config: dict[str, Any], select: Any) ->
     return vision
 
 
-def refuse_others(path: Path, config: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Refuse values that mean another model; keys that are absent have the expected ones.
-
-    Raises:
-        CheckpointError: a value is not as expected.
-    """
-    for key, value in expected.items():
-        found = config.get(key)
-        if found is not None and (found != value or type(found) is not type(value)):
-            raise CheckpointError(f"{path}: {key!r} is {found!r:.60}, expected {value!r}")
-
-
 def intern_weights(
     hub: HubCheckpoint,
     names: Names,
@@ -149,55 +139,54 @@ def intern_weights(
     """
     tower = hub.prefix(names.towers, names.class_token)
     link = hub.prefix(names.connectors, f"{names.links['norm']}.weight")
-    refs = decoder_refs(hub.files, decoder, backbone) | _tower_refs(hub, names, vision, tower)
+    layers = dict(_scaled_layers(vision, names, f"{tower}{names.layers}"))
+    files = FusedTensors(hub.files, layers)
+    refs = decoder_refs(files, decoder, backbone) | _tower_refs(files, names, vision, tower)
     for ours, theirs in names.links.items():
         for part in ("weight", "bias"):
-            refs[f"projector.{ours}.{part}"] = TensorRef(hub.files, f"{link}{theirs}.{part}")
-    scales = {
-        f"vision.layers.{index}.{ours}": TensorRef(
-            hub.files, f"{tower}{names.layers}.{index}.{theirs}"
-        )
-        for index in range(vision.num_hidden_layers)
-        for ours, theirs in names.scales.items()
-    }
-    known = {**refs, **scales}
-    check_presence(known)
+            refs[f"projector.{ours}.{part}"] = TensorRef(files, f"{link}{theirs}.{part}")
+    check_presence(refs)
     numbers = "|".join(
         map(str, range(vision.num_hidden_layers, hub.vision.get("num_hidden_layers", 0)))
     )
     dropped = rf"{re.escape(f'{tower}{names.layers}')}\.({numbers or '(?!)'})\."
-    hub.source.check_unread(known, hub.files, [*skipped_names(decoder, backbone), dropped])
-    factors = Weights(scales)
-    folded: dict[str, Rescaling] = {}
-    for name in scales:
-        rows = Rescaling(rows=factors.read(name, (vision.hidden_size,)))
-        folded |= {f"{name}.weight": rows, f"{name}.bias": rows}
-    return Weights(refs).rescaled(folded)
+    hub.source.check_unread(refs, files, [*skipped_names(decoder, backbone), dropped])
+    return Weights(refs)
+
+
+def _scaled_layers(
+    vision: TransformerEncoder, names: Names, layers: str
+) -> Iterator[tuple[str, FusedLayer]]:
+    """Yield the linear layers whose output layer scale multiplies."""
+    size = vision.hidden_size
+    for index in range(vision.num_hidden_layers):
+        for ours, scale in names.scales.items():
+            module = f"{layers}.{index}.{names.parts[ours]}"
+            shape = size, vision.intermediate_size if ours == "mlp.fc2" else size
+            yield module, FusedLayer(shape, (Branch(module, factors=f"{layers}.{index}.{scale}"),))
 
 
 def _tower_refs(
-    hub: HubCheckpoint, names: Names, vision: TransformerEncoder, tower: str
+    files: FusedTensors, names: Names, vision: TransformerEncoder, tower: str
 ) -> dict[str, TensorRef]:
     refs = {
-        "vision.class_embedding": TensorRef(hub.files, f"{tower}{names.class_token}", outer=2),
-        "vision.position_embedding.weight": TensorRef(
-            hub.files, f"{tower}{names.positions}", outer=1
-        ),
+        "vision.class_embedding": TensorRef(files, f"{tower}{names.class_token}", outer=2),
+        "vision.position_embedding.weight": TensorRef(files, f"{tower}{names.positions}", outer=1),
     }
     size = vision.hidden_size
     for part in ("weight", "bias"):
         stored = f"{tower}{names.patches}.{part}"
-        refs[f"vision.patch_embedding.{part}"] = TensorRef(hub.files, stored)
+        refs[f"vision.patch_embedding.{part}"] = TensorRef(files, stored)
         for index in range(vision.num_hidden_layers):
             ours, theirs = f"vision.layers.{index}", f"{tower}{names.layers}.{index}"
             for name, other in names.parts.items():
-                refs[f"{ours}.{name}.{part}"] = TensorRef(hub.files, f"{theirs}.{other}.{part}")
+                refs[f"{ours}.{name}.{part}"] = TensorRef(files, f"{theirs}.{other}.{part}")
             if names.fused_qkv is None:
                 continue
             for place, name in enumerate("qkv"):
                 rows = RowRange(place * size, (place + 1) * size, 3 * size)
                 stored = f"{theirs}.{names.fused_qkv}.{part}"
-                refs[f"{ours}.attn.{name}_proj.{part}"] = TensorRef(hub.files, stored, rows)
+                refs[f"{ours}.attn.{name}_proj.{part}"] = TensorRef(files, stored, rows)
     return refs
 
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families.config import config_value
+from mobilevlm.families.config import check_only, config_value
 from mobilevlm.families.hub import HubCheckpoint, open_hub
-from mobilevlm.families.intern_vit import FACTOR, HUB, intern_vit, intern_weights, refuse_others
+from mobilevlm.families.intern_vit import FACTOR, HUB, intern_vit, intern_weights
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import channels, pixel_edge
 from mobilevlm.input_spec import (
@@ -41,7 +41,7 @@ _MARKS = {"start_image_token": "<img>", "end_image_token": "</img>"}
 def read_internvl(source: Source) -> tuple[ModelSpec, Weights]:
     """Reads InternVL in the hub's layout."""
     hub = open_hub(source)
-    refuse_others(hub.path, source.config, _EXPECTED)
+    check_only(hub.path, source.config, _EXPECTED)
     vision = intern_vit(hub.path, HUB, hub.vision, source.config.get("vision_feature_layer", -1))
     row_id, mark = hub.image_token("image_token_id", "image_token_index")
     settings = tokenizer_settings(source.folder)
@@ -80,7 +80,7 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> AspectTiles:
         CheckpointError: a value is wrong, or asks for what is not known here.
     """
     where, settings = hub.processor_path, hub.processor
-    refuse_others(where, settings, {"resample": 3})  # crop_to_patches: the processor sets it
+    check_only(where, settings, {"resample": 3})  # crop_to_patches: the processor sets it
     size = pixel_edge(settings.get("size"), vision.image_size, str(where), "size")
     if size != vision.image_size:
         raise CheckpointError(

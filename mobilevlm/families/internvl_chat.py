@@ -13,14 +13,13 @@ from typing import Any
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families.config import config_value
+from mobilevlm.families.config import check_only, config_value
 from mobilevlm.families.hub import HubCheckpoint, open_hub
 from mobilevlm.families.intern_vit import (
     FACTOR,
     OPENGVLAB,
     intern_vit,
     intern_weights,
-    refuse_others,
 )
 from mobilevlm.families.internvl import IMAGENET_MEAN, IMAGENET_STD, connector, tile_counts
 from mobilevlm.families.registry import Source, register
@@ -72,7 +71,7 @@ def read_internvl_chat(source: Source) -> tuple[ModelSpec, Weights]:
     outer = {key: value for key, value in source.config.items() if key != "tie_word_embeddings"}
     hub = open_hub(replace(source, config=outer), "llm_config")
     path, config = hub.path, source.config
-    refuse_others(path, config, _EXPECTED)
+    check_only(path, config, _EXPECTED)
     vision = intern_vit(path, OPENGVLAB, hub.vision, config.get("select_layer", -1))
     version = config_value(path, config, "ps_version", str, "v1")
     if version not in _ORDERS:

@@ -11,7 +11,7 @@ from fuzz.harness import NAMES, Fuzzer, run
 from fuzz.mutations import mutate_json
 from fuzz.worker import run_case
 
-COUNTS: dict[str, int] = {"checkpoints": 60, "gguf": 100, "manifests": 40, "templates": 60}
+COUNTS = {"checkpoints": 60, "gguf": 100, "gguf_pairs": 8, "manifests": 40, "templates": 60}
 """Cases of fuzzers that are slower, or much faster, than most."""
 
 

@@ -71,6 +71,40 @@ _TWO_SEPARATORS = """\
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
 
+_INSTRUCTIONS = """\
+{%- macro marked(text) -%}{{ text | replace('<image>', 'MARK') }}{%- endmacro -%}
+{%- set system = namespace(text='') -%}
+{%- for message in messages -%}
+  {%- if message['role'] == 'system' -%}
+    {%- set system.text = '<<SYS>>\\n' ~ message['content'] ~ '\\n<</SYS>>\\n\\n' -%}
+  {%- elif message['role'] == 'user' -%}
+    {{- '[INST] ' ~ system.text -}}{%- set system.text = '' -%}
+    {%- if message['content'] is string -%}
+      {{- marked(message['content']) -}}
+    {%- else -%}
+      {%- for part in message['content'] if part['type'] == 'image' -%}{{- 'MARK\\n' -}}
+      {%- endfor -%}
+      {%- for part in message['content'] if part['type'] == 'text' -%}
+        {{- marked(part['text']) -}}
+      {%- endfor -%}
+    {%- endif -%}
+    {{- ' [/INST]' -}}
+  {%- else -%}
+    {{- ' ' ~ message['content'] ~ ' </s>' -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+INSTRUCTIONS = "mistral_instruct"
+"""Name of LLaVA's conversation for Mistral."""
+
+
+def instructions_template(image_mark: str = IMAGE_PLACEHOLDER) -> str:
+    """Return the Jinja template of LLaVA's ``SeparatorStyle.LLAMA_2`` as it is for Mistral: turns
+    of the user between ``[INST]`` and ``[/INST]``, no system message of its own. ``image_mark`` as
+    of :func:`two_separator_template`."""
+    return _INSTRUCTIONS.replace("MARK", image_mark)
+
+
 _TURNS = """\
 {%- for message in messages -%}
   {%- if not loop.first -%}{{- ' ' -}}{%- endif -%}

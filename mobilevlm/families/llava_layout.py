@@ -21,7 +21,12 @@ from mobilevlm.checkpoint import (
     check_presence,
     read_json,
 )
-from mobilevlm.conversation import CONVERSATIONS, two_separator_template
+from mobilevlm.conversation import (
+    CONVERSATIONS,
+    INSTRUCTIONS,
+    instructions_template,
+    two_separator_template,
+)
 from mobilevlm.errors import CheckpointError, FileWarning
 from mobilevlm.families.backbones import LLAMA, Backbone, decoder_refs, skipped_names
 from mobilevlm.families.config import config_value, end_ids, read_config
@@ -310,11 +315,12 @@ def _preparation(
 
 def _conversation_spec(source: Source, name: str) -> ConversationSpec:
     """An answer ends at the ids that the configuration names and at the conversation's mark."""
-    if name not in CONVERSATIONS:
+    if name not in (*CONVERSATIONS, INSTRUCTIONS):
         raise CheckpointError(
-            f"conversation {name!r} is not known: expected {', '.join(CONVERSATIONS)}"
+            f"conversation {name!r} is not known: expected {', '.join(CONVERSATIONS)} or "
+            f"{INSTRUCTIONS}"
         )
-    style = CONVERSATIONS[name]
+    style = CONVERSATIONS.get(name)
     mark = IMAGE_PLACEHOLDER
     if source.config.get("mm_use_im_start_end"):
         for token in ("<im_start>", "<im_end>"):
@@ -325,7 +331,9 @@ def _conversation_spec(source: Source, name: str) -> ConversationSpec:
                 )
         mark = f"<im_start>{IMAGE_PLACEHOLDER}<im_end>"
     ids = end_ids(source.folder_with("generation_config.json"), source.config)
-    end = source.tokenizer.token_to_id(style.end)
+    text = "</s>" if style is None else style.end
+    end = source.tokenizer.token_to_id(text)
     if end is not None and end not in ids:
         ids = (*ids, end)
-    return ConversationSpec(two_separator_template(style, mark), ids, (style.end,))
+    template = instructions_template(mark) if style is None else two_separator_template(style, mark)
+    return ConversationSpec(template, ids, (text,))

@@ -57,6 +57,39 @@ def test_llavas_own_layout_says_vicunas_words_and_marks_an_image_once(tmp_path: 
     assert official_ids(tokens, model.spec.image.layout).count(-200) == 1
 
 
+def test_mistral_in_llavas_own_layout_has_its_own_words_and_slides_as_it_says(
+    tmp_path: Path,
+) -> None:
+    given = {"model_type": "llava_mistral", "num_key_value_heads": 8}
+    model = open_checkpoint(write_own_layout(tmp_path, **given, sliding_window=16))
+    assert model.spec.decoder.window(0) == 16
+    said = [
+        {"role": "system", "content": "Be brief."},
+        user_message("What is it?", 1),
+        {"role": "assistant", "content": "A sign."},
+        user_message("What does <image> show?", 1),
+    ]
+    assert render(model.spec.conversation, said) == (
+        "[INST] <<SYS>>\nBe brief.\n<</SYS>>\n\n<image>\nWhat is it? [/INST] A sign. </s>"
+        "[INST] What does <image> show? [/INST]"
+    )
+    assert model.spec.conversation.eos_token_ids == (2,)
+
+
+def test_a_decoder_all_of_whose_layers_slide_runs_as_onnx_and_gguf(tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(NEXT.checkpoint, tmp_path / "llava_next"))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"] |= {"model_type": "mistral", "sliding_window": 16}
+    (folder / "config.json").write_text(json.dumps(config))
+    exact, bundle = logits_of(open_checkpoint(folder)).numpy(), tmp_path / "bundle"
+    formats = ["onnx", "gguf"]
+    mobilevlm.export(folder, bundle, recipe="fp32", formats=formats, measure=False)
+    for engine in ("onnx", "ggml"):
+        with mobilevlm.load(bundle, engine=engine) as vlm:
+            found = vlm.prompt_logits(NEXT.templated_prompt, NEXT.images, raw=True)
+        assert relative_error(found, exact) <= (1e-4 if engine == "onnx" else 1e-2), engine
+
+
 def test_sizes_of_llavas_own_layout_are_width_first_and_may_be_a_text(tmp_path: Path) -> None:
     model = open_checkpoint(write_own_layout(tmp_path, image_grid_pinpoints="[(168, 112)]"))
     assert isinstance(model.spec.image.preparation, AnyResolution)

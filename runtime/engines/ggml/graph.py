@@ -56,6 +56,8 @@ class DecoderGraph:
         inputs = {name: self._context.tensor(_DTYPES[name][0], *sizes[name]) for name in sizes}
         for tensor in inputs.values():
             native.set_input(tensor)
+            # One that no layer reads (the mask, where all layers slide) needs memory too.
+            native.build_forward_expand(self._graph, tensor)
         layers = Layers(
             spec, weights, cache, shape, Inputs(**inputs), self._context, self._graph, observe
         )

@@ -154,10 +154,13 @@ def _run_worker(
             start_new_session=True,
         )
     assert worker.stdout is not None
+    # A worker imports the product before its first case; "ready" tells when that is done.
+    patience = 120.0
     try:
         while number < last and (end is None or time.monotonic() < end):
-            line = _next_line(worker, worker.stdout, fuzzer.seconds)
+            line = _next_line(worker, worker.stdout, patience)
             if line == "ready":
+                patience = fuzzer.seconds + 1
                 continue
             if line.startswith("signals exit"):  # Python ended by itself, and said why
                 said = errors.read_text(errors="replace").strip().splitlines()[-1:]
@@ -172,25 +175,21 @@ def _run_worker(
     return number
 
 
-def _next_line(worker: subprocess.Popen[bytes], stdout: IO[bytes], seconds: float) -> str:
+def _next_line(worker: subprocess.Popen[bytes], stdout: IO[bytes], patience: float) -> str:
     """Return the next outcome, which may be the end of the worker."""
-    # A worker imports the product before its first case; "ready" tells when that is done.
-    patience = seconds + 1 if getattr(worker, "is_ready", False) else 120.0
     deadline = time.monotonic() + patience
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)
         while time.monotonic() < deadline:
             if selector.select(WATCHED_EVERY):
                 line = stdout.readline().decode(errors="replace").strip()
-                if line == "ready":
-                    worker.is_ready = True  # type: ignore[attr-defined]
                 if line:
                     return line
                 code = worker.wait()
                 return f"signals {signal.Signals(-code).name if code < 0 else f'exit code {code}'}"
             if _resident(worker.pid) > BACKSTOP:
                 return f"memory over {BACKSTOP}"
-    return f"hangs over {seconds} s"
+    return f"hangs over {patience:g} s"
 
 
 def _resident(group: int) -> int:

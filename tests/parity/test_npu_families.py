@@ -138,7 +138,7 @@ def test_models_that_split_no_image_stay_as_they_are(llava_v1: Fixture) -> None:
 
 
 def test_images_of_any_shape_are_refused_in_one_line(llava_v1: Fixture) -> None:
-    image = DynamicImage(14, 2, 3136, 1_003_520, (0.5,) * 3, (0.5,) * 3)  # type: ignore[arg-type]
+    image = DynamicImage(14, 2, 3136, 1_003_520, (0.5,) * 3, (0.5,) * 3)
     model = replace(llava_v1.model, spec=with_image(llava_v1.model.spec, preparation=image))
     with pytest.raises(MobileVLMError, match="of images prepared as 'dynamic_image' yet: use --fo"):
         npu_jobs(model, RECIPES["fp32"])

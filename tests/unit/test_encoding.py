@@ -87,7 +87,7 @@ def test_rows_of_tiles_at_the_same_time_are_those_of_one_after_the_other_to_the_
             assert len(vlm.prepare_image(image).arrays) > 2
             rows.append(vlm.encode_image(image))
             answers.append(vlm.generate("What is it?", [image], max_new_tokens=4).token_ids)
-    assert np.array_equal(*rows) and answers[0] == answers[1]
+    assert np.array_equal(rows[0], rows[1]) and answers[0] == answers[1]
 
 
 @pytest.fixture

@@ -24,7 +24,9 @@ if os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1":
 
 from pairs import Pair, internvl_pair, smolvlm_pair
 
+from mobilevlm.image import Room
 from mobilevlm.runtime.engines.llama import pair_probe
+from mobilevlm.runtime.engines.llama.pair_images import PairImages
 
 IMAGE = DATA / "smolvlm2" / "image.png"
 QUESTION = ("--prompt", "Who?", "--image", str(IMAGE), "--max-new-tokens", "2")
@@ -248,3 +250,12 @@ def test_the_limit_of_memory_is_heeded(pair: Pair, capsys: pytest.CaptureFixture
     assert "the limit is 40 MB (--max-memory)" in said
     done = run_program("run", *files, *QUESTION, "--max-memory", "400MB")
     assert done.returncode == 0, done.stderr
+
+
+def test_an_image_that_resizing_would_take_too_much_memory_for_is_refused(vlm: VLM) -> None:
+    photo = np.zeros((2000, 3000, 3), np.uint8)
+    encoder, _ = vlm._engines()
+    assert isinstance(encoder, PairImages)
+    with pytest.raises(ImageError, match=r"takes 72 MB, there is room for 50 MB \(a test\)"):
+        encoder.prepare(photo, lambda needed: Room(50e6, "a test"))
+    assert encoder.prepare(photo, lambda needed: Room(80e6, "a test")).pieces

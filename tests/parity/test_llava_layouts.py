@@ -19,6 +19,7 @@ from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.families import open_checkpoint
 from mobilevlm.image import normalize
 from mobilevlm.input_spec import AnyResolution
+from mobilevlm.messages import Message
 from mobilevlm.model import Model
 from mobilevlm.preparation import prepare
 from mobilevlm.prompt import expand
@@ -63,7 +64,7 @@ def test_mistral_in_llavas_own_layout_has_its_own_words_and_slides_as_it_says(
     given = {"model_type": "llava_mistral", "num_key_value_heads": 8}
     model = open_checkpoint(write_own_layout(tmp_path, **given, sliding_window=16))
     assert model.spec.decoder.window(0) == 16
-    said = [
+    said: list[Message] = [
         {"role": "system", "content": "Be brief."},
         user_message("What is it?", 1),
         {"role": "assistant", "content": "A sign."},

@@ -5,9 +5,11 @@ export const EXPORT = "mobilevlm export CHECKPOINT -o BUNDLE --target web-wasm";
 /** Parts of a spec that this page reads itself, or that are inside the graphs. A part with another
  * name may change what the page has to compute. */
 const KNOWN = {
-  preparation: words("aspect kind mean shortest_edge size std"),
-  layout: words("end_ids placeholder_ids"),
-  conversation: words("chat_template eos_token_ids stop_strings tokenization"),
+  layout: words(`
+    begin_ids between_ids end_ids placeholder_ids row_end_ids row_id thumbnail_ids tile_ids`),
+  conversation: words(
+    "chat_template eos_token_ids image_mark parts stop_strings tokenization",
+  ),
   decoder: words(`
     attention_scale attention_softcap context_length embed_scale encoder_layers experts head_dim
     hidden_act hidden_size intermediate_size learned_positions lm_head_bias logit_softcap mlp
@@ -17,7 +19,14 @@ const KNOWN = {
     tie_word_embeddings vocab_size`),
 };
 const REMEDY = "choose another model, or use a newer page";
-const PREPARATION = "fixed_image";
+/** The same of an image's preparation, by its kind. */
+const PREPARATIONS = {
+  fixed_image: words("aspect kind mean shortest_edge size std"),
+  tiles: words("kind longest_edge max_tiles mean resample size std thumbnail"),
+  aspect_tiles: words("kind max_tiles mean min_tiles size std thumbnail"),
+  any_resolution: words("grids kind max_tiles mean most_tiles rounding several size std"),
+};
+const RESAMPLINGS = ["bilinear", "bicubic", "lanczos"];
 const ASPECTS = ["pad", "crop", "resize"];
 const TOKENIZATIONS = ["apart", "joined", "images_first"];
 
@@ -37,9 +46,15 @@ export function checkRunnable(manifest, stages, url) {
   const other = Object.keys(inputs).find((kind) => kind !== "image");
   if (other) refuse(`takes ${other}, which this page cannot prepare`);
   const { preparation, connector, layout } = inputs.image;
-  const { kind = PREPARATION } = preparation;
-  if (kind !== PREPARATION) {
+  const { kind = "fixed_image" } = preparation;
+  if (!Object.hasOwn(PREPARATIONS, kind)) {
     refuse(`has images prepared as ${quoted(kind)}, and this page prepares one square of each`);
+  }
+  if (kind !== "fixed_image" && preparation.max_tiles !== 1) {
+    throw new Error(
+      `${url}: ${name} splits images into tiles, and this page makes one of each: export it with ` +
+        `'${EXPORT}'`,
+    );
   }
   if (!stages.vision || !stages.decoder || !manifest.embeddings) {
     throw new Error(`${url}: a bundle without ONNX files: export it with '${EXPORT}'`);
@@ -47,15 +62,19 @@ export function checkRunnable(manifest, stages, url) {
   if (decoder.encoder_layers || connector.qformer?.vocab_size > 0) {
     refuse("has a text encoder or a Q-Former that reads the question, which this page cannot run");
   }
+  const known = { ...KNOWN, preparation: PREPARATIONS[kind] };
   const parts = { preparation, layout: layout ?? {}, conversation, decoder };
   for (const [part, values] of Object.entries(parts)) {
     const unknown = Object.keys(values).find(
-      (key) => !KNOWN[part].includes(key) && isSet(values[key]),
+      (key) => !known[part].includes(key) && isSet(values[key]),
     );
     if (unknown) refuse(`has ${quoted(unknown)} in its ${part}, which this page does not know`);
   }
-  const { aspect } = preparation;
+  const { aspect = "resize", resample = "bicubic" } = preparation;
   if (!ASPECTS.includes(aspect)) refuse(`has images of aspect ${quoted(aspect)}, not known here`);
+  if (!RESAMPLINGS.includes(resample)) {
+    refuse(`has images resized by ${quoted(resample)}, which this page does not know`);
+  }
   const { tokenization = "apart" } = conversation;
   if (!TOKENIZATIONS.includes(tokenization)) {
     refuse(`has tokenization ${quoted(tokenization)}, which this page does not know`);

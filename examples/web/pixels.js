@@ -1,5 +1,6 @@
 // A picture to the uint8 pixels that the vision stage takes: the same values as mobilevlm/image.py
-// and so as the reference code, which pads or not and resizes with Pillow's bicubic filter.
+// and mobilevlm/media, and so as the reference code, which pads or not and resizes with Pillow's
+// filters. A picture that other settings would split is one tile.
 //
 // A picture is { data, width, height }: RGB bytes, row by row.
 
@@ -16,7 +17,23 @@ const PRECISION_BITS = 22;
  * @throws {Error} the picture is too long to be padded to a square
  */
 export function preprocess(picture, spec) {
-  return centerCrop(resized(picture, spec), spec.size);
+  const { kind = "fixed_image", size } = spec;
+  if (kind === "tiles") {
+    const filter = FILTERS[spec.resample];
+    const [width, height] = scaled(picture, spec.longest_edge);
+    return resize(resize(picture, width, height, filter), size, size, filter).data;
+  }
+  if (kind === "aspect_tiles") return resize(picture, size, size).data;
+  if (kind === "any_resolution") return padAndResize(picture, padColor(spec), size).data;
+  return centerCrop(resized(picture, spec), size);
+}
+
+/** Width and height with a longer edge of `longest` and an even shorter one. */
+function scaled({ width, height }, longest) {
+  const ratio = width / height;
+  const short = Math.trunc(width >= height ? longest / ratio : longest * ratio);
+  const even = Math.max(short + (short % 2), 1);
+  return width >= height ? [longest, even] : [even, longest];
 }
 
 function resized(picture, spec) {
@@ -83,18 +100,18 @@ function centerCrop(picture, size) {
   return cut(picture, (wide - size) >> 1, (high - size) >> 1, size, size).data;
 }
 
-/** Pillow's bicubic resize of 8-bit channels: rows, then columns, rounded to bytes after each. Since
+/** Pillow's resize of 8-bit channels: rows, then columns, rounded to bytes after each. Since
  * version 13 columns go first where that saves much (ImagingResampleInner of its Resample.c). */
-function resize(picture, width, height) {
+function resize(picture, width, height, filter = FILTERS.bicubic) {
   const columnsFirst = picture.height - height > Math.max(0, 2 * (picture.width - width));
   return columnsFirst
-    ? resizeRows(resizeColumns(picture, height), width)
-    : resizeColumns(resizeRows(picture, width), height);
+    ? resizeRows(resizeColumns(picture, height, filter), width, filter)
+    : resizeColumns(resizeRows(picture, width, filter), height, filter);
 }
 
-function resizeRows({ data, width, height }, newWidth) {
+function resizeRows({ data, width, height }, newWidth, filter = FILTERS.bicubic) {
   if (newWidth === width) return { data, width, height };
-  const { starts, weights, taps } = bicubicWeights(width, newWidth);
+  const { starts, weights, taps } = filterWeights(width, newWidth, filter);
   const result = new Uint8ClampedArray(newWidth * height * 3);
   for (let y = 0, to = 0; y < height; y++) {
     for (let x = 0; x < newWidth; x++, to += 3) {
@@ -104,9 +121,9 @@ function resizeRows({ data, width, height }, newWidth) {
   return { data: result, width: newWidth, height };
 }
 
-function resizeColumns({ data, width, height }, newHeight) {
+function resizeColumns({ data, width, height }, newHeight, filter = FILTERS.bicubic) {
   if (newHeight === height) return { data, width, height };
-  const { starts, weights, taps } = bicubicWeights(height, newHeight);
+  const { starts, weights, taps } = filterWeights(height, newHeight, filter);
   const result = new Uint8ClampedArray(width * newHeight * 3);
   for (let y = 0, to = 0; y < newHeight; y++) {
     for (let x = 0; x < width; x++, to += 3) {
@@ -137,10 +154,10 @@ function accumulate(data, from, step, weights, first, taps, result, to) {
 
 /** For each new position: where its window starts, and `taps` integer weights (`precompute_coeffs`
  * and `normalize_coeffs_8bpc` of Pillow's Resample.c). */
-function bicubicWeights(size, newSize) {
+function filterWeights(size, newSize, filter) {
   const scale = size / newSize;
   const stretch = Math.max(scale, 1);
-  const support = 2 * stretch;
+  const support = filter.support * stretch;
   const taps = Math.ceil(support) * 2 + 1;
   const starts = new Int32Array(newSize);
   const weights = new Int32Array(newSize * taps);
@@ -152,7 +169,7 @@ function bicubicWeights(size, newSize) {
     const exact = [];
     let sum = 0;
     for (let tap = 0; tap < count; tap++) {
-      exact.push(bicubic((tap + start - center + 0.5) * inverse));
+      exact.push(filter.value((tap + start - center + 0.5) * inverse));
       sum += exact[tap];
     }
     starts[position] = start;
@@ -172,6 +189,25 @@ function bicubic(x) {
   if (x < 2) return (((x - 5) * x + 8) * x - 4) * a;
   return 0;
 }
+
+function bilinear(x) {
+  return Math.max(1 - Math.abs(x), 0);
+}
+
+function lanczos(x) {
+  return x >= -3 && x < 3 ? sinc(x) * sinc(x / 3) : 0;
+}
+
+function sinc(x) {
+  return x === 0 ? 1 : Math.sin(x * Math.PI) / (x * Math.PI);
+}
+
+/** Pillow's filters, and how far from its middle each reaches. */
+const FILTERS = {
+  bilinear: { support: 1, value: bilinear },
+  bicubic: { support: 2, value: bicubic },
+  lanczos: { support: 3, value: lanczos },
+};
 
 function cut({ data, width }, left, top, newWidth, newHeight) {
   const result = new Uint8Array(newWidth * newHeight * 3);

@@ -17,12 +17,16 @@ export const IMAGE_TOKEN_ID = -200;
 export function promptIds(tokenizer, spec, question) {
   const { conversation, decoder, inputs } = spec;
   const text = new Template(conversation.chat_template).render({
-    messages: [userMessage(question)],
+    messages: [userMessage(question, conversation.parts)],
     add_generation_prompt: true,
     bos_token: "",
     eos_token: "",
   });
-  const ids = tokenize(tokenizer, text, conversation, inputs.image.layout);
+  const ids = placed(tokenize(tokenizer, text, conversation), inputs.image);
+  const marks = ids.filter((id) => id === IMAGE_TOKEN_ID).length;
+  if (marks !== 1) {
+    throw new Error(`the prompt holds ${marks} marks of an image, there is one picture`);
+  }
   const beyond = ids.find((id) => id >= decoder.vocab_size);
   if (beyond !== undefined) {
     throw new Error(
@@ -33,29 +37,46 @@ export function promptIds(tokenizer, spec, question) {
   return ids;
 }
 
-function userMessage(question) {
+/** @param {boolean} [parts] whether contents are lists of parts only */
+function userMessage(question, parts) {
   const marks = question.split(IMAGE).length - 1;
   if (marks > 1) throw new Error(`the question holds ${marks} ${IMAGE}, there is one picture`);
   if (!question.trim()) throw new Error("the question is empty: ask something");
+  if (marks && parts) {
+    const [before, after] = question.split(IMAGE).map((text) => (text ? [textPart(text)] : []));
+    return { role: "user", content: [...before, { type: "image" }, ...after] };
+  }
   if (marks) return { role: "user", content: question };
-  return { role: "user", content: [{ type: "image" }, { type: "text", text: question }] };
+  return { role: "user", content: [{ type: "image" }, textPart(question)] };
+}
+
+function textPart(text) {
+  return { type: "text", text };
 }
 
 /** Each piece of text beside the picture is tokenized alone, with the id that begins a text before
- * the first only, unless the conversation says otherwise; `layout`: ids that follow the picture. */
-export function tokenize(tokenizer, text, conversation, layout) {
-  let ids;
+ * the first only, unless the conversation says otherwise. */
+export function tokenize(tokenizer, text, conversation) {
   if (conversation.tokenization === "joined") {
-    const image = tokenizer.token_to_id(IMAGE);
-    ids = tokenizer.encode(text).ids.map((id) => (id === image ? IMAGE_TOKEN_ID : id));
-  } else if (conversation.tokenization === "images_first" && text.startsWith(IMAGE)) {
-    ids = [IMAGE_TOKEN_ID, ...tokenizer.encode(text.slice(IMAGE.length)).ids];
-  } else {
-    ids = text.split(IMAGE).flatMap((piece, index) => {
-      const inner = tokenizer.encode(piece, { add_special_tokens: index === 0 }).ids;
-      return index === 0 ? inner : [IMAGE_TOKEN_ID, ...inner];
-    });
+    const image = tokenizer.token_to_id(conversation.image_mark ?? IMAGE);
+    return tokenizer.encode(text).ids.map((id) => (id === image ? IMAGE_TOKEN_ID : id));
   }
-  const after = layout?.end_ids ?? [];
-  return ids.flatMap((id) => (id === IMAGE_TOKEN_ID ? [id, ...after] : [id]));
+  if (conversation.tokenization === "images_first" && text.startsWith(IMAGE)) {
+    return [IMAGE_TOKEN_ID, ...tokenizer.encode(text.slice(IMAGE.length)).ids];
+  }
+  return text.split(IMAGE).flatMap((piece, index) => {
+    const inner = tokenizer.encode(piece, { add_special_tokens: index === 0 }).ids;
+    return index === 0 ? inner : [IMAGE_TOKEN_ID, ...inner];
+  });
+}
+
+/** The ids with those that stand around a picture of one tile (mobilevlm/media/tiles.py). */
+function placed(ids, { preparation, layout = {} }) {
+  const { begin_ids = [], end_ids = [], thumbnail_ids = [], tile_ids = [] } = layout;
+  const isTile = preparation.kind === "tiles" && preparation.thumbnail === "none";
+  const whole = preparation.kind === "tiles" ? thumbnail_ids : [];
+  const before = isTile ? (tile_ids[0]?.[0] ?? []) : whole;
+  return ids.flatMap((id) =>
+    id === IMAGE_TOKEN_ID ? [...begin_ids, ...before, id, ...end_ids] : [id],
+  );
 }

@@ -85,7 +85,10 @@ function overlap(text, stop) {
 
 /** The bytes that a piece of a byte-level vocabulary stands for (GPT-2's table). */
 function bytesOf(piece) {
-  return Uint8Array.from(piece, (character) => BYTE_OF.get(character));
+  const characters = [...piece];
+  return characters.every((character) => BYTE_OF.has(character))
+    ? Uint8Array.from(characters, (character) => BYTE_OF.get(character))
+    : new TextEncoder().encode(piece); // an added token is its own text
 }
 
 const BYTE_OF = new Map();

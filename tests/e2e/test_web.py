@@ -19,6 +19,7 @@ from conftest import (
     FAMILY_FIXTURES,
     FIXTURES,
     FLOAT32,
+    HUB_FIXTURES,
     MOE_FIXTURES,
     fixture_named,
     relative_error,
@@ -38,7 +39,7 @@ from mobilevlm.nano.drawing import render
 from mobilevlm.nano.questions import SHORT_STYLE
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.plain_types import to_dict
-from mobilevlm.preparation import prepare
+from mobilevlm.preparation import prepare, with_max_tiles
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.machine import int8_weight_bits
 
@@ -50,6 +51,10 @@ QUESTIONS = (
     "What is in the center?",
     "Is there a red circle in the picture?",
 )
+
+
+HUB = [name for name in HUB_FIXTURES if not fixture_named(name).suffix]
+"""Families in the layout of the hub."""
 
 
 def export_for_web(name: str, bundle: Path) -> None:
@@ -210,6 +215,82 @@ def test_pixels_are_those_of_pillow(
         np.testing.assert_array_equal(found, expected, err_msg=f"{width} × {height}")
 
 
+@pytest.mark.parametrize("name", ["smolvlm2", "internvl3", "llava_onevision"])
+def test_one_tile_has_the_pixels_of_pillow(browser: Browser, address: str, name: str) -> None:
+    spec = with_max_tiles(fixture_named(name).model.spec.image, 1)
+    random = np.random.default_rng(0)
+    browser.driver.get(f"{address}package.json")
+    sizes = [(64, 64), (200, 131), (7, 5), (63, 64), (640, 480), (1, 30), (31, 7)]
+    for width, height in sizes:
+        pixels = random.integers(0, 256, (height, width, 3), np.uint8)
+        found = browser.run(
+            """
+            const { preprocess } = await import("/pixels.js");
+            const [data, width, height, spec] = arguments;
+            return Array.from(preprocess({ data: Uint8Array.from(data), width, height }, spec));
+            """,
+            pixels.ravel().tolist(),
+            width,
+            height,
+            to_dict(spec.preparation),
+        )
+        (expected,) = prepare(pixels, spec).arrays
+        np.testing.assert_array_equal(
+            found, expected["pixels"].ravel(), err_msg=f"{width} × {height}"
+        )
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_families_of_the_hub_answer_as_the_python_runtime(
+    browser: Browser, address: str, folder: Path, name: str
+) -> None:
+    """In float32, with the tiling of the target, in and after the question."""
+    fixture, target = fixture_named(name), replace(find_target("web-wasm"), recipe="fp32")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(settled, "find_target", lambda _: replace(target, weight_bits=None))
+        mobilevlm.export(fixture.checkpoint, folder / name, target=target.name, measure=False)
+    shutil.copy(fixture.image, folder / name / "image.png")
+    questions = ["What is it?", "Before <image> after, été"]
+    with mobilevlm.load(folder / name, engine="onnx") as model:
+        ids = [model.prompt_ids(question, [fixture.image]) for question in questions]
+        answers = [
+            model.generate(question, [fixture.image], max_new_tokens=24, ignore_eos=True)
+            for question in questions
+        ]
+    browser.driver.get(f"{address}package.json")
+    found = browser.run(
+        """
+        const { openModel } = await import("/model.js");
+        const folder = new URL(`/${arguments[0]}/`, location.href).href;
+        const model = await openModel(folder, 1, () => {});
+        model.spec.conversation.eos_token_ids = [];
+        const source = await (await fetch(`${folder}image.png`)).blob();
+        const found = [];
+        for (const question of arguments[1]) {
+          const picture = { source, id: 1 };
+          const answer = await model.answer(picture, question, 24, () => {}, async () => false);
+          found.push([answer.promptTokens, answer.tokens, answer.text]);
+        }
+        const twice = model.spec.conversation.image_mark.repeat(2);
+        try {
+          await model.answer({ source, id: 1 }, `${twice} what?`, 1, () => {}, async () => false);
+        } catch (error) {
+          found.push(error.message);
+        }
+        return found;
+        """,
+        name,
+        questions,
+    )
+    expected = [
+        [len(known), answer.token_ids, answer.text]
+        for known, answer in zip(ids, answers, strict=True)
+    ]
+    *answered, refused = found
+    assert answered == expected
+    assert "there is one picture" in refused
+
+
 def test_picture_files_are_decoded_as_by_pillow(
     browser: Browser, address: str, folder: Path
 ) -> None:
@@ -238,7 +319,7 @@ def test_picture_files_are_decoded_as_by_pillow(
         np.testing.assert_array_equal(found, np.asarray(open_image(path)), err_msg=path.name)
 
 
-@pytest.mark.parametrize("name", ["nano", *FIXTURES, *MOE_FIXTURES, *FAMILY_FIXTURES])
+@pytest.mark.parametrize("name", ["nano", *FIXTURES, *MOE_FIXTURES, *FAMILY_FIXTURES, *HUB])
 def test_ids_are_those_of_the_python_tokenizer(
     browser: Browser, address: str, vlm: VLM, name: str
 ) -> None:
@@ -256,7 +337,7 @@ def test_ids_are_those_of_the_python_tokenizer(
         const { Tokenizer } = await import("/vendor/tokenizers.min.mjs");
         const { tokenize } = await import("/prompt.js");
         const tokenizer = new Tokenizer(JSON.parse(arguments[0]), {});
-        return arguments[1].map((text) => tokenize(tokenizer, text, arguments[2], {}));
+        return arguments[1].map((text) => tokenize(tokenizer, text, arguments[2]));
         """,
         tokenizer.to_str(),
         texts,
@@ -410,7 +491,21 @@ AUDIO = {"preparation": to_dict(Mel(bins=80))}
     [
         (("inputs",), {}, "takes no images"),
         (("inputs", "audio"), AUDIO, "takes audio, which"),
-        (("inputs", "image", "preparation"), TILES, "images prepared as 'tiles'"),
+        (
+            ("inputs", "image", "preparation"),
+            {"kind": "dynamic_image"},
+            "images prepared as 'dynamic_image'",
+        ),
+        (
+            ("inputs", "image", "preparation"),
+            {**TILES, "max_tiles": 1, "resample": "hamming"},
+            "images resized by 'hamming'",
+        ),
+        (
+            ("inputs", "image", "preparation"),
+            {**TILES, "max_tiles": 1, "overlap": 8},
+            "'overlap' in its preparation",
+        ),
         (
             ("inputs", "image", "preparation", "resample"),
             "lanczos",
@@ -427,12 +522,28 @@ AUDIO = {"preparation": to_dict(Mel(bins=80))}
     ],
 )
 def test_a_model_that_the_page_cannot_prepare_is_refused_by_name(
-    browser: Browser, address: str, folder: Path, place: tuple[str, ...], value: object, named: str
+    browser: Browser,
+    address: str,
+    folder: Path,
+    tmp_path: Path,
+    place: tuple[str, ...],
+    value: object,
+    named: str,
 ) -> None:
     manifest = json.loads((folder / "bundle" / MANIFEST).read_text())
     set_in(manifest["spec"], place, value)
-    message = read_in_page(browser, address, folder / "-".join(place), manifest)
+    message = read_in_page(browser, address, folder / tmp_path.name, manifest)
     assert named in message and message.endswith("choose another model, or use a newer page")
+
+
+def test_a_model_that_splits_images_is_to_be_exported_for_the_page(
+    browser: Browser, address: str, folder: Path
+) -> None:
+    manifest = json.loads((folder / "bundle" / MANIFEST).read_text())
+    set_in(manifest["spec"], ("inputs", "image", "preparation"), TILES)
+    message = read_in_page(browser, address, folder / "split", manifest)
+    assert "splits images into tiles, and this page makes one of each" in message
+    assert message.endswith("--target web-wasm'")
 
 
 def test_parts_without_a_value_are_not_refused(

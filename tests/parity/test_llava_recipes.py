@@ -95,3 +95,25 @@ def test_an_int8_bundle_has_its_figures_in_the_manifest(name: str, bundle_of: Bu
     # The newline is stored in full.
     newline = fixture_named(name).model.weights.read("projector.newline", expected.shape[1:])
     assert np.abs(found - np.asarray(newline)).max(axis=1).min() == 0
+
+
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
+def test_graphs_for_npus_give_the_official_answer(name: str, tmp_path: Path) -> None:
+    fixture, bundle = fixture_named(name), tmp_path / "bundle"
+    formats = ["npu"]
+    mobilevlm.export(fixture.checkpoint, bundle, recipe="fp32", formats=formats, measure=False)
+    with mobilevlm.load(bundle, engine="npu") as vlm:
+        found = vlm.prompt_logits(fixture.templated_prompt, fixture.images, raw=True)
+        assert relative_error(found, fixture.logits) <= 1e-4
+        prompt, images = fixture.templated_prompt, fixture.images
+        answer = vlm.generate(prompt, images, raw=True, max_new_tokens=24, ignore_eos=True)
+    assert answer.token_ids == fixture.generated_ids
+
+
+def test_a_fixed_point_tower_gives_the_newline_too(tmp_path: Path) -> None:
+    fixture, bundle = fixture_named("llava_next"), tmp_path / "bundle"
+    formats = ["npu"]
+    mobilevlm.export(fixture.checkpoint, bundle, recipe="a16w8", formats=formats, measure=False)
+    with mobilevlm.load(bundle, engine="npu") as vlm:
+        found = vlm.encode_image(fixture.image)
+    assert relative_error(found, fixture.arrays["projector_output"]) <= 0.05

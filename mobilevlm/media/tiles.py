@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevlm.image import ImageInput, RoomFor, read_resized
@@ -34,15 +35,19 @@ def prepare_tiles(
     rows, columns = _grid(image.size, tiles)
     image = image.resize((columns * size, rows * size), resample)
     squares = [
-        image.crop((column * size, row * size, (column + 1) * size, (row + 1) * size))
+        _pixels(image.crop((column * size, row * size, (column + 1) * size, (row + 1) * size)))
         for row in range(rows)
         for column in range(columns)
     ]
     if tiles.thumbnail != "none" and len(squares) > 1:
         place = 0 if tiles.thumbnail == "first" else len(squares)
-        squares.insert(place, image.resize((size, size), resample))
-    arrays = tuple({"pixels": np.asarray(square, np.uint8)} for square in squares)
+        squares.insert(place, _pixels(image.resize((size, size), resample)))
+    arrays = tuple({"pixels": square} for square in squares)
     return Prepared("image", arrays, _pieces((rows, columns), tiles, spec))
+
+
+def _pixels(square: Image.Image) -> NDArray[np.uint8]:
+    return np.asarray(square, np.uint8)
 
 
 def tile_pieces(image_size: tuple[int, int], tiles: Tiles, spec: InputSpec) -> tuple[Piece, ...]:

@@ -21,7 +21,6 @@ from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.recipe import Recipe
 from mobilevlm.regular_file import read_regular
-from mobilevlm.schema_1 import upgraded
 from mobilevlm.spec import ModelSpec
 from mobilevlm.whole_file import file_sha256
 
@@ -278,7 +277,11 @@ def read_manifest(folder: Path) -> tuple[Manifest, str]:
     """
     data = signed_manifest(folder)
     try:
-        current = upgraded(data) if data["schema_version"] == 1 else data
+        current = data
+        if data["schema_version"] == 1:
+            from mobilevlm.schema_1 import upgraded  # few bundles are so old
+
+            current = upgraded(data)
         manifest = from_dict(Manifest, current, str(folder / MANIFEST))
     except MobileVLMError as error:
         raise BundleError(f"{error}: export the bundle again") from None

@@ -32,9 +32,7 @@ from mobilevlm.runtime.engines.opening import is_pair
 from mobilevlm.runtime.memory.limits import Limit, room_left
 from mobilevlm.runtime.sequence.cache import PromptCache
 from mobilevlm.runtime.sequence.drafting import Drafting, check_draft_tokens
-from mobilevlm.runtime.sequence.encoded_session import EncodedSession
 from mobilevlm.runtime.sequence.encoding import encode_image
-from mobilevlm.runtime.sequence.pair_session import PairSession
 from mobilevlm.runtime.sequence.prompts import Images, PromptReader
 from mobilevlm.runtime.sequence.session import (
     Prompt,
@@ -45,6 +43,7 @@ from mobilevlm.runtime.sequence.session import (
     check_session,
 )
 from mobilevlm.runtime.settings import check_max_tiles
+from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.json_file import open_tokenizer_json
 
 IDLE_SESSIONS = 2
@@ -252,12 +251,7 @@ class VLM:
     def answer_logits(self, embeds: Float32, answer: Sequence[int]) -> Float32:
         """Logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the next, are
         taken from, given a prompt's embeddings; for verification of the decoder alone."""
-        session = self._session("nothing")
-        if isinstance(session, EncodedSession):
-            return session.answer_logits(embeds, answer)
-        _, decoder = self._engines()
-        whole = np.concatenate([embeds, decoder.embed(answer)])
-        return self.embeds_logits(whole)[len(embeds) - 1 :]
+        return self._session("nothing").answer_logits(embeds, answer)
 
     def close(self) -> None:
         """Frees weights and buffers. The object cannot be used after: a stream that another thread
@@ -286,10 +280,9 @@ class VLM:
     def _session(self, reuse: Reuse) -> Session:
         nothing = PromptCache(0, self._cache.system)
         cache = nothing if reuse == "nothing" else self._cache
-        kind = EncodedSession if self.spec.decoder.encoder_layers else Session
-        if is_pair(self.spec):
-            kind = PairSession
-        return kind(self.spec, *self._engines(), cache, reuse, self.plan.parallel_tiles)
+        return _session_kind(self.spec)(
+            self.spec, *self._engines(), cache, reuse, self.plan.parallel_tiles
+        )
 
     def _answer(
         self,
@@ -393,3 +386,16 @@ def read_tokenizer(bundle: Bundle, name: str) -> Tokenizer:
     """
     path = bundle.path(name)
     return open_tokenizer_json(path, str(path), BundleError)
+
+
+def _session_kind(spec: ModelSpec) -> type[Session]:
+    """Return the class of a model's sequences; those that few models have are imported here."""
+    if is_pair(spec):
+        from mobilevlm.runtime.sequence.pair_session import PairSession
+
+        return PairSession
+    if spec.decoder.encoder_layers:
+        from mobilevlm.runtime.sequence.encoded_session import EncodedSession
+
+        return EncodedSession
+    return Session

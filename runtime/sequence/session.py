@@ -306,6 +306,12 @@ class Session:
             self._shorten(0)
         return np.concatenate(logits)
 
+    def answer_logits(self, embeds: Float32, answer: Sequence[int]) -> Float32:
+        """Return the logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the
+        next, are taken from, in a sequence of their own. ``embeds``: of the prompt."""
+        whole = np.concatenate([embeds, self._decoder.embed(answer)])
+        return self._decoder.answer(self._decoder.new_state(), whole)[len(embeds) - 1 :]
+
     def expert_choices(self, prompt: Prompt) -> PromptChoices:
         """Where the routers send each position of the prompt, in a fresh sequence."""
         keys = self._checked_keys(prompt)

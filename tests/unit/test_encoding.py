@@ -172,3 +172,22 @@ def test_tune_measures_tiles_at_the_same_time_and_leaves_a_plan_that_is_used(
     assert found.plans[0].tiles_at_once == chosen
     with mobilevlm.load(folder) as vlm:
         assert vlm.plan.tiles_at_once == chosen
+
+
+def test_known_images_are_told_apart_by_their_tiles(bundle_of: BundleOf) -> None:
+    """Of one grey all tiles are alike: the grids alone differ, by which the rows are put together.
+    The same image in fewer tiles is encoded anew, and in as many it is known."""
+    wide, tall = (np.full(shape, 127, np.uint8) for shape in ((40, 80, 3), (80, 40, 3)))
+    with mobilevlm.load(bundle_of("llava_next", "fp32")) as vlm:
+        found = [vlm.prepare_image(image) for image in (wide, tall)]
+        tiles = [np.stack([arrays["pixels"] for arrays in image.arrays]) for image in found]
+        assert np.array_equal(tiles[0], tiles[1])
+        assert found[0].digest != found[1].digest
+        few = vlm.prepare_image(wide, max_tiles=1)
+        assert few.digest != found[0].digest
+        assert vlm.prepare_image(wide).digest == found[0].digest
+        reused = [
+            vlm.generate("What is it?", [image], max_new_tokens=1).reused.images
+            for image in (found[0], few, found[1], found[0])
+        ]
+    assert reused == [0, 0, 0, 1]

@@ -129,7 +129,8 @@ def read_layout(
         refs[ours] = TensorRef(tower_files, prefix + name)
     check_presence(refs)
     skipped = skipped_names(decoder, backbone)
-    if not newline:  # nobody reads it where images become one square
+    merge = config_value(path, config, "mm_patch_merge_type", str, "flat")
+    if not newline and "unpad" in merge:  # the official code makes it, and reads it for tiles only
         skipped.append(rf"{re.escape(backbone.root)}\.{_NEWLINE}$")
     if own:
         source.check_unread(

@@ -192,9 +192,9 @@ def test_a_bundle_whose_encoder_does_not_take_what_is_prepared_is_refused(
         check_manifest(manifest, Path("manifest.json"))
 
 
-def test_what_has_only_squares_refuses_tiles(
+def test_tiles_of_another_tower_are_not_written_as_gguf(
     checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = ["export", checkpoint, "-o", tmp_path / "out", "--vision-tower", FIXTURE.tower]
     message = refusal(capsys, *given, "--format", "gguf", "--recipe", "int4")
-    assert "images that become one square" in message and "--format onnx" in message
+    assert "tiles and a small image is SigLIP" in message and "--format onnx" in message

@@ -303,7 +303,7 @@ from PIL import Image
 Image.init()
 from mobilevlm.errors import ImageWarning
 from mobilevlm.image import Room, read_pixels, open_image
-from mobilevlm.spec import FixedImage
+from mobilevlm.input_spec import FixedImage
 from mobilevlm.console.terminal import shown
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -141,7 +141,7 @@ class Downsample(nn.Module):  # type: ignore[misc]
 
 
 class Block(nn.Module):  # type: ignore[misc]
-    """What both kinds of blocks have: the MLP with its convolution."""
+    """The part that both kinds of blocks share: the MLP with its convolution."""
 
     def __init__(self, weights: WeightFile, spec: ConvEncoder, stage: int, name: str) -> None:
         super().__init__()

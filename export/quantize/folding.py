@@ -1,4 +1,4 @@
-"""Where factors for a layer's inputs can go without another operator in the graph: into the norm,
+"""Places for factors of a layer's inputs without another operator in the graph: into the norm,
 the linear layer or the convolution of single channels before it."""
 
 from __future__ import annotations

@@ -21,6 +21,17 @@ from mobilevlm.linear_groups import attention_groups, head_group, mlp_groups
 _MANY = 1000
 """Missing tensors after which no further ones are looked for."""
 
+LLAMA_DEFAULTS: dict[str, Any] = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-6,
+}
+"""Defaults of ``LlamaConfig``: published files leave them out."""
+
 ReadDecoder = Callable[[Path, dict[str, Any]], DecoderSpec]
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}

@@ -25,6 +25,7 @@ from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import (
     LLAMA,
+    LLAMA_DEFAULTS,
     OPT,
     Backbone,
     ReadDecoder,
@@ -110,16 +111,7 @@ _LANGUAGES = {
     ),
     "llama": _decoder_only(
         LLAMA,
-        {
-            "vocab_size": 32000,
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "max_position_embeddings": 2048,
-            "rms_norm_eps": 1e-6,
-            "eos_token_id": 2,
-        },
+        {**LLAMA_DEFAULTS, "eos_token_id": 2},
     ),
 }
 """By ``model_type`` of the language model."""

@@ -36,7 +36,7 @@ class TowerNames:
     root: str
     stem: str
     downsamples: tuple[str, ...]
-    """Of each stage; the first has none."""
+    """One for each stage; the first has none."""
     positions: tuple[str, ...]
     blocks: tuple[str, ...]
     mlp: str

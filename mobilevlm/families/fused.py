@@ -38,7 +38,7 @@ class FusedLayer:
     """A convolution or a linear layer as a sum of branches."""
 
     shape: tuple[int, ...]
-    """Of its weight: ``(out, in / groups, size, size)`` or ``(out, in)``."""
+    """Shape of its weight: ``(out, in / groups, size, size)`` or ``(out, in)``."""
     branches: tuple[Branch, ...]
 
 

@@ -17,7 +17,7 @@ from mobilevlm.checkpoint import TensorFiles, read_json
 from mobilevlm.conversation import render, user_message
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError, PromptError
-from mobilevlm.families.backbones import LLAMA, Backbone
+from mobilevlm.families.backbones import LLAMA, LLAMA_DEFAULTS, Backbone
 from mobilevlm.families.config import config_value, end_ids
 from mobilevlm.families.qwen_gemma import GEMMA3, MISTRAL, QWEN2, QWEN3
 from mobilevlm.families.registry import Source
@@ -25,19 +25,8 @@ from mobilevlm.families.towers import check_steps
 from mobilevlm.spec import ConversationSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
 
-_LLAMA: dict[str, Any] = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 10000.0,
-}
-"""Defaults of ``LlamaConfig``: published files leave them out."""
 _QWEN: dict[str, Any] = {
-    **_LLAMA,
+    **LLAMA_DEFAULTS,
     "vocab_size": 151936,
     "intermediate_size": 22016,
     "num_key_value_heads": 32,
@@ -45,14 +34,14 @@ _QWEN: dict[str, Any] = {
 }
 """Defaults of ``Qwen2Config`` and ``Qwen3Config``."""
 _MISTRAL: dict[str, Any] = {
-    **_LLAMA,
+    **LLAMA_DEFAULTS,
     "intermediate_size": 14336,
     "num_key_value_heads": 8,
     "max_position_embeddings": 131072,
 }
 """Defaults of ``MistralConfig``; that of ``sliding_window`` its reader knows."""
 BACKBONES: dict[str, tuple[Backbone, dict[str, Any]]] = {
-    "llama": (LLAMA, _LLAMA),
+    "llama": (LLAMA, LLAMA_DEFAULTS),
     "mistral": (MISTRAL, _MISTRAL),
     "qwen2": (QWEN2, _QWEN),
     "qwen3": (QWEN3, _QWEN),

@@ -32,22 +32,22 @@ class Names:
     """Names of one layout: tensors, and keys of the tower's configuration."""
 
     towers: tuple[str, ...]
-    """What the tower has been under."""
+    """Prefixes that the tower has been under."""
     class_token: str
     positions: str
     patches: str
     layers: str
     parts: dict[str, str]
-    """Of a layer."""
+    """Names of a layer's parts."""
     scales: dict[str, str]
     """Factors of a layer by what they are folded into."""
     connectors: tuple[str, ...]
     links: dict[str, str]
-    """Of the connector."""
+    """Names of the connector's parts."""
     defaults: dict[str, Any]
-    """Of the tower's configuration."""
+    """Defaults of the tower's configuration."""
     expected: dict[str, Any]
-    """What that of 300M has; that of 6B has norms of queries and keys, RMSNorm, and no biases."""
+    """Settings of the 300M tower; 6B has norms of queries and keys, RMSNorm, and no biases."""
     fused_qkv: str | None = None
 
 

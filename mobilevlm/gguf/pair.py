@@ -52,7 +52,7 @@ class PairFacts:
     longest_run: int
     """Rows that are encoded together"""
     begins: bool
-    """Whether texts begin with a token that the tokenizer adds"""
+    """True if texts begin with a token that the tokenizer adds"""
     ends: tuple[int, ...]
     """Ids that end an answer"""
 

@@ -4,39 +4,17 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from mobilevlm.families.fastvit import TOWERS, TowerNames, timm_names
 from mobilevlm.families.qwen_gemma import QWEN2
 from mobilevlm.input_spec import ConvEncoder
+from mobilevlm.synth.qwen2 import QWEN2_05B, QWEN2_PIECES, write_qwen2_tokenizer
 from mobilevlm.synth.shapes import Layout, Part, Shapes, decoder_shapes, linear, norm, write_json
-from mobilevlm.synth.tokenizer import chat_tokenizer
-from mobilevlm.tokenizers.tokenizer import save_tokenizer
 
 _ARCHITECTURE = "fastvit_mci3"
 _TOWER = TOWERS[_ARCHITECTURE]
-_PIECES = 151643
-"""Of Qwen2's tokenizer, the special ones aside."""
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>")
-_QWEN2: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "bos_token_id": _PIECES,
-    "eos_token_id": _PIECES + 2,
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 24,
-    "model_type": "qwen2",
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": False,
-    "use_sliding_window": False,
-    "vocab_size": 152000,
-}
+_QWEN2 = {**QWEN2_05B, "tie_word_embeddings": False}
 _TEMPLATE = """\
 {%- for message in messages -%}
   {%- if loop.first and message['role'] != 'system' -%}
@@ -124,7 +102,7 @@ def _write_settings(folder: Path, name: str) -> None:
         "architectures": ["FastVlmForConditionalGeneration"],
         "dtype": "float16",
         "image_seq_length": _TOWER.num_features,
-        "image_token_index": _PIECES + _SPECIAL.index("<image>"),
+        "image_token_index": QWEN2_PIECES + _SPECIAL.index("<image>"),
         "model_type": "fast_vlm",
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
@@ -150,6 +128,4 @@ def _write_settings(folder: Path, name: str) -> None:
     }
     write_json(folder / "preprocessor_config.json", processor)
     (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
-    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    write_json(folder / "tokenizer_config.json", {**settings, "tokenizer_class": "Qwen2Tokenizer"})
-    save_tokenizer(chat_tokenizer(_PIECES, _SPECIAL), folder / "tokenizer.json")
+    write_qwen2_tokenizer(folder, _SPECIAL)

@@ -14,7 +14,7 @@ from mobilevlm.synth.tokenizer import chat_tokenizer
 from mobilevlm.tokenizers.tokenizer import save_tokenizer
 
 _PIECES = 151643
-"""Of Qwen3's tokenizer, the special ones aside."""
+"""Pieces of Qwen3's tokenizer, without the special ones."""
 _SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     *(f"<|special_{index}|>" for index in range(23)),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.families.qwen_gemma import QWEN2
+from mobilevlm.synth.qwen2 import QWEN2_05B, QWEN2_PIECES, write_qwen2_tokenizer
 from mobilevlm.synth.shapes import (
     Layout,
     Part,
@@ -15,31 +16,9 @@ from mobilevlm.synth.shapes import (
     siglip_shapes,
     write_json,
 )
-from mobilevlm.synth.tokenizer import chat_tokenizer
-from mobilevlm.tokenizers.tokenizer import save_tokenizer
 
-_PIECES = 151643
-"""Of Qwen2's tokenizer, the special ones aside."""
 _SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>", "<video>")
-_QWEN2: dict[str, Any] = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "bos_token_id": _PIECES,
-    "eos_token_id": _PIECES + 2,
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 24,
-    "model_type": "qwen2",
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "vocab_size": 152000,
-}
+_QWEN2 = {**QWEN2_05B, "tie_word_embeddings": True}
 _SIGLIP: dict[str, Any] = {
     "hidden_size": 1152,
     "image_size": 384,
@@ -85,7 +64,7 @@ def _write_settings(folder: Path, name: str) -> None:
         "_name_or_path": f"synth/{name}",
         "architectures": ["LlavaOnevisionForConditionalGeneration"],
         "image_grid_pinpoints": sizes,
-        "image_token_index": _PIECES + _SPECIAL.index("<image>"),
+        "image_token_index": QWEN2_PIECES + _SPECIAL.index("<image>"),
         "model_type": "llava_onevision",
         "projector_hidden_act": "gelu",
         "text_config": _QWEN2,
@@ -106,6 +85,4 @@ def _write_settings(folder: Path, name: str) -> None:
     }
     write_json(folder / "preprocessor_config.json", processor)
     write_json(folder / "chat_template.json", {"chat_template": _TEMPLATE})
-    settings = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
-    write_json(folder / "tokenizer_config.json", {**settings, "tokenizer_class": "Qwen2Tokenizer"})
-    save_tokenizer(chat_tokenizer(_PIECES, _SPECIAL), folder / "tokenizer.json")
+    write_qwen2_tokenizer(folder, _SPECIAL)

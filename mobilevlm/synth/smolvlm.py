@@ -65,7 +65,7 @@ _SIZES: dict[str, dict[str, int]] = {
         "num_key_value_heads": 5,
     },
 }
-"""Of SmolLM2-135M and 360M."""
+"""Sizes of SmolLM2-135M and 360M."""
 _TEMPLATE = """\
 <|im_start|>
 {%- for message in messages -%}

@@ -22,7 +22,7 @@ class AddedToken:
 
     content: str
     special: bool
-    """Whether it is left out of answers."""
+    """True if it is left out of answers."""
 
 
 class LibraryTokenizer(ABC):

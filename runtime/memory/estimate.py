@@ -299,7 +299,7 @@ def image_bytes(spec: InputSpec) -> float:
 
 
 def _tile_buffers(spec: InputSpec, plan: Plan) -> float:
-    """Of the tiles that are encoded at the same time."""
+    """Return the size of the tiles that are encoded at the same time."""
     return min(plan.parallel_tiles, most_runs(spec)) * _vision_buffers(spec.encoder)
 
 

@@ -252,7 +252,7 @@ class Session:
 
     @property
     def can_draft(self) -> bool:
-        """Whether the sequence can go back after guesses that are wrong."""
+        """True if the sequence can go back after guesses that are wrong."""
         return True
 
     @property

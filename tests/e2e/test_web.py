@@ -24,6 +24,7 @@ from conftest import (
     fixture_named,
     relative_error,
 )
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -185,6 +186,22 @@ def test_sparse_experts_run_too(
     assert browser.ask(QUESTIONS[0]) == (expected.text, expected.token_ids)
 
 
+def page_pixels(browser: Browser, pixels: NDArray[np.uint8], spec: dict[str, Any]) -> Any:
+    """Return the bytes that the page makes of an image."""
+    height, width, _ = pixels.shape
+    return browser.run(
+        """
+        const { preprocess } = await import("/pixels.js");
+        const [data, width, height, spec] = arguments;
+        return Array.from(preprocess({ data: Uint8Array.from(data), width, height }, spec));
+        """,
+        pixels.ravel().tolist(),
+        width,
+        height,
+        spec,
+    )
+
+
 @pytest.mark.parametrize("aspect", ["pad", "crop", "resize"])
 def test_pixels_are_those_of_pillow(
     browser: Browser, address: str, aspect: Literal["pad", "crop", "resize"]
@@ -200,16 +217,8 @@ def test_pixels_are_those_of_pillow(
         sizes += [(31, 70), (60, 200), (1, 90)]
     for width, height in sizes:
         pixels = random.integers(0, 256, (height, width, 3), np.uint8)
-        found = browser.run(
-            """
-            const { preprocess } = await import("/pixels.js");
-            const [data, width, height, spec] = arguments;
-            return Array.from(preprocess({ data: Uint8Array.from(data), width, height }, spec));
-            """,
-            pixels.ravel().tolist(),
-            width,
-            height,
-            {"aspect": aspect, "size": 48, "shortest_edge": 48, "mean": spec.mean},
+        found = page_pixels(
+            browser, pixels, {"aspect": aspect, "size": 48, "shortest_edge": 48, "mean": spec.mean}
         )
         expected = preprocess(Image.fromarray(pixels), spec).ravel()
         np.testing.assert_array_equal(found, expected, err_msg=f"{width} × {height}")
@@ -223,17 +232,7 @@ def test_one_tile_has_the_pixels_of_pillow(browser: Browser, address: str, name:
     sizes = [(64, 64), (200, 131), (7, 5), (63, 64), (640, 480), (1, 30), (31, 7)]
     for width, height in sizes:
         pixels = random.integers(0, 256, (height, width, 3), np.uint8)
-        found = browser.run(
-            """
-            const { preprocess } = await import("/pixels.js");
-            const [data, width, height, spec] = arguments;
-            return Array.from(preprocess({ data: Uint8Array.from(data), width, height }, spec));
-            """,
-            pixels.ravel().tolist(),
-            width,
-            height,
-            to_dict(spec.preparation),
-        )
+        found = page_pixels(browser, pixels, to_dict(spec.preparation))
         (expected,) = prepare(pixels, spec).arrays
         np.testing.assert_array_equal(
             found, expected["pixels"].ravel(), err_msg=f"{width} × {height}"

@@ -547,5 +547,5 @@ MEMORY = 128 << 20
 """Bytes that a case may add: the libraries at a worker's first, four times a file of 0.2 MB, and
 keys and values, which are bounded by gguf_checks.KEY_VALUE_ALLOWANCE."""
 SECONDS = 20.0
-"""Of a case: files that call themselves of another family are tried in a process of its own."""
+"""Seconds of a case: files that say another family are tried in a process of its own."""
 FUZZER = Fuzzer(prepare, mutate, attempt, seconds=SECONDS, memory=MEMORY)

@@ -21,7 +21,7 @@ BUILDERS = (smolvlm_pair, internvl_pair, gemma_pair, qwen_vl_pair, hybrid_pair)
 HEADER = 3000
 """Bytes at the beginning of a file in which most keys stand."""
 SECONDS = 60.0
-"""Of a case: a process is started, which opens both files."""
+"""Seconds of a case: a process is started, which opens both files."""
 os.environ["GGML_NO_BACKTRACE"] = "1"  # an abort would start a debugger, and count as a hang
 
 

@@ -34,7 +34,7 @@ FAMILIES = {**BUILDERS, "gemma3": gemma_pair, "qwen2vl": qwen_vl_pair, "lfm2": h
 NO_WAY_BACK = ("lfm2",)
 """Families whose sequences keep more than keys and values."""
 LIMIT = 1e-2
-"""Of logits; llama.cpp's GELU is a table of float16."""
+"""Largest error of logits; llama.cpp's GELU is a table of float16."""
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What calibrates, measures and quantizes sees all tiles of an image, put together as in use."""
+"""Calibration, measuring and quantizing see all tiles of an image, put together as in use."""
 
 from __future__ import annotations
 

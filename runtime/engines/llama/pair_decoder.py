@@ -39,13 +39,13 @@ class Placed:
     embeds: Float32
     """(rows, width)"""
     positions: NDArray[np.int32]
-    """Of rows of a run that begins at 0 (rows, 4)"""
+    """Positions of rows of a run that begins at 0 (rows, 4)"""
     moves: NDArray[np.int32]
     """1 where a position counts from the run's beginning, else 0 (rows, 4)"""
     steps: int
     """Positions that the run takes."""
     see_each_other: bool
-    """Whether attention inside the run goes both ways."""
+    """True if attention inside the run goes both ways."""
 
 
 class PairState(LlamaState):
@@ -99,13 +99,13 @@ class PairDecoder:
         """``header``: of the file, checked."""
         self._spec, self._threads, self._path = spec, threads, header.path
         self.exact = {tensor.type for tensor in header.tensors.values()} == {"F32"}
-        """Whether keys and values are float32 too"""
+        """True if keys and values are float32 too"""
         self._model: NativeModel | None = NativeModel(header.path)
         self.tokenizer = LlamaTokenizer(self._model)
         self.has_axes = False
-        """Whether positions of rows have several axes"""
+        """True if positions of rows have several axes"""
         self.blocks = False
-        """Whether rows of an image see each other"""
+        """True if rows of an image see each other"""
 
     @property
     def model(self) -> NativeModel:
@@ -114,7 +114,7 @@ class PairDecoder:
 
     @property
     def goes_back(self) -> bool:
-        """Whether a sequence can go back to where it was."""
+        """True if a sequence can go back to where it was."""
         return goes_back(self.model)
 
     def placed(self, embeds: Float32, arrays: Arrays, number: int, first: int) -> Placed:

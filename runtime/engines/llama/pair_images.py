@@ -81,9 +81,9 @@ class PairImages:
             library.llama_model_get_vocab(model.pointer)
         )
         self.has_axes = bool(mtmd_cpp.mtmd_decode_use_mrope(pointer))
-        """Whether positions have several axes (M-RoPE)"""
+        """True if positions have several axes (M-RoPE)"""
         self.blocks = bool(mtmd_cpp.mtmd_decode_use_non_causal(pointer, None))
-        """Whether rows of an image may see each other"""
+        """True if rows of an image may see each other"""
 
     def prepare(self, source: ImageInput, room_for: RoomFor | None = None) -> Prepared:
         """Return an image as the model takes it: ``pixels``; ``positions`` of all rows in runs that

@@ -205,7 +205,7 @@ class Bench:
         seen = self.seen if recipe.tower.precision == "fp32" else {}
         with open_remembering(bundle, seen) as vlm:
             pairs = zip(self.embeds, self.tails, strict=True)
-            found = [vlm.embeds_logits(embeds)[-tail:] for embeds, tail in pairs]
+            found = [vlm.embeds_logits(embeds, count=tail) for embeds, tail in pairs]
             wrong = self.suite.wrong(vlm) if self.suite else []
         compared = map(compare_logits, found, self.exact)
         return {

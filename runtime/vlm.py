@@ -218,19 +218,24 @@ class VLM:
         images: Images = (),
         raw: bool = False,
         answer_tokens: int = 0,
+        count: int | None = None,
     ) -> Float32:
-        """Logits after every position, pictures expanded ``(length, vocab_size)``; for
-        verification. ``answer_tokens``: so many at the end are computed as those of an answer."""
+        """Return the logits after the last ``count`` positions, images expanded ``(count,
+        vocab_size)`` (none: after all); for verification. ``answer_tokens``: so many at the end are
+        computed as those of an answer."""
         prepared = self._prepare(prompt, images, raw)
-        return self._session("nothing").all_logits(prepared, answer_tokens)
+        return self._session("nothing").prompt_logits(prepared, answer_tokens, count)
 
-    def embeds_logits(self, embeds: Float32, as_prompt: bool = False) -> Float32:
-        """Logits after every position of ``(length, hidden_size)``; for verification of the decoder
-        alone. ``as_prompt``: by the graph for prompts, if there is one."""
+    def embeds_logits(
+        self, embeds: Float32, as_prompt: bool = False, count: int | None = None
+    ) -> Float32:
+        """Return the logits after the last ``count`` positions of ``(length, hidden_size)`` (none:
+        after all); for verification of the decoder alone. ``as_prompt``: by the prefill graph, if
+        there is one."""
         _, decoder = self._engines()
         if as_prompt:
-            return decoder.prefill(decoder.new_state(), Rows(embeds), all_logits=True)
-        return decoder.answer(decoder.new_state(), embeds)
+            return decoder.prefill(decoder.new_state(), Rows(embeds), count)
+        return decoder.answer(decoder.new_state(), embeds, count)
 
     def expert_choices(
         self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False

@@ -220,13 +220,14 @@ def _measure_group(
                 exact = _logits(reference, states[given][:, -len(answer) - 1 :])
                 prompt = sample_text(model.spec, sample)
                 # As in use: the graph for prompts, if there is one, does not see the answer.
-                own = vlm.prompt_logits(prompt, sample.images, raw=True, answer_tokens=len(answer))
-                own = own[-len(exact) :]
+                own = vlm.prompt_logits(
+                    prompt, sample.images, True, answer_tokens=len(answer), count=len(exact)
+                )
                 whole = compare_logits(own, exact)
                 text = text_figures(own[:-1], exact[:-1], answer)
             decoder, *prompts = (
                 compare_logits(
-                    vlm.embeds_logits(embeds[given][0].numpy(), as_prompt)[-len(exact) :], exact
+                    vlm.embeds_logits(embeds[given][0].numpy(), as_prompt, len(exact)), exact
                 )
                 for as_prompt in ((False, True) if has_prefill else (False,))
             )

@@ -99,9 +99,9 @@ class DecoderEngine(Protocol):
     def embed(self, ids: Sequence[int]) -> Float32:
         """Token ids to embeddings ``(length, hidden_size)``."""
 
-    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
-        """Appends rows; logits of the last ``(1, vocab_size)``, or of all
-        ``(length, vocab_size)``."""
+    def prefill(self, state: DecoderState, rows: Rows, count: int | None = 1) -> Float32:
+        """Append rows; return the logits of the last ``count`` ``(count, vocab_size)``; none: of
+        all."""
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """Where the router of each sparse layer sends a sequence ``(length, hidden_size)``; for
@@ -114,9 +114,9 @@ class DecoderEngine(Protocol):
     def extend(self, state: DecoderState, rows: Rows) -> None:
         """Appends rows where no logits are needed."""
 
-    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
-        """Appends ``(length, hidden_size)`` in one run, by the weights that :meth:`step` uses;
-        logits of all ``(length, vocab_size)``."""
+    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
+        """Append ``(length, hidden_size)`` in one run, by the weights that :meth:`step` uses;
+        return the logits of the last ``count`` ``(count, vocab_size)``; none: of all."""
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """Appends one token; logits ``(vocab_size,)``, valid until the next call."""
@@ -140,16 +140,22 @@ class EncoderDecoderEngine(DecoderEngine, Protocol):
 
 
 def in_chunks(
-    append: Callable[[Rows, int], Float32], rows: Rows, count: int, size: int = PREFILL_CHUNK
+    append: Callable[[Rows, int], Float32], rows: Rows, count: int | None, size: int = PREFILL_CHUNK
 ) -> Float32:
-    """Append rows in chunks of ``size``, and return the logits of the last ``count``; ``append``
-    does so for one chunk."""
-    logits = []
-    for start in range(0, len(rows), size):
-        chunk = rows[start : start + size]
-        behind = len(rows) - start - len(chunk)
-        logits.append(append(chunk, min(max(count - behind, 0), len(chunk))))
+    """Append rows in chunks of ``size``, and return the logits of the last ``count`` (none: of
+    all); ``append`` does so for one chunk."""
+    logits, length = [], len(rows)
+    for start in range(0, length, size):
+        end = min(start + size, length)
+        logits.append(append(rows[start:end], wanted_of(count, (start, end), length)))
     return np.concatenate(logits)
+
+
+def wanted_of(count: int | None, span: tuple[int, int], length: int) -> int:
+    """Return how many of the last ``count`` of ``length`` positions (none: of all) a span has."""
+    start, end = span
+    first = 0 if count is None else length - count
+    return max(end - max(start, first), 0)
 
 
 def refuse_parts(spec: DecoderSpec, engine: str) -> None:

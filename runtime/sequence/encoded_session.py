@@ -33,7 +33,7 @@ class EncodedSession(Session):
             logits: Float32 = self._extend([self._start])[-1]
         return logits
 
-    def all_logits(self, prompt: Prompt, answer: int = 0) -> Float32:
+    def prompt_logits(self, prompt: Prompt, answer: int = 0, count: int | None = None) -> Float32:
         """Logits of the answer's first token ``(1, vocab_size)``: the prompt has none."""
         return self.fill(prompt, Fill())[None]
 

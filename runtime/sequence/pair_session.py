@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mobilevlm.prompt import Prepared, Rows, Run
-from mobilevlm.runtime.engines import Float32
+from mobilevlm.runtime.engines import Float32, wanted_of
 from mobilevlm.runtime.sequence.cache import PositionKey, borders, pieces
 from mobilevlm.runtime.sequence.session import Fill, Prompt, Session
 
@@ -43,9 +43,8 @@ class PairSession(Session):
         result: Float32 = logits[-1]
         return result
 
-    def all_logits(self, prompt: Prompt, answer: int = 0) -> Float32:
-        """Logits after every position of the prompt ``(length, vocab_size)``, in a fresh sequence
-        and in the same pieces. Its last ``answer`` positions are those of an answer."""
+    def prompt_logits(self, prompt: Prompt, answer: int = 0, count: int | None = None) -> Float32:
+        """See :class:`Session`."""
         keys = self._checked_keys(prompt)
         asked = len(keys) - answer
         spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
@@ -53,7 +52,8 @@ class PairSession(Session):
             self._shorten(0)
             images, logits = self._encode(keys, prompt, Fill()), []
             for start, end in [*spans, *([(asked, len(keys))] if answer else [])]:
-                logits.append(self._append(prompt, images, (start, end), end - start))
+                wanted = wanted_of(count, (start, end), len(keys))
+                logits.append(self._append(prompt, images, (start, end), wanted))
             self._shorten(0)
         return np.concatenate(logits)
 

@@ -23,6 +23,7 @@ from mobilevlm.runtime.engines import (
     EncoderEngine,
     ExpertChoices,
     Float32,
+    wanted_of,
 )
 from mobilevlm.runtime.sequence.cache import Border, PositionKey, PromptCache, borders, pieces
 from mobilevlm.runtime.sequence.encoding import encode_image
@@ -289,20 +290,26 @@ class Session:
             self._borders = ends
         return logits
 
-    def all_logits(self, prompt: Prompt, answer: int = 0) -> Float32:
-        """Logits after every position of the prompt ``(length, vocab_size)``, in a fresh sequence
-        and in the same pieces. Its last ``answer`` positions are those of an answer."""
+    def prompt_logits(self, prompt: Prompt, answer: int = 0, count: int | None = None) -> Float32:
+        """Return the logits after the last ``count`` positions of the prompt ``(count,
+        vocab_size)`` (none: after all), in a fresh sequence and in the same pieces. Its last
+        ``answer`` positions are those of an answer."""
         keys = self._checked_keys(prompt)
         asked = len(keys) - answer
         spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
         with self._changing():
             self._shorten(0)
             rows = self._rows(prompt, Fill())
-            logits = [
-                self._decoder.prefill(self._state, rows[here:there], True) for here, there in spans
-            ]
+            logits = []
+            for here, there in spans:
+                wanted = wanted_of(count, (here, there), len(keys))
+                if wanted:
+                    logits.append(self._decoder.prefill(self._state, rows[here:there], wanted))
+                else:
+                    self._decoder.extend(self._state, rows[here:there])
             if answer:
-                logits.append(self._decoder.answer(self._state, rows.embeds[asked:]))
+                wanted = wanted_of(count, (asked, len(keys)), len(keys))
+                logits.append(self._decoder.answer(self._state, rows.embeds[asked:], wanted))
             self._shorten(0)
         return np.concatenate(logits)
 
@@ -310,7 +317,7 @@ class Session:
         """Return the logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the
         next, are taken from, in a sequence of their own. ``embeds``: of the prompt."""
         whole = np.concatenate([embeds, self._decoder.embed(answer)])
-        return self._decoder.answer(self._decoder.new_state(), whole)[len(embeds) - 1 :]
+        return self._decoder.answer(self._decoder.new_state(), whole, len(answer) + 1)
 
     def expert_choices(self, prompt: Prompt) -> PromptChoices:
         """Where the routers send each position of the prompt, in a fresh sequence."""

@@ -163,7 +163,7 @@ def test_float_graphs_of_fixed_shapes_give_the_references_logits(
     expected = reference_logits(model, embeds)
     assert relative_error(decoder.prefill(state, Rows(embeds))[0], expected[-1]) < 5 * FLOAT32
     state.rewind(10)
-    ones = decoder.prefill(state, Rows(embeds[10:]), all_logits=True)
+    ones = decoder.prefill(state, Rows(embeds[10:]), count=None)
     assert relative_error(ones, expected[10:]) < 5 * FLOAT32
 
 
@@ -287,5 +287,5 @@ def test_fixed_point_graphs_stay_near_the_references_logits(name: str, tmp_path:
     with torch.no_grad():
         embeds = reference.embed([5 + 3 * index for index in range(LENGTH)], [])
         expected = reference.logits(embeds).numpy()
-    found = fixed.prefill(fixed.new_state(), Rows(embeds.numpy()), all_logits=True)
+    found = fixed.prefill(fixed.new_state(), Rows(embeds.numpy()), count=None)
     assert np.median(row_errors(found, expected)) < 0.03

@@ -129,7 +129,7 @@ LENGTHS = (20, 100, 30)
 def test_logits_are_those_of_the_reference(opened: Opened) -> None:
     pieces = pieces_of(opened.spec, LENGTHS)
     state = opened.decoder.new_state()
-    found = [opened.decoder.prefill(state, piece, all_logits=True) for piece in pieces]
+    found = [opened.decoder.prefill(state, piece, count=None) for piece in pieces]
     expected = expected_logits(opened, pieces)
     assert relative_error(np.concatenate(found), expected) <= FLOAT32
     assert state.slots == sum(LENGTHS)

@@ -194,11 +194,26 @@ def test_turns_that_keep_their_beginning_answer_like_fresh_ones(vlm: VLM) -> Non
         assert kept.token_ids == fresh.token_ids
 
 
+def test_the_last_logits_are_the_end_of_all_logits(vlm: VLM) -> None:
+    embeds = np.random.default_rng(0).standard_normal((700, 64), np.float32)  # two chunks
+    whole = vlm.embeds_logits(embeds)
+    for count in (1, 40, 600):  # 600 begin in the first chunk
+        for as_prompt in (False, True):
+            last = vlm.embeds_logits(embeds, as_prompt, count)
+            assert last.shape == (count, vlm.spec.decoder.vocab_size)
+            assert relative_error(last, whole[-count:]) <= 1e-5
+    prompt = vlm.prompt_logits("What is it? A cat.", [IMAGE], answer_tokens=3)
+    for count in (2, 5):  # within the answer, and before it
+        last = vlm.prompt_logits("What is it? A cat.", [IMAGE], answer_tokens=3, count=count)
+        assert len(last) == count
+        assert relative_error(last, prompt[-count:]) <= 1e-5
+
+
 def test_going_back_and_on_gives_the_same_logits(vlm: VLM) -> None:
     _, decoder = vlm._engines()
     embeds = np.random.default_rng(0).standard_normal((700, 64), np.float32)  # two chunks
     state = decoder.new_state()
-    whole = decoder.prefill(state, Rows(embeds), all_logits=True)
+    whole = decoder.prefill(state, Rows(embeds), count=None)
     last = decoder.prefill(decoder.new_state(), Rows(embeds))
     assert whole.shape == (700, vlm.spec.decoder.vocab_size)
     assert relative_error(last[0], whole[-1]) <= 1e-5

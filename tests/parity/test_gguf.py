@@ -243,7 +243,7 @@ def test_our_graph_gives_the_logits_of_llama_cpp(
     embeds, rows = fixture.arrays["inputs_embeds"][0], []
     for engine in (GgmlDecoder(path, spec, 1), LlamaDecoder(path, spec, 1)):
         state = engine.new_state()
-        prompt = engine.prefill(state, Rows(embeds), all_logits=True)
+        prompt = engine.prefill(state, Rows(embeds), count=None)
         steps = [engine.step(state, token).copy() for token in (5, 6, 7)]
         rows.append(np.concatenate([prompt, steps]))
     assert relative_error(*rows) <= NEAR_LLAMA_CPP[kind]

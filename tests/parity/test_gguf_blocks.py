@@ -160,10 +160,10 @@ STEPS = (5, 6, 7)
 def logits(engine: GgmlDecoder | LlamaDecoder, spec: DecoderSpec) -> Logits:
     """Logits of a prompt, of steps after it, and of its end again after going back."""
     embeds, state = engine.embed(prompt_of(spec)), engine.new_state()
-    prompt = engine.prefill(state, Rows(embeds), all_logits=True)
+    prompt = engine.prefill(state, Rows(embeds), count=None)
     steps = [engine.step(state, token).copy() for token in STEPS]
     state.rewind(30)
-    assert np.array_equal(engine.prefill(state, Rows(embeds[30:]), all_logits=True), prompt[30:])
+    assert np.array_equal(engine.prefill(state, Rows(embeds[30:]), count=None), prompt[30:])
     return np.concatenate([prompt, steps])
 
 
@@ -245,20 +245,17 @@ def test_a_prompt_of_several_runs_goes_on_after_going_back_and_being_restored(
     for made in engines:
         engine = made(path, spec, 1)
         embeds, state = engine.embed(prompt_of(spec, length)), engine.new_state()
-        assert (
-            relative_error(engine.prefill(state, Rows(embeds), all_logits=True), whole[:-3])
-            <= limit
-        )
+        assert relative_error(engine.prefill(state, Rows(embeds), count=None), whole[:-3]) <= limit
         state.rewind(kept)
         segment, other = engine.save(state, 0), engine.new_state()
         engine.restore(other, segment)
-        ends = [engine.prefill(one, Rows(embeds[kept:]), all_logits=True) for one in (state, other)]
+        ends = [engine.prefill(one, Rows(embeds[kept:]), count=None) for one in (state, other)]
         assert np.array_equal(*ends)
         steps = [engine.step(other, token).copy() for token in STEPS]
         found = np.concatenate([ends[1], steps])
         assert relative_error(found, whole[kept:]) <= limit
         other.rewind(300)  # before what was restored, and far behind each window
-        again = engine.prefill(other, Rows(embeds[300:]), all_logits=True)
+        again = engine.prefill(other, Rows(embeds[300:]), count=None)
         assert relative_error(again, whole[300:-3]) <= limit
 
 

@@ -126,7 +126,7 @@ def test_going_back_and_on_gives_the_same_logits(sparse: Fixture, written: Writt
     hidden = sparse.model.spec.decoder.hidden_size
     embeds = np.random.default_rng(0).standard_normal((520, hidden), np.float32)  # two chunks
     state = decoder.new_state()
-    whole = decoder.prefill(state, Rows(embeds), all_logits=True)
+    whole = decoder.prefill(state, Rows(embeds), count=None)
     assert relative_error(decoder.prefill(decoder.new_state(), Rows(embeds))[0], whole[-1]) <= EXACT
     state.rewind(300)
     assert relative_error(decoder.prefill(state, Rows(embeds[300:])), whole[-1:]) <= EXACT
@@ -208,7 +208,7 @@ def test_a_dense_mlp_beside_the_experts_equals_the_reference(
     engine = GgmlDecoder(path, spec.decoder, 1)
     embeds = np.random.default_rng(0).standard_normal((40, decoder.hidden_size), np.float32)
     state = engine.new_state()
-    found = engine.prefill(state, Rows(embeds), all_logits=True)
+    found = engine.prefill(state, Rows(embeds), count=None)
     with torch.no_grad():
         expected = load_reference(model).logits(torch.from_numpy(embeds)).numpy()
     assert relative_error(found, expected) <= EXACT
@@ -235,7 +235,7 @@ def rounding_error(model: Model, path: Path, embeds: NDArray[np.float32]) -> flo
 
     def logits(path: Path) -> NDArray[np.float32]:
         decoder = GgmlDecoder(path, spec, 1)
-        return decoder.prefill(decoder.new_state(), Rows(embeds), all_logits=True)
+        return decoder.prefill(decoder.new_state(), Rows(embeds), count=None)
 
     mmproj, restored = path.with_name("mmproj.gguf"), path.with_name("restored.gguf")
     write_mmproj(model, "f32", mmproj, ignore)

@@ -96,8 +96,12 @@ def test_float_graphs_of_fixed_shapes_give_the_official_logits(name: str, tmp_pa
     # Chunk by chunk and one by one, with a place where the sequence goes back.
     half = len(embeds) // 2
     state.rewind(half)
-    ones = decoder.prefill(state, Rows(embeds[half:]), all_logits=True)
+    ones = decoder.prefill(state, Rows(embeds[half:]), count=None)
     assert relative_error(ones, fixture.logits[half:]) < 5 * FLOAT32
+    state.rewind(0)
+    last = decoder.prefill(state, Rows(embeds), count=3)  # the others in chunks
+    assert last.shape == (3, model.spec.decoder.vocab_size)
+    assert relative_error(last, fixture.logits[-3:]) < 5 * FLOAT32
 
 
 # Measured with random weights, which pass on each rounding in full: medians over positions of 0.014
@@ -111,7 +115,7 @@ def test_fixed_point_graphs_stay_near_the_official_logits(
     model = short(fixture.model, len(embeds) + 4)
     decoder = fixed_decoder(fixture, model, FIXED, tmp_path)
     state = decoder.new_state()
-    ones = decoder.prefill(state, Rows(embeds), all_logits=True)
+    ones = decoder.prefill(state, Rows(embeds), count=None)
     assert np.median(row_errors(ones, fixture.logits)) < limit
     # The graphs have the same scales: one goes on where the other was.
     half = len(embeds) // 2

@@ -77,7 +77,7 @@ def filled(session: Session, prompt: Prompt) -> tuple[NDArray[np.float32], Fill]
 
 def test_two_images_of_different_grids_give_the_logits_of_the_reference(opened: Opened) -> None:
     session = session_of(opened, "nothing")
-    found = session.all_logits(QUESTION)
+    found = session.prompt_logits(QUESTION)
     decoder = opened.spec.decoder
     rows = session._rows(QUESTION, Fill())
     positions = grid_positions(QUESTION.pieces, decoder.position_axes)

@@ -86,7 +86,7 @@ def test_logits_are_the_same_to_the_last_bit(sparse: Fixture, path: Path) -> Non
     def logits(max_resident: int | None) -> list[np.ndarray]:
         decoder = GgmlDecoder(path, spec, 1, max_resident)
         state = decoder.new_state()
-        first = decoder.prefill(state, Rows(embeds), all_logits=True)
+        first = decoder.prefill(state, Rows(embeds), count=None)
         return [first, *(decoder.step(state, token).copy() for token in range(12))]
 
     for free, limited in zip(logits(None), logits(LAYER), strict=True):

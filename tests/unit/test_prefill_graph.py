@@ -61,7 +61,7 @@ def test_the_length_of_a_piece_alone_says_which_graph_computes_it(
             state = engine.new_state()
             if before:
                 engine.extend(state, Rows(embeds(before)))
-            found[name] = engine.prefill(state, Rows(embeds(length)), all_logits=True)
+            found[name] = engine.prefill(state, Rows(embeds(length)), count=None)
         short = length < PREFILL_FROM
         assert np.array_equal(found["fast"], found["int4"]) == short, length
         if not before:  # one recipe's graph for prompts is the other's graph for all
@@ -86,7 +86,7 @@ def test_wherever_the_weights_lie_the_bits_are_the_same(fast: Path, weights: Any
     mapped, other = decoder_of(fast), decoder_of(fast, Plan(prefill_weights=weights))
     for _ in range(2):  # the second time what was given back comes again
         found, expected = (
-            decoder.prefill(decoder.new_state(), Rows(embeds(LONG)), all_logits=True)
+            decoder.prefill(decoder.new_state(), Rows(embeds(LONG)), count=None)
             for decoder in (other, mapped)
         )
         assert np.array_equal(found, expected)

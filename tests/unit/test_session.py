@@ -66,16 +66,16 @@ class CountedDecoder:
     def embed(self, ids: Sequence[int]) -> Float32:
         return self.engine.embed(ids)
 
-    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
+    def prefill(self, state: DecoderState, rows: Rows, count: int | None = 1) -> Float32:
         self.prefills.append(len(rows))
-        return self.engine.prefill(state, rows, all_logits)
+        return self.engine.prefill(state, rows, count)
 
     def extend(self, state: DecoderState, rows: Rows) -> None:
         self.prefills.append(len(rows))
         self.engine.extend(state, rows)
 
-    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
-        return self.engine.answer(state, embeds)
+    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
+        return self.engine.answer(state, embeds, count)
 
     def step(self, state: DecoderState, token: int) -> Float32:
         return self.engine.step(state, token)

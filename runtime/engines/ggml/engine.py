@@ -133,7 +133,7 @@ class GgmlDecoder(GgufDecoder):
         def note(layer: int, chosen: NDArray[np.int32]) -> None:
             found.setdefault(layer, []).append(chosen.copy())
 
-        self.prefill(self._observed_state(note), Rows(embeds), all_logits=True)
+        self.prefill(self._observed_state(note), Rows(embeds), count=None)
         return {layer: np.concatenate(chunks) for layer, chunks in found.items()}
 
     def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:

@@ -36,19 +36,19 @@ class GgufDecoder(ABC):
         scale = np.float32(self._spec.embed_scale)
         return rows if scale == 1 else rows * scale
 
-    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
+    def prefill(self, state: DecoderState, rows: Rows, count: int | None = 1) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self._append_all(state, rows, len(rows) if all_logits else 1)
+        return self._append_all(state, rows, count)
 
     def extend(self, state: DecoderState, rows: Rows) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         self._append_all(state, rows, 0)
 
-    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self.prefill(state, Rows(embeds), all_logits=True)
+        return self.prefill(state, Rows(embeds), count)
 
-    def _append_all(self, state: DecoderState, rows: Rows, count: int) -> Float32:
+    def _append_all(self, state: DecoderState, rows: Rows, count: int | None) -> Float32:
         assert rows.positions is None and not rows.deep
         return in_chunks(
             lambda chunk, wanted: self._append(state, chunk.embeds, wanted), rows, count

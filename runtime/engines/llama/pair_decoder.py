@@ -238,7 +238,7 @@ class PairDecoder:
         """Not to be had: what a token's row becomes is the architecture's own."""
         raise self._no_embeddings()
 
-    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
+    def prefill(self, state: DecoderState, rows: Rows, count: int | None = 1) -> Float32:
         """Not to be had, as :meth:`embed`."""
         raise self._no_embeddings()
 
@@ -246,7 +246,7 @@ class PairDecoder:
         """Not to be had, as :meth:`embed`."""
         raise self._no_embeddings()
 
-    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
         """Not to be had, as :meth:`embed`."""
         raise self._no_embeddings()
 

@@ -232,9 +232,8 @@ class OnnxDecoder(BufferedDecoder):
             found = still_open(sessions.encoder).run(names, inputs)
         state.begin(dict(zip(names, found, strict=True)))
 
-    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
+    def prefill(self, state: DecoderState, rows: Rows, count: int | None = 1) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        count = len(rows) if all_logits else 1
         with self._open() as sessions:
             return self._append(state, rows, count, sessions)
 
@@ -243,10 +242,10 @@ class OnnxDecoder(BufferedDecoder):
         with self._open() as sessions:
             self._append(state, rows, 0, sessions)
 
-    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         with self._open() as sessions:
-            return self._append(state, Rows(embeds), len(embeds), sessions, is_piece=False)
+            return self._append(state, Rows(embeds), count, sessions, is_piece=False)
 
     def _open(self) -> AbstractContextManager[DecoderSessions]:
         return still_open(self._stage).open()
@@ -261,11 +260,12 @@ class OnnxDecoder(BufferedDecoder):
         self,
         state: DecoderState,
         rows: Rows,
-        count: int,
+        count: int | None,
         sessions: DecoderSessions,
         is_piece: bool = True,
     ) -> Float32:
-        """Appends rows; logits of the last ``count``. ``is_piece``: they are one of a prompt."""
+        """Append rows; return the logits of the last ``count`` (none: of all). ``is_piece``: they
+        are one of a prompt."""
         assert isinstance(state, OnnxState)
         session = self._for_prompt(sessions, len(rows)) if is_piece else sessions.answers
         append = partial(self._append_chunk, state, session)

@@ -134,23 +134,27 @@ class NpuDecoder(BufferedDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         return NpuState(still_open(self._chunks))
 
-    def prefill(self, state: DecoderState, rows: Rows, all_logits: bool = False) -> Float32:
+    def prefill(self, state: DecoderState, rows: Rows, count: int | None = 1) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. A run has the logits of one
-        position, so those of all take a run each."""
+        position, so several take a run each."""
         assert isinstance(state, NpuState) and rows.positions is None and not rows.deep
-        if all_logits:
-            return np.concatenate([self._append(state, row[None]) for row in rows.embeds])
-        for start in range(0, len(rows), self.chunk):
-            logits = self._append(state, rows.embeds[start : start + self.chunk])
-        return logits
+        length = len(rows)
+        single = length if count is None else count
+        chunked = length - single if single != 1 else length
+        found = [
+            self._append(state, rows.embeds[start : min(start + self.chunk, chunked)])
+            for start in range(0, chunked, self.chunk)
+        ][-1:]
+        found += [self._append(state, row[None]) for row in rows.embeds[chunked:]]
+        return np.concatenate(found)[-single:]
 
     def extend(self, state: DecoderState, rows: Rows) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         self.prefill(state, rows)
 
-    def answer(self, state: DecoderState, embeds: Float32) -> Float32:
+    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Token by token, as :meth:`step`."""
-        return self.prefill(state, Rows(embeds), all_logits=True)
+        return self.prefill(state, Rows(embeds), count)
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. These graphs compute all experts

@@ -17,7 +17,9 @@ from mobilevlm.image import ImageInput
 from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 ROLES = ("system", "user", "assistant")
-_SOURCES = ("image", "path", "url")
+_OTHER_ROLES = {"developer": "system"}
+"""Names that OpenAI has for the same."""
+_SOURCES = ("image", "path", "url", "base64")
 """Keys of an image part under which its image may be; without one it is the next of ``images``."""
 _UNREAD = {
     "input_audio": "audio", "audio": "audio", "audio_url": "audio", "file": "files",
@@ -55,7 +57,8 @@ def read_messages(
     """Return the messages of a chat with all their images.
 
     ``images``: of image parts that bring none, in order, or of ``<image>`` in the user's texts
-    (without ``marks_in_text`` those are words).
+    (without ``marks_in_text`` those are words). Where there is neither, they go before the text of
+    the user's last message.
 
     Raises:
         PromptError: something in them is unknown, missing, or not for these images.
@@ -76,6 +79,8 @@ def read_messages(
                 _read_part(f"{place}.content[{index}]", part, role, sources)
                 for index, part in enumerate(content)
             ]
+        if role != "user":  # which templates take as a text
+            parts = "".join(_texts(parts))
         marks = _marks(parts) if role == "user" and marks_in_text else 0
         if marks and len(sources) > before:
             raise PromptError(
@@ -86,18 +91,56 @@ def read_messages(
         found.append({"role": role, "content": parts})
     if not any(message["role"] == "user" for message in found):
         raise PromptError("messages: none is the user's: there is nothing to answer")
+    check_images(images)
+    if images and None not in sources:
+        sources = _shown_last(found, sources, len(images))
     _check_last(found)
     return Conversation(found, _placed(sources, images))
+
+
+def _shown_last(
+    messages: list[Message], sources: list[ImageInput | None], count: int
+) -> list[ImageInput | None]:
+    """Put so many image parts before what the last message, the user's, says and shows; return
+    ``sources`` with them."""
+    last = messages[-1]
+    content = last["content"]
+    if last["role"] != "user":
+        return sources
+    parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    own = sum(part["type"] == "image" for part in parts)
+    messages[-1] = {"role": "user", "content": [*[{"type": "image"}] * count, *parts]}
+    place = len(sources) - own
+    return [*sources[:place], *[None] * count, *sources[place:]]
+
+
+def with_system(system: str, messages: Sequence[Message]) -> Sequence[Message]:
+    """Return messages that begin with a system message.
+
+    Raises:
+        PromptError: ``system`` is no text, or they have one.
+    """
+    if not isinstance(system, str):
+        raise PromptError(f"system is {_kind(system)}, expected a text")
+    if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
+        return messages  # refused when they are read
+    for message in messages:
+        if isinstance(message, Mapping) and message.get("role") in ("system", "developer"):
+            raise PromptError("system= and a system message in the messages: give one of both")
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _read_message(place: str, message: Any) -> tuple[str, Any]:
     """Return role and content of a message."""
     if not isinstance(message, Mapping):
         raise PromptError(f"{place}: expected role and content, found {_kind(message)}")
-    unknown = [key for key in message if key not in ("role", "content")]
+    known = ("role", "content")
+    unknown = [key for key, value in message.items() if key not in known and not _is_empty(value)]
     if unknown:
         raise PromptError(f"{place}: {unknown[0]!r:.60} is not known: expected role and content")
     role, content = message.get("role"), message.get("content")
+    if isinstance(role, str):
+        role = _OTHER_ROLES.get(role, role)
     if role not in ROLES:
         raise PromptError(f"{place}: role is {role!r:.60}, expected {', '.join(ROLES)}")
     if content is None or content == []:
@@ -133,6 +176,8 @@ def _read_part(
         if len(given) > 1 or None in [value if value is None else 0 for value in given]:
             raise PromptError(f"{place}: expected one image, under {', '.join(_SOURCES)}")
         source = given[0] if given else None
+        if "base64" in part:
+            source = _read_base64(place, source)
     sources.append(_local(place, source) if isinstance(source, str) else source)
     return {"type": "image"}
 
@@ -148,6 +193,13 @@ def _read_url(place: str, value: Any) -> str:
     if not isinstance(value, str) or not value:
         raise PromptError(f"{place}: image_url has no url: expected a file or a data: URI")
     return value
+
+
+def _read_base64(place: str, value: Any) -> str:
+    """Return the content of an image file in base64 as a data URI."""
+    if not isinstance(value, str) or not value:
+        raise PromptError(f"{place}: base64 is {_kind(value)}, expected an image file in base64")
+    return value if value.startswith("data:") else f"data:;base64,{value}"
 
 
 def _local(place: str, source: str) -> str:
@@ -179,7 +231,6 @@ def check_images(images: object) -> None:
 
 def _placed(sources: list[ImageInput | None], images: Sequence[ImageInput]) -> list[ImageInput]:
     """Return all images in the order of the prompt."""
-    check_images(images)
     bare = sum(source is None for source in sources)
     if bare != len(images):
         raise PromptError(
@@ -229,6 +280,12 @@ def _check_keys(place: str, part: Mapping[str, Any], expected: Sequence[str]) ->
         raise PromptError(
             f"{place}: {unknown[0]!r:.60} is not known: expected type and {', '.join(expected)}"
         )
+
+
+def _is_empty(value: object) -> bool:
+    """Return True for what clients send with an answer that has nothing of a kind: no value, or an
+    empty list."""
+    return value is None or value == []
 
 
 def _kind(value: object) -> str:

@@ -102,8 +102,9 @@ class VLM:
         """Answers piece by piece.
 
         ``prompt``: the user's text, or the messages of a chat. ``images`` go where ``<image>``
-        stands, else before the text; with messages they are those of image parts that bring none
-        (mobilevlm/messages.py). ``options``: :class:`AnswerOptions`.
+        stands, else before the text; with messages they are those of image parts that bring none,
+        else they go before the text of the last one (mobilevlm/messages.py). ``options``:
+        :class:`AnswerOptions`.
 
         Raises:
             PromptError, ImageError, MobileVLMError: before the first piece, if the input is wrong;
@@ -120,7 +121,7 @@ class VLM:
         rules = stop_rules(options, self.spec.conversation)
         drafts = self._draft_tokens(options.get("draft_tokens"), sampling.temperature)
         raw, special = options.get("raw", False), options.get("special_tokens", True)
-        ready, said = self._prompts.prompt(prompt, images, raw, special)
+        ready, said = self._prompts.prompt(prompt, images, raw, special, options.get("system"))
         if session is None:
             return TextStream(self._answer(ready, sampling, rules, drafts, None))
         if isinstance(prompt, str):
@@ -194,12 +195,13 @@ class VLM:
         images: int | Images = 0,
         raw: bool = False,
         special_tokens: bool = True,
+        system: str | None = None,
     ) -> list[int]:
         """Input ids as the official code has them: where an image goes its mark (-200 in LLaVA's
         lineage), or an id for each of its visual tokens. ``images``: how many, or the images
-        themselves where the number of visual tokens depends on them. ``special_tokens`` as in
-        :meth:`stream`."""
-        return self._prompts.official_ids(prompt, images, raw, special_tokens)
+        themselves where the number of visual tokens depends on them. ``special_tokens`` and
+        ``system`` as in :meth:`stream`."""
+        return self._prompts.official_ids(prompt, images, raw, special_tokens, system)
 
     def count_text_tokens(
         self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False
@@ -344,13 +346,15 @@ class VLM:
         images: int,
         raw: bool = False,
         special_tokens: bool = True,
+        system: str | None = None,
     ) -> None:
         """Raise if a prompt with so many images has no room, before these are there.
 
         Raises:
             PromptError: it does not fit; the message says how many images would.
         """
-        self._prompts.check_fits(self._prompts.tokens(prompt, images, raw, special_tokens))
+        tokens = self._prompts.tokens(prompt, images, raw, special_tokens, system)
+        self._prompts.check_fits(tokens)
 
     def room_for(self, needed: float) -> Room:
         """Return the memory that is left; what earlier requests left goes first."""

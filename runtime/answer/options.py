@@ -47,6 +47,8 @@ class TurnOptions(SamplingKeywords, total=False):
 class AnswerOptions(TurnOptions, total=False):
     """How to answer. All may be left out."""
 
+    system: str | None
+    """The system message, before the prompt's messages; by default the model's own, if any"""
     session: Session | None
     """One of :meth:`VLM.new_session`, for one stream and one thread at a time. It keeps what was
     computed, not what was said: messages that leave out earlier turns are refused."""

@@ -13,7 +13,7 @@ from mobilevlm.errors import PromptError
 from mobilevlm.image import ImageInput, RoomFor
 from mobilevlm.input_spec import FixedImage
 from mobilevlm.instruction import with_instruction
-from mobilevlm.messages import Message, check_images, read_messages
+from mobilevlm.messages import Message, check_images, read_messages, with_system
 from mobilevlm.preparation import fewest_pieces, prepare, with_max_tiles
 from mobilevlm.prompt import Mark, Prepared, Token, count_positions, count_rows, expand
 from mobilevlm.runtime.sequence.session import Prompt, check_length
@@ -69,11 +69,16 @@ class PromptReader:
         return self._with_instruction(self.image(source, images), text)
 
     def prompt(
-        self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
+        self,
+        prompt: str | Sequence[Message],
+        images: Images,
+        raw: bool,
+        special_tokens: bool,
+        system: str | None = None,
     ) -> tuple[Prompt, list[Message]]:
         """Return a prompt that is ready to run, and its messages."""
         start = time.perf_counter()
-        text, shown, said = self._read(prompt, images, raw, special_tokens)
+        text, shown, said = self._read(prompt, images, raw, special_tokens, system)
         tokens = self._tokenized(text, len(shown))
         self.check_fits(tokens)
         prepared = [
@@ -83,14 +88,24 @@ class PromptReader:
         return Prompt(pieces, prepared, time.perf_counter() - start), said
 
     def tokens(
-        self, prompt: str | Sequence[Message], images: int, raw: bool, special_tokens: bool = True
+        self,
+        prompt: str | Sequence[Message],
+        images: int,
+        raw: bool,
+        special_tokens: bool = True,
+        system: str | None = None,
     ) -> list[Token]:
         """Return a prompt's ids, with a mark for each of so many images."""
-        text, shown, _ = self._read(prompt, [b""] * images, raw, special_tokens)
+        text, shown, _ = self._read(prompt, [b""] * images, raw, special_tokens, system)
         return self._tokenized(text, len(shown))
 
     def official_ids(
-        self, prompt: str | Sequence[Message], images: int | Images, raw: bool, special_tokens: bool
+        self,
+        prompt: str | Sequence[Message],
+        images: int | Images,
+        raw: bool,
+        special_tokens: bool,
+        system: str | None = None,
     ) -> list[int]:
         """Return a prompt's ids as the official code has them.
 
@@ -98,7 +113,7 @@ class PromptReader:
             PromptError: they depend on the images, of which only the number is given.
         """
         given = [b""] * images if isinstance(images, int) else images
-        text, shown, _ = self._read(prompt, given, raw, special_tokens)
+        text, shown, _ = self._read(prompt, given, raw, special_tokens, system)
         tokens, image = self._tokenized(text, len(shown)), self.spec.image
         if image.layout.row_id is None:
             return official_ids(tokens, image.layout)
@@ -123,24 +138,36 @@ class PromptReader:
         check_length(length, rows, self.spec.decoder.context_length)
 
     def _read(
-        self, prompt: str | Sequence[Message], images: Images, raw: bool, special_tokens: bool
+        self,
+        prompt: str | Sequence[Message],
+        images: Images,
+        raw: bool,
+        special_tokens: bool,
+        system: str | None = None,
     ) -> tuple[str, Images, list[Message]]:
         """The prompt in its template, its images, and what was said."""
         check_images(images)
         if raw:
-            if not isinstance(prompt, str) or not special_tokens:
-                wrong = "messages" if special_tokens else "special_tokens=False"
+            others = {"messages": not isinstance(prompt, str), "system": system is not None}
+            wrong = next((name for name, given in others.items() if given), "")
+            if wrong or not special_tokens:
+                wrong = wrong or "special_tokens=False"
                 raise PromptError(f"raw: the text is the whole prompt, {wrong} does not go with it")
+            assert isinstance(prompt, str)
             check_text(prompt)
             self._check_length(len(prompt))
             return prompt, images, []
         if isinstance(prompt, str):
             prompt = [user_message(prompt, len(images), special_tokens)]
+        if system is not None:
+            prompt = with_system(system, prompt)
         said = read_messages(prompt, images, special_tokens)
         self._check_length(said.characters)
         conversation = self.spec.conversation
         messages = protect(said.messages, self.tokenizer, special_tokens, conversation.image_mark)
-        return render(conversation, messages), said.images, said.messages
+        text = render(conversation, messages)
+        _check_system(messages, text)
+        return text, said.images, said.messages
 
     def _check_length(self, characters: int) -> None:
         """Refuse text that cannot fit into the context, before anything is done with it."""
@@ -162,3 +189,18 @@ class PromptReader:
 
     def _with_instruction(self, image: Prepared, text: str) -> Prepared:
         return with_instruction(image, self._instruction_tokenizer, text, self.spec)
+
+
+def _check_system(messages: Sequence[Message], text: str) -> None:
+    """Refuse a system message that a template leaves out of the prompt's ``text``.
+
+    Raises:
+        PromptError: it does.
+    """
+    for message in messages:
+        said = message["content"]
+        if message["role"] == "system" and isinstance(said, str) and said.strip() not in text:
+            raise PromptError(
+                "this model's chat template has no place for a system message: say it in the "
+                "question"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ def text(words: str) -> dict[str, Any]:
         {"type": "image", "path": str(IMAGE)},
         {"type": "image", "url": IMAGE.as_uri()},
         {"type": "image", "image": IMAGE.read_bytes()},
+        {"type": "image", "base64": base64.b64encode(IMAGE.read_bytes()).decode()},
         {"type": "image_url", "image_url": {"url": str(IMAGE)}},
         {"type": "image_url", "image_url": {"url": IMAGE.as_uri(), "detail": "auto"}},
         {"type": "image_url", "image_url": IMAGE.as_uri().replace("file:///", "file://localhost/")},
@@ -56,6 +58,65 @@ def test_images_fill_the_parts_that_bring_none_in_order() -> None:
     assert both.images == ["d", "e", "a", "b", "c"]
 
 
+def test_images_without_a_place_go_before_the_text_of_the_last_message() -> None:
+    first = [*user({"type": "image", "image": "a"}, text("Who?"))]
+    turns: list[Any] = [*first, {"role": "assistant", "content": "He."}]
+    last: list[Any] = [{"role": "user", "content": "Why?"}]
+    found = read_messages([*turns, *last], ["b", "c"])
+    assert found.images == ["a", "b", "c"]
+    assert found.messages[-1:] == user({"type": "image"}, {"type": "image"}, text("Why?"))
+    also = read_messages([*turns, *user({"type": "image", "image": "d"}, text("Why?"))], ["b"])
+    assert also.images == ["a", "b", "d"]
+    assert also.messages[-1:] == user({"type": "image"}, {"type": "image"}, text("Why?"))
+
+
+def test_images_given_beside_messages_are_seen_as_those_of_a_question(vlm: VLM) -> None:
+    messages: Any = [{"role": "user", "content": "Who?"}]
+    assert vlm.prompt_ids(messages, 1) == vlm.prompt_ids("Who?", 1)
+
+
+def test_a_system_message_is_the_same_as_text_as_parts_and_as_an_option(vlm: VLM) -> None:
+    messages: list[Any] = [{"role": "system", "content": "Be brief."}, *user(text("Who?"))]
+    ids = vlm.prompt_ids(messages)
+    assert "Be brief." in vlm.tokenizer.decode(ids)
+    parts = [{"role": "system", "content": [text("Be "), text("brief.")]}, *user(text("Who?"))]
+    developer = [{"role": "developer", "content": "Be brief."}, *user(text("Who?"))]
+    assert vlm.prompt_ids(parts) == vlm.prompt_ids(developer) == ids
+    assert vlm.prompt_ids("Who?", system="Be brief.") == ids
+    expected = vlm.generate(messages, max_new_tokens=3).token_ids
+    assert vlm.generate("Who?", system="Be brief.", max_new_tokens=3).token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "expected"),
+    [
+        ("Who?", {"system": 3}, "system is int, expected a text"),
+        ("Who?", {"system": "a", "raw": True}, "raw: .* system does not go with it"),
+        ([{"role": "system", "content": "a"}, *user(text("b"))], {"system": "c"}, "one of both"),
+    ],
+)
+def test_a_system_message_that_cannot_be_said_is_refused(
+    prompt: Any, options: dict[str, Any], expected: str, vlm: VLM
+) -> None:
+    with pytest.raises(PromptError, match=expected):
+        vlm.stream(prompt, **options)
+
+
+def test_a_system_message_that_the_template_leaves_out_is_refused(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    monkeypatch.setitem(vlm.spec.conversation.__dict__, "chat_template", template)
+    with pytest.raises(PromptError, match="has no place for a system message"):
+        vlm.stream("Who?", system="Be brief.")
+
+
+def test_empty_fields_that_clients_send_back_with_an_answer_are_no_error() -> None:
+    answer = {"role": "assistant", "content": "b", "refusal": None, "tool_calls": []}
+    found = read_messages([*user(text("a")), answer, *user(text("c"))], [])  # type: ignore[list-item]
+    assert found.messages[1] == {"role": "assistant", "content": "b"}
+
+
 def test_templates_see_image_parts_without_what_they_bring() -> None:
     found = read_messages(user({"type": "image_url", "image_url": {"url": "a"}}, text("b")), [])
     assert found.messages == user({"type": "image"}, text("b"))
@@ -74,7 +135,7 @@ WRONG: list[tuple[Any, Any, str]] = [
     ([{"role": "user", "content": []}], [], "no content"),
     ([{"role": "user", "content": 3}], [], "content is int"),
     ([{"role": "user", "content": " "}], [], "the prompt is empty"),
-    ([{"role": "user", "content": "a", "tool_calls": []}], [], "'tool_calls' is not known"),
+    ([{"role": "user", "content": "a", "tool_calls": [{}]}], [], "'tool_calls' is not known"),
     ([{"role": "system", "content": "a"}], [], "none is the user's"),
     ([*user(text("a")), {"role": "assistant", "content": "b"}], [], "nothing to answer"),
     (user("Who?"), [], r"messages\[0\]\.content\[0\]: type is str"),
@@ -95,9 +156,10 @@ WRONG: list[tuple[Any, Any, str]] = [
     (user({"type": "image", "url": "HTTPS://x/a.png"}), [], "nothing is downloaded"),
     (user({"type": "image", "image": "file://server/a.png"}), [], "another machine"),
     ([{"role": "system", "content": [{"type": "image"}]}, *user(text("a"))], [OTHER], "system"),
-    (user(text("a")), [OTHER], "have 0 .* but images= has 1"),
+    ([*user(text("a")), {"role": "assistant", "content": "b"}], [OTHER], "nothing to answer"),
+    (user({"type": "image", "base64": ""}), [], "expected an image file in base64"),
     (user({"type": "image"}, text("a")), [], "have 1 .* but images= has 0"),
-    (user({"type": "image", "image": "a"}, text("a")), [OTHER], "images= has 1"),
+    (user({"type": "image", "image": "a"}, {"type": "image"}), [OTHER, OTHER], "images= has 2"),
     (user({"type": "image"}, text("<image>")), [OTHER], "use one of both"),
     (user(text("<image>")), [], "have 1 <image> marks .* but images= has 0"),
     (user(text("a")), "a.png", "a single one"),

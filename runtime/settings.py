@@ -11,6 +11,8 @@ from typing import Any
 from mobilevlm.errors import MobileVLMError, PlanWarning
 from mobilevlm.plan import Plan, check_engine, default_threads
 
+MOST_TOP_LOGPROBS = 20
+"""OpenAI's limit."""
 MOST_TEXT = 80
 """Characters of a wrong value that a message repeats."""
 
@@ -109,6 +111,21 @@ def stop_strings(stop: object) -> tuple[str, ...]:
     ):
         raise MobileVLMError(f"stop is {_shown(stop)}, expected a string or a list of strings")
     return tuple(found)
+
+
+def check_logprobs(wanted: object, top: object) -> int | None:
+    """Return how many likeliest tokens go with each; none if no log probabilities are wanted.
+
+    Raises:
+        MobileVLMError: wrong types, out of range, or ``top`` without ``wanted``.
+    """
+    if not isinstance(wanted, bool):
+        raise MobileVLMError(f"logprobs is {_shown(wanted)}, expected True or False")
+    if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= MOST_TOP_LOGPROBS:
+        raise MobileVLMError(f"top_logprobs is {_shown(top)}, expected 0 to {MOST_TOP_LOGPROBS}")
+    if top and not wanted:
+        raise MobileVLMError("top_logprobs goes with logprobs: set logprobs to True")
+    return top if wanted else None
 
 
 def _check_plan(plan: Plan) -> None:

@@ -18,14 +18,20 @@ from mobilevlm.messages import Message, check_continued
 from mobilevlm.plan import DRAFTING_ENGINES, Plan
 from mobilevlm.preparation import fewest_pieces
 from mobilevlm.prompt import Prepared, Rows, count_positions, count_rows, expand
-from mobilevlm.runtime.answer.generation import Generation, StopRules, TextStream, generate_text
+from mobilevlm.runtime.answer.generation import (
+    AnswerSettings,
+    Generation,
+    Progress,
+    TextStream,
+    generate_text,
+)
 from mobilevlm.runtime.answer.options import (
     AnswerOptions,
     check_options,
     sampling_options,
     stop_rules,
+    top_logprobs,
 )
-from mobilevlm.runtime.answer.sampling import SamplingOptions
 from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine, Float32, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
 from mobilevlm.runtime.engines.opening import is_pair
@@ -120,16 +126,18 @@ class VLM:
         sampling = sampling_options(options)
         rules = stop_rules(options, self.spec.conversation)
         drafts = self._draft_tokens(options.get("draft_tokens"), sampling.temperature)
+        settings = AnswerSettings(sampling, rules, drafts, top_logprobs(options))
         raw, special = options.get("raw", False), options.get("special_tokens", True)
         ready, said = self._prompts.prompt(prompt, images, raw, special, options.get("system"))
+        progress = Progress()
         if session is None:
-            return TextStream(self._answer(ready, sampling, rules, drafts, None))
+            return TextStream(self._answer(ready, settings, None, progress), progress)
         if isinstance(prompt, str):
             said = []
         else:
             check_continued(session.told, said)
-        pieces = self._answer(ready, sampling, rules, drafts, session)
-        return TextStream(_noted(session, said, pieces))
+        pieces = self._answer(ready, settings, session, progress)
+        return TextStream(_noted(session, said, pieces), progress)
 
     def generate(
         self,
@@ -294,10 +302,9 @@ class VLM:
     def _answer(
         self,
         prompt: Prompt,
-        sampling: SamplingOptions,
-        rules: StopRules,
-        draft_tokens: int,
+        settings: AnswerSettings,
         session: Session | None,
+        progress: Progress,
     ) -> Generator[str, None, Generation]:
         """Pieces of an answer, in a session of one's own or in one that is free."""
         ours = session or self._take_session(prompt)
@@ -308,11 +315,10 @@ class VLM:
                         ours,
                         self.tokenizer,
                         prompt,
-                        sampling,
-                        rules,
+                        settings,
                         self.load_seconds,
                         self._drafting,
-                        draft_tokens,
+                        progress,
                     )
                 )
         finally:

@@ -45,7 +45,7 @@ class Chat:
         stream = self._vlm.stream(
             [*self.messages, message], self.images, session=self._session, **options
         )
-        return TextStream(self._remember(message, stream))
+        return TextStream(self._remember(message, stream), stream.progress)
 
     def _remember(self, message: Message, stream: TextStream) -> Generator[str, None, Generation]:
         said: list[str] = []
@@ -55,7 +55,7 @@ class Chat:
                 begun = True
                 said.append(piece)
                 yield piece
-            begun = True
+            begun = begun or stream.generation.finish_reason != "cancelled"
             return stream.generation
         finally:
             stream.close()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 from tokenizers import Tokenizer
 
@@ -18,6 +18,9 @@ from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.sequence.drafting import Drafting, Drafts, Lookup, drafted_tokens
 from mobilevlm.runtime.sequence.session import Clock, Fill, Prompt, Session
 from mobilevlm.runtime.settings import check_new_tokens
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.answer.logprobs import TokenLogprob
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,9 @@ class Reused:
     """Pictures that were not encoded."""
 
 
+FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
+
+
 @dataclass(frozen=True)
 class Generation:
     """A finished answer."""
@@ -55,8 +61,9 @@ class Generation:
     text: str
     token_ids: list[int]
     """Without the end-of-text token."""
-    finish_reason: Literal["stop", "length"]
-    """``stop``: end-of-text token or stop string; ``length``: max_new_tokens or context full."""
+    finish_reason: FinishReason
+    """``stop``: end-of-text token or stop string; ``length``: max_new_tokens or context full;
+    ``cancelled``: :meth:`TextStream.cancel`."""
     prompt_tokens: int
     """Positions of the prompt, pictures expanded."""
     visual_tokens: int
@@ -65,14 +72,25 @@ class Generation:
     """Of each token after the first; guessed ones take next to nothing after the one before."""
     reused: Reused
     drafts: Drafts
+    logprobs: list[TokenLogprob] | None = None
+    """Of each token, where they were asked for."""
+
+
+@dataclass
+class Progress:
+    """State of an answer while it is made, which its reader sees."""
+
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    cancelled: bool = False
 
 
 class TextStream(Iterator[str]):
     """Pieces of an answer as they are made. After the last, :attr:`generation` tells the rest. One
     thread reads at a time."""
 
-    def __init__(self, pieces: Generator[str, None, Generation]) -> None:
+    def __init__(self, pieces: Generator[str, None, Generation], progress: Progress) -> None:
         self._pieces = pieces
+        self.progress = progress
         self._generation: Generation | None = None
         self._reader: dict[str, int] = {}
         """The thread that is at a piece; set in one step, so that no interrupt leaves it behind."""
@@ -114,8 +132,19 @@ class TextStream(Iterator[str]):
             pass
         return self.generation
 
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        """Log probabilities of the tokens so far, where they were asked for."""
+        return self.progress.logprobs
+
+    def cancel(self) -> None:
+        """Let the answer end at its next token, from any thread and without waiting: the reader
+        gets no more pieces, and a generation with what there is."""
+        self.progress.cancelled = True
+
     def close(self) -> None:
         """Stops the work; waits for the token that another thread is at."""
+        self.cancel()
         me = threading.get_ident()
         try:
             while self._reader.setdefault("thread", me) != me:
@@ -141,44 +170,66 @@ class StopRules:
         check_new_tokens(self.max_new_tokens)
 
 
+@dataclass(frozen=True)
+class AnswerSettings:
+    """How an answer is made."""
+
+    sampling: SamplingOptions
+    rules: StopRules
+    draft_tokens: int = 0
+    """Guessed at a time."""
+    top_logprobs: int | None = None
+    """Likeliest tokens whose log probabilities go with each token's; none: no log probabilities."""
+
+
 def generate_text(
     session: Session,
     tokenizer: Tokenizer,
     prompt: Prompt,
-    sampling: SamplingOptions,
-    rules: StopRules,
+    settings: AnswerSettings,
     load_seconds: float,
     drafting: Drafting,
-    draft_tokens: int = 0,
+    progress: Progress,
 ) -> Generator[str, None, Generation]:
-    """Yields pieces of text; its return value is the finished answer. ``draft_tokens``: guessed at
-    a time."""
+    """Yields pieces of text; its return value is the finished answer."""
     fill, decode, drafts = Fill(), Clock(), Drafts()
+    rules, count = settings.rules, settings.draft_tokens
     sampler, detokenizer, stops = (
-        Sampler(sampling),
+        Sampler(settings.sampling),
         Detokenizer(tokenizer),
         StopStrings(rules.strings),
     )
+    reader = None
+    if settings.top_logprobs is not None:
+        from mobilevlm.runtime.answer.logprobs import LogprobReader
+
+        reader = LogprobReader(tokenizer, settings.top_logprobs)
     tokens: list[int] = []
     shown: list[str] = []
-    finish: Literal["stop", "length"] = "length"
-    logits = session.fill(prompt, fill)
-    prompt_tokens, stopped = session.prompt_tokens, False
-    if draft_tokens:
-        lookup = Lookup(prompt.pieces)
-        limit = rules.max_new_tokens
-        source = drafted_tokens(
-            session, logits, sampler, tokens, lookup, draft_tokens, limit, drafting, drafts
-        )
+    finish: FinishReason = "length"
+    prompt_tokens, stopped = len(prompt.keys), False
+    source: Generator[int, None, None]
+    if progress.cancelled:
+        source = no_tokens()
     else:
-        source = single_tokens(session, logits, sampler, tokens)
+        logits = session.fill(prompt, fill)
+        prompt_tokens = session.prompt_tokens
+        if count:
+            lookup, limit = Lookup(prompt.pieces), rules.max_new_tokens
+            source = drafted_tokens(
+                session, logits, sampler, tokens, lookup, count, limit, drafting, drafts
+            )
+        else:
+            source = single_tokens(session, logits, sampler, tokens)
     with fill.prefill:
         token = next(source, None)
-    while token is not None:
+    while token is not None and not progress.cancelled:
         if token in rules.eos_token_ids:
             finish = "stop"
             break
         tokens.append(token)
+        if reader is not None:
+            progress.logprobs.append(reader(sampler.logits, token))
         piece, stopped = stops.add(detokenizer.add(token))
         if piece:
             shown.append(piece)
@@ -191,7 +242,9 @@ def generate_text(
         with decode:
             token = next(source, None)
     source.close()
-    if token is None:
+    if progress.cancelled and not stopped:
+        finish = "cancelled"
+    if token is None and decode.samples:
         decode.samples.pop()  # the context is full: nothing came
     if not stopped:
         piece, stopped = stops.add(detokenizer.finish())
@@ -208,18 +261,23 @@ def generate_text(
         decode=decode.seconds,
         tokens_per_second=len(decode.samples) / decode.seconds if decode.samples else 0.0,
     )
-    visual = count_rows(prompt.pieces)
     return Generation(
         "".join(shown),
         tokens,
         finish,
         prompt_tokens,
-        visual,
+        count_rows(prompt.pieces),
         timings,
         decode.samples,
         Reused(fill.reused_tokens, fill.reused_images),
         drafts,
+        None if reader is None else progress.logprobs,
     )
+
+
+def no_tokens() -> Generator[int, None, None]:
+    """Tokens of an answer that was cancelled before it began."""
+    yield from ()
 
 
 def single_tokens(

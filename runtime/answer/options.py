@@ -8,7 +8,7 @@ from typing import TypedDict
 from mobilevlm.runtime.answer.generation import StopRules
 from mobilevlm.runtime.answer.sampling import SamplingOptions
 from mobilevlm.runtime.sequence.session import Session
-from mobilevlm.runtime.settings import stop_strings
+from mobilevlm.runtime.settings import check_logprobs, stop_strings
 from mobilevlm.spec import ConversationSpec
 
 DEFAULT_MAX_NEW_TOKENS = 256
@@ -39,6 +39,10 @@ class TurnOptions(SamplingKeywords, total=False):
     special_tokens: bool
     """Special tokens (``</s>``) and ``<image>`` in the text count as such, as in the
     official code; by default they do. Else they are ordinary text."""
+    logprobs: bool
+    """Give the log probability of each token"""
+    top_logprobs: int
+    """Likeliest tokens whose log probabilities go with each"""
     draft_tokens: int | None
     """Tokens to guess and check at a time (runtime/sequence/drafting.py; the answer is the same), 0
     for none; by default where the engine can"""
@@ -76,6 +80,15 @@ def sampling_options(options: AnswerOptions) -> SamplingOptions:
     for name in SamplingKeywords.__optional_keys__ & options.keys():
         chosen[name] = options[name]  # type: ignore[literal-required]
     return SamplingOptions(**chosen)
+
+
+def top_logprobs(options: AnswerOptions) -> int | None:
+    """Return how many likeliest tokens go with each token; none without log probabilities.
+
+    Raises:
+        MobileVLMError: a value of the wrong type or range.
+    """
+    return check_logprobs(options.get("logprobs", False), options.get("top_logprobs", 0))
 
 
 def stop_rules(options: AnswerOptions, conversation: ConversationSpec) -> StopRules:

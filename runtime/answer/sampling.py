@@ -70,9 +70,12 @@ class Sampler:
     def __init__(self, options: SamplingOptions) -> None:
         self.options = options
         self._random = np.random.default_rng(options.seed)
+        self.logits: NDArray[np.float32]
+        """That the last token was chosen from, before penalties; valid as long as they are."""
 
     def __call__(self, logits: NDArray[np.float32], previous: Sequence[int]) -> int:
         """The next token. ``logits``: ``(vocab_size,)``; ``previous``: tokens produced so far."""
+        self.logits = logits
         if self.options.repetition_penalty != 1.0 and previous:
             logits = _penalize(logits, previous, self.options.repetition_penalty)
         if self.options.temperature == 0:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import codecs
-import re
 from collections.abc import Sequence
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 
 from mobilevlm.errors import BundleError
 from mobilevlm.tokenizers.json_file import foreign
-from mobilevlm.tokenizers.library import LibraryTokenizer
-from mobilevlm.tokenizers.pieces import SPACE, token_bytes
-
-_BYTE = re.compile("<0x([0-9A-F]{2})>")
+from mobilevlm.tokenizers.pieces import SPACE, AnswerBytes, lone_byte, token_bytes
 
 
 def _replace_each_byte(error: UnicodeError) -> tuple[str, int]:
@@ -35,10 +31,12 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        added = tokenizer.get_added_tokens_decoder()
-        self._special = {index for index, token in added.items() if token.special}
-        self._byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        self._library = tokenizer if isinstance(tokenizer, LibraryTokenizer) else None
+        table = AnswerBytes(tokenizer)
+        self._special, self._byte_level, self._library = (
+            table.special,
+            table.byte_level,
+            table.library,
+        )
         whole = self._byte_level or self._library is not None
         errors = "replace" if whole else "mobilevlm_replace_each_byte"
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors)
@@ -55,9 +53,9 @@ class Detokenizer:
         if self._byte_level:
             return self._bytes.decode(token_bytes(piece))
         first, self._begun = not self._begun, True
-        if piece.startswith("<") and (match := _BYTE.fullmatch(piece)):
+        if (byte := lone_byte(piece)) is not None:
             self._unfinished = True
-            return self._bytes.decode(bytes([int(match[1], 16)]))
+            return self._bytes.decode(byte)
         text = self._first(token) if first else piece.replace(SPACE, " ")
         return self.finish() + text if self._unfinished else text
 

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from mobilevlm.runtime import VLM as VLM
     from mobilevlm.runtime import Generation as Generation
     from mobilevlm.runtime import load as load
+    from mobilevlm.runtime.answer.asynchronous import AsyncVLM as AsyncVLM
     from mobilevlm.runtime.answer.chat import Chat as Chat
 
 _MODULES = {
     "VLM": "mobilevlm.runtime",
+    "AsyncVLM": "mobilevlm.runtime.answer.asynchronous",
     "Generation": "mobilevlm.runtime",
     "Chat": "mobilevlm.runtime.answer.chat",
     "load": "mobilevlm.runtime",
@@ -35,6 +37,7 @@ _MODULES = {
 
 __all__ = [
     "VLM",
+    "AsyncVLM",
     "Chat",
     "Generation",
     "MobileVLMError",

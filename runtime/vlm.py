@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from mobilevlm.bundle import INSTRUCTION_TOKENIZER, Bundle
-from mobilevlm.errors import BundleError
+from mobilevlm.errors import BundleError, MobileVLMError, PromptError
 from mobilevlm.image import ImageInput, Room, RoomFor
 from mobilevlm.messages import Message, check_continued
 from mobilevlm.plan import DRAFTING_ENGINES, Plan
@@ -29,6 +29,7 @@ from mobilevlm.runtime.answer.options import (
     AnswerOptions,
     check_options,
     sampling_options,
+    shows_options,
     stop_rules,
     top_logprobs,
 )
@@ -51,6 +52,9 @@ from mobilevlm.runtime.sequence.session import (
 from mobilevlm.runtime.settings import check_max_tiles
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.json_file import open_tokenizer_json
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.answer.chat import Chat
 
 IDLE_SESSIONS = 2
 """Sequences that are kept when their answers are finished; the others leave their beginnings to the
@@ -99,6 +103,7 @@ class VLM:
         self._lock = threading.Lock()
         self._process = os.getpid()
 
+    @shows_options(AnswerOptions)
     def stream(
         self,
         prompt: str | Sequence[Message],
@@ -139,6 +144,7 @@ class VLM:
         pieces = self._answer(ready, settings, session, progress)
         return TextStream(_noted(session, said, pieces), progress)
 
+    @shows_options(AnswerOptions)
     def generate(
         self,
         prompt: str | Sequence[Message],
@@ -147,6 +153,57 @@ class VLM:
     ) -> Generation:
         """The whole answer; as :meth:`stream`."""
         return self.stream(prompt, images, **options).finish()
+
+    @shows_options(AnswerOptions)
+    def generate_batch(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        images: Sequence[Images] | None = None,
+        **options: Unpack[AnswerOptions],
+    ) -> Iterator[Generation]:
+        """Whole answers to many prompts, one after another, in their order. ``images``: those of
+        each prompt. What prompts have in common (an image, a beginning) is computed once while it
+        is in the cache.
+
+        Raises:
+            PromptError: no list of prompts, or not as many lists of images.
+            MobileVLMError: as of :meth:`stream`, when a prompt's turn comes; it names the prompt.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise PromptError("prompts: expected a list of prompts: use generate() for one")
+        if images is not None and len(images) != len(prompts):
+            raise PromptError(
+                f"prompts: {len(prompts)}, but images= has lists for {len(images)}: give one list "
+                f"for each, empty for none"
+            )
+        check_options(options)
+        shown: Sequence[Images] = [()] * len(prompts) if images is None else images
+        return self._batch(prompts, shown, options)
+
+    def _batch(
+        self,
+        prompts: Sequence[str | Sequence[Message]],
+        images: Sequence[Images],
+        options: AnswerOptions,
+    ) -> Iterator[Generation]:
+        for number, (prompt, shown) in enumerate(zip(prompts, images, strict=True)):
+            try:
+                answer = self.generate(prompt, shown, **options)
+            except MobileVLMError as error:
+                error.args = (f"prompts[{number}]: {error}",)
+                raise
+            yield answer
+
+    def chat(self, images: Images = (), system: str | None = None) -> Chat:
+        """Return a conversation about these images, which keeps its turns. ``system``: its system
+        message.
+
+        Raises:
+            ImageError: an image cannot be opened.
+        """
+        from mobilevlm.runtime.answer.chat import Chat
+
+        return Chat(self, images, system)
 
     def _draft_tokens(self, asked: int | None, temperature: float) -> int:
         if asked is None and temperature == 0:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TypedDict
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, TypedDict, TypeVar
 
 from mobilevlm.runtime.answer.generation import StopRules
 from mobilevlm.runtime.answer.sampling import SamplingOptions
@@ -12,6 +14,7 @@ from mobilevlm.runtime.settings import check_logprobs, stop_strings
 from mobilevlm.spec import ConversationSpec
 
 DEFAULT_MAX_NEW_TOKENS = 256
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 class SamplingKeywords(TypedDict, total=False):
@@ -56,6 +59,42 @@ class AnswerOptions(TurnOptions, total=False):
     session: Session | None
     """One of :meth:`VLM.new_session`, for one stream and one thread at a time. It keeps what was
     computed, not what was said: messages that leave out earlier turns are refused."""
+
+
+DEFAULTS: Mapping[str, object] = {
+    **{field.name: field.default for field in fields(SamplingOptions)},
+    "max_new_tokens": DEFAULT_MAX_NEW_TOKENS,
+    "stop": (),
+    "ignore_eos": False,
+    "raw": False,
+    "special_tokens": True,
+    "logprobs": False,
+    "top_logprobs": 0,
+}
+"""Of options; none of the others."""
+
+
+def shows_options(kind: type) -> Callable[[F], F]:
+    """Let ``help``, completion and ``inspect`` show the options of a ``TypedDict`` as keywords of a
+    function that takes them as ``**options``."""
+
+    def decorated(function: F) -> F:
+        signature = inspect.signature(function)
+        own = [one for one in signature.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        options = [
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=DEFAULTS.get(name),
+                annotation=getattr(annotation, "__forward_arg__", annotation),
+            )
+            for name, annotation in kind.__annotations__.items()
+        ]
+        shown = signature.replace(parameters=[*own, *options])
+        function.__signature__ = shown  # type: ignore[attr-defined]
+        return function
+
+    return decorated
 
 
 def check_options(options: Mapping[str, object]) -> None:

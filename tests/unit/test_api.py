@@ -30,8 +30,8 @@ def public(kind: type) -> list[str]:
 
 def test_completion_shows_the_public_names_alone() -> None:
     assert dir(mobilevlm) == [
-        "Chat", "Generation", "MobileVLMError", "QualityError", "VLM", "__version__", "export",
-        "load",
+        "AsyncVLM", "Chat", "Generation", "MobileVLMError", "QualityError", "VLM", "__version__",
+        "export", "load",
     ]  # fmt: skip
     for name in dir(mobilevlm):
         assert getattr(mobilevlm, name) is not None
@@ -63,7 +63,56 @@ def test_stream_and_generate_take_the_same() -> None:
     assert list(stream.values()) == list(generate.values())
 
 
-@pytest.mark.parametrize("kind", [mobilevlm.VLM, mobilevlm.Chat, TextStream])
+def signatures() -> str:
+    """Every call of the API with its parameters and defaults, as docs/api.md has them."""
+    stream = inspect.signature(mobilevlm.VLM.stream).parameters.values()
+    options = [one for one in stream if one.name in AnswerOptions.__optional_keys__]
+    lines = [f"options: {', '.join(f'{one.name}={one.default!r}' for one in options)}"]
+    for name in ("export", "load", "VLM", "AsyncVLM", "Chat"):
+        found = getattr(mobilevlm, name)
+        if not inspect.isclass(found):
+            lines.append(f"mobilevlm.{name}{parameters_of(found)}")
+            continue
+        lines += [
+            f"{name}.{method}{parameters_of(getattr(found, method))}"
+            for method in public(found)
+            if inspect.isfunction(getattr(found, method))
+        ]
+    return "\n".join(lines)
+
+
+def is_option(parameter: inspect.Parameter) -> bool:
+    keyword = parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    return keyword and parameter.name in AnswerOptions.__optional_keys__
+
+
+def parameters_of(function: Callable[..., object]) -> str:
+    signature = inspect.signature(function)
+    bare = [
+        parameter.replace(annotation=inspect.Parameter.empty)
+        for parameter in signature.parameters.values()
+        if parameter.name != "self" and not is_option(parameter)
+    ]
+    if any(map(is_option, signature.parameters.values())):
+        bare.append(inspect.Parameter("options", inspect.Parameter.VAR_KEYWORD))
+    shown = signature.replace(parameters=bare, return_annotation=inspect.Signature.empty)
+    kept = str(signature.return_annotation)
+    return f"{shown} -> {kept}"
+
+
+def test_the_page_has_the_signature_of_every_call() -> None:
+    block = re.search(r"## Signatures\n.*?```text\n(.*?)\n```", DOCUMENT, re.DOTALL)
+    assert block is not None and block[1] == signatures()
+
+
+def test_completion_shows_the_options_of_an_answer() -> None:
+    for call in (mobilevlm.VLM.stream, mobilevlm.AsyncVLM.stream, mobilevlm.VLM.generate_batch):
+        shown = inspect.signature(call).parameters
+        assert AnswerOptions.__optional_keys__ <= shown.keys()
+        assert shown["max_new_tokens"].default == 256 and shown["temperature"].default == 0.0
+
+
+@pytest.mark.parametrize("kind", [mobilevlm.VLM, mobilevlm.Chat, mobilevlm.AsyncVLM, TextStream])
 def test_every_method_and_its_parameters_are_documented(kind: type) -> None:
     words = words_of(DOCUMENT)
     for name in public(kind):

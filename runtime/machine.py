@@ -49,6 +49,7 @@ EXTRAS = {
     ),
     "gguf": ("llama_cpp",),
     "reference": ("torch",),
+    "server": ("prometheus_client", "starlette", "uvicorn"),
     "video": ("av",),
     "npu": ("onnxruntime_qnn",),
     "coreml": ("coremltools",),

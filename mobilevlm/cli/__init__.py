@@ -38,6 +38,7 @@ VERBS = {
     "targets": "List the devices that exports are checked for.",
     "run": "Ask one question about pictures.",
     "chat": "Talk about pictures.",
+    "serve": "Answer clients of OpenAI's API over HTTP.",
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine or a device.",
     "tune": "Find the fastest settings for a bundle on this machine.",

@@ -1,0 +1,119 @@
+"""Answers as OpenAI's API has them: whole, or as events."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from mobilevlm.runtime.answer.generation import Generation
+
+DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The form of one answer."""
+
+    identity: str
+    created: int
+    model: str
+    is_chat: bool
+    include_usage: bool
+
+    def whole(self, answer: Generation) -> dict[str, Any]:
+        """Return the answer as one object."""
+        choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason}
+        choice["logprobs"] = None
+        if self.is_chat:
+            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+        else:
+            choice["text"] = answer.text
+        ending = {"usage": usage(answer), "timings": timings(answer)}
+        return self._object("", [choice]) | ending
+
+    def first(self) -> bytes:
+        """Return the event before the first piece; empty for a completion."""
+        if not self.is_chat:
+            return b""
+        return self._event(self._delta({"role": "assistant", "content": ""}))
+
+    def piece(self, text: str) -> bytes:
+        """Return the event of a piece of text."""
+        return self._event(self._delta({"content": text}) if self.is_chat else self._text(text))
+
+    def last(self, answer: Generation) -> bytes:
+        """Return the events after the last piece."""
+        finish = answer.finish_reason
+        choice = self._delta({}, finish) if self.is_chat else self._text("", finish)
+        found = self._event(choice, {"timings": timings(answer)})
+        if self.include_usage:
+            found += self._event(None, {"usage": usage(answer)})
+        return found + DONE
+
+    def _delta(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
+        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+
+    def _text(self, text: str, finish: str | None = None) -> dict[str, Any]:
+        return {"index": 0, "text": text, "logprobs": None, "finish_reason": finish}
+
+    def _event(self, choice: dict[str, Any] | None, more: dict[str, Any] | None = None) -> bytes:
+        chunk = self._object(".chunk" if self.is_chat else "", [] if choice is None else [choice])
+        if self.include_usage:
+            chunk["usage"] = None
+        return event(chunk | (more or {}))
+
+    def _object(self, suffix: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self.is_chat else "text_completion"
+        return {
+            "id": self.identity,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "choices": choices,
+        }
+
+
+def new_shape(model: str, is_chat: bool, include_usage: bool) -> Shape:
+    """Return the form of a new answer, with an id of its own."""
+    identity = f"{'chatcmpl' if is_chat else 'cmpl'}-{secrets.token_hex(12)}"
+    return Shape(identity, int(time.time()), model, is_chat, include_usage)
+
+
+def json_bytes(data: Any) -> bytes:
+    """Return JSON in UTF-8, "?" for halves of characters that a client sent."""
+    return json.dumps(data, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def event(data: dict[str, Any]) -> bytes:
+    """Return a server-sent event."""
+    return b"data: " + json_bytes(data) + b"\n\n"
+
+
+def usage(answer: Generation) -> dict[str, Any]:
+    """Return the number of tokens. Those of the prompt are positions, images expanded."""
+    produced = len(answer.token_ids)
+    return {
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": produced,
+        "total_tokens": answer.prompt_tokens + produced,
+        "prompt_tokens_details": {"cached_tokens": answer.reused.tokens},
+    }
+
+
+def timings(answer: Generation) -> dict[str, Any]:
+    """Return what was measured, in seconds, without the time in the queue."""
+    times = answer.timings
+    return {
+        "preprocess": round(times.preprocess, 6),
+        "vision": round(times.vision, 6),
+        "prefill": round(times.prefill, 6),
+        "ttft": round(times.ttft, 6),
+        "decode": round(times.decode, 6),
+        "tokens_per_second": round(times.tokens_per_second, 2),
+        "visual_tokens": answer.visual_tokens,
+        "reused_tokens": answer.reused.tokens,
+        "reused_images": answer.reused.images,
+    }

@@ -1,0 +1,58 @@
+"""Errors in the form that clients of OpenAI's API read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from mobilevlm.console.terminal import plain
+from mobilevlm.errors import BundleError, MemoryLimitError, MobileVLMError
+
+BUSY_TYPE, SERVER_TYPE = "rate_limit_error", "server_error"
+
+
+@dataclass
+class ApiError(Exception):
+    """A request that is answered with an error."""
+
+    status: int
+    """Of HTTP"""
+    message: str
+    """One line: what is wrong, where, what to do"""
+    param: str | None = None
+    """The field that is wrong"""
+    code: str | None = None
+    """A name for programs"""
+    kind: str = "invalid_request_error"
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """Return the JSON object of the answer."""
+        said = {
+            "message": self.message,
+            "type": self.kind,
+            "param": self.param,
+            "code": self.code,
+        }
+        return {"error": said}
+
+
+def refuse(param: str, message: str, code: str | None = None) -> ApiError:
+    """Return the error of a field with a wrong value."""
+    return ApiError(400, f"{param}: {message}", param, code)
+
+
+def api_error(error: Exception) -> ApiError:
+    """Return what a client is told of an error on the way to its answer. Those of a person's making
+    say what to do; of any other the traceback is in the server's log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, MemoryLimitError | MemoryError):
+        told = str(error) or "not enough memory for this request"
+        return ApiError(503, plain(told), code="memory_limit", kind=SERVER_TYPE)
+    if isinstance(error, BundleError):
+        return ApiError(500, plain(error), code="bundle_error", kind=SERVER_TYPE)
+    if isinstance(error, MobileVLMError):
+        return ApiError(400, plain(error))
+    return ApiError(500, "internal error: the server's log tells more", kind=SERVER_TYPE)

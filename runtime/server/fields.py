@@ -1,0 +1,178 @@
+"""Fields of a request's body: those that are read, and those of OpenAI's that change nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mobilevlm.runtime.server.errors import ApiError, refuse
+from mobilevlm.runtime.server.schema import Schema, check_value
+
+
+@dataclass(frozen=True)
+class Field:
+    """A field of a body. ``null`` is the same as to leave it out, unless it is required."""
+
+    schema: Schema
+    required: bool = False
+    alone: bool = False
+    """True if only values that change nothing are taken"""
+
+
+def _field(kind: str, description: str, **limits: Any) -> Field:
+    return Field({"type": kind, "description": description, **limits})
+
+
+def _only(kind: str = "", **limits: Any) -> Field:
+    """Return a field that the server has nothing for."""
+    of_kind = {"type": kind} if kind else {}
+    return Field({**of_kind, **limits, "description": _ALONE}, alone=True)
+
+
+_ALONE = "Another value is refused: the server has nothing for it."
+_TAG = "For the caller's own records: it changes nothing."
+
+SHARED: dict[str, Field] = {
+    "model": _field("string", "Name of a model, as GET /v1/models lists them. It may be left out "
+                    "where there is one."),
+    "stream": _field("boolean", "Send the answer piece by piece, as server-sent events."),
+    "stream_options": Field({
+        "type": "object",
+        "properties": {
+            "include_usage": {"type": "boolean"},
+            "include_obfuscation": {"enum": [False]},
+        },
+        "description": "include_usage: a last event tells the number of tokens.",
+    }),
+    "max_tokens": _field("integer", "Most tokens of the answer. By default as many as the context "
+                         "has room for.", minimum=1),
+    "temperature": _field("number", "0, the default, always takes the likeliest token.",
+                          minimum=0, maximum=2),
+    "top_p": _field("number", "Draw among the likeliest tokens that together reach this "
+                    "probability.", minimum=0, maximum=1),
+    "top_k": _field("integer", "Draw among so many of the likeliest tokens; 0: among all.",
+                    minimum=0),
+    "min_p": _field("number", "Least probability of a token, as a share of the likeliest one's.",
+                    minimum=0, maximum=1),
+    "repetition_penalty": _field("number", "Above 1 makes tokens of the answer less likely to come "
+                                 "again.", minimum=0),
+    "seed": _field("integer", "Makes drawing repeatable.", minimum=0, maximum=2**64 - 1),
+    "stop": Field({
+        "anyOf": [
+            {"type": "string", "minLength": 1},
+            {"type": "array", "items": {"type": "string", "minLength": 1}, "maxItems": 16},
+        ],
+        "description": "Texts that end the answer; they are no part of it.",
+    }),
+    "n": _only(enum=[1]),
+    "frequency_penalty": _only(enum=[0, 0.0]),
+    "presence_penalty": _only(enum=[0, 0.0]),
+    "logit_bias": _only("object", properties={}),
+    "user": _field("string", _TAG),
+    "metadata": _field("object", _TAG),
+    "safety_identifier": _field("string", _TAG),
+    "prompt_cache_key": _field("string", _TAG),
+    "service_tier": _only(enum=["auto", "default"]),
+    "store": _only(enum=[False]),
+}  # fmt: skip
+"""Of chat completions and of completions"""
+
+_TEXT_FORMAT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"type": {"enum": ["text"]}},
+    "required": ["type"],
+}
+
+CHAT: dict[str, Field] = {
+    **SHARED,
+    "messages": Field(
+        {
+            "type": "array",
+            "minItems": 1,
+            "items": {"type": "object"},
+            "description": "Turns of the conversation: role system, user or assistant, and "
+            "content: text, or parts {type: text, text} and {type: image_url, image_url: {url}}. "
+            "The url is a data: URI (base64); http(s) only where the server was started with "
+            "--allow-urls.",
+        },
+        required=True,
+    ),
+    "max_completion_tokens": _field("integer", "The same as max_tokens.", minimum=1),
+    "logprobs": _only(enum=[False]),
+    "top_logprobs": _only(enum=[0]),
+    "response_format": _only(**_TEXT_FORMAT),
+    "tools": _only("array", maxItems=0),
+    "tool_choice": _only(enum=["none", "auto"]),
+    "functions": _only("array", maxItems=0),
+    "function_call": _only(enum=["none", "auto"]),
+    "parallel_tool_calls": _field("boolean", "There are no tools: it changes nothing."),
+    "modalities": _only("array", items={"enum": ["text"]}, minItems=1),
+}
+
+COMPLETION: dict[str, Field] = {
+    **SHARED,
+    "prompt": Field(
+        {
+            "anyOf": [
+                {"type": "string"},
+                {"type": "array", "items": {"type": "string"}, "minItems": 1, "maxItems": 1},
+            ],
+            "description": "The whole prompt, special tokens included; no template around it.",
+        },
+        required=True,
+    ),
+    "suffix": _only(enum=[""]),
+    "echo": _only(enum=[False]),
+    "best_of": _only(enum=[1]),
+    "logprobs": _only(enum=[0]),
+}
+
+
+def read_fields(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the fields of a body that have a value.
+
+    Raises:
+        ApiError: a field is unknown, missing, or has a wrong value; it is named.
+    """
+    if not isinstance(body, dict):
+        raise refuse("body", "expected a JSON object")
+    for name, value in body.items():
+        if name not in fields:
+            raise refuse(f"{name:.60}", "not known here: leave it out (/docs lists all fields)")
+        if value is not None:
+            _check(name, value, fields[name])
+    for name, field in fields.items():
+        if field.required and body.get(name) is None:
+            raise refuse(name, "missing")
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def _check(name: str, value: Any, field: Field) -> None:
+    try:
+        check_value(name, value, field.schema)
+    except ApiError:
+        if not field.alone:
+            raise
+        raise refuse(name, "this server cannot do that: leave it out", "unsupported") from None
+
+
+def body_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
+    """Return the schema of a whole body, for the OpenAPI description."""
+    properties = {
+        name: dict(field.schema) if field.required else _or_null(field.schema)
+        for name, field in fields.items()
+    }
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": [name for name, field in fields.items() if field.required],
+        "additionalProperties": False,
+    }
+
+
+def _or_null(schema: Schema) -> dict[str, Any]:
+    value = {key: item for key, item in schema.items() if key != "description"}
+    kinds = [*value["anyOf"]] if "anyOf" in value else [value]
+    told = {"description": schema["description"]}
+    return {"anyOf": [*kinds, {"type": "null"}], **told}

@@ -1,0 +1,104 @@
+"""Images of messages: data URIs, base64, and addresses where they are allowed. Never a path: what
+lies on the server's disk is not the client's."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mobilevlm.messages import Message
+from mobilevlm.runtime.server.errors import refuse
+
+_DATA = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """An image of a request: its bytes, or where they are."""
+
+    place: str
+    """In the request, for messages"""
+    content: bytes
+    """Empty where there is an address"""
+    url: str = ""
+    detail: Literal["auto", "low", "high"] = "auto"
+    """``low``: in one tile, by models that split images"""
+
+
+def take_images(
+    messages: list[dict[str, Any]], allow_urls: bool
+) -> tuple[list[Message], tuple[ImageRef, ...]]:
+    """Return the messages with image parts that bring no image, and the images in order. Everything
+    else in the messages is left to :func:`mobilevlm.messages.read_messages`.
+
+    Raises:
+        ApiError: an image part is wrong.
+    """
+    images: list[ImageRef] = []
+    found: list[Message] = []
+    for number, message in enumerate(messages):
+        content = message.get("content")
+        if isinstance(content, list):
+            parts = [
+                _taken(f"messages[{number}].content[{index}]", part, allow_urls, images)
+                for index, part in enumerate(content)
+            ]
+            message = {**message, "content": parts}
+        found.append(message)  # type: ignore[arg-type]
+    return found, tuple(images)
+
+
+def _taken(place: str, part: Any, allow_urls: bool, images: list[ImageRef]) -> Any:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "image":
+        raise refuse(place, "images are parts of type image_url, with a data: URI")
+    if kind != "image_url":
+        return part
+    unknown = [key for key in part if key not in ("type", "image_url")]
+    if unknown:
+        raise refuse(f"{place}.{unknown[0]:.60}", "not known here, expected image_url")
+    images.append(_read_image_url(f"{place}.image_url", part.get("image_url"), allow_urls))
+    return {"type": "image"}
+
+
+def _read_image_url(place: str, value: Any, allow_urls: bool) -> ImageRef:
+    detail: Any = "auto"
+    if isinstance(value, dict):
+        unknown = [key for key in value if key not in ("url", "detail")]
+        if unknown:
+            raise refuse(f"{place}.{unknown[0]:.60}", "not known here, expected url and detail")
+        detail = value.get("detail") or "auto"
+        if detail not in ("auto", "low", "high"):
+            raise refuse(f"{place}.detail", f"expected auto, low or high, found {detail!r:.60}")
+        value = value.get("url")
+    if not isinstance(value, str) or not value:
+        raise refuse(place, "no url in it: expected a data: URI")
+    if value[:8].lower().startswith(("http://", "https://")):
+        if not allow_urls:
+            raise refuse(
+                place,
+                "this server fetches no images: send a data: URI (the server's --allow-urls "
+                "changes that)",
+                "url_not_allowed",
+            )
+        return ImageRef(place, b"", value, detail)
+    return ImageRef(place, _decoded(place, value), "", detail)
+
+
+def _decoded(place: str, value: str) -> bytes:
+    """Return the content of a data URI, or of base64 alone."""
+    head = _DATA.match(value)
+    if head is None and (value[:5].lower() == "data:" or "://" in value[:20]):
+        raise refuse(place, f"expected data:image/png;base64,… found {value[:40]!r}")
+    text = "".join(value[head.end() if head else 0 :].split()).rstrip("=")
+    text = text.replace("-", "+").replace("_", "/")  # the alphabet for addresses
+    try:
+        content = base64.b64decode(text + "=" * (-len(text) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        raise refuse(place, "damaged base64: expected data:image/png;base64,…") from None
+    if not content:
+        raise refuse(place, "an image without content")
+    return content

@@ -1,0 +1,93 @@
+"""Bodies of requests as what the runtime is asked."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from mobilevlm.messages import Message
+from mobilevlm.runtime.server.errors import ApiError, refuse
+from mobilevlm.runtime.server.fields import CHAT, COMPLETION, read_fields
+from mobilevlm.runtime.server.images import ImageRef, take_images
+
+_OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
+"""Fields that are keywords of ``VLM.stream``, under their own names"""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request for an answer."""
+
+    model: str | None
+    prompt: str | list[Message]
+    """A whole prompt, or messages whose image parts bring no image"""
+    images: tuple[ImageRef, ...]
+    """Of the image parts, in order"""
+    stream: bool
+    include_usage: bool
+    max_tokens: int | None
+    options: dict[str, Any]
+    """Keywords of ``VLM.stream``"""
+
+    @property
+    def is_chat(self) -> bool:
+        """True for a chat completion, False for a completion."""
+        return not isinstance(self.prompt, str)
+
+
+def parse_json(content: bytes) -> Any:
+    """Return the value in a body.
+
+    Raises:
+        ApiError: it is no JSON.
+    """
+    try:
+        return json.loads(content, parse_constant=_no_number)
+    except (ValueError, RecursionError) as error:
+        told = " ".join(str(error).split())[:120]
+        raise ApiError(400, f"the body is not JSON: {told}", code="invalid_json") from None
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+def read_chat(body: Any, allow_urls: bool) -> Asked:
+    """Return what the body of a chat completion asks. ``allow_urls``: images may be addresses.
+
+    Raises:
+        ApiError: something in it is wrong or unknown.
+    """
+    found = read_fields(body, CHAT)
+    both = found.get("max_completion_tokens"), found.get("max_tokens")
+    if None not in both and both[0] != both[1]:
+        raise refuse("max_tokens", "max_completion_tokens says another number: give one of both")
+    messages, images = take_images(found["messages"], allow_urls)
+    # Texts come from anywhere: special tokens in them are words.
+    options = {"special_tokens": False}
+    return _asked(found, messages, images, options, both[0] or both[1])
+
+
+def read_completion(body: Any) -> Asked:
+    """Return what the body of a completion asks; errors as of :func:`read_chat`."""
+    found = read_fields(body, COMPLETION)
+    [prompt] = [found["prompt"]] if isinstance(found["prompt"], str) else found["prompt"]
+    return _asked(found, prompt, (), {"raw": True}, found.get("max_tokens"))
+
+
+def _asked(
+    found: dict[str, Any],
+    prompt: str | list[Message],
+    images: tuple[ImageRef, ...],
+    options: dict[str, Any],
+    max_tokens: int | None,
+) -> Asked:
+    stream, more = found.get("stream", False), found.get("stream_options")
+    if more is not None and not stream:
+        raise refuse("stream_options", "it goes with stream: true only")
+    if more is not None and None in more.values():
+        raise refuse("stream_options", "null is no value here")
+    options |= {name: found[name] for name in _OPTIONS if name in found}
+    usage = bool(more and more.get("include_usage", False))
+    return Asked(found.get("model"), prompt, images, stream, usage, max_tokens, options)

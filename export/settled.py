@@ -16,6 +16,7 @@ from mobilevlm.export.formats.gguf import gguf_jobs
 from mobilevlm.export.formats.npu import fixed_context, npu_jobs, with_fewer_tiles
 from mobilevlm.export.formats.onnx import onnx_jobs
 from mobilevlm.export.quality.limits import with_limits
+from mobilevlm.export.quantize.rotation import rotation_obstacle
 from mobilevlm.export.recipes.file import find_recipe
 from mobilevlm.export.recipes.layer_formats import expand_layers
 from mobilevlm.export.recipes.named import RECIPES
@@ -25,7 +26,7 @@ from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions
 from mobilevlm.recipe import LinearFormat, Recipe, WeightBits
 from mobilevlm.runtime.machine import int8_weight_bits
-from mobilevlm.spec import GGUFType, KVCache
+from mobilevlm.spec import GGUFType, KVCache, ModelSpec
 
 JOBS: dict[str, Callable[[Model, Recipe], list[Job]]] = {
     "onnx": onnx_jobs,
@@ -103,7 +104,8 @@ def settle_model(said: Settled, model: Model) -> tuple[Model, Recipe, list[Job]]
         model = with_fewer_tiles(model, said.target.max_tiles)
     if "npu" in said.formats:
         model = fixed_context(model, said.recipe)
-    recipe = expand_layers(in_stored_blocks(said.recipe, model), model.spec)
+    recipe = _rotated_where_possible(in_stored_blocks(said.recipe, model), said.formats, model.spec)
+    recipe = expand_layers(recipe, model.spec)
     jobs = [job for form in said.formats for job in JOBS[form](model, recipe)]
     _check_vision(model, jobs)
     return model, recipe, jobs
@@ -185,6 +187,24 @@ def _with_weight_bits(recipe: Recipe, wanted: WeightBits | None, formats: Sequen
             f"be about: leave it out"
         )
     return recipe.with_weight_bits(wanted, auto_only=False)
+
+
+def _rotated_where_possible(recipe: Recipe, formats: Sequence[str], spec: ModelSpec) -> Recipe:
+    """Return the recipe; a built-in one leaves rotation out for decoders that cannot have it.
+
+    Raises:
+        MobileVLMError: a recipe file asks for it.
+    """
+    obstacle = rotation_obstacle(spec.decoder)
+    if obstacle is None or not recipe.is_rotated or "onnx" not in formats:
+        return recipe
+    if recipe.decoder not in {built_in.decoder for built_in in RECIPES.values()}:
+        raise MobileVLMError(
+            f"recipe {recipe.name!r}: decoder.scaling: the residual stream of {spec.name} cannot "
+            f'be rotated, it has {obstacle}: set scaling = "none"'
+        )
+    progress.say(f"rotation    left out: the decoder of {spec.name} has {obstacle}")
+    return recipe.without_rotation()
 
 
 def in_stored_blocks(recipe: Recipe, model: Model) -> Recipe:

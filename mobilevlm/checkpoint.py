@@ -243,6 +243,14 @@ class TensorRef:
         return part + np.float32(self.added) if self.added else part
 
 
+class Change(Protocol):
+    """A function of one tensor that is applied when it is read."""
+
+    def apply(self, array: Float32) -> Float32:
+        """Return the changed tensor, of the same shape."""
+        ...
+
+
 @dataclass(frozen=True)
 class Rescaling:
     """Factors of a tensor ``(rows, columns)`` or ``(rows,)``."""
@@ -268,32 +276,32 @@ class Weights:
     def __init__(
         self,
         refs: dict[str, TensorRef],
-        factors: Mapping[str, tuple[Rescaling, ...]] | None = None,
+        changes: Mapping[str, tuple[Change, ...]] | None = None,
         notes: tuple[str, ...] = (),
     ) -> None:
-        self._refs, self._factors = refs, dict(factors or {})
+        self._refs, self._changes = refs, dict(changes or {})
         self.notes = notes
         """Lines for people about where tensors come from."""
 
     def __contains__(self, name: object) -> bool:
         return name in self._refs
 
-    def rescaled(self, factors: Mapping[str, Rescaling]) -> Weights:
-        """The same tensors, each that ``factors`` names multiplied when it is read."""
-        merged = dict(self._factors)
-        for name, factor in factors.items():
-            merged[name] = (*merged.get(name, ()), factor)
+    def changed(self, changes: Mapping[str, Change]) -> Weights:
+        """The same tensors, each that ``changes`` names changed when it is read."""
+        merged = dict(self._changes)
+        for name, change in changes.items():
+            merged[name] = (*merged.get(name, ()), change)
         return Weights(self._refs, merged, self.notes)
 
     def replaced(self, refs: Mapping[str, TensorRef]) -> Weights:
         """The same tensors, those that ``refs`` names from elsewhere, as they are there."""
-        factors = {name: kept for name, kept in self._factors.items() if name not in refs}
-        return Weights({**self._refs, **refs}, factors, self.notes)
+        changes = {name: kept for name, kept in self._changes.items() if name not in refs}
+        return Weights({**self._refs, **refs}, changes, self.notes)
 
     def first_rows(self, names: Iterable[str], rows: int, total: int) -> Weights:
         """The same tensors, of these only the first ``rows`` of ``total``."""
         cut = {name: replace(self._refs[name], rows=RowRange(0, rows, total)) for name in names}
-        return Weights({**self._refs, **cut}, self._factors, self.notes)
+        return Weights({**self._refs, **cut}, self._changes, self.notes)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._refs)
@@ -318,8 +326,8 @@ class Weights:
             raise CheckpointError(
                 f"{ref.files.folder}: tensor {ref.name!r} holds values that are not finite"
             )
-        for factors in self._factors.get(name, ()):
-            array = factors.apply(array)
+        for change in self._changes.get(name, ()):
+            array = change.apply(array)
         return array
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
@@ -335,7 +343,7 @@ class Weights:
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
         """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""
         ref = self._refs[name]
-        return None if name in self._factors or ref.rows else ref.files.q4_0(ref.name)
+        return None if name in self._changes or ref.rows else ref.files.q4_0(ref.name)
 
     @property
     def stored_bytes(self) -> int:

@@ -23,7 +23,7 @@ scales are constants (export/fixed_shapes/vision.py); the decoder only in graphs
 """
 
 QuantizerName: TypeAlias = Literal["rtn", "hqq", "gptq"]
-ScalingName: TypeAlias = Literal["none", "awq", "smoothquant"]
+ScalingName: TypeAlias = Literal["none", "awq", "smoothquant", "rotation"]
 CalibratorName: TypeAlias = Literal["minmax", "percentile", "entropy"]
 WeightBits: TypeAlias = Literal[7, 8]
 
@@ -100,7 +100,9 @@ class LinearFormat:
     """What chooses the integers: ``rtn`` and ``hqq`` need no data, ``gptq`` is calibrated."""
     scaling: ScalingName = "none"
     """What moves between a layer's inputs and its weights before: ``awq`` for weights in blocks,
-    ``smoothquant`` for ``int8`` and fixed point. Both are calibrated."""
+    ``smoothquant`` for ``int8`` and fixed point. Both are calibrated. ``rotation``, of the decoder:
+    its residual stream is rotated, in the graph for prompts and in the head too, which needs no
+    data (export/quantize/rotation.py)."""
     block_size: int = 32
     """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
     symmetric: bool = True
@@ -122,7 +124,12 @@ class LinearFormat:
     @property
     def needs_reference(self) -> bool:
         """Whether calibration runs the float32 reference, which takes torch."""
-        return self.quantizer == "gptq" or self.scaling != "none"
+        return self.quantizer == "gptq" or self.has_factors
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether factors of single channels move, which calibration chooses."""
+        return self.scaling in ("awq", "smoothquant")
 
     @property
     def int8_weight_bits(self) -> int:
@@ -237,7 +244,8 @@ class Recipe:
         tokens that chose it, since the operator for all of them has no 8-bit activations."""
         assert self.prefill is not None
         tower = {name: item for name, item in self.layers.items() if not _is_decoder(name)}
-        formats = {"decoder": self.prefill, "lm_head": self.prefill, "layers": tower}
+        decoder = replace(self.prefill, scaling="rotation") if self.is_rotated else self.prefill
+        formats = {"decoder": decoder, "lm_head": self.prefill, "layers": tower}
         return replace(self, **formats, experts="plain", prefill=None)  # type: ignore[arg-type]
 
     @property
@@ -245,6 +253,17 @@ class Recipe:
         """Whether all of it is in fixed point, which the decoder is only for NPUs."""
         parts = self.tower, self.projector, self.decoder, self.lm_head
         return all(layers.precision in QDQ for layers in parts)
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether the residual stream of the ONNX decoder is rotated, in all its graphs."""
+        return self.decoder.scaling == "rotation"
+
+    def without_rotation(self) -> Recipe:
+        """Return the recipe for graphs that have none."""
+        if not self.is_rotated:
+            return self
+        return replace(self, decoder=replace(self.decoder, scaling="none"))
 
     @property
     def is_float(self) -> bool:

@@ -25,6 +25,7 @@ from mobilevlm.export.calibration.samples import (
     sample_pieces,
 )
 from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.export.quantize.rotation import Rotation
 from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays, count_positions
 from mobilevlm.reference import ReferenceModel, load_reference
@@ -110,9 +111,14 @@ def watch_vision(
 
 
 def watch_decoder(
-    model: Model, samples: Sequence[Sample], wanted: Wanted, hessian: bool
+    model: Model,
+    samples: Sequence[Sample],
+    wanted: Wanted,
+    hessian: bool,
+    stream: Rotation | None = None,
 ) -> Iterator[Block]:
-    """The same for the decoder's layers and its head.
+    """The same for the decoder's layers and its head. ``stream``: rotation that the model's weights
+    are for.
 
     Raises:
         PromptError: a sample does not fit into the context.
@@ -125,12 +131,22 @@ def watch_decoder(
     if len(used) < len(samples):
         progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
     states = decoder_states(model, reference, used)
+    if stream is not None:
+        states = [_rotated(state, stream) for state in states]
     yield from _watch_steps(reference.decoder_steps(), states, wanted, hessian)
     if wanted("decoder.lm_head"):
         sums = _Sums(hessian)
         for state in states:
             sums.add(state.hidden)
         yield _finished({"decoder.lm_head": sums})
+
+
+def _rotated(state: State, stream: Rotation) -> State:
+    """The state before the decoder's first step for a rotated stream."""
+    rows = {name: rows for name, rows in state.given.items() if name.startswith("deep.")}
+    rows["hidden"] = state.hidden
+    turned = {name: torch.from_numpy(stream.of_inputs(part.numpy())) for name, part in rows.items()}
+    return state.then(turned.pop("hidden"), **turned)
 
 
 def check_decoder_only(spec: ModelSpec, purpose: str) -> None:

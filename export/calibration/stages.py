@@ -16,8 +16,9 @@ from mobilevlm.errors import require
 from mobilevlm.export.calibration.samples import Sample, samples_digest
 from mobilevlm.export.quantize import awq, smoothquant
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.export.quantize.folding import Fold, find_folds, fold
+from mobilevlm.export.quantize.folding import Fold, fold, free_folds
 from mobilevlm.export.quantize.gptq import HessianOf
+from mobilevlm.export.quantize.rotation import rotated, rotation
 from mobilevlm.model import Model
 from mobilevlm.plain_types import to_dict
 from mobilevlm.recipe import LinearFormat, Recipe
@@ -30,11 +31,11 @@ CalibratedStage: TypeAlias = Literal["vision", "decoder"]
 
 @dataclass(frozen=True)
 class Calibrated:
-    """A stage's weights, ready to be quantized."""
+    """A stage's weights, ready to be rotated where the recipe says so, and quantized."""
 
     weights: Weights
     hessian: HessianOf
-    """To be asked in the order of use"""
+    """Of inputs as they are then, to be asked in the order of use"""
 
 
 def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:
@@ -67,9 +68,9 @@ def calibrate(
     """
     folds = [
         place
-        for place in find_folds(model.spec)
+        for place in free_folds(model.spec, rotated=recipe.is_rotated)
         if place.consumers[0].startswith(f"{stage}.")
-        and recipe.format_of(place.consumers[0]).scaling != "none"
+        and recipe.format_of(place.consumers[0]).has_factors
     ]
     weights = model.weights
     if folds:
@@ -79,15 +80,26 @@ def calibrate(
     def wanted(name: str) -> bool:
         return recipe.format_of(name).quantizer == "gptq"
 
-    return Calibrated(weights, hessians(scaled, samples, stage, wanted))
+    is_rotated = recipe.is_rotated and stage == "decoder"
+    return Calibrated(weights, hessians(scaled, samples, stage, wanted, is_rotated))
 
 
 def hessians(
-    model: Model, samples: Sequence[Sample], stage: CalibratedStage, wanted: Wanted
+    model: Model,
+    samples: Sequence[Sample],
+    stage: CalibratedStage,
+    wanted: Wanted,
+    is_rotated: bool = False,
 ) -> HessianOf:
     """Hessians of the wanted layers, to be asked in the order of use: the samples run as far as the
-    layer that is asked for."""
-    return _Hessians(_watch(model, samples, stage, wanted, True)).find
+    layer that is asked for. ``is_rotated``: of the decoder with a rotated stream."""
+    if not is_rotated:
+        return _Hessians(_watch(model, samples, stage, wanted, True)).find
+    from mobilevlm.export.calibration.activations import watch_decoder
+
+    turned = dataclasses.replace(model, weights=rotated(model.weights, model.spec))
+    stream = rotation(model.spec.decoder.hidden_size)
+    return _Hessians(watch_decoder(turned, samples, wanted, True, stream)).find
 
 
 class _Hessians:

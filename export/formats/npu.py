@@ -41,6 +41,9 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
         raise require(error.name or "onnxscript", "export", "exporting for NPUs") from None
     check_onnx()
     refuse(_refusals(model.spec, recipe))
+    if recipe.is_rotated:
+        progress.say("rotation    left out of graphs for NPUs")
+        recipe = recipe.without_rotation()
     if recipe.is_float:
         recipe = replace(recipe, operators="elementary")
     recipe = recipe.with_weight_bits(8, auto_only=True)

@@ -136,6 +136,8 @@ def _job(model: Model, samples: list[Sample], stage: _Stage) -> Job:
     if recipe.elementary:
         settings += [recipe.operators, recipe.layer_norm]
     referred = any(layers.needs_reference for layers in formats)
+    if recipe.is_rotated and stage.prefixes == DECODER:
+        settings.append("rotated")
     if referred:
         settings.append(calibration_key(model, samples))
     if precision in QDQ:

@@ -25,6 +25,7 @@ from mobilevlm.export.graph.static_decoder import StaticDecoderStage
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
+from mobilevlm.export.quantize.rotation import rotated
 from mobilevlm.recipe import Recipe
 from mobilevlm.spec import ModelSpec
 from mobilevlm.state_buffers import state_buffers
@@ -87,7 +88,8 @@ def author_decoder(
     advance: Advance = ignore,
     hessian: HessianOf = no_hessian,
 ) -> Written:
-    """Writes the decoder stage."""
+    """Writes the decoder stage. ``weights``: as they are without a rotation, which the recipe asks
+    for; ``hessian``: with it."""
     decoder = spec.decoder
     encoded: Shape = [1, decoder.num_attention_heads, "prompt_length", decoder.head_dim]
     rows: Shape = [1, "length", decoder.hidden_size]
@@ -118,7 +120,8 @@ def author_decoder(
             experts = decoder.num_experts(index)
             _output(builder, router, f"router_logits.{index}", [1, length, experts])
 
-    file = WeightFile(weights, data_path(path), recipe, advance, hessian)
+    source = rotated(weights, spec) if recipe.is_rotated else weights
+    file = WeightFile(source, data_path(path), recipe, advance, hessian)
     return _author("decoder_model_merged", path, file, build)
 
 

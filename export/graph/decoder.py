@@ -19,6 +19,7 @@ from mobilevlm.export.graph.experts import SparseMLP
 from mobilevlm.export.graph.head_padding import cut_heads, pad_heads
 from mobilevlm.export.graph.layers import Linear
 from mobilevlm.export.graph.mlp import build_mlp
+from mobilevlm.export.graph.rotation import StreamRotation
 from mobilevlm.export.graph.short_convolution import ShortConvolution
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.rotary import rotary_tables
@@ -50,6 +51,9 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             table = weights.read("decoder.position_embedding.weight", *sizes)
             with weights.read_in_part(1 / spec.context_length):
                 self.positions = weights.parameter(table)
+        self.rotation = None
+        if weights.recipe.is_rotated:
+            self.rotation = StreamRotation(weights, spec.hidden_size)
         self.input_norm = Norm(weights, "decoder.layers.0.input_norm", spec)
         self.layers = nn.ModuleList(
             [self.layer(weights, index, spec) for index in range(spec.num_hidden_layers)]
@@ -80,6 +84,9 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         """``tables``: cosine and sine of this run ``(length, rotary_channels / 2)``, for positions
         of several axes; ``deep``: what is added after some layers."""
         seqlens = op.Sub(total_length, 1)
+        if self.rotation is not None:
+            embeds = self.rotation(op, embeds)
+            deep = {index: self.rotation(op, rows) for index, rows in deep.items()}
         start = None
         if (not self.fused_rotary and not tables) or self.positions is not None:
             end = op.Cast(total_length, to=ir.DataType.INT64)

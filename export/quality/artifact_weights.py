@@ -1,5 +1,6 @@
 """The weights that a bundle's artifacts stand for, as another checkpoint: integers become floats
-again, and factors that AWQ or SmoothQuant moved between layers go back to where they were."""
+again, factors that AWQ or SmoothQuant moved between layers go back to where they were, and rotated
+layers are rotated back."""
 
 from __future__ import annotations
 
@@ -12,15 +13,25 @@ from mobilevlm.bundle import Bundle
 from mobilevlm.checkpoint import TensorRef, TensorSource, Weights
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.export.quantize.folding import Fold, find_folds, fold
+from mobilevlm.export.quantize.folding import Fold, fold, free_folds
+from mobilevlm.export.quantize.rotation import gains_folded, rotated_back
 from mobilevlm.model import Model
 from mobilevlm.plan import stage_formats
 from mobilevlm.recipe import Recipe
 
 
+def exact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
+    """The checkpoint's weights in the form of :func:`artifact_weights`: of a rotated decoder, norms
+    of ones, and their weights in the layers that read them."""
+    if not _is_rotated(bundle, engine):
+        return model.weights
+    return gains_folded(model.weights, model.spec)
+
+
 def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
     """The model's weights, with those of a bundle's artifacts instead of the checkpoint's: linear
     layers and norms of ONNX files, all tensors of GGUF files. What activations lose is not in it.
+    To be compared with :func:`exact_weights`.
 
     Raises:
         BundleError: an artifact cannot be read.
@@ -33,11 +44,19 @@ def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
         path = bundle.path(bundle.artifact(stage, form).path)
         source, names = _open(model, stage, form, path)
         refs |= {name: TensorRef(source, name) for name in names}
-    weights = model.weights.replaced(refs)
+    exact = exact_weights(model, bundle, engine)
+    weights = exact.replaced(refs)
+    if _is_rotated(bundle, engine):
+        weights = rotated_back(weights, model.spec, refs)
     scaled = [place for place in _scaled(model, bundle.manifest.recipe) if _is_onnx(refs, place)]
     one = np.float32(1)
-    inverse = {place: one / _factors(model.weights, weights, place) for place in scaled}
+    inverse = {place: one / _factors(exact, weights, place) for place in scaled}
     return fold(weights, inverse)
+
+
+def _is_rotated(bundle: Bundle, engine: str) -> bool:
+    is_onnx = stage_formats(bundle, engine)["decoder"] == "onnx"
+    return is_onnx and bundle.manifest.recipe.is_rotated
 
 
 def _open(model: Model, stage: str, form: str, path: Path) -> tuple[TensorSource, list[str]]:
@@ -58,8 +77,8 @@ def _open(model: Model, stage: str, form: str, path: Path) -> tuple[TensorSource
 def _scaled(model: Model, recipe: Recipe) -> Iterator[Fold]:
     return (
         place
-        for place in find_folds(model.spec)
-        if recipe.format_of(place.consumers[0]).scaling != "none"
+        for place in free_folds(model.spec, rotated=recipe.is_rotated)
+        if recipe.format_of(place.consumers[0]).has_factors
     )
 
 

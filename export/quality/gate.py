@@ -48,7 +48,7 @@ def measure_quality(
         if obstacle:
             obstacles[form] = obstacle
             continue
-        from mobilevlm.export.quality.artifact_weights import artifact_weights
+        from mobilevlm.export.quality.artifact_weights import artifact_weights, exact_weights
         from mobilevlm.export.quality.layer_effects import layer_effects, worst_layers
         from mobilevlm.export.quality.measure import measure, synthetic_samples, with_own_answers
 
@@ -69,7 +69,8 @@ def measure_quality(
             if model.spec.decoder.encoder_layers:
                 raise quality_error(recipe.name, failed, {})
             stored = artifact_weights(model, bundle, engine)
-            effects = layer_effects(model, stored, with_own_answers(model, measured))
+            exact = dataclasses.replace(model, weights=exact_weights(model, bundle, engine))
+            effects = layer_effects(exact, stored, with_own_answers(model, measured))
             raise quality_error(recipe.name, failed, worst_layers(effects))
         stages |= measured.stages
     note = _note(obstacles, alike=not stages)

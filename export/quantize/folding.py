@@ -95,6 +95,15 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
     yield place("decoder.norm", "decoder.lm_head")
 
 
+def free_folds(spec: ModelSpec, *, rotated: bool) -> Iterator[Fold]:
+    """All folds, or of a decoder whose stream is rotated those that the rotation leaves free: what
+    it rotates has no channels of its own."""
+    for place in find_folds(spec):
+        taken = place.producer.endswith(("norm", ".attn.v_proj"))
+        if not (rotated and taken and place.producer.startswith("decoder.")):
+            yield place
+
+
 def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
     """Weights with inputs multiplied by factors ``(in_size,)``, and what makes them divided: the
     same function in floats."""
@@ -106,7 +115,7 @@ def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
         for name in (f"{place.producer}.weight", f"{place.producer}.bias"):
             if name in weights:
                 rows[name] = np.float32(1) / place.at_producer(factors)
-    return weights.rescaled(
+    return weights.changed(
         {name: Rescaling(rows.get(name), columns.get(name)) for name in {**rows, **columns}}
     )
 

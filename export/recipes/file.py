@@ -46,6 +46,7 @@ _USES: dict[str, tuple[Precision, ...]] = {
 _SCALED: dict[ScalingName, tuple[Precision, ...]] = {
     "awq": tuple(BLOCK_BITS),
     "smoothquant": ("int8", *QDQ),
+    "rotation": ("fp32", "fp16", "int8", *BLOCK_BITS),
 }
 
 
@@ -95,6 +96,7 @@ def _find_recipe(name: str, extending: tuple[Path, ...]) -> Recipe:
     for key, single in recipe.layers.items():
         _check(single, f"{path}.layers.{key}")
     _check_fixed_point(recipe, str(path))
+    _check_rotation(recipe, str(path))
     if recipe.projector.scaling != "none":
         raise MobileVLMError(
             f"{path}.projector.scaling: nothing before its layers takes the factors: leave it out"
@@ -163,6 +165,27 @@ def _check_fixed_point(recipe: Recipe, where: str) -> None:
             raise MobileVLMError(
                 f"{where}.{second}: {first} and {second} are one graph, which is in fixed point as "
                 f"a whole: give {second} the settings of {first}, except scaling"
+            )
+
+
+def _check_rotation(recipe: Recipe, where: str) -> None:
+    """The decoder as a whole is rotated. Which factors of other methods have a place beside that is
+    known when patterns are expanded (export/recipes/layer_formats.py)."""
+    parts = {part: getattr(recipe, part) for part in PARTS if part != "decoder"}
+    parts |= {f"layers.{key}": layers for key, layers in recipe.layers.items()}
+    if recipe.prefill is not None:
+        parts[PREFILL] = recipe.prefill
+    for part, layers in parts.items():
+        if layers.scaling == "rotation":
+            raise MobileVLMError(
+                f"{where}.{part}.scaling: rotation is of the decoder as a whole, its head and its "
+                f"graph for prompts included: give it to decoder alone"
+            )
+    for part in ("lm_head", PREFILL):
+        if recipe.is_rotated and part in parts and parts[part].scaling != "none":
+            raise MobileVLMError(
+                f"{where}.{part}.scaling: {parts[part].scaling} has no place beside the decoder's "
+                f"rotation: leave one of them out"
             )
 
 

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize import gptq, hqq, rtn
 from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize, packed_size
-from mobilevlm.export.quantize.folding import find_folds
+from mobilevlm.export.quantize.folding import free_folds
 from mobilevlm.export.quantize.gptq import HessianOf
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.recipe import QDQ, LinearFormat, Recipe
@@ -33,7 +33,8 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
             factors of a scaling, or a layer is in a stage of fixed point.
     """
     groups = list(linear_groups(spec))
-    foldable = {name for place in find_folds(spec) for name in place.consumers}
+    places = free_folds(spec, rotated=recipe.is_rotated)
+    foldable = {name for place in places for name in place.consumers}
     patterns: dict[str, LinearFormat] = {}
     named: dict[str, tuple[str, LinearFormat]] = {}
     for key, layers in recipe.layers.items():
@@ -46,8 +47,11 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
         ]
         if not found:
             raise MobileVLMError(f"{where}: no such layer: {_remedy(key, groups)}")
-        if layers.scaling != "none" and foldable.isdisjoint(group.name for group in found):
-            raise MobileVLMError(f"{where}.scaling: nothing before takes the factors: leave it out")
+        if layers.has_factors and foldable.isdisjoint(group.name for group in found):
+            beside = " beside the decoder's rotation" if recipe.is_rotated else ""
+            raise MobileVLMError(
+                f"{where}.scaling: nothing before takes the factors{beside}: leave it out"
+            )
         _check_stage(recipe, found, where)
         for group in found:
             if is_pattern:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, QualityError, require
 from mobilevlm.export.calibration.samples import SCENES, held_out_samples
-from mobilevlm.export.quality.artifact_weights import artifact_weights
+from mobilevlm.export.quality.artifact_weights import artifact_weights, exact_weights
 from mobilevlm.export.quality.limits import Check, check_limits, quality_error
 from mobilevlm.export.quality.metrics import Float64
 from mobilevlm.families import open_checkpoint
@@ -175,7 +176,8 @@ def verify(
     check_decoder_only(model.spec, "verify")
     _check_spec(ready, model)
     stored = artifact_weights(model, ready, engine)
-    _check_weights(ready, model, stored)
+    exact = dataclasses.replace(model, weights=exact_weights(model, ready, engine))
+    _check_weights(ready, exact, stored)
     recipe = ready.manifest.recipe
     samples = held_out_samples(data)
     with progress.track("samples", len(samples)) as advance:
@@ -190,8 +192,8 @@ def verify(
     if failed or layers:
         progress.say("layers      each one's weights put alone into the reference")
         probed = with_own_answers(model, measured)[:LAYER_SAMPLES]
-        effects = layer_effects(model, stored, probed, everything=layers)
-        states = state_errors(model, stored, probed) if layers else []
+        effects = layer_effects(exact, stored, probed, everything=layers)
+        states = state_errors(exact, stored, probed) if layers else []
     error = quality_error(recipe.name, failed, worst_layers(effects)) if failed else None
     return Verification(
         ready,

@@ -54,6 +54,9 @@ SPECS = {
     "convolution with biases": BIASED,
     "rows after layers": DEEP,
     "scaled embeddings": decoder_spec(context_length=CONTEXT, embed_scale=11.3),
+    "rows after layers, rotated": DEEP,
+    "convolutions, rotated": CONVOLUTION,
+    "convolution with biases, rotated": BIASED,
     "a sliding window": decoder_spec(
         context_length=CONTEXT, sliding_window=7, sliding_layers=(0, 2), sliding_rope_theta=500.0
     ),
@@ -69,12 +72,16 @@ class Opened:
 
 @pytest.fixture(scope="module", params=SPECS)
 def opened(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Opened:
-    return open_decoder(SPECS[request.param], tmp_path_factory.mktemp("decoder"))
+    layers = LinearFormat("fp32", scaling="rotation" if "rotated" in request.param else "none")
+    return open_decoder(SPECS[request.param], tmp_path_factory.mktemp("decoder"), layers)
 
 
-def open_decoder(spec: ModelSpec, folder: Path) -> Opened:
+def open_decoder(
+    spec: ModelSpec, folder: Path, layers: LinearFormat = RECIPES["fp32"].decoder
+) -> Opened:
     model = in_memory(spec, folder)
-    author_decoder(model.weights, spec, RECIPES["fp32"], folder / "decoder.onnx")
+    recipe = replace(RECIPES["fp32"], decoder=layers)
+    author_decoder(model.weights, spec, recipe, folder / "decoder.onnx")
     author_embeddings(model.weights, spec, RECIPES["fp32"], folder / "table.onnx")
     rows = EmbeddingTable("", 0, "float32", spec.decoder.vocab_size, spec.decoder.hidden_size)
     plan = Plan(prefill_chunk=CHUNK, decoder_threads=1)

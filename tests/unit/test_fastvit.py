@@ -194,7 +194,7 @@ def test_in_fixed_point_it_stays_near_the_official_features(
 def test_effects_and_errors_of_states_name_the_tower_s_blocks(model: Model) -> None:
     name = "vision.stages.2.blocks.1.mlp.fc2"
     factor = Rescaling(rows=np.full(32, 1.25, np.float32))
-    stored = model.weights.rescaled({f"{name}.weight": factor})
+    stored = model.weights.changed({f"{name}.weight": factor})
     effects = {item.label: item for item in layer_effects(model, stored, SAMPLES, everything=True)}
     assert effects[name].weight_error == pytest.approx(0.25)
     effect = effects[name].effect

@@ -211,7 +211,7 @@ def test_a_change_in_a_stage_has_the_effect_of_whole_passes(model: Model, name: 
 def test_layer_effects_and_errors_of_states_name_its_stages(model: Model) -> None:
     first, second = LINEARS
     factor = Rescaling(np.full(64, 1.25, np.float32))
-    stored = model.weights.rescaled({f"{second}.weight": factor})
+    stored = model.weights.changed({f"{second}.weight": factor})
     effects = {item.label: item for item in layer_effects(model, stored, SAMPLES, everything=True)}
     assert effects[first].weight_error == 0 and effects[first].effect is None
     assert effects[second].weight_error == pytest.approx(0.25) and effects[second].is_vision

@@ -14,6 +14,8 @@ IMAGE_TOKEN_ID = -200
 """Marks an image in a list of input ids, as the reference code of LLaVA and MobileVLM does."""
 MOST_TILES = 64
 """Tiles that the grid of an image may have."""
+MOST_TILES_PER_EDGE = 8
+"""Tiles along the longer edge of an image that becomes as many as its shape gives."""
 
 
 @dataclass(frozen=True)

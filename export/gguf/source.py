@@ -10,12 +10,12 @@ import gguf
 import numpy as np
 from numpy.typing import NDArray
 
-from mobilevlm.checkpoint import TensorRef, Weights
+from mobilevlm.checkpoint import Rescaling, TensorRef, Weights
 from mobilevlm.errors import CheckpointError
 from mobilevlm.export.gguf.decoder import half_split
 from mobilevlm.export.gguf.mmproj import LINEAR_SCALE, signed_difference
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.gguf.encoder import read_encoder
+from mobilevlm.gguf.encoder import Encoder, read_encoder
 from mobilevlm.gguf.file import TENSOR_TYPES, GgufFile, read_gguf
 from mobilevlm.gguf.model import model_spec
 from mobilevlm.gguf.names import (
@@ -23,6 +23,7 @@ from mobilevlm.gguf.names import (
     decoder_entries,
     projector_entries,
     projector_name,
+    scale_entries,
     tower_entries,
 )
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
@@ -94,7 +95,8 @@ class GgufTensors:
 
 
 def open_gguf(path: Path, mmproj: Path) -> Model:
-    """A decoder of architecture ``llama`` or of our own, and its ``clip`` image encoder.
+    """Read a language model and its ``clip`` image encoder, of families whose tensors are all known
+    here (mobilevlm/gguf/architectures.py, encoder.py).
 
     Raises:
         BundleError: a file is damaged, or of a kind that the spec cannot say.
@@ -105,8 +107,8 @@ def open_gguf(path: Path, mmproj: Path) -> Model:
     if _is_one_linear(vision, spec.image.connector):
         spec = with_image(spec, connector=dataclasses.replace(spec.image.connector, depth=1))
     language = list(decoder_entries(spec.decoder))
-    swapped = read_encoder(vision, spec.image.connector.out_size).swapped
-    picture = vision_entries(spec, swapped)
+    encoder = read_encoder(vision, spec.image.connector.out_size)
+    picture = vision_entries(spec, encoder.swapped, encoder.class_last)
     refs = {
         name: TensorRef(source, name)
         for source, entries in (
@@ -118,7 +120,21 @@ def open_gguf(path: Path, mmproj: Path) -> Model:
     }
     if spec.decoder.tie_word_embeddings:
         refs["decoder.lm_head.weight"] = refs["decoder.embed_tokens.weight"]
-    return Model(path.parent, spec, Weights(refs), gguf_tokenizer(decoder))
+    weights = Weights(refs, _layer_scale(vision, encoder))
+    return Model(path.parent, spec, weights, gguf_tokenizer(decoder))
+
+
+def _layer_scale(file: GgufFile, encoder: Encoder) -> dict[str, tuple[Rescaling, ...]]:
+    """Return the factors of the linear layers whose outputs layer scale multiplies."""
+    if not encoder.layer_scale:
+        return {}
+    entries = list(scale_entries(encoder.vision))
+    scales = GgufTensors(file, entries)
+    return {
+        f"{entry.ours.removesuffix('.scale')}.{part}": (Rescaling(rows=scales.read(entry.ours)),)
+        for entry in entries
+        for part in ("weight", "bias")
+    }
 
 
 def _is_one_linear(file: GgufFile, spec: ConnectorSpec) -> bool:
@@ -133,10 +149,14 @@ def _is_one_linear(file: GgufFile, spec: ConnectorSpec) -> bool:
     )
 
 
-def vision_entries(spec: ModelSpec, swapped: bool = False) -> list[Entry]:
-    """All tensors of an mmproj file that a canonical tensor can be read from. ``swapped``: see
-    :class:`mobilevlm.gguf.encoder.Encoder`."""
-    class_last = projector_name(spec.image.connector) == "internvl"
+def vision_entries(
+    spec: ModelSpec, swapped: bool = False, class_last: bool | None = None
+) -> list[Entry]:
+    """All tensors of an mmproj file that a canonical tensor can be read from. ``swapped`` and
+    ``class_last``: see :class:`mobilevlm.gguf.encoder.Encoder`; as our own files have them without.
+    """
+    if class_last is None:
+        class_last = projector_name(spec.image.connector) == "internvl"
     return [
         *tower_entries(spec.image.transformer, swapped, class_last),
         *_projector_entries(spec.image.connector),

@@ -23,6 +23,7 @@ from mobilevlm.families.towers import (
     transformer_spec,
 )
 from mobilevlm.input_spec import ConnectorSpec, InputSpec, LayoutSpec, Tiles, TransformerEncoder
+from mobilevlm.media.tiles import marked_layout
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
 
@@ -118,7 +119,7 @@ def _check_rows(source: Source, tokens: int) -> None:
 
 
 def _layout(hub: HubCheckpoint, tiles: Tiles, row_id: int) -> LayoutSpec:
-    """Return the ids around tiles. Line breaks that stand side by side are one token."""
+    """Return the ids around tiles, with the checkpoint's own marks."""
     settings = tokenizer_settings(hub.source.folder)
     around, whole = (token_text(settings.get(key)) or text for key, text in _MARKS.items())
     for text in (around, whole):
@@ -127,14 +128,4 @@ def _layout(hub: HubCheckpoint, tiles: Tiles, row_id: int) -> LayoutSpec:
     def ids(text: str) -> tuple[int, ...]:
         return tuple(hub.source.tokenizer.encode(text, add_special_tokens=False).ids)
 
-    places = range(1, tiles.most_per_edge + 1)
-    return LayoutSpec(
-        end_ids=ids(around),
-        row_id=row_id,
-        tile_ids=tuple(
-            tuple(ids(f"{around}<row_{row}_col_{column}>") for column in places) for row in places
-        ),
-        row_end_ids=ids("\n"),
-        between_ids=ids("\n\n"),
-        thumbnail_ids=ids(around + whole),
-    )
+    return marked_layout(ids, tiles, around, whole, row_id)

@@ -9,7 +9,13 @@ from typing import Any, Literal
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import RANGES, config_value
-from mobilevlm.input_spec import Encoder, FixedImage, Tiles, TransformerEncoder
+from mobilevlm.input_spec import (
+    MOST_TILES_PER_EDGE,
+    Encoder,
+    FixedImage,
+    Tiles,
+    TransformerEncoder,
+)
 
 SIGLIP = {"class_token": False, "patch_bias": True, "pre_norm": False}
 """Differences of SigLIP's tower from CLIP's, as fields of TransformerEncoder."""
@@ -17,8 +23,6 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 BICUBIC, LANCZOS = 3, 1
-MAX_TILES_PER_EDGE = 8
-"""Tiles along the longer edge of an image, at most."""
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 """Settings of an image processor that are true in all published files."""
 _FAR = 1000.0
@@ -190,10 +194,10 @@ def tiles_spec(tower: Tower, vision: TransformerEncoder) -> Tiles:
         raise CheckpointError(
             f"{where}: 'max_image_size' is {tile}, but the tower takes {vision.image_size} pixels"
         )
-    if longest > MAX_TILES_PER_EDGE * tile:
+    if longest > MOST_TILES_PER_EDGE * tile:
         raise CheckpointError(
-            f"{where}: 'size' is {longest}, which is more than {MAX_TILES_PER_EDGE} tiles of "
-            f"{tile} pixels along an edge: expected at most {MAX_TILES_PER_EDGE * tile}"
+            f"{where}: 'size' is {longest}, which is more than {MOST_TILES_PER_EDGE} tiles of "
+            f"{tile} pixels along an edge: expected at most {MOST_TILES_PER_EDGE * tile}"
         )
     splits = config_value(Path(where), settings, "do_image_splitting", bool, True)
     return Tiles(

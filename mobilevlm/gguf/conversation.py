@@ -23,6 +23,8 @@ from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec
 FALLBACK = "v1"
 """LLaVA's conversation, where the file has none that can hold an image."""
 _QUESTION = "Which colour is it?"
+_BEFORE = "Look: "
+"""Text before an image that stands inside a question."""
 _ENDS = ("eos", "eot", "eom")
 
 _FLATTENED = """\
@@ -95,12 +97,44 @@ def gguf_conversation(file: GgufFile) -> ConversationSpec:
         BundleError: the template is not UTF-8.
     """
     tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
-    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
-    ids = tuple(dict.fromkeys(end for end in ends if end is not None))
-    if not ids:
-        ids = (2,) if len(tokens) > 2 else (0,)
+    ids = _ends_of(file, tokens)
     stops = tuple(tokens[index] for index in ids)
     return ConversationSpec(_template(file, tokens, ids[0]), ids, stops)
+
+
+def _ends_of(file: GgufFile, tokens: Sequence[str]) -> tuple[int, ...]:
+    """Return the ids that end an answer."""
+    ends = [file.metadata.get(f"tokenizer.ggml.{name}_token_id") for name in _ENDS]
+    ids = tuple(dict.fromkeys(end for end in ends if end is not None))
+    return ids or ((2,) if len(tokens) > 2 else (0,))
+
+
+def marked_conversation(file: GgufFile, mark: str) -> ConversationSpec:
+    """Return the conversation of a file whose vocabulary was checked and has a token for an image,
+    ``mark``, which templates write in its place.
+
+    A template that knows texts alone gets the images of a turn before its text, each with a line
+    break; without a template ChatML is taken, else LLaVA's with a FileWarning.
+
+    Raises:
+        BundleError: the template is not UTF-8.
+    """
+    tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
+    ids = _ends_of(file, tokens)
+    source = _source(file)
+    if not source and "<|im_start|>" in tokens:
+        source = CHATML
+    reason = "it has none"
+    if source:
+        named = _named(file, source, tokens, ids[0], begins_texts(file))
+        flattened = _FLATTENED.replace(IMAGE_PLACEHOLDER, mark)
+        for ahead, parts in (("", True), ("", False), (flattened, True)):
+            found = ConversationSpec(named + ahead + source, ids, (), "joined", mark, parts)
+            if not (reason := _obstacle(found, in_place=not ahead)):
+                return found
+    _warn_of_fallback(file, reason)
+    template = two_separator_template(CONVERSATIONS[FALLBACK], mark)
+    return ConversationSpec(template, ids, (), "joined", mark)
 
 
 def pair_conversation(file: GgufFile, begins: bool, ends: Sequence[int]) -> ConversationSpec:
@@ -126,12 +160,7 @@ def pair_conversation(file: GgufFile, begins: bool, ends: Sequence[int]) -> Conv
         named = _named(file, source, tokens, ids[0], begins) + source
         template, reason = _with_marks(named, tokens)
     if not template:
-        warnings.warn(
-            f"{file.path}: the file's chat template cannot hold an image ({reason:.200}): LLaVA's "
-            f"conversation '{FALLBACK}' is used instead",
-            FileWarning,
-            stacklevel=2,
-        )
+        _warn_of_fallback(file, reason)
         template = fallback
     return ConversationSpec(template, ids, tuple(tokens[index] for index in ids))
 
@@ -151,10 +180,10 @@ def _with_marks(source: str, tokens: Sequence[str]) -> tuple[str, str]:
             template = re.sub(r"\r?\n\Z", "", template)
             replaced = f"replace({json.dumps(mark, ensure_ascii=False)}, '{IMAGE_PLACEHOLDER}')"
             template = f"{{% set written %}}{template}{{% endset %}}{{{{ written | {replaced} }}}}"
-        if not (reason := _obstacle(template)):
+        if not (reason := _obstacle(ConversationSpec(template, (), ()))):
             return template, ""
     for ahead in (_INLINE, _TYPED):
-        if not (reason := _obstacle(ahead + source)):
+        if not (reason := _obstacle(ConversationSpec(ahead + source, (), ()))):
             return ahead + source, ""
     return "", reason
 
@@ -205,22 +234,27 @@ def _template(file: GgufFile, tokens: list[str], eos: int) -> str:
     named = _named(file, source, tokens, eos, begins_texts(file))
     reasons = []
     for template in (named + source, named + _LISTED + source, named + _FLATTENED + source):
-        if not (reason := _obstacle(template)):
+        if not (reason := _obstacle(ConversationSpec(template, (), ()))):
             return template
         reasons.append(reason)
-    warnings.warn(
-        f"{file.path}: the file's chat template cannot hold an image ({reasons[-1]:.200}): LLaVA's "
-        f"conversation '{FALLBACK}' is used instead",
-        FileWarning,
-        stacklevel=2,
-    )
+    _warn_of_fallback(file, reasons[-1])
     return fallback
 
 
-def _obstacle(template: str) -> str:
-    """Return why a question about an image cannot be put with a template; empty where it can."""
-    conversation = ConversationSpec(template, (), ())
-    inside = f"{IMAGE_PLACEHOLDER} {_QUESTION}"
+def _warn_of_fallback(file: GgufFile, reason: str) -> None:
+    warnings.warn(
+        f"{file.path}: the file's chat template cannot hold an image ({reason:.200}): LLaVA's "
+        f"conversation '{FALLBACK}' is used instead",
+        FileWarning,
+        stacklevel=3,
+    )
+
+
+def _obstacle(conversation: ConversationSpec, in_place: bool = False) -> str:
+    """Return why a question about an image cannot be put with a template; empty where it can.
+    ``in_place``: an image inside a text must stand where it is said to."""
+    mark = conversation.image_mark
+    inside = f"{_BEFORE}{IMAGE_PLACEHOLDER} {_QUESTION}"
     try:
         as_part = render(conversation, [user_message(_QUESTION, 1)])
         in_text = render(conversation, [user_message(inside, 1)])
@@ -228,9 +262,11 @@ def _obstacle(template: str) -> str:
     except PromptError as error:
         return " ".join(str(error).split())
     for prompt, expected in ((as_part, 1), (in_text, 1), (without, 0)):
-        marks = prompt.count(IMAGE_PLACEHOLDER)
+        marks = prompt.count(mark)
         if marks != expected:
-            return f"{marks} {IMAGE_PLACEHOLDER} for {'one image' if expected else 'none'}"
+            return f"{marks} {mark} for {'one image' if expected else 'none'}"
         if _QUESTION not in prompt:
             return "the question is not in the prompt"
+    if in_place and not in_text.find(_BEFORE) < in_text.find(mark) < in_text.find(_QUESTION):
+        return f"{mark} does not stand where the image is in a text"
     return ""

@@ -237,21 +237,37 @@ _ENCODER = (
     ),
 )  # fmt: skip
 
-Role = Literal["decoder", "gemma2", "gemma3", "own decoder", "encoder"]
+_SCALED = (
+    *_rules("read", "u32", "clip.vision.projector.scale_factor"),
+    *_unless((), "clip.vision.image_aspect_ratio", why="another preparation of images"),
+)
+"""This and the next two go before those of all encoders."""
+_IDEFICS3 = (*_rules("read", "u32", "clip.vision.preproc_image_size"), *_SCALED)
+_INTERNVL = (
+    *_rules("read", "u32", "clip.vision.preproc_min_tiles", "clip.vision.preproc_max_tiles"),
+    *_SCALED,
+)
+
+Role = Literal["decoder", "gemma2", "gemma3", "own decoder", "encoder", "idefics3", "internvl"]
 RULES: dict[Role, tuple[Rule, ...]] = {
     "decoder": (*_GENERAL, *_DECODER, *_TOKENIZER),
     "gemma2": (*_GENERAL, *_CAPPED, *_DECODER, *_TOKENIZER),
     "gemma3": (*_GENERAL, *_SLIDING, *_DECODER, *_TOKENIZER),
     "own decoder": (*_GENERAL, *_OWN_DECODER, *_DECODER, *_TOKENIZER),
     "encoder": (*_GENERAL, *_ENCODER),
+    "idefics3": (*_GENERAL, *_IDEFICS3, *_ENCODER),
+    "internvl": (*_GENERAL, *_INTERNVL, *_ENCODER),
 }
 _OF_DECODERS = ("{arch}.", "tokenizer.", "general.", "split.", "adapter.", "imatrix.")
+_OF_ENCODERS = ("clip.", "general.", "split.", "adapter.", "imatrix.")
 NAMESPACES: dict[Role, tuple[str, ...]] = {
     "decoder": _OF_DECODERS,
     "gemma2": _OF_DECODERS,
     "gemma3": _OF_DECODERS,
     "own decoder": _OF_DECODERS,
-    "encoder": ("clip.", "general.", "split.", "adapter.", "imatrix."),
+    "encoder": _OF_ENCODERS,
+    "idefics3": _OF_ENCODERS,
+    "internvl": _OF_ENCODERS,
 }
 """Beginnings of the keys that a library reads of such a file; all others are without effect."""
 
@@ -276,7 +292,7 @@ def check_keys(file: GgufFile, role: Role) -> None:
         BundleError: names the first such key.
     """
     for key, value in file.metadata.items():
-        name = rule_name(key, "" if role == "encoder" else file.architecture)
+        name = rule_name(key, "" if file.architecture == "clip" else file.architecture)
         if not name.startswith(NAMESPACES[role]):
             continue
         rule, kind = rule_of(name, role), file.kinds[key]

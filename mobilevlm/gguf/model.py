@@ -14,9 +14,11 @@ from mobilevlm.gguf.checks import (
     check_vocabulary,
     is_utf8,
 )
-from mobilevlm.gguf.conversation import gguf_conversation
-from mobilevlm.gguf.encoder import read_encoder
+from mobilevlm.gguf.conversation import gguf_conversation, marked_conversation
+from mobilevlm.gguf.encoder import TILED, read_encoder
 from mobilevlm.gguf.file import GgufFile, read_gguf
+from mobilevlm.gguf.image_marks import image_layout
+from mobilevlm.gguf.pair import MAX_PAIR_CONTEXT, projector_name
 from mobilevlm.gguf.spec import bytes_per_token, decoder_spec
 from mobilevlm.input_spec import InputSpec
 from mobilevlm.recipe import Limits, LinearFormat, Recipe
@@ -85,14 +87,15 @@ def bundle_of_files(
     return Bundle(Path(), manifest, digest="")
 
 
-def checked_decoder(file: GgufFile) -> DecoderSpec:
-    """Return the spec of a language model whose tensors and vocabulary fit it.
+def checked_decoder(file: GgufFile, most: int = MAX_CONTEXT) -> DecoderSpec:
+    """Return the spec of a language model whose tensors and vocabulary fit it. ``most``: positions
+    of its context at most.
 
     Raises:
         BundleError: as :func:`model_spec`.
     """
     spec = decoder_spec(file)
-    spec = dataclasses.replace(spec, context_length=min(spec.context_length, MAX_CONTEXT))
+    spec = dataclasses.replace(spec, context_length=min(spec.context_length, most))
     check_decoder_file(file, spec)
     check_vocabulary(file, spec.vocab_size)
     return spec
@@ -102,21 +105,26 @@ def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
     """Return the spec of a language model with its image encoder, both checked for engines and
     exports alike.
 
-    What GGUF does not say is taken from the LLaVA lineage: images are padded to a square, and a
-    file without a chat template that can hold an image gets the conversation ``v1``.
+    What GGUF does not say is taken from the family of the projector: LLaVA's images are padded to a
+    square, and a file without a chat template that can hold an image gets the conversation ``v1``;
+    tiles of Idefics3 and InternVL are those of the official processors, with the usual marks.
 
     Raises:
         BundleError: a key or tensor is missing, of the wrong kind, contradicts the others, or is
             beyond what the spec can say.
     """
-    language = checked_decoder(decoder)
+    is_tiled = projector_name(vision) in TILED
+    language = checked_decoder(decoder, MAX_PAIR_CONTEXT if is_tiled else MAX_CONTEXT)
     encoder = read_encoder(vision, language.hidden_size)
     check_encoder_file(vision, encoder)
+    layout, mark = image_layout(decoder, encoder)
     name = decoder.metadata.get("general.name")
     return ModelSpec(
         family="gguf",
         name=name if isinstance(name, str) and is_utf8(name) else decoder.path.stem,
-        inputs={"image": InputSpec(encoder.image, encoder.vision, encoder.projector)},
+        inputs={"image": InputSpec(encoder.image, encoder.vision, encoder.projector, layout)},
         decoder=language,
-        conversation=gguf_conversation(decoder),
+        conversation=(
+            marked_conversation(decoder, mark) if is_tiled else gguf_conversation(decoder)
+        ),
     )

@@ -168,6 +168,16 @@ def tower_entries(
         yield from _pair("v.post_ln", "vision.post_norm", hidden)
 
 
+def scale_entries(spec: TransformerEncoder) -> Iterator[Entry]:
+    """Factors of what attention and MLP add to the residual stream (InternViT's layer scale), for
+    each channel. Our weights have them in the linear layer before them, which ours is named by."""
+    shape = (spec.hidden_size,)
+    for index in range(spec.num_hidden_layers):
+        for number, part in enumerate(("attn.out_proj", "mlp.fc2"), 1):
+            theirs, ours = f"v.blk.{index}.ls{number}.weight", f"vision.layers.{index}.{part}.scale"
+            yield Entry(theirs, ours, shape, shape, "float")
+
+
 def projector_entries(spec: ConnectorSpec) -> Iterator[Entry]:
     """All tensors of a projector that begins with an MLP of two layers, or is one Linear after a
     pixel shuffle."""

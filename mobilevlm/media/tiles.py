@@ -8,7 +8,7 @@ not split at all goes from ``longest_edge`` straight to the square.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,25 @@ def prepare_tiles(
         squares.insert(place, _pixels(image.resize((size, size), resample)))
     arrays = tuple({"pixels": square} for square in squares)
     return Prepared("image", arrays, _pieces((rows, columns), tiles, spec))
+
+
+def marked_layout(
+    ids: Callable[[str], tuple[int, ...]], tiles: Tiles, around: str, whole: str, row_id: int
+) -> LayoutSpec:
+    """Return the ids around tiles, which line breaks and marks of their rows and columns stand
+    between. ``ids``: of a text, by the tokenizer (line breaks that stand side by side may be one
+    token); ``around``: before each tile and behind the last; ``whole``: of the image made small."""
+    places = range(1, tiles.most_per_edge + 1)
+    return LayoutSpec(
+        end_ids=ids(around),
+        row_id=row_id,
+        tile_ids=tuple(
+            tuple(ids(f"{around}<row_{row}_col_{column}>") for column in places) for row in places
+        ),
+        row_end_ids=ids("\n"),
+        between_ids=ids("\n\n"),
+        thumbnail_ids=ids(around + whole),
+    )
 
 
 def _pixels(square: Image.Image) -> NDArray[np.uint8]:

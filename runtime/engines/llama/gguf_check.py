@@ -16,7 +16,7 @@ from mobilevlm.gguf.checks import (
     check_vocabulary,
     other,
 )
-from mobilevlm.gguf.encoder import LONGEST_EDGE, Encoder, read_encoder
+from mobilevlm.gguf.encoder import LONGEST_EDGE, read_encoder
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.names import projector_name
 from mobilevlm.gguf.spec import decoder_spec
@@ -74,12 +74,8 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     _same(header, "clip.projector_type", kind, projector_name(connector))
     for key, expected in _vision_metadata(vision).items():
         _same(header, key, header.metadata.get(key), expected)
-    if projector_name(connector) in ("internvl", "idefics3"):  # llama.cpp runs all their layers
-        layers = header.metadata.get("clip.vision.block_count")
-        found = Encoder(spec.image.square, vision, connector, vision.num_hidden_layers, False)
-    else:
-        found = read_encoder(header, connector.out_size)
-        layers = found.vision.num_hidden_layers
+    found = read_encoder(header, connector.out_size)
+    layers = found.vision.num_hidden_layers
     _same(header, "number of layers that are run", layers, vision.num_hidden_layers)
     if isinstance(tiles := spec.image.preparation, Tiles) and tiles.max_tiles != 1:
         _same(header, LONGEST_EDGE, header.metadata.get(LONGEST_EDGE), tiles.longest_edge)

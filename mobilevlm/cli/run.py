@@ -43,7 +43,8 @@ Examples:
     "--video",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A video: some of its frames, as pictures after the others ([video] extra).",
+    help="A video: some of its frames, as images after the others, each one tile where the model "
+    "splits images ([video] extra).",
 )
 @click.option(
     "--frames", type=click.IntRange(1, 256), default=8, show_default=True, help="How many."
@@ -71,15 +72,16 @@ def command(
     pictures: list[Any] = [_from_stdin() if image == "-" else image for image in images]
     prompt, clip = typed(prompt), None
     if video is not None:
-        from mobilevlm.runtime.answer.video import decode_frames, open_video
+        from mobilevlm.runtime.answer.video import decode_frames, frame_tiles, open_video
 
         clip = open_video(video, frames)
     with model.open() as vlm:
         if clip is not None:
             asked = len(pictures) + len(clip.places)
             vlm.check_fits(prompt, asked, raw, sampling["special_tokens"])
+            tiles = frame_tiles(vlm.spec)
             for frame in decode_frames(clip, vlm.room_for):
-                pictures.append(vlm.prepare_image(frame, images=asked))
+                pictures.append(vlm.prepare_image(frame, tiles, images=asked))
         stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
         if not as_json:
             for piece in stream:

@@ -70,7 +70,7 @@ class Encoder:
 _Activation: TypeAlias = Literal["gelu", "gelu_tanh"]
 _SQUARE = ("mlp", "ldp", "ldpv2")
 """Projectors beside images that become one square."""
-TILED: dict[str, tuple[Role, _Activation, dict[str, bool]]] = {
+TILED: dict[str, tuple[Role, _Activation, dict[str, Any]]] = {
     "idefics3": (
         "idefics3",
         "gelu_tanh",
@@ -125,7 +125,7 @@ def read_encoder(file: GgufFile, out_size: int) -> Encoder:
 
 
 def _tower(
-    file: GgufFile, gelu: _Activation, traits: dict[str, bool]
+    file: GgufFile, gelu: _Activation, traits: dict[str, Any]
 ) -> tuple[TransformerEncoder, int]:
     """Return the tower up to the layer whose features are used, and how many layers it has."""
     size, patch = (_positive(file, f"clip.vision.{key}") for key in ("image_size", "patch_size"))
@@ -209,7 +209,7 @@ def _aspect_tiles(file: GgufFile, size: int) -> AspectTiles:
 
 
 def _shuffled(
-    file: GgufFile, vision: TransformerEncoder, out_size: int, depth: int, **parts: bool
+    file: GgufFile, vision: TransformerEncoder, out_size: int, depth: int, **parts: Any
 ) -> ConnectorSpec:
     """Return a connector that joins squares of patches row by row. ``parts``: fields of it."""
     factor, grid = _positive(file, SCALE_FACTOR), vision.grid

@@ -13,7 +13,9 @@ from PIL import Image
 
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, require
+from mobilevlm.input_spec import Tiled
 from mobilevlm.media.image_file import MAX_PIXELS, RoomFor
+from mobilevlm.spec import ModelSpec
 
 DEFAULT_FRAMES = 8
 """As VILA was trained (``num_video_frames``)."""
@@ -53,6 +55,12 @@ def open_video(path: Path, count: int = DEFAULT_FRAMES) -> Video:
         raise ImageError(f"{shown(path)}: no frames in it: is it a video?")
     places = np.round(np.linspace(0, total - 1, min(count, total))).astype(int)
     return Video(path, tuple(places.tolist()))
+
+
+def frame_tiles(spec: ModelSpec) -> int | None:
+    """Return the tiles of a frame at most: one, since official video processors split no frame
+    (SmolVLM, InternVL); none where the model splits no image, or llama.cpp alone decides."""
+    return 1 if isinstance(spec.image.preparation, Tiled) else None
 
 
 def decode_frames(video: Video, room_for: RoomFor | None = None) -> Iterator[Image.Image]:

@@ -10,14 +10,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BundleOf, refusal
+from conftest import BundleOf, fixture_named, refusal
 from fuzz.mutations import mutate_bytes
+from PIL import Image
 
 import mobilevlm
 from mobilevlm.cli import main
 from mobilevlm.errors import ImageError, MissingExtraError
 from mobilevlm.image import Room
-from mobilevlm.runtime.answer.video import decode_frames, open_video
+from mobilevlm.preparation import prepare, with_max_tiles
+from mobilevlm.runtime.answer.video import decode_frames, frame_tiles, open_video
 
 av = pytest.importorskip("av", reason="PyAV is not installed ([video] extra)")
 
@@ -90,6 +92,43 @@ def test_run_gives_the_model_a_videos_frames_as_pictures(
     assert frames["visual_tokens"] == 3 * 9
     message = refusal(capsys, *given, "--video", tmp_path / "none.mp4")
     assert "no such video file" in message
+
+
+@pytest.mark.parametrize("name", ["smolvlm2", "internvl3", "llava_onevision"])
+def test_a_frame_is_one_tile_where_the_model_splits_images(
+    name: str, bundle_of: BundleOf, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As SmolVLMVideoProcessor and InternVLVideoProcessor have it; an image of the same size is
+    split."""
+    bundle, video = bundle_of(name, "fp32"), write_video(tmp_path / "a.mp4", 30)
+    given = ["run", str(bundle), "--prompt", "What happens?", "--max-new-tokens", "4", "--json"]
+    main([*given, "--video", str(video), "--frames", "2"])
+    answer = json.loads(capsys.readouterr().out)
+    with mobilevlm.load(bundle) as vlm:
+        frames = list(decode_frames(open_video(video, 2)))
+        tiles = [vlm.prepare_image(frame, max_tiles=1, images=2) for frame in frames]
+        assert [len(tile.arrays) for tile in tiles] == [1, 1]
+        assert answer["visual_tokens"] == 2 * vlm.spec.image.connector.num_rows
+        assert (
+            answer["token_ids"] == vlm.generate("What happens?", tiles, max_new_tokens=4).token_ids
+        )
+        assert len(vlm.prepare_image(frames[0]).arrays) > 1
+
+
+def test_a_frame_is_resized_as_the_official_video_processors_do() -> None:
+    """SmolVLM: to the longest edge, then to the square of a tile; InternVL: straight to it."""
+    random = np.random.default_rng(0)
+    frame = Image.fromarray(random.integers(0, 256, (90, 160, 3), np.uint8))
+    lanczos, bicubic = Image.Resampling.LANCZOS, Image.Resampling.BICUBIC
+    expected = {
+        "smolvlm2": frame.resize((256, 144), lanczos).resize((64, 64), lanczos),
+        "internvl3": frame.resize((56, 56), bicubic),
+    }
+    for name, square in expected.items():
+        spec = fixture_named(name).model.spec
+        one = with_max_tiles(spec.image, frame_tiles(spec) or 0)
+        [arrays] = prepare(frame, one).arrays
+        np.testing.assert_array_equal(arrays["pixels"], np.asarray(square), name)
 
 
 def test_a_video_with_more_frames_than_fit_says_how_many_would(

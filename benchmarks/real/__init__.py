@@ -1,0 +1,1 @@
+"""Parts of real_model.py: checkpoint, text, candidates, figures, times, report."""

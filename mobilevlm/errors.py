@@ -40,6 +40,10 @@ class PromptError(MobileVLMError):
     """A prompt that does not fit: empty, too long, or with the wrong number of ``<image>``."""
 
 
+class GrammarError(MobileVLMError):
+    """A JSON schema or grammar that no answer can follow, or that cannot be read."""
+
+
 class SessionError(MobileVLMError):
     """A session that cannot be used now: another thread or stream has it, or its model was loaded
     before this process was forked."""

@@ -54,6 +54,7 @@ EXTRAS = {
     "npu": ("onnxruntime_qnn",),
     "coreml": ("coremltools",),
     "plots": ("matplotlib",),
+    "structured": ("llguidance",),
 }
 
 

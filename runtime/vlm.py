@@ -28,6 +28,7 @@ from mobilevlm.runtime.answer.generation import (
 from mobilevlm.runtime.answer.options import (
     AnswerOptions,
     check_options,
+    is_structured,
     sampling_options,
     shows_options,
     stop_rules,
@@ -55,6 +56,7 @@ from mobilevlm.tokenizers.json_file import open_tokenizer_json
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.answer.chat import Chat
+    from mobilevlm.runtime.answer.grammar import Guide, GuideMaker
 
 IDLE_SESSIONS = 2
 """Sequences that are kept when their answers are finished; the others leave their beginnings to the
@@ -98,6 +100,8 @@ class VLM:
         prepare = getattr(vision, "prepare", None)  # of an engine that knows images best
         self._prompts = PromptReader(self.spec, tokenizer, asked, self._room_for, prepare)
         self._drafting = Drafting()
+        self._guides: GuideMaker | None = None
+        """Made when an answer follows a grammar for the first time."""
         self._idle: list[Session] = []
         """Sessions of finished answers, the one used last at the end."""
         self._lock = threading.Lock()
@@ -131,7 +135,8 @@ class VLM:
         sampling = sampling_options(options)
         rules = stop_rules(options, self.spec.conversation)
         drafts = self._draft_tokens(options.get("draft_tokens"), sampling.temperature)
-        settings = AnswerSettings(sampling, rules, drafts, top_logprobs(options))
+        guide = self._guide(options) if is_structured(options) else None
+        settings = AnswerSettings(sampling, rules, drafts, top_logprobs(options), guide)
         raw, special = options.get("raw", False), options.get("special_tokens", True)
         ready, said = self._prompts.prompt(prompt, images, raw, special, options.get("system"))
         progress = Progress()
@@ -211,6 +216,19 @@ class VLM:
         if asked is None and self.engine not in DRAFTING_ENGINES:
             asked = 0
         return check_draft_tokens(asked, temperature)
+
+    def _guide(self, options: AnswerOptions) -> Guide:
+        """Return the grammar that an answer is asked to follow."""
+        with self._lock:
+            if self._guides is None:
+                from mobilevlm.runtime.answer.grammar import GuideMaker
+
+                end, size = self.spec.conversation.eos_token_ids, self.spec.decoder.vocab_size
+                self._guides = GuideMaker(self.tokenizer, end, size)
+        schema = options.get("json_schema")
+        if schema is not None:
+            return self._guides.schema(schema)
+        return self._guides.grammar(options.get("grammar"))
 
     def new_session(self, reuse_prefix: bool = True) -> Session:
         """A sequence of its own, which keeps what turns of a chat have in common, answers too.

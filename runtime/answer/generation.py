@@ -20,6 +20,7 @@ from mobilevlm.runtime.sequence.session import Clock, Fill, Prompt, Session
 from mobilevlm.runtime.settings import check_new_tokens
 
 if TYPE_CHECKING:
+    from mobilevlm.runtime.answer.grammar import Guide
     from mobilevlm.runtime.answer.logprobs import TokenLogprob
 
 
@@ -180,6 +181,8 @@ class AnswerSettings:
     """Guessed at a time."""
     top_logprobs: int | None = None
     """Likeliest tokens whose log probabilities go with each token's; none: no log probabilities."""
+    guide: Guide | None = None
+    """The grammar that the answer follows."""
 
 
 def generate_text(
@@ -195,8 +198,8 @@ def generate_text(
     fill, decode, drafts = Fill(), Clock(), Drafts()
     rules, count = settings.rules, settings.draft_tokens
     sampler, detokenizer, stops = (
-        Sampler(settings.sampling),
-        Detokenizer(tokenizer),
+        Sampler(settings.sampling, guide := settings.guide),
+        Detokenizer(tokenizer, keeps_space=guide is not None),
         StopStrings(rules.strings),
     )
     reader = None
@@ -234,7 +237,7 @@ def generate_text(
         if piece:
             shown.append(piece)
             yield piece
-        if stopped:
+        if stopped or (guide is not None and guide.complete):
             finish = "stop"
             break
         if len(tokens) == rules.max_new_tokens:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypedDict, TypeVar
 
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.runtime.answer.generation import StopRules
 from mobilevlm.runtime.answer.sampling import SamplingOptions
 from mobilevlm.runtime.sequence.session import Session
@@ -42,6 +43,10 @@ class TurnOptions(SamplingKeywords, total=False):
     special_tokens: bool
     """Special tokens (``</s>``) and ``<image>`` in the text count as such, as in the
     official code; by default they do. Else they are ordinary text."""
+    json_schema: Mapping[str, Any] | str | None
+    """The answer is JSON that fulfils this schema (extra ``[structured]``)"""
+    grammar: str | None
+    """The answer follows these rules, in the notation of Lark or of llama.cpp (GBNF)"""
     logprobs: bool
     """Give the log probability of each token"""
     top_logprobs: int
@@ -130,6 +135,18 @@ def top_logprobs(options: AnswerOptions) -> int | None:
     return check_logprobs(options.get("logprobs", False), options.get("top_logprobs", 0))
 
 
+def is_structured(options: AnswerOptions) -> bool:
+    """Return whether the answer follows a schema or grammar.
+
+    Raises:
+        MobileVLMError: both are given.
+    """
+    both = [options.get("json_schema") is not None, options.get("grammar") is not None]
+    if all(both):
+        raise MobileVLMError("json_schema and grammar do not go together: give one")
+    return any(both)
+
+
 def stop_rules(options: AnswerOptions, conversation: ConversationSpec) -> StopRules:
     """Return when the answer ends.
 
@@ -137,6 +154,10 @@ def stop_rules(options: AnswerOptions, conversation: ConversationSpec) -> StopRu
         MobileVLMError: a value of the wrong type or range.
     """
     ends, texts = conversation.eos_token_ids, conversation.stop_strings
+    if is_structured(options):
+        if options.get("ignore_eos", False):
+            raise MobileVLMError("ignore_eos does not go with a schema or grammar: leave one out")
+        texts = ()  # its end is the grammar's; inside, these are words
     if options.get("ignore_eos", False):
         ends, texts = (), ()
     most = options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)

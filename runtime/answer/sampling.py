@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.answer.grammar import Guide
 
 _DIVIDING = "a number from 1e-6 on, not infinite"
 
@@ -65,10 +69,11 @@ class SamplingOptions:
 
 
 class Sampler:
-    """Chooses tokens one after another; its random numbers follow from the seed alone."""
+    """Chooses tokens one after another; its random numbers follow from the seed alone. ``guide``:
+    the grammar that they follow."""
 
-    def __init__(self, options: SamplingOptions) -> None:
-        self.options = options
+    def __init__(self, options: SamplingOptions, guide: Guide | None = None) -> None:
+        self.options, self._guide = options, guide
         self._random = np.random.default_rng(options.seed)
         self.logits: NDArray[np.float32]
         """That the last token was chosen from, before penalties; valid as long as they are."""
@@ -78,6 +83,15 @@ class Sampler:
         self.logits = logits
         if self.options.repetition_penalty != 1.0 and previous:
             logits = _penalize(logits, previous, self.options.repetition_penalty)
+        if self._guide is None:
+            return self._choose(logits)
+        token = int(logits.argmax()) if self.options.temperature == 0 else None
+        if token is None or not self._guide.allows(token):
+            token = self._choose(self._guide.masked(logits))
+        self._guide.take(token)
+        return token
+
+    def _choose(self, logits: NDArray[np.float32]) -> int:
         if self.options.temperature == 0:
             return int(logits.argmax())
         tokens, probabilities = candidates(logits, self.options)

@@ -26,10 +26,11 @@ class Detokenizer:
     What belongs to no character comes out as U+FFFD: each byte, as sentencepiece has it, or where
     every token is bytes (byte-level BPE) each broken character. (The tokenizers library decodes a
     run of byte tokens all or nothing, so its text can change after the fact, and its DecodeStream
-    raises an error then.)
+    raises an error then.) ``keeps_space``: also the leading space of the first token, which
+    sentencepiece leaves out of a text.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, keeps_space: bool = False) -> None:
         self._tokenizer = tokenizer
         table = AnswerBytes(tokenizer)
         self._special, self._byte_level, self._library = (
@@ -40,7 +41,7 @@ class Detokenizer:
         whole = self._byte_level or self._library is not None
         errors = "replace" if whole else "mobilevlm_replace_each_byte"
         self._bytes = codecs.getincrementaldecoder("utf-8")(errors)
-        self._begun = self._unfinished = False
+        self._begun, self._unfinished = keeps_space, False
 
     def add(self, token: int) -> str:
         """The text that this token completes (often a word, sometimes nothing)."""

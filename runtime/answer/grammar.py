@@ -1,0 +1,228 @@
+"""Answers that follow a JSON schema or a grammar (llguidance, extra ``[structured]``).
+
+A grammar says after each token which tokens may come next; all others lose their logits before one
+is chosen. Where the likeliest token is allowed, and tokens are chosen greedily, no mask is made.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from mobilevlm.console.terminal import shown
+from mobilevlm.errors import GrammarError, MissingExtraError, require
+from mobilevlm.runtime.engines import Float32
+from mobilevlm.tokenizers.json_file import encode, foreign
+from mobilevlm.tokenizers.pieces import AnswerBytes
+
+MOST_CHARACTERS = 1 << 20
+"""Of a schema or grammar."""
+KEPT = 8
+"""Compiled grammars that are kept for later answers."""
+SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+"""Of JSON, as Python writes it: a small model does not lose itself in spaces."""
+JSON_CHARACTERS = '{}[]":,-.0123456789aeflnrstu\\'
+"""That JSON needs whatever it says."""
+
+
+class Guide:
+    """Grammar of one answer, and how far the answer is in it. ``matcher``: of llguidance;
+    ``size``: of its vocabulary."""
+
+    def __init__(self, matcher: Any, size: int, end: frozenset[int]) -> None:
+        self._matcher, self._end = matcher, end
+        self._mask = np.zeros((size + 31) // 32, np.int32)
+
+    @property
+    def complete(self) -> bool:
+        """True if nothing may follow."""
+        return bool(self._matcher.is_stopped())
+
+    def allows(self, token: int) -> bool:
+        """Return whether a token may come next."""
+        if token in self._end:
+            return bool(self._matcher.is_accepting())
+        return bool(self._matcher.validate_tokens([token]) == 1)
+
+    def masked(self, logits: Float32) -> Float32:
+        """Return logits ``(vocab_size,)`` with minus infinity for tokens that may not come next.
+
+        Raises:
+            GrammarError: none may.
+        """
+        mask = self._mask
+        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(logits))
+        if not bits.any():
+            told = f" ({shown(self._matcher.get_error())})" if self._matcher.is_error() else ""
+            raise GrammarError(
+                f"the grammar leaves no token that this model can go on with{told}: ask for less "
+                f"unusual characters or a simpler grammar"
+            )
+        found: Float32 = np.where(bits.view(np.bool_), logits, np.float32(-np.inf))
+        return found
+
+    def take(self, token: int) -> None:
+        """Go on behind a token that is allowed."""
+        if not self._matcher.consume_token(token):
+            raise GrammarError(
+                f"the grammar cannot be followed ({shown(self._matcher.get_error())}): make it "
+                f"simpler"
+            )
+
+
+class GuideMaker:
+    """Makes guides for one vocabulary. ``end``: ids of tokens that end an answer;
+    ``vocab_size``: of the logits."""
+
+    def __init__(self, tokenizer: Tokenizer, end: Iterable[int], vocab_size: int) -> None:
+        try:
+            import llguidance
+        except ModuleNotFoundError as error:
+            if error.name != "llguidance":
+                raise
+            raise missing() from None
+        self._library = llguidance
+        self._end = frozenset(index for index in end if index < vocab_size)
+        self._words = _Vocabulary(tokenizer, self._end, vocab_size)
+        with foreign("the bundle's vocabulary is of no use for grammars", GrammarError):
+            self._tokenizer = llguidance.LLTokenizer(
+                self._words,
+                n_vocab=vocab_size,
+                eos_token=sorted(self._end),
+                slices=llguidance.LLTokenizer.json_slices(),
+            )
+        self._words.library = self._tokenizer
+        self._compiled: OrderedDict[str, Any] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def schema(self, schema: object) -> Guide:
+        """Return a guide to JSON of a schema: the text of one, or the data.
+
+        Raises:
+            GrammarError: no schema, one that nothing fulfils, or one with what cannot be checked
+                while an answer is made.
+        """
+        text = _schema_text(schema)
+        for character in JSON_CHARACTERS:
+            if character.encode() not in self._words.single:
+                raise GrammarError(
+                    f"json_schema: this model's vocabulary has no token for {character!r}: it "
+                    f"cannot write JSON"
+                )
+        with foreign("json_schema", GrammarError):
+            grammar = self._library.LLMatcher.grammar_from_json_schema(text, overrides=SEPARATORS)
+        return self._guide("json_schema", grammar)
+
+    def grammar(self, text: object) -> Guide:
+        """Return a guide to a grammar of Lark's notation, or of llama.cpp's (GBNF).
+
+        Raises:
+            GrammarError: no grammar, or one that nothing fulfils.
+        """
+        if not isinstance(text, str) or not text.strip():
+            kind = "empty" if isinstance(text, str) else type(text).__name__
+            raise GrammarError(f"grammar is {kind}, expected rules as text (Lark or GBNF)")
+        _check_length("grammar", text)
+        if "::=" in text:
+            from llguidance.gbnf_to_lark import any_to_lark
+
+            with foreign("grammar", GrammarError):
+                text = any_to_lark(text)
+        with foreign("grammar", GrammarError):
+            grammar = self._library.LLMatcher.grammar_from_lark(text)
+        return self._guide("grammar", grammar)
+
+    def _guide(self, name: str, grammar: str) -> Guide:
+        with self._lock:
+            known = self._compiled.get(grammar)
+            if known is None:
+                known = self._compiled[grammar] = self._compile(name, grammar)
+                while len(self._compiled) > KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(grammar)
+            return Guide(known.deep_copy(), self._words.size, self._end)
+
+    def _compile(self, name: str, grammar: str) -> Any:
+        with foreign(name, GrammarError):
+            matcher = self._library.LLMatcher(self._tokenizer, grammar, log_level=0)
+            able = not matcher.is_error() and any(matcher.deep_copy().compute_bitmask())
+        if matcher.is_error():
+            told = shown(matcher.get_error(), 300)
+            hint = ": use anyOf" if "coerce_one_of" in told else ""
+            raise GrammarError(f"{name} cannot be followed: {told.split(' Enable ')[0]}{hint}")
+        if not able:
+            raise GrammarError(f"{name} cannot be followed: nothing fulfils it")
+        return matcher
+
+
+def missing() -> MissingExtraError:
+    """Return the error for a package that is not installed."""
+    return require("llguidance", "structured", "an answer by a schema or grammar")
+
+
+class _Vocabulary:
+    """The tokens as llguidance asks for them (its ``TokenizerWrapper``)."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, end: frozenset[int], vocab_size: int) -> None:
+        self._tokenizer, self._bytes = tokenizer, AnswerBytes(tokenizer)
+        self.size = vocab_size
+        self.tokens = [self._bytes(token) for token in range(vocab_size)]
+        self.single = {token for token in self.tokens if len(token) == 1}
+        special = self._bytes.special | end
+        for token in special:
+            if token < vocab_size:
+                self.tokens[token] = self._bytes.name(token).encode()
+        self.special_token_ids = sorted(token for token in special if token < vocab_size)
+        self.eos_token_id = min(end, default=0)
+        self.library: Any = None
+
+    def __call__(self, text: str) -> list[int]:
+        """Return ids whose bytes are the text: the tokenizer's where it keeps them."""
+        wanted = text.encode()
+        ids = encode(self._tokenizer, text, add_special_tokens=False)
+        if b"".join(map(self._bytes, ids)) == wanted:
+            return ids
+        before = encode(self._tokenizer, "\n", add_special_tokens=False)
+        joined = encode(self._tokenizer, f"\n{text}", add_special_tokens=False)
+        rest = joined[len(before) :]
+        if joined[: len(before)] == before and b"".join(map(self._bytes, rest)) == wanted:
+            return rest
+        greedy: list[int] = self.library.greedy_tokenize(text)
+        return greedy
+
+
+def _schema_text(schema: object) -> str:
+    """Return a JSON schema as text."""
+    if isinstance(schema, str):
+        _check_length("json_schema", schema)
+        try:
+            schema = json.loads(schema)
+        except (ValueError, RecursionError) as error:
+            raise GrammarError(f"json_schema is no JSON ({shown(error)})") from None
+    if isinstance(schema, bool):
+        if not schema:
+            raise GrammarError("json_schema is false: nothing fulfils it")
+        return "{}"
+    if not isinstance(schema, dict):
+        raise GrammarError(f"json_schema is {type(schema).__name__}, expected an object")
+    try:
+        text = json.dumps(schema)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GrammarError(f"json_schema is no JSON ({shown(error)})") from None
+    _check_length("json_schema", text)
+    return text
+
+
+def _check_length(name: str, text: str) -> None:
+    if len(text) > MOST_CHARACTERS:
+        raise GrammarError(f"{name} has {len(text)} characters, more than {MOST_CHARACTERS}")

@@ -22,7 +22,7 @@ scales are constants (export/fixed_shapes/vision.py); the decoder only in graphs
 (export/fixed_shapes/decoder.py).
 """
 
-QuantizerName: TypeAlias = Literal["rtn", "hqq", "gptq"]
+QuantizerName: TypeAlias = Literal["rtn", "mse", "hqq", "gptq"]
 ScalingName: TypeAlias = Literal["none", "awq", "smoothquant", "rotation"]
 CalibratorName: TypeAlias = Literal["minmax", "percentile", "entropy"]
 WeightBits: TypeAlias = Literal[7, 8]
@@ -97,7 +97,8 @@ class LinearFormat:
 
     precision: Precision
     quantizer: QuantizerName = "rtn"
-    """What chooses the integers: ``rtn`` and ``hqq`` need no data, ``gptq`` is calibrated."""
+    """What chooses the integers: ``rtn``, ``mse`` and ``hqq`` need no data, ``gptq`` is
+    calibrated."""
     scaling: ScalingName = "none"
     """What moves between a layer's inputs and its weights before: ``awq`` for weights in blocks,
     ``smoothquant`` for ``int8`` and fixed point. Both are calibrated. ``rotation``, of the decoder:

@@ -21,7 +21,7 @@ Float32: TypeAlias = NDArray[np.float32]
 Codes: TypeAlias = NDArray[np.uint8]
 
 _LARGEST_SCALE = np.float32(np.finfo(np.float16).max)
-_SMALLEST_SCALE = np.finfo(np.float32).tiny
+SMALLEST_SCALE = np.finfo(np.float32).tiny
 """Smaller scales have no finite inverse; rounded to float16 they are zero anyway."""
 
 _CHUNK = 2**18
@@ -148,7 +148,7 @@ def to_blocks(part: Float32, scheme: Scheme) -> Float32:
 
 def encode(part: Float32, scales: Float32, zeros: Float32, scheme: Scheme) -> Codes:
     """The nearest codes of ``(rows, blocks, block)``; scales and zeros ``(rows, blocks)``."""
-    usable = np.abs(scales) > _SMALLEST_SCALE
+    usable = np.abs(scales) > SMALLEST_SCALE
     inverse = np.divide(1, scales, out=np.zeros_like(scales), where=usable)
     codes = part * inverse[..., None] + (zeros + np.float32(0.5))[..., None]
     return codes.clip(scheme.lowest, scheme.highest, out=codes).astype(np.uint8)
@@ -157,7 +157,7 @@ def encode(part: Float32, scales: Float32, zeros: Float32, scheme: Scheme) -> Co
 def limited_scales(scales: Float32, scheme: Scheme) -> Float32:
     """Scales that the file's type can hold; a whole row of nothing gets 1."""
     if scheme.block_size is None:
-        return np.where(np.abs(scales) > _SMALLEST_SCALE, scales, np.float32(1))
+        return np.where(np.abs(scales) > SMALLEST_SCALE, scales, np.float32(1))
     return scales.clip(-_LARGEST_SCALE, _LARGEST_SCALE)
 
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.quantize import gptq, hqq, rtn
+from mobilevlm.export.quantize import gptq, hqq, mse, rtn
 from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize, packed_size
 from mobilevlm.export.quantize.folding import free_folds
 from mobilevlm.export.quantize.gptq import HessianOf
@@ -96,8 +96,9 @@ def quantize(weight: Float32, layers: LinearFormat, name: str, hessian: HessianO
         moments = hessian(name)
         if moments is not None:
             return gptq.quantize(weight, layers.scheme, moments)
-        return hqq.quantize(weight, layers.scheme)  # an expert that no calibration token chose
-    return {"rtn": rtn.quantize, "hqq": hqq.quantize}[layers.quantizer](weight, layers.scheme)
+        return mse.quantize(weight, layers.scheme)  # an expert that no calibration token chose
+    quantizers = {"rtn": rtn.quantize, "mse": mse.quantize, "hqq": hqq.quantize}
+    return quantizers[layers.quantizer](weight, layers.scheme)
 
 
 def restored(weight: Float32, layers: LinearFormat, name: str, hessian: HessianOf) -> Float32:

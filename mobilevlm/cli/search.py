@@ -31,7 +31,7 @@ Examples:
 @goal_options
 @click.option(
     "--quantizer",
-    type=click.Choice(["rtn", "hqq", "gptq"]),
+    type=click.Choice(["rtn", "mse", "hqq", "gptq"]),
     default="gptq",
     show_default=True,
     help="What rounds weights to 2 and 4 bits.",

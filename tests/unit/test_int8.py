@@ -24,7 +24,7 @@ from mobilevlm.bundle import Bundle, open_bundle
 from mobilevlm.errors import PrecisionWarning
 from mobilevlm.export.graph.author import IR_VERSION
 from mobilevlm.export.graph.dialects import CPU
-from mobilevlm.export.quantize import gptq, hqq, rtn
+from mobilevlm.export.quantize import gptq, hqq, mse, rtn
 from mobilevlm.export.quantize.blocks import INT8, dequantize, signed_columns
 from mobilevlm.plan import Plan
 from mobilevlm.recipe import LinearFormat, Scheme
@@ -128,7 +128,7 @@ def test_sums_saturate_with_8_bits_where_the_machine_says_so_and_never_with_7(
 
 
 @pytest.mark.parametrize("weight_bits", [7, 8])
-@pytest.mark.parametrize("quantizer", ["rtn", "hqq", "gptq"])
+@pytest.mark.parametrize("quantizer", ["rtn", "mse", "hqq", "gptq"])
 def test_weights_stay_in_the_range_that_was_asked_for(quantizer: str, weight_bits: Any) -> None:
     layers = LinearFormat("int8", weight_bits=weight_bits)
     weight = np.random.default_rng(1).standard_normal((40, 64), np.float32)
@@ -137,7 +137,9 @@ def test_weights_stay_in_the_range_that_was_asked_for(quantizer: str, weight_bit
     if quantizer == "gptq":
         codes = signed_columns(gptq.quantize(weight, scheme, np.eye(64, dtype=np.float32)))
     else:
-        codes = signed_columns({"rtn": rtn, "hqq": hqq}[quantizer].quantize(weight, scheme))
+        codes = signed_columns(
+            {"rtn": rtn, "mse": mse, "hqq": hqq}[quantizer].quantize(weight, scheme)
+        )
     reach = np.abs(codes.astype(int)).max()
     assert 64 < reach <= 128 if weight_bits == 8 else reach <= 64
 

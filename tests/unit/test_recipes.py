@@ -130,7 +130,7 @@ WRONG = [
     ('"q8"', "8", ".lm_head: expected an object, found 8"),
     ('"q8"', '"8"', ".lm_head.precision: expected one of"),
     ('precision = "q4", ', "", ".decoder: key 'precision' is missing"),
-    ('"hqq"', '"best"', ".decoder.quantizer: expected one of 'rtn', 'hqq', 'gptq'"),
+    ('"hqq"', '"best"', ".decoder.quantizer: expected one of 'rtn', 'mse', 'hqq', 'gptq'"),
     ("64", '"64"', ".decoder.block_size: expected int, found '64'"),
     ("64", "48", ".decoder.block_size: 48, expected one of 16, 32, 64, 128, 256"),
     ("false", "0", ".decoder.symmetric: expected bool, found 0"),

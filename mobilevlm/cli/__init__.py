@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import importlib
 import io
@@ -48,6 +49,8 @@ VERBS = {
     "synth": "Write a checkpoint with random weights.",
 }
 
+COMPLETION = "_MOBILEVLM_COMPLETE"
+"""Variable by which a shell asks for completion (docs/cli.md)."""
 TORCH_VERBS = ("export", "search", "imatrix", "inspect", "verify")
 """Those that may run torch's reference."""
 
@@ -60,6 +63,8 @@ class _Verbs(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in VERBS:
+            if near := difflib.get_close_matches(cmd_name, VERBS, cutoff=0.5):
+                ctx.fail(f"No such command {cmd_name!r}: did you mean {' or '.join(near)}?")
             return None
         if cmd_name in TORCH_VERBS:
             wait_asleep()  # read when torch is loaded
@@ -87,6 +92,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the program and exits: 0 success, 1 a check or limit failed, 2 wrong input."""
     open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
+    if asked := os.environ.get(COMPLETION):
+        from click.shell_completion import shell_complete
+
+        sys.exit(shell_complete(program, {}, "mobilevlm", COMPLETION, asked))
     debug = "--debug" in arguments[:1]
     for stream in (sys.stdout, sys.stderr):  # an answer may hold what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):

@@ -16,6 +16,7 @@ from mobilevlm.cli.options import (
     sampling_options,
     show_timings,
 )
+from mobilevlm.cli.text_input import structure_options, system_option, warn_of_cut
 from mobilevlm.console.terminal import plain, plain_answer, typed
 from mobilevlm.errors import MobileVLMError
 
@@ -35,18 +36,21 @@ NEARLY_FULL = 1 / 8
 @click.command("chat", epilog=f"\b\nIn the conversation:\n{HELP}")
 @model_options
 @click.option("--image", "images", multiple=True, metavar="FILE", help="A picture; repeatable.")
+@system_option
 @plain_text_option
+@structure_options
 @sampling_options
 def command(
     model: ModelOptions,
     images: tuple[str, ...],
+    system: str | None,
     **sampling: Any,
 ) -> None:
     """Talk about pictures with the model in BUNDLE. Ctrl-C stops an answer."""
     from mobilevlm.runtime.answer.chat import Chat
 
     with model.open() as vlm:
-        chat = Chat(vlm, list(images))
+        chat = Chat(vlm, list(images), system)
         print(f"{plain(vlm.spec.name)}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip
         timings = False
@@ -129,6 +133,7 @@ def _answer(chat: Chat, question: str, sampling: dict[str, Any], timings: bool) 
         for piece in stream:
             print(plain_answer(piece, sys.stdout), end="", flush=True)
         print()
+        warn_of_cut(stream.generation, sampling)
         if timings:
             show_timings(stream.generation)
     except KeyboardInterrupt:

@@ -167,7 +167,8 @@ def sampling_options(function: F) -> F:
                      help="Draw among the k likeliest tokens (0: all)."),
         click.option("--temperature", type=float, default=0.0, show_default=True,
                      help="0: always the likeliest token."),
-        click.option("--max-new-tokens", type=int, default=256, show_default=True),
+        click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True,
+                     help="Longest answer."),
     ):  # fmt: skip
         function = decorate(function)
     return function

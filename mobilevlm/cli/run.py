@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,16 +18,22 @@ from mobilevlm.cli.options import (
     sampling_options,
     show_timings,
 )
-from mobilevlm.console.terminal import plain_answer, typed
+from mobilevlm.cli.text_input import given_text, structure_options, system_option, warn_of_cut
+from mobilevlm.console.terminal import plain_answer
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime import Generation, TextStream
 
 EXAMPLES = """\b
 Examples:
-  mobilevlm run bundle/ --image photo.jpg --prompt "What is in the picture?"
-  mobilevlm run bundle/ --image a.jpg --image b.jpg --prompt "<image> or <image>: which is older?"
-  mobilevlm run bundle/ --video clip.mp4 --frames 8 --prompt "What happens?"
-  cat photo.jpg | mobilevlm run bundle/ --image - --prompt "Describe the picture." --json
-  mobilevlm run bundle/ --image photo.jpg --prompt "What is this?" --max-memory 512MB
-  mobilevlm run model.gguf --mmproj mmproj.gguf --image photo.jpg --prompt "What is this?"
+  mobilevlm run bundle/ --image photo.jpg -p "What is in the picture?"
+  mobilevlm run bundle/ --image a.jpg --image b.jpg -p "<image> or <image>: which is older?"
+  mobilevlm run bundle/ --image photo.jpg -p "What is it?" -p "Which colour has it?" -n 32
+  mobilevlm run bundle/ --video clip.mp4 --frames 8 -p "What happens?"
+  cat photo.jpg | mobilevlm run bundle/ --image - -p "Describe the picture." --json
+  mobilevlm run bundle/ --image photo.jpg -p @question.txt --json-schema answer.json
+  mobilevlm run bundle/ --image photo.jpg -p "What is this?" --max-memory 512MB
+  mobilevlm run model.gguf --mmproj mmproj.gguf --image photo.jpg -p "What is this?"
 """
 
 
@@ -37,61 +44,103 @@ Examples:
     "images",
     multiple=True,
     metavar="FILE",
-    help="A picture; repeat for more; - reads it from standard input.",
+    help="A picture, or its data: URI; repeat for more; - reads it from standard input.",
 )
 @click.option(
     "--video",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A video: some of its frames, as images after the others, each one tile where the model "
-    "splits images ([video] extra).",
+    help="A video: some of its frames, as pictures after the others ([video] extra).",
 )
 @click.option(
     "--frames", type=click.IntRange(1, 256), default=8, show_default=True, help="How many."
 )
-@click.option("--prompt", required=True, help="The question. <image> in it places a picture.")
+@click.option(
+    "-p",
+    "--prompt",
+    "prompts",
+    required=True,
+    multiple=True,
+    metavar="TEXT",
+    help="The question; <image> in it places a picture. @FILE reads it from a file, - from "
+    "standard input. Repeat to ask several, each by itself.",
+)
+@system_option
 @click.option("--raw", is_flag=True, help="The prompt is complete: no conversation around it.")
 @plain_text_option
+@structure_options
 @sampling_options
 @click.option(
     "--json", "as_json", is_flag=True, help="Print one JSON object instead of the stream."
+)
+@click.option(
+    "--json-lines",
+    is_flag=True,
+    help="Print a JSON object a line: each piece as it comes, then the whole answer.",
 )
 def command(
     model: ModelOptions,
     images: tuple[str, ...],
     video: Path | None,
     frames: int,
-    prompt: str,
+    prompts: tuple[str, ...],
     raw: bool,
     as_json: bool,
-    **sampling: Any,
+    json_lines: bool,
+    **options: Any,
 ) -> None:
-    """Ask one question about pictures and stream the answer of the model in BUNDLE."""
-    if raw and not sampling["special_tokens"]:
+    """Ask questions about pictures and stream the answers of the model in BUNDLE."""
+    if raw and not options["special_tokens"]:
         raise click.UsageError("--plain-text does not go with --raw, whose text is all the prompt")
+    if raw and options["system"] is not None:
+        raise click.UsageError("--system does not go with --raw, whose text is all the prompt")
+    if as_json and (json_lines or len(prompts) > 1):
+        raise click.UsageError(
+            "--json prints one object: use --json-lines alone for several prompts or a stream"
+        )
+    if [*images, *prompts].count("-") > 1:
+        raise click.UsageError("standard input can be one image or one prompt: give - once")
     pictures: list[Any] = [_from_stdin() if image == "-" else image for image in images]
-    prompt, clip = typed(prompt), None
+    questions, clip = [given_text("--prompt", prompt) for prompt in prompts], None
     if video is not None:
-        from mobilevlm.runtime.answer.video import decode_frames, frame_tiles, open_video
+        from mobilevlm.runtime.answer.video import decode_frames, open_video
 
         clip = open_video(video, frames)
     with model.open() as vlm:
         if clip is not None:
             asked = len(pictures) + len(clip.places)
-            vlm.check_fits(prompt, asked, raw, sampling["special_tokens"])
-            tiles = frame_tiles(vlm.spec)
+            special, system = options["special_tokens"], options["system"]
+            for question in questions:
+                vlm.check_fits(question, asked, raw, special, system)
             for frame in decode_frames(clip, vlm.room_for):
-                pictures.append(vlm.prepare_image(frame, tiles, images=asked))
-        stream = vlm.stream(prompt, pictures, raw=raw, **sampling)
-        if not as_json:
-            for piece in stream:
-                print(plain_answer(piece, sys.stdout), end="", flush=True)
-            print()
-        answer = stream.finish()
-        if as_json:
-            show_json(dataclasses.asdict(answer))
-        else:
-            show_timings(answer)
+                pictures.append(vlm.prepare_image(frame, images=asked))
+        for number, question in enumerate(questions):
+            stream = vlm.stream(question, pictures, raw=raw, **options)
+            if as_json:
+                show_json(_data(stream.finish()))
+            elif json_lines:
+                _show_lines(stream, number)
+            else:
+                for piece in stream:
+                    print(plain_answer(piece, sys.stdout), end="", flush=True)
+                print(flush=True)
+                show_timings(stream.finish())
+            warn_of_cut(stream.finish(), options)
+
+
+def _show_lines(stream: TextStream, number: int) -> None:
+    """Print the pieces and the answer of a prompt, an object a line."""
+    for piece in stream:
+        print(json.dumps({"prompt": number, "piece": piece}), flush=True)
+    print(json.dumps({"prompt": number, "answer": _data(stream.finish())}), flush=True)
+
+
+def _data(answer: Generation) -> dict[str, Any]:
+    """Return an answer as JSON data."""
+    data = dataclasses.asdict(answer)
+    if answer.logprobs is None:
+        del data["logprobs"]
+    return data
 
 
 def _from_stdin() -> bytes:

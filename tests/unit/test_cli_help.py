@@ -64,7 +64,7 @@ def test_version_is_that_of_the_distribution() -> None:
     ("arguments", "message"),
     [
         (["fly"], "No such command 'fly'"),
-        (["run", "bundle"], "Missing option '--prompt' ('mobilevlm run --help' tells more)"),
+        (["run", "bundle"], "Missing option '-p' / '--prompt' ('mobilevlm run --help' tells more)"),
         (["run"], "Missing argument 'BUNDLE'"),
         (["run", "bundle", "--prompt", "a", "--imagee", "b"], "No such option '--imagee'"),
         (["run", "bundle", "--prompt", "a", "--threads", "0"], "'--threads'"),

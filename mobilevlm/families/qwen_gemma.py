@@ -64,9 +64,11 @@ def _read_mistral(path: Path, config: dict[str, Any]) -> DecoderSpec:
 def _within_context(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration without dynamic scaling of positions, which changes nothing up to
     ``max_position_embeddings``: the context ends there."""
-    scaling = config.get("rope_scaling")
-    if isinstance(scaling, dict) and scaling.get("rope_type", scaling.get("type")) == "dynamic":
-        return {**config, "rope_scaling": None}
+    for key in ("rope_scaling", "rope_parameters"):  # the latter is transformers 5's
+        given = config.get(key)
+        if isinstance(given, dict) and given.get("rope_type", given.get("type")) == "dynamic":
+            base = {"rope_theta": given["rope_theta"]} if "rope_theta" in given else None
+            config = {**config, key: base}
     return config
 
 

@@ -1,0 +1,71 @@
+"""Configurations of the hub's families as transformers 5 writes them: ``rope_parameters`` in place
+of ``rope_theta`` and ``rope_scaling``, ``dtype`` in place of ``torch_dtype``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FLOAT32, HUB_FIXTURES, fixture_named, relative_error
+
+from mobilevlm.conversation import official_ids, tokenize
+from mobilevlm.families import open_checkpoint
+from mobilevlm.preparation import prepare
+from mobilevlm.prompt import expand
+from mobilevlm.reference import load_reference
+
+WHOLE = [name for name in HUB_FIXTURES if not fixture_named(name).suffix]
+"""Fixtures of whole checkpoints, each once."""
+USUAL_BASE = 10000.0
+"""Rotary base of a file that names none."""
+
+
+def of_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the newer keys."""
+    text = config["text_config"]
+    scaling = text.pop("rope_scaling", None) or {"rope_type": "default"}
+    scaling.pop("type", None)
+    text["rope_parameters"] = {**scaling, "rope_theta": text.pop("rope_theta", USUAL_BASE)}
+    for part in (config, text, config["vision_config"]):
+        if "torch_dtype" in part:
+            part["dtype"] = part.pop("torch_dtype")
+    assert "dtype" in config
+    return config
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_newer_keys_are_the_same_model_with_the_official_ids_and_logits(
+    name: str, tmp_path: Path
+) -> None:
+    fixture = fixture_named(name)
+    folder = Path(shutil.copytree(fixture.checkpoint, tmp_path / fixture.checkpoint.name))
+    path = folder / "config.json"
+    path.write_text(json.dumps(of_transformers_5(json.loads(path.read_text()))))
+    model = open_checkpoint(folder, fixture.options)
+    assert model.spec == fixture.model.spec
+    image, conversation = model.spec.image, model.spec.conversation
+    shown = [prepare(source, image, images=len(fixture.images)) for source in fixture.images]
+    tokens = tokenize(model.tokenizer, fixture.templated_prompt, conversation)
+    ids = official_ids(tokens, image.layout, [one.pieces for one in shown])
+    assert ids == fixture.arrays["input_ids"][0].tolist()
+    reference = load_reference(model)
+    with torch.no_grad():
+        rows = [reference.image_rows(one) for one in shown]
+        embeds = reference.embed(expand(tokens, [one.pieces for one in shown]), rows)
+        logits = reference.logits(embeds).numpy()
+    assert relative_error(logits, fixture.logits) <= FLOAT32
+
+
+@pytest.mark.parametrize("name", ["smolvlm2", "internvl35", "llava_onevision", "fast_vlm"])
+def test_the_rotary_base_is_read_from_the_newer_place(name: str, tmp_path: Path) -> None:
+    fixture = fixture_named(name)
+    folder = Path(shutil.copytree(fixture.checkpoint, tmp_path / name))
+    path = folder / "config.json"
+    config = of_transformers_5(json.loads(path.read_text()))
+    config["text_config"]["rope_parameters"] |= {"rope_theta": 5e5}
+    path.write_text(json.dumps(config))
+    assert open_checkpoint(folder, fixture.options).spec.decoder.rope_theta == 5e5

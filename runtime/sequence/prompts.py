@@ -15,7 +15,7 @@ from mobilevlm.input_spec import FixedImage
 from mobilevlm.instruction import with_instruction
 from mobilevlm.messages import Message, check_images, read_messages, with_system
 from mobilevlm.preparation import fewest_pieces, prepare, with_max_tiles
-from mobilevlm.prompt import Mark, Prepared, Token, count_positions, count_rows, expand
+from mobilevlm.prompt import Mark, Prepared, Token, count_positions, expand
 from mobilevlm.runtime.sequence.session import Prompt, check_length
 from mobilevlm.spec import ModelSpec
 from mobilevlm.templates.plain_text import check_text, protect
@@ -134,8 +134,8 @@ class PromptReader:
         images it has room for."""
         images = [fewest_pieces(self.spec.image)] * tokens.count(Mark())
         length = count_positions(expand(tokens, images))
-        rows = [count_rows(pieces) for pieces in images]
-        check_length(length, rows, self.spec.decoder.context_length)
+        taken = [count_positions(pieces) for pieces in images]
+        check_length(length, taken, self.spec.decoder.context_length)
 
     def _read(
         self,

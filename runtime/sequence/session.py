@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import PromptError, SessionError
 from mobilevlm.messages import Message
-from mobilevlm.prompt import Piece, Prepared, Rows, count_rows, grid_positions
+from mobilevlm.prompt import Piece, Prepared, Rows, count_positions, count_rows, grid_positions
 from mobilevlm.runtime.engines import (
     DecoderEngine,
     EncoderEngine,
@@ -184,7 +184,7 @@ def check_session(session: object, decoder: DecoderEngine) -> None:
 
 def check_length(length: int, images: Sequence[int], context: int) -> None:
     """Raise if a prompt has no room. ``length``: positions of all, those of its images among them;
-    ``images``: of each image.
+    ``images``: of each image, the marks around it among them.
 
     Raises:
         PromptError: it does not fit; the message says how many images would.
@@ -423,8 +423,8 @@ class Session:
         return whole
 
     def _checked_keys(self, prompt: Prompt) -> list[PositionKey]:
-        rows = [count_rows(image.pieces) for image in prompt.images]
-        check_length(len(prompt.keys), rows, self._context)
+        taken = [count_positions(image.pieces) for image in prompt.images]
+        check_length(len(prompt.keys), taken, self._context)
         return list(prompt.keys)
 
     def _common_prefix(self, keys: Sequence[PositionKey]) -> int:

@@ -126,7 +126,7 @@ def test_reused_and_computed_prompts_have_the_same_logits_to_the_bit(vlm: VLM) -
 
 def test_a_prompt_too_long_says_how_many_of_its_images_would_fit(vlm: VLM) -> None:
     images = [pixels(64, 64, seed) for seed in range(4)]
-    with pytest.raises(MobileVLMError, match=r"720 for each image.*2 of the 4 images"):
+    with pytest.raises(MobileVLMError, match=r"732 for each image.*2 of the 4 images"):
         vlm.generate("Who?", images)
     with pytest.raises(MobileVLMError, match=r"for the images.*3 of the 4 images"):
         vlm.generate("Who?", [WIDE, WIDE, SQUARE, SQUARE])

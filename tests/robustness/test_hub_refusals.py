@@ -1,0 +1,108 @@
+"""Bad checkpoints of the families in the hub's layout, and too many images, through the program:
+one line each that names the file or the limit, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import fixture_named, refusal
+
+import mobilevlm
+
+CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+EVERY = ("smolvlm2", "idefics3", "internvl3", "internvl35", "llava_hf", "llava_next",
+         "llava_onevision", "fast_vlm")  # fmt: skip
+
+
+def copied(name: str, folder: Path) -> Path:
+    return Path(shutil.copytree(fixture_named(name).checkpoint, folder / name))
+
+
+def change(path: Path, keys: str, value: Any) -> None:
+    """Set a key of a JSON file, a dot before each inner one."""
+    data = json.loads(path.read_text())
+    *outer, last = keys.split(".")
+    inner = data
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "said"),
+    [
+        ("smolvlm2", "size", {"longest_edge": 9 * 64}, "more than 8 tiles of 64 pixels"),
+        ("internvl3", "max_patches", 65, "expected a range of tiles up to 64"),
+        ("internvl35", "min_patches", 13, "are 13 and 12, expected a range"),
+        ("llava_next", "image_grid_pinpoints", [[56, 56 * 65]], "65 tiles"),
+        ("llava_onevision", "image_grid_pinpoints", [[42, 42 * 65]], "65 tiles"),
+    ],
+)
+def test_a_tile_layout_over_the_limit(
+    name: str, keys: str, value: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(name, tmp_path)
+    change(folder / PROCESSOR, keys, value)
+    told = refusal(capsys, "export", folder, "-o", tmp_path / "bundle")
+    assert said in told and str(folder / PROCESSOR) in told
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "said"),
+    [
+        ("smolvlm2", "scale_factor", 3, "'scale_factor' 3 does not divide the tower's 8 patches"),
+        ("idefics3", "scale_factor", 5, "'scale_factor' 5 does not divide"),
+        ("internvl3", "vision_config.image_size", [42, 42], "expected a multiple of 2"),
+        ("internvl3", "vision_config.image_size", [56, 42], "expected a square"),
+        ("llava_hf", "vision_config.patch_size", 1000, "'patch_size' 1000 is larger"),
+        ("llava_next", "vision_config.image_size", 57, "but the tower takes 57 pixels"),
+    ],
+)
+def test_a_grid_that_does_not_divide(
+    name: str, keys: str, value: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(name, tmp_path)
+    change(folder / CONFIG, keys, value)
+    told = refusal(capsys, "export", folder, "-o", tmp_path / "bundle")
+    assert said in told and str(folder) in told
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_missing_processor_file(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(name, tmp_path)
+    for file in (PROCESSOR, "processor_config.json"):
+        (folder / file).unlink(missing_ok=True)
+    told = refusal(capsys, "export", folder, "-o", tmp_path / "bundle")
+    assert f"{folder / PROCESSOR}: the file is missing (how images are prepared)" in told
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_an_image_token_that_the_tokenizer_lacks(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied(name, tmp_path)
+    data = json.loads((folder / CONFIG).read_text())
+    key = "image_token_id" if "image_token_id" in data else "image_token_index"
+    change(folder / CONFIG, key, 9999)
+    told = refusal(capsys, "export", folder, "-o", tmp_path / "bundle")
+    assert f"{key!r} is 9999, which the tokenizer lacks" in told and str(folder) in told
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_more_images_than_fit_the_context(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, image = copied(name, tmp_path), fixture_named(name).image
+    change(folder / CONFIG, "text_config.max_position_embeddings", 512)
+    mobilevlm.export(folder, tmp_path / "bundle", recipe="fp32", measure=False)
+    many = [part for _ in range(200) for part in ("--image", image)]
+    told = refusal(capsys, "run", tmp_path / "bundle", "--prompt", "What is it?", *many)
+    assert "the context holds 512" in told
+    assert "of the 200 images or frames would fit" in told

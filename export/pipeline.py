@@ -26,10 +26,10 @@ from mobilevlm.bundle import (
 )
 from mobilevlm.console import progress
 from mobilevlm.conversation import system_ids
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import MobileVLMError, QualityError
 from mobilevlm.export.finish.system_prompt import write_system_prompt
 from mobilevlm.export.formats import Job, tool_versions
-from mobilevlm.export.quality.gate import formats_of, measure_quality, run_obstacle
+from mobilevlm.export.quality.gate import formats_of, measure_quality, run_plan
 from mobilevlm.export.settled import Wishes, open_source, settle, settle_model
 from mobilevlm.export.targets.checks import check_memory, compiled_for
 from mobilevlm.export.targets.mobile import for_accelerator
@@ -69,6 +69,7 @@ def export(
     kv_cache: KVCache | None = None,
     target: str | None = None,
     limits: Mapping[str, float] | None = None,
+    require_measured: bool = False,
 ) -> Manifest:
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
@@ -88,17 +89,19 @@ def export(
     this machine: 7 for x86 without VNNI, 8 for all others. ``kv_cache``: how the ONNX decoder
     stores keys and values, not the recipe's. ``limits``: by name, instead of the recipe's
     (``decoder_kl`` … as in a recipe file); the export fails where one of them cannot be checked.
+    ``require_measured``: it fails too where the quality of an artifact cannot be measured.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         BundleError: the target is in the way.
-        QualityError: an artifact is further from the reference than the recipe allows.
+        QualityError: an artifact is further from the reference than the recipe allows, or was not
+            measured though ``require_measured`` asks for it.
         TargetError: the result would not run on the target.
     """
     start = time.perf_counter()
     wishes = Wishes(
         recipe, formats, measure, gguf_type, imatrix, calibration, weight_bits, kv_cache, target,
-        limits,
+        limits, require_measured,
     )  # fmt: skip
     said = settle(wishes)
     options = open_options(vision_tower, conversation, variant, base)
@@ -118,6 +121,11 @@ def export(
             _quantize_cache(model, chosen, work, draft)
         draft = dataclasses.replace(draft, system_prompt=_system_prompt(model, work, draft))
         quality = measure_quality(model, chosen, work, draft, measure, limits or ())
+        if require_measured and quality.note:
+            raise QualityError(
+                f"quality was not measured ({quality.note}), and --require-measured asks for it: "
+                f"export where it can be, or leave --require-measured out"
+            )
         if goal is not None:
             draft = compiled_for(goal, work, draft)
             draft = for_accelerator(goal, work, draft, model)
@@ -169,9 +177,9 @@ def _quantize_cache(model: Model, recipe: Recipe, work: Workspace, draft: Manife
     from mobilevlm.export.finish.kv_cache import quantize_cache
 
     start = time.perf_counter()
-    parts = [part for part in draft.artifacts if part.format == "onnx"]
-    obstacle = run_obstacle(model, work, parts)
-    if obstacle:
+    parts = tuple(part for part in draft.artifacts if part.format == "onnx")
+    plan, obstacle = run_plan(model, work, dataclasses.replace(draft, artifacts=parts))
+    if plan is None:
         raise MobileVLMError(f"kv_cache int8 is measured by running the decoder: {obstacle}")
     if quantize_cache(model, Bundle(work.folder, draft, digest=""), recipe.calibration):
         for part in parts:
@@ -187,8 +195,9 @@ def _system_prompt(model: Model, work: Workspace, draft: Manifest) -> SystemProm
     parts = [part for part in draft.artifacts if part.format == "onnx" and part.stage in stages]
     if not ids or not parts:
         return None
-    obstacle = run_obstacle(model, work, parts)
-    if obstacle:
+    onnx = tuple(part for part in draft.artifacts if part.format == "onnx")
+    plan, obstacle = run_plan(model, work, dataclasses.replace(draft, artifacts=onnx))
+    if plan is None:
         progress.say(f"system      keys and values not stored ({obstacle})")
         return None
     return write_system_prompt(Bundle(work.folder, draft, digest=""), ids)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Wishes:
     kv_cache: KVCache | None
     target: str | None
     limits: Mapping[str, float] | None
+    require_measured: bool
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,11 @@ def settle(wishes: Wishes) -> Settled:
         if not wishes.measure:
             raise MobileVLMError("--limit is checked by measuring: leave --no-measure out")
         recipe = with_limits(recipe, wishes.limits)
+    if wishes.require_measured:
+        if not wishes.measure:
+            raise MobileVLMError("--require-measured asks for measuring: leave --no-measure out")
+        if find_spec("torch") is None:
+            raise require("torch", "reference", "--require-measured")
     if wishes.gguf_type is not None:
         recipe = dataclasses.replace(recipe, gguf=wishes.gguf_type)
     if wishes.kv_cache is not None:

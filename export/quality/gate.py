@@ -5,25 +5,35 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
-from mobilevlm.bundle import Artifact, Bundle, Manifest, Quality, StageQuality
+from mobilevlm.bundle import (
+    TOKENIZER,
+    Artifact,
+    Bundle,
+    FileEntry,
+    Manifest,
+    Quality,
+    StageQuality,
+)
 from mobilevlm.console import progress
 from mobilevlm.errors import MissingExtraError
 from mobilevlm.export.quality.limits import Check, check_limits, quality_error, require_checks
+from mobilevlm.export.quality.passages import LONGEST_PASSAGE, text_samples
 from mobilevlm.export.workspace.workspace import Workspace
+from mobilevlm.linear_groups import linear_groups
 from mobilevlm.model import Model
-from mobilevlm.plan import choose_engine, stage_names
+from mobilevlm.plan import Plan, choose_engine, lighter_plans, stage_names
 from mobilevlm.recipe import Recipe
 from mobilevlm.runtime.machine import int8_weight_bits
+from mobilevlm.runtime.memory.estimate import estimate
 
 MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
-MEMORY_LIBRARIES = 0.5e9
-"""Memory of torch and onnxruntime before they hold any weights."""
-RESIDENT = {"fp32": 2.0, "fp16": 4.0, "qdq8": 2.3, "qdq16": 2.3}
-"""At most so many times a weight file is resident while it is measured; others 1.3 times."""
-RESIDENT_GGUF = 2.0
+MEMORY_LIBRARIES = 0.45e9
+"""Memory of torch and the export's own libraries before they hold any weights."""
+LAYER_SAMPLES = 3
+"""Samples that single layers are tried on after a missed limit"""
 
 
 def measure_quality(
@@ -44,20 +54,31 @@ def measure_quality(
         if all(part.stage != "vision" for part in artifacts):  # llama.cpp cannot see: hybrid
             seeing = (part for part in draft.artifacts if part.stage == "vision")
             artifacts = (*artifacts, *seeing)
-        obstacle = _obstacle(model, work, artifacts) if wanted else "not wanted"
-        if obstacle:
-            obstacles[form] = obstacle
+        part = dataclasses.replace(draft, artifacts=artifacts)
+        obstacle = _obstacle(form) if wanted else "not wanted"
+        plan, reason = (None, obstacle) if obstacle else run_plan(model, work, part)
+        if plan is None:
+            obstacles[form] = reason
             continue
         from mobilevlm.export.quality.artifact_weights import artifact_weights, exact_weights
         from mobilevlm.export.quality.layer_effects import layer_effects, worst_layers
-        from mobilevlm.export.quality.measure import measure, synthetic_samples, with_own_answers
+        from mobilevlm.export.quality.measure import (
+            GREEDY_TOKENS,
+            layer_samples,
+            measure,
+            synthetic_samples,
+        )
 
         start = time.perf_counter()
-        bundle = Bundle(work.folder, dataclasses.replace(draft, artifacts=artifacts), digest="")
-        engine = choose_engine(bundle, "auto")
+        bundle, engine = Bundle(work.folder, part, digest=""), plan.engine
         samples = synthetic_samples(model.spec.image.square.size)
-        with progress.track("quality", len(samples)) as advance:
-            measured = measure(model, bundle, engine, samples, advance=advance)
+        texts = text_samples(model, GREEDY_TOKENS)
+        with progress.track("quality", len(samples) + len(texts)) as advance:
+            measured = measure(
+                model, bundle, engine, samples, advance=advance, texts=texts, plan=plan
+            )
+        if measured.note:
+            progress.say(f"quality     {measured.note}")
         for name, stage in measured.stages.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
             progress.say(f"quality     {name}: {figures}")
@@ -70,7 +91,8 @@ def measure_quality(
                 raise quality_error(recipe.name, failed, {})
             stored = artifact_weights(model, bundle, engine)
             exact = dataclasses.replace(model, weights=exact_weights(model, bundle, engine))
-            effects = layer_effects(exact, stored, with_own_answers(model, measured))
+            samples = layer_samples(model, measured, LAYER_SAMPLES)
+            effects = layer_effects(exact, stored, samples)
             raise quality_error(recipe.name, failed, worst_layers(effects))
         stages |= measured.stages
     note = _note(obstacles, alike=not stages)
@@ -88,12 +110,12 @@ def _note(obstacles: dict[str, str], alike: bool) -> str:
     return "; ".join(f"{form}: {reason}" for form, reason in obstacles.items())
 
 
-def _obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> str:
-    """Why the quality of these, all of one format, cannot be measured here; empty when it can."""
+def _obstacle(form: str) -> str:
+    """Return which package is missing to measure artifacts of a format; empty if none."""
     try:
         import torch  # noqa: F401
 
-        if artifacts[0].format == "gguf":
+        if form == "gguf":
             from mobilevlm.runtime.engines.llama.native import llama_library
 
             llama_library()
@@ -101,30 +123,42 @@ def _obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> s
         return "torch is not installed: pip install 'mobilevlm-edge[reference]'"
     except MissingExtraError as error:
         return str(error)
-    return run_obstacle(model, work, artifacts)
+    return ""
 
 
-def run_obstacle(model: Model, work: Workspace, artifacts: Sequence[Artifact]) -> str:
-    """Return why these cannot be run during an export of this checkpoint; empty when they can."""
+def run_plan(model: Model, work: Workspace, draft: Manifest) -> tuple[Plan | None, str]:
+    """Return the plan by which these artifacts, all of one format, can be run during an export of
+    this checkpoint, the fastest that the memory of an export has room for; or the reason why there
+    is none."""
     from mobilevlm.runtime.engines.onnx.engine import EXACT_SINCE, exact_products
 
-    eight = any((part.weight_bits, part.format) == (8, "onnx") for part in artifacts)
+    eight = any((part.weight_bits, part.format) == (8, "onnx") for part in draft.artifacts)
     if eight and int8_weight_bits() == 7 and not exact_products():
         version = ".".join(map(str, EXACT_SINCE))
-        return f"8-bit weights saturate on this processor before onnxruntime {version}"
-    needed = MEMORY_LIBRARIES + sum(
-        (RESIDENT_GGUF if artifact.format == "gguf" else RESIDENT.get(artifact.precision, 1.3))
-        * work.path(name).stat().st_size
-        for artifact in artifacts
-        for name in artifact.files
-    )
+        return None, f"8-bit weights saturate on this processor before onnxruntime {version}"
+    names = {TOKENIZER, *(name for part in draft.artifacts for name in part.files)}
+    sizes = {name: FileEntry(work.path(name).stat().st_size, "") for name in names}
+    sized = dataclasses.replace(draft, files=sizes)
     allowed = MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE
-    if needed > allowed:
-        return (
-            f"running it takes {needed / 1e9:.1f} GB, the export of this checkpoint may use "
-            f"{allowed / 1e9:.1f} GB"
-        )
-    return ""
+    before = MEMORY_LIBRARIES + _reference_bytes(model)
+    engine = choose_engine(Bundle(work.folder, draft, digest=""), "auto")
+    needed = {plan: before + estimate(sized, plan).peak for plan in lighter_plans(Plan(engine))}
+    for plan, size in needed.items():
+        if size <= allowed:
+            return plan, ""
+    return None, (
+        f"running it takes {min(needed.values()) / 1e9:.1f} GB, the export of this checkpoint may "
+        f"use {allowed / 1e9:.1f} GB"
+    )
+
+
+def _reference_bytes(model: Model) -> float:
+    """Return what the reference holds of its weights at a time, and the logits of an answer from
+    both sides."""
+    decoder = model.spec.decoder
+    layer = max(group.size for group in linear_groups(model.spec))
+    head = decoder.vocab_size * decoder.hidden_size
+    return 4.0 * (max(head, 3 * layer) + 2 * LONGEST_PASSAGE * decoder.vocab_size)
 
 
 def formats_of(artifacts: tuple[Artifact, ...]) -> list[str]:

@@ -66,7 +66,8 @@ def layer_effects(
     model: Model, stored: Weights, samples: Sequence[Sample], everything: bool = False
 ) -> list[LayerEffect]:
     """All layers in the order of use. ``stored``: the artifact's weights. ``everything``: try them
-    all where the model is small (``ALL_WEIGHTS``), else those that were rounded most."""
+    all where the model is small (``ALL_WEIGHTS``), else those that were rounded most, and the head,
+    whose errors nothing behind it dampens."""
     groups = list(linear_groups(model.spec))
     errors = weight_errors(model.weights, stored, model.spec)
     tried = {name for name, error in errors.items() if error > 0}
@@ -79,7 +80,7 @@ def layer_effects(
                 key=errors.__getitem__,
                 reverse=True,
             )[:TRIED]
-        }
+        } | ({"decoder.lm_head"} & tried)
 
     def changes(group: LinearGroup) -> list[Change]:
         if group.name not in tried:

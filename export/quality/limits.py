@@ -25,6 +25,11 @@ LIMITED: dict[str, tuple[StageKind, str, Literal["most", "least"]]] = {
 }
 """For each field of Limits the stage and figure, and whether it is the most or least allowed."""
 
+_MEASURED_BY = dict.fromkeys(LIMITED, "give samples with images and answers (--data)") | {
+    "accuracy_loss": "add --suite scenes"
+}
+"""What makes a verification measure the figure of a limit."""
+
 MTMD_ERROR = 2e-3
 """What llama.cpp's vision stage may be off at least: whatever the type, its activations are
 tables in float16."""
@@ -84,6 +89,28 @@ def check_limits(
         value = stages[stage].figures[figure]
         checks.append(Check(kind, stage, figure, value, limit, sense))
     return tuple(checks)
+
+
+def unchecked_limits(
+    limits: Limits, checks: Sequence[Check], names: Mapping[str, str]
+) -> list[str]:
+    """Return the limits of stages that there are whose figures were not measured; ``names`` as of
+    :func:`check_limits`."""
+    found = {(check.kind, check.figure) for check in checks}
+    return [
+        field
+        for field, (kind, figure, _) in LIMITED.items()
+        if getattr(limits, field) is not None and kind in names and (kind, figure) not in found
+    ]
+
+
+def unchecked_error(unchecked: Sequence[str]) -> QualityError:
+    """Return what says, a line each, which limits were not checked."""
+    lines = [
+        f"limit {name} was not checked, and --require-measured asks for it: {_MEASURED_BY[name]}"
+        for name in unchecked
+    ]
+    return QualityError("\n".join(lines))
 
 
 def require_checks(names: Iterable[str], checks: Sequence[Check], note: str) -> None:

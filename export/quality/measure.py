@@ -7,6 +7,7 @@ sample, so this needs no more memory than the export itself.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -35,18 +36,21 @@ from mobilevlm.export.quality.metrics import (
     compare_vectors,
     greedy_figures,
     greedy_match,
+    joined,
     perplexity_figures,
     text_figures,
     token_figures,
     vision_figures,
 )
+from mobilevlm.export.quality.passages import EXPECTED
 from mobilevlm.model import Model
-from mobilevlm.plan import stage_formats, stage_names
+from mobilevlm.plan import Plan, stage_formats, stage_names
 from mobilevlm.prompt import Piece
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.model import held
 from mobilevlm.reference.streaming import stream_steps
 from mobilevlm.runtime.open_model import open_model
+from mobilevlm.runtime.tuning.plan_file import PlanChoice
 from mobilevlm.runtime.vlm import VLM
 
 PROMPTS = (
@@ -64,6 +68,19 @@ visual tokens."""
 
 
 @dataclass(frozen=True)
+class _Answer:
+    """An answer to a sample, and what the reference makes of both."""
+
+    tokens: Sequence[int]
+    embeds: Tensor
+    """Of prompt and answer ``(1, length, hidden_size)``"""
+    state: Tensor
+    """What the head reads ``(1, length, hidden_size)``"""
+    is_own: bool
+    """It is the bundle's, not the sample's"""
+
+
+@dataclass(frozen=True)
 class SampleFigures:
     """What one sample showed."""
 
@@ -73,17 +90,18 @@ class SampleFigures:
     visual: tuple[VectorFigures, ...]
     """Of the visual tokens, a picture each"""
     decoder: TokenFigures
-    """Given the reference's visual tokens, where the model answers"""
+    """Given the reference's visual tokens, over the bundle's own answer and the sample's"""
     prefill: TokenFigures | None
-    """The same of the graph for prompts, where there is one"""
+    """The same of the prefill graph, where there is one"""
     whole: TokenFigures | None
     """Given the bundle's own visual tokens; where the sample has an answer"""
     text: TextFigures | None
     """Of the sample's answer, given the bundle's own visual tokens"""
     greedy: tuple[int, ...]
     """Tokens that the bundle answers with, up to the end-of-text token"""
-    match: float
-    """Share of them before the first that the reference would not have chosen"""
+    match: float | None
+    """Share of them before the first that the reference would not have chosen; none where the
+    bundle was not asked"""
 
 
 @dataclass(frozen=True)
@@ -92,6 +110,8 @@ class Measurement:
 
     stages: dict[str, StageQuality]
     samples: tuple[SampleFigures, ...]
+    note: str = ""
+    """Why the texts are not among the samples"""
 
 
 def measure(
@@ -102,21 +122,43 @@ def measure(
     max_new_tokens: int = GREEDY_TOKENS,
     threads: int | None = None,
     advance: Advance = ignore,
+    texts: Sequence[Sample] = (),
+    plan: Plan | PlanChoice = "none",
 ) -> Measurement:
-    """Runs bundle and reference on the same samples. docs/quality.md says what the figures mean.
+    """Run bundle and reference on the same samples. docs/quality.md says what the figures mean.
 
-    ``max_new_tokens``: of each greedy answer. ``advance`` hears of each sample.
+    ``max_new_tokens``: of each greedy answer. ``advance`` hears of each sample. ``texts``: of
+    :func:`mobilevlm.export.quality.passages.text_samples`, which are left out if the reference does
+    not expect them; the bundle answers those that have no answer. A model with an encoder is not
+    measured on them.
 
     Raises:
         PromptError: a sample does not fit into the context.
         ImageError: a picture cannot be read.
     """
     found: list[SampleFigures] = []
-    with open_model(bundle, engine, threads) as vlm, torch.no_grad():
+    everything = [*samples, *(() if model.spec.decoder.encoder_layers else texts)]
+    silent = {id(sample) for sample in everything[len(samples) :] if sample.answer}
+    with open_model(bundle, engine, threads, plan=plan) as vlm, torch.no_grad():
         reference = load_reference(model, streamed=True)
-        for group in sample_groups(model, samples, POSITIONS):
-            found += _measure_group(model, reference, vlm, group, max_new_tokens, advance)
-    return Measurement(_stages(found, stage_names(bundle, engine)), tuple(found))
+        for group in sample_groups(model, everything, POSITIONS):
+            asked = [id(sample) not in silent for sample in group]
+            found += _measure_group(model, reference, vlm, group, asked, max_new_tokens, advance)
+    note = _unexpected(found[len(samples) :])
+    if note:
+        found = found[: len(samples)]
+    return Measurement(_stages(found, stage_names(bundle, engine)), tuple(found), note)
+
+
+def _unexpected(found: Sequence[SampleFigures]) -> str:
+    """Say that the passages are not what the reference expects, if so."""
+    texts = [item.text for item in found if item.text is not None]
+    if not texts:
+        return ""
+    perplexity = math.exp(sum(item.exact for item in texts) / sum(item.tokens for item in texts))
+    if perplexity <= EXPECTED:
+        return ""
+    return f"plain English has a perplexity of {perplexity:.0f} in this model: judged on images"
 
 
 def synthetic_samples(size: int) -> list[Sample]:
@@ -135,6 +177,16 @@ def with_own_answers(model: Model, measured: Measurement) -> list[Sample]:
         else dataclasses.replace(item.sample, answer=greedy_text(model, item.greedy))
         for item in measured.samples
     ]
+
+
+def layer_samples(model: Model, measured: Measurement, count: int) -> list[Sample]:
+    """Return so many samples with answers, to try single layers on: the longest text, if there is
+    one, and the first others."""
+    answered = with_own_answers(model, measured)
+    texts = [sample for sample in answered if not sample.images]
+    longest = sorted(texts, key=lambda sample: len(sample.answer), reverse=True)[:1]
+    others = [sample for sample in answered if sample not in longest]
+    return [*longest, *others][:count]
 
 
 def greedy_text(model: Model, tokens: Sequence[int]) -> str:
@@ -168,7 +220,7 @@ def reference_answers(
     reference = load_reference(model, streamed=True)
     samples = [item.sample for item in figures]
     ends = model.spec.conversation.eos_token_ids
-    answers = [list(item.greedy[: round(item.match * len(item.greedy))]) for item in figures]
+    answers = [list(item.greedy[: round((item.match or 0) * len(item.greedy))]) for item in figures]
     visual = _visual_tokens(model, reference, samples)
     prompts = _embed(reference, [_prompt_pieces(model, sample) for sample in samples], visual)
 
@@ -191,54 +243,80 @@ def _measure_group(
     reference: ReferenceModel,
     vlm: VLM,
     samples: Sequence[Sample],
+    asked: Sequence[bool],
     max_new_tokens: int,
     advance: Advance,
 ) -> list[SampleFigures]:
+    """``asked``: the samples that the bundle answers itself; all others have an answer."""
     visual, seen = _measure_pictures(model, reference, vlm, samples)
     if model.spec.decoder.encoder_layers:
         return _measure_encoded(model, reference, vlm, samples, visual, seen, advance)
-    greedy = [_greedy(vlm, sample, max_new_tokens) for sample in samples]
-    # Each sample's prompt with the bundle's own answer, then those with the sample's answer.
+    greedy = [
+        _greedy(vlm, sample, max_new_tokens) if wanted else []
+        for sample, wanted in zip(samples, asked, strict=True)
+    ]
+    own = [index for index, wanted in enumerate(asked) if wanted]
     answered = [index for index, sample in enumerate(samples) if sample.answer]
-    pieces = [
-        [*_prompt_pieces(model, sample), *tokens]
-        for sample, tokens in zip(samples, greedy, strict=True)
-    ] + [sample_pieces(model, samples[index]) for index in answered]
-    embeds = _embed(reference, pieces, [*visual, *(visual[index] for index in answered)])
-    states = _last_states(reference, embeds, [()] * len(embeds))
-    has_prefill = "prefill" in stage_formats(vlm.bundle, vlm.engine)
+    pieces = [[*_prompt_pieces(model, samples[index]), *greedy[index]] for index in own]
+    pieces += [sample_pieces(model, samples[index]) for index in answered]
+    embeds = _embed(reference, pieces, [visual[index] for index in (*own, *answered)])
+    states = iter(_last_states(reference, embeds, [()] * len(embeds)))
+    given = iter(embeds)
+    answers: dict[int, list[_Answer]] = {index: [] for index in range(len(samples))}
+    for index in own:
+        answers[index].append(_Answer(greedy[index], next(given), next(states), True))
+    for index in answered:
+        ids = answer_ids(model, samples[index])
+        answers[index].append(_Answer(ids, next(given), next(states), False))
     found: list[SampleFigures] = []
     with held(reference.decoder.lm_head):
         for index, sample in enumerate(samples):
-            tokens = greedy[index]
-            exact = _logits(reference, states[index][:, -len(tokens) - 1 :])
-            match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
-            given, whole, text = index, None, None
-            if sample.answer:
-                given = len(samples) + answered.index(index)
-                answer = answer_ids(model, sample)
-                exact = _logits(reference, states[given][:, -len(answer) - 1 :])
-                prompt = sample_text(model.spec, sample)
-                # As in use: the graph for prompts, if there is one, does not see the answer.
-                own = vlm.prompt_logits(
-                    prompt, sample.images, True, answer_tokens=len(answer), count=len(exact)
-                )
-                whole = compare_logits(own, exact)
-                text = text_figures(own[:-1], exact[:-1], answer)
-            decoder, *prompts = (
-                compare_logits(
-                    vlm.embeds_logits(embeds[given][0].numpy(), as_prompt, len(exact)), exact
-                )
-                for as_prompt in ((False, True) if has_prefill else (False,))
-            )
-            prefill = prompts[0] if prompts else None
-            found.append(
-                SampleFigures(
-                    sample, *seen[index], decoder, prefill, whole, text, tuple(tokens), match
-                )
-            )
+            found.append(_measure_answers(reference, vlm, sample, seen[index], answers[index]))
             advance(1)
     return found
+
+
+def _measure_answers(
+    reference: ReferenceModel,
+    vlm: VLM,
+    sample: Sample,
+    seen: _Seen,
+    answers: Sequence[_Answer],
+) -> SampleFigures:
+    has_prefill = "prefill" in stage_formats(vlm.bundle, vlm.engine)
+    decoder: list[TokenFigures] = []
+    prefill: list[TokenFigures] = []
+    whole = text = match = None
+    greedy: tuple[int, ...] = ()
+    for answer in answers:
+        count = len(answer.tokens) + 1
+        exact = _logits(reference, answer.state[:, -count:])
+        embeds = answer.embeds[0].numpy()
+        if answer.is_own:
+            greedy = tuple(answer.tokens)
+            match = greedy_match(greedy, exact[:-1].argmax(axis=-1).tolist())
+        else:
+            prompt = sample_text(vlm.spec, sample)
+            # As in use: the prefill graph, if there is one, does not see the answer.
+            read = vlm.prompt_logits(prompt, sample.images, True, count - 1, count)
+            whole = compared = compare_logits(read, exact)
+            text = text_figures(read[:-1], exact[:-1], answer.tokens)
+        if not answer.is_own and not sample.images and not has_prefill:
+            decoder.append(compared)  # of a text both are the same
+        else:
+            decoder.append(compare_logits(vlm.embeds_logits(embeds, False, count), exact))
+        if has_prefill:
+            prefill.append(compare_logits(vlm.embeds_logits(embeds, True, count), exact))
+    return SampleFigures(
+        sample,
+        *seen,
+        joined(decoder),
+        joined(prefill) if prefill else None,
+        whole,
+        text,
+        greedy,
+        match,
+    )
 
 
 def _measure_encoded(
@@ -351,7 +429,7 @@ def _stages(found: Sequence[SampleFigures], names: Mapping[str, str]) -> dict[st
         vision |= {f"features_{name}": near[name] for name in ("cosine", "relative_error")}
     whole = [item.whole for item in found if item.whole is not None]
     texts = [item.text for item in found if item.text is not None]
-    end_to_end = greedy_figures([item.match for item in found])
+    end_to_end = greedy_figures([item.match for item in found if item.match is not None])
     if whole:
         end_to_end |= {"kl": token_figures(whole)["kl"], **perplexity_figures(texts)}
     prefill = [item.prefill for item in found if item.prefill is not None]

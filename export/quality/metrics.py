@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,8 +14,8 @@ Float32: TypeAlias = NDArray[np.float32]
 Float64: TypeAlias = NDArray[np.float64]
 
 TOP = 5
-CHUNK = 128
-"""Positions compared at once: bounds the tables in float64, which are as wide as the vocabulary."""
+CHUNK = 1 << 21
+"""Numbers of a table in float64 that are compared at once."""
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,11 @@ def compare_vectors(found: Float32, exact: Float32) -> VectorFigures:
 
 
 def compare_logits(found: Float32, exact: Float32) -> TokenFigures:
-    """``(positions, vocab_size)`` each; a chunk of positions is in float64 at a time."""
+    """Compare ``(positions, vocab_size)`` each; some positions are in float64 at a time."""
     kl = np.empty(len(found), np.float64)
     top1 = np.empty(len(found), np.bool_)
     top5 = np.empty(len(found), np.float64)
-    for start in range(0, len(found), CHUNK):
-        here = slice(start, start + CHUNK)
+    for here in _chunks(*found.shape):
         p, q = log_softmax(exact[here]), log_softmax(found[here])
         kl[here] = (np.exp(p) * (p - q)).sum(axis=-1).clip(min=0)  # rounding makes it −1e-17
         top1[here] = p.argmax(axis=-1) == q.argmax(axis=-1)
@@ -79,9 +78,23 @@ def compare_logits(found: Float32, exact: Float32) -> TokenFigures:
 
 def text_figures(found: Float32, exact: Float32, tokens: Sequence[int]) -> TextFigures:
     """Logits ``(len(tokens), vocab_size)`` of the positions before each token of a text."""
-    rows = np.arange(len(tokens))
-    losses = [-log_softmax(logits)[rows, tokens].sum() for logits in (found, exact)]
-    return TextFigures(float(losses[0]), float(losses[1]), len(tokens))
+    ids, losses = np.asarray(tokens, np.int64), []
+    for logits in (found, exact):
+        parts = [
+            np.take_along_axis(log_softmax(logits[here]), ids[here, None], axis=-1).sum()
+            for here in _chunks(*logits.shape)
+        ]
+        losses.append(-float(sum(parts)))
+    return TextFigures(losses[0], losses[1], len(tokens))
+
+
+def joined(parts: Sequence[TokenFigures]) -> TokenFigures:
+    """Return the figures of all positions as one."""
+    return TokenFigures(
+        np.concatenate([part.kl for part in parts]),
+        np.concatenate([part.top1 for part in parts]),
+        np.concatenate([part.top5 for part in parts]),
+    )
 
 
 def vision_figures(parts: Sequence[VectorFigures]) -> dict[str, float]:
@@ -149,6 +162,12 @@ def log_softmax(logits: Float32) -> Float64:
     shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
     out: Float64 = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
     return out
+
+
+def _chunks(positions: int, vocab_size: int) -> Iterator[slice]:
+    """Yield slices of the positions whose tables have at most ``CHUNK`` numbers."""
+    size = max(1, CHUNK // vocab_size)
+    return (slice(start, start + size) for start in range(0, positions, size))
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:

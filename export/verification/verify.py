@@ -18,8 +18,15 @@ from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, QualityError, require
 from mobilevlm.export.calibration.samples import SCENES, held_out_samples
 from mobilevlm.export.quality.artifact_weights import artifact_weights, exact_weights
-from mobilevlm.export.quality.limits import Check, check_limits, quality_error
+from mobilevlm.export.quality.limits import (
+    Check,
+    check_limits,
+    quality_error,
+    unchecked_error,
+    unchecked_limits,
+)
 from mobilevlm.export.quality.metrics import Float64
+from mobilevlm.export.quality.passages import text_samples
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions, open_options
 from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
@@ -43,9 +50,9 @@ try:
         Measurement,
         SampleFigures,
         greedy_text,
+        layer_samples,
         measure,
         reference_answers,
-        with_own_answers,
     )
 except ImportError as error:
     raise require(error.name or "torch", "reference", "verifying") from None
@@ -92,7 +99,7 @@ class Verification:
     stages: dict[str, StageQuality]
     checks: tuple[Check, ...]
     error: QualityError | None
-    """Says which limits were missed, a line each"""
+    """Says which limits were missed or not checked, a line each"""
     kl: Float64
     """Of each token of the answers, as a person meets it: with the bundle's own visual tokens"""
     num_samples: int
@@ -155,6 +162,7 @@ def verify(
     variant: str | None = None,
     base: str | PathLike[str] | None = None,
     layers: bool = False,
+    require_measured: bool = False,
 ) -> Verification:
     """Compares a bundle with the float32 reference of the checkpoint that it was made from.
 
@@ -162,7 +170,7 @@ def verify(
     the suite ``scenes`` are asked too; the reference is then a float32 export run by ONNX Runtime.
     ``base``: of an adapter, as the export had it. ``layers``: measure each layer alone, and the
     worst answers of the reference itself. A missed limit of the bundle's recipe is no exception:
-    see ``error``.
+    see ``error``. ``require_measured``: a limit whose figure was not measured is missed too.
 
     Raises:
         BundleError, CheckpointError: one of them cannot be read.
@@ -180,8 +188,11 @@ def verify(
     _check_weights(ready, exact, stored)
     recipe = ready.manifest.recipe
     samples = held_out_samples(data)
-    with progress.track("samples", len(samples)) as advance:
-        measured = measure(model, ready, engine, samples, LONGEST_ANSWER, threads, advance)
+    texts = text_samples(model, LONGEST_ANSWER) if data == SCENES else []
+    with progress.track("samples", len(samples) + len(texts)) as advance:
+        measured = measure(model, ready, engine, samples, LONGEST_ANSWER, threads, advance, texts)
+    if measured.note:
+        progress.say(f"quality     {measured.note}")
     suite = _run_suite(ready, model, Path(checkpoint), options, engine, questions, threads)
     names = stage_names(ready, engine)
     stages = _with_accuracy(measured.stages, suite, names["end_to_end"])
@@ -191,10 +202,13 @@ def verify(
     states: list[StateError] = []
     if failed or layers:
         progress.say("layers      each one's weights put alone into the reference")
-        probed = with_own_answers(model, measured)[:LAYER_SAMPLES]
+        probed = layer_samples(model, measured, LAYER_SAMPLES)
         effects = layer_effects(exact, stored, probed, everything=layers)
         states = state_errors(exact, stored, probed) if layers else []
-    error = quality_error(recipe.name, failed, worst_layers(effects)) if failed else None
+    errors = [quality_error(recipe.name, failed, worst_layers(effects))] if failed else []
+    unchecked = unchecked_limits(recipe.limits, checks, names) if require_measured else []
+    errors += [unchecked_error(unchecked)] if unchecked else []
+    error = QualityError("\n".join(map(str, errors))) if errors else None
     return Verification(
         ready,
         engine,
@@ -204,7 +218,7 @@ def verify(
         checks,
         error,
         np.concatenate([(item.whole or item.decoder).kl for item in measured.samples]),
-        len(samples),
+        len(measured.samples),
         tuple(effects),
         tuple(states),
         tuple(_worst(model, measured)) if layers else (),
@@ -300,7 +314,11 @@ def _worst(model: Model, measured: Measurement) -> Sequence[WorstSample]:
     def kl(item: SampleFigures) -> float:
         return float((item.whole or item.decoder).kl.mean())
 
-    chosen = sorted(measured.samples, key=lambda item: (item.match, -kl(item)))[:WORST]
+    def order(item: SampleFigures) -> tuple[float, float]:
+        return 0.0 if item.match is None else item.match, -kl(item)
+
+    answered = [item for item in measured.samples if item.match is not None]
+    chosen = sorted(answered, key=order)[:WORST]
     answers = reference_answers(model, chosen, LONGEST_ANSWER)
     return [
         WorstSample(item, greedy_text(model, item.greedy), greedy_text(model, tokens), kl(item))

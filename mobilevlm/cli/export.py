@@ -95,6 +95,11 @@ Examples:
     "--no-measure", is_flag=True, help="Do not compare the result with the float32 reference."
 )
 @click.option(
+    "--require-measured",
+    is_flag=True,
+    help="Fail where the quality of an artifact cannot be measured, instead of saying so.",
+)
+@click.option(
     "--limit",
     "limits",
     multiple=True,
@@ -120,6 +125,7 @@ def command(
     kv_cache: KVCache | None,
     mmproj: Path | None,
     no_measure: bool,
+    require_measured: bool,
     limits: tuple[str, ...],
     as_json: bool,
     quiet: bool,
@@ -166,6 +172,7 @@ def command(
         kv_cache=kv_cache,
         target=target,
         limits=_limits(limits),
+        require_measured=require_measured,
         **origin,
     )
     if as_json:

@@ -46,6 +46,11 @@ Examples:
     metavar="FILE",
     help="Write a report with plots and the worst answers.",
 )
+@click.option(
+    "--require-measured",
+    is_flag=True,
+    help="Fail too where a limit of the recipe was not checked, as accuracy_loss without --suite.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(
@@ -58,6 +63,7 @@ def command(
     threads: int | None,
     layers: bool,
     html: Path | None,
+    require_measured: bool,
     as_json: bool,
     quiet: bool,
     **origin: Any,
@@ -82,6 +88,7 @@ def command(
         questions=(questions or 2000) if suite else 0,
         threads=threads,
         layers=layers or html is not None,
+        require_measured=require_measured,
         **origin,
     )
     if html is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize import gptq, hqq, mse, rtn
 from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize, packed_size
@@ -21,12 +22,19 @@ from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.recipe import QDQ, LinearFormat, Recipe
 from mobilevlm.spec import ModelSpec
 
+DOWN = "@down_proj"
+HALF_DOWN = "@half_down_proj"
+ROLES = (DOWN, HALF_DOWN)
+"""Keys of ``layers`` that every family knows: the layers that make the outputs of the decoder's
+dense MLPs, of all layers or of the half whose rounding costs most."""
+
 
 def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
     """The recipe with an entry of ``layers`` for each layer that a key stands for.
 
-    A key is a layer's canonical name, which stands for its whole group, or a pattern with ``*``.
-    Names go before patterns, and of several patterns the last counts.
+    A key is a layer's canonical name, which stands for its whole group, a pattern with ``*``, or
+    one of ``ROLES``. Names go before the others, and of several others the last counts. A role
+    may stand for no layer of this model.
 
     Raises:
         MobileVLMError: a key stands for nothing, layers of one group differ, nothing can take the
@@ -39,12 +47,17 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
     named: dict[str, tuple[str, LinearFormat]] = {}
     for key, layers in recipe.layers.items():
         where = f"recipe {recipe.name!r}: layers.{key}"
-        is_pattern = "*" in key
+        is_role = key.startswith("@")
+        is_pattern = "*" in key or is_role
+        chosen_names = _names_of_role(key, where, spec.decoder) if is_role else set()
         found = [
             group
             for group in groups
-            if any(fnmatchcase(name, key) if is_pattern else name == key for name in group.names)
+            if group.name in chosen_names
+            or any(fnmatchcase(name, key) if is_pattern else name == key for name in group.names)
         ]
+        if is_role and not found:
+            continue
         if not found:
             raise MobileVLMError(f"{where}: no such layer: {_remedy(key, groups)}")
         if layers.has_factors and foldable.isdisjoint(group.name for group in found):
@@ -67,6 +80,30 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
     members = {group.name: group.names for group in groups}
     expanded = {member: layers for name, layers in chosen.items() for member in members[name]}
     return replace(recipe, layers=expanded)
+
+
+def _names_of_role(key: str, where: str, decoder: DecoderSpec) -> set[str]:
+    """Return the first names of the groups that a role stands for.
+
+    Raises:
+        MobileVLMError: no such role.
+    """
+    if key not in ROLES:
+        raise MobileVLMError(f"{where}: no such role: expected {', '.join(ROLES)}")
+    count = decoder.num_hidden_layers
+    layers = [
+        layer
+        for layer in range(count)
+        if not decoder.num_experts(layer) and (key == DOWN or _is_sensitive(layer, count))
+    ]
+    _, maker = decoder.mlp_linears
+    return {f"{mlp}.{maker}" for layer in layers for mlp in decoder.mlp_names(layer)}
+
+
+def _is_sensitive(layer: int, count: int) -> bool:
+    """Whether a layer is in the first or last eighth, or each third one between."""
+    edge = count // 8
+    return layer < edge or layer >= count - edge or (layer - edge) % 3 == 2
 
 
 def _check_stage(recipe: Recipe, groups: Iterable[LinearGroup], where: str) -> None:

@@ -58,6 +58,47 @@ def test_names_go_before_patterns_and_the_last_pattern_counts(mobilevlm_v2: Fixt
     assert recipe.format_of("decoder.lm_head") is recipe.lm_head
 
 
+def down_projections(recipe: Recipe) -> list[str]:
+    return [name for name in recipe.layers if name.endswith(("mlp.down_proj", "mlp.fc2"))]
+
+
+@pytest.mark.parametrize("name", (*FIXTURES, *MOE_FIXTURES))
+def test_roles_suit_every_family_and_leave_experts_alone(name: str) -> None:
+    spec = fixture_named(name).model.spec
+    recipe = expand_layers(replace(RECIPES["int4"], layers={"@down_proj": Q8}), spec)
+    count = spec.decoder.num_hidden_layers
+    dense = [layer for layer in range(count) if not spec.decoder.num_experts(layer)]
+    assert [int(key.split(".")[2]) for key in down_projections(recipe)] == dense
+    assert len(recipe.layers) == len(dense)
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, []),
+        (3, [2]),
+        (24, [0, 1, 2, 5, 8, 11, 14, 17, 20, 21, 22, 23]),
+        (30, [0, 1, 2, 5, 8, 11, 14, 17, 20, 23, 26, 27, 28, 29]),
+    ],
+)
+def test_half_of_the_down_projections_are_the_ends_and_each_third_between(
+    mobilevlm_v2: Fixture, count: int, expected: list[int]
+) -> None:
+    spec = mobilevlm_v2.model.spec
+    spec = replace(spec, decoder=replace(spec.decoder, num_hidden_layers=count))
+    recipe = expand_layers(replace(RECIPES["int4"], layers={"@half_down_proj": Q8}), spec)
+    assert [int(key.split(".")[2]) for key in down_projections(recipe)] == expected
+
+
+def test_roles_are_patterns_to_which_names_go_before(mobilevlm_v2: Fixture) -> None:
+    name = "decoder.layers.0.mlp.down_proj"
+    layers = {name: Q2, "decoder.*": Q4, "@down_proj": Q8}
+    recipe = expand_layers(replace(RECIPES["int4"], layers=layers), mobilevlm_v2.model.spec)
+    assert recipe.format_of(name) is Q2
+    assert recipe.format_of("decoder.layers.1.mlp.down_proj") is Q8
+    assert recipe.format_of("decoder.layers.1.mlp.up_proj") is Q4
+
+
 @pytest.mark.parametrize("name", ["vision.layers.0.mlp.fc1", "projector.*", "*"])
 def test_no_layer_of_a_fixed_point_stage_has_a_format_of_its_own(
     mobilevlm_v2: Fixture, name: str
@@ -86,6 +127,7 @@ def test_layers_of_one_product_must_agree(mobilevlm_v2: Fixture) -> None:
     ("key", "layers", "message"),
     [
         ("decoder.layers.0.mlp.downproj", Q8, r"did you mean decoder\.layers\.0\.mlp\.down_proj\?"),
+        ("@up_proj", Q8, "no such role: expected @down_proj, @half_down_proj"),
         ("decoder.layers.99.mlp.*", Q8, "no such layer: a pattern must match one of vision.layers"),
         ("vision.layers.0.mlp.fc2", LinearFormat("int8", scaling="smoothquant"), "nothing before"),
         ("projector.*", LinearFormat("q4", scaling="awq"), "nothing before takes the factors"),

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mobilevlm.console.terminal import shown
@@ -29,6 +30,7 @@ SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separat
 """Of JSON, as Python writes it: a small model does not lose itself in spaces."""
 JSON_CHARACTERS = '{}[]":,-.0123456789aeflnrstu\\'
 """That JSON needs whatever it says."""
+_NEVER = np.float32(-np.inf)
 
 
 class Guide:
@@ -37,18 +39,21 @@ class Guide:
 
     def __init__(self, matcher: Any, size: int, end: frozenset[int]) -> None:
         self._matcher, self._end = matcher, end
-        self._mask = np.zeros((size + 31) // 32, np.int32)
+        words = np.zeros((size + 31) // 32, np.int32)
+        self._mask: NDArray[np.uint8] = words.view(np.uint8)
+        self._place, self._size = words.ctypes.data, words.nbytes
+        self._none = bytes(words.nbytes)
 
     @property
     def complete(self) -> bool:
         """True if nothing may follow."""
         return bool(self._matcher.is_stopped())
 
-    def allows(self, token: int) -> bool:
-        """Return whether a token may come next."""
+    def took(self, token: int) -> bool:
+        """Go on behind a token if it is allowed; return whether it is."""
         if token in self._end:
             return bool(self._matcher.is_accepting())
-        return bool(self._matcher.validate_tokens([token]) == 1)
+        return bool(self._matcher.try_consume_tokens([token]) == 1)
 
     def masked(self, logits: Float32) -> Float32:
         """Return logits ``(vocab_size,)`` with minus infinity for tokens that may not come next.
@@ -56,21 +61,20 @@ class Guide:
         Raises:
             GrammarError: none may.
         """
-        mask = self._mask
-        self._matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        bits = np.unpackbits(mask.view(np.uint8), bitorder="little", count=len(logits))
-        if not bits.any():
+        self._matcher.unsafe_compute_mask_ptr(self._place, self._size)
+        if self._mask.tobytes() == self._none:
             told = f" ({shown(self._matcher.get_error())})" if self._matcher.is_error() else ""
             raise GrammarError(
                 f"the grammar leaves no token that this model can go on with{told}: ask for less "
                 f"unusual characters or a simpler grammar"
             )
-        found: Float32 = np.where(bits.view(np.bool_), logits, np.float32(-np.inf))
+        bits = np.unpackbits(self._mask, bitorder="little", count=len(logits))
+        found: Float32 = np.where(bits.view(np.bool_), logits, _NEVER)
         return found
 
     def take(self, token: int) -> None:
-        """Go on behind a token that is allowed."""
-        if not self._matcher.consume_token(token):
+        """Go on behind a token that :meth:`masked` left."""
+        if token not in self._end and not self.took(token):
             raise GrammarError(
                 f"the grammar cannot be followed ({shown(self._matcher.get_error())}): make it "
                 f"simpler"

@@ -85,9 +85,9 @@ class Sampler:
             logits = _penalize(logits, previous, self.options.repetition_penalty)
         if self._guide is None:
             return self._choose(logits)
-        token = int(logits.argmax()) if self.options.temperature == 0 else None
-        if token is None or not self._guide.allows(token):
-            token = self._choose(self._guide.masked(logits))
+        if self.options.temperature == 0 and self._guide.took(likeliest := int(logits.argmax())):
+            return likeliest
+        token = self._choose(self._guide.masked(logits))
         self._guide.take(token)
         return token
 

@@ -24,7 +24,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         from mobilevlm.export.gguf.decoder import write_decoder
         from mobilevlm.export.gguf.importance import find_importance
         from mobilevlm.export.gguf.llama_quantizer import quantizer_version
-        from mobilevlm.export.gguf.mmproj import obstacle, write_mmproj
+        from mobilevlm.export.gguf.mmproj import obstacle, warn_of_differences, write_mmproj
         from mobilevlm.export.gguf.tensors import TYPES
     except ImportError as error:
         raise require(error.name or "gguf", "export", "exporting to GGUF") from None
@@ -54,6 +54,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
     jobs = []
     if not obstacle(spec):
+        warn_of_differences(spec)
         files = (f"gguf/mmproj-{name}-{image_kind.upper()}.gguf",)
         settings = image_settings(spec)
         jobs += [make_job(model, "gguf", "vision", image_kind, files, IMAGE, settings, write_image)]

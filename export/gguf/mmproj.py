@@ -7,6 +7,7 @@ models/llava.cpp).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import FileWarning, MobileVLMError
 from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.gguf.encoder import LONGEST_EDGE
@@ -91,6 +92,25 @@ def obstacle(spec: ModelSpec) -> str:
     if vision.hidden_size == vision.intermediate_size:
         return _EQUAL_SIZES
     return ""
+
+
+def warn_of_differences(spec: ModelSpec) -> None:
+    """Warn of how programs other than this one prepare the images of a model from its files."""
+    image = spec.image.preparation
+    told = ""
+    if isinstance(image, AnyResolution):
+        told = "show each image as one square, without tiles and the newlines between rows of them"
+    elif isinstance(image, AspectTiles) and image.max_tiles > 1:
+        told = "take the largest of several grids of tiles of one shape, however small the image"
+    elif isinstance(image, Tiles) and image.max_tiles == 1:
+        told = "show each image twice, as a tile and made small"
+    if told:
+        warnings.warn(
+            f"GGUF: stock programs of llama.cpp {told}: their answers may differ; engine gguf here "
+            f"prepares images as the official code does",
+            FileWarning,
+            stacklevel=2,
+        )
 
 
 def _internvl_obstacle(

@@ -83,11 +83,11 @@ def export(
     adapter is merged into, where the checkpoint is one. ``measure``: compare the result with
     the float32 reference when torch is installed. ``formats``: ``onnx``, ``gguf``, ``npu`` or
     several. ``gguf_type``: type of the GGUF decoder, not the recipe's. ``imatrix``: file of an
-    importance matrix to round the GGUF decoder with, or ``calibration``: ``scenes`` or a JSONL file
-    (export/calibration/samples.py) to collect one from, and to calibrate the ONNX artifacts with
-    where the recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a device unlike
-    this machine: 7 for x86 without VNNI, 8 for all others. ``kv_cache``: how the ONNX decoder
-    stores keys and values, not the recipe's. ``limits``: by name, instead of the recipe's
+    importance matrix to round the GGUF decoder with, or ``calibration``: ``own``, ``scenes`` or a
+    JSONL file (export/calibration/samples.py) to collect one from, and to calibrate the ONNX
+    artifacts with where the recipe's methods need data. ``weight_bits``: of ``int8`` weights, for a
+    device unlike this machine: 7 for x86 without VNNI, 8 for all others. ``kv_cache``: how the ONNX
+    decoder stores keys and values, not the recipe's. ``limits``: by name, instead of the recipe's
     (``decoder_kl`` … as in a recipe file); the export fails where one of them cannot be checked.
     ``require_measured``: it fails too where the quality of an artifact cannot be measured.
 

@@ -53,6 +53,9 @@ PARTS = ("tower", "projector", "decoder", "lm_head")
 """Parts of a model whose linear layers have a format of their own."""
 PREFILL = "prefill"
 """The decoder's layers once more, for prompts."""
+OWN, SCENES = "own", "scenes"
+DATA_NAMES = (OWN, SCENES)
+"""Names of calibration data: the model's own answers, drawn scenes. Any other is a JSONL file."""
 
 
 @dataclass(frozen=True)
@@ -208,8 +211,9 @@ class Recipe:
     operators: Literal["runtime", "elementary"] = "runtime"
     """Of the vision stage in float, and of all float graphs with fixed shapes: what ONNX Runtime's
     processors like best, or those that mobile accelerators take too (docs/mobile.md)."""
-    calibration: str = "scenes"
-    """Data for calibrated methods: ``scenes``, or a JSONL file (export/calibration/samples.py)."""
+    calibration: str = OWN
+    """Data for calibrated methods: ``own`` answers of the model, drawn ``scenes``, or a JSONL file
+    (export/calibration/samples.py)."""
     gguf: GGUFType | None = None
     """Type of the GGUF decoder; by default what is nearest to ``decoder``."""
     gguf_mmproj: Literal["f32", "f16", "bf16", "q8_0"] | None = None
@@ -217,7 +221,7 @@ class Recipe:
     gguf_imatrix: str | None = None
     """Importance matrix for rounding the GGUF decoder: a file of llama.cpp's format."""
     gguf_calibration: str | None = None
-    """Data to collect one from: ``scenes``, or a JSONL file (export/calibration/samples.py)."""
+    """Data to collect one from, as of ``calibration``."""
 
     def for_manifest(self) -> Recipe:
         """Return the recipe with files by their names only, since folders say nothing elsewhere."""

@@ -1,6 +1,7 @@
-"""Calibration data: pictures, prompts and answers like those that a model will meet.
+"""Calibration data: images, prompts and answers like those that a model will meet.
 
-By default drawn scenes (mobilevlm/nano), else a person's own JSONL file, a line for each sample:
+By default prompts with the model's own answers (export/calibration/own.py), else drawn scenes
+(mobilevlm/nano) or a person's own JSONL file, a line for each sample:
 
     {"image": "photo.jpg", "prompt": "What is this?", "answer": "A cat."}
 
@@ -34,12 +35,11 @@ from mobilevlm.nano.text_only import text_questions
 from mobilevlm.plain_types import from_dict
 from mobilevlm.preparation import pieces_of, prepare
 from mobilevlm.prompt import Arrays, Piece, Prepared, Token, expand, in_runs
+from mobilevlm.recipe import OWN
+from mobilevlm.recipe import SCENES as SCENES
 from mobilevlm.runtime.engines import EncoderEngine, Float32
 from mobilevlm.spec import ModelSpec
 from mobilevlm.whole_file import file_sha256
-
-SCENES = "scenes"
-"""Names the default data."""
 
 _TASKS = ("caption", *KINDS, "text")
 NUM_SCENES = 3 * len(_TASKS)
@@ -68,13 +68,18 @@ class _Line:
     images: tuple[str, ...] = ()
 
 
-def find_samples(name: str) -> list[Sample]:
-    """``scenes``, or the content of a JSONL file.
+def find_samples(name: str, model: Model) -> list[Sample]:
+    """Return calibration samples: ``own`` answers of the model, ``scenes``, or the content of a
+    JSONL file.
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
-        ImageError: a picture file is missing.
+        ImageError: an image file is missing.
     """
+    if name == OWN:
+        from mobilevlm.export.calibration.own import own_samples  # brings graphs and engines
+
+        return own_samples(model)
     return scene_samples() if name == SCENES else read_samples(Path(name))
 
 
@@ -126,7 +131,7 @@ def read_samples(path: Path) -> list[Sample]:
         PromptError: a prompt is empty or has the wrong number of ``<image>``.
     """
     if not path.is_file():
-        raise MobileVLMError(f"{path}: no such file: expected {SCENES!r} or a .jsonl file")
+        raise MobileVLMError(f"{path}: no such file: expected {OWN!r}, {SCENES!r} or a .jsonl file")
     if path.stat().st_size > MAX_BYTES:
         raise MobileVLMError(f"{path}: larger than {MAX_BYTES >> 20} MiB: take fewer samples")
     try:

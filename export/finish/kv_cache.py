@@ -61,7 +61,7 @@ def quantize_cache(model: Model, bundle: Bundle, calibration: str) -> bool:
         return False
     # One that an interrupted export has finished settles the other's.
     known = next((scales for scales in stored.values() if scales), None)
-    scales = known or _measure(model, bundle, find_samples(calibration)[:SAMPLES])
+    scales = known or _measure(model, bundle, find_samples(calibration, model)[:SAMPLES])
     for path in paths:
         if not stored[path]:
             rewrite(path, scales)

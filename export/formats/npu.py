@@ -47,7 +47,7 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
     if recipe.is_float:
         recipe = replace(recipe, operators="elementary")
     recipe = recipe.with_weight_bits(8, auto_only=True)
-    spec, samples = model.spec, [] if recipe.is_float else find_samples(recipe.calibration)
+    spec, samples = model.spec, [] if recipe.is_float else find_samples(recipe.calibration, model)
     window = spec.decoder.context_length
     lengths = min(recipe.chunk_length, window), 1
     shapes = [author.ChunkShape(length, window) for length in lengths]

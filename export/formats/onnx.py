@@ -65,7 +65,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     in_fixed_point = recipe.tower.precision in QDQ
     if in_fixed_point:
         check_onnx()
-    samples = find_samples(recipe.calibration) if recipe.is_calibrated else []
+    samples = find_samples(recipe.calibration, model) if recipe.is_calibrated else []
     spec, plain = to_dict(model.spec.decoder), replace(recipe, operators="runtime")
     cache = [] if recipe.kv_cache == "fp32" else [recipe.kv_cache, samples_digest(samples)]
     stages = [

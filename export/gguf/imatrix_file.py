@@ -11,13 +11,14 @@ from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.families import open_checkpoint
 from mobilevlm.gguf.architectures import gguf_architecture, is_own
 from mobilevlm.model import open_options
+from mobilevlm.recipe import OWN
 
 
 def export_imatrix(
     checkpoint: str | PathLike[str],
     path: str | PathLike[str],
     *,
-    calibration: str | PathLike[str] = "scenes",
+    calibration: str | PathLike[str] = OWN,
     vision_tower: str | PathLike[str] | None = None,
     conversation: str | None = None,
     variant: str | None = None,
@@ -25,7 +26,7 @@ def export_imatrix(
 ) -> None:
     """Collects an importance matrix of a checkpoint folder and writes it in llama.cpp's format.
 
-    ``calibration``: ``scenes`` or a JSONL file (export/calibration/samples.py).
+    ``calibration``: ``own``, ``scenes`` or a JSONL file (export/calibration/samples.py).
 
     Raises:
         CheckpointError: the checkpoint cannot be read.

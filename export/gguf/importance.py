@@ -10,12 +10,12 @@ from pathlib import Path
 
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibration.samples import SCENES, find_samples
+from mobilevlm.export.calibration.samples import find_samples
 from mobilevlm.export.calibration.stages import calibration_key, check_torch
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from mobilevlm.export.gguf.tensors import WEIGHABLE
 from mobilevlm.model import Model
-from mobilevlm.recipe import Recipe
+from mobilevlm.recipe import DATA_NAMES, Recipe
 from mobilevlm.whole_file import file_sha256
 
 
@@ -57,17 +57,17 @@ def find_importance(model: Model, recipe: Recipe) -> Importance | None:
 
 
 def calibrated_importance(model: Model, data: str) -> Importance:
-    """``data``: ``scenes`` or a JSONL file.
+    """``data``: ``own``, ``scenes`` or a JSONL file.
 
     Raises:
         MobileVLMError, ImageError: a sample is wrong.
         MissingExtraError: torch is not installed.
     """
-    samples = find_samples(data)
+    samples = find_samples(data, model)
     check_torch("collecting an importance matrix")
     from mobilevlm.export.gguf.collect import collect
 
-    name = data if data == SCENES else Path(data).name
+    name = data if data in DATA_NAMES else Path(data).name
     key = (name, *map(str, calibration_key(model, samples)))
 
     @cache

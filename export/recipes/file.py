@@ -21,6 +21,7 @@ from mobilevlm.plain_types import from_dict
 from mobilevlm.recipe import (
     BLOCK_BITS,
     BLOCK_SIZES,
+    DATA_NAMES,
     HALVED,
     PARTS,
     PREFILL,
@@ -82,7 +83,7 @@ def _find_recipe(name: str, extending: tuple[Path, ...]) -> Recipe:
             layers |= _spelled_out(layers, key)
     # What it names lies beside it.
     for key in ("gguf_imatrix", "gguf_calibration", "calibration"):
-        if isinstance(data.get(key), str) and (key == "gguf_imatrix" or data[key] != "scenes"):
+        if isinstance(data.get(key), str) and _is_path(key, data[key]):
             data[key] = str(path.parent / data[key])
     if "extends" in data:
         data = _extended(data, path, (*extending, path.resolve()))
@@ -223,8 +224,7 @@ def recipe_text(
     for name in ("calibration", "gguf", "gguf_mmproj", "gguf_imatrix", "gguf_calibration"):
         value = getattr(recipe, name)
         if value is not None:
-            is_path = name == "gguf_imatrix" or (name.endswith("calibration") and value != "scenes")
-            text = os.path.relpath(value, folder) if is_path else value
+            text = os.path.relpath(value, folder) if _is_path(name, value) else value
             lines.append(f"{name} = {_value(text)}")
     lines += ["", "[limits]"]
     limits = _fields(recipe.limits)
@@ -235,6 +235,12 @@ def recipe_text(
         comment = f"  # {comments[name]}" if name in comments else ""
         lines.append(f"{_value(name)} = {_format(layers)}{comment}")
     return "\n".join(lines) + "\n"
+
+
+def _is_path(field: str, value: str) -> bool:
+    """Return whether a recipe's field names a file."""
+    is_data = field.endswith("calibration") and value not in DATA_NAMES
+    return is_data or field == "gguf_imatrix"
 
 
 def _format(layers: LinearFormat) -> str:

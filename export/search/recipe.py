@@ -41,9 +41,9 @@ def search_recipe(
     """Searches formats for the decoder of a checkpoint folder and writes a recipe file; everything
     else is as in ``recipe``.
 
-    ``calibration``: data for GPTQ instead of the recipe's; ``data``: what to measure on. Both are
-    ``scenes`` (for measuring others than for calibration) or a JSONL file
-    (export/calibration/samples.py). ``plot``: picture file to draw divergence over size into.
+    ``calibration``: data for GPTQ instead of the recipe's: ``own``, ``scenes`` or a JSONL file
+    (export/calibration/samples.py); ``data``: what to measure on: ``scenes``, others than for
+    calibration, or a JSONL file. ``plot``: picture file to draw divergence over size into.
     ``experts``: formats for each of the sparse experts (``plain``), or one for all of a layer
     (``fused``).
 
@@ -61,8 +61,8 @@ def search_recipe(
     base = find_recipe(recipe)
     if calibration is not None:
         base = dataclasses.replace(base, calibration=calibration)
-    samples = Data(find_samples(base.calibration), measuring_samples(data))
     model = open_checkpoint(checkpoint, options)
+    samples = Data(find_samples(base.calibration, model), measuring_samples(data))
     base = expand_layers(base, model.spec)
     if any(name.startswith("decoder.") for name in base.layers):
         raise MobileVLMError(

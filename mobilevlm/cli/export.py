@@ -68,8 +68,9 @@ Examples:
 )
 @click.option(
     "--calibration",
-    metavar="scenes|FILE.jsonl",
-    help="Data for an importance matrix, and for gptq, awq and smoothquant (needs torch).",
+    metavar="own|scenes|FILE.jsonl",
+    help="Data for an importance matrix, and for gptq, awq and smoothquant: the model's own "
+    "answers (default), drawn scenes, or a file of samples (needs torch).",
 )
 @click.option(
     "--weight-bits",

@@ -27,10 +27,10 @@ A line of samples.jsonl ("answer" may be left out):
 @output_option("path", "File to write, in llama.cpp's format.", "FILE.gguf")
 @click.option(
     "--calibration",
-    default="scenes",
+    default="own",
     show_default=True,
-    metavar="scenes|FILE.jsonl",
-    help="What to run the model on: drawn scenes, or a file of samples.",
+    metavar="own|scenes|FILE.jsonl",
+    help="What to run the model on: its own answers, drawn scenes, or a file of samples.",
 )
 @checkpoint_options
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")

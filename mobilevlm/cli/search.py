@@ -45,7 +45,7 @@ Examples:
 )
 @click.option(
     "--calibration",
-    metavar="scenes|FILE.jsonl",
+    metavar="own|scenes|FILE.jsonl",
     help="Data for gptq, instead of the recipe's.",
 )
 @click.option(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +17,7 @@ from mobilevlm.cli.options import (
     show_timings,
 )
 from mobilevlm.cli.text_input import structure_options, system_option, warn_of_cut
+from mobilevlm.console.line_editing import edited, files_in
 from mobilevlm.console.terminal import plain, plain_answer, typed
 from mobilevlm.errors import MobileVLMError
 
@@ -24,13 +25,31 @@ if TYPE_CHECKING:
     from mobilevlm.runtime.answer.chat import Chat
 
 HELP = """\
-/image FILE   talk about another image, or several (a new conversation begins)
+/image FILE   show further images with the next question
+/new FILE     begin a new conversation about these images, or about none
 /reset        begin a new conversation about the same images
+/system TEXT  set the system message; alone: show it
+/save FILE    write the conversation as JSON messages
+/context      show how much of the context is left
 /timings      show or hide timings after each answer
 /help         show this
-/quit         leave (also Ctrl-D)"""
+/quit         leave (also Ctrl-D)
+A line that ends with \\ goes on in the next; so does a text from \"\"\" to \"\"\"."""
+COMMANDS = tuple(line.split()[0] for line in HELP.splitlines() if line.startswith("/"))
 NEARLY_FULL = 1 / 8
 """Share of the context; with less room than that a person is warned."""
+
+
+@dataclass
+class Talk:
+    """A conversation at the terminal."""
+
+    chat: Chat
+    context_length: int
+    names: list[str] = field(default_factory=list)
+    """Files of the images"""
+    timings: bool = False
+    """Shown after each answer"""
 
 
 @click.command("chat", epilog=f"\b\nIn the conversation:\n{HELP}")
@@ -47,35 +66,50 @@ def command(
     **sampling: Any,
 ) -> None:
     """Talk about pictures with the model in BUNDLE. Ctrl-C stops an answer."""
-    from mobilevlm.runtime.answer.chat import Chat
-
-    with model.open() as vlm:
-        chat = Chat(vlm, list(images), system)
+    with model.open() as vlm, edited(COMMANDS):
+        chat = vlm.chat(list(images), system)
+        talk = Talk(chat, vlm.spec.decoder.context_length, list(images))
         print(f"{plain(vlm.spec.name)}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip
-        timings = False
         while True:
-            line = _read_line()
+            line = _read_text()
             if line is None or line == "/quit":
                 return
-            if line == "/timings":
-                timings = not timings
-            elif line.startswith("/"):
-                _obey(chat, line)
+            if line.startswith("/"):
+                _obey(talk, line)
             elif line:
-                _answer(chat, typed(line), sampling, timings)
-                _warn_of_end(chat, vlm.spec.decoder.context_length)
+                _answer(talk, typed(line), sampling)
+                _warn_of_end(talk)
 
 
-def _read_line() -> str | None:
+def _read_text() -> str | None:
+    """Return what is typed next, of several lines where they belong together; none at the end of
+    input."""
+    line = _read_line("> ")
+    if line is None:
+        return None
+    lines: list[str] = []
+    quoted = line.startswith('"""')
+    line = line.removeprefix('"""') if quoted else line
+    while line is not None:
+        if quoted and line.rstrip().endswith('"""'):
+            lines.append(line.rstrip().removesuffix('"""'))
+            break
+        if not quoted and not line.endswith("\\"):
+            lines.append(line)
+            break
+        lines.append(line if quoted else line.removesuffix("\\"))
+        line = _read_line(". ")
+    return "\n".join(lines).strip()
+
+
+def _read_line(prompt: str) -> str | None:
     """Return the next line; none at the end of input. Ctrl-C clears what is typed so far."""
     if not sys.stdin.isatty():
         return _without_prompt()
-    import readline  # noqa: F401  (gives input() history and editing)
-
     while True:
         try:
-            return input("> ").strip()
+            return input(prompt)
         except EOFError:
             return None
         except KeyboardInterrupt:
@@ -84,19 +118,38 @@ def _read_line() -> str | None:
 
 def _without_prompt() -> str | None:
     try:
-        return input().strip()
+        return input()
     except EOFError:
         return None
 
 
-def _obey(chat: Chat, line: str) -> None:
+def _obey(talk: Talk, line: str) -> None:
     verb, _, argument = line.partition(" ")
+    argument = typed(argument.strip())
+    chat = talk.chat
     try:
         if verb == "/image" and argument:
-            chat.begin(files_in(argument.strip()))
-        elif verb == "/reset":
+            files = files_in(argument)
+            chat.show(files)
+            talk.names += files
+        elif verb == "/new":
+            files = files_in(argument) if argument else []
+            chat.begin(files)
+            talk.names = list(files)
+        elif verb == "/system":
+            if argument:
+                chat.system = argument
+            else:
+                print(plain(chat.system or "no system message of your own"), file=sys.stderr)
+        elif verb == "/save" and argument:
+            _save(talk, argument)
+        elif line == "/context":
+            print(f"room for {chat.room} of {talk.context_length} tokens", file=sys.stderr)
+        elif line == "/timings":
+            talk.timings = not talk.timings
+        elif line == "/reset":
             chat.begin(chat.images)
-        elif verb == "/help":
+        elif line == "/help":
             print(HELP, file=sys.stderr)
         else:
             print(f"{plain(line)}: not a command. {HELP}", file=sys.stderr)
@@ -104,37 +157,53 @@ def _obey(chat: Chat, line: str) -> None:
         print(f"error: {plain(error)}", file=sys.stderr)
 
 
-def files_in(text: str) -> list[str]:
-    """Return the files that a person typed: one as it stands, or several as a shell reads them,
-    with quotes, backslashes and ``~``."""
-    whole = Path(text).expanduser()
-    if whole.is_file():
-        return [str(whole)]
+def _save(talk: Talk, name: str) -> None:
+    """Write the conversation as ``VLM.generate`` takes it, images by their files."""
+    import json
+
+    images = iter(talk.names)
+    messages: list[dict[str, Any]] = []
+    if talk.chat.system is not None:
+        messages.append({"role": "system", "content": talk.chat.system})
+    for message in talk.chat.messages:
+        content: Any = message["content"]
+        if not isinstance(content, str):
+            content = [
+                {"type": "image", "image": next(images)} if part["type"] == "image" else part
+                for part in content
+            ]
+        messages.append({"role": message["role"], "content": content})
+    path = Path(files_in(name)[0])
     try:
-        words = shlex.split(text)
-    except ValueError:  # a quote that is not closed
-        words = [text]
-    return [str(Path(word).expanduser()) for word in words]
+        with path.open("x", encoding="utf-8") as file:
+            json.dump(messages, file, indent=2, ensure_ascii=False)
+            file.write("\n")
+    except FileExistsError:
+        print(f"error: {plain(path)}: there is such a file: give another name", file=sys.stderr)
+    except (OSError, ValueError) as error:
+        print(f"error: {plain(path)}: {plain(error)}", file=sys.stderr)
+    else:
+        print(f"{plain(path)}: {len(messages)} messages", file=sys.stderr)
 
 
-def _warn_of_end(chat: Chat, context_length: int) -> None:
+def _warn_of_end(talk: Talk) -> None:
     """Say when the next turns may not fit."""
-    if chat.room < NEARLY_FULL * context_length:
+    if talk.chat.room < NEARLY_FULL * talk.context_length:
         print(
-            f"the context is nearly full: room for {chat.room} of {context_length} tokens: "
-            f"/reset begins anew",
+            f"the context is nearly full: room for {talk.chat.room} of {talk.context_length} "
+            f"tokens: /reset begins anew",
             file=sys.stderr,
         )
 
 
-def _answer(chat: Chat, question: str, sampling: dict[str, Any], timings: bool) -> None:
+def _answer(talk: Talk, question: str, sampling: dict[str, Any]) -> None:
     try:
-        stream = chat.ask(question, **sampling)
+        stream = talk.chat.ask(question, **sampling)
         for piece in stream:
             print(plain_answer(piece, sys.stdout), end="", flush=True)
         print()
         warn_of_cut(stream.generation, sampling)
-        if timings:
+        if talk.timings:
             show_timings(stream.generation)
     except KeyboardInterrupt:
         print(" [stopped]")

@@ -40,9 +40,27 @@ class Chat:
         Raises:
             ImageError: a picture cannot be opened; the conversation stays as it was.
         """
-        self.images = [self._vlm.prepare_image(image, images=len(images)) for image in images]
+        self._prepare(images)
         self.messages: list[Message] = []
+        self._shown = 0
         self._session.told = []
+
+    def show(self, images: Sequence[ImageInput]) -> None:
+        """Shows further images with the next question.
+
+        Raises:
+            ImageError: one cannot be opened; the conversation stays as it was.
+        """
+        self._prepare([*self._sources, *images])
+        self._session.told = []  # how a model takes an image may depend on their number
+
+    def _prepare(self, images: Sequence[ImageInput]) -> None:
+        prepared = [self._vlm.prepare_image(image, images=len(images)) for image in images]
+        self._sources = [
+            done if hasattr(image, "read") else image  # a stream is read once
+            for image, done in zip(images, prepared, strict=True)
+        ]
+        self.images = prepared
 
     @property
     def room(self) -> int:
@@ -53,9 +71,9 @@ class Chat:
     def ask(self, question: str, **options: Unpack[TurnOptions]) -> TextStream:
         """Answers; ``options`` as in :meth:`VLM.stream`. The turn is kept when the stream ends, or
         with what was said so far when it is closed."""
-        first = not self.messages
         marks_in_text = options.get("special_tokens", True)
-        message = user_message(question, len(self.images) if first else 0, marks_in_text)
+        new = len(self.images) - self._shown
+        message = user_message(question, new, marks_in_text)
         stream = self._vlm.stream(
             [*self.messages, message],
             self.images,
@@ -63,9 +81,12 @@ class Chat:
             system=self._system,
             **options,
         )
-        return TextStream(self._remember(message, stream), stream.progress)
+        shown = len(self.images)
+        return TextStream(self._remember(message, shown, stream), stream.progress)
 
-    def _remember(self, message: Message, stream: TextStream) -> Generator[str, None, Generation]:
+    def _remember(
+        self, message: Message, shown: int, stream: TextStream
+    ) -> Generator[str, None, Generation]:
         said: list[str] = []
         begun = False
         try:
@@ -80,3 +101,4 @@ class Chat:
             if begun:
                 answer: Message = {"role": "assistant", "content": "".join(said)}
                 self.messages += [message, answer]
+                self._shown = shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 import select
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 from conftest import run_program
 
-from mobilevlm.cli.chat import files_in
+import mobilevlm
+from mobilevlm.console.line_editing import completions, files_in, history_file
 
 PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
 
@@ -112,3 +114,72 @@ def test_a_context_that_is_nearly_full_is_told_before_it_is() -> None:
     assert done.returncode == 0
     assert "the context is nearly full: room for " in done.stderr
     assert "of 1024 tokens: /reset begins anew" in done.stderr
+
+
+def test_uris_are_given_as_they_are() -> None:
+    uri = "data:image/png;base64,AA//BB=="
+    assert files_in(uri) == [uri]
+    assert files_in(f"{uri} file:///a//b.png") == [uri, "file:///a//b.png"]
+    assert files_in("a" * 9000) == ["a" * 9000]
+
+
+def test_commands_and_files_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my photos").mkdir()
+    (tmp_path / "my photos" / "a.jpg").touch()
+    (tmp_path / ".hidden").touch()
+    commands = ("/image", "/new", "/save")
+    assert completions("/im", commands) == ["/image "]
+    assert completions("Who is", commands) == []
+    assert completions("/image ~/my", commands) == ["/image ~/my\\ photos/"]
+    assert completions("/image b.jpg ~/my\\ photos/", commands) == [
+        "/image b.jpg ~/my\\ photos/a.jpg"
+    ]
+    assert completions(f"/image {tmp_path}/", commands) == [f"/image {tmp_path}/my\\ photos/"]
+    assert completions("/image /no/such/", commands) == []
+    line = completions("/image ~/my\\ photos/", commands)[0].partition(" ")[2]
+    assert files_in(line) == [str(tmp_path / "my photos" / "a.jpg")]
+
+
+def test_a_terminal_remembers_and_completes_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    terminal = Terminal("chat", "nano", "--max-new-tokens", "4")
+    terminal.wait_for("> ")
+    terminal.type("/cont\t\n")
+    terminal.wait_for("room for 1024 of 1024 tokens")
+    terminal.wait_for("> ")
+    terminal.type("/quit\n")
+    assert terminal.close() == 0
+    assert history_file().read_text().splitlines()[-2:] == ["/context ", "/quit"]
+    assert history_file().stat().st_mode & 0o77 == 0
+
+
+def test_a_conversation_has_further_images_a_system_message_and_is_saved(tmp_path: Path) -> None:
+    saved, photo = tmp_path / "my talk.json", tmp_path / "a b.jpg"
+    shutil.copyfile(PHOTO, photo)
+    lines = [
+        "/system", "/system Be brief.", "/system", "What", 'is \\', "it?", f"/image {photo}",
+        '"""Which', 'colour?"""', "/context", f'/save "{saved}"', f'/save "{saved}"',
+        "/save /no/such/talk.json", "/new", "/context", "Who?",
+    ]  # fmt: skip
+    done = run_program("chat", "nano", "-n", 4, "--image", PHOTO, stdin="\n".join(lines).encode())
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert "no system message of your own" in said and "Be brief." in said
+    assert f"{saved}: 7 messages" in said
+    assert f"error: {saved}: there is such a file: give another name" in said
+    assert any(line.startswith("error: /no/such/talk.json: ") for line in said)
+    assert len([line for line in said if line.startswith("room for ")]) == 2
+    messages = json.loads(saved.read_text())
+    users = [message["content"] for message in messages if message["role"] == "user"]
+    assert messages[0] == {"role": "system", "content": "Be brief."}
+    assert users[0] == [{"type": "image", "image": str(PHOTO)}, {"type": "text", "text": "What"}]
+    assert users[1] == [{"type": "text", "text": "is \nit?"}]
+    assert users[2] == [
+        {"type": "image", "image": str(photo)}, {"type": "text", "text": "Which\ncolour?"},
+    ]  # fmt: skip
+    with mobilevlm.load("nano") as vlm:
+        again = vlm.generate(messages[:-1], max_new_tokens=4)
+    assert again.text == messages[-1]["content"]

@@ -153,7 +153,7 @@ def test_sampling_options_reach_the_sampler(bundle: Path) -> None:
 def test_chat_obeys_commands_and_prints_only_answers(bundle: Path, tmp_path: Path) -> None:
     options = ("--max-new-tokens", 12, "--image", FIRST)
     lines = [
-        "What is this?", "", "Why?", "/reset", "What is this?", f"/image {SECOND}",
+        "What is this?", "", "Why?", "/reset", "What is this?", f"/new {SECOND}",
         "What is this?", "/image none.png", "/dance", "/help", "/timings", "Why?",
         "/quit", "never asked",
     ]  # fmt: skip

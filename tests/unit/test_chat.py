@@ -129,7 +129,7 @@ def test_an_answer_that_says_image_does_not_ask_for_a_picture(
     class Says:
         """Makes the tokens read as text of their own."""
 
-        def __init__(self, tokenizer: object) -> None:
+        def __init__(self, tokenizer: object, keeps_space: bool = False) -> None:
             self.left = iter(["an <ima", "ge> mark"])
 
         def add(self, token: int) -> str:
@@ -165,3 +165,21 @@ def test_after_closing_a_conversation_says_so(bundle_of: BundleOf) -> None:
     for action in (stream.finish, lambda: chat.ask("Why?").finish()):
         with pytest.raises(MobileVLMError, match="closed: load it again"):
             action()
+
+
+def test_further_images_are_shown_with_the_next_question(vlm: VLM) -> None:
+    other = np.zeros((20, 30, 3), np.uint8)
+    chat = Chat(vlm, [IMAGE])
+    first = chat.ask("Who?", max_new_tokens=3).finish()
+    with pytest.raises(ImageError, match=r"none.png"):
+        chat.show([other, "none.png"])
+    chat.show([other])
+    with pytest.raises(PromptError, match="empty"):
+        chat.ask("")
+    second = chat.ask("Why?", max_new_tokens=3).finish()
+    assert (first.visual_tokens, second.visual_tokens) == (144, 288)
+    third = chat.ask("When?", max_new_tokens=3).finish()
+    turns = [*chat.messages[:5]]
+    again = vlm.generate(turns, [IMAGE, other], max_new_tokens=3)
+    assert again.token_ids == third.token_ids
+    assert [len(message["content"]) for message in turns if message["role"] == "user"] == [2, 2, 1]

@@ -26,7 +26,7 @@ from mobilevlm.runtime.server.models import Models
 from mobilevlm.runtime.server.requests import Asked, parse_json
 from mobilevlm.runtime.server.settings import Settings
 from mobilevlm.runtime.server.streams import EventStream, GoneError, Job
-from mobilevlm.runtime.server.turns import Turns
+from mobilevlm.runtime.server.turns import Piece, Turns
 from mobilevlm.runtime.vlm import VLM
 
 _CLOSED = 499
@@ -76,7 +76,7 @@ async def respond(service: Service, request: Request, read: Callable[[Any], Aske
 async def _begin(service: Service, request: Request, asked: Asked, start: float) -> Any:
     name = service.models.find(asked.model)
 
-    async def work(give: Callable[[str], None]) -> Generation:
+    async def work(give: Callable[[Piece], None]) -> Generation:
         return await _make(service, asked, name, give, start)
 
     shape = new_shape(name, asked.is_chat, asked.include_usage)
@@ -96,13 +96,13 @@ async def _begin(service: Service, request: Request, asked: Asked, start: float)
 
 
 async def _make(
-    service: Service, asked: Asked, name: str, give: Callable[[str], None], start: float
+    service: Service, asked: Asked, name: str, give: Callable[[Piece], None], start: float
 ) -> Generation:
     """Make an answer: its turn, its model, its images, its text."""
     first: list[float] = []
 
-    def noted(piece: str) -> None:
-        if not first:
+    def noted(piece: Piece) -> None:
+        if not first and piece.text:
             first.append(time.monotonic() - start)
         give(piece)
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobilevlm.runtime.answer.generation import Generation
+from mobilevlm.runtime.answer.logprobs import TokenLogprob
+from mobilevlm.runtime.server.turns import Piece
 
 DONE = b"data: [DONE]\n\n"
 
@@ -26,7 +28,7 @@ class Shape:
     def whole(self, answer: Generation) -> dict[str, Any]:
         """Return the answer as one object."""
         choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason}
-        choice["logprobs"] = None
+        choice["logprobs"] = self._logprobs(answer.logprobs)
         if self.is_chat:
             choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
         else:
@@ -40,9 +42,12 @@ class Shape:
             return b""
         return self._event(self._delta({"role": "assistant", "content": ""}))
 
-    def piece(self, text: str) -> bytes:
-        """Return the event of a piece of text."""
-        return self._event(self._delta({"content": text}) if self.is_chat else self._text(text))
+    def piece(self, piece: Piece) -> bytes:
+        """Return the event of a piece of an answer."""
+        text = piece.text
+        choice = self._delta({"content": text}) if self.is_chat else self._text(text)
+        choice["logprobs"] = self._logprobs(piece.logprobs or None)
+        return self._event(choice)
 
     def last(self, answer: Generation) -> bytes:
         """Return the events after the last piece."""
@@ -52,6 +57,18 @@ class Shape:
         if self.include_usage:
             found += self._event(None, {"usage": usage(answer)})
         return found + DONE
+
+    def _logprobs(self, found: list[TokenLogprob] | None) -> dict[str, Any] | None:
+        if found is None:
+            return None
+        if self.is_chat:
+            content = [{**_logprob(one), "top_logprobs": _top(one)} for one in found]
+            return {"content": content, "refusal": None}
+        return {
+            "tokens": [one.token for one in found],
+            "token_logprobs": [one.logprob for one in found],
+            "top_logprobs": [{item.token: item.logprob for item in one.top} for one in found],
+        }
 
     def _delta(self, delta: dict[str, Any], finish: str | None = None) -> dict[str, Any]:
         return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
@@ -90,6 +107,14 @@ def json_bytes(data: Any) -> bytes:
 def event(data: dict[str, Any]) -> bytes:
     """Return a server-sent event."""
     return b"data: " + json_bytes(data) + b"\n\n"
+
+
+def _logprob(one: TokenLogprob) -> dict[str, Any]:
+    return {"token": one.token, "logprob": one.logprob, "bytes": one.bytes}
+
+
+def _top(one: TokenLogprob) -> list[dict[str, Any]]:
+    return [_logprob(item) for item in one.top]
 
 
 def usage(answer: Generation) -> dict[str, Any]:

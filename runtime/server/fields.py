@@ -99,8 +99,13 @@ CHAT: dict[str, Field] = {
         required=True,
     ),
     "max_completion_tokens": _field("integer", "The same as max_tokens.", minimum=1),
-    "logprobs": _only(enum=[False]),
-    "top_logprobs": _only(enum=[0]),
+    "logprobs": _field("boolean", "Give the log probability of each token of the answer."),
+    "top_logprobs": _field(
+        "integer",
+        "Likeliest tokens whose log probabilities go with each; it needs logprobs: true.",
+        minimum=0,
+        maximum=20,
+    ),
     "response_format": _only(**_TEXT_FORMAT),
     "tools": _only("array", maxItems=0),
     "tool_choice": _only(enum=["none", "auto"]),
@@ -125,8 +130,9 @@ COMPLETION: dict[str, Field] = {
     "suffix": _only(enum=[""]),
     "echo": _only(enum=[False]),
     "best_of": _only(enum=[1]),
-    "logprobs": _only(enum=[0]),
-}
+    "logprobs": _field("integer", "Give the log probability of each token of the answer, and of so "
+                       "many of the likeliest.", minimum=0, maximum=5),
+}  # fmt: skip
 
 
 def read_fields(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def read_chat(body: Any, allow_urls: bool) -> Asked:
         raise refuse("max_tokens", "max_completion_tokens says another number: give one of both")
     messages, images = take_images(found["messages"], allow_urls)
     # Texts come from anywhere: special tokens in them are words.
-    options = {"special_tokens": False}
+    options = {"special_tokens": False, **_logprobs(found)}
     return _asked(found, messages, images, options, both[0] or both[1])
 
 
@@ -73,7 +73,18 @@ def read_completion(body: Any) -> Asked:
     """Return what the body of a completion asks; errors as of :func:`read_chat`."""
     found = read_fields(body, COMPLETION)
     [prompt] = [found["prompt"]] if isinstance(found["prompt"], str) else found["prompt"]
-    return _asked(found, prompt, (), {"raw": True}, found.get("max_tokens"))
+    options: dict[str, Any] = {"raw": True}
+    if "logprobs" in found:
+        options |= {"logprobs": True, "top_logprobs": found["logprobs"]}
+    return _asked(found, prompt, (), options, found.get("max_tokens"))
+
+
+def _logprobs(found: dict[str, Any]) -> dict[str, Any]:
+    """Return what a chat completion says about log probabilities, as keywords."""
+    top, wanted = found.get("top_logprobs", 0), found.get("logprobs", False)
+    if top and not wanted:
+        raise refuse("top_logprobs", "it goes with logprobs: true only")
+    return {"logprobs": True, "top_logprobs": top} if wanted else {}
 
 
 def _asked(
@@ -86,8 +97,6 @@ def _asked(
     stream, more = found.get("stream", False), found.get("stream_options")
     if more is not None and not stream:
         raise refuse("stream_options", "it goes with stream: true only")
-    if more is not None and None in more.values():
-        raise refuse("stream_options", "null is no value here")
     options |= {name: found[name] for name in _OPTIONS if name in found}
     usage = bool(more and more.get("include_usage", False))
     return Asked(found.get("model"), prompt, images, stream, usage, max_tokens, options)

@@ -71,6 +71,8 @@ def _check_object(place: str, value: Mapping[str, Any], schema: Schema) -> None:
         if name not in schema["properties"]:
             known = ", ".join(schema["properties"])
             raise refuse(f"{place}.{name:.60}", f"not known here, expected {known}")
+        if item is None and name not in schema.get("required", ()):
+            continue  # as if it were left out
         check_value(f"{place}.{name}", item, schema["properties"][name])
     for name in schema.get("required", ()):
         if name not in value:

@@ -11,8 +11,9 @@ from mobilevlm.runtime.answer.generation import Generation
 from mobilevlm.runtime.server.answers import Shape, event
 from mobilevlm.runtime.server.errors import ApiError, api_error
 from mobilevlm.runtime.server.guard import Receive, Scope, Send
+from mobilevlm.runtime.server.turns import Piece
 
-Work: TypeAlias = Callable[[Callable[[str], None]], Coroutine[Any, Any, Generation]]
+Work: TypeAlias = Callable[[Callable[[Piece], None]], Coroutine[Any, Any, Generation]]
 """Makes an answer, and gives each piece of its text to the function."""
 
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
@@ -26,13 +27,13 @@ class Job:
     """Work that was begun. Whoever makes one closes it."""
 
     def __init__(self, work: Work, receive: Receive) -> None:
-        self._pieces: asyncio.Queue[str | None] = asyncio.Queue()
+        self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         self._gone = False
         self._task = asyncio.create_task(work(self._pieces.put_nowait))
         self._task.add_done_callback(lambda _: self._pieces.put_nowait(None))
         self._watch = asyncio.create_task(self._watched(receive))
 
-    async def piece(self) -> str | None:
+    async def piece(self) -> Piece | None:
         """Return the next piece; none when the work has ended, well or not."""
         return await self._pieces.get()
 
@@ -67,7 +68,7 @@ class EventStream:
     """A response of server-sent events. ``first``: the piece that was waited for, so that what is
     wrong with a prompt is told by the status."""
 
-    def __init__(self, job: Job, shape: Shape, first: str | None) -> None:
+    def __init__(self, job: Job, shape: Shape, first: Piece | None) -> None:
         self._job, self._shape, self._first = job, shape, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

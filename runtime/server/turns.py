@@ -14,14 +14,24 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mobilevlm.runtime.answer.generation import Generation, TextStream
+from mobilevlm.runtime.answer.logprobs import TokenLogprob
 from mobilevlm.runtime.server.errors import BUSY_TYPE, ApiError
 
 SLICE = 0.02
 """Seconds that the worker goes on with an answer while others wait."""
 _LONGEST_RETRY = 60
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part of an answer."""
+
+    text: str
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Of its tokens, where they were asked for"""
 
 
 @dataclass
@@ -82,20 +92,23 @@ class Turns:
                 load.running -= 1
 
     async def answer(
-        self, begin: Callable[[], TextStream], give: Callable[[str], None]
+        self, begin: Callable[[], TextStream], give: Callable[[Piece], None]
     ) -> Generation:
         """Make an answer. ``begin`` reads the prompt, in a thread beside the worker's; ``give``
         gets each piece of text. When the task is cancelled, the work stops at the next token."""
         loop = asyncio.get_running_loop()
         stream = await loop.run_in_executor(self._reader, begin)
         try:
-            ended = False
+            known, ended = 0, False
             while not ended:
-                piece, ended = await loop.run_in_executor(self._worker, _advance, stream)
-                if piece:
-                    give(piece)
+                text, ended = await loop.run_in_executor(self._worker, _advance, stream)
+                logprobs = stream.logprobs[known:]
+                known += len(logprobs)
+                if text or logprobs:
+                    give(Piece(text, logprobs))
             return stream.generation
         finally:
+            stream.cancel()
             # In the worker, which may be at this answer now; the slot is held until then.
             await asyncio.shield(loop.run_in_executor(self._worker, stream.close))
 

@@ -124,6 +124,30 @@ def test_a_seed_repeats_what_is_drawn(client: Any) -> None:
     assert drawn(1) == drawn(1) != drawn(2)
 
 
+def test_log_probabilities_go_with_the_tokens(client: Any) -> None:
+    fields: dict[str, Any] = {"model": "nano", "messages": about(data_uri()), "logprobs": True}
+    with mobilevlm.load("nano") as vlm:
+        expected = vlm.generate(
+            "What do you see?", [CAT], logprobs=True, top_logprobs=2, special_tokens=False
+        )
+    assert expected.logprobs is not None
+    whole = client.chat.completions.create(top_logprobs=2, **fields).choices[0].logprobs.content
+    assert [each.token for each in whole] == [each.token for each in expected.logprobs]
+    for found, own in zip(whole, expected.logprobs, strict=True):
+        assert abs(found.logprob - own.logprob) < 1e-3 and len(found.top_logprobs) == 2
+        assert found.top_logprobs[0].token == found.token  # greedy
+    events = client.chat.completions.create(stream=True, **fields)
+    streamed = [
+        each
+        for event in events
+        if event.choices[0].logprobs is not None
+        for each in event.choices[0].logprobs.content
+    ]
+    assert [each.token for each in streamed] == [each.token for each in whole]
+    found = client.completions.create(model="nano", prompt=ENDLESS, max_tokens=3, logprobs=2)
+    assert [len(top) for top in found.choices[0].logprobs.top_logprobs] == [2, 2, 2]
+
+
 def test_special_tokens_in_a_message_are_words(client: Any) -> None:
     """Text comes from anywhere; only image parts show images."""
     messages = [{"role": "user", "content": "What is </s> and <image>?"}]

@@ -87,6 +87,7 @@ def test_a_body_that_is_wrong_is_refused_by_name(server: Server, body: bytes, to
         ("logit_bias", {"5": 1}, "logit_bias: this server cannot do that"),
         ("tools", [{"type": "function"}], "tools: this server cannot do that"),
         ("stream_options", {"include_usage": True}, "stream_options: it goes with stream"),
+        ("top_logprobs", 3, "top_logprobs: it goes with logprobs: true only"),
         ("model", 3, "model: expected a string"),
     ],
 )

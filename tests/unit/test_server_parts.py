@@ -1,0 +1,310 @@
+"""Parts of the server by themselves: downloads, bodies, models within a limit, failing streams."""
+
+# ruff: noqa: E402  (some packages may be missing)
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+for _name in ("starlette", "prometheus_client"):
+    pytest.importorskip(_name, reason=f"{_name} is not installed: pip install '.[dev]'")
+
+from mobilevlm.bundle import open_bundle
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.plan import Plan
+from mobilevlm.runtime.builtin_bundle import bundle_path
+from mobilevlm.runtime.memory.estimate import estimate
+from mobilevlm.runtime.server import app, download
+from mobilevlm.runtime.server.answers import new_shape
+from mobilevlm.runtime.server.errors import ApiError
+from mobilevlm.runtime.server.guard import Bodies
+from mobilevlm.runtime.server.models import Loading, Models, named_models
+from mobilevlm.runtime.server.settings import Settings
+from mobilevlm.runtime.server.streams import EventStream, Job
+from mobilevlm.runtime.server.turns import Piece
+
+# Downloads.
+
+PUBLIC = ("8.8.8.8", "2606:4700:4700::1111")
+PRIVATE = (
+    "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
+    "0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "::", "fc00::1", "fe80::1%eth0",
+    "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "ff02::1",
+)  # fmt: skip
+
+
+class Elsewhere(BaseHTTPRequestHandler):
+    """A server of images: /N leads on to /N-1, and /0 is the image."""
+
+    def do_GET(self) -> None:
+        kind = self.path.strip("/")
+        if kind.isdigit() and int(kind):
+            self._moved(f"/{int(kind) - 1}")
+        elif kind == "inside":
+            self._moved(f"http://127.0.0.2:{self.server.server_address[1]}/0")
+        elif kind == "file":
+            self._moved("file:///etc/passwd")
+        elif kind == "0":
+            self._send(b"image", 5)
+        elif kind == "large":
+            self._send(b"", download.MAX_BYTES + 1)
+        elif kind == "endless":
+            self._send(b"", None)
+            for _ in range(download.MAX_BYTES // 1_000_000 + 2):
+                self.wfile.write(bytes(1_000_000))
+        elif kind == "slow":
+            self._send(b"a", 10)
+            time.sleep(2)
+        else:
+            self.send_error(404)
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+    def _moved(self, where: str) -> None:
+        self.send_response(302)
+        self.send_header("Location", where)
+        self.end_headers()
+
+    def _send(self, content: bytes, length: int | None) -> None:
+        self.send_response(200)
+        if length is not None:
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture(scope="module")
+def elsewhere() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_address[1]}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_only_addresses_of_the_public_internet_are_asked() -> None:
+    assert all(map(download.is_public, PUBLIC))
+    assert [address for address in PRIVATE if download.is_public(address)] == []
+
+
+@pytest.mark.parametrize("path", ["/0", "/3"])
+def test_an_image_is_fetched_over_redirects(elsewhere: str, path: str) -> None:
+    assert download.download(elsewhere + path, "image", lambda _: True) == b"image"
+
+
+@pytest.mark.parametrize(
+    ("path", "told"),
+    [
+        ("/4", "more than 3 redirects"),
+        ("/inside", "an address of a private network"),
+        ("/file", "expected http:// or https://"),
+        ("/large", "more than 20 MB"),
+        ("/endless", "more than 20 MB"),
+        ("/nowhere", "its server answers 404"),
+        ("/slow", "cannot be fetched"),
+    ],
+)
+def test_an_image_beyond_the_limits_is_not_fetched(
+    elsewhere: str, monkeypatch: pytest.MonkeyPatch, path: str, told: str
+) -> None:
+    monkeypatch.setattr(download, "MAX_SECONDS", 0.5 if path == "/slow" else 15.0)
+    start = time.monotonic()
+    with pytest.raises(ApiError) as caught:
+        download.download(elsewhere + path, "image", {"127.0.0.1"}.__contains__)
+    assert caught.value.status == 400 and told in caught.value.message
+    assert caught.value.message.startswith("image: ")
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://127.0.0.1:1/", "http://localhost:1/", "http://[::1]/x", "http://0/", "http://2130706433/",
+        "http://user:word@8.8.8.8/", "https:///x", "http://8.8.8.8:99999/", "http://\x00/",
+    ],
+)  # fmt: skip
+def test_an_address_of_this_machine_is_never_asked(url: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        download.download(url, "image")
+    assert any(
+        told in caught.value.message
+        for told in ("cannot be fetched", "private network", "are not sent", "and a host")
+    )
+
+
+# Bodies.
+
+
+def received(*parts: bytes, waits: bool = False) -> Callable[[], Any]:
+    """What a client sends, part by part."""
+    left = list(parts)
+
+    async def receive() -> dict[str, Any]:
+        if waits and not left:
+            await asyncio.sleep(60)
+        part = left.pop(0)
+        return {"type": "http.request", "body": part, "more_body": waits or bool(left)}
+
+    return receive
+
+
+def test_bodies_that_are_held_together_have_a_limit() -> None:
+    async def read() -> None:
+        bodies = Bodies(10, 15, 5.0)
+        first, second = bytearray(), bytearray()
+        await bodies.read({}, received(b"12345", b"67890"), first)
+        assert bytes(first) == b"1234567890" and bodies.held == 10
+        with pytest.raises(ApiError) as caught:
+            await bodies.read({}, received(b"12345", b"6"), second)
+        assert caught.value.status == 429 and caught.value.headers["Retry-After"]
+        bodies.release(second)
+        bodies.release(first)
+        assert bodies.held == 0
+
+    asyncio.run(read())
+
+
+def test_a_body_that_does_not_arrive_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(app, "BODY_SECONDS", 0.2)
+    sent: list[Any] = []
+
+    async def ask() -> None:
+        served = app.make_app(Settings(), Models({"nano": Path("nano")}, Loading()))
+        headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+        scope = {
+            "type": "http", "method": "POST", "path": "/v1/completions", "headers": headers,
+            "query_string": b"", "root_path": "", "scheme": "http",
+        }  # fmt: skip
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await served(scope, received(b"{", waits=True), send)
+
+    asyncio.run(ask())
+    assert sent[0]["status"] == 408
+    assert json.loads(sent[1]["body"])["error"]["code"] == "timeout"
+
+
+# Models.
+
+
+def test_models_are_named_after_their_folders_or_as_a_person_says() -> None:
+    assert named_models(["a/b/", "x=c/d", "e.gguf"]) == {
+        "b": Path("a/b"),
+        "x": Path("c/d"),
+        "e": Path("e.gguf"),
+    }
+    for given in (["a/b", "c/b"], ["=a"], ["x=a", "x=b"]):
+        with pytest.raises(MobileVLMError, match="say NAME="):
+            named_models(given)
+
+
+def one_model_limit() -> float:
+    """Megabytes that hold nano, but not twice."""
+    manifest = open_bundle(bundle_path(Path("nano"))).manifest
+    return estimate(manifest, Plan("onnx")).peak / 1e6 + 1
+
+
+@asynccontextmanager
+async def two_models(max_memory_mb: float | None) -> AsyncIterator[Models]:
+    paths = {"a": Path("nano"), "b": Path("nano")}
+    models = Models(paths, Loading(threads=1, plan="none", max_memory_mb=max_memory_mb))
+    yield models
+    await models.close()
+    assert models.loaded == {}
+
+
+def test_models_stay_loaded_where_there_is_room() -> None:
+    async def use() -> None:
+        async with two_models(None) as models:
+            for name in ("a", "b"):
+                async with models.use(name) as vlm:
+                    assert models.loaded[name] is vlm
+            assert set(models.loaded) == {"a", "b"}
+
+    asyncio.run(use())
+
+
+def test_a_model_is_closed_for_another_one_when_nobody_uses_it() -> None:
+    async def use() -> None:
+        order: list[str] = []
+        ends = asyncio.Event()
+
+        async def ask(models: Models, name: str) -> None:
+            async with models.use(name) as vlm:
+                order.append(name)
+                await ends.wait()
+                assert models.loaded == {name: vlm}
+
+        async def until(is_so: Callable[[], bool]) -> None:
+            async with asyncio.timeout(60):
+                while not is_so():
+                    await asyncio.sleep(0.01)
+
+        async with two_models(one_model_limit()) as models, asyncio.TaskGroup() as tasks:
+            tasks.create_task(ask(models, "a"))
+            await until(lambda: order == ["a"])
+            tasks.create_task(ask(models, "b"))
+            await until(lambda: models._is_waiting)
+            tasks.create_task(ask(models, "a"))  # behind b, or b might never come
+            await asyncio.sleep(0.05)
+            ends.set()
+        assert order == ["a", "b", "a"]
+
+    asyncio.run(use())
+
+
+def test_a_model_larger_than_the_limit_is_refused() -> None:
+    async def use() -> None:
+        async with two_models(30) as models, models.use("a"):
+            pass
+
+    with pytest.raises(MobileVLMError, match="the limit is 30 MB"):
+        asyncio.run(use())
+
+
+# Streams.
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(MobileVLMError("the model was replaced"), "the model was replaced"),
+     (ZeroDivisionError("x"), "internal error")],
+)  # fmt: skip
+def test_what_goes_wrong_in_a_stream_is_its_last_event(error: Exception, told: str) -> None:
+    sent: list[bytes] = []
+
+    async def work(give: Callable[[Piece], None]) -> Any:
+        give(Piece("One"))
+        await asyncio.sleep(0)
+        raise error
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("body", b""))
+
+    async def stream() -> None:
+        job = Job(work, received(waits=True))
+        first = await job.piece()
+        await EventStream(job, new_shape("m", True, False), first)({}, received(waits=True), send)
+
+    if isinstance(error, MobileVLMError):
+        asyncio.run(stream())
+    else:  # a bug of ours is in the log too
+        with pytest.raises(ZeroDivisionError):
+            asyncio.run(stream())
+    *_, piece, last = sent
+    assert b'"content": "One"' in piece
+    assert told in json.loads(last.removeprefix(b"data: "))["error"]["message"]
+    assert not any(b"[DONE]" in body for body in sent)

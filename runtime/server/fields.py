@@ -78,10 +78,25 @@ SHARED: dict[str, Field] = {
 }  # fmt: skip
 """Of chat completions and of completions"""
 
-_TEXT_FORMAT: dict[str, Any] = {
+_TEXT = {"type": "string"}
+_FORMAT = {
     "type": "object",
-    "properties": {"type": {"enum": ["text"]}},
+    "properties": {
+        "type": {"enum": ["text", "json_object", "json_schema"]},
+        "json_schema": {
+            "type": "object",
+            "properties": {
+                "name": _TEXT,
+                "description": _TEXT,
+                "schema": {"type": "object"},
+                "strict": {"type": "boolean"},
+            },
+            "required": ["name", "schema"],
+        },
+    },
     "required": ["type"],
+    "description": "json_schema: the answer is JSON that fulfils the schema; json_object: any JSON "
+    "object. Both need the extra [structured] on the server.",
 }
 
 CHAT: dict[str, Field] = {
@@ -106,7 +121,7 @@ CHAT: dict[str, Field] = {
         minimum=0,
         maximum=20,
     ),
-    "response_format": _only(**_TEXT_FORMAT),
+    "response_format": Field(_FORMAT),
     "tools": _only("array", maxItems=0),
     "tool_choice": _only(enum=["none", "auto"]),
     "functions": _only("array", maxItems=0),

@@ -65,7 +65,7 @@ def read_chat(body: Any, allow_urls: bool) -> Asked:
         raise refuse("max_tokens", "max_completion_tokens says another number: give one of both")
     messages, images = take_images(found["messages"], allow_urls)
     # Texts come from anywhere: special tokens in them are words.
-    options = {"special_tokens": False, **_logprobs(found)}
+    options = {"special_tokens": False, **_logprobs(found), **_format(found)}
     return _asked(found, messages, images, options, both[0] or both[1])
 
 
@@ -77,6 +77,17 @@ def read_completion(body: Any) -> Asked:
     if "logprobs" in found:
         options |= {"logprobs": True, "top_logprobs": found["logprobs"]}
     return _asked(found, prompt, (), options, found.get("max_tokens"))
+
+
+def _format(found: dict[str, Any]) -> dict[str, Any]:
+    """Return the form that an answer must have, as a keyword."""
+    said = found.get("response_format", {"type": "text"})
+    kind, given = said["type"], said.get("json_schema")
+    if (kind == "json_schema") != (given is not None):
+        raise refuse("response_format", "a json_schema goes with type json_schema, and needs it")
+    if given is not None:
+        return {"json_schema": given["schema"]}
+    return {"json_schema": {"type": "object"}} if kind == "json_object" else {}
 
 
 def _logprobs(found: dict[str, Any]) -> dict[str, Any]:

@@ -148,6 +148,30 @@ def test_log_probabilities_go_with_the_tokens(client: Any) -> None:
     assert [len(top) for top in found.choices[0].logprobs.top_logprobs] == [2, 2, 2]
 
 
+def test_answers_follow_a_schema(client: Any, scenes: list[Path]) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed: pip install '.[dev]'")
+    schema = {
+        "type": "object",
+        "properties": {"shape": {"enum": ["circle", "square"]}, "count": {"type": "integer"}},
+        "required": ["shape", "count"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "scene", "schema": schema}}
+    fields: dict[str, Any] = {"model": "nano", "messages": about(data_uri(scenes[0]))}
+    for stream in (False, True):
+        found = client.chat.completions.create(response_format=form, stream=stream, **fields)
+        if stream:
+            text = "".join(event.choices[0].delta.content or "" for event in found)
+        else:
+            text = found.choices[0].message.content
+        answer = json.loads(text)
+        assert list(answer) == ["shape", "count"] and answer["shape"] in ("circle", "square")
+    found = client.chat.completions.create(
+        response_format={"type": "json_object"}, max_tokens=200, **fields
+    )
+    assert found.choices[0].message.content.startswith("{")
+
+
 def test_special_tokens_in_a_message_are_words(client: Any) -> None:
     """Text comes from anywhere; only image parts show images."""
     messages = [{"role": "user", "content": "What is </s> and <image>?"}]

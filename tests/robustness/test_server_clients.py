@@ -87,6 +87,13 @@ def test_a_body_that_is_wrong_is_refused_by_name(server: Server, body: bytes, to
         ("logit_bias", {"5": 1}, "logit_bias: this server cannot do that"),
         ("tools", [{"type": "function"}], "tools: this server cannot do that"),
         ("stream_options", {"include_usage": True}, "stream_options: it goes with stream"),
+        ("response_format", {"type": "xml"}, "response_format.type: expected"),
+        ("response_format", {"type": "json_schema"}, "response_format: a json_schema goes with"),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "thing"}}},
+            "thing",
+        ),
         ("top_logprobs", 3, "top_logprobs: it goes with logprobs: true only"),
         ("model", 3, "model: expected a string"),
     ],
@@ -95,7 +102,7 @@ def test_a_field_that_is_wrong_is_refused_by_name(
     server: Server, field: str, value: object, told: str
 ) -> None:
     error = refused(server.ask(messages=about(data_uri()), **{field: value}), 400, told)
-    assert error["param"] in (field, f"{field}[0]", None)
+    assert error["param"] is None or error["param"].startswith(field)
 
 
 def test_values_that_change_nothing_are_taken(server: Server) -> None:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance
 from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
+from mobilevlm.export.gguf.fallbacks import say_fallbacks
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, TensorType, write_file
@@ -47,14 +48,19 @@ def write_decoder(
     """Writes the decoder in a type. Returns each quantized tensor's relative error (none for the
     K-quants that llama.cpp makes from a float16 file). ``matrix``: for the types that can heed
     it; without, every weight counts the same."""
+    entries = decoder_entries(model.spec.decoder)
+    matrices = [entry.theirs for entry in entries if entry.store == "matrix"]
     if kind in TYPES or is_own(gguf_architecture(model.spec.decoder)):
-        return _write(model, kind, path, advance, matrix)
+        errors = _write(model, kind, path, advance, matrix)
+        say_fallbacks(path, kind, matrices)
+        return errors
     half = path.with_name(f"{path.name}.f16")
     try:
         _write(model, "f16", half, advance, matrix)
         quantize_file(half, path, kind, _importance(matrix))
     finally:
         half.unlink(missing_ok=True)
+    say_fallbacks(path, kind, matrices)
     return {}
 
 

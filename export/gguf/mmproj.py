@@ -18,6 +18,7 @@ import numpy as np
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import FileWarning, MobileVLMError
+from mobilevlm.export.gguf.fallbacks import say_fallbacks
 from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.gguf.encoder import LONGEST_EDGE
@@ -50,7 +51,9 @@ def write_mmproj(model: Model, kind: GGUFType, path: Path, advance: Advance) -> 
     spec = model.spec
     check_support(spec)
     tensors = list(_tensors(model, kind, advance))
-    return write_file(path, "clip", lambda writer: _describe(writer, spec, kind), tensors)
+    errors = write_file(path, "clip", lambda writer: _describe(writer, spec, kind), tensors)
+    say_fallbacks(path, kind, [tensor.name for tensor in tensors if tensor.type == kind])
+    return errors
 
 
 def check_support(spec: ModelSpec) -> None:

@@ -7,6 +7,7 @@ approximation, so visual tokens agree to about 5e-4 even in float32.
 from __future__ import annotations
 
 import base64
+import dataclasses
 from pathlib import Path
 
 import gguf
@@ -18,10 +19,14 @@ from numpy.typing import NDArray
 from strings import seeded_strings
 
 import mobilevlm
+from mobilevlm.bundle import open_bundle
+from mobilevlm.console import progress
 from mobilevlm.console.progress import ignore
 from mobilevlm.export.gguf.decoder import decoder_tensors, write_decoder
 from mobilevlm.export.gguf.mmproj import write_mmproj
 from mobilevlm.export.gguf.tensors import TYPES, convert
+from mobilevlm.export.recipes.file import recipe_text
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.input_spec import IMAGE_TOKEN_ID
 from mobilevlm.model import Model
 from mobilevlm.preparation import prepare
@@ -30,6 +35,7 @@ from mobilevlm.runtime.engines.ggml.engine import GgmlDecoder
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
 from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
 from mobilevlm.spec import GGUFType
+from mobilevlm.synth.checkpoints import CONFIGURATIONS, write_checkpoint
 
 LIMITS: dict[GGUFType, float] = {"f32": 1e-5, "f16": 2e-3, "bf16": 2e-2, "q8_0": 5e-2}
 """Relative error of the prompt's logits. bfloat16 has 8 bits of mantissa; llama.cpp rounds the
@@ -200,6 +206,73 @@ def test_k_quants_of_a_model_with_rows_of_64_fall_back_to_blocks_of_32(
     with llama.opened(path) as decoder:
         logits = decoder.logits(fixture.arrays["inputs_embeds"][0])
     assert relative_error(logits, fixture.arrays["logits"][0]) < 0.2
+
+
+@pytest.fixture(scope="module")
+def odd_widths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with rows of 96, which K-quants do not divide, and of 176 and 144, which no
+    block of 32 does either: SmolLM2 has 576, and SigLIP's MLP 4304."""
+    folder = tmp_path_factory.mktemp("odd") / "checkpoint"
+    tiny = CONFIGURATIONS["tiny"]
+    odd = dataclasses.replace(
+        tiny,
+        hidden_size=96,
+        intermediate_size=176,
+        num_attention_heads=3,
+        num_hidden_layers=2,
+        tower=dataclasses.replace(tiny.tower, hidden_size=96, intermediate_size=144),
+    )
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setitem(CONFIGURATIONS, "odd", odd)
+        write_checkpoint("odd", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "weighted"),
+    [("q4_k_m", False), ("q4_k_m", True), ("q6_k", False), ("q4_0", True), ("q8_0", False)],
+)
+def test_odd_widths_get_the_type_that_fits_with_a_note_and_run(
+    odd_widths: Path,
+    tmp_path: Path,
+    kind: GGUFType,
+    weighted: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = tmp_path / "odd.toml"
+    odd = dataclasses.replace(RECIPES["fp32"], name="odd", gguf_mmproj="q8_0")
+    recipe.write_text(recipe_text(odd, tmp_path))
+    progress.enable()
+    try:
+        mobilevlm.export(
+            odd_widths,
+            tmp_path / "bundle",
+            recipe=str(recipe),
+            formats=("gguf",),
+            gguf_type=kind,
+            calibration="scenes" if weighted else None,
+            measure=False,
+        )
+    finally:
+        progress.enable(False)
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("types")]
+    bundle = open_bundle(tmp_path / "bundle")
+    image, language = (
+        gguf.GGUFReader(bundle.path(bundle.artifact(stage, "gguf").path))
+        for stage in ("vision", "decoder")
+    )
+    types = {tensor.name: tensor.tensor_type.name for tensor in language.tensors}
+    towers = {tensor.name: tensor.tensor_type.name for tensor in image.tensors}
+    assert types["blk.0.ffn_down.weight"] == "F16"
+    usual = {"q4_k_m": "Q5_0", "q6_k": "Q8_0", "q4_0": "Q4_0", "q8_0": "Q8_0"}[kind]
+    assert types["blk.0.attn_q.weight"] == usual
+    assert (towers["v.blk.0.ffn_up.weight"], towers["v.blk.0.ffn_down.weight"]) == ("Q8_0", "F16")
+    counts = {"q4_k_m": "16 of 16", "q6_k": "16 of 16", "q4_0": "2 of 16", "q8_0": "2 of 16"}[kind]
+    assert "q8_0: the rows of 2 of" in notes[0] and notes[0].endswith("weights: 2 in F16")
+    assert f"{kind}: the rows of {counts} matrices" in notes[1] and "2 in F16" in notes[1]
+    with mobilevlm.load(bundle.folder, "gguf") as vlm:
+        shown = np.zeros((336, 336, 3), np.uint8)
+        assert len(vlm.generate("What?", [shown], max_new_tokens=2, ignore_eos=True).token_ids) == 2
 
 
 @pytest.mark.parametrize("kind", TYPES)

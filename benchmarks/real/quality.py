@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+import mobilevlm
 from mobilevlm.console import progress
 from mobilevlm.export.quality.metrics import (
     Float32,
@@ -27,18 +29,39 @@ from mobilevlm.runtime.engines.opening import open_engines
 from real.candidates import Candidate
 from real.text import Windows
 
-PROMPT_TOKENS, CONTINUED_TOKENS = 64, 64
-"""Beginning of each window that is continued, and how far."""
+QUESTIONS = (
+    "What is the capital of France, and what is it known for?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a short poem about the sea.",
+    "List three ways to save energy at home.",
+    "How do I reverse a list in Python?",
+    "Summarize the story of Romeo and Juliet.",
+    "What is the difference between a virus and a bacterium?",
+    "Give me a recipe for pancakes.",
+    "Who was Marie Curie?",
+    "What is 17 plus 25, and how do you find it?",
+    "Name some animals that live in the desert and say how they find water.",
+    "Write an email to a colleague that moves a meeting to Friday.",
+)
+"""Prompts whose greedy answers are compared."""
+ANSWER_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A question in the model's template, and the float32 model's greedy answer."""
+
+    prompt: tuple[int, ...]
+    tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """The float32 model on the windows."""
+    """The float32 model on the windows and the questions."""
 
     logits: Sequence[Float32]
     """After every position of each window ``(length, vocab_size)``."""
-    continuations: Sequence[Sequence[int]]
-    """Greedy continuation of the beginning of each window."""
+    answers: Sequence[Answer]
 
 
 @dataclass(frozen=True)
@@ -52,20 +75,35 @@ class Quality:
 
 
 def reference(candidate: Candidate, windows: Windows, threads: int, kept: Path) -> Reference:
-    """Return the float32 model's logits and continuations, kept in a folder for later runs."""
-    key = candidate.bundle.artifact("decoder", "onnx").key
-    folder = kept / f"reference-{windows.digest}-{key[:12]}"
-    answers = folder / "continuations.json"
+    """Return the float32 model's logits and answers, kept in a folder for later runs."""
+    made_of = (
+        windows.ids,
+        QUESTIONS,
+        ANSWER_TOKENS,
+        candidate.bundle.artifact("decoder", "onnx").key,
+    )
+    digest = hashlib.sha256(json.dumps(made_of).encode()).hexdigest()
+    folder = kept / f"reference-{digest[:16]}"
+    answers = folder / "answers.json"
     if not answers.is_file():
-        progress.say("reference   float32 on the windows")
+        progress.say("reference   float32 on the windows and questions")
         folder.mkdir(parents=True, exist_ok=True)
         with opened(candidate, threads) as decoder:
             for number, window in enumerate(windows.ids):
                 np.save(folder / f"{number}.npy", window_logits(decoder, window, False))
-            continued = [continue_greedily(decoder, window) for window in windows.ids]
-        answers.write_text(json.dumps(continued), "utf-8")
+        found = list(greedy_answers(candidate, threads))
+        answers.write_text(json.dumps(found), "utf-8")  # last: it says that all are there
     logits = [np.load(folder / f"{i}.npy", mmap_mode="r") for i in range(len(windows.ids))]
-    return Reference(logits, json.loads(answers.read_text("utf-8")))
+    stored = json.loads(answers.read_text("utf-8"))
+    return Reference(logits, [Answer(tuple(ids), tuple(tokens)) for ids, tokens in stored])
+
+
+def greedy_answers(candidate: Candidate, threads: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield the ids of each question and of its greedy answer."""
+    with mobilevlm.load(candidate.bundle.folder, candidate.engine, threads) as vlm:
+        for question in QUESTIONS:
+            answer = vlm.generate(question, max_new_tokens=ANSWER_TOKENS)
+            yield vlm.prompt_ids(question), list(answer.token_ids)
 
 
 def measure(
@@ -90,11 +128,7 @@ def compare(decoder: DecoderEngine, windows: Windows, exact: Reference, as_promp
         kls.append(float(tokens[-1].kl.mean()))
     figures = token_figures(tokens) | perplexity_figures(texts)
     if not as_prompt:
-        matches = [
-            continued_match(decoder, window, expected)
-            for window, expected in zip(windows.ids, exact.continuations, strict=True)
-        ]
-        figures |= greedy_figures(matches)
+        figures |= greedy_figures([answer_match(decoder, answer) for answer in exact.answers])
     return Quality(figures, tuple(kls))
 
 
@@ -115,22 +149,12 @@ def window_logits(decoder: DecoderEngine, window: Sequence[int], as_prompt: bool
     return decoder.answer(decoder.new_state(), embeds)
 
 
-def continue_greedily(decoder: DecoderEngine, window: Sequence[int]) -> list[int]:
-    """Return the greedy continuation of the beginning of a window."""
+def answer_match(decoder: DecoderEngine, answer: Answer) -> float:
+    """Return the share of an answer before the first token that this decoder would choose
+    otherwise. It reads the answer's tokens, which are its own until then."""
     state = decoder.new_state()
-    logits = decoder.prefill(state, Rows(decoder.embed(window[:PROMPT_TOKENS])))[-1]
-    found = [int(logits.argmax())]
-    while len(found) < CONTINUED_TOKENS:
-        found.append(int(decoder.step(state, found[-1]).argmax()))
-    return found
-
-
-def continued_match(
-    decoder: DecoderEngine, window: Sequence[int], expected: Sequence[int]
-) -> float:
-    """Return the share of the expected continuation before the first token that this decoder would
-    choose otherwise. It reads the expected tokens, which are its own until then."""
-    state = decoder.new_state()
-    first = decoder.prefill(state, Rows(decoder.embed(window[:PROMPT_TOKENS])))
-    rest = decoder.answer(state, decoder.embed(expected[:-1]))
-    return greedy_match(expected, np.concatenate([first, rest]).argmax(-1).tolist())
+    first = decoder.prefill(state, Rows(decoder.embed(answer.prompt)))
+    if len(answer.tokens) > 1:
+        rest = decoder.answer(state, decoder.embed(answer.tokens[:-1]))
+        first = np.concatenate([first, rest])
+    return greedy_match(answer.tokens, first.argmax(-1).tolist())

@@ -91,8 +91,8 @@ def table(result: Result) -> Table:
 
 LEGEND = """\
 ppl ×: perplexity over float32's; KL: divergence from float32, nats; same: share
-of positions with float32's likeliest token; greedy: share of float32's greedy
-continuation before the first difference; MB: decoder and head (and prefill
+of positions with float32's likeliest token; greedy: share of float32's answers
+to 12 questions before the first difference; MB: decoder and head (and prefill
 graph) in the file, without a separate embedding table; MB/tok: weights that a
 token reads; ms/tok: decode; prefill: ms of 200 tokens. Medians."""
 

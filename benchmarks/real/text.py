@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import inspect
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ STARTS = (0, 1500, 3000, 4500)
 """Places in a text where its windows begin, in tokens."""
 GPL = Path("/usr/share/common-licenses/GPL-3")
 MODULES = ("argparse", "decimal", "difflib", "doctest", "heapq", "logging", "optparse", "pickle",
-           "random", "statistics", "string", "tarfile", "threading", "typing", "unittest",
+           "random", "statistics", "string", "tarfile", "threading", "unittest",
            "zipfile")  # fmt: skip
 """Modules of the standard library whose docstrings are a text."""
 
@@ -33,11 +31,6 @@ class Windows:
     """Names of the texts."""
     ids: tuple[tuple[int, ...], ...]
     """Windows, as many of each text, in order."""
-
-    @property
-    def digest(self) -> str:
-        """Short digest of all ids."""
-        return hashlib.sha256(json.dumps(self.ids).encode()).hexdigest()[:12]
 
 
 def _topics() -> str:

@@ -63,6 +63,9 @@ def search_recipe(
         base = dataclasses.replace(base, calibration=calibration)
     model = open_checkpoint(checkpoint, options)
     samples = Data(find_samples(base.calibration, model), measuring_samples(data))
+    if base.is_rotated:
+        progress.say("rotation    left out: a search measures the layers as they are")
+        base = base.without_rotation()
     base = expand_layers(base, model.spec)
     if any(name.startswith("decoder.") for name in base.layers):
         raise MobileVLMError(

@@ -6,8 +6,10 @@ is chosen. Where the likeliest token is allowed, and tokens are chosen greedily,
 
 from __future__ import annotations
 
+import difflib
 import json
 import threading
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from typing import Any
@@ -17,7 +19,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from mobilevlm.console.terminal import shown
-from mobilevlm.errors import GrammarError, MissingExtraError, require
+from mobilevlm.errors import FileWarning, GrammarError, MissingExtraError, require
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.tokenizers.json_file import encode, foreign
 from mobilevlm.tokenizers.pieces import AnswerBytes
@@ -28,6 +30,22 @@ KEPT = 8
 """Compiled grammars that are kept for later answers."""
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """Of JSON, as Python writes it: a small model does not lose itself in spaces."""
+KEYWORDS = frozenset((
+    "$anchor", "$comment", "$defs", "$id", "$ref", "$schema", "additionalItems",
+    "additionalProperties", "allOf", "anyOf", "const", "contains", "contentEncoding",
+    "contentMediaType", "contentSchema", "default", "definitions", "dependencies",
+    "dependentRequired", "dependentSchemas", "deprecated", "description", "else", "enum",
+    "examples", "exclusiveMaximum", "exclusiveMinimum", "format", "if", "items", "maxContains",
+    "maxItems", "maxLength", "maxProperties", "maximum", "minContains", "minItems", "minLength",
+    "minProperties", "minimum", "multipleOf", "not", "oneOf", "pattern", "patternProperties",
+    "prefixItems", "properties", "propertyNames", "readOnly", "required", "then", "title", "type",
+    "unevaluatedItems", "unevaluatedProperties", "uniqueItems", "writeOnly",
+))  # fmt: skip
+"""Of JSON Schema."""
+_NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
+"""Keywords whose value has schemas under names of its own."""
+_DATA = ("const", "default", "enum", "examples", "required", "dependentRequired")
+"""Keywords whose value is no schema."""
 JSON_CHARACTERS = '{}[]":,-.0123456789aeflnrstu\\'
 """That JSON needs whatever it says."""
 _NEVER = np.float32(-np.inf)
@@ -224,7 +242,32 @@ def _schema_text(schema: object) -> str:
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"json_schema is no JSON ({shown(error)})") from None
     _check_length("json_schema", text)
+    _warn_of_unknown(schema)
     return text
+
+
+def _warn_of_unknown(schema: object) -> None:
+    """Warn of keys that JSON Schema does not have, which are not kept."""
+    if isinstance(schema, list):
+        for one in schema:
+            _warn_of_unknown(one)
+    if not isinstance(schema, dict):
+        return
+    for key, value in schema.items():
+        if key not in KEYWORDS and not key.startswith("x-"):
+            near = difflib.get_close_matches(key, KEYWORDS, n=1, cutoff=0.8)
+            hint = f": is {near[0]!r} meant?" if near else ""
+            warnings.warn(
+                f"json_schema: {shown(key, 60)!r} is no keyword of JSON Schema and is not "
+                f"kept{hint}",
+                FileWarning,
+                stacklevel=2,
+            )
+        elif key in _NAMED and isinstance(value, dict):
+            for named in value.values():
+                _warn_of_unknown(named)
+        elif key not in _DATA:
+            _warn_of_unknown(value)
 
 
 def _check_length(name: str, text: str) -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mobilevlm.prompt import Prepared, Rows, Run
-from mobilevlm.runtime.engines import Float32, wanted_of
-from mobilevlm.runtime.sequence.cache import PositionKey, borders, pieces
-from mobilevlm.runtime.sequence.session import Fill, Prompt, Session
+from mobilevlm.runtime.engines import Float32
+from mobilevlm.runtime.sequence.cache import PositionKey
+from mobilevlm.runtime.sequence.session import Fill, Prompt, RunSpan, Session
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.engines.llama.pair_decoder import PairDecoder
@@ -27,35 +27,14 @@ class PairSession(Session):
         """See :class:`Session`."""
         return self._decoder.goes_back
 
-    def _fill(self, keys: list[PositionKey], prompt: Prompt, note: Fill) -> Float32:
-        self.prompt_tokens = len(keys)
-        ends = borders(keys, self._cache.system)
-        with note.prefill:
-            whole = self._take_over(keys, ends)
-            start = note.reused_tokens = self.length
-        images = self._encode(keys[start:], prompt, note)
-        with note.prefill:
-            for span in pieces(start, ends, len(keys)):
-                logits = self._append(prompt, images, span, int(span[1] == len(keys)))
-        self._keys = keys
-        if whole:
-            self._borders = ends
-        result: Float32 = logits[-1]
-        return result
-
-    def prompt_logits(self, prompt: Prompt, answer: int = 0, count: int | None = None) -> Float32:
+    def _runner(self, prompt: Prompt, note: Fill, start: int = 0) -> RunSpan:
         """See :class:`Session`."""
-        keys = self._checked_keys(prompt)
-        asked = len(keys) - answer
-        spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
-        with self._changing():
-            self._shorten(0)
-            images, logits = self._encode(keys, prompt, Fill()), []
-            for start, end in [*spans, *([(asked, len(keys))] if answer else [])]:
-                wanted = wanted_of(count, (start, end), len(keys))
-                logits.append(self._append(prompt, images, (start, end), wanted))
-            self._shorten(0)
-        return np.concatenate(logits)
+        images = self._encode(prompt.keys[start:], prompt, note)
+
+        def run(here: int, there: int, wanted: int, answer: bool) -> Float32:
+            return self._append(prompt, images, (here, there), wanted)
+
+        return run
 
     def _extend(self, tokens: Sequence[int]) -> Float32:
         logits = self._decoder.append(self._state, tokens, len(tokens))

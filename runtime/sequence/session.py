@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -205,6 +205,11 @@ def check_length(length: int, images: Sequence[int], context: int) -> None:
     )
 
 
+RunSpan: TypeAlias = Callable[[int, int, int, bool], Float32]
+"""Appends a span of a prompt from its begin to its end; logits of its last so many positions. The
+last argument tells that these are the positions of an answer."""
+
+
 class Session:
     """A sequence and its KV state.
 
@@ -277,18 +282,31 @@ class Session:
         with note.prefill:
             whole = self._take_over(keys, ends)
             start = note.reused_tokens = self.length
-        rows = self._rows(prompt, note, start)
+        run = self._runner(prompt, note, start)
         with note.prefill:
-            *before, last = (
-                rows[here - start : there - start] for here, there in pieces(start, ends, len(keys))
-            )
-            for part in before:
-                self._decoder.extend(self._state, part)
-            logits: Float32 = self._decoder.prefill(self._state, last)[-1]
+            for here, there in pieces(start, ends, len(keys)):
+                logits = run(here, there, int(there == len(keys)), False)
         self._keys = keys
         if whole:
             self._borders = ends
-        return logits
+        last: Float32 = logits[-1]
+        return last
+
+    def _runner(self, prompt: Prompt, note: Fill, start: int = 0) -> RunSpan:
+        """Return what runs a span of a prompt whose first ``start`` positions are there; its images
+        are encoded first."""
+        rows = self._rows(prompt, note, start)
+
+        def run(here: int, there: int, wanted: int, answer: bool) -> Float32:
+            part = rows[here - start : there - start]
+            if answer:
+                return self._decoder.answer(self._state, part.embeds, wanted)
+            if wanted:
+                return self._decoder.prefill(self._state, part, wanted)
+            self._decoder.extend(self._state, part)
+            return np.empty((0, 0), np.float32)
+
+        return run
 
     def prompt_logits(self, prompt: Prompt, answer: int = 0, count: int | None = None) -> Float32:
         """Return the logits after the last ``count`` positions of the prompt ``(count,
@@ -299,17 +317,11 @@ class Session:
         spans = pieces(0, borders(keys[:asked], self._cache.system), asked)
         with self._changing():
             self._shorten(0)
-            rows = self._rows(prompt, Fill())
-            logits = []
-            for here, there in spans:
+            run, logits = self._runner(prompt, Fill()), []
+            for here, there in [*spans, *([(asked, len(keys))] if answer else [])]:
                 wanted = wanted_of(count, (here, there), len(keys))
-                if wanted:
-                    logits.append(self._decoder.prefill(self._state, rows[here:there], wanted))
-                else:
-                    self._decoder.extend(self._state, rows[here:there])
-            if answer:
-                wanted = wanted_of(count, (asked, len(keys)), len(keys))
-                logits.append(self._decoder.answer(self._state, rows.embeds[asked:], wanted))
+                found = run(here, there, wanted, here >= asked)
+                logits += [found] if wanted else []
             self._shorten(0)
         return np.concatenate(logits)
 

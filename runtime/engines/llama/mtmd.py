@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -86,40 +88,18 @@ class MtmdVision:
 
     def _encode(self, context: MtmdContext, pixels: NDArray[np.uint8]) -> Float32:
         mtmd = self._mtmd
-        height, width, _ = pixels.shape
-        bitmap = mtmd.mtmd_bitmap_init(width, height, address(pixels, ctypes.c_uint8))
-        chunks = mtmd.mtmd_input_chunks_init()
-        try:
-            marker = mtmd.mtmd_default_marker()
-            text = mtmd.mtmd_input_text(marker, len(marker), False, False)
-            bitmaps = (ctypes.c_void_p * 1)(bitmap)
-            code = mtmd.mtmd_tokenize(context.pointer, chunks, ctypes.byref(text), bitmaps, 1)
-            pieces = [
-                mtmd.mtmd_input_chunks_get(chunks, index)
-                for index in range(mtmd.mtmd_input_chunks_size(chunks) if not code else 0)
-            ]
-            images = [
-                piece
-                for piece in pieces
-                if mtmd.mtmd_input_chunk_get_type(piece) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE
-            ]
+        with image_chunks(mtmd, context, pixels, special=False) as (chunks, code):
+            images = [chunk for chunk in chunks if is_image(mtmd, chunk)]
             if self._is_tile:  # it is its own small image, too
                 images = images[:1]
             counts = [mtmd.mtmd_input_chunk_get_n_tokens(image) for image in images]
             if counts != [self._shape[0]]:
                 raise MobileVLMError(
-                    f"llama.cpp makes {counts} visual tokens of a picture (code {code}), "
+                    f"llama.cpp makes {counts} visual tokens of an image (code {code}), "
                     f"expected {self._shape[0]}"
                 )
             note_threads(LLAMA)
-            code = mtmd.mtmd_encode_chunk(context.pointer, images[0])
-            if code:
-                raise MobileVLMError(f"llama.cpp failed on a picture (code {code})")
-            result = mtmd.mtmd_get_output_embd(context.pointer)
-            return np.ctypeslib.as_array(result, self._shape).copy()
-        finally:
-            mtmd.mtmd_input_chunks_free(chunks)
-            mtmd.mtmd_bitmap_free(bitmap)
+            return encoded_chunk(mtmd, context, images[0], self._shape)
 
 
 def _newline(header: GgufFile) -> Float32:
@@ -140,3 +120,42 @@ class MtmdContext:
 
 def _free_context(mtmd: Any, pointer: int, refers_to: object) -> None:
     mtmd.mtmd_free(pointer)
+
+
+@contextmanager
+def image_chunks(
+    mtmd: Any, context: MtmdContext, pixels: NDArray[np.uint8], special: bool
+) -> Iterator[tuple[list[Any], int]]:
+    """Yield what mtmd puts in the place of an image, and its code: 0, or else it has put nothing.
+    ``special``: marks around the image become tokens."""
+    height, width, _ = pixels.shape
+    bitmap = mtmd.mtmd_bitmap_init(width, height, address(pixels, ctypes.c_uint8))
+    chunks = mtmd.mtmd_input_chunks_init()
+    try:
+        marker = mtmd.mtmd_default_marker()
+        text = mtmd.mtmd_input_text(marker, len(marker), False, special)
+        bitmaps = (ctypes.c_void_p * 1)(bitmap)
+        code = mtmd.mtmd_tokenize(context.pointer, chunks, ctypes.byref(text), bitmaps, 1)
+        count = 0 if code else mtmd.mtmd_input_chunks_size(chunks)
+        yield [mtmd.mtmd_input_chunks_get(chunks, index) for index in range(count)], code
+    finally:
+        mtmd.mtmd_input_chunks_free(chunks)
+        mtmd.mtmd_bitmap_free(bitmap)
+
+
+def is_image(mtmd: Any, chunk: Any) -> bool:
+    """Return whether a chunk is a run of rows of an image."""
+    return bool(mtmd.mtmd_input_chunk_get_type(chunk) == mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE)
+
+
+def encoded_chunk(mtmd: Any, context: MtmdContext, chunk: Any, shape: tuple[int, int]) -> Float32:
+    """Return the rows of a chunk of an image in this shape.
+
+    Raises:
+        MobileVLMError: llama.cpp fails.
+    """
+    code = mtmd.mtmd_encode_chunk(context.pointer, chunk)
+    if code:
+        raise MobileVLMError(f"llama.cpp failed on an image (code {code})")
+    result = mtmd.mtmd_get_output_embd(context.pointer)
+    return np.ctypeslib.as_array(result, shape).copy()

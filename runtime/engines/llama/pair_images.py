@@ -20,11 +20,15 @@ from mobilevlm.image import ImageInput, RoomFor, open_image
 from mobilevlm.prompt import Arrays, Piece, Prepared, Rows, Run
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
-from mobilevlm.runtime.engines.llama.mtmd import MtmdContext
+from mobilevlm.runtime.engines.llama.mtmd import (
+    MtmdContext,
+    encoded_chunk,
+    image_chunks,
+    is_image,
+)
 from mobilevlm.runtime.engines.llama.native import (
     LLAMA,
     NativeModel,
-    address,
     catch_log,
     llama_library,
     load_error,
@@ -145,12 +149,8 @@ class PairImages:
         note_threads(LLAMA)
         with context.lock, self._chunks(context, pixels) as chunks:
             for chunk in islice(filter(self._is_image, chunks), most):
-                code = self._mtmd.mtmd_encode_chunk(context.pointer, chunk)
-                if code:
-                    raise MobileVLMError(f"llama.cpp failed on an image (code {code})")
                 shape = self._mtmd.mtmd_input_chunk_get_n_tokens(chunk), self.width
-                result = self._mtmd.mtmd_get_output_embd(context.pointer)
-                rows.append(np.ctypeslib.as_array(result, shape).copy())
+                rows.append(encoded_chunk(self._mtmd, context, chunk, shape))
         return Rows(np.concatenate(rows))
 
     def features(self, arrays: Arrays) -> Float32:
@@ -168,29 +168,17 @@ class PairImages:
     @contextmanager
     def _chunks(self, context: MtmdContext, pixels: NDArray[np.uint8]) -> Iterator[list[Any]]:
         """Yield what mtmd puts in the place of an image."""
-        mtmd = self._mtmd
-        height, width, _ = pixels.shape
-        bitmap = mtmd.mtmd_bitmap_init(width, height, address(pixels, ctypes.c_uint8))
-        chunks = mtmd.mtmd_input_chunks_init()
-        try:
-            marker = mtmd.mtmd_default_marker()
-            text = mtmd.mtmd_input_text(marker, len(marker), False, True)
-            bitmaps = (ctypes.c_void_p * 1)(bitmap)
-            code = mtmd.mtmd_tokenize(context.pointer, chunks, ctypes.byref(text), bitmaps, 1)
+        with image_chunks(self._mtmd, context, pixels, special=True) as (chunks, code):
             if code:
+                height, width, _ = pixels.shape
                 raise ImageError(
                     f"image of {width} × {height} pixels: llama.cpp cannot prepare it (code "
                     f"{code}): try another size or shape"
                 )
-            count = mtmd.mtmd_input_chunks_size(chunks)
-            yield [mtmd.mtmd_input_chunks_get(chunks, index) for index in range(count)]
-        finally:
-            mtmd.mtmd_input_chunks_free(chunks)
-            mtmd.mtmd_bitmap_free(bitmap)
+            yield chunks
 
     def _is_image(self, chunk: Any) -> bool:
-        kind = self._mtmd.mtmd_input_chunk_get_type(chunk)
-        return bool(kind == self._mtmd.MTMD_INPUT_CHUNK_TYPE_IMAGE)
+        return is_image(self._mtmd, chunk)
 
     def _marks(self, chunk: Any) -> list[int]:
         """Return the ids of a chunk of text."""

@@ -1,4 +1,5 @@
-"""InternVL's GGUF files in llama.cpp against the official arrays.
+"""GGUF files of families whose images are tiles (SmolVLM, InternVL) in llama.cpp against the
+official arrays.
 
 llama.cpp makes tiles of its own: of several grids of one shape it takes the largest, and it
 resizes in other numbers. So it is given tiles here, which it takes as they are.
@@ -28,7 +29,7 @@ LIMIT = 1e-2
 """Measured: 6e-4 of the visual tokens and 8e-4 of the logits."""
 
 
-@pytest.fixture(scope="module", params=["internvl3", "internvl35"])
+@pytest.fixture(scope="module", params=["smolvlm2", "idefics3", "internvl3", "internvl35"])
 def fixture(request: pytest.FixtureRequest) -> Fixture:
     return fixture_named(request.param)
 
@@ -59,6 +60,7 @@ def test_llama_cpp_gives_the_official_visual_tokens_logits_and_answer(
     assert answer.token_ids == fixture.generated_ids
 
 
+@pytest.mark.parametrize("fixture", ["internvl3", "internvl35"], indirect=True)
 def test_mtmd_alone_gives_the_official_visual_tokens_of_a_tile(
     fixture: Fixture, bundle: Path
 ) -> None:
@@ -78,19 +80,23 @@ def test_the_tokenizer_in_the_file_gives_our_ids(fixture: Fixture, bundle: Path)
             assert decoder.tokenize(text, False) == fixture.model.tokenizer.encode(text).ids
 
 
-def test_positions_and_layer_scale_are_read_back_as_they_were(
-    fixture: Fixture, bundle: Path
-) -> None:
+def test_tensors_are_read_back_as_they_were(fixture: Fixture, bundle: Path) -> None:
+    """Positions, whose order llama.cpp wants otherwise, and layers with layer scale folded in."""
     model, vision = fixture.model, fixture.model.spec.image.transformer
     stored = artifact_weights(model, open_bundle(bundle), "gguf")
+    connector = model.spec.image.connector
     shapes = {
         "vision.position_embedding.weight": (vision.num_positions, vision.hidden_size),
         "vision.layers.0.attn.out_proj.weight": (vision.hidden_size, vision.hidden_size),
         "vision.layers.0.mlp.fc2.bias": (vision.hidden_size,),
-        "projector.norm.weight": (4 * vision.hidden_size,),
+        "projector.mlp.0.weight": (connector.out_size, connector.mlp_sizes[0]),
     }
+    if vision.post_norm:
+        shapes["vision.post_norm.weight"] = (vision.hidden_size,)
+    if connector.norm:
+        shapes["projector.norm.weight"] = (connector.mlp_sizes[0],)
     for name, shape in shapes.items():
-        assert np.array_equal(stored.read(name, shape), model.weights.read(name, shape))
+        assert np.array_equal(stored.read(name, shape), model.weights.read(name, shape)), name
 
 
 @pytest.mark.parametrize(

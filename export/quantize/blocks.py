@@ -24,7 +24,7 @@ _LARGEST_SCALE = np.float32(np.finfo(np.float16).max)
 SMALLEST_SCALE = np.finfo(np.float32).tiny
 """Smaller scales have no finite inverse; rounded to float16 they are zero anyway."""
 
-_CHUNK = 2**18
+CHUNK = 2**18
 """Weights quantized at once: intermediate results stay in the processor's cache."""
 
 
@@ -67,7 +67,7 @@ Fit: TypeAlias = Callable[[Float32, Scheme], tuple[Float32, Float32]]
 
 
 def quantize_rows(
-    weight: Float32, scheme: Scheme, quantizer: RowQuantizer, chunk: int = _CHUNK, threads: int = 1
+    weight: Float32, scheme: Scheme, quantizer: RowQuantizer, chunk: int = CHUNK, threads: int = 1
 ) -> Quantized:
     """Quantizes ``(out_size, in_size)``, in each thread about ``chunk`` weights at a time, and
     packs them."""

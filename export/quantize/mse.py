@@ -9,17 +9,21 @@ For the codes of a range, the best scale follows in closed form.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from mobilevlm.export.quantize.blocks import (
+    CHUNK,
     SMALLEST_SCALE,
     Float32,
     Quantized,
     limited_scales,
     quantize_fitted,
     stored_scales,
+    to_blocks,
 )
+from mobilevlm.plan import default_threads
 from mobilevlm.recipe import Scheme
 
 MOST_CLIPPED = {2: 0.66, 3: 0.48, 4: 0.36, 8: 0.12}
@@ -63,6 +67,19 @@ def fit(
         np.copyto(best_scales, factor, where=better)
         np.copyto(best_zeros, zeros, where=better)
     return stored_scales(limited_scales(best_scales, scheme), scheme), best_zeros
+
+
+def fit_rows(weight: Float32, scheme: Scheme, importance: Float32) -> tuple[Float32, Float32]:
+    """Return the same for ``(out_size, in_size)``, in threads; ``importance``: ``(in_size,)``."""
+    blocked = to_blocks(importance[None], scheme)[0]
+    step = max(1, CHUNK // weight.shape[1])
+
+    def make(start: int) -> tuple[Float32, Float32]:
+        return fit(to_blocks(weight[start : start + step], scheme), scheme, blocked)
+
+    with ThreadPoolExecutor(default_threads()) as pool:
+        scales, zeros = zip(*pool.map(make, range(0, len(weight), step)), strict=True)
+    return np.concatenate(scales), np.concatenate(zeros)
 
 
 def _candidates(part: Float32, scheme: Scheme) -> Iterator[tuple[Float32, Float32]]:

@@ -186,7 +186,7 @@ def test_columns_hold_tiny_and_huge_weights(size: float) -> None:
 def test_rows_quantized_in_several_chunks_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight = normal(50, 96)
     whole, columns = rtn.quantize(weight, Scheme(4, 32)), rtn.quantize(weight, INT8)
-    monkeypatch.setattr(quantize_module, "_CHUNK", 96 * 7)
+    monkeypatch.setattr(quantize_module, "CHUNK", 96 * 7)
     again, columns_again = rtn.quantize(weight, Scheme(4, 32)), rtn.quantize(weight, INT8)
     assert np.array_equal(whole.packed, again.packed)
     assert np.array_equal(whole.scales, again.scales)

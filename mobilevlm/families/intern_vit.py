@@ -20,7 +20,7 @@ from mobilevlm.families.backbones import Backbone, decoder_refs, skipped_names
 from mobilevlm.families.config import check_only, config_value
 from mobilevlm.families.fused import Branch, FusedLayer, FusedTensors
 from mobilevlm.families.hub import HubCheckpoint
-from mobilevlm.families.towers import transformer_spec
+from mobilevlm.families.towers import kept_layers, transformer_spec
 from mobilevlm.input_spec import TransformerEncoder
 
 FACTOR = 2
@@ -98,8 +98,10 @@ OPENGVLAB = Names(
 )  # fmt: skip
 
 
-def intern_vit(path: Path, names: Names, config: dict[str, Any], select: Any) -> TransformerEncoder:
-    """Return the tower of a configuration as far as the layer ``select``.
+def intern_vit(
+    path: Path, names: Names, config: dict[str, Any], outer: dict[str, Any], key: str
+) -> TransformerEncoder:
+    """Return the tower of a configuration as far as the layer that ``key`` of the model's names.
 
     Raises:
         CheckpointError: it is another one, its grid does not divide into squares, or a value is
@@ -110,11 +112,7 @@ def intern_vit(path: Path, names: Names, config: dict[str, Any], select: Any) ->
     check_only(path, config, names.expected)
     config |= {key: _edge(path, config, key) for key in ("image_size", "patch_size")}
     layers = config_value(path, config, "num_hidden_layers", int)
-    if type(select) is not int or not -layers - 1 <= select <= layers:
-        raise CheckpointError(
-            f"{path}: the features are those of layer {select!r:.60}, but the tower has {layers}"
-        )
-    kept = select if select >= 0 else layers + 1 + select
+    kept = kept_layers(path, outer, key, -1, layers)
     vision = transformer_spec(path, config, kept, "gelu", patch_bias=True, pre_norm=False)
     if vision.grid % FACTOR:
         raise CheckpointError(

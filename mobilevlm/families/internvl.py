@@ -42,7 +42,7 @@ def read_internvl(source: Source) -> tuple[ModelSpec, Weights]:
     """Reads InternVL in the hub's layout."""
     hub = open_hub(source)
     check_only(hub.path, source.config, _EXPECTED)
-    vision = intern_vit(hub.path, HUB, hub.vision, source.config.get("vision_feature_layer", -1))
+    vision = intern_vit(hub.path, HUB, hub.vision, source.config, "vision_feature_layer")
     row_id, mark = hub.image_token("image_token_id", "image_token_index")
     settings = tokenizer_settings(source.folder)
     begin, end = (

@@ -72,7 +72,7 @@ def read_internvl_chat(source: Source) -> tuple[ModelSpec, Weights]:
     hub = open_hub(replace(source, config=outer), "llm_config")
     path, config = hub.path, source.config
     check_only(path, config, _EXPECTED)
-    vision = intern_vit(path, OPENGVLAB, hub.vision, config.get("select_layer", -1))
+    vision = intern_vit(path, OPENGVLAB, hub.vision, config, "select_layer")
     version = config_value(path, config, "ps_version", str, "v1")
     if version not in _ORDERS:
         raise CheckpointError(

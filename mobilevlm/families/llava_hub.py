@@ -15,12 +15,13 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import decoder_refs, skipped_names
 from mobilevlm.families.config import config_value
 from mobilevlm.families.hub import HubCheckpoint, open_hub
-from mobilevlm.families.pinpoints import grids_of
+from mobilevlm.families.pinpoints import agreed_grids
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import (
     SIGLIP,
     Tower,
     image_spec,
+    kept_layers,
     skipped_tower_names,
     tower_names,
     transformer_spec,
@@ -125,12 +126,7 @@ def _tower(hub: HubCheckpoint) -> TransformerEncoder:
         )
     tower = {**defaults, **hub.vision}
     layers = config_value(path, tower, "num_hidden_layers", int)
-    select = config.get("vision_feature_layer", usual_layer)
-    if type(select) is not int or not -layers - 1 <= select <= layers:
-        raise CheckpointError(
-            f"{path}: 'vision_feature_layer' is {select!r:.60}, but the tower has {layers} layers"
-        )
-    kept = select if select >= 0 else layers + 1 + select
+    kept = kept_layers(path, config, "vision_feature_layer", usual_layer, layers)
     return transformer_spec(path, tower, kept, activation, **traits)
 
 
@@ -150,7 +146,9 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> FixedImage |
             f"{hub.processor_path}: 'size' is {square.shortest_edge}, expected the tile's "
             f"{square.size} pixels"
         )
-    anyres = AnyResolution(square.size, _grids(hub, square.size), square.mean, square.std)
+    settings = {hub.processor_path: hub.processor, hub.path: config}
+    grids = agreed_grids(settings, square.size)
+    anyres = AnyResolution(square.size, grids, square.mean, square.std)
     if model == "llava_next":
         return anyres
     aspect = config_value(hub.path, config, "vision_aspect_ratio", str, "anyres_max_9")
@@ -161,22 +159,3 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> FixedImage |
             f"another number"
         )
     return replace(anyres, most_tiles=int(match[1]), several="square")
-
-
-def _grids(hub: HubCheckpoint, size: int) -> tuple[tuple[int, int], ...]:
-    """Return the grids of the image processor, which must be the model's.
-
-    Raises:
-        CheckpointError: they are missing, wrong, or two files say different things.
-    """
-    key = "image_grid_pinpoints"
-    given = {hub.processor_path: hub.processor.get(key), hub.path: hub.source.config.get(key)}
-    read = {path: grids_of(path, value, size) for path, value in given.items() if value is not None}
-    if not read:
-        raise CheckpointError(f"{hub.processor_path}: key {key!r} is missing, expected sizes")
-    first, *others = read.values()
-    if others and others[0] != first:
-        raise CheckpointError(
-            f"{hub.processor_path}: {key!r} is not that of config.json: give the files of one model"
-        )
-    return first

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,28 @@ def grids_of(path: Path, value: Any, size: int) -> tuple[tuple[int, int], ...]:
             f"{path}: {KEY!r} is {value!r:.60}, expected a list of 1 to {MOST_GRIDS} sizes"
         )
     return tuple(_grid(path, entry, size) for entry in value)
+
+
+def agreed_grids(
+    settings: Mapping[Path, Mapping[str, Any]], size: int
+) -> tuple[tuple[int, int], ...]:
+    """Return the grids of a checkpoint whose files may each name them. ``settings``: of each file,
+    the one that must first.
+
+    Raises:
+        CheckpointError: no file names them, one does wrongly, or two say different things.
+    """
+    given = {path: found[KEY] for path, found in settings.items() if found.get(KEY) is not None}
+    read = {path: grids_of(path, value, size) for path, value in given.items()}
+    if not read:
+        raise CheckpointError(f"{next(iter(settings))}: key {KEY!r} is missing, expected sizes")
+    (path, first), *others = read.items()
+    for other, grids in others:
+        if grids != first:
+            raise CheckpointError(
+                f"{path}: {KEY!r} is not that of {other.name}: give the files of one model"
+            )
+    return first
 
 
 def any_resolution(path: Path, config: dict[str, Any], square: FixedImage) -> AnyResolution | None:

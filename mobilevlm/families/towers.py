@@ -78,13 +78,7 @@ def vision_spec(
         CheckpointError: a value is missing or wrong, or does not fit the others.
     """
     layers = config_value(Path(tower.where), tower.config, "num_hidden_layers", int)
-    select = config.get("mm_vision_select_layer", -2)
-    if type(select) is not int or not -layers - 1 <= select <= layers:
-        raise CheckpointError(
-            f"{path}: 'mm_vision_select_layer' is {select!r:.60}, but the tower {tower.where} "
-            f"has {layers} layers"
-        )
-    kept = select if select >= 0 else layers + 1 + select
+    kept = kept_layers(path, config, "mm_vision_select_layer", -2, layers, f" {tower.where}")
     vision = transformer_spec(Path(tower.where), tower.config, kept, "quick_gelu", **traits)
     expected = config_value(path, config, "mm_hidden_size", int, vision.hidden_size)
     if vision.hidden_size != expected:
@@ -94,6 +88,23 @@ def vision_spec(
             f"of {config.get(key)!r} with --vision-tower"
         )
     return vision
+
+
+def kept_layers(
+    path: Path, config: dict[str, Any], key: str, default: int, layers: int, name: str = ""
+) -> int:
+    """Return how many of a tower's layers run up to the one whose features are used, which ``key``
+    of a configuration names, a negative number from the end. ``name``: of the tower, for messages.
+
+    Raises:
+        CheckpointError: it is no layer of the tower.
+    """
+    select = config.get(key, default)
+    if type(select) is not int or not -layers - 1 <= select <= layers:
+        raise CheckpointError(
+            f"{path}: {key!r} is {select!r:.60}, but the tower{name} has {layers} layers"
+        )
+    return select if select >= 0 else layers + 1 + select
 
 
 def transformer_spec(

@@ -58,7 +58,7 @@ OUTER: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"image_token_id": 10**6}, ("'image_token_id' is 1000000", "tokenizer lacks")),
     ({"downsample_ratio": 0.25}, ("'downsample_ratio' is 0.25, expected 0.5",)),
     ({"vision_feature_select_strategy": "full"}, ("'full', expected 'default'",)),
-    ({"vision_feature_layer": 9}, ("layer 9, but the tower has 3",)),
+    ({"vision_feature_layer": 9}, ("'vision_feature_layer' is 9, but the tower has 3 layers",)),
     ({"projector_hidden_act": "relu"}, ("'relu', expected 'gelu'",)),
 ]
 PROCESSOR: list[tuple[dict[str, Any], tuple[str, ...]]] = [
@@ -103,7 +103,7 @@ def test_settings_that_do_not_fit_are_named(
         ("", {"pad2square": True}, ("'pad2square' is True, expected False",)),
         ("", {"use_llm_lora": 16}, ("'use_llm_lora' is 16, expected 0",)),
         ("", {"max_dynamic_patch": 100}, ("100, expected a range of tiles up to 64",)),
-        ("", {"select_layer": "last"}, ("layer 'last', but the tower has 3",)),
+        ("", {"select_layer": "last"}, ("'select_layer' is 'last', but the tower has 3",)),
     ],
     ids=str,
 )

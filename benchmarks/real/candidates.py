@@ -6,7 +6,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, TypeAlias, get_args
 
 import mobilevlm
 from mobilevlm.bundle import Bundle, is_bundle, open_bundle
@@ -17,6 +17,8 @@ from mobilevlm.gguf.file import read_gguf
 from mobilevlm.spec import GGUFType
 
 REFERENCE = "fp32"
+Drawn: TypeAlias = Literal["own", "scenes"]
+_DRAWN: tuple[Drawn, ...] = get_args(Drawn)
 _GRAPHS = ("decoder", "prefill")
 
 
@@ -32,8 +34,8 @@ class Wanted:
     """A GGUF decoder of this type instead of the recipe's ONNX graphs."""
     data: Path | None = None
     """Samples for an importance matrix (JSONL), or the matrix (GGUF)."""
-    scenes: bool = False
-    """An importance matrix from drawn scenes."""
+    drawn: Drawn | None = None
+    """An importance matrix from the model's own answers, or from drawn scenes."""
     bundle: Path | None = None
     """A finished bundle."""
 
@@ -114,11 +116,11 @@ def parse(text: str) -> Wanted:
         return Wanted(path.stem if path.suffix else text, recipe=text)
     if not data:
         return Wanted(kind, gguf_type=kind)
-    if data == "scenes":
-        return Wanted(f"{kind}+scenes", gguf_type=kind, scenes=True)
+    if drawn := next((name for name in _DRAWN if name == data), None):
+        return Wanted(f"{kind}+{data}", gguf_type=kind, drawn=drawn)
     if not Path(data).is_file():
         raise MobileVLMError(
-            f"{text}: behind '+' goes 'scenes', a JSONL file of samples, or an importance matrix"
+            f"{text}: behind '+' goes own, scenes, a JSONL file of samples, or an importance matrix"
         )
     return Wanted(f"{kind}+{Path(data).stem}", gguf_type=kind, data=Path(data))
 
@@ -154,7 +156,7 @@ def make(wanted: Wanted, checkpoint: Path, folder: Path, reuse: bool) -> Candida
     progress.say(f"export      {wanted.name}")
     start = time.perf_counter()
     matrix = wanted.data is not None and wanted.data.suffix == ".gguf"
-    samples = "scenes" if wanted.scenes else None if matrix else wanted.data
+    samples = wanted.drawn or (None if matrix else wanted.data)
     mobilevlm.export(
         checkpoint,
         target,

@@ -84,7 +84,7 @@ def test_candidates_are_recipes_types_and_bundles(tmp_path: Path) -> None:
     assert parse("int4") == Wanted("int4", recipe="int4")
     assert parse("Q4_K_M") == Wanted("q4_k_m", gguf_type="q4_k_m")
     assert parse(f"q4_0+{samples}") == Wanted("q4_0+text", gguf_type="q4_0", data=samples)
-    assert parse("q4_0+scenes").scenes
+    assert parse("q4_0+own") == Wanted("q4_0+own", gguf_type="q4_0", drawn="own")
     assert parse(str(BUNDLES / "nano")).bundle == BUNDLES / "nano"
     for wrong in ("int5", "q4_0+nothing.jsonl", "no/such.toml"):
         with pytest.raises(MobileVLMError, match=wrong.split("+")[0]):

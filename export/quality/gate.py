@@ -19,7 +19,7 @@ from mobilevlm.bundle import (
 from mobilevlm.console import progress
 from mobilevlm.errors import MissingExtraError
 from mobilevlm.export.quality.limits import Check, check_limits, quality_error, require_checks
-from mobilevlm.export.quality.passages import LONGEST_PASSAGE, text_samples
+from mobilevlm.export.quality.passages import longest_text, text_samples
 from mobilevlm.export.workspace.workspace import Workspace
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.model import Model
@@ -30,6 +30,8 @@ from mobilevlm.runtime.memory.estimate import estimate
 
 MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
+MEMORY_LEAST = 2e9
+"""What any export may use: libraries alone take half of it."""
 MEMORY_LIBRARIES = 0.45e9
 """Memory of torch and the export's own libraries before they hold any weights."""
 LAYER_SAMPLES = 3
@@ -139,7 +141,7 @@ def run_plan(model: Model, work: Workspace, draft: Manifest) -> tuple[Plan | Non
     names = {TOKENIZER, *(name for part in draft.artifacts for name in part.files)}
     sizes = {name: FileEntry(work.path(name).stat().st_size, "") for name in names}
     sized = dataclasses.replace(draft, files=sizes)
-    allowed = MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE
+    allowed = max(MEMORY_RATIO * model.weights.stored_bytes + MEMORY_BASE, MEMORY_LEAST)
     before = MEMORY_LIBRARIES + _reference_bytes(model)
     engine = choose_engine(Bundle(work.folder, draft, digest=""), "auto")
     needed = {plan: before + estimate(sized, plan).peak for plan in lighter_plans(Plan(engine))}
@@ -158,7 +160,7 @@ def _reference_bytes(model: Model) -> float:
     decoder = model.spec.decoder
     layer = max(group.size for group in linear_groups(model.spec))
     head = decoder.vocab_size * decoder.hidden_size
-    return 4.0 * (max(head, 3 * layer) + 2 * LONGEST_PASSAGE * decoder.vocab_size)
+    return 4.0 * (max(head, 3 * layer) + 2 * longest_text(model) * decoder.vocab_size)
 
 
 def formats_of(artifacts: tuple[Artifact, ...]) -> list[str]:

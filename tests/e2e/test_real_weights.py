@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import DATA
+from conftest import DATA, refusal
 from real.checkpoint import NoRealWeightsError, write_smollm2
 
 import mobilevlm
@@ -21,15 +21,30 @@ EXPECTED: dict[str, Any] = json.loads((DATA / "smollm2" / "expected.json").read_
 PASSAGES, INSTRUCTIONS = EXPECTED["passages"], EXPECTED["instructions"]
 
 
+OLD_INT4 = """\
+extends = "int4"
+decoder = { precision = "q4", quantizer = "hqq", block_size = 128 }
+lm_head = { precision = "q4", quantizer = "hqq", block_size = 128 }
+"""
+"""What int4 was before it was measured on real weights."""
+
+
 @pytest.fixture(scope="module")
-def vlm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VLM]:
-    folder = tmp_path_factory.mktemp("smollm2")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("smollm2") / "checkpoint"
     try:
-        write_smollm2(folder / "checkpoint")
+        write_smollm2(folder)
     except NoRealWeightsError as missing:
         pytest.skip(str(missing))
-    mobilevlm.export(folder / "checkpoint", folder / "bundle", recipe="fp32")
-    with mobilevlm.load(folder / "bundle") as opened:
+    return folder
+
+
+@pytest.fixture(scope="module")
+def vlm(checkpoint: Path) -> Iterator[VLM]:
+    bundle = checkpoint.with_name("bundle")
+    manifest = mobilevlm.export(checkpoint, bundle, recipe="fp32", require_measured=True)
+    assert manifest.quality.stages["decoder"].figures["kl"] < 1e-6
+    with mobilevlm.load(bundle) as opened:
         yield opened
 
 
@@ -72,3 +87,15 @@ def test_the_bundle_answers_about_an_image_too(vlm: VLM, tmp_path: Path) -> None
     image = np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)
     answer = vlm.generate("What is it?", [image], max_new_tokens=4, ignore_eos=True)
     assert answer.visual_tokens == 4 and len(answer.token_ids) == 4
+
+
+def test_4_bits_that_break_a_real_language_model_are_refused_and_the_head_is_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """KL is 0.9 on plain text."""
+    recipe = tmp_path / "old.toml"
+    recipe.write_text(OLD_INT4)
+    given = ("-o", tmp_path / "bundle", "--recipe", recipe, "--require-measured", "--quiet")
+    message = refusal(capsys, "export", checkpoint, *given, code=1)
+    assert "quality of recipe 'old': decoder kl is " in message
+    assert "decoder.lm_head hurts most (alone kl " in message

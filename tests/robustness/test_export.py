@@ -15,7 +15,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import BundleOf, Fixture, fixture_named, refusal, run_program, tree_of
+from conftest import (
+    RANDOM_WEIGHTS,
+    BundleOf,
+    Fixture,
+    fixture_named,
+    refusal,
+    run_program,
+    tree_of,
+)
 from PIL import Image
 
 import mobilevlm
@@ -145,7 +153,12 @@ def test_a_leftover_of_a_stage_with_the_wrong_size_is_made_anew(
 
 def test_two_exports_give_the_same_bytes(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
     for name in ("first", "second"):
-        mobilevlm.export(mobilevlm_v2.checkpoint, tmp_path / name, vision_tower=mobilevlm_v2.tower)
+        mobilevlm.export(
+            mobilevlm_v2.checkpoint,
+            tmp_path / name,
+            vision_tower=mobilevlm_v2.tower,
+            limits=RANDOM_WEIGHTS,
+        )
     first, second = checked(tmp_path / "first"), checked(tmp_path / "second")
     assert read_manifest(tmp_path / "first")[0].quality.measured
     assert list(first) == list(second)
@@ -385,10 +398,11 @@ def test_verify_without_torch_says_what_to_install(without_torch: dict[str, str]
 def test_a_safetensors_checkpoint_exports_without_torch(
     llava_v1: Fixture, without_torch: dict[str, str], tmp_path: Path
 ) -> None:
-    said = {}
+    said, recipe = {}, tmp_path / "random.toml"
+    recipe.write_text(f'extends = "int4"\n[limits]\ndecoder_kl = {RANDOM_WEIGHTS["decoder_kl"]}')
     for name, environment in (("without", without_torch), ("with", {})):
         done = run_program(
-            "export", llava_v1.checkpoint, "-o", tmp_path / name,
+            "export", llava_v1.checkpoint, "-o", tmp_path / name, "--recipe", recipe,
             "--vision-tower", llava_v1.tower, environment=environment,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from conftest import fixture_named, refusal
+from conftest import RANDOM_WEIGHTS, fixture_named, refusal
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
@@ -23,7 +23,13 @@ def test_an_export_for_processors_with_8_bit_products_is_measured_on_any(tmp_pat
     place = tmp_path / "bundle"
     with warnings.catch_warnings():
         warnings.simplefilter("error", PrecisionWarning)  # the person chose another processor
-        mobilevlm.export(FIXTURE.checkpoint, place, target="cpu-arm64", vision_tower=FIXTURE.tower)
+        mobilevlm.export(
+            FIXTURE.checkpoint,
+            place,
+            target="cpu-arm64",
+            vision_tower=FIXTURE.tower,
+            limits=RANDOM_WEIGHTS,
+        )
     manifest = open_bundle(place).manifest
     assert {part.weight_bits for part in manifest.artifacts} == {8, None}
     assert manifest.quality.measured and not manifest.quality.note
@@ -58,12 +64,28 @@ def test_a_limit_on_the_command_line_fails_an_export_that_misses_it(
         (("--limit", "kl=0.2"), "limit 'kl' is not known: expected vision_relative_error"),
         (("--limit", "decoder_kl=nan"), "limit decoder_kl is nan"),
         (("--limit", "decoder_kl=1", "--no-measure"), "leave --no-measure out"),
+        (("--require-measured", "--no-measure"), "leave --no-measure out"),
     ],
 )
 def test_a_limit_that_is_none_is_refused_before_anything_is_made(
     options: tuple[str, ...], expected: str, tmp_path: Path, capsys: Capture
 ) -> None:
     assert expected in export(capsys, tmp_path, *options)
+
+
+def test_what_cannot_be_measured_fails_if_a_person_asks_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """Here for want of memory: without the flag the manifest says so."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr("mobilevlm.export.quality.gate.MEMORY_BASE", 0.0)
+    monkeypatch.setattr("mobilevlm.export.quality.gate.MEMORY_LEAST", 0.0)
+    message = export(capsys, tmp_path, "--require-measured", code=1)
+    assert "quality was not measured (running it takes 0." in message
+    assert "leave --require-measured out" in message
+    place = tmp_path / "bundle"
+    manifest = mobilevlm.export(FIXTURE.checkpoint, place, vision_tower=FIXTURE.tower)
+    assert manifest.quality.note.startswith("running it takes 0.")
 
 
 def test_before_exact_products_8_bit_weights_are_not_measured_and_loading_says_that_they_saturate(

@@ -18,6 +18,8 @@ from mobilevlm.export.quality.limits import (
     check_limits,
     quality_error,
     require_checks,
+    unchecked_error,
+    unchecked_limits,
     with_limits,
 )
 from mobilevlm.export.recipes.named import RECIPES
@@ -143,3 +145,19 @@ def test_a_limit_that_a_person_gives_is_checked_or_the_export_fails() -> None:
         require_checks(["decoder_kl", "accuracy_loss"], checks, "")
     with pytest.raises(QualityError, match=r"decoder_kl was not checked \(no torch"):
         require_checks(["decoder_kl"], (), "no torch")
+
+
+def test_a_limit_without_its_figure_can_be_a_failure() -> None:
+    limits = Limits(1, 1, accuracy_loss=0.01, prefill_kl=1)
+    stages = {**STAGES, "end_to_end": StageQuality({"greedy_match": 1.0})}
+    checks = check_limits(stages, limits, ONNX)
+    assert unchecked_limits(limits, checks, ONNX) == ["accuracy_loss"]
+    assert str(unchecked_error(["accuracy_loss"])) == (
+        "limit accuracy_loss was not checked, and --require-measured asks for it: add --suite "
+        "scenes"
+    )
+    del stages["prefill"]
+    assert "prefill_kl" in unchecked_limits(limits, check_limits(stages, limits, ONNX), ONNX)
+    without = {kind: name for kind, name in ONNX.items() if kind != "prefill"}
+    checks = check_limits(stages, limits, without)
+    assert unchecked_limits(limits, checks, without) == ["accuracy_loss"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypeAlias
 
@@ -16,7 +17,7 @@ from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
 from mobilevlm.runtime.answer.text import Detokenizer, StopStrings
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.sequence.drafting import Drafting, Drafts, Lookup, drafted_tokens
-from mobilevlm.runtime.sequence.session import Clock, Fill, Prompt, Session
+from mobilevlm.runtime.sequence.session import Clock, Fill, FillCancelled, Prompt, Session
 from mobilevlm.runtime.settings import check_new_tokens
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ def generate_text(
     progress: Progress,
 ) -> Generator[str, None, Generation]:
     """Yields pieces of text; its return value is the finished answer."""
-    fill, decode, drafts = Fill(), Clock(), Drafts()
+    fill, decode, drafts = Fill(cancelled=lambda: progress.cancelled), Clock(), Drafts()
     rules, count = settings.rules, settings.draft_tokens
     sampler, detokenizer, stops = (
         Sampler(settings.sampling, guide := settings.guide),
@@ -211,19 +212,17 @@ def generate_text(
     shown: list[str] = []
     finish: FinishReason = "length"
     prompt_tokens, stopped = len(prompt.keys), False
-    source: Generator[int, None, None]
-    if progress.cancelled:
-        source = no_tokens()
-    else:
+    source = no_tokens()
+    with suppress(FillCancelled):
+        fill.check()
         logits = session.fill(prompt, fill)
         prompt_tokens = session.prompt_tokens
+        source = single_tokens(session, logits, sampler, tokens)
         if count:
             lookup, limit = Lookup(prompt.pieces), rules.max_new_tokens
             source = drafted_tokens(
                 session, logits, sampler, tokens, lookup, count, limit, drafting, drafts
             )
-        else:
-            source = single_tokens(session, logits, sampler, tokens)
     with fill.prefill:
         token = next(source, None)
     while token is not None and not progress.cancelled:

@@ -6,7 +6,7 @@ products choose one scale for all rows that they are given.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from mobilevlm.assembly import assemble
@@ -24,6 +24,18 @@ def encode_runs(vision: EncoderEngine, runs: Sequence[Arrays], at_once: int = 1)
         yield from pool.map(vision.encode, runs)
 
 
-def encode_image(vision: EncoderEngine, image: Prepared, at_once: int = 1) -> Rows:
-    """Return the rows of an image."""
-    return assemble(encode_runs(vision, image.arrays, at_once), image.assembly)
+def encode_image(
+    vision: EncoderEngine,
+    image: Prepared,
+    at_once: int = 1,
+    check: Callable[[], None] = lambda: None,
+) -> Rows:
+    """Return the rows of an image. ``check`` is called before each run, which it may stop."""
+
+    def checked() -> Iterator[Rows]:
+        check()
+        for rows in encode_runs(vision, image.arrays, at_once):
+            yield rows
+            check()
+
+    return assemble(checked(), image.assembly)

@@ -83,6 +83,10 @@ class Prompt:
         ]
 
 
+class FillCancelled(Exception):  # noqa: N818
+    """A prompt that nobody waits for any more; never seen outside of an answer."""
+
+
 @dataclass
 class Fill:
     """What it took to make a sequence equal to a prompt."""
@@ -93,6 +97,13 @@ class Fill:
     """Positions whose keys and values were there."""
     reused_images: int = 0
     """Pictures of the prompt that were not encoded."""
+    cancelled: Callable[[], bool] = bool
+    """Whether the prompt is wanted no more; by default it is wanted."""
+
+    def check(self) -> None:
+        """Raise FillCancelled if the prompt is wanted no more."""
+        if self.cancelled():
+            raise FillCancelled
 
 
 @dataclass(frozen=True)
@@ -285,6 +296,7 @@ class Session:
         run = self._runner(prompt, note, start)
         with note.prefill:
             for here, there in pieces(start, ends, len(keys)):
+                note.check()
                 logits = run(here, there, int(there == len(keys)), False)
         self._keys = keys
         if whole:
@@ -461,7 +473,7 @@ class Session:
                 known = self._cache.images.get(digest)
                 if known is None:
                     image = prepared[digest]
-                    known = encode_image(self._vision, image, self._at_once)
+                    known = encode_image(self._vision, image, self._at_once, note.check)
                     assert len(known.embeds) == count_rows(image.pieces), "rows of an encoder"
                     self._cache.keep_image(digest, known)
                     encoded.add(digest)

@@ -45,6 +45,31 @@ def test_a_stream_that_is_cancelled_before_it_began_computes_nothing(
     assert (answer.finish_reason, answer.token_ids, answer.text) == ("cancelled", [], "")
 
 
+def test_a_cancelled_stream_encodes_no_further_image(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = [np.full((20, 30, 3), value, np.uint8) for value in (1, 2)]
+    stream = vlm.stream("Is <image> like <image>?", images, max_new_tokens=3)
+    vision, decoder = vlm._engines()
+    encoded, original = list[int](), vision.encode
+
+    def cancelling(arrays: Any) -> Any:
+        encoded.append(1)
+        stream.cancel()
+        return original(arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(vision, "encode", cancelling)
+        patch.delattr(type(decoder), "prefill")
+        answer = stream.finish()
+    assert (answer.finish_reason, answer.text, len(encoded)) == ("cancelled", "", 1)
+    assert answer.prompt_tokens > 288
+    again = vlm.generate("Is <image> like <image>?", images, max_new_tokens=3)
+    vlm.clear_caches()
+    fresh = vlm.generate("Is <image> like <image>?", images, max_new_tokens=3)
+    assert again.token_ids == fresh.token_ids
+
+
 @pytest.mark.parametrize("way", ["cancel", "close"])
 def test_another_thread_ends_an_answer_at_its_next_token(way: str, vlm: VLM) -> None:
     stream, begun = endless(vlm), threading.Event()

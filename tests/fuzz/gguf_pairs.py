@@ -1,4 +1,4 @@
-"""Mutated pairs of GGUF files that llama.cpp alone knows: each answers, or is refused. llama.cpp
+"""Mutated pairs of GGUF files that llama.cpp alone runs: each answers, or is refused. llama.cpp
 tries each in a process of its own, so a case takes seconds."""
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 import warnings
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from pairs import gemma_pair, hybrid_pair, internvl_pair, qwen_vl_pair, smolvlm_
 import mobilevlm
 from fuzz.harness import Fuzzer
 from fuzz.mutations import mutate_bytes
+from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.gguf.source import open_gguf
 
 BUILDERS = (smolvlm_pair, internvl_pair, gemma_pair, qwen_vl_pair, hybrid_pair)
 HEADER = 3000
@@ -61,6 +64,8 @@ def attempt(case: Case) -> None:
     images = [np.full(shape, 99, np.uint8) for shape in ((80, 80, 3), (30, 200, 3))]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        with suppress(MobileVLMError):  # an export reads files of SmolVLM and InternVL itself
+            open_gguf(case.model, case.mmproj)
         with mobilevlm.load(case.model, mmproj=case.mmproj, threads=1) as vlm:
             for image in images:
                 vlm.generate("Who?", [image], max_new_tokens=1)

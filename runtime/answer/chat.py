@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from typing import Unpack
+from typing import TYPE_CHECKING, Unpack
 
 from mobilevlm.conversation import user_message
 from mobilevlm.image import ImageInput
 from mobilevlm.messages import Message
 from mobilevlm.runtime.answer.generation import Generation, TextStream
 from mobilevlm.runtime.answer.options import TurnOptions, shows_options
-from mobilevlm.runtime.vlm import VLM
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.vlm import VLM
 
 
 class Chat:

@@ -127,7 +127,7 @@ class LinearFormat:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether calibration runs the float32 reference, which takes torch."""
+        """Whether calibration runs the float32 model."""
         return self.quantizer == "gptq" or self.has_factors
 
     @property
@@ -297,8 +297,15 @@ class Recipe:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a calibrated method of the ONNX artifacts takes torch."""
+        """Whether a calibrated method of the ONNX artifacts runs the float32 model."""
         return any(layers.needs_reference for layers in self._formats)
+
+    @property
+    def vision_needs_reference(self) -> bool:
+        """Whether a calibrated method of tower or projector runs the torch reference. The decoder's
+        run in ONNX Runtime."""
+        single = [layers for name, layers in self.layers.items() if not _is_decoder(name)]
+        return any(layers.needs_reference for layers in (self.tower, self.projector, *single))
 
     def with_weight_bits(self, bits: WeightBits, *, auto_only: bool) -> Recipe:
         """With these bits of weights that meet 8-bit activations, or only where they are

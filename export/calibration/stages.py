@@ -24,7 +24,7 @@ from mobilevlm.plain_types import to_dict
 from mobilevlm.recipe import LinearFormat, Recipe
 
 if TYPE_CHECKING:
-    from mobilevlm.export.calibration.activations import Block, InputStatistics, Wanted
+    from mobilevlm.export.calibration.statistics import Block, InputStatistics, Wanted
 
 CalibratedStage: TypeAlias = Literal["vision", "decoder"]
 
@@ -45,7 +45,7 @@ def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:
         samples_digest(samples),
         [model.weights.sha256(prefix) for prefix in ("vision.", "projector.", "decoder.")],
         [to_dict(part) for part in (spec.image, spec.conversation)],
-        importlib.metadata.version("torch"),
+        importlib.metadata.version("onnxruntime"),
     ]
 
 
@@ -95,7 +95,7 @@ def hessians(
     layer that is asked for. ``is_rotated``: of the decoder with a rotated stream."""
     if not is_rotated:
         return _Hessians(_watch(model, samples, stage, wanted, True)).find
-    from mobilevlm.export.calibration.activations import watch_decoder
+    from mobilevlm.export.calibration.decoder_layers import watch_decoder
 
     turned = dataclasses.replace(model, weights=rotated(model.weights, model.spec))
     stream = rotation(model.spec.decoder.hidden_size)
@@ -119,10 +119,13 @@ class _Hessians:
 def _watch(
     model: Model, samples: Sequence[Sample], stage: CalibratedStage, wanted: Wanted, hessian: bool
 ) -> Iterator[Block]:
-    from mobilevlm.export.calibration.activations import watch_decoder, watch_vision
+    if stage == "vision":
+        from mobilevlm.export.calibration.activations import watch_vision
 
-    watch = watch_vision if stage == "vision" else watch_decoder
-    return watch(model, samples, wanted, hessian)
+        return watch_vision(model, samples, wanted, hessian)
+    from mobilevlm.export.calibration.decoder_layers import watch_decoder
+
+    return watch_decoder(model, samples, wanted, hessian)
 
 
 def _factors(

@@ -58,8 +58,8 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     except ImportError as error:
         raise require(error.name or "onnxscript", "export", "exporting") from None
     refuse(_refusals(model.spec, recipe))
-    if recipe.needs_reference:
-        check_torch("a calibrated recipe")
+    if recipe.vision_needs_reference:
+        check_torch("a recipe that calibrates the vision tower")
     if recipe.kv_cache != "fp32":
         check_cache(model)
     in_fixed_point = recipe.tower.precision in QDQ

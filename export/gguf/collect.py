@@ -1,4 +1,4 @@
-"""Collects an importance matrix: the float32 reference runs calibration data (needs torch)."""
+"""Collects an importance matrix: the float32 decoder runs calibration data."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.console.progress import Advance
-from mobilevlm.export.calibration.activations import sample_groups, watch_decoder
+from mobilevlm.export.calibration.decoder_layers import watch_decoder
 from mobilevlm.export.calibration.samples import Sample
+from mobilevlm.export.calibration.statistics import sample_groups
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, InputStatistics
 from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.model import Model

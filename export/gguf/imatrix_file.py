@@ -32,7 +32,7 @@ def export_imatrix(
         CheckpointError: the checkpoint cannot be read.
         BundleError: the target is in the way.
         MobileVLMError, ImageError, PromptError: a sample is wrong.
-        MissingExtraError: torch is not installed.
+        MissingExtraError: a package for exporting is not installed.
     """
     try:
         from mobilevlm.export.gguf.imatrix import check_imatrix_target, write_imatrix

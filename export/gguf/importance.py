@@ -11,7 +11,7 @@ from pathlib import Path
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import find_samples
-from mobilevlm.export.calibration.stages import calibration_key, check_torch
+from mobilevlm.export.calibration.stages import calibration_key
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from mobilevlm.export.gguf.tensors import WEIGHABLE
 from mobilevlm.model import Model
@@ -35,7 +35,6 @@ def find_importance(model: Model, recipe: Recipe) -> Importance | None:
     Raises:
         BundleError, MobileVLMError, ImageError: the file or the data are wrong, or of no use for
             the recipe's type.
-        MissingExtraError: collecting needs torch.
     """
     file, data = recipe.gguf_imatrix, recipe.gguf_calibration
     if file is None and data is None:
@@ -61,10 +60,8 @@ def calibrated_importance(model: Model, data: str) -> Importance:
 
     Raises:
         MobileVLMError, ImageError: a sample is wrong.
-        MissingExtraError: torch is not installed.
     """
     samples = find_samples(data, model)
-    check_torch("collecting an importance matrix")
     from mobilevlm.export.gguf.collect import collect
 
     name = data if data in DATA_NAMES else Path(data).name

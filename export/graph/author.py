@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,16 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.formats import Written
-from mobilevlm.export.graph.decoder import DecoderStage
-from mobilevlm.export.graph.dialects import CPU, ELEMENTARY, STATIC, Dialect
+from mobilevlm.export.graph.decoder import DecoderStage, WatchedLayer
+from mobilevlm.export.graph.dialects import CPU, ELEMENTARY, STATIC, Dialect, WatchingDialect
 from mobilevlm.export.graph.encoder_decoder import EncodedDecoderStage, EncoderStage
-from mobilevlm.export.graph.layers import FLOAT
+from mobilevlm.export.graph.layers import FLOAT, Linear
 from mobilevlm.export.graph.static_decoder import StaticDecoderStage
 from mobilevlm.export.graph.vision import VisionStage
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.export.quantize.rotation import rotated
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.recipe import Recipe
 from mobilevlm.spec import ModelSpec
 from mobilevlm.state_buffers import state_buffers
@@ -123,6 +124,48 @@ def author_decoder(
     source = rotated(weights, spec) if recipe.is_rotated else weights
     file = WeightFile(source, data_path(path), recipe, advance, hessian)
     return _author("decoder_model_merged", path, file, build)
+
+
+def author_watched_layer(
+    weights: Weights, spec: DecoderSpec, index: int, path: Path
+) -> dict[str, tuple[str, ...]]:
+    """Writes one layer of a decoder in float32, with the input of each linear layer as an output;
+    return the layers that read each of these outputs."""
+    dialect = WatchingDialect.of(CPU)
+    watched: dict[str, tuple[str, ...]] = {}
+    rows: Shape = [1, "length", spec.hidden_size]
+
+    def build(builder: GraphBuilder, file: WeightFile) -> None:
+        stage = WatchedLayer(file, index, spec)
+        hidden = _input(builder, "hidden", FLOAT, rows)
+        total = _input(builder, "total_length", ir.DataType.INT32, [1])
+        past = _state_inputs(builder, spec, index)[index]
+        tables: tuple[Any, ...] = ()
+        if spec.rope_sections:
+            table: Shape = ["length", spec.rotary_channels // 2]
+            tables = tuple(
+                _input(builder, name, FLOAT, table) for name in ("rotary_cos", "rotary_sin")
+            )
+        after, normed = stage(builder.op, hidden, total, past, tables)
+        _output(builder, after, "after", rows)
+        _output(builder, normed, "normed", rows)
+        names = {
+            id(part.weight): part.names for part in stage.modules() if isinstance(part, Linear)
+        }
+        places: dict[int, str] = {}
+        for weight, value in dialect.products:
+            if id(weight) not in names:
+                continue  # a router
+            if id(value) not in places:
+                places[id(value)] = value.name = f"input.{len(places)}"
+                value.shape, value.type = None, ir.TensorType(FLOAT)
+                builder.graph.outputs.append(value)
+            place = places[id(value)]
+            watched[place] = (*watched.get(place, ()), *names[id(weight)])
+
+    recipe = replace(RECIPES["fp32"], experts="plain")
+    _author("layer", path, WeightFile(weights, data_path(path), recipe, dialect=dialect), build)
+    return watched
 
 
 def author_encoder(
@@ -250,10 +293,14 @@ def _output(builder: GraphBuilder, value: Any, name: str, shape: Shape) -> None:
     builder.graph.outputs.append(value)
 
 
-def _state_inputs(builder: GraphBuilder, spec: DecoderSpec) -> list[tuple[Any, ...]]:
-    """The buffers of each layer."""
+def _state_inputs(
+    builder: GraphBuilder, spec: DecoderSpec, only: int | None = None
+) -> list[tuple[Any, ...]]:
+    """The buffers of each layer, or of one alone."""
     found: list[tuple[Any, ...]] = [()] * spec.num_hidden_layers
     for buffer in state_buffers(spec):
+        if only not in (None, buffer.layer):
+            continue
         shape: Shape = ["capacity" if size is None else size for size in buffer.shape]
         found[buffer.layer] += (_input(builder, buffer.past, FLOAT, shape),)
     return found

@@ -267,6 +267,37 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         return op.Reshape(norm(op, split), [1, -1, heads * self.spec.head_dim])
 
 
+class WatchedLayer(nn.Module):  # type: ignore[misc]
+    """One layer by itself: ``hidden (1, length, hidden_size)`` to the residual stream after it, and
+    the norm that is next. Positions begin with 0, nothing came before."""
+
+    def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
+        super().__init__("layer")
+        self.input_norm = Norm(weights, f"decoder.layers.{index}.input_norm", spec)
+        self.layer = DecoderLayer(weights, index, spec)
+        self.cos_cache = self.sin_cache = None
+        if spec.rotary_channels and not spec.rope_sections and index not in spec.conv_layers:
+            cos, sin = rotary_tables(spec, spec.has_sliding_rope(index))
+            self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
+
+    def forward(
+        self,
+        op: Any,
+        hidden: Any,
+        total_length: Any,
+        past: tuple[Any, ...],
+        tables: tuple[Any, ...] = (),
+    ) -> tuple[Any, Any]:
+        """``tables`` as of :class:`DecoderStage`."""
+        turned = tables or (self.cos_cache, self.sin_cache)
+        rotary = (*turned, op.Constant(value_ints=[0]))
+        normed, lengths = self.input_norm(op, hidden), op.Sub(total_length, 1)
+        after, following, _, _ = self.layer(
+            op, hidden, normed, lengths, total_length, rotary, past, None, None
+        )
+        return after, following
+
+
 class Norm(nn.Module):  # type: ignore[misc]
     """``size``: channels of a head, over which norms have no bias; ``hidden_size`` when not
     given."""

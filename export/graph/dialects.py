@@ -8,7 +8,7 @@ phones a few of these. No other module knows which operator a target has.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from math import pi, sqrt
 from typing import Any, TypeAlias
 
@@ -60,6 +60,24 @@ class Dialect:
         rows = op.Reshape(x, [-1, int(in_size)])
         made = op.MatMul(rows, weight) if bias is None else op.Gemm(rows, weight, bias)
         return op.Reshape(made, [1, -1, int(out_size)])
+
+
+@dataclass(frozen=True)
+class WatchingDialect(Dialect):
+    """A dialect that notes what constants are multiplied by."""
+
+    products: list[tuple[Any, Any]] = field(default_factory=list)
+    """Constant and input of each product"""
+
+    @classmethod
+    def of(cls, dialect: Dialect) -> WatchingDialect:
+        """Return the same dialect, watching."""
+        return cls(**{item.name: getattr(dialect, item.name) for item in fields(dialect)})
+
+    def product(self, op: Any, x: Any, weight: Any, bias: Any | None = None) -> Any:
+        """See :meth:`Dialect.product`."""
+        self.products.append((weight, x))
+        return super().product(op, x, weight, bias)
 
 
 def fused_attention(op: Any, query: Any, key: Any, value: Any, heads: int, head_dim: int) -> Any:

@@ -43,7 +43,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         sizes = [out_sizes] if isinstance(out_sizes, int) else list(out_sizes)
         parts = list(zip(names, sizes, strict=True))
         weight = _stacked([weights.read(f"{name}.weight", size, in_size) for name, size in parts])
-        self.in_size, self.out_size = in_size, sum(sizes)
+        self.names, self.in_size, self.out_size = tuple(names), in_size, sum(sizes)
         self.dialect = weights.dialect
         self.format = weights.recipe.format_of(names[0])
         label = ",".join(names)

@@ -70,7 +70,7 @@ Examples:
     "--calibration",
     metavar="own|scenes|FILE.jsonl",
     help="Data for an importance matrix, and for gptq, awq and smoothquant: the model's own "
-    "answers (default), drawn scenes, or a file of samples (needs torch).",
+    "answers (default), drawn scenes, or a file of samples (for the tower's layers needs torch).",
 )
 @click.option(
     "--weight-bits",

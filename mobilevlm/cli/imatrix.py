@@ -42,7 +42,7 @@ def command(
     **origin: Any,
 ) -> None:
     """Run a CHECKPOINT on calibration data and write how strong each input of the decoder's
-    matrices is; GGUF export then rounds the weights that matter better (needs torch)."""
+    matrices is; GGUF export then rounds the weights that matter better."""
     progress.enable(not quiet)
     from mobilevlm.export.gguf.imatrix_file import export_imatrix
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import Fixture
+from conftest import Fixture, fixture_named
 from numpy.typing import NDArray
 from torch import nn
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibration import activations
-from mobilevlm.export.calibration.activations import Block, watch_decoder, watch_vision
+from mobilevlm.export.calibration import decoder_layers
+from mobilevlm.export.calibration import statistics as watching
+from mobilevlm.export.calibration.activations import watch_vision
+from mobilevlm.export.calibration.decoder_layers import watch_decoder
 from mobilevlm.export.calibration.samples import Sample, find_samples, sample_pieces, scene_samples
+from mobilevlm.export.calibration.statistics import Block
+from mobilevlm.linear_groups import decoder_groups
 from mobilevlm.preparation import prepare
-from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.reference import load_reference
+from mobilevlm.runtime.engines.onnx import engine
 
 
 def everything(name: str) -> bool:
@@ -89,28 +95,53 @@ def test_only_wanted_layers_are_watched_and_no_hessian_is_kept(
 def test_weights_of_a_layer_are_gone_when_the_next_is_at_work(
     mobilevlm_v2: Fixture, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    references: list[ReferenceModel] = []
+    opened: list[weakref.ref[Any]] = []
+    folders: list[Path] = []
 
-    def load(*given: Any, **named: Any) -> ReferenceModel:
-        references.append(load_reference(*given, **named))
-        return references[-1]
+    def open_session(path: Path, threads: int) -> Any:
+        session = engine.open_session(path, threads)
+        opened.append(weakref.ref(session))
+        folders.append(path.parent)
+        return session
 
-    monkeypatch.setattr(activations, "load_reference", load)
+    monkeypatch.setattr(decoder_layers, "open_session", open_session)
     blocks: Iterator[Block] = watch_decoder(mobilevlm_v2.model, samples, everything, False)
     for _ in blocks:
-        loaded = [name for name, value in references[0].named_parameters() if not value.is_meta]
-        assert loaded == ["vision.class_embedding"]
+        assert not [session for session in opened if session() is not None]
+        assert not any(folder.exists() for folder in folders)
+    assert len(opened) == mobilevlm_v2.model.spec.decoder.num_hidden_layers
+
+
+@pytest.mark.parametrize("name", ["moe_llava_phi2", "moe_llava_qwen", "blip2", "fast_vlm"])
+def test_statistics_of_other_decoders_are_those_of_the_reference(name: str) -> None:
+    """Experts, biases, partial rotary, learned positions, heads of odd sizes."""
+    fixture = fixture_named(name)
+    samples = scene_samples(2)
+    expected = inputs_of(fixture, samples)
+    found: Block = {}
+    for block in watch_decoder(fixture.model, samples, everything, True):
+        found |= block
+    names = {name for group in decoder_groups(fixture.model.spec.decoder) for name in group.names}
+    assert set(found) == names
+    for name, statistics in found.items():
+        rows = np.concatenate(expected[name]).astype(np.float64)
+        assert statistics.count == len(rows)
+        if len(rows):
+            assert statistics.hessian is not None
+            exact = rows.T @ rows / len(rows)
+            assert np.linalg.norm(statistics.hessian - exact) <= 1e-4 * np.linalg.norm(exact)
+            assert np.allclose(statistics.maximum, np.abs(rows).max(axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_number_of_positions_is_bounded(
     mobilevlm_v2: Fixture, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "MAX_POSITIONS", 200)
+    monkeypatch.setattr(watching, "MAX_POSITIONS", 200)
     block = next(watch_decoder(mobilevlm_v2.model, samples, everything, False))
     assert next(iter(block.values())).count == len(
         np.concatenate(inputs_of(mobilevlm_v2, samples[:1])["decoder.lm_head"])
     )
-    monkeypatch.setattr(activations, "MAX_POSITIONS", 1)
+    monkeypatch.setattr(watching, "MAX_POSITIONS", 1)
     block = next(watch_vision(mobilevlm_v2.model, samples, everything, False))
     assert (
         next(iter(block.values())).count
@@ -121,7 +152,7 @@ def test_the_number_of_positions_is_bounded(
 def test_text_alone_says_nothing_about_the_tower(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
     path = tmp_path / "text.jsonl"
     path.write_text(json.dumps({"prompt": "Hello"}))
-    found = find_samples(str(path))
+    found = find_samples(str(path), mobilevlm_v2.model)
     with pytest.raises(MobileVLMError, match="no sample has a picture"):
         next(watch_vision(mobilevlm_v2.model, found, everything, False))
     assert next(watch_decoder(mobilevlm_v2.model, found, everything, False))

@@ -21,7 +21,7 @@ from mobilevlm.console.progress import ignore
 from mobilevlm.conversation import official_ids
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, ImageError, MobileVLMError, PromptError
-from mobilevlm.export.calibration import activations
+from mobilevlm.export.calibration import statistics
 from mobilevlm.export.calibration.samples import (
     NUM_SCENES,
     Sample,
@@ -128,7 +128,7 @@ def test_groups_change_nothing(llava_v1: Fixture, monkeypatch: pytest.MonkeyPatc
         Sample("<image> or <image>?", "The first.", (llava_v1.image, Image.new("RGB", (40, 60)))),
     ]
     together = collect(model, samples, "x", ignore)
-    monkeypatch.setattr(activations, "MAX_POSITIONS", 1)
+    monkeypatch.setattr(statistics, "MAX_POSITIONS", 1)
     alone = collect(model, samples, "x", ignore)
     parts = [collect(model, [sample], "x", ignore) for sample in samples]
     assert together.chunk_count == 3
@@ -378,7 +378,7 @@ def test_what_is_no_importance_matrix_is_refused(
         (["--format", "onnx", "--calibration", "scenes"], "add --format gguf or all"),
         (["--imatrix", "i.gguf", "--calibration", "scenes"], "leave one of them out"),
         (["--gguf-type", "q8_0", "--imatrix", "i.gguf"], "q8_0 does not use an importance matrix"),
-        (["--calibration", "pictures"], "no such file: expected 'scenes' or a .jsonl file"),
+        (["--calibration", "pictures"], "no such file: expected 'own', 'scenes' or a .jsonl file"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(

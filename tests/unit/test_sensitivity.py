@@ -11,7 +11,7 @@ import torch
 from conftest import Fixture
 from numpy.typing import NDArray
 
-from mobilevlm.export.calibration import activations
+from mobilevlm.export.calibration import statistics
 from mobilevlm.export.calibration.samples import Sample, sample_pieces, scene_samples
 from mobilevlm.export.quality import sensitivity
 from mobilevlm.export.quality.metrics import compare_logits
@@ -154,5 +154,5 @@ def test_samples_beyond_the_limits_are_left_out(
     found = Probe(mobilevlm_v2.model, SAMPLES[3:])
     assert (found.num_samples, found.num_positions) == (1, alone[0])
     monkeypatch.setattr(sensitivity, "MAX_LOGITS", 1 << 26)
-    monkeypatch.setattr(activations, "MAX_POSITIONS", 1)
+    monkeypatch.setattr(statistics, "MAX_POSITIONS", 1)
     assert Probe(mobilevlm_v2.model, SAMPLES[3:]).num_samples == 1

@@ -1,0 +1,146 @@
+"""What the inputs of the decoder's linear layers look like on calibration data, in ONNX Runtime.
+
+All samples pass the float32 graph of one layer before the next is written: memory holds one layer,
+its statistics, and the states between two layers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mobilevlm.console import progress
+from mobilevlm.export.calibration.samples import Sample, sample_embeds
+from mobilevlm.export.calibration.statistics import (
+    Block,
+    Sums,
+    Wanted,
+    check_decoder_only,
+    finished,
+    sample_groups,
+)
+from mobilevlm.export.graph.author import author_vision, author_watched_layer
+from mobilevlm.export.quantize.blocks import Float32
+from mobilevlm.export.quantize.rotation import Rotation
+from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.model import Model
+from mobilevlm.plan import Plan
+from mobilevlm.rotary import rotary_at
+from mobilevlm.runtime.engines.onnx.engine import OnnxVision, open_session
+from mobilevlm.state_buffers import state_buffers
+
+HEAD = "decoder.lm_head"
+
+
+def watch_decoder(
+    model: Model,
+    samples: Sequence[Sample],
+    wanted: Wanted,
+    hessian: bool,
+    stream: Rotation | None = None,
+) -> Iterator[Block]:
+    """Statistics of the inputs of the decoder's linear layers and its head, in the order of use.
+    Arguments as of :func:`mobilevlm.export.calibration.activations.watch_vision`; ``stream``:
+    rotation that the model's weights are for.
+
+    Raises:
+        PromptError: a sample does not fit into the context.
+        ImageError: an image cannot be read.
+        MobileVLMError: the decoder has an encoder; an activation is infinite or no number.
+    """
+    spec = model.spec.decoder
+    check_decoder_only(model.spec, "calibration")
+    used = next(sample_groups(model, samples))
+    if len(used) < len(samples):
+        progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
+    states = _embedded(model, used)
+    if stream is not None:
+        states = [stream.of_inputs(rows) for rows in states]
+    if spec.learned_positions:
+        sizes = (spec.context_length, spec.hidden_size)
+        table = model.weights.read("decoder.position_embedding.weight", sizes)
+        states = [rows + table[: rows.shape[1]] for rows in states]
+    head = Sums(hessian)
+    for index in range(spec.num_hidden_layers):
+        last = index == spec.num_hidden_layers - 1
+        block = _watch_layer(model, index, states, wanted, hessian, head if last else None)
+        if block:
+            yield block
+    if wanted(HEAD):
+        yield finished({HEAD: head})
+
+
+def _watch_layer(
+    model: Model,
+    index: int,
+    states: list[Float32],
+    wanted: Wanted,
+    hessian: bool,
+    head: Sums | None,
+) -> Block:
+    """Run a layer on all samples, whose states are replaced, and watch its linear layers. ``head``
+    adds up the norm behind it."""
+    spec = model.spec.decoder
+    past = [buffer for buffer in state_buffers(spec) if buffer.layer == index]
+    with tempfile.TemporaryDirectory(prefix="mobilevlm-") as folder:
+        path = Path(folder) / "layer.onnx"
+        watched = author_watched_layer(model.weights, spec, index, path)
+        names = {
+            output: found
+            for output, readers in watched.items()
+            if (found := [reader for reader in readers if wanted(reader)])
+        }
+        sums = {output: Sums(hessian) for output in names}
+        session = open_session(path, Plan().threads_of("decoder"))
+        outputs = ["after", *(["normed"] if head is not None else []), *names]
+        for place, hidden in enumerate(states):
+            length = hidden.shape[1]
+            inputs: dict[str, NDArray[Any]] = {
+                "hidden": hidden,
+                "total_length": np.array([length], np.int32),
+                **{buffer.past: np.zeros(buffer.sized(length), np.float32) for buffer in past},
+            }
+            if spec.rope_sections:
+                positions = np.tile(np.arange(length), (spec.position_axes, 1))
+                inputs["rotary_cos"], inputs["rotary_sin"] = rotary_at(spec, positions)
+            known = {item.name for item in session.get_inputs()}
+            inputs = {name: array for name, array in inputs.items() if name in known}
+            made = dict(zip(outputs, session.run(outputs, inputs), strict=True))
+            states[place] = made["after"]
+            if head is not None:
+                head.add(made["normed"])
+            for output, item in sums.items():
+                item.add(made[output])
+    return finished({name: sums[output] for output, readers in names.items() for name in readers})
+
+
+def _embedded(model: Model, samples: Sequence[Sample]) -> list[Float32]:
+    """Return what the decoder is given of each sample ``(1, length, hidden_size)``."""
+    spec = model.spec.decoder
+    table = model.weights.read("decoder.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
+
+    def embed(ids: list[int]) -> Float32:
+        rows: Float32 = table[ids]
+        return rows if spec.embed_scale == 1 else rows * np.float32(spec.embed_scale)
+
+    with _vision(model) as vision:
+        return [sample_embeds(model, sample, vision, embed)[None] for sample in samples]
+
+
+@contextmanager
+def _vision(model: Model) -> Iterator[OnnxVision]:
+    """The vision stage in float32, written and opened when it is first used."""
+    with tempfile.TemporaryDirectory(prefix="mobilevlm-") as folder:
+        path = Path(folder) / "vision.onnx"
+        author_vision(model.weights, model.spec, RECIPES["fp32"], path)
+        vision = OnnxVision(path, Plan().threads_of("vision"), compact=True, spec=model.spec)
+        try:
+            yield vision
+        finally:
+            vision.close()

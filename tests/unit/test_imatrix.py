@@ -212,7 +212,7 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: object, message: str) -> No
 def test_a_file_without_samples_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MobileVLMError, match="no samples in it"):
         read_samples(written(tmp_path, "", " "))
-    with pytest.raises(MobileVLMError, match="no such file: expected 'scenes' or a"):
+    with pytest.raises(MobileVLMError, match="no such file: expected 'own', 'scenes' or a"):
         read_samples(tmp_path / "none.jsonl")
     (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(MobileVLMError, match="not a JSONL file in UTF-8"):

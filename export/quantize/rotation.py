@@ -53,14 +53,9 @@ class Rotation:
     def of_outputs(self, array: Float32, *, back: bool = False) -> Float32:
         """Return ``array (vectors · size, …)`` with each vector along the first axis rotated.
         ``back``: by the inverse."""
-        left, right = (self.left, self.right) if back else (self.left.T, self.right.T)
-        vectors, signs = len(array) // self.size, self.signs[:, None]
-        rows = array.reshape(vectors, self.size, -1)
-        rows = rows if back else rows * signs
-        parts = np.matmul(right, rows.reshape(vectors * len(left), len(right), -1))
-        parts = np.matmul(left, parts.reshape(vectors, len(left), -1))
-        turned: Float32 = parts.reshape(vectors, self.size, -1)
-        return (turned * signs if back else turned).reshape(array.shape)
+        columns = np.ascontiguousarray(array.reshape(len(array), -1).T)
+        turned = self.of_inputs(columns, back=back)
+        return np.ascontiguousarray(turned.T).reshape(array.shape)
 
 
 @cache

@@ -68,21 +68,6 @@ class _Line:
     images: tuple[str, ...] = ()
 
 
-def find_samples(name: str, model: Model) -> list[Sample]:
-    """Return calibration samples: ``own`` answers of the model, ``scenes``, or the content of a
-    JSONL file.
-
-    Raises:
-        MobileVLMError: no such file, or a line of it is wrong.
-        ImageError: an image file is missing.
-    """
-    if name == OWN:
-        from mobilevlm.export.calibration.own import own_samples  # brings graphs and engines
-
-        return own_samples(model)
-    return scene_samples() if name == SCENES else read_samples(Path(name))
-
-
 def measuring_samples(name: str) -> list[Sample]:
     """What to measure on: for ``scenes`` others than those that calibrate, else the JSONL file.
 

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from mobilevlm.bundle import Bundle
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibration.samples import Sample, find_samples, sample_embeds
+from mobilevlm.export.calibration.data import find_samples
+from mobilevlm.export.calibration.samples import Sample, sample_embeds
 from mobilevlm.model import Model
 from mobilevlm.plan import Plan
 from mobilevlm.prompt import Rows

@@ -8,7 +8,8 @@ from pathlib import Path
 from mobilevlm.console import progress
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import require
-from mobilevlm.export.calibration.samples import find_samples, samples_digest
+from mobilevlm.export.calibration.data import find_samples
+from mobilevlm.export.calibration.samples import samples_digest
 from mobilevlm.export.formats import (
     EMBEDDINGS,
     IMAGE,

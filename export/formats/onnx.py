@@ -12,7 +12,8 @@ from typing import Any
 from mobilevlm.bundle import StageName
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import require
-from mobilevlm.export.calibration.samples import Sample, find_samples, samples_digest
+from mobilevlm.export.calibration.data import find_samples
+from mobilevlm.export.calibration.samples import Sample, samples_digest
 from mobilevlm.export.calibration.stages import calibrate, calibration_key, check_torch
 from mobilevlm.export.formats import (
     EMBEDDINGS,

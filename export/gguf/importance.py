@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibration.samples import find_samples
+from mobilevlm.export.calibration.data import find_samples
 from mobilevlm.export.calibration.stages import calibration_key
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
 from mobilevlm.export.gguf.tensors import WEIGHABLE

@@ -12,7 +12,8 @@ from typing import Literal
 
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, require
-from mobilevlm.export.calibration.samples import find_samples, measuring_samples
+from mobilevlm.export.calibration.data import find_samples
+from mobilevlm.export.calibration.samples import measuring_samples
 from mobilevlm.export.recipes.file import find_recipe, recipe_text
 from mobilevlm.export.recipes.layer_formats import expand_layers
 from mobilevlm.export.search.search import Data, Found, Goal, candidates, search

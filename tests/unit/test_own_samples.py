@@ -11,11 +11,11 @@ import pytest
 from conftest import Fixture, fixture_named
 
 from mobilevlm.export.calibration import own, talking
+from mobilevlm.export.calibration.data import find_samples
 from mobilevlm.export.calibration.own import answered, own_samples
 from mobilevlm.export.calibration.prompts import IMAGES, TEXTS
 from mobilevlm.export.calibration.samples import (
     Sample,
-    find_samples,
     sample_pieces,
     samples_digest,
     scene_samples,

@@ -19,8 +19,8 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration import decoder_layers
 from mobilevlm.export.calibration import statistics as watching
 from mobilevlm.export.calibration.activations import watch_vision
-from mobilevlm.export.calibration.decoder_layers import watch_decoder
 from mobilevlm.export.calibration.data import find_samples
+from mobilevlm.export.calibration.decoder_layers import watch_decoder
 from mobilevlm.export.calibration.samples import Sample, sample_pieces, scene_samples
 from mobilevlm.export.calibration.statistics import Block
 from mobilevlm.linear_groups import decoder_groups

@@ -70,7 +70,10 @@ def test_json_lines_are_the_pieces_and_the_answer_of_each_prompt() -> None:
 def test_an_answer_by_a_schema_is_json(tmp_path: Path) -> None:
     pytest.importorskip("llguidance", reason="pip install '.[structured]'")
     schema = tmp_path / "schema.json"
-    shape = {"type": "object", "properties": {"shape": {"enum": ["circle", "square"]}}}
+    shape: dict[str, Any] = {
+        "type": "object",
+        "properties": {"shape": {"enum": ["circle", "square"]}},
+    }
     shape |= {"required": ["shape"], "additionalProperties": False}
     schema.write_text(json.dumps(shape))
     done = run_program("run", "nano", "-p", "What is it?", "--json-schema", schema)

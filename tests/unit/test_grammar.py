@@ -105,7 +105,8 @@ def fulfils(value: Any, schema: dict[str, Any]) -> bool:
 
 
 def test_the_check_of_answers_refuses_what_is_outside_a_schema() -> None:
-    schema = {"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 3}}
+    items = {"type": "integer", "minimum": 1, "maximum": 3}
+    schema: dict[str, Any] = {"type": "array", "items": items}
     schema |= {"minItems": 1, "maxItems": 2}
     assert fulfils([1, 3], schema)
     assert not any(fulfils(value, schema) for value in ([], [4], [1, 1, 1], [True], ["1"], 1))

@@ -4,6 +4,7 @@ counts."""
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 from conftest import fixture_named
@@ -23,7 +24,7 @@ OWN = 16
 """Tokens that a question is answered in."""
 
 
-def model_of(**decoder: int) -> Model:
+def model_of(**decoder: Any) -> Model:
     model = fixture_named("llava_v1").model
     changed = dataclasses.replace(model.spec.decoder, **decoder)
     return dataclasses.replace(model, spec=dataclasses.replace(model.spec, decoder=changed))

@@ -8,13 +8,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
-import real_model
 from numpy.typing import NDArray
 from real import text
 from real.candidates import Candidate, Wanted, make, parse, parse_all
 from real.checkpoint import dithered
 from real.quality import Answer, Reference, answer_match, compare, opened, window_logits
-from real.report import Result, Row, draw, frontier, read, table, write
+from real.report import LEGEND, Result, Row, draw, frontier, read, table, write
 from real.text import STARTS, WINDOW, Windows, cut_windows
 from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -150,7 +149,7 @@ def test_the_table_fits_80_columns_and_begins_with_the_best(
     assert lines[-1].split()[1:] == [
         "1.098", "0.0982", "0.900", "0.50", "103.7", "103.7", "10.0", "200",
     ]  # fmt: skip
-    assert max(map(len, real_model.LEGEND.splitlines())) <= 80
+    assert max(map(len, LEGEND.splitlines())) <= 80
 
 
 def test_a_result_is_read_as_it_was_written_and_drawn(tmp_path: Path) -> None:

@@ -51,7 +51,8 @@ class Elsewhere(BaseHTTPRequestHandler):
         if kind.isdigit() and int(kind):
             self._moved(f"/{int(kind) - 1}")
         elif kind == "inside":
-            self._moved(f"http://127.0.0.2:{self.server.server_address[1]}/0")
+            assert isinstance(self.server, ThreadingHTTPServer)
+            self._moved(f"http://127.0.0.2:{self.server.server_port}/0")
         elif kind == "file":
             self._moved("file:///etc/passwd")
         elif kind == "0":

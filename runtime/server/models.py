@@ -42,6 +42,8 @@ class Loading:
 class _Entry:
     path: Path
     vlm: VLM | None = None
+    loading: asyncio.Task[None] | None = None
+    """It goes on when the requests that wait for it are gone: a thread cannot be stopped"""
     users: int = 0
     """Requests that have it now"""
     taken: float = 0.0
@@ -59,7 +61,9 @@ def named_models(bundles: Sequence[str]) -> dict[str, Path]:
         name, equals, place = given.partition("=")
         path = Path(place if equals else given)
         name = name if equals else path.resolve().name.removesuffix(".gguf")
-        if not name or name in found:
+        if not name or (equals and not place):
+            raise MobileVLMError(f"{given}: expected NAME=BUNDLE, with a name and a bundle")
+        if name in found:
             raise MobileVLMError(f"{given}: another model is called {name!r}: say NAME={path}")
         found[name] = path
     return found
@@ -119,13 +123,14 @@ class Models:
             MobileVLMError: it cannot be loaded.
         """
         entry = self._entries[name]
-        if entry.vlm is None or self._is_waiting:
+        if self._is_waiting:
             async with self._lock:
-                if entry.vlm is None:
-                    await self._load(entry)
-                entry.users += 1
-        else:
-            entry.users += 1
+                pass
+        while entry.vlm is None:
+            if entry.loading is None:
+                entry.loading = asyncio.create_task(self._load(entry))
+            await asyncio.shield(entry.loading)
+        entry.users += 1
         self._entries[name] = self._entries.pop(name)
         assert entry.vlm is not None
         try:
@@ -137,11 +142,21 @@ class Models:
 
     async def close(self) -> None:
         """Free all models."""
+        await asyncio.shield(asyncio.create_task(self._close_all()))
+
+    async def _close_all(self) -> None:
         async with self._lock:
             for entry in self._entries.values():
                 await self._close(entry)
 
     async def _load(self, entry: _Entry) -> None:
+        try:
+            async with self._lock:
+                await self._load_locked(entry)
+        finally:
+            entry.loading = None
+
+    async def _load_locked(self, entry: _Entry) -> None:
         while True:
             others = [item for item in self._entries.values() if item.vlm is not None]
             beside = sum(item.taken for item in others)

@@ -38,7 +38,12 @@ def serve(settings: Settings, models: Models, ready: Callable[[str], None]) -> N
         timeout_graceful_shutdown=settings.drain_seconds,
     )
     server = uvicorn.Server(config)
-    before = signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn passes it on when it is done
+
+    def stop(*_: object) -> None:
+        server.should_exit = True
+
+    # While the model is loaded; uvicorn takes it over, and passes it on when it is done.
+    before = signal.signal(signal.SIGTERM, stop)
     try:
         asyncio.run(_run(server, listener, models, lambda: ready(_address(listener))))
     finally:
@@ -51,6 +56,9 @@ async def _run(
 ) -> None:
     async with models.use(models.names[0]):  # errors of loading come before the first request
         pass
+    if server.should_exit:
+        await models.close()
+        return
     ready()
     await server.serve(sockets=[listener])
 

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,22 +18,26 @@ from typing import Any
 
 import pytest
 
-for _name in ("starlette", "prometheus_client"):
+for _name in ("starlette", "uvicorn", "prometheus_client"):
     pytest.importorskip(_name, reason=f"{_name} is not installed: pip install '.[dev]'")
 
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.builtin_bundle import bundle_path
+from mobilevlm.runtime.loading import load
 from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.server import app, download
+from mobilevlm.runtime.server import models as models_module
 from mobilevlm.runtime.server.answers import new_shape
 from mobilevlm.runtime.server.errors import ApiError
 from mobilevlm.runtime.server.guard import Bodies
 from mobilevlm.runtime.server.models import Loading, Models, named_models
+from mobilevlm.runtime.server.serving import serve
 from mobilevlm.runtime.server.settings import Settings
 from mobilevlm.runtime.server.streams import EventStream, Job
 from mobilevlm.runtime.server.turns import Piece
+from mobilevlm.runtime.vlm import VLM
 
 # Downloads.
 
@@ -207,9 +213,12 @@ def test_models_are_named_after_their_folders_or_as_a_person_says() -> None:
         "x": Path("c/d"),
         "e": Path("e.gguf"),
     }
-    for given in (["a/b", "c/b"], ["=a"], ["x=a", "x=b"]):
+    for given in (["a/b", "c/b"], ["x=a", "x=b"]):
         with pytest.raises(MobileVLMError, match="say NAME="):
             named_models(given)
+    for wrong in ("=a", "x=", "="):
+        with pytest.raises(MobileVLMError, match=f"{wrong}: expected NAME=BUNDLE"):
+            named_models([wrong])
 
 
 def one_model_limit() -> float:
@@ -265,6 +274,86 @@ def test_a_model_is_closed_for_another_one_when_nobody_uses_it() -> None:
         assert order == ["a", "b", "a"]
 
     asyncio.run(use())
+
+
+def test_a_model_whose_client_goes_away_while_it_is_loaded_is_loaded_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun: list[Path] = []
+    goes_on = threading.Event()
+
+    def slow_load(path: Path, **keywords: Any) -> VLM:
+        begun.append(path)
+        goes_on.wait(30)
+        return load(path, **keywords)
+
+    monkeypatch.setattr(models_module, "load", slow_load)
+
+    async def ask(models: Models) -> VLM:
+        async with models.use("a") as vlm:
+            return vlm
+
+    async def use() -> None:
+        async with two_models(None) as models:
+            for _ in range(3):
+                gone = asyncio.create_task(ask(models))
+                async with asyncio.timeout(30):
+                    while not begun:
+                        await asyncio.sleep(0.01)
+                await asyncio.sleep(0.05)
+                gone.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await gone
+            goes_on.set()
+            assert await ask(models) is models.loaded["a"]
+            assert len(begun) == 1
+
+    asyncio.run(use())
+
+
+def test_a_model_that_was_loaded_for_nobody_counts_and_is_closed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow_load(path: Path, **keywords: Any) -> VLM:
+        begun.set()
+        goes_on.wait(30)
+        return load(path, **keywords)
+
+    monkeypatch.setattr(models_module, "load", slow_load)
+
+    async def ask(models: Models) -> None:
+        async with models.use("a"):
+            pass
+
+    async def use() -> None:
+        async with two_models(one_model_limit()) as models:
+            gone = asyncio.create_task(ask(models))
+            await asyncio.to_thread(begun.wait, 30)
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+            goes_on.set()
+            async with models.use("b") as vlm:  # no room beside "a"
+                assert models.loaded == {"b": vlm}
+
+    asyncio.run(use())
+
+
+def test_sigterm_while_a_model_is_loaded_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_and_stop(path: Path, **keywords: Any) -> VLM:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return load(path, **keywords)
+
+    def ready(_: str) -> None:
+        raise AssertionError("the server began to serve")
+
+    monkeypatch.setattr(models_module, "load", load_and_stop)
+    models = Models({"nano": Path("nano")}, Loading(threads=1, plan="none"))
+    before = signal.getsignal(signal.SIGTERM)
+    serve(Settings(port=0), models, ready)
+    assert models.loaded == {} and signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_model_larger_than_the_limit_is_refused() -> None:

@@ -7,7 +7,6 @@ sample, so this needs no more memory than the export itself.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -34,6 +33,7 @@ from mobilevlm.export.quality.metrics import (
     VectorFigures,
     compare_logits,
     compare_vectors,
+    exponential,
     greedy_figures,
     greedy_match,
     joined,
@@ -155,7 +155,8 @@ def _unexpected(found: Sequence[SampleFigures]) -> str:
     texts = [item.text for item in found if item.text is not None]
     if not texts:
         return ""
-    perplexity = math.exp(sum(item.exact for item in texts) / sum(item.tokens for item in texts))
+    tokens = sum(item.tokens for item in texts)
+    perplexity = exponential(sum(item.exact for item in texts) / tokens)
     if perplexity <= EXPECTED:
         return ""
     return f"plain English has a perplexity of {perplexity:.0f} in this model: judged on images"

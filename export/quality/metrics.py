@@ -133,10 +133,16 @@ def perplexity_figures(parts: Sequence[TextFigures]) -> dict[str, float]:
     found, exact = sum(part.found for part in parts), sum(part.exact for part in parts)
     return _rounded(
         {
-            "perplexity": math.exp(found / tokens),
-            "perplexity_ratio": math.exp((found - exact) / tokens),
+            "perplexity": exponential(found / tokens),
+            "perplexity_ratio": exponential((found - exact) / tokens),
         }
     )
+
+
+def exponential(nats: float) -> float:
+    """Return ``e`` to this power; infinity where that is no float64, which no limit allows."""
+    with np.errstate(over="ignore"):
+        return float(np.exp(nats))
 
 
 def greedy_figures(matches: Sequence[float]) -> dict[str, float]:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import RANDOM_WEIGHTS, fixture_named, refusal
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.errors import PrecisionWarning
+from mobilevlm.checkpoint import Rescaling
+from mobilevlm.errors import PrecisionWarning, QualityError
+from mobilevlm.export.formats import Job
+from mobilevlm.export.settled import Settled, settle_model
+from mobilevlm.model import Model
+from mobilevlm.recipe import Recipe
 from mobilevlm.runtime.engines.onnx import engine as onnx
 
 Capture = pytest.CaptureFixture[str]
@@ -54,6 +62,26 @@ def test_a_limit_on_the_command_line_fails_an_export_that_misses_it(
     pytest.importorskip("torch")
     message = export(capsys, tmp_path, "--limit", "vision_relative_error=0.0001", code=1)
     assert "vision relative_error is 0.0" in message and "the limit is 0.0001" in message
+
+
+def test_a_head_of_a_thousand_times_its_size_misses_the_limits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its text has thousands of nats per token, whose exponential no float holds."""
+    pytest.importorskip("torch")
+    monkeypatch.setattr("mobilevlm.export.quality.measure.EXPECTED", math.inf)
+
+    def with_a_broken_head(said: Settled, model: Model) -> tuple[Model, Recipe, list[Job]]:
+        changes = {"decoder.lm_head.weight": Rescaling(columns=np.array([1e3], np.float32))}
+        broken = dataclasses.replace(model, weights=model.weights.changed(changes))
+        return model, *settle_model(said, broken)[1:]
+
+    monkeypatch.setattr("mobilevlm.export.pipeline.settle_model", with_a_broken_head)
+    with pytest.raises(QualityError, match="perplexity_ratio is inf, the limit"):
+        mobilevlm.export(
+            FIXTURE.checkpoint, tmp_path / "bundle", recipe="int8", vision_tower=FIXTURE.tower
+        )
+    assert not (tmp_path / "bundle").exists()
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,12 @@ def test_perplexity_ratio_is_over_all_tokens() -> None:
     assert perplexity_figures(parts)["perplexity"] == pytest.approx(math.exp(6.5 / 4), rel=1e-3)
 
 
+def test_a_text_beyond_what_a_float_holds_is_infinitely_unlikely() -> None:
+    """Over 709 nats per token, as a head with broken scales makes them."""
+    found = perplexity_figures([TextFigures(8000.0, 30.0, 10)])
+    assert found == {"perplexity": math.inf, "perplexity_ratio": math.inf}
+
+
 def test_text_is_judged_by_the_probabilities_of_its_tokens() -> None:
     exact = np.log(np.array([[0.5, 0.5], [0.25, 0.75]], np.float32))
     found = np.log(np.array([[0.1, 0.9], [0.25, 0.75]], np.float32))

@@ -155,7 +155,7 @@ def _read_part(
 ) -> dict[str, Any]:
     """Return a part as templates read it; the image that it brings is appended to ``sources``."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind in _UNREAD:
+    if isinstance(kind, str) and kind in _UNREAD:
         raise PromptError(f"{place}: this model reads text and images, no {_UNREAD[kind]}")
     if kind == "text":
         _check_keys(place, part, ("text",))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import suppress
 from typing import Unpack
 
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.messages import Message
 from mobilevlm.runtime.answer.generation import Generation, TextStream
 from mobilevlm.runtime.answer.options import AnswerOptions, shows_options
@@ -15,12 +18,14 @@ from mobilevlm.runtime.vlm import VLM
 
 class AsyncTextStream(AsyncIterator[str]):
     """Pieces of an answer as they are made; as :class:`TextStream`. A task that is cancelled while
-    it waits for a piece cancels the answer."""
+    it waits for a piece cancels the answer, and waits for the token that is being made."""
 
     def __init__(self, open_stream: Callable[[], TextStream]) -> None:
         self._open = open_stream
         self._stream: TextStream | None = None
         self._closed = False
+        self._turn = threading.Lock()
+        """Held by the thread that is at a piece"""
 
     async def __anext__(self) -> str:
         """Return the next piece.
@@ -32,6 +37,7 @@ class AsyncTextStream(AsyncIterator[str]):
             piece = await asyncio.to_thread(self._next)
         except asyncio.CancelledError:
             self.cancel()
+            await asyncio.shield(asyncio.to_thread(self._end))
             raise
         if piece is None:
             raise StopAsyncIteration
@@ -57,11 +63,22 @@ class AsyncTextStream(AsyncIterator[str]):
     async def aclose(self) -> None:
         """Stop the work, and wait for the token that is being made."""
         self.cancel()
-        if self._stream is not None:
-            await asyncio.to_thread(self._stream.close)
+        await asyncio.to_thread(self._close)
 
     def _next(self) -> str | None:
-        return next(self._opened(), None)
+        with self._turn:
+            return next(self._opened(), None)
+
+    def _end(self) -> None:
+        """Read a cancelled answer to its end, which leaves its session."""
+        with self._turn, suppress(MobileVLMError):
+            if self._stream is not None:
+                self._stream.finish()
+
+    def _close(self) -> None:
+        with self._turn:
+            if self._stream is not None:
+                self._stream.close()
 
     def _opened(self) -> TextStream:
         if self._stream is None:

@@ -6,12 +6,11 @@ is chosen. Where the likeliest token is allowed, and tokens are chosen greedily,
 
 from __future__ import annotations
 
-import difflib
 import json
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,6 +19,7 @@ from tokenizers import Tokenizer
 
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import FileWarning, GrammarError, MissingExtraError, require
+from mobilevlm.runtime.answer.keywords import about_unknown, unknown_keywords
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.tokenizers.json_file import encode, foreign
 from mobilevlm.tokenizers.pieces import AnswerBytes
@@ -30,22 +30,6 @@ KEPT = 8
 """Compiled grammars that are kept for later answers."""
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """Of JSON, as Python writes it: a small model does not lose itself in spaces."""
-KEYWORDS = frozenset((
-    "$anchor", "$comment", "$defs", "$id", "$ref", "$schema", "additionalItems",
-    "additionalProperties", "allOf", "anyOf", "const", "contains", "contentEncoding",
-    "contentMediaType", "contentSchema", "default", "definitions", "dependencies",
-    "dependentRequired", "dependentSchemas", "deprecated", "description", "else", "enum",
-    "examples", "exclusiveMaximum", "exclusiveMinimum", "format", "if", "items", "maxContains",
-    "maxItems", "maxLength", "maxProperties", "maximum", "minContains", "minItems", "minLength",
-    "minProperties", "minimum", "multipleOf", "not", "oneOf", "pattern", "patternProperties",
-    "prefixItems", "properties", "propertyNames", "readOnly", "required", "then", "title", "type",
-    "unevaluatedItems", "unevaluatedProperties", "uniqueItems", "writeOnly",
-))  # fmt: skip
-"""Of JSON Schema."""
-_NAMED = ("$defs", "definitions", "dependentSchemas", "patternProperties", "properties")
-"""Keywords whose value has schemas under names of its own."""
-_DATA = ("const", "default", "enum", "examples", "required", "dependentRequired")
-"""Keywords whose value is no schema."""
 JSON_CHARACTERS = '{}[]":,-.0123456789aeflnrstu\\'
 """That JSON needs whatever it says."""
 _NEVER = np.float32(-np.inf)
@@ -131,7 +115,8 @@ class GuideMaker:
             GrammarError: no schema, one that nothing fulfils, or one with what cannot be checked
                 while an answer is made.
         """
-        text = _schema_text(schema)
+        data = _schema_data(schema)
+        text, unknown = _schema_text(data), unknown_keywords(data)
         for character in JSON_CHARACTERS:
             if character.encode() not in self._words.single:
                 raise GrammarError(
@@ -140,7 +125,7 @@ class GuideMaker:
                 )
         with foreign("json_schema", GrammarError):
             grammar = self._library.LLMatcher.grammar_from_json_schema(text, overrides=SEPARATORS)
-        return self._guide("json_schema", grammar)
+        return self._guide("json_schema", grammar, unknown)
 
     def grammar(self, text: object) -> Guide:
         """Return a guide to a grammar of Lark's notation, or of llama.cpp's (GBNF).
@@ -161,11 +146,16 @@ class GuideMaker:
             grammar = self._library.LLMatcher.grammar_from_lark(text)
         return self._guide("grammar", grammar)
 
-    def _guide(self, name: str, grammar: str) -> Guide:
+    def _guide(self, name: str, grammar: str, unknown: Sequence[str] = ()) -> Guide:
         with self._lock:
             known = self._compiled.get(grammar)
             if known is None:
-                known = self._compiled[grammar] = self._compile(name, grammar)
+                known = self._compile(name, grammar)
+                if unknown:
+                    told = f"{name}: {about_unknown(unknown)}"
+                    # Without a registry: Python's keeps each text for ever.
+                    warnings.warn_explicit(told, FileWarning, f"<{name}>", 1)
+                self._compiled[grammar] = known
                 while len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(grammar)
@@ -223,8 +213,8 @@ class _Vocabulary:
         return greedy
 
 
-def _schema_text(schema: object) -> str:
-    """Return a JSON schema as text."""
+def _schema_data(schema: object) -> dict[str, Any]:
+    """Return a JSON schema as an object."""
     if isinstance(schema, str):
         _check_length("json_schema", schema)
         try:
@@ -234,40 +224,19 @@ def _schema_text(schema: object) -> str:
     if isinstance(schema, bool):
         if not schema:
             raise GrammarError("json_schema is false: nothing fulfils it")
-        return "{}"
+        return {}
     if not isinstance(schema, dict):
         raise GrammarError(f"json_schema is {type(schema).__name__}, expected an object")
+    return schema
+
+
+def _schema_text(schema: dict[str, Any]) -> str:
     try:
         text = json.dumps(schema)
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"json_schema is no JSON ({shown(error)})") from None
     _check_length("json_schema", text)
-    _warn_of_unknown(schema)
     return text
-
-
-def _warn_of_unknown(schema: object) -> None:
-    """Warn of keys that JSON Schema does not have, which are not kept."""
-    if isinstance(schema, list):
-        for one in schema:
-            _warn_of_unknown(one)
-    if not isinstance(schema, dict):
-        return
-    for key, value in schema.items():
-        if key not in KEYWORDS and not key.startswith("x-"):
-            near = difflib.get_close_matches(key, KEYWORDS, n=1, cutoff=0.8)
-            hint = f": is {near[0]!r} meant?" if near else ""
-            warnings.warn(
-                f"json_schema: {shown(key, 60)!r} is no keyword of JSON Schema and is not "
-                f"kept{hint}",
-                FileWarning,
-                stacklevel=2,
-            )
-        elif key in _NAMED and isinstance(value, dict):
-            for named in value.values():
-                _warn_of_unknown(named)
-        elif key not in _DATA:
-            _warn_of_unknown(value)
 
 
 def _check_length(name: str, text: str) -> None:

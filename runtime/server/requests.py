@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mobilevlm.messages import Message
+from mobilevlm.runtime.answer.keywords import about_unknown, unknown_keywords
 from mobilevlm.runtime.server.errors import ApiError, refuse
 from mobilevlm.runtime.server.fields import CHAT, COMPLETION, read_fields
 from mobilevlm.runtime.server.images import ImageRef, take_images
@@ -86,6 +87,8 @@ def _format(found: dict[str, Any]) -> dict[str, Any]:
     if (kind == "json_schema") != (given is not None):
         raise refuse("response_format", "a json_schema goes with type json_schema, and needs it")
     if given is not None:
+        if unknown := unknown_keywords(given["schema"]):
+            raise refuse("response_format", about_unknown(unknown))
         return {"json_schema": given["schema"]}
     return {"json_schema": {"type": "object"}} if kind == "json_object" else {}
 

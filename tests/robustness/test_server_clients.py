@@ -94,6 +94,11 @@ def test_a_body_that_is_wrong_is_refused_by_name(server: Server, body: bytes, to
             {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "thing"}}},
             "thing",
         ),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "a", "schema": {"minimun": 1}}},
+            "'minimun' (is 'minimum' meant?) is no keyword of JSON Schema",
+        ),
         ("top_logprobs", 3, "top_logprobs: it goes with logprobs: true only"),
         ("model", 3, "model: expected a string"),
     ],

@@ -69,6 +69,36 @@ def test_an_awaited_answer_can_be_ended(way: str, vlm: VLM) -> None:
     assert time.perf_counter() - start < 20
 
 
+@pytest.mark.parametrize("wait", [0.0, 0.05, 0.3])
+def test_a_cancelled_answer_leaves_its_session_to_the_next_question(wait: float, vlm: VLM) -> None:
+    async def asked() -> None:
+        model, session = mobilevlm.AsyncVLM(vlm), vlm.new_session()
+        task = asyncio.create_task(model.generate("Tell me", session=session, **ENDLESS))
+        await asyncio.sleep(wait)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (await model.generate("Who?", session=session, max_new_tokens=2)).token_ids
+
+    asyncio.run(asked())
+
+
+def test_an_answer_cancelled_twice_leaves_its_session_all_the_same(vlm: VLM) -> None:
+    async def asked() -> None:
+        model, session = mobilevlm.AsyncVLM(vlm), vlm.new_session()
+        task = asyncio.create_task(model.generate("Tell me", session=session, **ENDLESS))
+        await asyncio.sleep(0.1)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await asyncio.sleep(1)
+        assert (await model.generate("Who?", session=session, max_new_tokens=2)).token_ids
+
+    asyncio.run(asked())
+
+
 def test_a_batch_answers_each_prompt_as_alone(vlm: VLM) -> None:
     prompts: list[Any] = ["Who?", [{"role": "user", "content": "Why?"}], "Is it <image>?"]
     images: list[Any] = [[IMAGE], [], [IMAGE]]

@@ -18,10 +18,12 @@ from conftest import fixture_named, token_id
 import mobilevlm
 from mobilevlm.errors import FileWarning, GrammarError, MissingExtraError, MobileVLMError
 from mobilevlm.runtime import VLM
+from mobilevlm.runtime.answer.keywords import about_unknown, unknown_keywords
 from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
 from mobilevlm.runtime.answer.text import Detokenizer
 
 pytest.importorskip("llguidance", reason="pip install '.[structured]'")
+from mobilevlm.runtime.answer import grammar as grammar_module
 from mobilevlm.runtime.answer.grammar import Guide, GuideMaker
 
 IMAGE = fixture_named("llava_v1").image
@@ -251,8 +253,37 @@ def test_a_key_that_json_schema_does_not_have_is_named() -> None:
         warnings.simplefilter("error")
         maker.schema(schema)
     schema["properties"]["minimun"]["minimun"] = 3
-    with pytest.warns(FileWarning, match=r"'minimun' is no keyword .*: is 'minimum' meant\?"):
+    told = r"'minimun' .is 'minimum' meant\?. is no keyword of JSON Schema and would not"
+    with pytest.warns(FileWarning, match=told) as caught:
         maker.schema(schema)
+        maker.schema(schema)
+    assert len(caught) == 1
+
+
+def test_unknown_keys_are_named_in_time_and_no_text_is_kept() -> None:
+    maker, _ = maker_of("smolvlm2")
+    many = {f"minimu{number}": 1 for number in range(50_000)}
+    start = time.perf_counter()
+    assert unknown_keywords(many) == ["minimu0", "minimu1", "minimu2"]
+    assert unknown_keywords({"a" * 500_000: 1, **many})[1:] == ["minimu0", "minimu1"]
+    assert len(about_unknown(unknown_keywords({"a" * 500_000: 1, **many}))) < 300
+    assert time.perf_counter() - start < 1  # 10 s when all are compared with all keywords
+    with pytest.warns(FileWarning, match="'other' is no keyword"):
+        maker.schema({"other": 1})
+    kept = vars(grammar_module).get("__warningregistry__", {})
+    assert not [key for key in kept if "other" in str(key)]
+
+
+def test_unknown_keys_are_found_where_schemas_are() -> None:
+    inner = {"allOf": [{"a": 1}], "dependencies": {"b": {"c": 1}, "d": ["e"]}, 7: 1}
+    assert unknown_keywords({"x-note": {"f": 1}, "const": {"g": 1}, "items": inner}) == [
+        "7", "a", "c",
+    ]  # fmt: skip
+    deep: Any = {"h": 1}
+    for _ in range(50_000):
+        deep = {"items": deep}
+    assert unknown_keywords(deep) == ["h"]
+    assert unknown_keywords(True) == unknown_keywords({"properties": {"i": {}}}) == []
 
 
 def test_a_vocabulary_of_llama_cpp_is_as_good(tmp_path: Path) -> None:

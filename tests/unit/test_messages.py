@@ -142,6 +142,8 @@ WRONG: list[tuple[Any, Any, str]] = [
     (user({"text": "Who?"}), [], "type is None"),
     (user({"type": "text"}), [], "text is nothing"),
     (user({"type": "text", "text": "a", "lang": "en"}), [], "'lang' is not known"),
+    (user({"type": ["text"]}), [], r"type is \['text'\], expected text, image or image_url"),
+    ([{"role": ["user"], "content": "a"}], [], r"role is \['user'\], expected"),
     (user({"type": "picture"}), [], "type is 'picture', expected text, image or image_url"),
     (user({"type": "input_audio", "input_audio": {}}), [], "no audio"),
     (user({"type": "audio", "audio": "a.wav"}), [], "no audio"),

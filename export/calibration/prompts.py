@@ -1,42 +1,45 @@
 """Prompts that a model is asked for calibration data, with nothing to look up.
 
-They ask for all kinds of text: prose, lists, code, figures, dialogue, other languages.
+They ask for all kinds of text: prose, lists, code, figures, dialogue, other languages. None is
+about what models are measured on: the passages of the quality gate, and the questions and texts of
+benchmarks/real.
 """
 
 from __future__ import annotations
 
 TEXTS = (
-    "Explain in a few sentences how a refrigerator keeps food cold.",
-    "Write a Python function that counts the words of a text file, and explain how it works.",
-    "Tell a short story about a lighthouse keeper and a lost whale.",
-    "Describe what the parts of an operating system do and how programs use them.",
+    "Explain in a few sentences how bees make honey.",
+    "Write a JavaScript function that tells whether a year is a leap year, with a short comment.",
+    "Tell a short story about two children who find a key in the forest.",
+    "Describe an ordinary morning at a railway station.",
     "List ten things to pack for a week of hiking, one on each line.",
-    "Write the reference page of a command that copies files: arguments, options and errors.",
-    "What are the rights and duties of somebody who rents a flat? Answer formally.",
+    "Write instructions for putting up a tent, step by step.",
+    "Somebody wants to learn to swim as an adult. What would you tell them?",
     "Translate into French and into German: The train to the coast leaves at half past nine.",
-    "Write a polite e-mail that moves a meeting from Tuesday to Thursday, and give the reason.",
-    "What is the difference between a list, a tuple and a dictionary in a programming language?",
+    "Write a letter that thanks a neighbour for watering the plants during a holiday.",
+    "How do a violin, a trumpet and a drum make their sounds?",
     "A shop sells pens at 3 for 2.40. How much do 10 pens cost? Show each step.",
-    "Summarise the history of printing, from wooden blocks to laser printers.",
-    "Write a news report about a storm that closed the harbour of a small town.",
-    "How do vaccines work? Explain it to a curious child, then to a student of medicine.",
-    "Give the recipe of a vegetable soup: what one needs, and numbered steps.",
+    "Summarise in three sentences: Our bakery opens at six. Bread comes out of the oven at seven, "
+    "cakes at nine. On Sundays we close at noon, and in August we are on holiday.",
+    "Write a news report about the opening of a new bridge.",
+    "Why do leaves fall in autumn? Explain it to a child, then to a student of biology.",
+    "Plan meals for three days for a family of four, with a shopping list.",
     "Write a dialogue between a customer and a bank clerk about a lost card.",
-    "Explain the terms of a free software licence: copying, changing, passing on, warranty.",
-    "Write an SQL query that finds the five best customers of a year, and explain each clause.",
+    "Write a complaint to a hotel about a noisy room, firm but polite.",
+    "Write an SQL query that finds the five best customers of a year.",
     "Compare trains, buses and cars for travelling to work, with advantages and drawbacks.",
-    "Write a JSON object that describes a book: title, authors, year, publisher, keywords.",
-    "How does a class define methods and attributes, and what is inherited? Show an example.",
-    "Who was Marie Curie, and what did she find out? Give names and dates.",
-    "Write a poem of eight lines about rain in a big city.",
+    "Write a JSON object that describes a concert: place, date, musicians, prices.",
+    "What should somebody consider before getting a dog?",
+    "Write a shop's opening hours and address as a small HTML page.",
+    "Write a limerick about a forgetful gardener.",
     "Give advice to somebody who cannot sleep well, in a friendly tone.",
-    "Describe the way of water from the sea to a mountain stream and back.",
+    "Describe what happens to a river between its spring and its mouth.",
     "Review a film about a chess player: the plot, the actors, the music, the verdict.",
-    "How is the value of an expression found when it has several operators? Explain the rules.",
+    "Schreibe eine Einladung zu einem Sommerfest im Garten.",
     "Write the rules of a simple card game for two players.",
-    "Name the capitals of six countries and say what each city is known for.",
+    "¿Qué se puede hacer en un día de lluvia con niños pequeños?",
     "Fill in a table in Markdown: three planets, their size, their distance and their moons.",
-    "What happens when an exception is raised while another one is handled? Explain with code.",
+    "What questions may be asked in an interview for a job as a nurse? Give good answers to two.",
     "Write a product description of a bicycle lamp for an online shop, with technical data.",
 )
 """To be answered without an image."""

@@ -19,6 +19,7 @@ from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.folding import Fold, fold, free_folds
 from mobilevlm.export.quantize.gptq import HessianOf
 from mobilevlm.export.quantize.rotation import rotated, rotation
+from mobilevlm.linear_groups import linear_groups
 from mobilevlm.model import Model
 from mobilevlm.plain_types import to_dict
 from mobilevlm.recipe import LinearFormat, Recipe
@@ -93,13 +94,18 @@ def hessians(
 ) -> HessianOf:
     """Hessians of the wanted layers, to be asked in the order of use: the samples run as far as the
     layer that is asked for. ``is_rotated``: of the decoder with a rotated stream."""
+    quantized = {name for group in linear_groups(model.spec) for name in group.names}
+
+    def watched(name: str) -> bool:
+        return name in quantized and wanted(name)
+
     if not is_rotated:
-        return _Hessians(_watch(model, samples, stage, wanted, True)).find
+        return _Hessians(_watch(model, samples, stage, watched, True)).find
     from mobilevlm.export.calibration.decoder_layers import watch_decoder
 
     turned = dataclasses.replace(model, weights=rotated(model.weights, model.spec))
     stream = rotation(model.spec.decoder.hidden_size)
-    return _Hessians(watch_decoder(turned, samples, wanted, True, stream)).find
+    return _Hessians(watch_decoder(turned, samples, watched, True, stream)).find
 
 
 class _Hessians:
@@ -142,6 +148,8 @@ def _factors(
         for name, statistics in block.items():
             layers = recipe.format_of(name)
             found[places[name]] = _fold_factors(model.weights, places[name], layers, statistics)
+    if missing := [place.producer for place in folds if place not in found]:
+        raise RuntimeError(f"no statistics for the factors behind {', '.join(missing)}")
     return found
 
 

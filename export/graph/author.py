@@ -20,6 +20,7 @@ from mobilevlm.export.formats import Written
 from mobilevlm.export.graph.decoder import DecoderStage, WatchedLayer
 from mobilevlm.export.graph.dialects import CPU, ELEMENTARY, STATIC, Dialect, WatchingDialect
 from mobilevlm.export.graph.encoder_decoder import EncodedDecoderStage, EncoderStage
+from mobilevlm.export.graph.experts import SparseMLP
 from mobilevlm.export.graph.layers import FLOAT, Linear
 from mobilevlm.export.graph.static_decoder import StaticDecoderStage
 from mobilevlm.export.graph.vision import VisionStage
@@ -150,12 +151,13 @@ def author_watched_layer(
         _output(builder, after, "after", rows)
         _output(builder, normed, "normed", rows)
         names = {
-            id(part.weight): part.names for part in stage.modules() if isinstance(part, Linear)
+            id(weight): found
+            for part in stage.modules()
+            if isinstance(part, (Linear, SparseMLP))
+            for weight, found in part.products
         }
         places: dict[int, str] = {}
         for weight, value in dialect.products:
-            if id(weight) not in names:
-                continue  # a router
             if id(value) not in places:
                 places[id(value)] = value.name = f"input.{len(places)}"
                 value.shape, value.type = None, ir.TensorType(FLOAT)

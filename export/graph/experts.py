@@ -59,6 +59,13 @@ class SparseMLP(nn.Module):  # type: ignore[misc]
             coefficient = weights.read(f"{name}.coefficient.weight", 2, hidden)
             self.coefficient = weights.parameter(coefficient.T)
             self.bias = weights.parameter(weights.read(f"{name}.coefficient.bias", 2))
+        self.names = (f"{name}.router", f"{name}.coefficient")
+
+    @property
+    def products(self) -> list[tuple[Any, tuple[str, ...]]]:
+        """Constants that this module itself multiplies by, with their canonical names."""
+        weights = [self.router] if self.residual is None else [self.router, self.coefficient]
+        return [(weight, (name,)) for weight, name in zip(weights, self.names, strict=False)]
 
     def forward(self, op: Any, x: Any) -> tuple[Any, Any]:
         """The result, and the router's logits ``(1, length, experts)``."""

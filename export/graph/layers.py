@@ -72,6 +72,11 @@ class Linear(nn.Module):  # type: ignore[misc]
             vectors = [weights.read(f"{name}.bias", size) for name, size in parts]
             self.bias = weights.parameter(_stacked(vectors))
 
+    @property
+    def products(self) -> list[tuple[Any, tuple[str, ...]]]:
+        """Constant that this module multiplies by, with its canonical names."""
+        return [(self.weight, self.names)]
+
     def forward(self, op: Any, x: Any) -> Any:
         if self.format.precision == "int8":
             if self.format.activations == "token":

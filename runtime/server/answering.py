@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,7 @@ from mobilevlm.preparation import most_runs
 from mobilevlm.prompt import Prepared
 from mobilevlm.runtime.answer.generation import Generation, TextStream
 from mobilevlm.runtime.server.answers import json_bytes, new_shape
-from mobilevlm.runtime.server.download import MayAsk, download
+from mobilevlm.runtime.server.download import MAX_SECONDS, Budget, MayAsk, download, failed
 from mobilevlm.runtime.server.errors import ApiError, refuse
 from mobilevlm.runtime.server.guard import Bodies
 from mobilevlm.runtime.server.images import ImageRef
@@ -108,8 +109,9 @@ async def _make(
 
     turns = service.turns
     try:
-        with turns.admitted():
-            images = [await _fetched(service, image) for image in asked.images]
+        budget = Budget(service.bodies.hold, service.bodies.free)
+        with turns.admitted(), closing(budget):
+            images = [await _fetched(service, image, budget) for image in asked.images]
             async with turns.slot(), service.models.use(name) as vlm:
                 answer = await turns.answer(lambda: _stream(vlm, asked, images), noted)
     except asyncio.CancelledError:
@@ -120,18 +122,29 @@ async def _make(
     return answer
 
 
-async def _fetched(service: Service, image: ImageRef) -> ImageRef:
+async def _fetched(service: Service, image: ImageRef, budget: Budget) -> ImageRef:
     if not image.url:
         return image
     loop = asyncio.get_running_loop()
-    found = await loop.run_in_executor(
-        service.downloads, download, image.url, image.place, service.may_ask
-    )
+    try:
+        async with asyncio.timeout(budget.seconds):  # a thread that waits for a name goes on
+            found = await loop.run_in_executor(
+                service.downloads, download, image.url, image.place, service.may_ask, budget
+            )
+    except TimeoutError:
+        told = f"it took more than {MAX_SECONDS:.0f} s"
+        raise failed(image.place, image.url, told) from None
     return replace(image, content=found)
 
 
 def _stream(vlm: VLM, asked: Asked, images: list[ImageRef]) -> TextStream:
-    """Read a prompt and its images. (In a thread.)"""
+    """Read a prompt and its images. (In a thread.)
+
+    Raises:
+        PromptError: it has no room for so many, which is found before any of them is decoded.
+    """
+    raw, special = asked.options.get("raw", False), asked.options.get("special_tokens", True)
+    vlm.check_fits(asked.prompt, len(images), raw, special)
     prepared = [_prepared(vlm, image, len(images)) for image in images]
     most = asked.max_tokens or vlm.spec.decoder.context_length
     return vlm.stream(asked.prompt, prepared, max_new_tokens=most, **asked.options)

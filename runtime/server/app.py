@@ -64,7 +64,6 @@ def make_app(settings: Settings, models: Models, may_ask: MayAsk = is_public) ->
         ApiError: _failed,
         MobileVLMError: _failed,
         MemoryError: _failed,
-        Exception: _failed,
     }
     middleware = _middleware(service, frozenset(route.path for route in routes))
     return Starlette(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from mobilevlm.console.terminal import plain
 from mobilevlm.errors import BundleError, MemoryLimitError, MobileVLMError
 
+_log = logging.getLogger(__name__)
 BUSY_TYPE, SERVER_TYPE = "rate_limit_error", "server_error"
 
 
@@ -45,14 +47,17 @@ def refuse(param: str, message: str, code: str | None = None) -> ApiError:
 
 def api_error(error: Exception) -> ApiError:
     """Return what a client is told of an error on the way to its answer. Those of a person's making
-    say what to do; of any other the traceback is in the server's log."""
+    say what to do; what is wrong with a bundle (and where it lies) is in the server's log, as the
+    traceback of any other error."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, MemoryLimitError | MemoryError):
         told = str(error) or "not enough memory for this request"
         return ApiError(503, plain(told), code="memory_limit", kind=SERVER_TYPE)
     if isinstance(error, BundleError):
-        return ApiError(500, plain(error), code="bundle_error", kind=SERVER_TYPE)
+        _log.error("%s", plain(error))
+        told = "the model's bundle cannot be used: the server's log tells more"
+        return ApiError(500, told, code="bundle_error", kind=SERVER_TYPE)
     if isinstance(error, MobileVLMError):
         return ApiError(400, plain(error))
     return ApiError(500, "internal error: the server's log tells more", kind=SERVER_TYPE)

@@ -30,6 +30,11 @@ def _only(kind: str = "", **limits: Any) -> Field:
     return Field({**of_kind, **limits, "description": _ALONE}, alone=True)
 
 
+MAX_MESSAGES = 1000
+MAX_PARTS = 1000
+"""Of a message"""
+_MOST = 2**31 - 1
+"""Tokens"""
 _ALONE = "Another value is refused: the server has nothing for it."
 _TAG = "For the caller's own records: it changes nothing."
 
@@ -46,17 +51,17 @@ SHARED: dict[str, Field] = {
         "description": "include_usage: a last event tells the number of tokens.",
     }),
     "max_tokens": _field("integer", "Most tokens of the answer. By default as many as the context "
-                         "has room for.", minimum=1),
+                         "has room for.", minimum=1, maximum=_MOST),
     "temperature": _field("number", "0, the default, always takes the likeliest token.",
                           minimum=0, maximum=2),
     "top_p": _field("number", "Draw among the likeliest tokens that together reach this "
                     "probability.", minimum=0, maximum=1),
     "top_k": _field("integer", "Draw among so many of the likeliest tokens; 0: among all.",
-                    minimum=0),
+                    minimum=0, maximum=_MOST),
     "min_p": _field("number", "Least probability of a token, as a share of the likeliest one's.",
                     minimum=0, maximum=1),
     "repetition_penalty": _field("number", "Above 1 makes tokens of the answer less likely to come "
-                                 "again.", minimum=0),
+                                 "again.", minimum=0, maximum=1000),
     "seed": _field("integer", "Makes drawing repeatable.", minimum=0, maximum=2**64 - 1),
     "stop": Field({
         "anyOf": [
@@ -105,6 +110,7 @@ CHAT: dict[str, Field] = {
         {
             "type": "array",
             "minItems": 1,
+            "maxItems": MAX_MESSAGES,
             "items": {"type": "object"},
             "description": "Turns of the conversation: role system, user or assistant, and "
             "content: text, or parts {type: text, text} and {type: image_url, image_url: {url}}. "
@@ -113,7 +119,7 @@ CHAT: dict[str, Field] = {
         },
         required=True,
     ),
-    "max_completion_tokens": _field("integer", "The same as max_tokens.", minimum=1),
+    "max_completion_tokens": _field("integer", "The same as max_tokens.", minimum=1, maximum=_MOST),
     "logprobs": _field("boolean", "Give the log probability of each token of the answer."),
     "top_logprobs": _field(
         "integer",
@@ -127,7 +133,7 @@ CHAT: dict[str, Field] = {
     "functions": _only("array", maxItems=0),
     "function_call": _only(enum=["none", "auto"]),
     "parallel_tool_calls": _field("boolean", "There are no tools: it changes nothing."),
-    "modalities": _only("array", items={"enum": ["text"]}, minItems=1),
+    "modalities": _only("array", items={"enum": ["text"]}, minItems=1, maxItems=1),
 }
 
 COMPLETION: dict[str, Field] = {

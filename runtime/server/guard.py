@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import ipaddress
+import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, TypeAlias
@@ -13,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response
 
 from mobilevlm.runtime.server.answers import json_bytes
-from mobilevlm.runtime.server.errors import ApiError
+from mobilevlm.runtime.server.errors import ApiError, api_error
 from mobilevlm.runtime.server.metrics import Metrics
 from mobilevlm.runtime.server.settings import Settings
 
@@ -24,6 +25,8 @@ Application: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 SECURED = ("/v1/", "/metrics")
 """Beginnings of paths that want a key, where there are keys"""
+_NOTHING_SENT = 499
+"""Status of a request whose client went away"""
 
 
 def error_response(error: ApiError) -> Any:
@@ -46,7 +49,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 499  # nothing was sent: the client went away
+        status = _NOTHING_SENT
 
         async def noted(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -60,6 +63,10 @@ class Guard:
                 await self._app(scope, receive, noted)
             else:
                 await error_response(error)(scope, receive, noted)
+        except Exception as bug:
+            if status == _NOTHING_SENT:
+                await error_response(api_error(bug))(scope, receive, noted)
+            raise  # into the log
         finally:
             path = scope["path"]
             self._metrics.count_request(path if path in self._routes else "other", status)
@@ -113,8 +120,9 @@ class Bodies:
 
     def __init__(self, limit: int, limit_of_all: int, seconds: float) -> None:
         self._limit, self._limit_of_all, self._seconds = limit, limit_of_all, seconds
+        self._lock = threading.Lock()
         self.held = 0
-        """Bytes of the bodies that are there"""
+        """Bytes of the bodies that are there, and of the images that were fetched for them"""
 
     def too_large(self) -> ApiError:
         """Return the error of a body beyond the limit."""
@@ -124,20 +132,27 @@ class Bodies:
             code="request_too_large",
         )
 
-    def check_room(self, more: int) -> None:
-        """Refuse a body for which all others leave no room.
+    def hold(self, more: int) -> None:
+        """Count bytes as held until :meth:`free`; threads of downloads do so too.
 
         Raises:
-            ApiError: it may be sent again later.
+            ApiError: all others leave no room for them; the request may be sent again later.
         """
-        if self.held + more > self._limit_of_all:
-            raise ApiError(
-                429,
-                "the server holds too many large requests now: try again later",
-                code="queue_full",
-                kind="rate_limit_error",
-                headers={"Retry-After": "2"},
-            )
+        with self._lock:
+            if self.held + more > self._limit_of_all:
+                raise ApiError(
+                    429,
+                    "the server holds too many large requests now: try again later",
+                    code="queue_full",
+                    kind="rate_limit_error",
+                    headers={"Retry-After": "2"},
+                )
+            self.held += more
+
+    def free(self, count: int) -> None:
+        """Count bytes as gone."""
+        with self._lock:
+            self.held -= count
 
     async def read(self, headers: Headers, receive: Receive, content: bytearray) -> None:
         """Read a body into ``content``, which counts as held until :meth:`release`.
@@ -148,7 +163,7 @@ class Bodies:
             ConnectionError: the client went away.
         """
         told = headers.get("content-length", "")
-        if told.isdigit() and int(told) > self._limit:
+        if told.isdecimal() and int(told) > self._limit:
             await self._discard(receive)
             raise self.too_large()
         end = time.monotonic() + self._seconds
@@ -159,13 +174,12 @@ class Bodies:
             if len(content) + len(part) > self._limit:
                 await self._discard(receive)
                 raise self.too_large()
-            self.check_room(len(part))
+            self.hold(len(part))
             content += part
-            self.held += len(part)
 
     def release(self, content: bytearray) -> None:
         """Count a body as gone."""
-        self.held -= len(content)
+        self.free(len(content))
 
     async def _discard(self, receive: Receive) -> None:
         """Read on for a moment: a client that is still sending might not see the answer."""

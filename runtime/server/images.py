@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 from mobilevlm.messages import Message
 from mobilevlm.runtime.server.errors import refuse
+from mobilevlm.runtime.server.fields import MAX_PARTS
 
+MAX_IMAGES = 256
+"""Of a request"""
+MAX_ADDRESSES = 16
+"""Of those, that are fetched"""
 _DATA = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
 
 
@@ -42,6 +47,9 @@ def take_images(
     for number, message in enumerate(messages):
         content = message.get("content")
         if isinstance(content, list):
+            if len(content) > MAX_PARTS:
+                told = f"expected {MAX_PARTS} parts at most, found {len(content)}"
+                raise refuse(f"messages[{number}].content", told)
             parts = [
                 _taken(f"messages[{number}].content[{index}]", part, allow_urls, images)
                 for index, part in enumerate(content)
@@ -60,7 +68,11 @@ def _taken(place: str, part: Any, allow_urls: bool, images: list[ImageRef]) -> A
     unknown = [key for key in part if key not in ("type", "image_url")]
     if unknown:
         raise refuse(f"{place}.{unknown[0]:.60}", "not known here, expected image_url")
+    if len(images) == MAX_IMAGES:
+        raise refuse(place, f"more than {MAX_IMAGES} images in a request")
     images.append(_read_image_url(f"{place}.image_url", part.get("image_url"), allow_urls))
+    if images[-1].url and sum(bool(image.url) for image in images) > MAX_ADDRESSES:
+        raise refuse(place, f"more than {MAX_ADDRESSES} addresses in a request: send data: URIs")
     return {"type": "image"}
 
 

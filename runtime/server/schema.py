@@ -16,7 +16,7 @@ _IS: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: isinstance(value, bool),
     "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
     "number": lambda value: (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
     ),
     "string": lambda value: isinstance(value, str),
     "array": lambda value: isinstance(value, list),
@@ -77,6 +77,13 @@ def _check_object(place: str, value: Mapping[str, Any], schema: Schema) -> None:
     for name in schema.get("required", ()):
         if name not in value:
             raise refuse(f"{place}.{name}", "missing")
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
 
 
 def _kind(name: str) -> str:

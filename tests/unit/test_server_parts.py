@@ -1,4 +1,4 @@
-"""Parts of the server by themselves: downloads, bodies, models within a limit, failing streams."""
+"""Parts of the server by themselves: bodies, models within a limit, failing streams."""
 
 # ruff: noqa: E402  (some packages may be missing)
 
@@ -9,10 +9,8 @@ import json
 import os
 import signal
 import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,7 @@ from mobilevlm.plan import Plan
 from mobilevlm.runtime.builtin_bundle import bundle_path
 from mobilevlm.runtime.loading import load
 from mobilevlm.runtime.memory.estimate import estimate
-from mobilevlm.runtime.server import app, download
+from mobilevlm.runtime.server import app
 from mobilevlm.runtime.server import models as models_module
 from mobilevlm.runtime.server.answers import new_shape
 from mobilevlm.runtime.server.errors import ApiError
@@ -38,117 +36,6 @@ from mobilevlm.runtime.server.settings import Settings
 from mobilevlm.runtime.server.streams import EventStream, Job
 from mobilevlm.runtime.server.turns import Piece
 from mobilevlm.runtime.vlm import VLM
-
-# Downloads.
-
-PUBLIC = ("8.8.8.8", "2606:4700:4700::1111")
-PRIVATE = (
-    "127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1",
-    "0.0.0.0", "224.0.0.1", "255.255.255.255", "::1", "::", "fc00::1", "fe80::1%eth0",
-    "::ffff:127.0.0.1", "::ffff:10.0.0.1", "2002:7f00:1::", "ff02::1",
-)  # fmt: skip
-
-
-class Elsewhere(BaseHTTPRequestHandler):
-    """A server of images: /N leads on to /N-1, and /0 is the image."""
-
-    def do_GET(self) -> None:
-        kind = self.path.strip("/")
-        if kind.isdigit() and int(kind):
-            self._moved(f"/{int(kind) - 1}")
-        elif kind == "inside":
-            assert isinstance(self.server, ThreadingHTTPServer)
-            self._moved(f"http://127.0.0.2:{self.server.server_port}/0")
-        elif kind == "file":
-            self._moved("file:///etc/passwd")
-        elif kind == "0":
-            self._send(b"image", 5)
-        elif kind == "large":
-            self._send(b"", download.MAX_BYTES + 1)
-        elif kind == "endless":
-            self._send(b"", None)
-            for _ in range(download.MAX_BYTES // 1_000_000 + 2):
-                self.wfile.write(bytes(1_000_000))
-        elif kind == "slow":
-            self._send(b"a", 10)
-            time.sleep(2)
-        else:
-            self.send_error(404)
-
-    def log_message(self, *_: object) -> None:
-        """Says nothing."""
-
-    def _moved(self, where: str) -> None:
-        self.send_response(302)
-        self.send_header("Location", where)
-        self.end_headers()
-
-    def _send(self, content: bytes, length: int | None) -> None:
-        self.send_response(200)
-        if length is not None:
-            self.send_header("Content-Length", str(length))
-        self.end_headers()
-        self.wfile.write(content)
-
-
-@pytest.fixture(scope="module")
-def elsewhere() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Elsewhere)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
-
-
-def test_only_addresses_of_the_public_internet_are_asked() -> None:
-    assert all(map(download.is_public, PUBLIC))
-    assert [address for address in PRIVATE if download.is_public(address)] == []
-
-
-@pytest.mark.parametrize("path", ["/0", "/3"])
-def test_an_image_is_fetched_over_redirects(elsewhere: str, path: str) -> None:
-    assert download.download(elsewhere + path, "image", lambda _: True) == b"image"
-
-
-@pytest.mark.parametrize(
-    ("path", "told"),
-    [
-        ("/4", "more than 3 redirects"),
-        ("/inside", "an address of a private network"),
-        ("/file", "expected http:// or https://"),
-        ("/large", "more than 20 MB"),
-        ("/endless", "more than 20 MB"),
-        ("/nowhere", "its server answers 404"),
-        ("/slow", "cannot be fetched"),
-    ],
-)
-def test_an_image_beyond_the_limits_is_not_fetched(
-    elsewhere: str, monkeypatch: pytest.MonkeyPatch, path: str, told: str
-) -> None:
-    monkeypatch.setattr(download, "MAX_SECONDS", 0.5 if path == "/slow" else 15.0)
-    start = time.monotonic()
-    with pytest.raises(ApiError) as caught:
-        download.download(elsewhere + path, "image", {"127.0.0.1"}.__contains__)
-    assert caught.value.status == 400 and told in caught.value.message
-    assert caught.value.message.startswith("image: ")
-    assert time.monotonic() - start < 10
-
-
-@pytest.mark.parametrize(
-    "url",
-    [
-        "http://127.0.0.1:1/", "http://localhost:1/", "http://[::1]/x", "http://0/", "http://2130706433/",
-        "http://user:word@8.8.8.8/", "https:///x", "http://8.8.8.8:99999/", "http://\x00/",
-    ],
-)  # fmt: skip
-def test_an_address_of_this_machine_is_never_asked(url: str) -> None:
-    with pytest.raises(ApiError) as caught:
-        download.download(url, "image")
-    assert any(
-        told in caught.value.message
-        for told in ("cannot be fetched", "private network", "are not sent", "and a host")
-    )
-
 
 # Bodies.
 
@@ -315,13 +202,22 @@ def test_a_model_that_was_loaded_for_nobody_counts_and_is_closed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     begun, goes_on = threading.Event(), threading.Event()
+    loaded: list[VLM] = []
+    closed: list[VLM] = []
+    close = VLM.close
 
     def slow_load(path: Path, **keywords: Any) -> VLM:
         begun.set()
         goes_on.wait(30)
-        return load(path, **keywords)
+        loaded.append(load(path, **keywords))
+        return loaded[-1]
+
+    def noted_close(vlm: VLM) -> None:
+        closed.append(vlm)
+        close(vlm)
 
     monkeypatch.setattr(models_module, "load", slow_load)
+    monkeypatch.setattr(VLM, "close", noted_close)
 
     async def ask(models: Models) -> None:
         async with models.use("a"):
@@ -337,6 +233,8 @@ def test_a_model_that_was_loaded_for_nobody_counts_and_is_closed(
             goes_on.set()
             async with models.use("b") as vlm:  # no room beside "a"
                 assert models.loaded == {"b": vlm}
+                assert closed == loaded[:1]
+        assert closed == loaded
 
     asyncio.run(use())
 

@@ -75,6 +75,39 @@ def test_turns_about_a_file_give_the_server_s_answers(page: Page, server: Server
     assert page.complaints == []
 
 
+def test_a_new_conversation_knows_nothing_of_an_answer_that_was_being_made(
+    page: Page, server: Server
+) -> None:
+    page.go(server)
+    page.run("""
+        const real = fetch;
+        window.sent = [];
+        window.fetch = async (path, options) => {
+          if (options?.body) window.sent.push(JSON.parse(options.body).messages);
+          const response = await real(path, options);
+          if (!options?.body || window.sent.length > 1) return response;
+          const event = { choices: [{ delta: { content: "Half an" } }] };
+          const body = new ReadableStream({
+            start(sender) {
+              sender.enqueue(new TextEncoder().encode(`data: ${JSON.stringify(event)}\n\n`));
+              options.signal.addEventListener("abort", () => sender.error(options.signal.reason));
+            },
+          });
+          return new Response(body);
+        };
+    """)
+    page.find("#question").send_keys("What was there?")
+    page.click("#send")
+    wait = WebDriverWait(page.driver, SECONDS, 0.05)
+    wait.until(lambda _: page.count(".words") and page.find(".words").text == "Half an")
+    page.click("#new")
+    assert page.count("article") == 0 and page.find("#stop").is_displayed() is False
+    answer = page.turn("What is it?")
+    assert answer.find_element(By.CSS_SELECTOR, ".words").text
+    assert page.run("return window.sent[1]") == [{"role": "user", "content": "What is it?"}]
+    assert page.find("#question").get_property("value") == ""
+
+
 def test_images_are_dropped_pasted_and_taken_with_the_camera(page: Page, server: Server) -> None:
     page.go(server)
     give = """

@@ -192,7 +192,8 @@ async function ask() {
   addTurn("user", ...shown.map((src) => element("img", { src, alt: "" })), element("p", {}, question));
   const words = element("p", { className: "words" });
   const turn = addTurn("assistant", words);
-  [images, running] = [[], new AbortController()];
+  const own = new AbortController();
+  [images, running] = [[], own];
   showImages();
   get("#question").value = "";
   show(true);
@@ -208,7 +209,7 @@ async function ask() {
         messages: [...messages, asked],
         stream: true,
       }),
-      signal: running.signal,
+      signal: own.signal,
     });
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
@@ -220,11 +221,13 @@ async function ask() {
       turn.scrollIntoView({ block: "end" });
     }
   } catch (error) {
+    if (running !== own) return;
     if (error.name === "AbortError") words.append(" [stopped]");
     else turn.append(element("p", { className: "error", textContent: error.message }));
     if (!text) [images, get("#question").value] = [shown, question];
     showImages();
   }
+  if (running !== own) return; // the conversation that it belongs to is gone
   if (text) messages.push(asked, { role: "assistant", content: text });
   running = null;
   show(false);
@@ -249,6 +252,8 @@ get("#question").addEventListener("keydown", (event) => {
 get("#stop").addEventListener("click", () => running?.abort());
 get("#new").addEventListener("click", () => {
   running?.abort();
+  running = null;
+  show(false);
   messages.length = 0;
   images = [];
   showImages();

@@ -26,7 +26,7 @@ from mobilevlm.bundle import (
 )
 from mobilevlm.console import progress
 from mobilevlm.conversation import system_ids
-from mobilevlm.errors import MobileVLMError, QualityError
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.finish.system_prompt import write_system_prompt
 from mobilevlm.export.formats import Job, tool_versions
 from mobilevlm.export.quality.gate import formats_of, measure_quality, run_plan
@@ -89,7 +89,8 @@ def export(
     device unlike this machine: 7 for x86 without VNNI, 8 for all others. ``kv_cache``: how the ONNX
     decoder stores keys and values, not the recipe's. ``limits``: by name, instead of the recipe's
     (``decoder_kl`` … as in a recipe file); the export fails where one of them cannot be checked.
-    ``require_measured``: it fails too where the quality of an artifact cannot be measured.
+    ``require_measured``: it fails too where the quality of an artifact cannot be measured, or not
+    on text.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
@@ -120,12 +121,9 @@ def export(
         if chosen.kv_cache != "fp32" and "onnx" in said.formats:
             _quantize_cache(model, chosen, work, draft)
         draft = dataclasses.replace(draft, system_prompt=_system_prompt(model, work, draft))
-        quality = measure_quality(model, chosen, work, draft, measure, limits or ())
-        if require_measured and quality.note:
-            raise QualityError(
-                f"quality was not measured ({quality.note}), and --require-measured asks for it: "
-                f"export where it can be, or leave --require-measured out"
-            )
+        quality = measure_quality(
+            model, chosen, work, draft, measure, limits or (), require_measured
+        )
         if goal is not None:
             draft = compiled_for(goal, work, draft)
             draft = for_accelerator(goal, work, draft, model)

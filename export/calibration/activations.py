@@ -25,8 +25,6 @@ from mobilevlm.export.calibration.samples import (
     sample_pieces,
 )
 from mobilevlm.export.calibration.statistics import Block, Sums, Wanted, finished
-from mobilevlm.export.calibration.statistics import check_decoder_only as check_decoder_only
-from mobilevlm.export.calibration.statistics import sample_groups as sample_groups
 from mobilevlm.model import Model
 from mobilevlm.prompt import Arrays
 from mobilevlm.reference import ReferenceModel, load_reference

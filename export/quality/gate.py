@@ -18,8 +18,16 @@ from mobilevlm.bundle import (
 )
 from mobilevlm.console import progress
 from mobilevlm.errors import MissingExtraError
-from mobilevlm.export.quality.limits import Check, check_limits, quality_error, require_checks
-from mobilevlm.export.quality.passages import longest_text, text_samples
+from mobilevlm.export.quality.limits import (
+    SUITE_LIMIT,
+    Check,
+    check_limits,
+    quality_error,
+    require_checks,
+    unchecked_limits,
+    unmeasured_error,
+)
+from mobilevlm.export.quality.passages import longest_text, missing_text, text_samples
 from mobilevlm.export.workspace.workspace import Workspace
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.model import Model
@@ -45,10 +53,13 @@ def measure_quality(
     draft: Manifest,
     wanted: bool,
     required: Collection[str],
+    everything: bool,
 ) -> Quality:
     """Figures against the float32 reference, or the reason why there are none. ``required``: limits
-    that a person gave."""
+    that a person gave. ``everything``: nothing that an export measures may be left out."""
     checked: list[Check] = []
+    unchecked: list[str] = []
+    left_out: list[str] = []
     stages: dict[str, StageQuality] = {}
     obstacles: dict[str, str] = {}
     for form in formats_of(draft.artifacts):
@@ -79,14 +90,18 @@ def measure_quality(
             measured = measure(
                 model, bundle, engine, samples, advance=advance, texts=texts, plan=plan
             )
-        if measured.note:
-            progress.say(f"quality     {measured.note}")
+        for said in (missing_text(model, texts), measured.note):
+            if said:
+                progress.say(f"quality     {said}")
+                left_out.append(f"text: {said}")
         for name, stage in measured.stages.items():
             figures = ", ".join(f"{key} {value:.4g}" for key, value in stage.figures.items())
             progress.say(f"quality     {name}: {figures}")
         progress.say(f"quality     measured in {time.perf_counter() - start:.1f} s")
-        checks = check_limits(measured.stages, recipe.limits, stage_names(bundle, engine))
+        names = stage_names(bundle, engine)
+        checks = check_limits(measured.stages, recipe.limits, names)
         checked += checks
+        unchecked += unchecked_limits(recipe.limits, checks, names)
         failed = [check for check in checks if not check.passed]
         if failed:
             if model.spec.decoder.encoder_layers:
@@ -97,10 +112,14 @@ def measure_quality(
             effects = layer_effects(exact, stored, samples)
             raise quality_error(recipe.name, failed, worst_layers(effects))
         stages |= measured.stages
-    note = _note(obstacles, alike=not stages)
+    obstacle = _note(obstacles, alike=not stages)
+    note = "; ".join(dict.fromkeys([obstacle, *left_out] if obstacle else left_out))
     require_checks(required, checked, note)
-    if note:
-        progress.say(f"quality     not measured ({note})")
+    if obstacle:
+        progress.say(f"quality     not measured ({obstacle})")
+    measurable = [name for name in dict.fromkeys(unchecked) if name != SUITE_LIMIT]
+    if everything and (note or measurable):
+        raise unmeasured_error(note, measurable)
     return Quality(bool(stages), note, stages)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -25,8 +25,10 @@ LIMITED: dict[str, tuple[StageKind, str, Literal["most", "least"]]] = {
 }
 """For each field of Limits the stage and figure, and whether it is the most or least allowed."""
 
+SUITE_LIMIT = "accuracy_loss"
+"""The limit that a suite of questions measures, which no export runs."""
 _MEASURED_BY = dict.fromkeys(LIMITED, "give samples with images and answers (--data)") | {
-    "accuracy_loss": "add --suite scenes"
+    SUITE_LIMIT: "add --suite scenes"
 }
 """What makes a verification measure the figure of a limit."""
 
@@ -111,6 +113,18 @@ def unchecked_error(unchecked: Sequence[str]) -> QualityError:
         for name in unchecked
     ]
     return QualityError("\n".join(lines))
+
+
+def unmeasured_error(note: str, unchecked: Collection[str]) -> QualityError:
+    """Return what says that an export left something unmeasured: ``note`` says what and why,
+    ``unchecked`` are limits."""
+    reasons = [note] if note else []
+    if unchecked:
+        reasons.append(f"limits not checked: {', '.join(unchecked)}")
+    return QualityError(
+        f"quality was not measured ({'; '.join(reasons)}), and --require-measured asks for it: "
+        f"export where it can be, or leave --require-measured out"
+    )
 
 
 def require_checks(names: Iterable[str], checks: Sequence[Check], note: str) -> None:

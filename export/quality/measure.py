@@ -19,13 +19,14 @@ from torch import Tensor
 
 from mobilevlm.bundle import Bundle, StageQuality
 from mobilevlm.console.progress import Advance, ignore
-from mobilevlm.export.calibration.activations import exact_images, sample_groups
+from mobilevlm.export.calibration.activations import exact_images
 from mobilevlm.export.calibration.samples import (
     Sample,
     answer_ids,
     sample_pieces,
     sample_text,
 )
+from mobilevlm.export.calibration.statistics import sample_groups
 from mobilevlm.export.quality.metrics import (
     Float32,
     TextFigures,
@@ -38,6 +39,7 @@ from mobilevlm.export.quality.metrics import (
     greedy_match,
     joined,
     perplexity_figures,
+    rounded,
     text_figures,
     token_figures,
     vision_figures,
@@ -129,16 +131,15 @@ def measure(
 
     ``max_new_tokens``: of each greedy answer. ``advance`` hears of each sample. ``texts``: of
     :func:`mobilevlm.export.quality.passages.text_samples`, which are left out if the reference does
-    not expect them; the bundle answers those that have no answer. A model with an encoder is not
-    measured on them.
+    not expect them; the bundle answers those that have no answer.
 
     Raises:
         PromptError: a sample does not fit into the context.
         ImageError: a picture cannot be read.
     """
     found: list[SampleFigures] = []
-    everything = [*samples, *(() if model.spec.decoder.encoder_layers else texts)]
-    silent = {id(sample) for sample in everything[len(samples) :] if sample.answer}
+    everything = [*samples, *texts]
+    silent = {id(sample) for sample in texts if sample.answer}
     with open_model(bundle, engine, threads, plan=plan) as vlm, torch.no_grad():
         reference = load_reference(model, streamed=True)
         for group in sample_groups(model, everything, POSITIONS):
@@ -156,7 +157,7 @@ def _unexpected(found: Sequence[SampleFigures]) -> str:
     if not texts:
         return ""
     tokens = sum(item.tokens for item in texts)
-    perplexity = exponential(sum(item.exact for item in texts) / tokens)
+    perplexity = rounded(exponential(sum(item.exact for item in texts) / tokens))
     if perplexity <= EXPECTED:
         return ""
     return f"plain English has a perplexity of {perplexity:.0f} in this model: judged on images"
@@ -302,6 +303,7 @@ def _measure_answers(
             read = vlm.prompt_logits(prompt, sample.images, True, count - 1, count)
             whole = compared = compare_logits(read, exact)
             text = text_figures(read[:-1], exact[:-1], answer.tokens)
+            del read  # as large as those that the next comparisons need
         if not answer.is_own and not sample.images and not has_prefill:
             decoder.append(compared)  # of a text both are the same
         else:

@@ -176,6 +176,10 @@ def _chunks(positions: int, vocab_size: int) -> Iterator[slice]:
     return (slice(start, start + size) for start in range(0, positions, size))
 
 
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
+def rounded(value: float) -> float:
     """Four significant digits: beyond them lies the noise of summation order."""
-    return {name: float(f"{value:.4g}") for name, value in figures.items()}
+    return float(f"{value:.4g}")
+
+
+def _rounded(figures: dict[str, float]) -> dict[str, float]:
+    return {name: rounded(value) for name, value in figures.items()}

@@ -55,7 +55,10 @@ QUESTION = "What is the capital of France, and what is it known for?"
 
 def text_samples(model: Model, answer_tokens: int) -> list[Sample]:
     """Return the passages as far as there is room for them, and the question, which is answered in
-    ``answer_tokens``; without what the context has no room for."""
+    ``answer_tokens``; without what the context has no room for, and none for a model with an
+    encoder."""
+    if model.spec.decoder.encoder_layers:
+        return []
     asked, question = Sample(PROMPT, "", ()), Sample(QUESTION, "", ())
     room = min(_room(model, asked), longest_text(model))
     words = PASSAGES.split(" ")
@@ -67,6 +70,17 @@ def text_samples(model: Model, answer_tokens: int) -> list[Sample]:
     if _room(model, question) >= answer_tokens:
         found.append(question)
     return found
+
+
+def missing_text(model: Model, samples: Sequence[Sample]) -> str:
+    """Return why the passages or the question are not among the samples of :func:`text_samples`;
+    empty if both are."""
+    if model.spec.decoder.encoder_layers:
+        return "models with an encoder are judged on images"
+    prompts = {sample.prompt for sample in samples}
+    names = {PROMPT: "plain English", QUESTION: "a question and its answer"}
+    missing = [name for prompt, name in names.items() if prompt not in prompts]
+    return f"the context has no room for {' and '.join(missing)}" if missing else ""
 
 
 def longest_text(model: Model) -> int:

@@ -19,16 +19,13 @@ from torch import Tensor, nn
 
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.export.calibration.activations import (
-    check_decoder_only,
-    sample_groups,
-)
 from mobilevlm.export.calibration.samples import (
     Sample,
     answer_ids,
     sample_images,
     sample_pieces,
 )
+from mobilevlm.export.calibration.statistics import check_decoder_only, sample_groups
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.model import Model

@@ -17,6 +17,7 @@ from mobilevlm.checkpoint import Weights
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError, QualityError, require
 from mobilevlm.export.calibration.samples import SCENES, held_out_samples
+from mobilevlm.export.calibration.statistics import check_decoder_only
 from mobilevlm.export.quality.artifact_weights import artifact_weights, exact_weights
 from mobilevlm.export.quality.limits import (
     Check,
@@ -26,7 +27,7 @@ from mobilevlm.export.quality.limits import (
     unchecked_limits,
 )
 from mobilevlm.export.quality.metrics import Float64
-from mobilevlm.export.quality.passages import text_samples
+from mobilevlm.export.quality.passages import missing_text, text_samples
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions, open_options
 from mobilevlm.nano.evaluate import SuiteResult, evaluate_vlm
@@ -37,7 +38,6 @@ from mobilevlm.recipe import Recipe
 from mobilevlm.runtime.builtin_bundle import bundle_path
 
 try:
-    from mobilevlm.export.calibration.activations import check_decoder_only
     from mobilevlm.export.quality.layer_effects import (
         LayerEffect,
         StateError,
@@ -191,8 +191,9 @@ def verify(
     texts = text_samples(model, LONGEST_ANSWER) if data == SCENES else []
     with progress.track("samples", len(samples) + len(texts)) as advance:
         measured = measure(model, ready, engine, samples, LONGEST_ANSWER, threads, advance, texts)
-    if measured.note:
-        progress.say(f"quality     {measured.note}")
+    for said in (missing_text(model, texts) if data == SCENES else "", measured.note):
+        if said:
+            progress.say(f"quality     {said}")
     suite = _run_suite(ready, model, Path(checkpoint), options, engine, questions, threads)
     names = stage_names(ready, engine)
     stages = _with_accuracy(measured.stages, suite, names["end_to_end"])

@@ -14,6 +14,7 @@ from conftest import RANDOM_WEIGHTS, fixture_named, refusal
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import Rescaling
+from mobilevlm.cli import main
 from mobilevlm.errors import PrecisionWarning, QualityError
 from mobilevlm.export.formats import Job
 from mobilevlm.export.settled import Settled, settle_model
@@ -40,7 +41,8 @@ def test_an_export_for_processors_with_8_bit_products_is_measured_on_any(tmp_pat
         )
     manifest = open_bundle(place).manifest
     assert {part.weight_bits for part in manifest.artifacts} == {8, None}
-    assert manifest.quality.measured and not manifest.quality.note
+    assert manifest.quality.measured
+    assert manifest.quality.note.startswith("text: plain English has a perplexity of ")
     assert manifest.quality.stages["vision"].figures["relative_error"] < 0.03
     assert manifest.system_prompt is not None
     with warnings.catch_warnings():
@@ -114,6 +116,36 @@ def test_what_cannot_be_measured_fails_if_a_person_asks_for_it(
     place = tmp_path / "bundle"
     manifest = mobilevlm.export(FIXTURE.checkpoint, place, vision_tower=FIXTURE.tower)
     assert manifest.quality.note.startswith("running it takes 0.")
+
+
+def test_text_that_was_left_out_is_in_the_manifest_and_fails_if_a_person_asks_for_it(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """The built-in nano knows drawn scenes only: by default it is judged on them."""
+    pytest.importorskip("torch")
+    place = tmp_path / "bundle"
+    message = refusal(
+        capsys, "export", "nano", "-o", place, "--require-measured", "--quiet", code=1
+    )
+    assert "text: plain English has a perplexity of " in message
+    assert "limits not checked: perplexity_ratio)" in message and not place.exists()
+    note = mobilevlm.export("nano", place).quality.note
+    assert note.startswith("text: plain English has a perplexity of ") and note in message
+    assert open_bundle(place).manifest.quality.note == note
+    main(["inspect", str(place)])
+    assert "not measured: text: plain English has a perplexity of" in capsys.readouterr().out
+
+
+def test_a_limit_whose_figure_is_missing_fails_if_a_person_asks_for_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("torch")
+    monkeypatch.setattr("mobilevlm.export.quality.measure.EXPECTED", math.inf)
+    manifest = mobilevlm.export("nano", tmp_path / "whole", require_measured=True)
+    assert manifest.quality.measured and not manifest.quality.note
+    monkeypatch.setattr("mobilevlm.export.quality.measure.perplexity_figures", lambda _: {})
+    with pytest.raises(QualityError, match=r"\(limits not checked: perplexity_ratio\)"):
+        mobilevlm.export("nano", tmp_path / "bundle", require_measured=True)
 
 
 def test_before_exact_products_8_bit_weights_are_not_measured_and_loading_says_that_they_saturate(

@@ -50,7 +50,8 @@ Examples:
     "--video",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A video: some of its frames, as pictures after the others ([video] extra).",
+    help="A video: some of its frames, as images after the others, each one tile where the model "
+    "splits images ([video] extra).",
 )
 @click.option(
     "--frames", type=click.IntRange(1, 256), default=8, show_default=True, help="How many."
@@ -103,7 +104,7 @@ def command(
     pictures: list[Any] = [_from_stdin() if image == "-" else image for image in images]
     questions, clip = [given_text("--prompt", prompt) for prompt in prompts], None
     if video is not None:
-        from mobilevlm.runtime.answer.video import decode_frames, open_video
+        from mobilevlm.runtime.answer.video import decode_frames, frame_tiles, open_video
 
         clip = open_video(video, frames)
     with model.open() as vlm:
@@ -112,8 +113,9 @@ def command(
             special, system = options["special_tokens"], options["system"]
             for question in questions:
                 vlm.check_fits(question, asked, raw, special, system)
+            tiles = frame_tiles(vlm.spec)
             for frame in decode_frames(clip, vlm.room_for):
-                pictures.append(vlm.prepare_image(frame, images=asked))
+                pictures.append(vlm.prepare_image(frame, tiles, images=asked))
         for number, question in enumerate(questions):
             stream = vlm.stream(question, pictures, raw=raw, **options)
             if as_json:

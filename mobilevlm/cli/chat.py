@@ -28,7 +28,7 @@ HELP = """\
 /image FILE   show further images with the next question
 /new FILE     begin a new conversation about these images, or about none
 /reset        begin a new conversation about the same images
-/system TEXT  set the system message; alone: show it
+/system TEXT  set the system message; alone: show it; /system "": the model's own again
 /save FILE    write the conversation as JSON messages
 /context      show how much of the context is left
 /timings      show or hide timings after each answer
@@ -72,19 +72,46 @@ def command(
         print(f"{plain(vlm.spec.name)}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip
         while True:
-            line = _read_text()
-            if line is None or line == "/quit":
+            text = _read_text()
+            if text is None or (text.is_command and text.words == "/quit"):
                 return
-            if line.startswith("/"):
-                _obey(talk, line)
-            elif line:
-                _answer(talk, typed(line), sampling)
+            if text.is_command:
+                _obey(talk, text.words)
+            elif text.words:
+                _answer(talk, typed(text.words), sampling)
                 _warn_of_end(talk)
 
 
-def _read_text() -> str | None:
+@dataclass(frozen=True)
+class Text:
+    """What a person typed, of one or more lines."""
+
+    words: str
+    lines: int
+    quoted: bool
+    """Between three quotation marks"""
+
+    @property
+    def is_command(self) -> bool:
+        """True if it begins with ``/``; of several lines only those of a known command."""
+        if self.quoted or not self.words.startswith("/"):
+            return False
+        return self.lines == 1 or self.words.split()[0] in COMMANDS
+
+
+def _read_text() -> Text | None:
     """Return what is typed next, of several lines where they belong together; none at the end of
-    input."""
+    input. Ctrl-C clears what is typed so far."""
+    while True:
+        try:
+            return _read_lines()
+        except KeyboardInterrupt:
+            if not sys.stdin.isatty():
+                raise
+            print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
+
+
+def _read_lines() -> Text | None:
     line = _read_line("> ")
     if line is None:
         return None
@@ -100,25 +127,13 @@ def _read_text() -> str | None:
             break
         lines.append(line if quoted else line.removesuffix("\\"))
         line = _read_line(". ")
-    return "\n".join(lines).strip()
+    return Text("\n".join(lines).strip(), len(lines), quoted)
 
 
 def _read_line(prompt: str) -> str | None:
-    """Return the next line; none at the end of input. Ctrl-C clears what is typed so far."""
-    if not sys.stdin.isatty():
-        return _without_prompt()
-    while True:
-        try:
-            return input(prompt)
-        except EOFError:
-            return None
-        except KeyboardInterrupt:
-            print("\n(Ctrl-D or /quit leaves)", file=sys.stderr)
-
-
-def _without_prompt() -> str | None:
+    """Return the next line; none at the end of input."""
     try:
-        return input()
+        return input(prompt if sys.stdin.isatty() else "")
     except EOFError:
         return None
 
@@ -138,7 +153,7 @@ def _obey(talk: Talk, line: str) -> None:
             talk.names = list(files)
         elif verb == "/system":
             if argument:
-                chat.system = argument
+                chat.system = None if argument in ('""', "''") else argument
             else:
                 print(plain(chat.system or "no system message of your own"), file=sys.stderr)
         elif verb == "/save" and argument:
@@ -148,7 +163,7 @@ def _obey(talk: Talk, line: str) -> None:
         elif line == "/timings":
             talk.timings = not talk.timings
         elif line == "/reset":
-            chat.begin(chat.images)
+            chat.reset()
         elif line == "/help":
             print(HELP, file=sys.stderr)
         else:
@@ -173,7 +188,12 @@ def _save(talk: Talk, name: str) -> None:
                 for part in content
             ]
         messages.append({"role": message["role"], "content": content})
-    path = Path(files_in(name)[0])
+    files = files_in(name)
+    if len(files) != 1:
+        print(f"error: {plain(name)}: one file is written: put a name with spaces into quotes",
+              file=sys.stderr)  # fmt: skip
+        return
+    path = Path(files[0])
     try:
         with path.open("x", encoding="utf-8") as file:
             json.dump(messages, file, indent=2, ensure_ascii=False)

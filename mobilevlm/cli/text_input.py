@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from mobilevlm.console.line_editing import expanded
 from mobilevlm.console.terminal import shown, typed
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def read_text_file(option: str, path: str) -> str:
     """
     place = f"{option}: {shown(path)}"
     try:
-        file = Path(path).expanduser()
+        file = expanded(path)
         if file.exists() and not file.is_file():
             raise click.UsageError(f"{place}: not a regular file")
         with file.open("rb") as opened:

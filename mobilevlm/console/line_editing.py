@@ -15,20 +15,29 @@ MOST_LINES = 1000
 _URI = re.compile(r"(data|file):", re.IGNORECASE)
 
 
+def expanded(path: str) -> Path:
+    """Return a path with the home that ``~`` or ``~name`` stands for; as it is where there is none,
+    so that who opens it says that there is no such file."""
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError):  # no such person, or a name that no system takes
+        return Path(path)
+
+
 def files_in(text: str) -> list[str]:
     """Return the files that a person typed: one as it stands, or several as a shell reads them,
     with quotes, backslashes and ``~``; ``data:`` and ``file:`` URIs as they are."""
     if _URI.match(text):
         return text.split()
     with contextlib.suppress(OSError):  # a name that is too long
-        whole = Path(text).expanduser()
+        whole = expanded(text)
         if whole.is_file():
             return [str(whole)]
     try:
         words = shlex.split(text)
     except ValueError:  # a quote that is not closed
         words = [text]
-    return [word if _URI.match(word) else str(Path(word).expanduser()) for word in words]
+    return [word if _URI.match(word) else str(expanded(word)) for word in words]
 
 
 @contextlib.contextmanager
@@ -81,13 +90,13 @@ def completions(line: str, commands: Sequence[str]) -> list[str]:
     folder, _, start = name.rpartition("/")
     shown = f"{folder}/" if "/" in name else ""
     try:
-        entries = sorted(os.scandir(Path(shown or ".").expanduser()), key=lambda entry: entry.name)
+        entries = sorted(os.scandir(expanded(shown or ".")), key=lambda entry: entry.name)
         return [
             f"{verb} {before}{_escaped(shown + entry.name)}{'/' if entry.is_dir() else ''}"
             for entry in entries
             if entry.name.startswith(start) and (start or not entry.name.startswith("."))
         ]
-    except (OSError, RuntimeError):  # no such folder, no such person's home
+    except (OSError, ValueError):  # no such folder, no name of one
         return []
 
 

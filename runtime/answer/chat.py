@@ -23,16 +23,24 @@ class Chat:
     ) -> None:
         self._vlm = vlm
         self._session = vlm.new_session()
-        self._system = system
+        self._system: str | None = None
+        self.system = system
         self.begin(images)
 
     @property
     def system(self) -> str | None:
-        """The system message; may be set, for the turns so far too."""
+        """The system message; may be set, for the turns so far too; none: the model's own.
+
+        Raises:
+            PromptError: when it is set: it is no text, too long, or the model's chat template has
+                no place for one; the message stays as it was.
+        """
         return self._system
 
     @system.setter
     def system(self, text: str | None) -> None:
+        if text is not None:
+            self._vlm.check_fits("?", 0, system=text)
         self._system = text
         self._session.told = []
 
@@ -46,6 +54,14 @@ class Chat:
         self.messages: list[Message] = []
         self._shown = 0
         self._session.told = []
+
+    def reset(self) -> None:
+        """Forget the turns; the next question is about the same images.
+
+        Raises:
+            ImageError: one can no longer be opened; the conversation stays as it was.
+        """
+        self.begin(self._sources)
 
     def show(self, images: Sequence[ImageInput]) -> None:
         """Shows further images with the next question.

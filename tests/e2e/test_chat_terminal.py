@@ -17,7 +17,7 @@ import pytest
 from conftest import run_program
 
 import mobilevlm
-from mobilevlm.console.line_editing import completions, files_in, history_file
+from mobilevlm.console.line_editing import completions, expanded, files_in, history_file
 
 PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
 
@@ -88,6 +88,56 @@ def test_ctrl_c_clears_a_half_typed_line_and_ctrl_d_leaves(terminal: Terminal) -
     terminal.wait_for("> ")
     terminal.type("\x04")
     assert terminal.close() == 0
+
+
+def test_ctrl_c_leaves_a_text_of_several_lines(terminal: Terminal) -> None:
+    terminal.wait_for("> ")
+    terminal.type('"""one\n')
+    terminal.wait_for(". ")
+    terminal.type("/two")
+    terminal.wait_for("/two")
+    time.sleep(0.5)
+    terminal.type("\x03")
+    terminal.wait_for("(Ctrl-D or /quit leaves)")
+    terminal.wait_for("> ")
+    terminal.type("/context\n")
+    terminal.wait_for("room for 1024 of 1024 tokens", 20)
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.close() == 0
+
+
+def test_a_home_of_nobody_is_a_file_that_is_not_there() -> None:
+    lines = ["/image ~nobody-here/a.jpg", "/save ~nobody-here/talk.json", "/context"]
+    done = run_program("chat", "nano", stdin="\n".join(lines).encode())
+    assert done.returncode == 0, done.stderr
+    assert "error: ~nobody-here/a.jpg: no such image file" in done.stderr
+    assert "error: ~nobody-here/talk.json: " in done.stderr
+    assert "room for 1024 of 1024 tokens" in done.stderr
+    run = run_program("run", "nano", "-p", "@~nobody-here/question.txt")
+    assert run.returncode == 2 and "~nobody-here/question.txt: No such file" in run.stderr
+    assert expanded("~a\0b/c") == Path("~a\0b/c")
+    assert completions("/image ~nobody-here/", ("/image",)) == []
+
+
+def test_texts_that_begin_with_a_slash_are_no_commands_where_they_are_quoted_or_long() -> None:
+    lines = ['"""/quit"""', "/etc/hosts has this: \\", "what is it?", "/system Be \\", "brief.",
+             "/system", '/system ""', "/system", "/ect"]  # fmt: skip
+    done = run_program("chat", "nano", "-n", 4, stdin="\n".join(lines).encode())
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert len(done.stdout.splitlines()) >= 2
+    assert said.index("Be  brief.") < said.index("no system message of your own")
+    assert [line for line in said if "not a command" in line] == [
+        line for line in said if line.startswith("/ect: not a command")
+    ]
+
+
+def test_a_conversation_is_saved_under_the_whole_name_or_not(tmp_path: Path) -> None:
+    lines = [f"/save {tmp_path}/my talk.json", f"/save '{tmp_path}/my talk.json'"]
+    done = run_program("chat", "nano", stdin="\n".join(lines).encode())
+    assert f"error: {tmp_path}/my talk.json: one file is written: put a name with" in done.stderr
+    assert [file.name for file in tmp_path.iterdir()] == ["my talk.json"]
 
 
 def test_images_are_given_as_a_shell_takes_them(

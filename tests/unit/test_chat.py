@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,3 +184,39 @@ def test_further_images_are_shown_with_the_next_question(vlm: VLM) -> None:
     again = vlm.generate(turns, [IMAGE, other], max_new_tokens=3)
     assert again.token_ids == third.token_ids
     assert [len(message["content"]) for message in turns if message["role"] == "user"] == [2, 2, 1]
+
+
+def test_a_conversation_begun_again_takes_further_images_of_any_resolution(
+    bundle_of: BundleOf,
+) -> None:
+    with mobilevlm.load(bundle_of("llava_next", "fp32")) as vlm:
+        chat = Chat(vlm, [IMAGE])
+        first = chat.ask("Who?", max_new_tokens=2).finish()
+        chat.reset()
+        assert chat.messages == []
+        assert chat.ask("Who?", max_new_tokens=2).finish().token_ids == first.token_ids
+        chat.reset()
+        chat.show([np.zeros((20, 30, 3), np.uint8)])
+        assert len(chat.images) == 2
+        assert chat.ask("Who?", max_new_tokens=2).finish().visual_tokens > 0
+
+
+def test_a_system_message_that_no_question_could_have_is_refused_when_it_is_set(
+    vlm: VLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat = Chat(vlm, system="Be brief.")
+    wrong: Any = 3
+    for text in ("word " * 3000, wrong):
+        with pytest.raises(PromptError):
+            chat.system = text
+    assert chat.system == "Be brief."
+    template = "{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"
+    monkeypatch.setitem(vlm.spec.conversation.__dict__, "chat_template", template)
+    with pytest.raises(PromptError, match="has no place for a system message"):
+        Chat(vlm, system="Be brief.")
+    plain = Chat(vlm)
+    with pytest.raises(PromptError, match="has no place for a system message"):
+        plain.system = "Be brief."
+    assert plain.ask("Who?", max_new_tokens=2).finish().token_ids
+    chat.system = None
+    assert chat.ask("Who?", max_new_tokens=2).finish().token_ids

@@ -15,6 +15,9 @@ from mobilevlm.runtime.server.images import ImageRef, take_images
 _OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 """Fields that are keywords of ``VLM.stream``, under their own names"""
 
+_MOST_VALUES = 200_000
+"""Of a body: images are one each, and texts with more commas fit into no context"""
+
 
 @dataclass(frozen=True)
 class Asked:
@@ -41,8 +44,11 @@ def parse_json(content: bytes) -> Any:
     """Return the value in a body.
 
     Raises:
-        ApiError: it is no JSON.
+        ApiError: it is no JSON, or has so many values that reading them would hold up others.
     """
+    if sum(map(content.count, (b",", b"[", b"{"))) > _MOST_VALUES:
+        told = f"the body has more than {_MOST_VALUES} values (commas, [ and {{ in it)"
+        raise ApiError(400, told, code="invalid_json")
     try:
         return json.loads(content, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:

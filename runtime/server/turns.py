@@ -97,7 +97,14 @@ class Turns:
         """Make an answer. ``begin`` reads the prompt, in a thread beside the worker's; ``give``
         gets each piece of text. When the task is cancelled, the work stops at the next token."""
         loop = asyncio.get_running_loop()
-        stream = await loop.run_in_executor(self._reader, begin)
+        begun = self._reader.submit(begin)
+        waited = asyncio.wrap_future(begun)
+        try:
+            stream = await asyncio.shield(waited)
+        except asyncio.CancelledError:
+            if not begun.cancel():  # a thread is at it, with the model, which is held until then
+                await asyncio.gather(waited, return_exceptions=True)
+            raise
         try:
             known, ended = 0, False
             while not ended:

@@ -34,7 +34,7 @@ from mobilevlm.runtime.server.models import Loading, Models, named_models
 from mobilevlm.runtime.server.serving import serve
 from mobilevlm.runtime.server.settings import Settings
 from mobilevlm.runtime.server.streams import EventStream, Job
-from mobilevlm.runtime.server.turns import Piece
+from mobilevlm.runtime.server.turns import Piece, Turns
 from mobilevlm.runtime.vlm import VLM
 
 # Bodies.
@@ -237,6 +237,72 @@ def test_a_model_that_was_loaded_for_nobody_counts_and_is_closed(
         assert closed == loaded
 
     asyncio.run(use())
+
+
+def test_a_model_that_is_being_closed_keeps_its_memory_when_the_client_goes_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    order: list[str] = []
+    begun, goes_on = threading.Event(), threading.Event()
+    close = VLM.close
+
+    def noted_load(path: Path, **keywords: Any) -> VLM:
+        order.append("load")
+        return load(path, **keywords)
+
+    def slow_close(vlm: VLM) -> None:
+        begun.set()
+        goes_on.wait(30)
+        close(vlm)
+        order.append("closed")
+
+    monkeypatch.setattr(models_module, "load", noted_load)
+    monkeypatch.setattr(VLM, "close", slow_close)
+
+    async def ask(models: Models, name: str) -> None:
+        async with models.use(name):
+            pass
+
+    async def use() -> None:
+        async with two_models(one_model_limit()) as models:
+            await ask(models, "a")
+            gone = asyncio.create_task(ask(models, "b"))
+            await asyncio.to_thread(begun.wait, 30)
+            gone.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await gone
+            again = asyncio.create_task(ask(models, "b"))
+            await asyncio.sleep(0.3)
+            assert order == ["load"]
+            goes_on.set()
+            await again
+            assert order == ["load", "closed", "load"]
+
+    asyncio.run(use())
+
+
+def test_a_model_is_held_while_a_prompt_is_read_though_the_client_goes_away() -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def begin() -> Any:
+        begun.set()
+        goes_on.wait(30)
+
+    async def answer() -> None:
+        turns = Turns(1, 1)
+        gone = asyncio.create_task(turns.answer(begin, lambda _: None))
+        waits = asyncio.create_task(turns.answer(begin, lambda _: None))
+        await asyncio.to_thread(begun.wait, 30)
+        gone.cancel()
+        waits.cancel()
+        await asyncio.sleep(0.1)
+        assert not gone.done() and waits.done()  # the second one had not begun
+        goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await gone
+        turns.close()
+
+    asyncio.run(answer())
 
 
 def test_sigterm_while_a_model_is_loaded_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -205,13 +205,19 @@ def _rotated_where_possible(recipe: Recipe, formats: Sequence[str], spec: ModelS
     obstacle = rotation_obstacle(spec.decoder)
     if obstacle is None or not recipe.is_rotated or "onnx" not in formats:
         return recipe
-    if recipe.decoder not in {built_in.decoder for built_in in RECIPES.values()}:
+    built_in = {_as_named(named.decoder) for named in RECIPES.values()}
+    if _as_named(recipe.decoder) not in built_in:
         raise MobileVLMError(
             f"recipe {recipe.name!r}: decoder.scaling: the residual stream of {spec.name} cannot "
             f'be rotated, it has {obstacle}: set scaling = "none"'
         )
     progress.say(f"rotation    left out: the decoder of {spec.name} has {obstacle}")
     return recipe.without_rotation()
+
+
+def _as_named(layers: LinearFormat) -> LinearFormat:
+    """Return a format as it is before the bits of int8 weights are settled."""
+    return dataclasses.replace(layers, weight_bits="auto")
 
 
 def in_stored_blocks(recipe: Recipe, model: Model) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -206,14 +207,19 @@ def test_a_file_that_asks_for_what_layer_norms_cannot_have_is_refused(
     assert 'cannot be rotated, it has norms that subtract the mean: set scaling = "none"' in said
 
 
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_a_built_in_recipe_leaves_rotation_out_and_says_so(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    precision: Literal["fp32", "int8"],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setitem(RECIPES, "fp32", ROTATED)
+    layers = LinearFormat(precision, scaling="rotation")
+    monkeypatch.setitem(RECIPES, precision, replace(RECIPES[precision], decoder=layers))
     progress.enable()
     fixture = fixture_named("moe_llava_phi2")
     manifest = mobilevlm.export(
-        fixture.checkpoint, tmp_path / "b", recipe="fp32", vision_tower=fixture.tower,
+        fixture.checkpoint, tmp_path / "b", recipe=precision, vision_tower=fixture.tower,
         measure=False,
     )  # fmt: skip
     assert not manifest.recipe.is_rotated

@@ -5,8 +5,8 @@ and fits any model, since what a decoder meets most is its own answers.
 A temporary copy of the model with int8 weights answers, sampled at temperature 1: a token takes a
 third of the time of float32, a bundle of a fourth of its size fits into the memory of an export,
 and its distance from the float model (a KL of some hundredths) is far below the differences between
-two answers. The same model, settings and seed give the same answers; they are kept in the cache
-folder.
+two answers. On one machine the same model, settings and seed give the same answers, and they are
+kept in the cache folder; processors of another kind round otherwise, and draw other tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from PIL import Image
 from mobilevlm._version import __version__
 from mobilevlm.bundle import cache_folder
 from mobilevlm.console import progress
-from mobilevlm.errors import PromptError
+from mobilevlm.errors import MobileVLMError, PromptError
 from mobilevlm.export.calibration.prompts import IMAGES, TEXTS
 from mobilevlm.export.calibration.samples import (
     Sample,
@@ -34,10 +34,13 @@ from mobilevlm.export.calibration.samples import (
     sample_pieces,
     samples_digest,
     scene_samples,
+    tokenizer_digests,
 )
+from mobilevlm.export.formats import code_digest
 from mobilevlm.model import Model
 from mobilevlm.plain_types import to_dict
 from mobilevlm.prompt import count_positions
+from mobilevlm.recipe import OWN
 from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.machine import int8_weight_bits
@@ -63,15 +66,19 @@ _APART = 1000
 
 
 def own_samples(model: Model, seed: int = 0) -> list[Sample]:
-    """Return prompts with the model's own answers, in turns with drawn scenes. Another ``seed``
-    makes other scenes and other answers.
+    """Return prompts with the model's own answers, in turns with drawn scenes, as far as they fit
+    into the context. Another ``seed`` makes other scenes and other answers.
 
     A model whose decoder has an encoder answers nothing: it gets the drawn scenes alone.
+
+    Raises:
+        MobileVLMError: the context has no room for any.
     """
     first = seed * _APART
-    scenes = _within(model, scene_samples(NUM_SCENES, first))
+    scenes = scene_samples(NUM_SCENES, first)
     if model.spec.decoder.encoder_layers:
-        return scenes
+        return _within(model, scenes)
+    scenes = _within(model, (sample for sample in scenes if _room(model, sample) >= 0))
     drawn = (
         Sample(prompt, "", images)
         for prompt, images in zip(IMAGES, _drawn(first + NUM_SCENES), strict=False)
@@ -79,6 +86,11 @@ def own_samples(model: Model, seed: int = 0) -> list[Sample]:
     asked = [*(Sample(prompt, "", ()) for prompt in TEXTS), *_within(model, drawn)]
     found = answered(model, asked, seed)
     texts, images = ([item for item in found if bool(item.images) is has] for has in (False, True))
+    if not found and not scenes:
+        raise MobileVLMError(
+            f"calibration {OWN!r}: no prompt fits into the context of "
+            f"{model.spec.decoder.context_length} tokens: give shorter samples in a JSONL file"
+        )
     return _mixed(_mixed(texts, images), scenes)
 
 
@@ -195,8 +207,9 @@ def _kept_path(model: Model, samples: Sequence[Sample], seed: int) -> Path | Non
         seed,
         [model.weights.sha256(prefix) for prefix in ("vision.", "projector.", "decoder.")],
         [to_dict(part) for part in (spec.image, spec.decoder, spec.conversation)],
+        tokenizer_digests(model),
         [ANSWER_TOKENS, TEMPERATURE, TOP_K, int8_weight_bits()],
-        [__version__, importlib.metadata.version("onnxruntime")],
+        [code_digest(), __version__, importlib.metadata.version("onnxruntime")],
     ]
     digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     try:

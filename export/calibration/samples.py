@@ -222,6 +222,12 @@ def answer_ids(model: Model, sample: Sample) -> list[int]:
     return [token for token in answer if isinstance(token, int)]
 
 
+def tokenizer_digests(model: Model) -> list[str]:
+    """Digests of the tokenizer, and of the one for instructions where there is one."""
+    found = (model.tokenizer, model.instruction_tokenizer)
+    return [hashlib.sha256(part.to_str().encode()).hexdigest() for part in found if part]
+
+
 def samples_digest(samples: Sequence[Sample]) -> str:
     """Digest of all texts and pictures."""
     digest = hashlib.sha256()

@@ -13,7 +13,7 @@ import numpy as np
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.errors import require
-from mobilevlm.export.calibration.samples import Sample, samples_digest
+from mobilevlm.export.calibration.samples import Sample, samples_digest, tokenizer_digests
 from mobilevlm.export.quantize import awq, smoothquant
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.folding import Fold, fold, free_folds
@@ -45,7 +45,8 @@ def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:
     return [
         samples_digest(samples),
         [model.weights.sha256(prefix) for prefix in ("vision.", "projector.", "decoder.")],
-        [to_dict(part) for part in (spec.image, spec.conversation)],
+        [to_dict(part) for part in (spec.image, spec.decoder, spec.conversation)],
+        tokenizer_digests(model),
         importlib.metadata.version("onnxruntime"),
     ]
 

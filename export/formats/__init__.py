@@ -11,6 +11,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,8 +35,13 @@ TOOLS = {
 IMAGE = ("vision.", "projector.")
 """Prefixes of the tensors of the vision stage."""
 EMBEDDINGS = ("decoder.embed_tokens.",)
-_SHARED_CODE = ("gguf/names.py", "linear_groups.py", "recipe.py", "rotary.py")
-"""Modules outside export/ that decide the bytes of artifacts."""
+_SHARED_CODE = (
+    "assembly.py", "checkpoint.py", "conversation.py", "gguf/names.py", "image.py",
+    "instruction.py", "linear_groups.py", "preparation.py", "prompt.py", "recipe.py",
+    "reference/*.py", "rotary.py", "state_buffers.py",
+)  # fmt: skip
+_SHARED_RUNTIME = ("answer/sampling.py", "engines/*.py", "engines/onnx/*.py")
+"""Modules outside export/ that decide the bytes of artifacts, as calibration runs them too."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +94,7 @@ def make_job(
     JSON types; ``figures``: fields of :class:`mobilevlm.bundle.Artifact`."""
     weights = model.weights
     inputs = [weights.sha256(prefix) for prefix in prefixes]
-    parts = [[precision, files, *settings], inputs, tool_versions([form]), _code_digest()]
+    parts = [[precision, files, *settings], inputs, tool_versions([form]), code_digest()]
     key = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
     artifact = Artifact(stage, form, precision, files[0], files[1:], key, **figures)  # type: ignore[arg-type]
     size = sum(weights.size(tensor) for tensor in weights if tensor.startswith(prefixes))
@@ -108,10 +114,20 @@ def tool_versions(formats: Sequence[str]) -> dict[str, str]:
     return {"mobilevlm-edge": __version__, **versions}
 
 
+def code_files() -> list[Path]:
+    """Return the modules that decide the bytes of artifacts."""
+    runtime = find_spec("mobilevlm.runtime")  # not imported: it would import this
+    assert runtime is not None and runtime.origin is not None
+    places = [(Path(mobilevlm.__file__).parent, name) for name in _SHARED_CODE]
+    places += [(Path(runtime.origin).parent, name) for name in _SHARED_RUNTIME]
+    shared = (path for folder, name in places for path in sorted(folder.glob(name)))
+    return [*sorted(Path(__file__).parents[1].rglob("*.py")), *shared]
+
+
 @cache
-def _code_digest() -> str:
+def code_digest() -> str:
+    """Return the digest of the modules that decide the bytes of artifacts."""
     digest = hashlib.sha256()
-    export, package = Path(__file__).parents[1], Path(mobilevlm.__file__).parent
-    for path in [*sorted(export.rglob("*.py")), *(package / name for name in _SHARED_CODE)]:
+    for path in code_files():
         digest.update(path.read_bytes())
     return digest.hexdigest()

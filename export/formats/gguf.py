@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from pathlib import Path
 
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import require
+from mobilevlm.export.calibration.samples import tokenizer_digests
 from mobilevlm.export.formats import IMAGE, Job, Written, image_settings, make_job, refuse
 from mobilevlm.gguf.architectures import gguf_architecture, is_own
 from mobilevlm.gguf.file import read_gguf
@@ -61,7 +61,7 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
     settings = [
         to_dict(spec.decoder),
         to_dict(spec.conversation),
-        hashlib.sha256(model.tokenizer.to_str().encode()).hexdigest(),
+        tokenizer_digests(model),
         quantizer,
         importance.key if importance else "",
     ]

@@ -9,7 +9,7 @@ from mobilevlm.console import progress
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import require
 from mobilevlm.export.calibration.data import find_samples
-from mobilevlm.export.calibration.samples import samples_digest
+from mobilevlm.export.calibration.stages import calibration_key
 from mobilevlm.export.formats import (
     EMBEDDINGS,
     IMAGE,
@@ -74,17 +74,18 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
             return author_float_decoder(model, recipe, paths, shapes, data, advance)
         return author_qdq_decoder(model, samples, recipe, paths, shapes, data, advance)
 
-    digest, form = samples_digest(samples), [recipe.layer_norm, recipe.operators]
+    key = [] if recipe.is_float else calibration_key(model, samples)
+    form = [recipe.layer_norm, recipe.operators]
     images, decoder = image_settings(spec), to_dict(spec.decoder)
     sizes = [to_dict(shape) for shape in shapes]
-    language = [*images, decoder, to_dict(recipe.decoder), form, sizes, digest]
+    language = [*images, decoder, to_dict(recipe.decoder), form, sizes, key]
     # Of pictures it is calibrated with all.
     prefixes = ("decoder.", *IMAGE)
     return [
         make_job(
             model, "npu", "vision", recipe.tower.precision,
             _with_data(f"npu/vision_encoder{tower}.onnx"), IMAGE,
-            [*images, to_dict(recipe.tower), form, digest], write_vision,
+            [*images, to_dict(recipe.tower), form, key], write_vision,
             bits_per_weight=_bits(spec, recipe, IMAGE),
         ),
         make_job(

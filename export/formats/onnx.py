@@ -13,7 +13,7 @@ from mobilevlm.bundle import StageName
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import require
 from mobilevlm.export.calibration.data import find_samples
-from mobilevlm.export.calibration.samples import Sample, samples_digest
+from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.calibration.stages import calibrate, calibration_key, check_torch
 from mobilevlm.export.formats import (
     EMBEDDINGS,
@@ -68,7 +68,7 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
         check_onnx()
     samples = find_samples(recipe.calibration, model) if recipe.is_calibrated else []
     spec, plain = to_dict(model.spec.decoder), replace(recipe, operators="runtime")
-    cache = [] if recipe.kv_cache == "fp32" else [recipe.kv_cache, samples_digest(samples)]
+    cache = [] if recipe.kv_cache == "fp32" else _cache_settings(model, recipe, samples)
     stages = [
         _Stage(
             "vision", "vision_encoder", recipe.tower.precision, IMAGE, recipe,
@@ -97,6 +97,13 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
             ),
         ]  # fmt: skip
     return [_job(model, samples, stage) for stage in stages]
+
+
+def _cache_settings(model: Model, recipe: Recipe, samples: list[Sample]) -> list[Any]:
+    """Return what the scales of keys and values depend on: samples run through all stages."""
+    formats = [to_dict(recipe.format_of(group.name)) for group in linear_groups(model.spec)]
+    measured = [formats, recipe.embeddings, recipe.experts, recipe.operators, recipe.layer_norm]
+    return [recipe.kv_cache, measured, calibration_key(model, samples)]
 
 
 def _refusals(spec: ModelSpec, recipe: Recipe) -> list[tuple[bool, str]]:
@@ -141,8 +148,10 @@ def _job(model: Model, samples: list[Sample], stage: _Stage) -> Job:
         settings.append("rotated")
     if referred:
         settings.append(calibration_key(model, samples))
+        if stage.name == "vision":  # its layers are watched in the reference
+            settings.append(importlib.metadata.version("torch"))
     if precision in QDQ:
-        settings += [recipe.layer_norm, samples_digest(samples)]
+        settings += [recipe.layer_norm, calibration_key(model, samples)]
         settings += map(importlib.metadata.version, QDQ_TOOLS)
 
     def author(file: Path, advance: Advance) -> Written:

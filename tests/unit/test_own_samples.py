@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import Fixture, fixture_named
 
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration import own, talking
 from mobilevlm.export.calibration.data import find_samples
 from mobilevlm.export.calibration.own import answered, own_samples
@@ -20,7 +22,9 @@ from mobilevlm.export.calibration.samples import (
     samples_digest,
     scene_samples,
 )
+from mobilevlm.export.calibration.statistics import sample_groups
 from mobilevlm.export.recipes.named import RECIPES
+from mobilevlm.model import Model
 from mobilevlm.prompt import count_positions
 
 
@@ -90,6 +94,32 @@ def test_prompts_without_room_in_the_context_are_left_out(mobilevlm_v2: Fixture)
     long = Sample("word " * 3000, "", ())
     found = answered(mobilevlm_v2.model, [long, Sample(TEXTS[0], "", ())])
     assert [sample.prompt for sample in found] == [TEXTS[0]]
+
+
+def with_context(model: Model, length: int, monkeypatch: pytest.MonkeyPatch) -> Model:
+    """Return a model with a small context, which answers nothing."""
+    monkeypatch.setattr(own, "_answers", lambda model, samples, seed: ["" for _ in samples])
+    decoder = replace(model.spec.decoder, context_length=length)
+    return replace(model, spec=replace(model.spec, decoder=decoder))
+
+
+@pytest.mark.parametrize(("length", "has_scenes"), [(512, True), (256, True), (128, False)])
+def test_scenes_without_room_in_the_context_are_left_out(
+    mobilevlm_v2: Fixture, length: int, has_scenes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_context(mobilevlm_v2.model, length, monkeypatch)
+    samples = own_samples(model)
+    assert sum(map(len, sample_groups(model, samples))) == len(samples) > 0
+    scenes = {sample.prompt for sample in scene_samples(9)}
+    assert bool(scenes & {sample.prompt for sample in samples}) == has_scenes
+
+
+def test_a_context_without_room_for_any_prompt_is_refused(
+    mobilevlm_v2: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = with_context(mobilevlm_v2.model, 32, monkeypatch)
+    with pytest.raises(MobileVLMError, match="no prompt fits into the context of 32 tokens"):
+        own_samples(model)
 
 
 def test_a_model_with_an_encoder_gets_drawn_scenes_alone() -> None:

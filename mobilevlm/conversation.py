@@ -39,8 +39,8 @@ def two_separator_template(
 ) -> str:
     """The Jinja template of such a conversation.
 
-    A picture given as a part stands first in its turn, followed by a line break where the
-    checkpoint was trained with one. ``image_mark`` is what it was trained to see in the picture's
+    An image given as a part stands first in its turn, followed by a line break where the
+    checkpoint was trained with one. ``image_mark`` is what it was trained to see in the image's
     place (``<im_start><image><im_end>`` for some).
     """
     system = style.system.replace("'", "\\'")
@@ -126,7 +126,7 @@ _IMAGES_FIRST = """\
 
 
 def turns_template(before: str = "", after: str = "") -> str:
-    """The Jinja template of a conversation without roles: pictures that are parts first of all,
+    """The Jinja template of a conversation without roles: images that are parts first of all,
     then the turns, the user's between ``before`` and ``after``."""
     turns = _TURNS.replace("BEFORE", repr(before)).replace("AFTER", repr(after))
     return _IMAGES_FIRST + turns

@@ -25,7 +25,7 @@ class ReplacedError(BundleError):
 
 
 class ImageError(MobileVLMError):
-    """A picture that cannot be opened or is not a picture."""
+    """An image that cannot be opened, or a file that is no image."""
 
 
 class AudioError(MobileVLMError):

@@ -1,4 +1,4 @@
-"""A loaded bundle that answers questions about pictures."""
+"""A loaded bundle that answers questions about images."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class VLM:
         images: Images = (),
         **options: Unpack[AnswerOptions],
     ) -> TextStream:
-        """Answers piece by piece.
+        """Answer piece by piece.
 
         ``prompt``: the user's text, or the messages of a chat. ``images`` go where ``<image>``
         stands, else before the text; with messages they are those of image parts that bring none,
@@ -236,7 +236,7 @@ class VLM:
         return self._session("everything" if reuse_prefix else "nothing")
 
     def clear_caches(self) -> None:
-        """Forgets earlier requests, for measuring. What the bundle brings stays."""
+        """Forget earlier requests, for measuring. What the bundle brings stays."""
         with self._lock:
             for session in self._idle:
                 session.forget()
@@ -344,7 +344,7 @@ class VLM:
         return self._session("nothing").answer_logits(embeds, answer)
 
     def close(self) -> None:
-        """Frees weights and buffers. The object cannot be used after: a stream that another thread
+        """Free weights and buffers. The object cannot be used after: a stream that another thread
         reads ends with an error at its next token."""
         if os.getpid() != self._process:  # locks and threads of the parent are in no known state
             self._vision = self._decoder = None
@@ -445,7 +445,7 @@ class VLM:
 def _noted(
     session: Session, said: list[Message], pieces: Generator[str, None, Generation]
 ) -> Generator[str, None, Generation]:
-    """Yields the pieces; from the first on the session knows what was said."""
+    """Yield the pieces; from the first on the session knows what was said."""
     try:
         piece = next(pieces)
         session.told = said

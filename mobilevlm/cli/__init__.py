@@ -37,8 +37,8 @@ VERBS = {
     "search": "Find how many bits each layer needs.",
     "imatrix": "Measure which weights matter, for GGUF files.",
     "targets": "List the devices that exports are checked for.",
-    "run": "Ask one question about pictures.",
-    "chat": "Talk about pictures.",
+    "run": "Ask one question about images.",
+    "chat": "Talk about images.",
     "serve": "Answer clients of OpenAI's API over HTTP.",
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine or a device.",
@@ -89,7 +89,7 @@ def program(debug: bool) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the program and exits: 0 success, 1 a check or limit failed, 2 wrong input."""
+    """Run the program and exit: 0 success, 1 a check or limit failed, 2 wrong input."""
     open_closed_streams()
     arguments = sys.argv[1:] if arguments is None else arguments
     if asked := os.environ.get(COMPLETION):

@@ -54,7 +54,7 @@ class Talk:
 
 @click.command("chat", epilog=f"\b\nIn the conversation:\n{HELP}")
 @model_options
-@click.option("--image", "images", multiple=True, metavar="FILE", help="A picture; repeatable.")
+@click.option("--image", "images", multiple=True, metavar="FILE", help="An image; repeatable.")
 @system_option
 @plain_text_option
 @structure_options
@@ -65,7 +65,7 @@ def command(
     system: str | None,
     **sampling: Any,
 ) -> None:
-    """Talk about pictures with the model in BUNDLE. Ctrl-C stops an answer."""
+    """Talk about images with the model in BUNDLE. Ctrl-C stops an answer."""
     with model.open() as vlm, edited(COMMANDS):
         chat = vlm.chat(list(images), system)
         talk = Talk(chat, vlm.spec.decoder.context_length, list(images))

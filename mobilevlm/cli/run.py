@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 EXAMPLES = """\b
 Examples:
-  mobilevlm run bundle/ --image photo.jpg -p "What is in the picture?"
+  mobilevlm run bundle/ --image photo.jpg -p "What is in the image?"
   mobilevlm run bundle/ --image a.jpg --image b.jpg -p "<image> or <image>: which is older?"
   mobilevlm run bundle/ --image photo.jpg -p "What is it?" -p "Which colour has it?" -n 32
   mobilevlm run bundle/ --video clip.mp4 --frames 8 -p "What happens?"
-  cat photo.jpg | mobilevlm run bundle/ --image - -p "Describe the picture." --json
+  cat photo.jpg | mobilevlm run bundle/ --image - -p "Describe the image." --json
   mobilevlm run bundle/ --image photo.jpg -p @question.txt --json-schema answer.json
   mobilevlm run bundle/ --image photo.jpg -p "What is this?" --max-memory 512MB
   mobilevlm run model.gguf --mmproj mmproj.gguf --image photo.jpg -p "What is this?"
@@ -44,7 +44,7 @@ Examples:
     "images",
     multiple=True,
     metavar="FILE",
-    help="A picture, or its data: URI; repeat for more; - reads it from standard input.",
+    help="An image, or its data: URI; repeat for more; - reads it from standard input.",
 )
 @click.option(
     "--video",
@@ -63,7 +63,7 @@ Examples:
     required=True,
     multiple=True,
     metavar="TEXT",
-    help="The question; <image> in it places a picture. @FILE reads it from a file, - from "
+    help="The question; <image> in it places an image. @FILE reads it from a file, - from "
     "standard input. Repeat to ask several, each by itself.",
 )
 @system_option
@@ -90,7 +90,7 @@ def command(
     json_lines: bool,
     **options: Any,
 ) -> None:
-    """Ask questions about pictures and stream the answers of the model in BUNDLE."""
+    """Ask questions about images and stream the answers of the model in BUNDLE."""
     if raw and not options["special_tokens"]:
         raise click.UsageError("--plain-text does not go with --raw, whose text is all the prompt")
     if raw and options["system"] is not None:
@@ -101,7 +101,7 @@ def command(
         )
     if [*images, *prompts].count("-") > 1:
         raise click.UsageError("standard input can be one image or one prompt: give - once")
-    pictures: list[Any] = [_from_stdin() if image == "-" else image for image in images]
+    sources: list[Any] = [_from_stdin() if image == "-" else image for image in images]
     questions, clip = [given_text("--prompt", prompt) for prompt in prompts], None
     if video is not None:
         from mobilevlm.runtime.answer.video import decode_frames, frame_tiles, open_video
@@ -109,15 +109,15 @@ def command(
         clip = open_video(video, frames)
     with model.open() as vlm:
         if clip is not None:
-            asked = len(pictures) + len(clip.places)
+            asked = len(sources) + len(clip.places)
             special, system = options["special_tokens"], options["system"]
             for question in questions:
                 vlm.check_fits(question, asked, raw, special, system)
             tiles = frame_tiles(vlm.spec)
             for frame in decode_frames(clip, vlm.room_for):
-                pictures.append(vlm.prepare_image(frame, tiles, images=asked))
+                sources.append(vlm.prepare_image(frame, tiles, images=asked))
         for number, question in enumerate(questions):
-            stream = vlm.stream(question, pictures, raw=raw, **options)
+            stream = vlm.stream(question, sources, raw=raw, **options)
             if as_json:
                 show_json(_data(stream.finish()))
             elif json_lines:

@@ -1,4 +1,4 @@
-"""A conversation: turns about the same pictures, on one sequence that only grows."""
+"""A conversation: turns about the same images, on one sequence that only grows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """Keeps the messages. Each turn computes only what is new; pictures are encoded once."""
+    """Messages of a conversation. Each turn computes only what is new; images are encoded once."""
 
     def __init__(
         self, vlm: VLM, images: Sequence[ImageInput] = (), system: str | None = None
@@ -45,10 +45,10 @@ class Chat:
         self._session.told = []
 
     def begin(self, images: Sequence[ImageInput]) -> None:
-        """Forgets the turns; the next question is about these pictures.
+        """Forget the turns; the next question is about these images.
 
         Raises:
-            ImageError: a picture cannot be opened; the conversation stays as it was.
+            ImageError: an image cannot be opened; the conversation stays as it was.
         """
         self._prepare(images)
         self.messages: list[Message] = []
@@ -64,7 +64,7 @@ class Chat:
         self.begin(self._sources)
 
     def show(self, images: Sequence[ImageInput]) -> None:
-        """Shows further images with the next question.
+        """Show further images with the next question.
 
         Raises:
             ImageError: one cannot be opened; the conversation stays as it was.
@@ -87,8 +87,8 @@ class Chat:
 
     @shows_options(TurnOptions)
     def ask(self, question: str, **options: Unpack[TurnOptions]) -> TextStream:
-        """Answers; ``options`` as in :meth:`VLM.stream`. The turn is kept when the stream ends, or
-        with what was said so far when it is closed."""
+        """Answer a question; ``options`` as in :meth:`VLM.stream`. The turn is kept when the stream
+        ends, or with what was said so far when it is closed."""
         marks_in_text = options.get("special_tokens", True)
         new = len(self.images) - self._shown
         message = user_message(question, new, marks_in_text)

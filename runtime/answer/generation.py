@@ -32,7 +32,7 @@ class Timings:
     load: float
     """Opening the bundle, once per process."""
     preprocess: float
-    """Pictures to pixels, prompt to ids."""
+    """Images to pixels, prompt to ids."""
     vision: float
     prefill: float
     ttft: float
@@ -48,9 +48,9 @@ class Reused:
     """What of the prompt was there already, from earlier ones or from the bundle."""
 
     tokens: int = 0
-    """Positions that were not computed, pictures expanded."""
+    """Positions that were not computed, images expanded."""
     images: int = 0
-    """Pictures that were not encoded."""
+    """Images that were not encoded."""
 
 
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled"]
@@ -67,7 +67,7 @@ class Generation:
     """``stop``: end-of-text token or stop string; ``length``: max_new_tokens or context full;
     ``cancelled``: :meth:`TextStream.cancel`."""
     prompt_tokens: int
-    """Positions of the prompt, pictures expanded."""
+    """Positions of the prompt, images expanded."""
     visual_tokens: int
     timings: Timings
     token_seconds: list[float]
@@ -129,7 +129,7 @@ class TextStream(Iterator[str]):
         return self._generation
 
     def finish(self) -> Generation:
-        """Reads the remaining pieces and returns the finished answer."""
+        """Read the remaining pieces and return the finished answer."""
         for _ in self:
             pass
         return self.generation
@@ -145,7 +145,7 @@ class TextStream(Iterator[str]):
         self.progress.cancelled = True
 
     def close(self) -> None:
-        """Stops the work; waits for the token that another thread is at."""
+        """Stop the work; wait for the token that another thread is at."""
         self.cancel()
         me = threading.get_ident()
         try:
@@ -195,7 +195,7 @@ def generate_text(
     drafting: Drafting,
     progress: Progress,
 ) -> Generator[str, None, Generation]:
-    """Yields pieces of text; its return value is the finished answer."""
+    """Yield pieces of text; its return value is the finished answer."""
     fill, decode, drafts = Fill(cancelled=lambda: progress.cancelled), Clock(), Drafts()
     rules, count = settings.rules, settings.draft_tokens
     sampler, detokenizer, stops = (

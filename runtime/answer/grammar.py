@@ -84,7 +84,7 @@ class Guide:
 
 
 class GuideMaker:
-    """Makes guides for one vocabulary. ``end``: ids of tokens that end an answer;
+    """Maker of guides for one vocabulary. ``end``: ids of tokens that end an answer;
     ``vocab_size``: of the logits."""
 
     def __init__(self, tokenizer: Tokenizer, end: Iterable[int], vocab_size: int) -> None:

@@ -30,7 +30,7 @@ class TokenLogprob:
 
 
 class LogprobReader:
-    """Reads log probabilities from logits. ``top``: likeliest tokens beside each."""
+    """Reader of log probabilities in logits. ``top``: likeliest tokens beside each."""
 
     def __init__(self, tokenizer: Tokenizer, top: int) -> None:
         self._bytes, self._top = AnswerBytes(tokenizer), top

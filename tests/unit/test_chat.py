@@ -59,7 +59,7 @@ def test_a_turn_answers_as_a_single_question_with_the_whole_text_does(vlm: VLM) 
     assert vlm.generate(text, [IMAGE], max_new_tokens=6, raw=True).token_ids == second.token_ids
 
 
-def test_pictures_are_encoded_once_in_a_conversation(
+def test_images_are_encoded_once_in_a_conversation(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vlm.clear_caches()
@@ -124,7 +124,7 @@ def test_a_question_that_fails_leaves_the_conversation_as_it_was(vlm: VLM) -> No
     assert chat.ask("Why?", max_new_tokens=3).finish().token_ids
 
 
-def test_an_answer_that_says_image_does_not_ask_for_a_picture(
+def test_an_answer_that_says_image_does_not_ask_for_an_image(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Says:
@@ -147,7 +147,7 @@ def test_an_answer_that_says_image_does_not_ask_for_a_picture(
     assert chat.ask("Why?", max_new_tokens=2).finish().visual_tokens == 144
 
 
-def test_pictures_with_marks_stand_where_the_first_question_places_them(
+def test_images_with_marks_stand_where_the_first_question_places_them(
     vlm: VLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sent, chat = asked(vlm, monkeypatch), Chat(vlm, [IMAGE, IMAGE])

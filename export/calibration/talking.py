@@ -24,7 +24,7 @@ from mobilevlm.export.graph import author
 from mobilevlm.export.graph.decoder import has_fused_rotary
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
-from mobilevlm.plan import Plan
+from mobilevlm.plan import Plan, default_threads
 from mobilevlm.prompt import Rows
 from mobilevlm.recipe import Recipe
 from mobilevlm.runtime.engines import EncoderEngine, Float32
@@ -35,6 +35,9 @@ from mobilevlm.state_buffers import slot_buffers
 
 BATCH = 8
 """Sequences: keys and values of so many take less memory than the weights."""
+THREADS = 4
+"""Threads of each stage, whatever the machine has: sums that are split otherwise round otherwise,
+and another token may be drawn."""
 _LENGTHS = "lengths"
 
 
@@ -70,7 +73,9 @@ class Talking:
 @contextmanager
 def open_talking(model: Model) -> Iterator[Talking]:
     """Write a temporary copy of a decoder-only model and open it."""
-    spec, recipe, plan = model.spec, talking_recipe(), Plan()
+    spec, recipe = model.spec, talking_recipe()
+    awake = default_threads() >= THREADS
+    plan = Plan(vision_threads=THREADS, decoder_threads=THREADS, spinning=awake)
     with tempfile.TemporaryDirectory(prefix="mobilevlm-") as folder:
         tower, language, table = (Path(folder) / f"{name}.onnx" for name in ("v", "d", "e"))
         author.author_vision(model.weights, spec, recipe, tower)
@@ -81,7 +86,7 @@ def open_talking(model: Model) -> Iterator[Talking]:
         )
         kind = _Together if _has_batches(spec.decoder) else _OneByOne
         decoder = kind(language, table.with_name(rows.path), rows, spec.decoder, plan)
-        vision = OnnxVision(tower, plan.threads_of("vision"), compact=True, spec=spec)
+        vision = OnnxVision(tower, THREADS, plan.spinning, compact=True, spec=spec)
         try:
             yield Talking(vision, decoder)
         finally:
@@ -135,7 +140,7 @@ class _Together(BufferedDecoder):
     ) -> None:
         super().__init__(table, embeddings, spec)
         _give_batches(path)
-        self._session: Any = open_session(path, plan.threads_of("decoder"))
+        self._session: Any = open_session(path, plan.threads_of("decoder"), plan.spinning)
         self._spec = spec
         self._lengths = np.zeros(0, np.int32)
         self._buffers: dict[str, Float32] = {}

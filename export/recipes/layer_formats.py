@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mobilevlm.console import progress
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.quantize import gptq, hqq, mse, rtn
@@ -57,6 +58,8 @@ def expand_layers(recipe: Recipe, spec: ModelSpec) -> Recipe:
             or any(fnmatchcase(name, key) if is_pattern else name == key for name in group.names)
         ]
         if is_role and not found:
+            _check_fixed_point(recipe, "decoder.layers.0", where)
+            progress.say(f"layers      {key} stands for no layer of {spec.name}")
             continue
         if not found:
             raise MobileVLMError(f"{where}: no such layer: {_remedy(key, groups)}")
@@ -109,12 +112,16 @@ def _is_sensitive(layer: int, count: int) -> bool:
 def _check_stage(recipe: Recipe, groups: Iterable[LinearGroup], where: str) -> None:
     """Raises MobileVLMError: a group is in a stage that is in fixed point as a whole."""
     for group in groups:
-        here = replace(recipe, layers={}).format_of(group.name)
-        if here.precision in QDQ:
-            raise MobileVLMError(
-                f"{where}: {group.name} is in a graph that is {here.precision} as a whole: leave "
-                f"it out"
-            )
+        _check_fixed_point(recipe, group.name, where)
+
+
+def _check_fixed_point(recipe: Recipe, name: str, where: str) -> None:
+    """Raises MobileVLMError: the layer is in a stage that is in fixed point as a whole."""
+    here = replace(recipe, layers={}).format_of(name)
+    if here.precision in QDQ:
+        raise MobileVLMError(
+            f"{where}: {name} is in a graph that is {here.precision} as a whole: leave it out"
+        )
 
 
 def _remedy(key: str, groups: Iterable[LinearGroup]) -> str:

@@ -11,12 +11,14 @@ from conftest import FIXTURES, MOE_FIXTURES, Fixture, fixture_named
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
+from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.recipes.file import find_recipe
 from mobilevlm.export.recipes.layer_formats import expand_layers, stored_bytes
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.recipe import LinearFormat, Recipe
+from mobilevlm.spec import ModelSpec
 
 Q8, Q4, Q2 = LinearFormat("q8"), LinearFormat("q4", "hqq"), LinearFormat("q2", symmetric=False)
 QKV = tuple(f"decoder.layers.0.attn.{part}_proj" for part in "qkv")
@@ -97,6 +99,25 @@ def test_roles_are_patterns_to_which_names_go_before(mobilevlm_v2: Fixture) -> N
     assert recipe.format_of(name) is Q2
     assert recipe.format_of("decoder.layers.1.mlp.down_proj") is Q8
     assert recipe.format_of("decoder.layers.1.mlp.up_proj") is Q4
+
+
+def without_dense_layers(fixture: Fixture) -> ModelSpec:
+    spec = fixture.model.spec
+    experts = spec.decoder.experts
+    assert experts is not None
+    count = spec.decoder.num_hidden_layers
+    everywhere = replace(experts, layers=tuple(range(count)), num_experts=(4,) * count)
+    return replace(spec, decoder=replace(spec.decoder, experts=everywhere))
+
+
+def test_a_role_that_stands_for_no_layer_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    progress.enable()
+    spec = without_dense_layers(fixture_named("moe_llava_qwen"))
+    recipe = expand_layers(replace(RECIPES["int4"], layers={"@down_proj": Q8}), spec)
+    assert recipe.layers == {}
+    assert "layers      @down_proj stands for no layer of" in capsys.readouterr().err
+    with pytest.raises(MobileVLMError, match="is in a graph that is qdq16 as a whole"):
+        expand_layers(replace(RECIPES["a16w8"], layers={"@down_proj": Q8}), spec)
 
 
 @pytest.mark.parametrize("name", ["vision.layers.0.mlp.fc1", "projector.*", "*"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from conftest import Fixture, fixture_named
 
+from mobilevlm import plan
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration import own, talking
 from mobilevlm.export.calibration.data import find_samples
@@ -26,6 +27,7 @@ from mobilevlm.export.calibration.statistics import sample_groups
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
 from mobilevlm.prompt import count_positions
+from mobilevlm.runtime.engines.onnx import engine
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +69,28 @@ def test_the_same_seed_gives_the_same_answers_and_another_one_others(
 
     monkeypatch.setattr(talking, "open_talking", never)
     assert answered(mobilevlm_v2.model, asked) == first
+
+
+def test_answers_do_not_depend_on_how_many_processors_there_are(
+    mobilevlm_v2: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[int] = []
+
+    def noted(path: Path, threads: int, *given: Any, **named: Any) -> Any:
+        found.append(threads)
+        return open_session(path, threads, *given, **named)
+
+    open_session = engine.open_session
+    monkeypatch.setattr(engine, "open_session", noted)
+    monkeypatch.setattr(talking, "open_session", noted)
+    for count in (1, 16):
+        monkeypatch.setattr(plan, "default_threads", lambda count=count: count)
+        monkeypatch.setattr(talking, "default_threads", lambda count=count: count)
+        for batches in (True, False):
+            monkeypatch.setattr(talking, "_has_batches", lambda spec, found=batches: found)
+            with talking.open_talking(mobilevlm_v2.model):
+                pass
+    assert found == [talking.THREADS] * 8
 
 
 @pytest.mark.parametrize("damage", ["", "[1, 2, 3]", '["one"]', "{"])

@@ -56,9 +56,8 @@ def edited(commands: Sequence[str]) -> Iterator[None]:
         found = completions(readline.get_line_buffer()[: readline.get_endidx()], commands)
         return found[number] if number < len(found) else None
 
-    history = history_file()
-    with contextlib.suppress(OSError):
-        readline.read_history_file(history)
+    with contextlib.suppress(OSError, RuntimeError):
+        readline.read_history_file(history_file())
     readline.set_history_length(MOST_LINES)
     readline.set_completer_delims("")
     readline.set_completer(complete)
@@ -67,14 +66,19 @@ def edited(commands: Sequence[str]) -> Iterator[None]:
         yield
     finally:
         readline.set_completer(None)
-        with contextlib.suppress(OSError):  # a home that cannot be written
+        with contextlib.suppress(OSError, RuntimeError):  # no home, or it cannot be written
+            history = history_file()
             history.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
             readline.write_history_file(history)
             history.chmod(0o600)
 
 
 def history_file() -> Path:
-    """Return where lines of earlier conversations are kept."""
+    """Return where lines of earlier conversations are kept.
+
+    Raises:
+        RuntimeError: this user has no home folder.
+    """
     home = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
     return Path(home) / "mobilevlm" / "chat_history"
 

@@ -17,7 +17,7 @@ import pytest
 from conftest import run_program
 
 import mobilevlm
-from mobilevlm.console.line_editing import completions, expanded, files_in, history_file
+from mobilevlm.console.line_editing import completions, edited, expanded, files_in, history_file
 
 PHOTO = Path(__file__).parents[2] / "examples" / "cat.jpg"
 
@@ -118,6 +118,25 @@ def test_a_home_of_nobody_is_a_file_that_is_not_there() -> None:
     assert run.returncode == 2 and "~nobody-here/question.txt: No such file" in run.stderr
     assert expanded("~a\0b/c") == Path("~a\0b/c")
     assert completions("/image ~nobody-here/", ("/image",)) == []
+
+
+def test_who_has_no_home_types_without_a_history(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("readline")
+
+    class Typed:
+        """Standard input that is a terminal."""
+
+        def isatty(self) -> bool:
+            return True
+
+    def nowhere() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_STATE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", nowhere)
+    monkeypatch.setattr("sys.stdin", Typed())
+    with edited(("/quit",)):
+        pass
 
 
 def test_texts_that_begin_with_a_slash_are_no_commands_where_they_are_quoted_or_long() -> None:

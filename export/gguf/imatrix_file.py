@@ -39,7 +39,7 @@ def export_imatrix(
         from mobilevlm.export.gguf.importance import calibrated_importance
     except ImportError as error:
         purpose = "collecting an importance matrix"
-        raise require(error.name or "gguf", "reference", purpose) from None
+        raise require(error.name or "gguf", "export", purpose) from None
     start = time.perf_counter()
     target = Path(path)
     check_imatrix_target(target)

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from mobilevlm.console import progress
-from mobilevlm.errors import MobileVLMError
+from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibration.data import find_samples
 from mobilevlm.export.calibration.stages import calibration_key
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, read_imatrix
@@ -60,10 +60,14 @@ def calibrated_importance(model: Model, data: str) -> Importance:
 
     Raises:
         MobileVLMError, ImageError: a sample is wrong.
+        MissingExtraError: a package for exporting is not installed.
     """
+    try:
+        from mobilevlm.export.gguf.collect import collect
+    except ImportError as error:
+        purpose = "collecting an importance matrix"
+        raise require(error.name or "onnxscript", "export", purpose) from None
     samples = find_samples(data, model)
-    from mobilevlm.export.gguf.collect import collect
-
     name = data if data in DATA_NAMES else Path(data).name
     key = (name, *map(str, calibration_key(model, samples)))
 

@@ -376,13 +376,17 @@ def test_a_missed_limit_keeps_the_older_bundle(
 @pytest.fixture
 def without_torch(tmp_path: Path) -> dict[str, str]:
     """An environment in which torch cannot be imported."""
-    folder = tmp_path / "no_torch"
+    return without_package("torch", tmp_path)
+
+
+def without_package(package: str, tmp_path: Path) -> dict[str, str]:
+    folder = tmp_path / f"no_{package}"
     folder.mkdir()
     (folder / "sitecustomize.py").write_text(
         "import sys\n"
         "class Missing:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.partition('.')[0] == 'torch':\n"
+        f"        if name.partition('.')[0] == {package!r}:\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Missing())\n"
     )
@@ -413,6 +417,23 @@ def test_a_safetensors_checkpoint_exports_without_torch(
     assert not without.quality.measured and "torch is not installed" in without.quality.note
     assert complete.quality.measured
     assert without.files == complete.files
+
+
+@pytest.mark.parametrize(
+    "options", [("imatrix",), ("export", "--format", "gguf", "--gguf-type", "q4_0")]
+)
+@pytest.mark.parametrize("package", ["onnxscript", "gguf"])
+def test_an_importance_matrix_without_what_collects_it_says_what_to_install(
+    options: tuple[str, ...], package: str, tmp_path: Path
+) -> None:
+    command, *rest = options
+    done = run_program(
+        command, "nano", "-o", tmp_path / "made.gguf", "--calibration", "scenes", *rest,
+        environment=without_package(package, tmp_path),
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"needs the package {package!r}: pip install 'mobilevlm-edge[export]'" in done.stderr
+    assert "this command" not in done.stderr  # as in Python, where the command line adds nothing
 
 
 def test_a_pickled_checkpoint_says_that_it_needs_torch(

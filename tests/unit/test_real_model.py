@@ -9,7 +9,7 @@ import gguf
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from real import text
+from real import checkpoint, text
 from real.candidates import Candidate, Wanted, make, parse, parse_all
 from real.checkpoint import dithered
 from real.quality import Answer, Reference, answer_match, compare, opened, window_logits
@@ -96,6 +96,33 @@ def test_candidates_are_recipes_types_and_bundles(tmp_path: Path) -> None:
 def fast(tmp_path_factory: pytest.TempPathFactory) -> Candidate:
     folder = tmp_path_factory.mktemp("real")
     return make(parse("fast"), WEIGHTS / "nano", folder, reuse=False)
+
+
+def test_a_checkpoint_of_other_weights_or_of_other_code_has_another_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights, code = tmp_path / "weights.gguf", tmp_path / "checkpoint.py"
+    monkeypatch.setattr(checkpoint, "stored_weights", lambda: weights)
+    weights.write_bytes(b"a")
+    first = checkpoint.checkpoint_digest()
+    assert first == checkpoint.checkpoint_digest()
+    weights.write_bytes(b"b")
+    second = checkpoint.checkpoint_digest()
+    code.write_text(Path(checkpoint.__file__).read_text() + "# changed")
+    monkeypatch.setattr(checkpoint, "__file__", str(code))
+    assert len({first, second, checkpoint.checkpoint_digest()}) == 3
+
+
+def test_the_float32_bundle_is_always_that_of_the_checkpoint_and_quick_where_it_is_the_same(
+    tmp_path: Path,
+) -> None:
+    def exact(name: str) -> tuple[str, int]:
+        bundle = make(Wanted("fp32"), WEIGHTS / name, tmp_path, reuse=True).bundle
+        decoder = bundle.artifact("decoder", "onnx")
+        return bundle.manifest.spec.name, bundle.path(decoder.path).stat().st_mtime_ns
+
+    first, again, other = exact("nano"), exact("nano"), exact("nano-moe")
+    assert first == again and (first[0], other[0]) == ("nano", "nano-moe")
 
 
 def test_sizes_count_each_file_once_and_the_table_apart(fast: Candidate) -> None:

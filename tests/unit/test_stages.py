@@ -14,7 +14,7 @@ from mobilevlm.export.calibration import stages
 from mobilevlm.export.calibration.samples import scene_samples
 from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.graph.author import author_watched_layer
-from mobilevlm.export.quantize.folding import find_folds
+from mobilevlm.export.quantize.folding import Fold, find_folds
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
 from mobilevlm.recipe import LinearFormat, Recipe
@@ -30,7 +30,7 @@ def scaled(scaling: Literal["awq", "smoothquant"]) -> Recipe:
 def check_factors(model: Model, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     found: set[str] = set()
 
-    def fold(weights: object, factors: dict[stages.Fold, object]) -> object:
+    def fold(weights: object, factors: dict[Fold, object]) -> object:
         found.update(place.producer for place in factors)
         return weights
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.image import normalize
@@ -120,6 +121,33 @@ class ReferenceModel(nn.Module):
         return tokens
 
 
+_DRAWING = (
+    nn.init.normal_,
+    nn.init.uniform_,
+    nn.init.kaiming_uniform_,
+    Tensor.normal_,
+    Tensor.uniform_,
+)
+"""Functions that fill a tensor with random numbers; older torch passes a mode the latter only."""
+
+
+class _NoInitialValues(TorchFunctionMode):
+    """Modules are made without random weights: on ``meta`` there is nothing to fill, and trying
+    imports torch's compiler, which takes seconds."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = kwargs or {}
+        if func in _DRAWING:
+            return given["tensor"] if "tensor" in given else args[0]
+        return func(*args, **given)
+
+
 def load_reference(
     model: Model, streamed: bool = False, capacity: Capacity | None = None
 ) -> ReferenceModel:
@@ -129,7 +157,7 @@ def load_reference(
     larger than memory can be measured; one pass then reads the whole checkpoint. ``capacity``: of
     experts, as the official gate has it; what runs on devices has none.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialValues():
         reference = ReferenceModel(model.spec)
     if capacity is not None:
         for sparse in reference.decoder.sparse_layers.values():

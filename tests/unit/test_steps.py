@@ -3,6 +3,8 @@ statistics of activations, sensitivity and layer effects take it as they take CL
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -230,3 +232,17 @@ def test_the_decoder_reads_its_visual_tokens(model: Model) -> None:
     states = decoder_states(model, reference, SAMPLES)
     hidden = torch.cat([state.hidden[0] for state in states])
     assert all((hidden == row).all(-1).any() for row in rows[::37])
+
+
+def test_loading_the_reference_does_not_import_torchs_compiler() -> None:
+    """Half a dozen seconds, for random weights of modules that read theirs later."""
+    code = (
+        "import sys\n"
+        "from mobilevlm.builtin import WEIGHTS\n"
+        "from mobilevlm.families import open_checkpoint\n"
+        "from mobilevlm.reference import load_reference\n"
+        "load_reference(open_checkpoint(WEIGHTS / 'nano'), streamed=True)\n"
+        "print('torch._dynamo' in sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"

@@ -436,6 +436,24 @@ def test_an_importance_matrix_without_what_collects_it_says_what_to_install(
     assert "this command" not in done.stderr  # as in Python, where the command line adds nothing
 
 
+def test_a_calibrated_decoder_and_an_importance_matrix_need_no_torch(
+    without_torch: dict[str, str], tmp_path: Path
+) -> None:
+    recipe = tmp_path / "gptq.toml"
+    recipe.write_text(
+        'extends = "int4"\ncalibration = "scenes"\nlm_head = "q8"\n'
+        'decoder = { precision = "q4", quantizer = "gptq", scaling = "rotation" }\n'
+    )
+    bundle, matrix = tmp_path / "bundle", tmp_path / "matrix.gguf"
+    for given in (
+        ("export", "nano", "-o", bundle, "--recipe", recipe),
+        ("imatrix", "nano", "-o", matrix, "--calibration", "scenes"),
+    ):
+        done = run_program(*given, environment=without_torch)
+        assert done.returncode == 0, done.stderr
+    assert open_bundle(bundle).manifest.recipe.decoder.quantizer == "gptq" and matrix.exists()
+
+
 def test_a_pickled_checkpoint_says_that_it_needs_torch(
     mobilevlm_v2: Fixture, without_torch: dict[str, str], tmp_path: Path
 ) -> None:

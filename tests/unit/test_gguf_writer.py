@@ -419,16 +419,6 @@ def test_importance_without_llama_cpp_names_the_extra(
         gguf_jobs(llava_v1.model, recipe)
 
 
-def test_calibration_without_torch_names_the_extra(
-    llava_v1: Fixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch", None)
-    monkeypatch.delitem(sys.modules, "mobilevlm.export.gguf.collect", raising=False)
-    recipe = dataclasses.replace(RECIPES["int4"], gguf_calibration="scenes")
-    with pytest.raises(MissingExtraError, match=r"collecting an importance .*\[reference\]"):
-        gguf_jobs(llava_v1.model, recipe)
-
-
 def test_recipes_have_gguf_types_of_their_own(llava_v1: Fixture) -> None:
     types = {
         name: [job.artifact.precision for job in gguf_jobs(llava_v1.model, recipe)]

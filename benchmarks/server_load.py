@@ -29,7 +29,7 @@ QUESTIONS = ("Describe the picture.", "What is in the center?", "How many shapes
 
 @dataclass
 class Seen:
-    """What the clients of one round saw."""
+    """Measurements of one round's clients."""
 
     first: list[float] = field(default_factory=list)
     """Seconds to the first piece of each answer"""

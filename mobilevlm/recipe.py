@@ -100,12 +100,12 @@ class LinearFormat:
 
     precision: Precision
     quantizer: QuantizerName = "rtn"
-    """What chooses the integers: ``rtn``, ``mse`` and ``hqq`` need no data, ``gptq`` is
+    """Method that chooses the integers: ``rtn``, ``mse`` and ``hqq`` need no data, ``gptq`` is
     calibrated."""
     scaling: ScalingName = "none"
     """What moves between a layer's inputs and its weights before: ``awq`` for weights in blocks,
     ``smoothquant`` for ``int8`` and fixed point. Both are calibrated. ``rotation``, of the decoder:
-    its residual stream is rotated, in the graph for prompts and in the head too, which needs no
+    its residual stream is rotated, in the prefill graph and in the head too, which needs no
     data (export/quantize/rotation.py)."""
     block_size: int = 32
     """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
@@ -127,12 +127,12 @@ class LinearFormat:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether calibration runs the float32 model."""
+        """Return whether calibration runs the float32 model."""
         return self.quantizer == "gptq" or self.has_factors
 
     @property
     def has_factors(self) -> bool:
-        """Whether factors of single channels move, which calibration chooses."""
+        """Return whether factors of single channels move, which calibration chooses."""
         return self.scaling in ("awq", "smoothquant")
 
     @property
@@ -261,7 +261,7 @@ class Recipe:
 
     @property
     def is_rotated(self) -> bool:
-        """Whether the residual stream of the ONNX decoder is rotated, in all its graphs."""
+        """Return whether the residual stream of the ONNX decoder is rotated, in all its graphs."""
         return self.decoder.scaling == "rotation"
 
     def without_rotation(self) -> Recipe:
@@ -297,13 +297,13 @@ class Recipe:
 
     @property
     def needs_reference(self) -> bool:
-        """Whether a calibrated method of the ONNX artifacts runs the float32 model."""
+        """Return whether a calibrated method of the ONNX artifacts runs the float32 model."""
         return any(layers.needs_reference for layers in self._formats)
 
     @property
     def vision_needs_reference(self) -> bool:
-        """Whether a calibrated method of tower or projector runs the torch reference. The decoder's
-        run in ONNX Runtime."""
+        """Return whether a calibrated method of tower or projector runs the torch reference. The
+        decoder's run in ONNX Runtime."""
         single = [layers for name, layers in self.layers.items() if not _is_decoder(name)]
         return any(layers.needs_reference for layers in (self.tower, self.projector, *single))
 

@@ -31,7 +31,7 @@ class Row:
     export_seconds: float | None = None
     prefill_seconds: tuple[float, ...] = ()
     decode_seconds: tuple[float, ...] = ()
-    """Of one token."""
+    """Seconds of one token, each measurement."""
 
 
 @dataclass(frozen=True)

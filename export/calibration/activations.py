@@ -1,4 +1,4 @@
-"""What the inputs of the tower's linear layers look like on calibration data, and states of the
+"""Statistics of the inputs of the tower's linear layers on calibration data, and states of the
 reference on samples (needs torch).
 
 All samples pass the float32 reference step by step: memory holds one step's weights, its

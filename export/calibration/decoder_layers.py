@@ -1,4 +1,4 @@
-"""What the inputs of the decoder's linear layers look like on calibration data, in ONNX Runtime.
+"""Statistics of the inputs of the decoder's linear layers on calibration data, by ONNX Runtime.
 
 All samples pass the float32 graph of one layer before the next is written: memory holds one layer,
 its statistics, and the states between two layers.

@@ -52,8 +52,8 @@ if TYPE_CHECKING:
 ANSWER_TOKENS = 64
 """Longest answer: a question's first tokens say what kind of text the rest is."""
 IMAGE_POSITIONS = 1536
-"""Of all prompts about images, and of all drawn scenes with their right answers; one each at
-least."""
+"""Most positions of all prompts about images, and of all drawn scenes with their right answers; one
+each at least."""
 NUM_SCENES = 9
 """Most drawn scenes with their right answers."""
 TEMPERATURE = 1.0

@@ -36,7 +36,7 @@ class Calibrated:
 
     weights: Weights
     hessian: HessianOf
-    """Of inputs as they are then, to be asked in the order of use"""
+    """Hessians of the inputs as they are then, to be asked in the order of use"""
 
 
 def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:

@@ -16,7 +16,7 @@ from mobilevlm.prompt import count_positions
 from mobilevlm.spec import ModelSpec
 
 MAX_POSITIONS = 1 << 14
-"""Of all samples together, in the tower or in the decoder: a layer's inputs stay in memory."""
+"""Most positions of all samples in the tower or in the decoder: a layer's inputs stay in memory."""
 _TOGETHER = 1024
 """Rows that are multiplied at once for a Hessian."""
 
@@ -25,7 +25,7 @@ Wanted: TypeAlias = Callable[[str], bool]
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """Of the inputs of one linear layer over all tokens that reached it."""
+    """Figures of one linear layer's inputs over all tokens that reached it."""
 
     count: int
     """Tokens; without any the arrays are empty."""

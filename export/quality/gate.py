@@ -39,7 +39,7 @@ from mobilevlm.runtime.memory.estimate import estimate
 MEMORY_RATIO, MEMORY_BASE = 1.5, 1e9
 """An export may use this many times the checkpoint's bytes, and so many bytes more."""
 MEMORY_LEAST = 2e9
-"""What any export may use: libraries alone take half of it."""
+"""Bytes that any export may use: libraries alone take half of them."""
 MEMORY_LIBRARIES = 0.45e9
 """Memory of torch and the export's own libraries before they hold any weights."""
 LAYER_SAMPLES = 3

@@ -30,7 +30,7 @@ SUITE_LIMIT = "accuracy_loss"
 _MEASURED_BY = dict.fromkeys(LIMITED, "give samples with images and answers (--data)") | {
     SUITE_LIMIT: "add --suite scenes"
 }
-"""What makes a verification measure the figure of a limit."""
+"""Remedy that makes a verification measure the figure of a limit."""
 
 MTMD_ERROR = 2e-3
 """What llama.cpp's vision stage may be off at least: whatever the type, its activations are

@@ -75,9 +75,9 @@ class _Answer:
 
     tokens: Sequence[int]
     embeds: Tensor
-    """Of prompt and answer ``(1, length, hidden_size)``"""
+    """Rows of prompt and answer ``(1, length, hidden_size)``"""
     state: Tensor
-    """What the head reads ``(1, length, hidden_size)``"""
+    """Rows that the head reads ``(1, length, hidden_size)``"""
     is_own: bool
     """It is the bundle's, not the sample's"""
 

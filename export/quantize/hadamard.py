@@ -68,7 +68,7 @@ def _paley_1(prime: int) -> Float64:
 
 
 def _paley_2(prime: int) -> Float64:
-    """Of order ``2 (prime + 1)``, for primes 1 mod 4: 0 and ±1 of a symmetric conference matrix
+    """Order ``2 (prime + 1)``, for primes 1 mod 4: 0 and ±1 of a symmetric conference matrix
     become blocks."""
     conference = np.ones((prime + 1, prime + 1))
     conference[0, 0] = 0

@@ -180,7 +180,7 @@ def _check_rotation(recipe: Recipe, where: str) -> None:
         if layers.scaling == "rotation":
             raise MobileVLMError(
                 f"{where}.{part}.scaling: rotation is of the decoder as a whole, its head and its "
-                f"graph for prompts included: give it to decoder alone"
+                f"prefill graph included: give it to decoder alone"
             )
     for part in ("lm_head", PREFILL):
         if recipe.is_rotated and part in parts and parts[part].scaling != "none":

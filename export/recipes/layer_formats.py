@@ -104,7 +104,7 @@ def _names_of_role(key: str, where: str, decoder: DecoderSpec) -> set[str]:
 
 
 def _is_sensitive(layer: int, count: int) -> bool:
-    """Whether a layer is in the first or last eighth, or each third one between."""
+    """Return whether a layer is in the first or last eighth, or each third one between."""
     edge = count // 8
     return layer < edge or layer >= count - edge or (layer - edge) % 3 == 2
 

@@ -84,7 +84,7 @@ def command(
 
 @dataclass(frozen=True)
 class Text:
-    """What a person typed, of one or more lines."""
+    """Text that a person typed, of one or more lines."""
 
     words: str
     lines: int

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 MOST_BYTES = 1 << 24
-"""Of a text file."""
+"""Largest text file."""
 
 
 def given_text(option: str, text: str) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 MOST_LINES = 1000
-"""Of the history that is kept."""
+"""Lines of the history that are kept."""
 _URI = re.compile(r"(data|file):", re.IGNORECASE)
 
 

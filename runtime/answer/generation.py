@@ -75,7 +75,7 @@ class Generation:
     reused: Reused
     drafts: Drafts
     logprobs: list[TokenLogprob] | None = None
-    """Of each token, where they were asked for."""
+    """Log probabilities of each token, if they were asked for."""
 
 
 @dataclass

@@ -25,11 +25,11 @@ from mobilevlm.tokenizers.json_file import encode, foreign
 from mobilevlm.tokenizers.pieces import AnswerBytes
 
 MOST_CHARACTERS = 1 << 20
-"""Of a schema or grammar."""
+"""Longest schema or grammar."""
 KEPT = 8
 """Compiled grammars that are kept for later answers."""
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""Of JSON, as Python writes it: a small model does not lose itself in spaces."""
+"""JSON's separators as Python writes them: a small model does not lose itself in spaces."""
 JSON_CHARACTERS = '{}[]":,-.0123456789aeflnrstu\\'
 """That JSON needs whatever it says."""
 _NEVER = np.float32(-np.inf)

@@ -19,7 +19,7 @@ KEYWORDS = frozenset((
     "prefixItems", "properties", "propertyNames", "readOnly", "required", "then", "title", "type",
     "unevaluatedItems", "unevaluatedProperties", "uniqueItems", "writeOnly",
 ))  # fmt: skip
-"""Of JSON Schema."""
+"""Keywords of JSON Schema."""
 _NAMED = (
     "$defs", "definitions", "dependencies", "dependentSchemas", "patternProperties", "properties",
 )  # fmt: skip

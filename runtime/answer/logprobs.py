@@ -23,7 +23,7 @@ class TokenLogprob:
     token: str
     """Its text alone; U+FFFD for what is no whole character."""
     bytes: list[int]
-    """Of the text; none of a special token."""
+    """Bytes of the text; a special token has none."""
     logprob: float
     top: list[TokenLogprob] = field(default_factory=list)
     """The likeliest tokens in its place, the likeliest first."""

@@ -76,7 +76,7 @@ DEFAULTS: Mapping[str, object] = {
     "logprobs": False,
     "top_logprobs": 0,
 }
-"""Of options; none of the others."""
+"""Defaults of options; the others have none."""
 
 
 def shows_options(kind: type) -> Callable[[F], F]:

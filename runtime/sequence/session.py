@@ -98,7 +98,7 @@ class Fill:
     reused_images: int = 0
     """Pictures of the prompt that were not encoded."""
     cancelled: Callable[[], bool] = bool
-    """Whether the prompt is wanted no more; by default it is wanted."""
+    """Return True once the prompt is wanted no more; by default it is wanted."""
 
     def check(self) -> None:
         """Raise FillCancelled if the prompt is wanted no more."""

@@ -19,7 +19,7 @@ from mobilevlm.console.terminal import shown
 from mobilevlm.runtime.server.errors import ApiError
 
 MAX_BYTES = 20_000_000
-"""Of all images of a request"""
+"""Bytes of all images of a request"""
 MAX_SECONDS = 15.0
 """For all images of a request"""
 MAX_REDIRECTS = 3

@@ -19,7 +19,7 @@ class ApiError(Exception):
     """A request that is answered with an error."""
 
     status: int
-    """Of HTTP"""
+    """HTTP status"""
     message: str
     """One line: what is wrong, where, what to do"""
     param: str | None = None

@@ -32,7 +32,7 @@ def _only(kind: str = "", **limits: Any) -> Field:
 
 MAX_MESSAGES = 1000
 MAX_PARTS = 1000
-"""Of a message"""
+"""Parts of a message"""
 _MOST = 2**31 - 1
 """Tokens"""
 _ALONE = "Another value is refused: the server has nothing for it."
@@ -81,7 +81,7 @@ SHARED: dict[str, Field] = {
     "service_tier": _only(enum=["auto", "default"]),
     "store": _only(enum=[False]),
 }  # fmt: skip
-"""Of chat completions and of completions"""
+"""Fields of chat completions and of completions"""
 
 _TEXT = {"type": "string"}
 _FORMAT = {

@@ -14,9 +14,9 @@ from mobilevlm.runtime.server.errors import refuse
 from mobilevlm.runtime.server.fields import MAX_PARTS
 
 MAX_IMAGES = 256
-"""Of a request"""
+"""Images of a request"""
 MAX_ADDRESSES = 16
-"""Of those, that are fetched"""
+"""Images of a request that are fetched"""
 _DATA = re.compile(r"data:[^,]{0,200}?;base64,", re.IGNORECASE)
 
 

@@ -16,7 +16,7 @@ _OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "see
 """Fields that are keywords of ``VLM.stream``, under their own names"""
 
 _MOST_VALUES = 200_000
-"""Of a body: images are one each, and texts with more commas fit into no context"""
+"""Values of a body: images are one each, and texts with more commas fit into no context"""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Asked:
     prompt: str | list[Message]
     """A whole prompt, or messages whose image parts bring no image"""
     images: tuple[ImageRef, ...]
-    """Of the image parts, in order"""
+    """Images of the parts, in order"""
     stream: bool
     include_usage: bool
     max_tokens: int | None

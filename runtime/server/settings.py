@@ -1,4 +1,4 @@
-"""What a person says about a server."""
+"""Settings that a person gives a server."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ class Piece:
 
     text: str
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    """Of its tokens, where they were asked for"""
+    """Log probabilities of its tokens, if they were asked for"""
 
 
 @dataclass

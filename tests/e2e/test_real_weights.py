@@ -27,7 +27,7 @@ extends = "int4"
 decoder = { precision = "q4", quantizer = "hqq", block_size = 128 }
 lm_head = { precision = "q4", quantizer = "hqq", block_size = 128 }
 """
-"""What int4 was before it was measured on real weights."""
+"""The recipe int4 before it was measured on real weights."""
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ SUBJECTS = (
     "capital", "sky", "sea", "energy", "romeo", "virus", "vaccine", "pancake", "recipe", "curie",
     "desert", "meeting",
 )  # fmt: skip
-"""Of the passages, the questions and the texts of benchmarks/real"""
+"""Subjects of the passages, the questions and the texts of benchmarks/real"""
 
 
 def words(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""What stock llama.cpp does otherwise with images is said at the export."""
+"""The export says how stock llama.cpp treats images otherwise."""
 
 from __future__ import annotations
 

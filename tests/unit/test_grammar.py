@@ -75,7 +75,7 @@ def drawn_schema(source: random.Random, depth: int = 0) -> dict[str, Any]:
 
 
 def fulfils(value: Any, schema: dict[str, Any]) -> bool:
-    """Whether a value is one of :func:`drawn_schema`'s."""
+    """Return whether a value is one of :func:`drawn_schema`'s."""
     if "anyOf" in schema:
         return any(fulfils(value, one) for one in schema["anyOf"])
     if "const" in schema or "enum" in schema:

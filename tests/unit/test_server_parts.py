@@ -41,7 +41,7 @@ from mobilevlm.runtime.vlm import VLM
 
 
 def received(*parts: bytes, waits: bool = False) -> Callable[[], Any]:
-    """What a client sends, part by part."""
+    """A client's body, part by part."""
     left = list(parts)
 
     async def receive() -> dict[str, Any]:

@@ -1,5 +1,7 @@
 # make demo: from nothing to answers about a picture, without torch.
 # make quick: tests that need neither torch nor a bundle, in less than a minute.
+# make dist: sdist and wheel in dist/, checked.
+# make container: the Dockerfile's steps in a chroot (as root, on Debian with debootstrap; 10 minutes).
 # make fuzz MINUTES=30: the fuzzers of tests/fuzz, with a new seed.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
 # does (compiled once, about 10 minutes; needs cmake and a C++ compiler). NPU=1 installs Qualcomm's
@@ -21,7 +23,7 @@ SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm expor
 MINUTES ?= 10
 PURE := $(shell grep -rl --include='test_*.py' '^pytestmark = pytest.mark.pure$$' tests)
 
-.PHONY: demo test quick fuzz lint types clean
+.PHONY: demo test quick container fuzz lint types dist clean
 
 demo: $(VENV)/.export
 	$(VENV)/bin/mobilevlm demo
@@ -48,10 +50,13 @@ test: lint types $(VENV)/.real $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(
 	if [ "$(WEB)" != 1 ] && ! { command -v chromedriver && [ -d examples/web/vendor ]; } >/dev/null; then \
 		echo "no Chromium, or no examples/web/vendor: the page is not tested (make test WEB=1 does)"; \
 		export MOBILEVLM_WITHOUT_BROWSER=1; \
-	fi; $(VENV)/bin/pytest -n 2 -q
+	fi; $(VENV)/bin/pytest -n 2 --dist worksteal -q
 
 quick: $(VENV)/.dev
 	$(VENV)/bin/pytest -n 2 -q -m pure $(PURE)
+
+container: $(VENV)/.dev
+	MOBILEVLM_CONTAINER=1 $(VENV)/bin/pytest -q tests/e2e/test_container.py
 
 fuzz: $(VENV)/.dev
 	cd tests && ../$(VENV)/bin/python -m fuzz --minutes $(MINUTES) $(FUZZERS)
@@ -68,8 +73,14 @@ types: $(VENV)/.dev
 	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/setup.cfg \
 		$(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/examples
 
+dist: $(VENV)/bin/pip
+	$(INSTALL) build twine
+	rm -rf build dist
+	$(VENV)/bin/python -m build
+	$(VENV)/bin/python -m twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

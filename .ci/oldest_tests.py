@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 _ABSENT = re.compile(
-    r"MissingExtraError: |(No module named|needs the package) '(torch|llama_cpp|matplotlib|av)'|"
+    r"MissingExtraError: |(No module named|needs the package) '(torch|llama_cpp|matplotlib)'|"
     r"need onnxruntime [\d.]+, this is "
 )
 

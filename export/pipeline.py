@@ -33,6 +33,7 @@ from mobilevlm.export.quality.gate import formats_of, measure_quality, run_plan
 from mobilevlm.export.settled import Wishes, open_source, settle, settle_model
 from mobilevlm.export.targets.checks import check_memory, compiled_for
 from mobilevlm.export.targets.mobile import for_accelerator
+from mobilevlm.export.targets.other_runtimes import for_other_runtime
 from mobilevlm.export.workspace.workspace import (
     Workspace,
     begin_artifact,
@@ -127,6 +128,7 @@ def export(
         if goal is not None:
             draft = compiled_for(goal, work, draft)
             draft = for_accelerator(goal, work, draft, model)
+            draft = for_other_runtime(goal, work, draft, model)
         keep_only(work, named_files(draft))
         files = describe_files(work.folder)
         check_recorded(work, files)
@@ -188,7 +190,7 @@ def _quantize_cache(model: Model, recipe: Recipe, work: Workspace, draft: Manife
 
 def _system_prompt(model: Model, work: Workspace, draft: Manifest) -> SystemPrompt | None:
     """Stores the system prompt's keys and values, if there is one and an ONNX decoder."""
-    ids = system_ids(model.tokenizer, model.spec.conversation)
+    ids = system_ids(model.tokenizer, model.spec.conversation, model.spec.encoded is not None)
     stages = "decoder", "prefill"
     parts = [part for part in draft.artifacts if part.format == "onnx" and part.stage in stages]
     if not ids or not parts:

@@ -19,10 +19,12 @@ from mobilevlm.export.formats.onnx import onnx_jobs
 from mobilevlm.export.quality.limits import with_limits
 from mobilevlm.export.quantize.rotation import rotation_obstacle
 from mobilevlm.export.recipes.file import find_recipe
-from mobilevlm.export.recipes.layer_formats import expand_layers
+from mobilevlm.export.recipes.layer_formats import DECODER_ROLES, expand_layers
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.export.targets import Target, find_target
 from mobilevlm.export.targets.checks import check_tools
+from mobilevlm.export.targets.obstacles import check_drawing
+from mobilevlm.export.targets.other_runtimes import fit_runtime
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions
 from mobilevlm.recipe import LinearFormat, Recipe, WeightBits
@@ -109,10 +111,15 @@ def settle_model(said: Settled, model: Model) -> tuple[Model, Recipe, list[Job]]
     and the jobs of all formats."""
     if said.target is not None and said.target.max_tiles:
         model = with_fewer_tiles(model, said.target.max_tiles)
+    if said.target is not None:
+        check_drawing(said.target, model.spec)
+    model = fit_runtime(said.target, model)
     if "npu" in said.formats:
         model = fixed_context(model, said.recipe)
-    recipe = _rotated_where_possible(in_stored_blocks(said.recipe, model), said.formats, model.spec)
-    recipe = expand_layers(recipe, model.spec)
+    recipe = in_stored_blocks(said.recipe, model)
+    if "onnx" in said.formats:
+        recipe = _as_possible(recipe, model.spec)
+    recipe = expand_layers(recipe, model.spec, quiet=recipe.name in RECIPES)
     jobs = [job for form in said.formats for job in JOBS[form](model, recipe)]
     _check_vision(model, jobs)
     return model, recipe, jobs
@@ -121,13 +128,11 @@ def settle_model(said: Settled, model: Model) -> tuple[Model, Recipe, list[Job]]
 def open_source(
     checkpoint: Path, options: OpenOptions, mmproj: Path | None, formats: Sequence[str]
 ) -> Model:
-    """A checkpoint folder, or a pair of GGUF files."""
+    """A checkpoint folder, a pair of GGUF files, or a language model in one alone."""
     if checkpoint.suffix != ".gguf":
         if mmproj is not None:
             raise MobileVLMError(f"{checkpoint}: --mmproj goes with a GGUF file, this is none")
         return open_checkpoint(checkpoint, options)
-    if mmproj is None:
-        raise MobileVLMError(f"{checkpoint}: add the image encoder with --mmproj FILE")
     if options != OpenOptions() or "gguf" in formats:
         raise MobileVLMError(
             f"{checkpoint}: a GGUF file becomes ONNX only, and carries its tower and conversation: "
@@ -145,7 +150,17 @@ def _check_vision(model: Model, jobs: Sequence[Job]) -> None:
     forms = {(job.artifact.stage, job.artifact.format) for job in jobs}
     if ("decoder", "gguf") not in forms or ("vision", "gguf") in forms:
         return
-    from mobilevlm.export.gguf.mmproj import check_support, obstacle
+    if model.spec.has_sound:
+        if ("audio", "onnx") not in forms:
+            raise MobileVLMError(
+                f"{model.spec.name}: a GGUF file holds the decoder alone, which hears nothing: use "
+                f"--format all, whose audio encoder is ONNX"
+            )
+        progress.say("audio       no GGUF file: engine hybrid uses ONNX")
+        return
+    if not model.spec.has_images:
+        return
+    from mobilevlm.export.gguf.support import check_support, obstacle
 
     if ("vision", "onnx") not in forms:
         check_support(model.spec)
@@ -196,23 +211,38 @@ def _with_weight_bits(recipe: Recipe, wanted: WeightBits | None, formats: Sequen
     return recipe.with_weight_bits(wanted, auto_only=False)
 
 
-def _rotated_where_possible(recipe: Recipe, formats: Sequence[str], spec: ModelSpec) -> Recipe:
-    """Return the recipe; a built-in one leaves rotation out for decoders that cannot have it.
+def _as_possible(recipe: Recipe, spec: ModelSpec) -> Recipe:
+    """Return the recipe; a built-in one leaves out what the decoder cannot have: calibration where
+    it has an encoder, and rotation.
 
     Raises:
-        MobileVLMError: a recipe file asks for it.
+        MobileVLMError: a recipe file asks for a rotation that cannot be. (Its calibration is
+            refused with the graphs.)
     """
+    decoders = {_as_named(named.decoder) for named in RECIPES.values()}
+    is_built_in = _as_named(recipe.decoder) in decoders
+    if is_built_in and spec.decoder.encoder_layers and recipe.decoder.needs_reference:
+        progress.say(f"calibration left out: the decoder of {spec.name} has an encoder")
+        recipe = _without_data(recipe)
     obstacle = rotation_obstacle(spec.decoder)
-    if obstacle is None or not recipe.is_rotated or "onnx" not in formats:
+    if obstacle is None or not recipe.is_rotated:
         return recipe
-    built_in = {_as_named(named.decoder) for named in RECIPES.values()}
-    if _as_named(recipe.decoder) not in built_in:
+    if not is_built_in:
         raise MobileVLMError(
             f"recipe {recipe.name!r}: decoder.scaling: the residual stream of {spec.name} cannot "
             f'be rotated, it has {obstacle}: set scaling = "none"'
         )
     progress.say(f"rotation    left out: the decoder of {spec.name} has {obstacle}")
     return recipe.without_rotation()
+
+
+def _without_data(recipe: Recipe) -> Recipe:
+    """Return the recipe with a decoder and head that are rounded without calibration, roles
+    included."""
+    layers = dict(recipe.layers)
+    layers |= {key: one.without_data() for key, one in layers.items() if key in DECODER_ROLES}
+    decoder, head = recipe.decoder.without_data(), recipe.lm_head.without_data()
+    return dataclasses.replace(recipe, decoder=decoder, lm_head=head, layers=layers)
 
 
 def _as_named(layers: LinearFormat) -> LinearFormat:
@@ -228,5 +258,7 @@ def in_stored_blocks(recipe: Recipe, model: Model) -> Recipe:
     is_built_in = recipe.name in RECIPES and recipe.decoder == RECIPES["int4"].decoder
     if not is_built_in or model.weights.q4_0(last) is None:
         return recipe
-    layers = LinearFormat("q4")
-    return dataclasses.replace(recipe, decoder=layers, lm_head=layers)
+    stored = LinearFormat("q4")
+    head = recipe.lm_head if model.weights.q4_0("decoder.lm_head.weight") is None else stored
+    layers = {key: one for key, one in recipe.layers.items() if key not in DECODER_ROLES}
+    return dataclasses.replace(recipe, decoder=stored, lm_head=head, layers=layers)

@@ -20,8 +20,13 @@ def is_built_in(given: Path) -> bool:
 
 
 def checkpoint_path(given: Path) -> Path:
-    """The checkpoint that a built-in name stands for; any other path as it is."""
-    return WEIGHTS / given if is_built_in(given) else given
+    """Return the checkpoint that a built-in name or the id of a cached model stands for; any other
+    path as it is."""
+    if is_built_in(given):
+        return WEIGHTS / given
+    from mobilevlm.hub_cache import find_snapshot, is_hub_id
+
+    return (find_snapshot(given.as_posix()) if is_hub_id(given) else None) or given
 
 
 def is_shipped(bundle: Path) -> bool:

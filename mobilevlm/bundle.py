@@ -35,9 +35,21 @@ INSTRUCTION_TOKENIZER = "qformer_tokenizer.json"
 
 T = TypeVar("T")
 
-StageName: TypeAlias = Literal["vision", "embeddings", "encoder", "decoder", "prefill"]
-"""``encoder``: of a language model that has one; ``prefill``: the decoder once more, for prompts,
-in bundles whose recipe asks for it."""
+StageName: TypeAlias = Literal[
+    "vision",
+    "audio",
+    "embeddings",
+    "encoder",
+    "decoder",
+    "prefill",
+    "image_head",
+    "code_embeddings",
+    "image_decoder",
+]
+"""``vision``, ``audio``: encoder and connector of what is shown or heard; ``encoder``: of a
+language model that has one; ``prefill``: the decoder once more, for prompts, in bundles whose
+recipe asks for it. The last three are of a model that makes images: the decoder's states to logits
+of codes, codes to the decoder's rows, and all codes of an image to its pixels."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +175,14 @@ class Package:
 
 
 @dataclass(frozen=True)
+class ForOtherRuntime:
+    """Files by which another runtime runs the bundle, beside files of weights that both use."""
+
+    runtime: str
+    files: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class StageQuality:
     """Distance of an artifact from the float32 reference on the calibration pictures."""
 
@@ -198,6 +218,7 @@ class Manifest:
     coverage: tuple[Coverage, ...] = ()
     reduced_build: ReducedBuild | None = None
     packages: tuple[Package, ...] = ()
+    other_runtime: ForOtherRuntime | None = None
 
 
 @dataclass(frozen=True)
@@ -356,8 +377,14 @@ def _check_files(folder: Path, manifest: Manifest, digest: str) -> None:
             if name.endswith(".onnx"):
                 check_graph(folder, name, manifest.files)
     check_manifest(manifest, folder / MANIFEST)
-    if stamps != known:
+    if stamps != known and not _is_own(folder):
         _write_stamps(folder, digest, stamps)
+
+
+def _is_own(folder: Path) -> bool:
+    """Return whether a bundle came with this package: it is hashed in milliseconds, and answers
+    without a place to write to."""
+    return folder.resolve().is_relative_to(Path(__file__).resolve().parent)
 
 
 def data_path(path: Path) -> Path:
@@ -373,7 +400,9 @@ def named_files(manifest: Manifest) -> list[str]:
     binaries += [name for package in manifest.packages for name in package.files]
     if manifest.reduced_build is not None:
         binaries.append(manifest.reduced_build.config)
-    asked = [INSTRUCTION_TOKENIZER] if manifest.spec.image.connector.reads_text else []
+    if manifest.other_runtime is not None:
+        binaries += manifest.other_runtime.files
+    asked = [INSTRUCTION_TOKENIZER] if manifest.spec.reads_instructions else []
     return [TOKENIZER, *asked, *singles, *parts, *binaries]
 
 

@@ -85,7 +85,7 @@ def without_readers(folder: Path) -> Iterator[None]:
     """Wait until nobody who has begun anew is loading the bundle, and hold off others."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        _lock(handle, shared=False, seconds=READERS)
+        lock_file(handle, shared=False, seconds=READERS)
         yield
     finally:
         os.close(handle)
@@ -100,18 +100,19 @@ def _reading(folder: Path) -> Iterator[None]:
         yield
         return
     try:
-        _lock(handle, shared=True, seconds=WRITERS)
+        lock_file(handle, shared=True, seconds=WRITERS)
         yield
     finally:
         os.close(handle)
 
 
-def _lock(handle: int, shared: bool, seconds: float) -> bool:
-    """Lock an open folder until it is closed. False: that took too long, or there are no locks."""
+def lock_file(handle: int, shared: bool, seconds: float) -> bool:
+    """Lock an open file or folder until it is closed. False: others kept it for so long. Where
+    there are no locks it is as if nobody else were there."""
     try:
         import fcntl
     except ImportError:
-        return False
+        return True
     end = time.monotonic() + seconds
     while True:
         try:
@@ -122,7 +123,7 @@ def _lock(handle: int, shared: bool, seconds: float) -> bool:
                 return False
             time.sleep(0.01)
         except OSError:  # a file system without locks
-            return False
+            return True
 
 
 def work_folder_prefix(target: Path) -> str:

@@ -228,18 +228,35 @@ class TensorRef:
     """Where it is a part of the stored one."""
     outer: int = 0
     """Leading dimensions of one that are stored and not ours."""
+    factor: float = 1.0
+    """Factor of the stored ones."""
     added: float = 0.0
     """Number that is added to the stored ones: norms that multiply by ``1 + weight``."""
+    transposed: bool = False
+    """Rows of a stored matrix are our columns."""
+    joined: tuple[int, ...] = ()
+    """Order in which its dimensions after the first are stored, where they are stored as one."""
+    inner: int = 0
+    """Dimensions of 1 behind the stored ones that are not ours: kernels of pointwise
+    convolutions."""
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Of the whole stored tensor, given the shape of this one."""
-        whole = shape if self.rows is None else (self.rows.total, *shape[1:])
-        return (1,) * self.outer + whole
+        rows, *rest = shape[::-1] if self.transposed else shape
+        if self.joined:
+            rest = [math.prod(rest)]
+        rows = rows if self.rows is None else self.rows.total
+        return (*(1,) * self.outer, rows, *rest, *(1,) * self.inner)
 
-    def cut(self, stored: Float32) -> Float32:
-        """This tensor, given the whole stored one."""
-        stored = stored.reshape(stored.shape[self.outer :])
+    def cut(self, stored: Float32, shape: tuple[int, ...]) -> Float32:
+        """This tensor, which has this shape, given the whole stored one."""
+        stored = stored.reshape(stored.shape[self.outer : stored.ndim - self.inner])
         part = stored if self.rows is None else stored[self.rows.start : self.rows.stop]
+        part = part.T if self.transposed else part
+        if self.joined:
+            part = part.reshape(shape[0], *(shape[axis] for axis in self.joined))
+            part = part.transpose(0, *(self.joined.index(axis) + 1 for axis in range(1, part.ndim)))
+        part = part * np.float32(self.factor) if self.factor != 1 else part
         return part + np.float32(self.added) if self.added else part
 
 
@@ -269,8 +286,8 @@ class Rescaling:
 class Weights:
     """The tensors of a model under canonical names (the same for every family).
 
-    ``vision.*``, ``projector.*`` and ``decoder.*``; a family builds the map from the names in its
-    checkpoint. A tensor is read when it is asked for and not kept.
+    ``vision.*`` or ``audio.*``, ``projector.*`` and ``decoder.*``; a family builds the map from the
+    names in its checkpoint. A tensor is read when it is asked for and not kept.
     """
 
     def __init__(
@@ -319,7 +336,7 @@ class Weights:
                 f"{ref.files.folder}: tensor {ref.name!r} is stored as {kind}, expected floats: "
                 f"give the checkpoint as it was before quantization"
             )
-        array = ref.cut(ref.files.read(ref.name))
+        array = ref.cut(ref.files.read(ref.name), shape)
         with np.errstate(invalid="ignore"):  # infinities of both signs
             total = np.sum(array, dtype=np.float64)
         if not np.isfinite(total):
@@ -343,7 +360,7 @@ class Weights:
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
         """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""
         ref = self._refs[name]
-        return None if name in self._changes or ref.rows else ref.files.q4_0(ref.name)
+        return None if name in self._changes or ref.rows or ref.joined else ref.files.q4_0(ref.name)
 
     @property
     def stored_bytes(self) -> int:

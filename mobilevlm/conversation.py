@@ -7,9 +7,9 @@ the rendered text becomes a mark; the text between images is tokenized piece by 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from tokenizers import Tokenizer
 
@@ -166,9 +166,14 @@ CONVERSATIONS = {
 """By the reference code's names."""
 
 
-def user_message(prompt: str, num_images: int, marks_in_text: bool = True) -> Message:
+def user_message(
+    prompt: str,
+    num_images: int,
+    marks_in_text: bool = True,
+    shows: Literal["image", "audio"] = "image",
+) -> Message:
     """A user's turn: images where ``<image>`` stands in the prompt, else before the text; always
-    before it without ``marks_in_text``.
+    before it without ``marks_in_text``. ``shows``: type of the parts in their place.
 
     Raises:
         PromptError: the prompt is empty, or its number of ``<image>`` is not the number of images.
@@ -183,36 +188,49 @@ def user_message(prompt: str, num_images: int, marks_in_text: bool = True) -> Me
         raise PromptError("the prompt is empty: ask a question")
     if marks:
         return {"role": "user", "content": prompt}
-    parts: list[dict[str, Any]] = [{"type": "image"}] * num_images
+    parts: list[dict[str, Any]] = [{"type": shows}] * num_images
     return {"role": "user", "content": [*parts, {"type": "text", "text": prompt}]}
 
 
-def render(conversation: ConversationSpec, messages: Sequence[Message]) -> str:
-    """Return the prompt's text up to where the assistant begins to speak."""
+def render(
+    conversation: ConversationSpec,
+    messages: Sequence[Message],
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return the prompt's text up to where the assistant begins to speak. ``tools``: definitions of
+    those that the model may call."""
     from mobilevlm.templates.chat_template import render_template  # brings Jinja
 
     return render_template(
         conversation.chat_template,
-        messages=[_in_parts(message) for message in messages] if conversation.parts else messages,
+        messages=[_in_parts(message, conversation.shows) for message in messages]
+        if conversation.parts
+        else messages,
+        tools=list(tools) or None,
         add_generation_prompt=True,
         bos_token="",
         eos_token="",
     )
 
 
-def _in_parts(message: Message) -> Message:
-    """Return a message with its content as parts, ``<image>`` in a text of the user as an image."""
+def _in_parts(message: Message, shows: str) -> Message:
+    """Return a message with its content as parts, ``<image>`` in a text of the user as an image
+    where ``shows`` says that it has some."""
     content = message["content"]
     given = [{"type": "text", "text": content}] if isinstance(content, str) else content
     parts: list[dict[str, Any]] = []
     for part in given:
-        if part["type"] != "text" or message["role"] != "user":
+        if part["type"] != "text" or message["role"] != "user" or shows != "image":
             parts.append(part)
             continue
         for index, text in enumerate(part["text"].split(IMAGE_PLACEHOLDER)):
             parts += [{"type": "image"}] if index else []
             parts += [{"type": "text", "text": text}] if text else []
-    return {**message, "content": parts or [{"type": "text", "text": ""}]}
+    if message.get("tool_calls") and content == "":
+        parts = []
+    elif not parts:
+        parts = [{"type": "text", "text": ""}]
+    return {**message, "content": parts}
 
 
 def tokenize(
@@ -236,7 +254,11 @@ def tokenize(
         ) from None
     if conversation is not None and conversation.tokenization == "joined":
         image = tokenizer.token_to_id(conversation.image_mark)
-        found = encode_marked(tokenizer, text)
+        margin, mark = conversation.image_margin, conversation.image_mark
+        found = encode_marked(tokenizer, text.replace(mark, f"{margin}{mark}{margin}"))
+        added = tokenizer.num_special_tokens_to_add(False)
+        if added and found[:added] == found[added : 2 * added]:  # the template writes it too
+            found = found[added:]
         return [Mark() if token == image else token for token in found]
     rest, first = text, 0
     if conversation is not None and conversation.tokenization == "images_first":
@@ -261,23 +283,30 @@ def official_ids(
     if layout.row_id is None:
         marked = itertools.repeat(layout.placeholder_ids)
         return [piece for piece in expand(tokens, marked) if isinstance(piece, int)]
+    of_video = layout.row_id if layout.video_row_id is None else layout.video_row_id
     ids: list[int] = []
     for piece in expand(tokens, images):
-        ids += [layout.row_id] * piece.rows if isinstance(piece, Run) else [piece]
+        if isinstance(piece, Run):
+            ids += [of_video if piece.from_video else layout.row_id] * piece.rows
+        else:
+            ids.append(piece)
     return ids
 
 
-def system_ids(tokenizer: Tokenizer, conversation: ConversationSpec) -> list[int]:
+def system_ids(
+    tokenizer: Tokenizer, conversation: ConversationSpec, has_images: bool = True
+) -> list[int]:
     """The ids that every prompt begins with, whatever is asked: the system prompt and what comes
     before the user's words. Empty where these are so few that keeping them apart is not worth it.
 
     Raises:
         PromptError: the chat template failed.
     """
-    questions = [("What is it?", 0), ("What is it?", 1), ("0", 0), ("été", 1)]
+    shown, shows = int(has_images), conversation.shows
+    questions = [("What is it?", 0), ("What is it?", shown), ("0", 0), ("été", shown)]
+    messages = [user_message(text, images, shows=shows) for text, images in questions]
     prompts = [
-        tokenize(tokenizer, render(conversation, [user_message(text, images)]), conversation)
-        for text, images in questions
+        tokenize(tokenizer, render(conversation, [message]), conversation) for message in messages
     ]
     agreed = itertools.takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
     shared = [token for token, *_ in agreed if isinstance(token, int)]
@@ -302,8 +331,9 @@ def read_text(
         )
     marks = tokens.count(Mark())
     if marks != images:
+        what = "sound" if conversation.shows == "audio" else "image"
         raise PromptError(
-            f"the prompt holds {marks} {conversation.image_mark} but {images} images were given: "
-            f"give one image for each mark"
+            f"the prompt holds {marks} {conversation.image_mark} but {images} {what}s were given: "
+            f"give one {what} for each mark"
         )
     return tokens

@@ -6,6 +6,13 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+MLP_LINEARS: dict[Literal["gated", "plain"], tuple[tuple[str, ...], str]] = {
+    "gated": (("gate_proj", "up_proj"), "down_proj"),
+    "plain": (("fc1",), "fc2"),
+}
+"""Names of the linear layers of an MLP: those that read its input, and the one that makes its
+output."""
+
 
 @dataclass(frozen=True)
 class ExpertsSpec:
@@ -25,6 +32,40 @@ class ExpertsSpec:
     use_residual: bool = False
     """A dense MLP beside the experts, both weighted by a softmax of two (DeepSpeed's Residual-MoE,
     Rajbhandari et al. 2022)."""
+
+
+@dataclass(frozen=True)
+class DeltaSpec:
+    """Linear attention by the gated delta rule (Yang et al. 2024) in place of attention in some
+    layers (Qwen3.5): each value head keeps a matrix of its past, which decays, and in which a key's
+    value replaces what the key gave before."""
+
+    layers: tuple[int, ...]
+    """Decoder layers that have it, in ascending order."""
+    key_heads: int
+    """Heads of queries and of keys"""
+    value_heads: int
+    """A multiple of ``key_heads``; as many neighbours share a key head"""
+    key_dim: int
+    value_dim: int
+    """Channels of a head"""
+    kernel: int
+    """Positions that the convolution of queries, keys and values reads, its own included."""
+
+    @property
+    def key_size(self) -> int:
+        """Channels of all key heads."""
+        return self.key_heads * self.key_dim
+
+    @property
+    def value_size(self) -> int:
+        """Channels of all value heads."""
+        return self.value_heads * self.value_dim
+
+    @property
+    def mixed_size(self) -> int:
+        """Channels of queries, keys and values together."""
+        return 2 * self.key_size + self.value_size
 
 
 @dataclass(frozen=True)
@@ -99,6 +140,9 @@ class DecoderSpec:
     """Scores before the mask become ``cap · tanh(score / cap)`` (Gemma 2)."""
     logit_softcap: float | None = None
     """Logits become ``cap · tanh(logit / cap)`` (Gemma 2)."""
+    image_blocks: bool = False
+    """Rows of an image see each other in both directions, within the window of sliding layers
+    (Gemma 3); all else sees the past."""
 
     rope_sections: tuple[int, ...] = ()
     """Pairs of rotary channels that each axis of a position turns (M-RoPE, Qwen2-VL); positions
@@ -115,16 +159,39 @@ class DecoderSpec:
     deep_layers: tuple[int, ...] = ()
     """Layers after which rows of an encoder are added to the hidden states (DeepStack, Qwen3-VL),
     in ascending order."""
+    attention_gate: bool = False
+    """``q_proj`` gives each head a gate behind its query; the sigmoid of it multiplies what
+    attention gives (Qwen3.5)."""
+    delta: DeltaSpec | None = None
+
+    sound_rank: int = 0
+    """Rank of products that are added to queries and values where a prompt has sound:
+    ``attn.q_down`` and ``attn.q_up``, ``attn.v_down`` and ``attn.v_up`` (Granite Speech's LoRA); 0:
+    there are none."""
 
     @property
-    def only_onnx(self) -> tuple[str, ...]:
-        """Names of parts that only graphs of the ONNX decoder for CPUs have."""
+    def rare_parts(self) -> tuple[str, ...]:
+        """Names of parts that only the ONNX decoder for CPUs and llama.cpp have."""
         parts = {
             "positions of several axes": self.rope_sections,
             "short convolutions": self.conv_layers,
             "rows added after some layers (DeepStack)": self.deep_layers,
+            "gated delta layers": self.delta,
+            "gates behind attention": self.attention_gate,
+            "products that act where a prompt has sound": self.sound_rank,
         }
         return tuple(name for name, layers in parts.items() if layers)
+
+    def mixer(self, layer: int) -> Literal["attn", "short_conv", "delta"]:
+        """Return the name of what mixes positions in a layer."""
+        if layer in self.conv_layers:
+            return "short_conv"
+        return "delta" if self.delta is not None and layer in self.delta.layers else "attn"
+
+    @property
+    def attention_layers(self) -> int:
+        """Number of layers with attention."""
+        return sum(self.mixer(layer) == "attn" for layer in range(self.num_hidden_layers))
 
     @property
     def position_axes(self) -> int:
@@ -161,9 +228,7 @@ class DecoderSpec:
     def mlp_linears(self) -> tuple[tuple[str, ...], str]:
         """Canonical names of the linear layers of an MLP: those that read its input, and the one
         that makes its output."""
-        if self.mlp == "gated":
-            return ("gate_proj", "up_proj"), "down_proj"
-        return ("fc1",), "fc2"
+        return MLP_LINEARS[self.mlp]
 
     def mlp_names(self, layer: int) -> list[str]:
         """Canonical names of a layer's MLPs: its experts and the dense one beside them, or one."""

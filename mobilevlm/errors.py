@@ -44,6 +44,10 @@ class GrammarError(MobileVLMError):
     """A JSON schema or grammar that no answer can follow, or that cannot be read."""
 
 
+class SuiteError(MobileVLMError):
+    """Files of a benchmark that cannot be read."""
+
+
 class SessionError(MobileVLMError):
     """A session that cannot be used now: another thread or stream has it, or its model was loaded
     before this process was forked."""
@@ -86,6 +90,10 @@ class PlanWarning(UserWarning):
 
 class ImageWarning(UserWarning):
     """An image that is read, but not exactly as its file says."""
+
+
+class AudioWarning(UserWarning):
+    """A sound of which a part is not heard."""
 
 
 def require(module: str, extra: str, purpose: str) -> MissingExtraError:

@@ -2,8 +2,8 @@
 
 The same steps as the reference code's image processors, with Pillow: pad to a square with the mean
 colour (or not), resize the shortest edge with bicubic filtering, crop the centre; or resize
-straight to the square (SigLIP's and BLIP's). The last step, ``(pixel / 255 - mean) / std``, is
-folded into the first layer of the exported graph.
+straight to the square (SigLIP's and BLIP's); or resize the longer edge, then pad (Janus's). The
+last step, ``(pixel / 255 - mean) / std``, is folded into the first layer of the exported graph.
 
 Memory holds the decoded image once, as its file stores it. Turning it upright, colours, alpha and
 the first pass of resizing happen strip by strip, with the bits that the whole would have: Pillow
@@ -15,6 +15,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Literal, TypeAlias
 
 import numpy as np
 import PIL
@@ -23,14 +24,16 @@ from PIL import Image
 
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, ImageWarning
-from mobilevlm.input_spec import DynamicImage, FixedImage, SquareImages
+from mobilevlm.input_spec import FixedImage, FreeResampling, PixelImages
 from mobilevlm.media.image_file import Room, RoomFor, check_size, read_image
 from mobilevlm.media.image_source import ImageInput, open_source
+from mobilevlm.media.torch_bilinear import resize_bilinear
 
 __all__ = [
     "ImageInput",
     "Room",
     "RoomFor",
+    "filter_of",
     "normalize",
     "open_image",
     "preprocess",
@@ -58,6 +61,7 @@ _TURNS = {
 }
 """By EXIF orientation."""
 Box = tuple[int, int, int, int]
+Filter: TypeAlias = Image.Resampling | Literal["torch_bilinear"]
 
 
 @dataclass(frozen=True)
@@ -168,13 +172,14 @@ def read_pixels(
     Raises:
         ImageError: as of :func:`open_image` and :func:`preprocess`.
     """
-    return _pixels(_read(source, room_for, spec.shortest_edge), spec)
+    edge = spec.size if spec.aspect == "fit" else spec.shortest_edge
+    return _pixels(_read(source, room_for, edge), spec)
 
 
 def read_resized(
     source: ImageInput,
     target: Callable[[tuple[int, int]], tuple[int, int]],
-    resample: Image.Resampling,
+    resample: Filter,
     room_for: RoomFor | None = None,
     edge: int | None = None,
 ) -> Image.Image:
@@ -192,7 +197,7 @@ def read_resized(
 def read_several(
     source: ImageInput,
     targets: Callable[[tuple[int, int]], list[tuple[int, int]]],
-    resample: Image.Resampling,
+    resample: Filter,
     room_for: RoomFor | None = None,
     edge: int | None = None,
 ) -> list[Image.Image]:
@@ -211,12 +216,18 @@ def preprocess(image: Image.Image, spec: FixedImage) -> NDArray[np.uint8]:
     return _pixels(_Stored(image), spec)
 
 
-def normalize(pixels: NDArray[np.uint8], spec: SquareImages | DynamicImage) -> NDArray[np.float32]:
-    """uint8 ``(height, width, 3)`` to float32 ``(3, height, width)``:
-    ``(pixel / 255 - mean) / std``."""
+def filter_of(resample: FreeResampling) -> Filter:
+    """Return the filter that a spec names."""
+    return resample if resample == "torch_bilinear" else Image.Resampling[resample.upper()]
+
+
+def normalize(pixels: NDArray[np.uint8], spec: PixelImages) -> NDArray[np.float32]:
+    """uint8 ``(height, width, channels)`` to float32 ``(channels, height, width)``:
+    ``(pixel / 255 - mean) / std``. Channels are those of one frame or of several."""
     scaled = pixels.astype(np.float32) * np.float32(1 / 255)
-    values = (scaled - np.asarray(spec.mean, np.float32)) / np.asarray(spec.std, np.float32)
-    return np.ascontiguousarray(values.transpose(2, 0, 1))
+    frames = pixels.shape[2] // 3
+    mean, std = (np.tile(np.asarray(item, np.float32), frames) for item in (spec.mean, spec.std))
+    return np.ascontiguousarray(((scaled - mean) / std).transpose(2, 0, 1))
 
 
 def _read(source: ImageInput, room_for: RoomFor | None, edge: int | None) -> _Stored:
@@ -304,20 +315,23 @@ def _full_scale(image: Image.Image, unsigned: bool, name: str) -> float:
 
 
 def _pixels(stored: _Stored, spec: FixedImage) -> NDArray[np.uint8]:
+    resample = Image.Resampling[spec.resample.upper()]
     if spec.aspect == "resize":
-        image = _resize(stored, (spec.size, spec.size))
+        image = _resize(stored, (spec.size, spec.size), resample)
     elif spec.aspect == "pad":
-        image = _pad_and_resize(stored, spec.pad_color, spec.shortest_edge)
+        image = _pad_and_resize(stored, spec.pad_color, spec.shortest_edge, resample)
+    elif spec.aspect == "fit":
+        image = _resize_and_pad(stored, spec, resample)
     else:
-        image = _resize_shortest_edge(stored, spec.shortest_edge)
+        image = _resize_shortest_edge(stored, spec.shortest_edge, resample)
     return _center_crop(np.asarray(image, np.uint8), spec.size)
 
 
-def _resize(
-    stored: _Stored, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BICUBIC
-) -> Image.Image:
+def _resize(stored: _Stored, size: tuple[int, int], resample: Filter) -> Image.Image:
     """Resize to a size strip by strip, in the order of Pillow's passes: the first pass of a strip
     does not depend on the others."""
+    if resample == "torch_bilinear":
+        return resize_bilinear(stored.strips(), stored.size, size)
     width, height = size
     if _columns_first(stored.size, size):
         short = Image.new("RGB", (stored.size[0], height))
@@ -337,7 +351,9 @@ def _columns_first(before: tuple[int, int], after: tuple[int, int]) -> bool:
     return COLUMNS_MAY_BE_FIRST and saved[1] > max(0, 2 * saved[0])
 
 
-def _pad_and_resize(stored: _Stored, color: tuple[int, int, int], edge: int) -> Image.Image:
+def _pad_and_resize(
+    stored: _Stored, color: tuple[int, int, int], edge: int, resample: Image.Resampling
+) -> Image.Image:
     """Pad to a square, the image at ``(long - short) // 2`` (``expand2square`` in the reference
     code), and resize it to ``edge``. The square is never in memory as a whole."""
     width, height = stored.size
@@ -355,11 +371,22 @@ def _pad_and_resize(stored: _Stored, color: tuple[int, int, int], edge: int) -> 
             padded = Image.new("RGB", (long, strip.height), color)
             padded.paste(strip, (left, 0))
             strip = padded
-        narrow.paste(strip.resize((edge, strip.height), Image.Resampling.BICUBIC), (0, above + top))
-    return narrow.resize((edge, edge), Image.Resampling.BICUBIC)
+        narrow.paste(strip.resize((edge, strip.height), resample), (0, above + top))
+    return narrow.resize((edge, edge), resample)
 
 
-def _resize_shortest_edge(stored: _Stored, edge: int) -> Image.Image:
+def _resize_and_pad(stored: _Stored, spec: FixedImage, resample: Filter) -> Image.Image:
+    """Resize so that the longer edge is that of the square, edges rounded half to even, and put the
+    image in the middle of the mean colour (``JanusImageProcessor``)."""
+    scale = spec.size / max(stored.size)
+    width, height = (max(round(edge * scale), spec.shortest_edge) for edge in stored.size)
+    square = Image.new("RGB", (spec.size, spec.size), spec.pad_color)
+    place = ((spec.size - width) // 2, (spec.size - height) // 2)
+    square.paste(_resize(stored, (width, height), resample), place)
+    return square
+
+
+def _resize_shortest_edge(stored: _Stored, edge: int, resample: Image.Resampling) -> Image.Image:
     width, height = stored.size
     short, long = min(width, height), max(width, height)
     long_edge = int(edge * long / short)
@@ -369,8 +396,8 @@ def _resize_shortest_edge(stored: _Stored, edge: int) -> Image.Image:
         start = (long - keep) // 2
         upright = (0, start, width, start + keep)
         box = upright if width <= height else (start, 0, start + keep, height)
-        return _resize_shortest_edge(_Stored(stored.part(box)), edge)
-    return _resize(stored, size)
+        return _resize_shortest_edge(_Stored(stored.part(box)), edge, resample)
+    return _resize(stored, size, resample)
 
 
 def _center_crop(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -4,16 +4,26 @@ the decoder's space, and placed in a prompt. Part of the ModelSpec (spec.py), wi
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Literal, TypeAlias
 
+from mobilevlm.audio_encoder import ConformerEncoder, SoundEncoder, WhisperEncoder
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.native_encoder import ClipSpec, NativeEncoder
 
+Resampling: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
+FreeResampling: TypeAlias = Literal["bilinear", "bicubic", "lanczos", "torch_bilinear"]
+"""Filters of Pillow; ``torch_bilinear``: of torch for uint8 (media/torch_bilinear.py)."""
 IMAGE_TOKEN_ID = -200
 """Marks an image in a list of input ids, as the reference code of LLaVA and MobileVLM does."""
 MOST_TILES = 64
 """Tiles that the grid of an image may have."""
+MOST_PATCHES = 1 << 16
+"""Patches that an encoder of images of any shape takes in one run."""
+USUAL_EDGE = 448
+"""Pixels of an image of no special size, where a model takes any."""
 MOST_TILES_PER_EDGE = 8
 """Tiles along the longer edge of an image that becomes as many as its shape gives."""
 
@@ -25,12 +35,14 @@ class FixedImage:
     size: int
     """Edge of the square that the tower takes, in pixels."""
     shortest_edge: int
-    """The shorter edge is resized to this before the centre crop."""
-    aspect: Literal["pad", "crop", "resize"]
+    """The shorter edge is resized to this before the centre crop; of ``fit``, to this at least."""
+    aspect: Literal["pad", "crop", "resize", "fit"]
     """``pad``: first pad to a square with the mean colour; ``crop``: centre crop cuts the rest;
-    ``resize``: straight to the square, whatever the shape."""
+    ``resize``: straight to the square, whatever the shape; ``fit``: resize the longer edge to the
+    square's, then pad with the mean colour."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    resample: Resampling = "bicubic"
     kind: Literal["fixed_image"] = "fixed_image"
 
     @property
@@ -38,9 +50,6 @@ class FixedImage:
         """The mean colour as the reference code rounds it: ``int(mean * 255)``."""
         red, green, blue = (int(channel * 255) for channel in self.mean)
         return red, green, blue
-
-
-Resampling: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
 
 
 @dataclass(frozen=True)
@@ -117,8 +126,6 @@ class AspectTiles:
     kind: Literal["aspect_tiles"] = "aspect_tiles"
 
 
-Tiled: TypeAlias = Tiles | AspectTiles | AnyResolution
-"""Preparations that split an image, each with a field ``max_tiles``."""
 SquareImages: TypeAlias = FixedImage | Tiles | AspectTiles | AnyResolution
 """Preparations for encoders that take squares of one size."""
 
@@ -135,7 +142,11 @@ class DynamicImage:
     max_pixels: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    resample: Resampling = "bicubic"
+    resample: FreeResampling = "bicubic"
+    least_edge: bool = False
+    """An edge is ``factor`` pixels at least before the pixels are counted (LFM2-VL)."""
+    clip: ClipSpec | None = None
+    """How videos become clips; none: their frames are images."""
     kind: Literal["dynamic_image"] = "dynamic_image"
 
     @property
@@ -145,19 +156,70 @@ class DynamicImage:
 
 
 @dataclass(frozen=True)
+class DynamicTiles:
+    """Preparation of an image near its own size; of a larger one as the grid of square tiles whose
+    shape is nearest to its own, and itself near its own size behind them. Each is uint8 pixels
+    ``(height, width, 3)`` of one run of the encoder (media/dynamic_tiles.py)."""
+
+    size: int
+    """Edge of a tile, in pixels."""
+    min_tiles: int
+    max_tiles: int
+    """Tiles of the grid; 1: no image is split."""
+    whole: DynamicImage
+    split_pixels: int
+    """Images with more pixels, their edges rounded to multiples of ``whole.factor``, are split."""
+    thumbnail: bool = True
+    """The image made small follows its tiles."""
+    kind: Literal["dynamic_tiles"] = "dynamic_tiles"
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """As of the whole."""
+        return self.whole.mean
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """As of the whole."""
+        return self.whole.std
+
+
+Tiled: TypeAlias = Tiles | AspectTiles | AnyResolution | DynamicTiles
+"""Preparations that split an image, each with a field ``max_tiles``."""
+PixelImages: TypeAlias = SquareImages | DynamicImage | DynamicTiles
+"""Preparations for encoders that take pixels."""
+
+
+@dataclass(frozen=True)
 class Mel:
-    """Preparation of sound as log-mel spectrograms float32 ``(bins, frames)``, one for each window
-    (mobilevlm/audio.py)."""
+    """Preparation of sound as log-mel spectrograms float32 ``(bins, frames)``, one for each run of
+    the encoder (mobilevlm/audio.py)."""
 
     bins: int
     sampling_rate: int = 16_000
     """Samples in a second."""
     window: int = 400
-    """Samples of a Fourier transform."""
+    """Samples that a frame is made of."""
     hop: int = 160
     """Samples from one frame to the next."""
     frames: int = 3000
+    """Frames of a window of the encoder; not read where ``windows`` is ``any``."""
+    fft: int = 400
+    """Samples of a Fourier transform, ``window`` of them in its middle."""
+    scale: Literal["slaney", "htk"] = "slaney"
+    """Mel scale; filters of ``slaney`` have equal area, those of ``htk`` equal height."""
+    windows: Literal["first", "all", "any"] = "all"
+    """``first``: of a longer sound only what one window takes is heard (Qwen2-Audio); ``all``: a
+    run for each window, the last filled with silence (Voxtral); ``any``: one run of any length
+    (Granite Speech)."""
+    joined: int = 1
+    """Neighbouring frames that are given as one; a rest is dropped."""
     kind: Literal["mel"] = "mel"
+
+    @property
+    def window_samples(self) -> int:
+        """Samples of a window of the encoder."""
+        return self.frames * self.hop
 
 
 @dataclass(frozen=True)
@@ -195,14 +257,22 @@ class TransformerEncoder:
     class_token: bool = True
     """A learned token before those of the patches, with a position of its own."""
     patch_bias: bool = False
-    """Of the patch embedding."""
+    """Presence of a bias in the patch embedding."""
     pre_norm: bool = True
     """A norm before the first layer."""
     post_norm: bool = False
     """The features are those after the tower's final norm."""
     class_feature: bool = False
     """The class token's state is among the features, first; else it is dropped."""
+    resized_positions: bool = False
+    """Learned positions are resized to the patches of each image, bilinear with antialiasing
+    (SigLIP 2, Tschannen et al. 2025, section 2.4); ``image_size`` is what their table is for."""
     kind: Literal["transformer"] = "transformer"
+
+    @property
+    def key_bias(self) -> bool:
+        """Presence of a bias in the layers that make keys."""
+        return True
 
     @property
     def grid(self) -> int:
@@ -290,8 +360,12 @@ class ConvEncoder:
         return self.widths[stage] * self.mlp_ratios[stage]
 
 
-Encoder: TypeAlias = TransformerEncoder | ConvEncoder
+SquareEncoder: TypeAlias = TransformerEncoder | ConvEncoder
+"""An encoder with a grid of its own."""
+ImageEncoder: TypeAlias = TransformerEncoder | ConvEncoder | NativeEncoder
 """An image encoder."""
+Encoder: TypeAlias = ImageEncoder | WhisperEncoder | ConformerEncoder
+"""An encoder of images or of sound."""
 
 
 @dataclass(frozen=True)
@@ -311,6 +385,9 @@ class QFormerSpec:
     """Of the instruction, which queries see by self-attention (InstructBLIP); 0: it reads none."""
     max_positions: int = 0
     """Tokens that an instruction may have."""
+    window: int = 0
+    """Features that one set of queries reads; each window of them has the queries anew, the last
+    one is filled with zeros (Granite Speech). 0: one set reads all."""
 
     @property
     def head_dim(self) -> int:
@@ -329,20 +406,24 @@ class QFormerSpec:
 class ConnectorSpec:
     """Tower features ``(num_features, in_size)`` to visual tokens ``(num_rows, out_size)``."""
 
-    kind: Literal["mlp", "ldp", "ldpv2", "mlp_downsample", "qformer", "llama.cpp"]
+    kind: Literal[
+        "mlp", "ldp", "ldpv2", "mlp_downsample", "qformer", "merger", "stack", "llama.cpp"
+    ]
     """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
     it averages squares of them first. ``mlp_downsample`` (VILA; pixel shuffle in Idefics3 and
     InternVL) joins the patches of such a square in one vector, which a norm and the MLP follow.
-    ``qformer`` has an MLP of depth 1 behind the Q-Former. ``llama.cpp``: any that llama.cpp alone
-    knows."""
+    ``qformer`` has an MLP of depth 1 behind the Q-Former. ``merger`` (Qwen2-VL) normalises patches,
+    joins those of a square, as a :class:`NativeEncoder` has them, and has an MLP. ``stack``, of
+    sound, joins ``factor`` neighbouring features before its MLP. ``llama.cpp``: any that llama.cpp
+    alone knows."""
     in_size: int
     out_size: int
     depth: int
     """Linear layers of the MLP (LDP and LDPv2 begin with one of depth 2)."""
     grid: int
-    """Patches per edge that come in."""
+    """Patches per edge that come in; 0 where images have their own."""
     out_grid: int
-    """Visual tokens per edge that go out; 0 where they form no grid."""
+    """Visual tokens per edge that go out; 0 where they form no grid, or images have their own."""
     order: Literal["rows", "columns"] = "rows"
     """How ``mlp_downsample`` gives its squares out: row by row or column by column."""
     qformer: QFormerSpec | None = None
@@ -353,17 +434,30 @@ class ConnectorSpec:
     """``mlp_downsample`` has a LayerNorm before its MLP."""
     bias: bool = True
     """The Linears of the MLP have biases."""
+    pool_norm_eps: float | None = None
+    """Epsilon of an RMS norm, ``projector.norm``, before the MLP of ``mlp``, behind its pooling
+    (Gemma 3); there is none when none is given."""
+    inner_size: int = 0
+    """Outputs of the MLP's Linears but the last; ``out_size`` when 0."""
     newline: bool = False
     """A learned row, ``projector.newline``, comes out behind the visual tokens. It ends the rows of
     a grid that tiles are put together as (mobilevlm/assembly.py)."""
+    norm_kind: Literal["rms", "layer"] = "layer"
+    """Norm of a ``merger``."""
+    norm_eps: float = 1e-5
+    deep: int = 0
+    """Further mergers, each of the output of one of the encoder's ``deep_layers``. They normalise
+    behind the joining, by layer norms."""
 
     @property
     def mlp_sizes(self) -> list[int]:
         """Sizes before, between and after the Linears of the MLP."""
-        in_size = self.in_size * (self.factor**2 if self.kind == "mlp_downsample" else 1)
+        joins = {"mlp_downsample": self.factor**2, "merger": self.factor**2, "stack": self.factor}
+        in_size = self.in_size * joins.get(self.kind, 1)
         if self.qformer is not None:
             in_size = self.qformer.hidden_size
-        return [in_size] + [self.out_size] * self.depth
+        inner = self.inner_size or self.out_size
+        return [in_size, *[inner] * (self.depth - 1), self.out_size]
 
     @property
     def num_tokens(self) -> int:
@@ -387,6 +481,12 @@ class ConnectorSpec:
         return ("instruction_ids",) if self.reads_text else ()
 
     @property
+    def deep_names(self) -> tuple[str, ...]:
+        """Named outputs beside the visual tokens: what is added after the decoder's
+        ``deep_layers``."""
+        return tuple(f"deep.{index}" for index in range(self.deep))
+
+    @property
     def squeeze_size(self) -> int:
         """Channels inside LDP's squeeze-and-excitation: a quarter, rounded to a multiple of 8
         without losing more than a tenth (``_make_divisible`` of MobileNetV3)."""
@@ -406,6 +506,8 @@ class LayoutSpec:
     a ``row_id``."""
     row_id: int | None = None
     """Id of the official code for each visual token of an image."""
+    video_row_id: int | None = None
+    """Id of the official code for each visual token of a clip; ``row_id`` when none is given."""
     begin_ids: tuple[int, ...] = ()
     """Before each image."""
     tile_ids: tuple[tuple[tuple[int, ...], ...], ...] = ()
@@ -435,7 +537,7 @@ class LayoutSpec:
 class InputSpec:
     """One kind of input beside text: prepared, encoded, and brought into the decoder's space."""
 
-    preparation: SquareImages | DynamicImage | LibraryImage | Mel
+    preparation: PixelImages | LibraryImage | Mel
     encoder: Encoder = field(metadata={"formerly_kind": "transformer"})
     connector: ConnectorSpec
     layout: LayoutSpec = LayoutSpec()
@@ -449,6 +551,8 @@ class InputSpec:
         """
         if isinstance(self.encoder, TransformerEncoder):
             return self.encoder
+        if isinstance(self.encoder, SoundEncoder):
+            raise MobileVLMError("this needs an image encoder, and this model takes sound")
         raise MobileVLMError(
             f"this needs a vision transformer, and the image encoder is {self.encoder.kind!r}: use "
             f"--format onnx"
@@ -464,6 +568,57 @@ class InputSpec:
         if isinstance(self.preparation, SquareImages):
             return self.preparation
         raise MobileVLMError(
-            f"an input prepared as {self.preparation.kind!r} needs an encoder that this version "
-            f"does not have: use a later one"
+            f"this needs images of one size, and those of this model are prepared as "
+            f"{self.preparation.kind!r}: use --format onnx"
         )
+
+    @property
+    def pixels(self) -> PixelImages:
+        """The preparation of an encoder that takes pixels.
+
+        Raises:
+            MobileVLMError: it takes something else.
+        """
+        if isinstance(self.preparation, PixelImages):
+            return self.preparation
+        raise MobileVLMError(
+            f"this needs images as pixels, and an input of this model is prepared as "
+            f"{self.preparation.kind!r}"
+        )
+
+    @property
+    def mel(self) -> Mel:
+        """The preparation of sound.
+
+        Raises:
+            MobileVLMError: it is another input.
+        """
+        if isinstance(self.preparation, Mel):
+            return self.preparation
+        raise MobileVLMError(
+            f"this needs sound, and an input of this model is prepared as {self.preparation.kind!r}"
+        )
+
+    @property
+    def edge(self) -> int | None:
+        """Edge of the squares that the encoder takes, in pixels; none where shapes vary."""
+        return self.preparation.size if isinstance(self.preparation, SquareImages) else None
+
+    @property
+    def num_features(self) -> int | None:
+        """Features of a run of the encoder; none where shapes vary."""
+        if self.edge is None or isinstance(self.encoder, (NativeEncoder, SoundEncoder)):
+            return None
+        return self.encoder.num_features
+
+    @property
+    def usual_edge(self) -> int:
+        """Edge of a square image that is one run of the encoder, in pixels; one of no special size
+        where it may be much larger."""
+        if isinstance(self.preparation, LibraryImage):
+            return self.transformer.image_size
+        image = self.pixels
+        if isinstance(image, DynamicImage):
+            pixels = min(max(USUAL_EDGE**2, image.min_pixels), image.max_pixels)
+            return max(math.isqrt(pixels) // image.factor, 1) * image.factor
+        return image.size

@@ -6,10 +6,11 @@ Layers that read the same input are one group: graphs hold them as one product, 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.audio_encoder import ConformerEncoder, WhisperEncoder
+from mobilevlm.decoder_spec import MLP_LINEARS, DecoderSpec
 from mobilevlm.input_spec import (
     ConnectorSpec,
     ConvEncoder,
@@ -17,6 +18,8 @@ from mobilevlm.input_spec import (
     QFormerSpec,
     TransformerEncoder,
 )
+from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.output_spec import ImageOutput
 from mobilevlm.spec import ModelSpec
 
 
@@ -45,6 +48,12 @@ class LinearGroup:
         return self.in_size * self.out_size
 
     @property
+    def layers(self) -> list[LinearGroup]:
+        """Each layer by itself."""
+        sizes = zip(self.names, self.out_sizes, strict=True)
+        return [replace(self, names=(name,), out_sizes=(size,)) for name, size in sizes]
+
+    @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """Shape ``(out_size, in_size)`` of each layer's weight, by canonical name."""
         sizes = zip(self.names, self.out_sizes, strict=True)
@@ -53,13 +62,17 @@ class LinearGroup:
 
 def linear_groups(spec: ModelSpec) -> Iterator[LinearGroup]:
     """All linear layers that a recipe has a format for, in the order of use."""
-    yield from tower_groups(spec.image.encoder)
-    yield from projector_groups(spec.image.connector)
+    if spec.encoded is not None:
+        yield from tower_groups(spec.encoded.encoder)
+        yield from projector_groups(spec.encoded.connector)
     yield from decoder_groups(spec.decoder)
 
 
 def tower_groups(spec: Encoder) -> Iterator[LinearGroup]:
-    """Yield the layers of an image encoder."""
+    """Yield the layers of an encoder of images or sound."""
+    if isinstance(spec, ConformerEncoder):
+        yield from _conformer_groups(spec)
+        return
     if isinstance(spec, ConvEncoder):
         yield _square("vision.stem.pointwise", spec.widths[0])
         for stage in range(len(spec.widths)):
@@ -70,12 +83,32 @@ def tower_groups(spec: Encoder) -> Iterator[LinearGroup]:
         yield from tower_layer(spec, index)
 
 
-def tower_layer(spec: TransformerEncoder, index: int) -> Iterator[LinearGroup]:
-    """Yield the layers of one layer of an image encoder, attention first."""
-    size, name = spec.hidden_size, f"vision.layers.{index}"
+def tower_layer(
+    spec: TransformerEncoder | NativeEncoder | WhisperEncoder, index: int
+) -> Iterator[LinearGroup]:
+    """Yield the layers of one layer of an encoder, attention first."""
+    part = "audio" if isinstance(spec, WhisperEncoder) else "vision"
+    size, name, wide = spec.hidden_size, f"{part}.layers.{index}", spec.intermediate_size
     yield LinearGroup(_qkv(f"{name}.attn"), size, (size,) * 3, True)
     yield LinearGroup((f"{name}.attn.out_proj",), size, (size,), True)
-    yield from _plain_mlp(f"{name}.mlp", size, spec.intermediate_size)
+    linears = spec.mlp_linears if isinstance(spec, NativeEncoder) else MLP_LINEARS["plain"]
+    yield from _mlp(f"{name}.mlp", linears, size, wide, True)
+
+
+def _conformer_groups(spec: ConformerEncoder) -> Iterator[LinearGroup]:
+    size, wide = spec.hidden_size, spec.num_attention_heads * spec.head_dim
+    yield LinearGroup(("audio.input",), spec.bins, (size,), True)
+    for index in range(spec.num_hidden_layers):
+        name = f"audio.layers.{index}"
+        yield from _plain_mlp(f"{name}.ff1", size, spec.intermediate_size)
+        yield LinearGroup(_qkv(f"{name}.attn"), size, (wide,) * 3)
+        yield LinearGroup((f"{name}.attn.out_proj",), wide, (size,), True)
+        yield LinearGroup((f"{name}.conv.up",), size, (2 * spec.conv_size,), True)
+        yield LinearGroup((f"{name}.conv.down",), spec.conv_size, (size,), True)
+        yield from _plain_mlp(f"{name}.ff2", size, spec.intermediate_size)
+        if index == spec.guess_layer:
+            yield LinearGroup(("audio.guess.head",), size, (spec.guesses,), True)
+            yield LinearGroup(("audio.guess.back",), spec.guesses, (size,), True)
 
 
 def stage_groups(spec: ConvEncoder, stage: int) -> Iterator[LinearGroup]:
@@ -99,11 +132,12 @@ def expansion_groups(spec: ConvEncoder) -> Iterator[LinearGroup]:
 
 
 def projector_groups(spec: ConnectorSpec) -> Iterator[LinearGroup]:
-    """Yield the layers of a projector: those of its Q-Former, then its MLP."""
+    """Yield the layers of a projector: those of its Q-Former, its further mergers, its MLP."""
     if spec.qformer is not None:
         yield from _qformer_groups(spec.qformer, spec.in_size)
-    for index, (in_size, out_size) in enumerate(pairwise(spec.mlp_sizes)):
-        yield LinearGroup((f"projector.mlp.{index}",), in_size, (out_size,), spec.bias)
+    for name in (*(f"projector.deep.{index}" for index in range(spec.deep)), "projector"):
+        for index, (in_size, out_size) in enumerate(pairwise(spec.mlp_sizes)):
+            yield LinearGroup((f"{name}.mlp.{index}",), in_size, (out_size,), spec.bias)
 
 
 def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
@@ -113,10 +147,9 @@ def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
     size, queries = spec.hidden_size, spec.num_attention_heads * spec.head_dim
     for index in range(spec.num_hidden_layers):
         name = f"decoder.layers.{index}"
-        if index in spec.conv_layers:
-            yield from convolution_groups(spec, f"{name}.short_conv")
-        else:
-            yield from attention_groups(spec, f"{name}.attn")
+        yield from mixer_groups(spec, index, name)
+        if spec.sound_rank:
+            yield from sound_groups(spec, f"{name}.attn")
         if spec.encoder_layers:
             yield LinearGroup((f"{name}.cross.query_proj",), size, (queries,), spec.qkv_bias)
             yield LinearGroup((f"{name}.cross.o_proj",), queries, (size,), spec.o_bias)
@@ -125,12 +158,28 @@ def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
     yield head_group(spec)
 
 
+def mixer_groups(spec: DecoderSpec, index: int, layer: str) -> Iterator[LinearGroup]:
+    """Yield the layers of what mixes positions in a decoder layer. ``layer``: its name."""
+    mixer = spec.mixer(index)
+    groups = {"attn": attention_groups, "short_conv": convolution_groups, "delta": delta_groups}
+    yield from groups[mixer](spec, f"{layer}.{mixer}")
+
+
 def attention_groups(spec: DecoderSpec, attn: str) -> Iterator[LinearGroup]:
     """Yield the layers of one self-attention of a decoder. ``attn``: its canonical name."""
     queries = spec.num_attention_heads * spec.head_dim
     keys = spec.num_key_value_heads * spec.head_dim
-    yield LinearGroup(_qkv(attn), spec.hidden_size, (queries, keys, keys), spec.qkv_bias)
+    asked = queries * (1 + spec.attention_gate)
+    yield LinearGroup(_qkv(attn), spec.hidden_size, (asked, keys, keys), spec.qkv_bias)
     yield LinearGroup((f"{attn}.o_proj",), queries, (spec.hidden_size,), spec.o_bias)
+
+
+def sound_groups(spec: DecoderSpec, attn: str) -> Iterator[LinearGroup]:
+    """Yield the layers of one self-attention of a decoder that act where a prompt has sound."""
+    rank, heads = spec.sound_rank, (spec.num_attention_heads, spec.num_key_value_heads)
+    yield LinearGroup((f"{attn}.q_down", f"{attn}.v_down"), spec.hidden_size, (rank, rank))
+    for part, count in zip("qv", heads, strict=True):
+        yield LinearGroup((f"{attn}.{part}_up",), rank, (count * spec.head_dim,))
 
 
 def convolution_groups(spec: DecoderSpec, name: str) -> Iterator[LinearGroup]:
@@ -140,19 +189,44 @@ def convolution_groups(spec: DecoderSpec, name: str) -> Iterator[LinearGroup]:
     yield LinearGroup((f"{name}.out_proj",), size, (size,), spec.conv_bias)
 
 
+def delta_groups(spec: DecoderSpec, name: str) -> Iterator[LinearGroup]:
+    """Yield the layers of a gated delta layer that a recipe has a format for. ``name``: its
+    canonical name."""
+    delta = spec.delta
+    assert delta is not None
+    sizes = (delta.mixed_size, delta.value_size)
+    yield LinearGroup((f"{name}.qkv_proj", f"{name}.z_proj"), spec.hidden_size, sizes)
+    yield LinearGroup((f"{name}.out_proj",), delta.value_size, (spec.hidden_size,))
+
+
+def delta_gates(spec: DecoderSpec, name: str) -> LinearGroup:
+    """Return the layers that tell how much a gated delta layer takes in and how much it keeps,
+    which stay float in every recipe."""
+    assert spec.delta is not None
+    heads = (spec.delta.value_heads,) * 2
+    return LinearGroup((f"{name}.b_proj", f"{name}.a_proj"), spec.hidden_size, heads)
+
+
 def mlp_groups(spec: DecoderSpec, mlp: str) -> Iterator[LinearGroup]:
     """Yield the layers of one MLP of a decoder. ``mlp``: its canonical name."""
-    size, wide = spec.hidden_size, spec.intermediate_size
-    readers, maker = spec.mlp_linears
-    names = tuple(f"{mlp}.{reader}" for reader in readers)
-    yield LinearGroup(names, size, (wide,) * len(names), spec.mlp_bias)
-    yield LinearGroup((f"{mlp}.{maker}",), wide, (size,), spec.mlp_bias)
+    sizes = spec.hidden_size, spec.intermediate_size
+    yield from _mlp(mlp, spec.mlp_linears, *sizes, spec.mlp_bias)
 
 
 def head_group(spec: DecoderSpec) -> LinearGroup:
     """Return the layer that makes logits, which may share its weight with the embeddings."""
     sizes = spec.hidden_size, (spec.vocab_size,)
     return LinearGroup(("decoder.lm_head",), *sizes, spec.lm_head_bias)
+
+
+def output_groups(spec: ImageOutput, hidden_size: int) -> Iterator[LinearGroup]:
+    """Yield the layers of the head for codes and of their embedding, which follow the format of the
+    projector, without calibration. Not among :func:`linear_groups`, whose layers samples pass."""
+    head = [hidden_size, spec.head_size, spec.num_codes]
+    embedding = [spec.code_size, *[hidden_size] * spec.embed_depth]
+    for name, sizes in (("image_head", head), ("codes", embedding)):
+        for index, (in_size, out_size) in enumerate(pairwise(sizes)):
+            yield LinearGroup((f"{name}.mlp.{index}",), in_size, (out_size,), True)
 
 
 def _encoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
@@ -189,8 +263,17 @@ def _square(name: str, size: int) -> LinearGroup:
 
 
 def _plain_mlp(mlp: str, size: int, wide: int) -> Iterator[LinearGroup]:
-    yield LinearGroup((f"{mlp}.fc1",), size, (wide,), True)
-    yield LinearGroup((f"{mlp}.fc2",), wide, (size,), True)
+    yield from _mlp(mlp, MLP_LINEARS["plain"], size, wide, True)
+
+
+def _mlp(
+    mlp: str, linears: tuple[tuple[str, ...], str], size: int, wide: int, biased: bool
+) -> Iterator[LinearGroup]:
+    """Yield the layers that read an MLP's input as one group, and the one that makes its output."""
+    readers, maker = linears
+    names = tuple(f"{mlp}.{reader}" for reader in readers)
+    yield LinearGroup(names, size, (wide,) * len(names), biased)
+    yield LinearGroup((f"{mlp}.{maker}",), wide, (size,), biased)
 
 
 def _qkv(attn: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
-"""Chat messages of a person: checked, their images taken out, in the form that templates read.
+"""Chat messages of a person: checked, their images and sounds taken out, in the form that templates
+read.
 
-Parts follow OpenAI (``image_url``) and Transformers (``image``). Nothing in a message is dropped:
-what the model cannot read is an error that names its place.
+Parts follow OpenAI (``image_url``, ``input_audio``) and Transformers (``image``, ``audio``).
+Nothing in a message is dropped: what the model cannot read is an error that names its place.
 """
 
 from __future__ import annotations
@@ -9,31 +10,62 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypedDict
+from typing import Any, TypeAlias, TypedDict
 from urllib.parse import urlsplit
 
 from mobilevlm.errors import PromptError
 from mobilevlm.image import ImageInput
+from mobilevlm.prompt import Clip, Sound
 from mobilevlm.spec import IMAGE_PLACEHOLDER
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant", "tool")
 _OTHER_ROLES = {"developer": "system"}
 """Names that OpenAI has for the same."""
+_OF_TOOLS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
+"""Further keys of messages by their role."""
 _SOURCES = ("image", "path", "url", "base64")
 """Keys of an image part under which its image may be; without one it is the next of ``images``."""
+_VIDEO_SOURCES = ("video", "path", "url")
+_SOUND_SOURCES = ("audio", "path", "url", "base64")
+_SOUND_FORMATS = ("wav", "mp3")
+"""Formats of ``input_audio``."""
 _UNREAD = {
-    "input_audio": "audio", "audio": "audio", "audio_url": "audio", "file": "files",
-    "video": "video: give its frames as images", "video_url": "video: give its frames as images",
-}  # fmt: skip
+    "file": "files",
+    "video_url": "addresses of videos: give the file in a part of type video",
+}
+_SHOWN = ("image", "audio")
+"""Types of parts beside texts, when they are read."""
 
 
-class Message(TypedDict):
-    """One turn. ``content`` is text (``<image>`` marks images where they stand) or a list of
-    parts: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}`` or
-    ``{"type": "image_url", "image_url": {"url": …}}``."""
-
+class _Turn(TypedDict):
     role: str
     content: str | list[dict[str, Any]]
+
+
+class Message(_Turn, total=False):
+    """One turn. ``content`` is text (``<image>`` marks images where they stand) or a list of
+    parts: ``{"type": "text", "text": …}``, ``{"type": "image", "image": …}``,
+    ``{"type": "image_url", "image_url": {"url": …}}``, ``{"type": "video", "video": …}``,
+    ``{"type": "audio", "audio": …}`` or ``{"type": "input_audio", "input_audio": {"data": …,
+    "format": "wav"}}``."""
+
+    tool_calls: list[dict[str, Any]]
+    """Calls of tools by the assistant, in OpenAI's form"""
+    tool_call_id: str
+    """Id of the call whose result a message of the role ``tool`` has"""
+    name: str
+    """Name of the tool, in a message of the role ``tool``"""
+
+
+@dataclass(frozen=True)
+class VideoFile:
+    """The video of a part, which no model has taken yet."""
+
+    path: str | PathLike[str]
+
+
+Shown: TypeAlias = "ImageInput | Clip | VideoFile | Sound"
+"""Image, clip, video or sound of a message part."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +73,21 @@ class Conversation:
     """Checked messages."""
 
     messages: list[Message]
-    """Each image part is ``{"type": "image"}`` and nothing else."""
-    images: list[ImageInput]
-    """Of the parts and marks, in the order in which the prompt has them."""
+    """Each image part is ``{"type": "image"}`` and nothing else, and so is each video part; each
+    part with a sound is ``{"type": "audio"}``."""
+    images: list[Any]
+    """:data:`Shown` of the parts and marks, in the order in which the prompt has them."""
 
     @property
     def characters(self) -> int:
         """Length of all texts."""
-        return sum(len(text) for message in self.messages for text in _texts(message["content"]))
+        said = (text for message in self.messages for text in _texts(message["content"]))
+        calls = (str(message.get("tool_calls", "")) for message in self.messages)
+        return sum(map(len, said)) + sum(map(len, calls))
 
 
 def read_messages(
-    messages: Sequence[Message], images: Sequence[ImageInput], marks_in_text: bool = True
+    messages: Sequence[Message], images: Sequence[Shown], marks_in_text: bool = True
 ) -> Conversation:
     """Return the messages of a chat with all their images.
 
@@ -68,10 +103,11 @@ def read_messages(
     if not messages:
         raise PromptError("messages: the list is empty: give at least a user's message")
     found: list[Message] = []
-    sources: list[ImageInput | None] = []
+    sources: list[Shown | None] = []
+    calls: set[str] = set()
     for number, message in enumerate(messages):
         place = f"messages[{number}]"
-        role, content = _read_message(place, message)
+        role, content, more = _read_message(place, message, calls)
         parts: str | list[dict[str, Any]] = content
         before = len(sources)
         if not isinstance(content, str):
@@ -88,30 +124,71 @@ def read_messages(
                 f"of both in a message"
             )
         sources += [None] * marks
-        found.append({"role": role, "content": parts})
+        found.append({"role": role, "content": parts, **more})  # type: ignore[typeddict-item]
     if not any(message["role"] == "user" for message in found):
         raise PromptError("messages: none is the user's: there is nothing to answer")
     check_images(images)
     if images and None not in sources:
-        sources = _shown_last(found, sources, len(images))
+        sources = _shown_last(found, sources, images)
     _check_last(found)
     return Conversation(found, _placed(sources, images))
 
 
 def _shown_last(
-    messages: list[Message], sources: list[ImageInput | None], count: int
-) -> list[ImageInput | None]:
-    """Put so many image parts before what the last message, the user's, says and shows; return
+    messages: list[Message], sources: list[Shown | None], shown: Sequence[Shown]
+) -> list[Shown | None]:
+    """Put a part for each of these before what the last message, the user's, says and shows; return
     ``sources`` with them."""
     last = messages[-1]
     content = last["content"]
     if last["role"] != "user":
         return sources
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-    own = sum(part["type"] == "image" for part in parts)
-    messages[-1] = {"role": "user", "content": [*[{"type": "image"}] * count, *parts]}
+    own = sum(part["type"] in _SHOWN for part in parts)
+    added = [{"type": "audio" if isinstance(item, Sound) else "image"} for item in shown]
+    messages[-1] = {"role": "user", "content": [*added, *parts]}
     place = len(sources) - own
-    return [*sources[:place], *[None] * count, *sources[place:]]
+    return [*sources[:place], *[None] * len(added), *sources[place:]]
+
+
+def with_clips(said: Conversation, marks_in_text: bool = True) -> Conversation:
+    """Return a conversation in which texts and images stand in the places of clips."""
+    if not any(isinstance(source, Clip) for source in said.images):
+        return said
+    left = iter(said.images)
+    images: list[Any] = []
+
+    def taken() -> list[Any]:
+        source = next(left)
+        parts = source.parts if isinstance(source, Clip) else (source,)
+        images.extend(part for part in parts if not isinstance(part, str))
+        return [part if isinstance(part, str) else None for part in parts]
+
+    def read(text: str) -> str:
+        first, *others = text.split(IMAGE_PLACEHOLDER)
+        shown = ("".join(part or IMAGE_PLACEHOLDER for part in taken()) for _ in others)
+        return first + "".join(mark + rest for mark, rest in zip(shown, others, strict=True))
+
+    found: list[Message] = []
+    for message in said.messages:
+        content = message["content"]
+        if message["role"] != "user":
+            found.append(message)
+        elif isinstance(content, str):
+            found.append({"role": "user", "content": read(content) if marks_in_text else content})
+        else:
+            parts: list[dict[str, Any]] = []
+            for part in content:
+                if part["type"] in _SHOWN:
+                    parts += [
+                        {"type": part["type"]} if text is None else {"type": "text", "text": text}
+                        for text in taken()
+                    ]
+                else:
+                    text = read(part["text"]) if marks_in_text else part["text"]
+                    parts.append({"type": "text", "text": text})
+            found.append({"role": "user", "content": parts})
+    return Conversation(found, images)
 
 
 def with_system(system: str, messages: Sequence[Message]) -> Sequence[Message]:
@@ -130,29 +207,41 @@ def with_system(system: str, messages: Sequence[Message]) -> Sequence[Message]:
     return [{"role": "system", "content": system}, *messages]
 
 
-def _read_message(place: str, message: Any) -> tuple[str, Any]:
-    """Return role and content of a message."""
+def _read_message(place: str, message: Any, calls: set[str]) -> tuple[str, Any, dict[str, Any]]:
+    """Return role and content of a message, and what it has of tools; ids of calls are added to
+    ``calls``."""
     if not isinstance(message, Mapping):
         raise PromptError(f"{place}: expected role and content, found {_kind(message)}")
-    known = ("role", "content")
-    unknown = [key for key, value in message.items() if key not in known and not _is_empty(value)]
-    if unknown:
-        raise PromptError(f"{place}: {unknown[0]!r:.60} is not known: expected role and content")
     role, content = message.get("role"), message.get("content")
     if isinstance(role, str):
         role = _OTHER_ROLES.get(role, role)
     if role not in ROLES:
         raise PromptError(f"{place}: role is {role!r:.60}, expected {', '.join(ROLES)}")
+    known = ("role", "content", *_OF_TOOLS.get(role, ()))
+    given = {key: value for key, value in message.items() if not _is_empty(value)}
+    if unknown := [key for key in given if key not in known]:
+        raise PromptError(f"{place}: {unknown[0]!r:.60} is not known: expected {', '.join(known)}")
+    more = {key: given[key] for key in _OF_TOOLS.get(role, ()) if key in given}
+    if "tool_calls" in more:
+        from mobilevlm.tools import read_calls
+
+        more["tool_calls"] = read_calls(f"{place}.tool_calls", more["tool_calls"])
+        calls |= {call["id"] for call in more["tool_calls"] if "id" in call}
+        content = "" if content is None or content == [] else content
+    for key in ("tool_call_id", "name"):
+        if not isinstance(more.get(key, ""), str):
+            raise PromptError(f"{place}: {key} is {_kind(more[key])}, expected a text")
+    if more.get("tool_call_id") is not None and more["tool_call_id"] not in calls:
+        told = f"tool_call_id {more['tool_call_id']!r:.80} is of no call before it"
+        raise PromptError(f"{place}: {told}")
     if content is None or content == []:
         raise PromptError(f"{place}: it has no content: give text, or parts of text and images")
     if not isinstance(content, (str, list, tuple)):
         raise PromptError(f"{place}: content is {_kind(content)}, expected text or a list of parts")
-    return str(role), content
+    return str(role), content, more
 
 
-def _read_part(
-    place: str, part: Any, role: str, sources: list[ImageInput | None]
-) -> dict[str, Any]:
+def _read_part(place: str, part: Any, role: str, sources: list[Shown | None]) -> dict[str, Any]:
     """Return a part as templates read it; the image that it brings is appended to ``sources``."""
     kind = part.get("type") if isinstance(part, Mapping) else None
     if isinstance(kind, str) and kind in _UNREAD:
@@ -162,11 +251,21 @@ def _read_part(
         if not isinstance(part.get("text"), str):
             raise PromptError(f"{place}: text is {_kind(part.get('text'))}, expected a text")
         return {"type": "text", "text": part["text"]}
-    if kind not in ("image", "image_url"):
+    if kind not in ("image", "image_url", "video", "audio", "input_audio"):
         shown = repr(kind)[:60] if isinstance(part, Mapping) else _kind(part)
-        raise PromptError(f"{place}: type is {shown}, expected text, image or image_url")
+        raise PromptError(
+            f"{place}: type is {shown}, expected text, image, image_url, video, audio or "
+            f"input_audio"
+        )
     if role != "user":
-        raise PromptError(f"{place}: an image in a message of the {role}: only the user shows some")
+        what = "a sound" if kind in ("audio", "input_audio") else "an image"
+        raise PromptError(f"{place}: {what} in a message of the {role}: only the user shows some")
+    if kind in ("audio", "input_audio"):
+        sources.append(_read_sound(place, part))
+        return {"type": "audio"}
+    if kind == "video":
+        sources.append(_read_video(place, part))
+        return {"type": "image"}
     if kind == "image_url":
         _check_keys(place, part, ("image_url",))
         source: Any = _read_url(place, part.get("image_url"))
@@ -182,6 +281,47 @@ def _read_part(
     return {"type": "image"}
 
 
+def _read_sound(place: str, part: Mapping[str, Any]) -> Sound | None:
+    """Return the sound of a part; none where it brings none."""
+    if part["type"] == "audio":
+        _check_keys(place, part, _SOUND_SOURCES)
+        given = [part[key] for key in _SOUND_SOURCES if key in part]
+        if len(given) > 1 or None in [value if value is None else 0 for value in given]:
+            raise PromptError(f"{place}: expected one sound, under {', '.join(_SOUND_SOURCES)}")
+        if not given:
+            return None
+        [source] = given
+        if isinstance(source, Sound):
+            return source
+        if "base64" in part:
+            source = _read_base64(place, source, "a sound file")
+        return Sound(_local(place, source, "sound") if isinstance(source, str) else source)
+    _check_keys(place, part, ("input_audio",))
+    said = part.get("input_audio")
+    if not isinstance(said, Mapping) or not isinstance(said.get("data"), str) or not said["data"]:
+        raise PromptError(f"{place}: input_audio has no data: expected a sound file in base64")
+    unknown = [key for key in said if key not in ("data", "format")]
+    form = said.get("format", _SOUND_FORMATS[0])
+    if unknown or form not in _SOUND_FORMATS:
+        name = repr(unknown[0])[:60] if unknown else f"format {form!r:.60}"
+        raise PromptError(
+            f"{place}: {name} is not known: expected data and a format of "
+            f"{' or '.join(_SOUND_FORMATS)}"
+        )
+    return Sound(_read_base64(place, said["data"], "a sound file"))
+
+
+def _read_video(place: str, part: Mapping[str, Any]) -> VideoFile | Clip:
+    _check_keys(place, part, _VIDEO_SOURCES)
+    given = [part[key] for key in _VIDEO_SOURCES if key in part]
+    if len(given) != 1 or not isinstance(given[0], (str, PathLike, Clip)):
+        told = f"expected the file of one video, under {', '.join(_VIDEO_SOURCES)}"
+        raise PromptError(f"{place}: {told}, or what prepare_video() gave")
+    if isinstance(given[0], Clip):
+        return given[0]
+    return VideoFile(_local(place, given[0], "video") if isinstance(given[0], str) else given[0])
+
+
 def _read_url(place: str, value: Any) -> str:
     if isinstance(value, Mapping):
         detail = value.get("detail", "auto")
@@ -195,19 +335,19 @@ def _read_url(place: str, value: Any) -> str:
     return value
 
 
-def _read_base64(place: str, value: Any) -> str:
-    """Return the content of an image file in base64 as a data URI."""
+def _read_base64(place: str, value: Any, what: str = "an image file") -> str:
+    """Return the content of a file in base64 as a data URI."""
     if not isinstance(value, str) or not value:
-        raise PromptError(f"{place}: base64 is {_kind(value)}, expected an image file in base64")
+        raise PromptError(f"{place}: base64 is {_kind(value)}, expected {what} in base64")
     return value if value.startswith("data:") else f"data:;base64,{value}"
 
 
-def _local(place: str, source: str) -> str:
-    """Return an image's address as ``open_image`` takes it: a path or a data URI."""
+def _local(place: str, source: str, kind: str = "image") -> str:
+    """Return the address of an image, video or sound as a path, or a data URI as it is."""
     scheme = source.partition(":")[0].lower() if ":" in source[:16] else ""
     if scheme in ("http", "https", "ftp"):
         raise PromptError(
-            f"{place}: {source[:100]}: nothing is downloaded: save the image and give its file"
+            f"{place}: {source[:100]}: nothing is downloaded: save the {kind} and give its file"
         )
     if scheme == "file":
         address = urlsplit(source)
@@ -229,7 +369,7 @@ def check_images(images: object) -> None:
         )
 
 
-def _placed(sources: list[ImageInput | None], images: Sequence[ImageInput]) -> list[ImageInput]:
+def _placed(sources: list[Shown | None], images: Sequence[Shown]) -> list[Shown]:
     """Return all images in the order of the prompt."""
     bare = sum(source is None for source in sources)
     if bare != len(images):
@@ -243,11 +383,13 @@ def _placed(sources: list[ImageInput | None], images: Sequence[ImageInput]) -> l
 
 def _check_last(messages: list[Message]) -> None:
     last = messages[-1]
+    if last["role"] == "tool":
+        return
     if last["role"] != "user":
         raise PromptError("messages: the last one is not the user's: there is nothing to answer")
     content = last["content"]
     texts = _texts(content)
-    shows = not isinstance(content, str) and any(part["type"] == "image" for part in content)
+    shows = not isinstance(content, str) and any(part["type"] in _SHOWN for part in content)
     if not shows and not "".join(texts).strip():
         raise PromptError("the prompt is empty: ask a question")
 

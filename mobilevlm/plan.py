@@ -12,6 +12,7 @@ from mobilevlm.gguf.architectures import needs_own_engine
 
 if TYPE_CHECKING:
     from mobilevlm.bundle import Bundle
+    from mobilevlm.spec import ModelSpec
 
 ENGINES: dict[str, dict[str, tuple[str, ...]]] = {
     "onnx": {"vision": ("onnx",), "embeddings": ("onnx",), "decoder": ("onnx",)},
@@ -29,6 +30,9 @@ Runtime's own format."""
 OPTIONAL: dict[str, dict[str, str]] = {"onnx": {"prefill": "onnx"}, "ort": {"prefill": "ort"}}
 """Artifacts, by stage, that an engine runs where the bundle has them. prefill: the decoder's second
 graph, for prompts."""
+
+DRAWING = ("image_head", "code_embeddings", "image_decoder")
+"""Stages of models that make images, which the engine onnx opens when it is asked to draw."""
 
 _MADE_BY = {"npu": "--format npu --recipe a16w8", "ort": "--target android-xnnpack"}
 """Options of 'mobilevlm export' that make what an engine needs; of the others --format all."""
@@ -216,6 +220,12 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
                 f"ggml"
             )
         candidates = [name for name in candidates if name not in _LLAMA_CPP]
+    for part in bundle.manifest.spec.decoder.rare_parts:
+        if engine == "ggml":
+            raise BundleError(
+                f"engine ggml runs no decoder with {part}: use another one with --engine"
+            )
+        candidates = [name for name in candidates if name != "ggml"]
     lacks = {name: _lacks(bundle, name) for name in candidates}
     for name, missing in lacks.items():
         if not missing:
@@ -232,10 +242,20 @@ def choose_engine(bundle: Bundle, engine: str) -> str:
 
 def _stages(bundle: Bundle, engine: str) -> dict[str, tuple[str, ...]]:
     """Formats by stage, of the stages that the bundle's model has."""
-    stages = ENGINES[engine]
+    stages = engine_stages(engine, bundle.manifest.spec)
     if bundle.manifest.spec.decoder.encoder_layers:
         return {**stages, "encoder": ("onnx",)}
     return stages
+
+
+def engine_stages(engine: str, spec: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Return the formats that an engine runs, by the stages that a model has: ``audio`` in the
+    place of ``vision`` where it hears."""
+    return {
+        spec.encoder_stage if stage == "vision" else stage: forms
+        for stage, forms in ENGINES[engine].items()
+        if stage != "vision" or spec.encoded is not None
+    }
 
 
 def stage_formats(bundle: Bundle, engine: str) -> dict[str, str]:

@@ -10,10 +10,13 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, TypeAlias
+from os import PathLike
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mobilevlm.errors import AudioError
 
 Arrays: TypeAlias = Mapping[str, NDArray[Any]]
 """Named inputs of one run of an encoder, without a batch dimension: ``pixels``, ``mel`` …"""
@@ -34,6 +37,10 @@ class Run:
     grid: tuple[int, int, int] = (1, 1, 1)
     """Frames, rows and columns, for positions of several axes; 1, 1, 1 where rows have the
     positions of a text."""
+    times: tuple[int, ...] = ()
+    """Position of each frame after that of the first; 0, 1, 2 … when not given."""
+    from_video: bool = False
+    """True for frames of a clip, which official code marks with another id."""
 
 
 Token: TypeAlias = "int | Mark"
@@ -50,6 +57,11 @@ class Rows:
     """(rows, hidden_size) each, added after the decoder's ``deep_layers``; zeros when not given"""
     positions: NDArray[np.int64] | None = None
     """(axes, rows), those of a text when not given"""
+    blocks: tuple[tuple[int, int], ...] = ()
+    """First row of those that see each other, and the row behind their last, in order"""
+    heard: bool | None = None
+    """They belong to a prompt with sound, for decoders with a ``sound_rank``; none: as the rows
+    before them"""
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -59,7 +71,15 @@ class Rows:
             self.embeds[span],
             tuple(rows[span] for rows in self.deep),
             None if self.positions is None else self.positions[:, span],
+            self._blocks_in(*span.indices(len(self))[:2]),
+            self.heard,
         )
+
+    def _blocks_in(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
+        """Return the blocks of a part, which has each as a whole or not at all."""
+        inside = [(a - start, b - start) for a, b in self.blocks if start < b and a < end]
+        assert all(a >= 0 and b <= end - start for a, b in inside), "a part of a block"
+        return tuple(inside)
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +133,7 @@ class Prepared:
         hasher = hashlib.blake2b(self.kind.encode(), digest_size=16)
         for piece in self.pieces:
             if isinstance(piece, Run):
-                hasher.update(f"{piece.grid} ".encode())
+                hasher.update(f"{piece.grid} {piece.times or ''}".encode())
         if self.assembly is not None:
             hasher.update(repr(self.assembly).encode())
         for arrays in self.arrays:
@@ -121,6 +141,55 @@ class Prepared:
                 hasher.update(f"{name} {array.dtype} {array.shape}".encode())
                 hasher.update(np.ascontiguousarray(array).data)
         return hasher.digest()
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A video as a model takes it (``VLM.prepare_video``)."""
+
+    parts: tuple[Any, ...]
+    """Texts and images in its place in the prompt, in order."""
+
+    @property
+    def images(self) -> list[Any]:
+        """Images among the parts."""
+        return [part for part in self.parts if not isinstance(part, str)]
+
+
+SoundInput: TypeAlias = (
+    "str | PathLike[str] | bytes | bytearray | memoryview | IO[bytes] | "
+    "tuple[NDArray[Any], int] | Prepared"
+)
+"""A path; a ``file://`` or ``data:`` URI; the bytes of a sound file; a binary file object; samples
+``(count,)`` or ``(count, channels)``, floats from -1 to 1 or integers of a WAV file, and how many
+there are in a second; or what ``VLM.prepare_audio`` returned."""
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound of a prompt, which no model has taken yet."""
+
+    source: SoundInput
+
+
+def as_sound(source: SoundInput | Sound) -> Sound:
+    """Return a sound of a prompt."""
+    return source if isinstance(source, Sound) else Sound(source)
+
+
+def with_sounds(shown: Sequence[Any], sounds: Sequence[SoundInput | Sound]) -> list[Any]:
+    """Return what is shown in a prompt, and these sounds.
+
+    Raises:
+        AudioError: they are no list.
+    """
+    single = (str, bytes, bytearray, memoryview, PathLike, tuple)
+    if isinstance(sounds, single) or not isinstance(sounds, Sequence):
+        raise AudioError(
+            f"audio: expected a list of sounds, found {type(sounds).__name__}: put a single one "
+            f"into a list, leave the argument out for none"
+        )
+    return [*shown, *map(as_sound, sounds)]
 
 
 def expand(tokens: Iterable[Token], images: Iterable[Sequence[Piece]]) -> list[Piece]:
@@ -141,6 +210,17 @@ def count_positions(pieces: Iterable[Piece]) -> int:
     return sum(piece.rows if isinstance(piece, Run) else 1 for piece in pieces)
 
 
+def run_spans(pieces: Iterable[Piece]) -> list[tuple[int, int]]:
+    """Return the first position of each run in a prompt, and that behind its last."""
+    spans, start = [], 0
+    for piece in pieces:
+        end = start + (piece.rows if isinstance(piece, Run) else 1)
+        if isinstance(piece, Run):
+            spans.append((start, end))
+        start = end
+    return spans
+
+
 def visual_positions(pieces: Iterable[Piece]) -> NDArray[np.bool_]:
     """Return which positions of a prompt encoders fill ``(length,)``."""
     counts = [(piece.rows, True) if isinstance(piece, Run) else (1, False) for piece in pieces]
@@ -148,20 +228,23 @@ def visual_positions(pieces: Iterable[Piece]) -> NDArray[np.bool_]:
 
 
 def grid_positions(pieces: Iterable[Piece], axes: int) -> NDArray[np.int64]:
-    """Return the positions of a prompt ``(axes, length)``. A token, and a run, begins one after the
-    largest number so far, on all axes; the rows of a run count its grid's last ``axes`` sizes from
-    there (M-RoPE, Qwen2-VL, section 2.1)."""
+    """Return the positions of a prompt ``(axes, length)``: those of a text count up on all axes;
+    the rows of a run count its grid's last ``axes`` sizes from its begin, and what follows goes on
+    behind the longer of rows and columns, whatever frames count to (M-RoPE, Qwen2-VL, section
+    2.1)."""
     start, found = 0, [np.empty((axes, 0), np.int64)]
     for piece in pieces:
         if isinstance(piece, int) or piece.grid == (1, 1, 1):
-            count = 1 if isinstance(piece, int) else piece.rows
+            count = taken = 1 if isinstance(piece, int) else piece.rows
             placed = np.tile(np.arange(count), (axes, 1))
         else:
             places = np.indices(piece.grid).reshape(len(piece.grid), -1)
             assert places.shape[1] == piece.rows, f"{piece.rows} rows, a grid of {piece.grid}"
-            placed = places[len(piece.grid) - axes :]
+            if piece.times:
+                places[0] = np.asarray(piece.times)[places[0]]
+            placed, taken = places[len(piece.grid) - axes :], max(piece.grid[1:])
         found.append(placed + start)
-        start += int(placed.max()) + 1
+        start += taken
     return np.concatenate(found, axis=1)
 
 

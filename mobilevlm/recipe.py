@@ -43,8 +43,8 @@ _GGUF_TYPES: dict[Precision, GGUFType] = {
     "fp16": "f16",
     "int8": "q8_0",
     "q8": "q8_0",
-    "q4": "q4_0",
-    "q2": "q4_0",
+    "q4": "q4_k_m",
+    "q2": "q4_k_m",
     "qdq8": "q8_0",
     "qdq16": "q8_0",
 }
@@ -52,7 +52,8 @@ _GGUF_TYPES: dict[Precision, GGUFType] = {
 PARTS = ("tower", "projector", "decoder", "lm_head")
 """Parts of a model whose linear layers have a format of their own."""
 PREFILL = "prefill"
-"""The decoder's layers once more, for prompts."""
+PREFILL_LAYERS = "prefill_layers"
+"""The decoder's layers once more, for prompts, and the single ones among them."""
 OWN, SCENES = "own", "scenes"
 DATA_NAMES = (OWN, SCENES)
 """Names of calibration data: the model's own answers, drawn scenes. Any other is a JSONL file."""
@@ -135,6 +136,12 @@ class LinearFormat:
         """Return whether factors of single channels move, which calibration chooses."""
         return self.scaling in ("awq", "smoothquant")
 
+    def without_data(self) -> LinearFormat:
+        """Return the format of layers that are rounded without calibration."""
+        scaling = "none" if self.has_factors else self.scaling
+        quantizer = "mse" if self.quantizer == "gptq" else self.quantizer
+        return replace(self, quantizer=quantizer, scaling=scaling)
+
     @property
     def int8_weight_bits(self) -> int:
         """7 or 8 of weights that meet 8-bit activations, else 0."""
@@ -191,7 +198,9 @@ class Recipe:
     scale, measured on calibration data (export/finish/kv_cache.py)."""
     prefill: LinearFormat | None = None
     """The decoder's linear layers and the head in a second graph that computes prompts; none: one
-    graph does both. It has no single ``layers`` of other formats."""
+    graph does both."""
+    prefill_layers: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
+    """As ``layers``, of the decoder in that graph."""
     layers: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
     """Of single layers instead of their part's: by canonical name, which stands for the layers that
     are one product with it too, or by a pattern with ``*`` (export/recipes/layer_formats.py). GGUF
@@ -234,24 +243,49 @@ class Recipe:
 
     @property
     def is_calibrated(self) -> bool:
-        """Whether a method of the ONNX artifacts needs data."""
-        return self.kv_cache != "fp32" or any(layers.is_calibrated for layers in self._formats)
+        """Return whether a method of the ONNX artifacts needs data."""
+        return self.decoder_is_calibrated or any(
+            layers.is_calibrated for layers in self._vision_formats
+        )
+
+    @property
+    def decoder_is_calibrated(self) -> bool:
+        """Return whether a method of the ONNX decoder needs text, the model's own or given."""
+        if self.kv_cache != "fp32":
+            return True
+        prefill = () if self.prefill is None else (self.prefill, *self.prefill_layers.values())
+        layers = (item for name, item in self.layers.items() if _is_decoder(name))
+        return any(item.is_calibrated for item in (self.decoder, self.lm_head, *prefill, *layers))
+
+    @property
+    def _vision_formats(self) -> tuple[LinearFormat, ...]:
+        """Formats of tower and projector."""
+        layers = (item for name, item in self.layers.items() if not _is_decoder(name))
+        return self.tower, self.projector, *layers
 
     @property
     def _formats(self) -> tuple[LinearFormat, ...]:
         """All that the ONNX artifacts are made in."""
-        prefill = () if self.prefill is None else (self.prefill,)
+        prefill = () if self.prefill is None else (self.prefill, *self.prefill_layers.values())
         parts = self.tower, self.projector, self.decoder, self.lm_head
         return *parts, *prefill, *self.layers.values()
 
     def for_prefill(self) -> Recipe:
-        """What the second graph of the decoder is made by. Each of its experts multiplies the
-        tokens that chose it, since the operator for all of them has no 8-bit activations."""
+        """Return what the second graph of the decoder is made by. Each of its experts multiplies
+        the tokens that chose it, since the operator for all of them has no 8-bit activations."""
         assert self.prefill is not None
         tower = {name: item for name, item in self.layers.items() if not _is_decoder(name)}
         decoder = replace(self.prefill, scaling="rotation") if self.is_rotated else self.prefill
-        formats = {"decoder": decoder, "lm_head": self.prefill, "layers": tower}
-        return replace(self, **formats, experts="plain", prefill=None)  # type: ignore[arg-type]
+        layers = {**tower, **self.prefill_layers}
+        return replace(
+            self,
+            decoder=decoder,
+            lm_head=self.prefill,
+            layers=layers,
+            experts="plain",
+            prefill=None,
+            prefill_layers={},
+        )
 
     @property
     def is_for_npu(self) -> bool:
@@ -288,7 +322,7 @@ class Recipe:
         part, _, rest = name.partition(".")
         if part == "decoder":
             return self.lm_head if rest.startswith("lm_head") else self.decoder
-        return self.tower if part == "vision" else self.projector
+        return self.tower if part in ("vision", "audio") else self.projector
 
     @property
     def has_int8(self) -> bool:
@@ -299,13 +333,6 @@ class Recipe:
     def needs_reference(self) -> bool:
         """Return whether a calibrated method of the ONNX artifacts runs the float32 model."""
         return any(layers.needs_reference for layers in self._formats)
-
-    @property
-    def vision_needs_reference(self) -> bool:
-        """Return whether a calibrated method of tower or projector runs the torch reference. The
-        decoder's run in ONNX Runtime."""
-        single = [layers for name, layers in self.layers.items() if not _is_decoder(name)]
-        return any(layers.needs_reference for layers in (self.tower, self.projector, *single))
 
     def with_weight_bits(self, bits: WeightBits, *, auto_only: bool) -> Recipe:
         """With these bits of weights that meet 8-bit activations, or only where they are
@@ -324,6 +351,7 @@ class Recipe:
             lm_head=settled(self.lm_head),
             prefill=self.prefill and settled(self.prefill),
             layers={name: settled(layers) for name, layers in self.layers.items()},
+            prefill_layers={name: settled(layers) for name, layers in self.prefill_layers.items()},
         )
 
     @property

@@ -1,8 +1,8 @@
 """ModelSpec: everything known about a model, as one tree of frozen dataclasses.
 
 A family fills it from a checkpoint; the torch reference, the graph authors and the runtime read
-only this. It is stored in a bundle's manifest, so a field added here, in input_spec.py or in
-decoder_spec.py must have a default.
+only this. It is stored in a bundle's manifest, so a field added here, in input_spec.py, in
+decoder_spec.py or in output_spec.py must have a default.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeAlias
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.input_spec import InputSpec
+from mobilevlm.output_spec import ImageOutput
 
 IMAGE_PLACEHOLDER = "<image>"
 """Marks an image in prompt text."""
@@ -36,20 +37,72 @@ class ConversationSpec:
     """Text that the template writes for an image."""
     parts: bool = False
     """The template takes contents as lists of parts only, images among them."""
+    image_margin: str = ""
+    """Text on both sides of an image's mark before a ``joined`` text is tokenized, which may become
+    one token with what stands there."""
+    shows: Literal["image", "audio"] = "image"
+    """Type of the parts that templates read beside texts; ``image_mark`` stands for them."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """One multimodal language model: its inputs, its decoder, and what surrounds them."""
+    """One multimodal language model: its inputs, its decoder, its outputs, and what surrounds
+    them."""
 
     family: str
     name: str
     inputs: dict[str, InputSpec]
-    """Inputs beside text by their kind: ``image``; none of a plain language model."""
+    """Inputs beside text by their kind: ``image`` or ``audio``; none of a plain language model."""
     decoder: DecoderSpec
     conversation: ConversationSpec
     variant: str = ""
     """Which of several official behaviours, for families that have them."""
+    outputs: dict[str, ImageOutput] = dataclasses.field(default_factory=dict)
+    """Outputs beside text by their kind: ``image``."""
+
+    @property
+    def draws(self) -> bool:
+        """Return whether the model makes images."""
+        return "image" in self.outputs
+
+    @property
+    def drawing(self) -> ImageOutput:
+        """The output for images.
+
+        Raises:
+            MobileVLMError: the model makes none.
+        """
+        if not self.draws:
+            raise MobileVLMError(
+                f"{self.name}: this model cannot draw: give one that makes images (Janus-Pro)"
+            )
+        return self.outputs["image"]
+
+    @property
+    def has_images(self) -> bool:
+        """Return whether the model takes images."""
+        return "image" in self.inputs
+
+    @property
+    def has_sound(self) -> bool:
+        """Return whether the model takes sound."""
+        return "audio" in self.inputs
+
+    @property
+    def encoded(self) -> InputSpec | None:
+        """The input that an encoder reads, images or sound; none of a plain language model."""
+        return next(iter(self.inputs.values()), None)
+
+    @property
+    def encoder_stage(self) -> Literal["vision", "audio"]:
+        """Name of the stage of that encoder and its connector; the encoder's canonical tensor names
+        begin with it too."""
+        return "audio" if self.has_sound else "vision"
+
+    @property
+    def reads_instructions(self) -> bool:
+        """Return whether the image encoder reads the question."""
+        return self.has_images and self.image.connector.reads_text
 
     @property
     def image(self) -> InputSpec:
@@ -58,9 +111,20 @@ class ModelSpec:
         Raises:
             MobileVLMError: the model takes no images.
         """
-        if "image" not in self.inputs:
+        if not self.has_images:
             raise MobileVLMError(f"{self.name}: this model takes no images: leave them out")
         return self.inputs["image"]
+
+    @property
+    def audio(self) -> InputSpec:
+        """The input for sound.
+
+        Raises:
+            MobileVLMError: the model takes no sound.
+        """
+        if not self.has_sound:
+            raise MobileVLMError(f"{self.name}: this model takes no sound: leave it out")
+        return self.inputs["audio"]
 
 
 def with_image(spec: ModelSpec, **parts: Any) -> ModelSpec:

@@ -29,6 +29,7 @@ def load(
     plan: Plan | PlanChoice = "auto",
     max_memory_mb: float | None = None,
     max_tiles: int | None = None,
+    max_image_tokens: int | None = None,
 ) -> VLM:
     """Opens a bundle for running.
 
@@ -46,16 +47,16 @@ def load(
     is answered, in megabytes, besides the limits that the system has (runtime/memory/fitting.py);
     settings that take less are chosen where they are needed. ``max_tiles``: tiles that an image is
     split into at most, where the model splits images, besides the whole made small; 1: it is not
-    split. By default, and at most, as many as the checkpoint has.
+    split. By default, and at most, as many as the checkpoint has. ``max_image_tokens``: visual
+    tokens that an image becomes at most, where the model encodes images near their own size.
 
     Raises:
         MemoryLimitError: the model needs more than a limit. Nothing was loaded.
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
         ReplacedError: exports replace the bundle again and again.
     """
-    check_settings(
-        bundle, engine, threads, plan, cache_mb, max_resident_mb, max_memory_mb, max_tiles
-    )
+    limits = (max_resident_mb, max_memory_mb, max_tiles, max_image_tokens)
+    check_settings(bundle, engine, threads, plan, cache_mb, *limits)
     engine = engine_for_limit(engine, max_resident_mb)
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
@@ -69,6 +70,7 @@ def load(
         max_resident_mb=max_resident_mb,
         max_memory_mb=max_memory_mb,
         max_tiles=max_tiles,
+        max_image_tokens=max_image_tokens,
     )
     if mmproj is not None:
         from mobilevlm.gguf.model import gguf_bundle

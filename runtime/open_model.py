@@ -12,8 +12,9 @@ from mobilevlm.bundle import TOKENIZER, Bundle
 from mobilevlm.bundle_identity import unchanged
 from mobilevlm.conversation import system_ids
 from mobilevlm.errors import PromptError
+from mobilevlm.input_spec import InputSpec
 from mobilevlm.plan import Plan
-from mobilevlm.preparation import with_max_tiles
+from mobilevlm.preparation import with_max_image_tokens, with_max_tiles
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.memory.fitting import fit_plan
@@ -35,12 +36,16 @@ def open_model(
     plan: Plan | PlanChoice = "none",
     max_memory_mb: float | None = None,
     max_tiles: int | None = None,
+    max_image_tokens: int | None = None,
 ) -> VLM:
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
-    ``tokenizer``: instead of the bundle's; ``plan``, ``max_memory_mb`` and ``max_tiles`` as in
+    ``tokenizer``: instead of the bundle's; ``plan`` and what begins with ``max_`` as in
     :func:`load`."""
     if max_tiles is not None:
-        bundle = _with_max_tiles(bundle, max_tiles)
+        bundle = _with_image(bundle, with_max_tiles(bundle.manifest.spec.image, max_tiles))
+    if max_image_tokens is not None:
+        image = with_max_image_tokens(bundle.manifest.spec.image, max_image_tokens)
+        bundle = _with_image(bundle, image)
     start = time.perf_counter() if start is None else start
     with unchanged(bundle.folder, bundle.identity):
         first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
@@ -62,9 +67,8 @@ def open_model(
         return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds, limits)
 
 
-def _with_max_tiles(bundle: Bundle, most: int) -> Bundle:
+def _with_image(bundle: Bundle, image: InputSpec) -> Bundle:
     manifest = bundle.manifest
-    image = with_max_tiles(manifest.spec.image, most)
     spec = with_image(manifest.spec, preparation=image.preparation)
     return replace(bundle, manifest=replace(manifest, spec=spec))
 
@@ -77,7 +81,8 @@ def _open_cache(
     room: Callable[[], float],
 ) -> PromptCache:
     try:  # where they are stored too: the template is compiled before the first question
-        ids = system_ids(tokenizer, bundle.manifest.spec.conversation)
+        spec = bundle.manifest.spec
+        ids = system_ids(tokenizer, spec.conversation, spec.encoded is not None)
     except PromptError:  # questions will say so; raw prompts can do without a template
         ids = []
     system = bundle.manifest.system_prompt

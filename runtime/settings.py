@@ -26,6 +26,7 @@ def check_settings(
     max_resident_mb: object,
     max_memory_mb: object,
     max_tiles: object,
+    max_image_tokens: object,
 ) -> None:
     """Refuse arguments of ``load`` that are no settings: a wrong type, name or range.
 
@@ -48,6 +49,8 @@ def check_settings(
         if size is not None:
             _check_size(name, size, 1)
     check_max_tiles(max_tiles)
+    if max_image_tokens is not None:
+        _check_count("max_image_tokens", max_image_tokens)
 
 
 def check_max_tiles(most: object) -> None:

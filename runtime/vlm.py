@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Generator, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Unpack
 
@@ -17,7 +18,18 @@ from mobilevlm.image import ImageInput, Room, RoomFor
 from mobilevlm.messages import Message, check_continued
 from mobilevlm.plan import DRAFTING_ENGINES, Plan
 from mobilevlm.preparation import fewest_pieces
-from mobilevlm.prompt import Prepared, Rows, count_positions, count_rows, expand
+from mobilevlm.prompt import (
+    Clip,
+    Prepared,
+    Rows,
+    Sound,
+    SoundInput,
+    as_sound,
+    count_positions,
+    count_rows,
+    expand,
+    with_sounds,
+)
 from mobilevlm.runtime.answer.generation import (
     AnswerSettings,
     Generation,
@@ -41,7 +53,7 @@ from mobilevlm.runtime.memory.limits import Limit, room_left
 from mobilevlm.runtime.sequence.cache import PromptCache
 from mobilevlm.runtime.sequence.drafting import Drafting, check_draft_tokens
 from mobilevlm.runtime.sequence.encoding import encode_image
-from mobilevlm.runtime.sequence.prompts import Images, PromptReader
+from mobilevlm.runtime.sequence.prompts import Images, PromptReader, Tools
 from mobilevlm.runtime.sequence.session import (
     Prompt,
     PromptChoices,
@@ -55,8 +67,14 @@ from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.json_file import open_tokenizer_json
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from mobilevlm.runtime.answer.chat import Chat
+    from mobilevlm.runtime.answer.drawing import Drawn, OnProgress
     from mobilevlm.runtime.answer.grammar import Guide, GuideMaker
+    from mobilevlm.runtime.answer.tool_calls import ToolUse
+    from mobilevlm.runtime.answer.video import Video
+    from mobilevlm.runtime.engines.onnx.drawing import OnnxDrawing
 
 IDLE_SESSIONS = 2
 """Sequences that are kept when their answers are finished; the others leave their beginnings to the
@@ -95,11 +113,13 @@ class VLM:
         self._cache = cache
         self._room_for: RoomFor = partial(_room_for, limits, cache)
         asked = None
-        if self.spec.image.connector.reads_text:
+        if self.spec.reads_instructions:
             asked = read_tokenizer(bundle, INSTRUCTION_TOKENIZER)
         prepare = getattr(vision, "prepare", None)  # of an engine that knows images best
         self._prompts = PromptReader(self.spec, tokenizer, asked, self._room_for, prepare)
         self._drafting = Drafting()
+        self._drawing: OnnxDrawing | None = None
+        """Opened when the first image is drawn."""
         self._guides: GuideMaker | None = None
         """Made when an answer follows a grammar for the first time."""
         self._idle: list[Session] = []
@@ -118,7 +138,8 @@ class VLM:
 
         ``prompt``: the user's text, or the messages of a chat. ``images`` go where ``<image>``
         stands, else before the text; with messages they are those of image parts that bring none,
-        else they go before the text of the last one (mobilevlm/messages.py). ``options``:
+        else they go before the text of the last one (mobilevlm/messages.py). What
+        :meth:`prepare_video` returned may be among them. ``options``:
         :class:`AnswerOptions`.
 
         Raises:
@@ -128,17 +149,22 @@ class VLM:
             TypeError: a keyword that is no option.
         """
         check_options(options)
+        if "audio" in options:
+            images = with_sounds(images, options["audio"])
         _, decoder = self._engines()
         session = options.get("session")
         if session is not None:
             check_session(session, decoder)
-        sampling = sampling_options(options)
-        rules = stop_rules(options, self.spec.conversation)
+        sampling, use = sampling_options(options), self._tool_use(options)
+        forced, further = (bool(use.forced), use.ends) if use is not None else (False, ())
+        rules = stop_rules(options, self.spec.conversation, forced=forced, further=further)
         drafts = self._draft_tokens(options.get("draft_tokens"), sampling.temperature)
-        guide = self._guide(options) if is_structured(options) else None
-        settings = AnswerSettings(sampling, rules, drafts, top_logprobs(options), guide)
+        guide = self._guide(options, use)
+        settings = AnswerSettings(sampling, rules, drafts, top_logprobs(options), guide, use)
         raw, special = options.get("raw", False), options.get("special_tokens", True)
-        ready, said = self._prompts.prompt(prompt, images, raw, special, options.get("system"))
+        tools = () if use is None else use.tools
+        system = options.get("system")
+        ready, said = self._prompts.prompt(prompt, images, raw, special, system, tools)
         progress = Progress()
         if session is None:
             return TextStream(self._answer(ready, settings, None, progress), progress)
@@ -210,6 +236,109 @@ class VLM:
 
         return Chat(self, images, system)
 
+    def draw(
+        self,
+        prompt: str,
+        n: int = 1,
+        guidance: float | None = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        on_progress: OnProgress | None = None,
+    ) -> list[Image]:
+        """Draw ``n`` images of what a text says, as Pillow images of the model's own size.
+
+        ``guidance``: how closely they follow the text, the checkpoint's own scale when not given;
+        1: without guidance, in half the time. ``seed``: the same one gives the same images, and the
+        image after it has the next number; ``temperature``: 0 takes the most likely code each time.
+        ``on_progress`` is called after each code with the number of those that are there, and of
+        all; what it raises ends the drawing.
+
+        Raises:
+            MobileVLMError: this model cannot draw, or a value is outside its range.
+            PromptError: the prompt is empty, or leaves no room for an image in the context.
+            BundleError: the engine does not draw, or the bundle has not the artifacts.
+        """
+        found = self.drawn(prompt, n, guidance, seed, temperature, on_progress)
+        return [drawn.image for drawn in found]
+
+    def drawn(
+        self,
+        prompt: str,
+        n: int = 1,
+        guidance: float | None = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
+        on_progress: OnProgress | None = None,
+    ) -> Iterator[Drawn]:
+        """Return images one by one as they are drawn, each with its codes; as :meth:`draw`, whose
+        errors it raises before the first."""
+        from mobilevlm.runtime.answer.drawing import finished
+
+        steps = self.draw_steps(prompt, n, guidance, seed, temperature)
+        return finished(steps, n * self.spec.drawing.num_tokens, on_progress)
+
+    def draw_steps(
+        self,
+        prompt: str,
+        n: int = 1,
+        guidance: float | None = None,
+        seed: int | None = None,
+        temperature: float = 1.0,
+    ) -> Generator[Drawn | None, None, None]:
+        """Return the same for who does other work between codes: None after each of them, and each
+        image when it is drawn."""
+        from mobilevlm.runtime.answer.drawing import DrawOptions, check_room, draw_steps
+        from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
+
+        _, decoder = self._engines()
+        output = self.spec.drawing
+        scale = output.guidance if guidance is None else guidance
+        options = DrawOptions(n, scale, temperature, seed)
+        ids = self.drawing_ids(prompt)
+        check_room(len(ids), output, self.spec.decoder.context_length)
+        stages = self._drawing_stages()
+        assert isinstance(decoder, OnnxDecoder)
+        return draw_steps(decoder, stages, output, ids, options)
+
+    def drawing_ids(self, prompt: str) -> list[int]:
+        """Return the input ids that an image is drawn from, as the official code has them. Special
+        tokens in the text are words."""
+        output, spec = self.spec.drawing, self.spec
+        spoken = replace(spec.conversation, chat_template=output.chat_template)
+        reader = PromptReader(
+            replace(spec, conversation=spoken), self.tokenizer, None, self._room_for
+        )
+        tokens = reader.tokens(prompt, 0, raw=False, special_tokens=False)
+        return [*(token for token in tokens if isinstance(token, int)), *output.begin_ids]
+
+    def code_logits(self, prompt: str, codes: Sequence[int]) -> Float32:
+        """Return the logits ``(len(codes) + 1, num_codes)`` that the codes of an image, and the
+        next, are taken from, without guidance; for verification."""
+        from mobilevlm.runtime.answer.drawing import code_logits
+        from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
+
+        _, decoder = self._engines()
+        stages = self._drawing_stages()
+        assert isinstance(decoder, OnnxDecoder)
+        return code_logits(decoder, stages, self.drawing_ids(prompt), codes)
+
+    def code_rows(self, codes: Sequence[int]) -> Float32:
+        """Return what the decoder reads of codes ``(length, hidden_size)``; for verification."""
+        return self._drawing_stages().embed(codes)
+
+    def decode_codes(self, codes: Sequence[int]) -> Float32:
+        """Return the pixels of all codes of an image ``(edge, edge, 3)``, about -1 to 1, before
+        they are clipped."""
+        return self._drawing_stages().decode(codes)
+
+    def _drawing_stages(self) -> OnnxDrawing:
+        with self._lock:
+            if self._drawing is None:
+                from mobilevlm.runtime.engines.opening import open_drawing
+
+                self._drawing = open_drawing(self.bundle, self.plan)
+            return self._drawing
+
     def _draft_tokens(self, asked: int | None, temperature: float) -> int:
         if asked is None and temperature == 0:
             asked = self.plan.draft_tokens
@@ -217,14 +346,27 @@ class VLM:
             asked = 0
         return check_draft_tokens(asked, temperature)
 
-    def _guide(self, options: AnswerOptions) -> Guide:
-        """Return the grammar that an answer is asked to follow."""
+    def _tool_use(self, options: AnswerOptions) -> ToolUse | None:
+        """Return the tools that an answer may call."""
+        if not any(name in options for name in ("tools", "tool_choice")):
+            return None
+        from mobilevlm.runtime.answer.tool_calls import read_tool_use
+
+        return read_tool_use(options, self.spec.conversation, self.tokenizer)
+
+    def _guide(self, options: AnswerOptions, use: ToolUse | None) -> Guide | None:
+        """Return the grammar that an answer is asked to follow, if any."""
+        forced = use is not None and bool(use.forced)
+        if not (is_structured(options) or forced):
+            return None
         with self._lock:
             if self._guides is None:
                 from mobilevlm.runtime.answer.grammar import GuideMaker
 
                 end, size = self.spec.conversation.eos_token_ids, self.spec.decoder.vocab_size
                 self._guides = GuideMaker(self.tokenizer, end, size)
+        if use is not None:
+            return self._guides.calls(use.grammar())
         schema = options.get("json_schema")
         if schema is not None:
             return self._guides.schema(schema)
@@ -257,7 +399,39 @@ class VLM:
         check_max_tiles(max_tiles)
         return self._prompts.image(image, images, max_tiles)
 
-    def encode_image(self, image: ImageInput, prompt: str = "", images: int = 1) -> Float32:
+    def prepare_video(
+        self, video: Video | str | os.PathLike[str], frames: int | None = None
+    ) -> Clip:
+        """Return a video as this model takes it, to be given in the place of an image: a clip with
+        the times of its frames where the model was trained on such, else frames as images of one
+        tile. ``frames``: how many, in place of the model's own number.
+
+        Raises:
+            ImageError: the file is missing or damaged, or its frames are too large.
+            PromptError: its frames alone take more positions than the context has.
+            MissingExtraError: PyAV is not installed ([video] extra).
+        """
+        return self._prompts.clip(video, frames)
+
+    def prepare_audio(self, sound: SoundInput | Sound) -> Prepared:
+        """Return a sound as this model takes it, which may be given in its place.
+
+        Raises:
+            AudioError, MissingExtraError: as of :func:`mobilevlm.audio.prepare_sound`.
+            MobileVLMError: the model takes no sound.
+        """
+        return self._prompts.sound(as_sound(sound))
+
+    def encode_audio(self, sound: SoundInput | Sound) -> Float32:
+        """Rows ``(rows, hidden_size)`` of a sound: what the decoder reads."""
+        return self.encode_image(as_sound(sound))
+
+    def audio_features(self, sound: SoundInput | Sound) -> Float32:
+        """The encoder's features of each run ``(num_features, encoder hidden_size)``, one behind
+        the other; for verification."""
+        return self.image_features(as_sound(sound))
+
+    def encode_image(self, image: ImageInput | Sound, prompt: str = "", images: int = 1) -> Float32:
         """Visual tokens ``(rows, hidden_size)``: what the decoder reads. ``prompt``: what is asked
         about the image, where a Q-Former reads it (InstructBLIP); ``images`` as of
         :meth:`prepare_image`."""
@@ -265,7 +439,7 @@ class VLM:
         prepared = self._prompts.asked_image(image, prompt, images)
         return encode_image(vision, prepared, self.plan.parallel_tiles).embeds
 
-    def image_features(self, image: ImageInput, images: int = 1) -> Float32:
+    def image_features(self, image: ImageInput | Sound, images: int = 1) -> Float32:
         """The tower's features of each run ``(num_features, vision hidden_size)``, one behind the
         other; for verification."""
         vision, _ = self._engines()
@@ -289,9 +463,11 @@ class VLM:
     def count_text_tokens(
         self, prompt: str | Sequence[Message], images: int = 0, raw: bool = False
     ) -> int:
-        """Positions that a prompt takes beside the visual tokens of its images."""
+        """Positions that a prompt takes beside the rows of its images or sounds."""
         tokens = self._prompts.tokens(prompt, images, raw)
-        pieces = expand(tokens, [fewest_pieces(self.spec.image)] * images)
+        encoded = self.spec.encoded
+        fewest = () if encoded is None else fewest_pieces(encoded)
+        pieces = expand(tokens, [fewest] * images)
         return count_positions(pieces) - count_rows(pieces)
 
     def _prepare(self, prompt: str | Sequence[Message], images: Images, raw: bool) -> Prompt:
@@ -312,15 +488,15 @@ class VLM:
         return self._session("nothing").prompt_logits(prepared, answer_tokens, count)
 
     def embeds_logits(
-        self, embeds: Float32, as_prompt: bool = False, count: int | None = None
+        self, embeds: Float32 | Rows, as_prompt: bool = False, count: int | None = None
     ) -> Float32:
         """Return the logits after the last ``count`` positions of ``(length, hidden_size)`` (none:
         after all); for verification of the decoder alone. ``as_prompt``: by the prefill graph, if
         there is one."""
         _, decoder = self._engines()
-        if as_prompt:
-            return decoder.prefill(decoder.new_state(), Rows(embeds), count)
-        return decoder.answer(decoder.new_state(), embeds, count)
+        rows = embeds if isinstance(embeds, Rows) else Rows(embeds)
+        run = decoder.prefill if as_prompt else decoder.answer
+        return run(decoder.new_state(), rows, count)
 
     def expert_choices(
         self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False
@@ -343,14 +519,27 @@ class VLM:
         taken from, given a prompt's embeddings; for verification of the decoder alone."""
         return self._session("nothing").answer_logits(embeds, answer)
 
+    def go_on_in_child(self) -> None:
+        """Let a forked child answer with a model that its parent has loaded and never asked; both
+        have the same pages of its weights.
+
+        Raises:
+            SessionError: the model has threads, which a fork does not copy.
+        """
+        alone = self.engine == "onnx" and self.plan.threads_of("vision") == self.threads == 1
+        if not alone or self._idle:
+            check_process(self._process)
+        self._process = os.getpid()
+
     def close(self) -> None:
         """Free weights and buffers. The object cannot be used after: a stream that another thread
         reads ends with an error at its next token."""
         if os.getpid() != self._process:  # locks and threads of the parent are in no known state
-            self._vision = self._decoder = None
+            self._vision = self._decoder = self._drawing = None
             return
         with self._lock:
-            engines, self._vision, self._decoder = (self._vision, self._decoder), None, None
+            engines = (self._vision, self._decoder, self._drawing)
+            self._vision = self._decoder = self._drawing = None
             self._idle.clear()
         for engine in engines:
             if engine is not None:
@@ -424,17 +613,18 @@ class VLM:
     def check_fits(
         self,
         prompt: str | Sequence[Message],
-        images: int,
+        images: int | Images,
         raw: bool = False,
         special_tokens: bool = True,
         system: str | None = None,
+        tools: Tools = (),
     ) -> None:
-        """Raise if a prompt with so many images has no room, before these are there.
+        """Raise if a prompt with these or so many images has no room, before any is looked at.
 
         Raises:
             PromptError: it does not fit; the message says how many images would.
         """
-        tokens = self._prompts.tokens(prompt, images, raw, special_tokens, system)
+        tokens = self._prompts.tokens(prompt, images, raw, special_tokens, system, tools)
         self._prompts.check_fits(tokens)
 
     def room_for(self, needed: float) -> Room:

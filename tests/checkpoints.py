@@ -72,3 +72,14 @@ def message_of(action: Callable[[], object], *expected: str) -> str:
     for part in expected:
         assert part in message, f"{part!r} not in {message!r}"
     return message
+
+
+def with_windows(checkpoint: Path, copy: Path) -> Path:
+    """Return a copy of a checkpoint around Qwen2, all of whose layers but the first see 12
+    positions."""
+    shutil.copytree(checkpoint, copy)
+    data = json.loads((copy / "config.json").read_text())
+    windows = {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+    data["text_config"].update(windows)
+    (copy / "config.json").write_text(json.dumps(data))
+    return copy

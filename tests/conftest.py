@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,10 +33,12 @@ from mobilevlm.cli import main
 from mobilevlm.console import progress
 from mobilevlm.conversation import tokenize
 from mobilevlm.export.calibration.samples import Sample
+from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions
 from mobilevlm.preparation import fewest_pieces, with_max_tiles
 from mobilevlm.prompt import Mark, Piece, expand
+from mobilevlm.recipe import LinearFormat
 from mobilevlm.runtime import VLM
 from mobilevlm.spec import KVCache, with_image
 from mobilevlm.synth.checkpoints import write_checkpoint
@@ -50,6 +53,11 @@ DATA = Path(__file__).parent / "data"
 RANDOM_WEIGHTS = {"decoder_kl": 0.6}
 """Limits of quantized recipes for random weights, which quantize worse than any trained model (with
 experts in 4 bits a KL of 0.52)."""
+_INT8, _Q4 = LinearFormat("int8"), LinearFormat("q4")
+PLAIN_INT4 = replace(
+    RECIPES["int4"], tower=_INT8, projector=_INT8, decoder=_Q4, lm_head=_Q4, layers={}
+)
+"""4 bits in blocks, of graphs that are authored alone: without calibration."""
 FLOAT32 = 2e-5
 """Relative error that float32 in another order of summation may make (tests/parity says why)."""
 FIXTURES = ("mobilevlm_v2", "mobilevlm_v1", "llava_v15", "llava_v1", "llava_v1_im_start_end")
@@ -59,12 +67,21 @@ MOE_FIXTURES = ("moe_llava_stablelm", "moe_llava_phi2", "moe_llava_qwen")
 FAMILY_FIXTURES = ("vila", "vila_v15", "blip2", "instructblip")
 """Other towers and projectors, other places of images. ``vila_v15`` is ``vila`` in its other
 official behaviour."""
+QWEN_FIXTURES = ("qwen2_5_vl", "qwen3_vl")
+"""Images near their own size, positions of three axes."""
 HUB_FIXTURES = (
     *("llava_hf", "fast_vlm", "internvl3", "internvl35"),
     *("smolvlm2", "smolvlm2_nosplit", "idefics3"),
     *("llava_next", "llava_onevision", "llava_onevision_multi"),
+    "lfm2_vl",
+    *QWEN_FIXTURES,
+    "gemma3",
+    "janus",
+    "qwen3_5",
 )
-"""Families in the layout of the hub, with one or several tiles."""
+"""Families in the layout of the hub, with one or several tiles, or images of any size."""
+SOUND_FIXTURES = ("qwen2_audio", "voxtral", "granite_speech")
+"""Families that hear."""
 
 
 @dataclass(frozen=True)
@@ -113,8 +130,14 @@ class Fixture:
     def templated_prompt(self) -> str:
         """The prompt in its conversation; BLIP's processors have none, and write images as so many
         placeholders before it."""
-        placed = f"<image>{self.prompt}"
-        return placed if "num_query_tokens" in self.expected else self.expected["templated_prompt"]
+        if "num_query_tokens" in self.expected:
+            return f"<image>{self.prompt}"
+        text = str(self.expected["templated_prompt"])
+        if self.name == "janus":  # after the processor; its tokenizer writes the first token
+            row = "<image_placeholder>"
+            text = re.sub(f"<begin_of_image>({row})+<end_of_image>", row, text)
+            text = text.removeprefix("<｜begin▁of▁sentence｜>")
+        return text
 
     @property
     def further(self) -> dict[str, NDArray[Any]]:
@@ -384,6 +407,17 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 
     assert printed.err.count("\n") == 1 and printed.err.endswith("\n"), printed.err
     assert len(printed.err) < 600
     return printed.err
+
+
+def install_or_skip(name: str, command: list[str], folder: Path, seconds: float = 300) -> None:
+    """Run a command that installs a package from a registry into a folder; without the registry the
+    tests are skipped, and say so."""
+    try:
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"{name} cannot be installed: the registry does not answer")
+    if done.returncode:
+        pytest.skip(f"{name} cannot be installed: {done.stderr.strip()[-300:]}")
 
 
 def run_program(

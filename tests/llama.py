@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 if os.environ.get("MOBILEVLM_WITHOUT_LLAMA") == "1":
     pytest.skip("asked to go without llama.cpp", allow_module_level=True)
 
+from conftest import Fixture
 from llama_cpp import llama_cpp
 from llama_cpp import mtmd_cpp as mtmd
 
+import mobilevlm
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model
 from mobilevlm.synth.checkpoints import CONFIGURATIONS, Configuration, Tower, write_checkpoint
@@ -43,6 +45,20 @@ def wide_model(folder: Path, layers: int = 2) -> Model:
         patch.setitem(CONFIGURATIONS, "wide", shape)
         write_checkpoint("wide", folder)
     return open_checkpoint(folder)
+
+
+def onnx_and_gguf(fixture: Fixture, folder: Path) -> Path:
+    """Export a reference checkpoint in float32 as ONNX and GGUF; return the bundle."""
+    bundle = folder / "bundle"
+    formats = ["onnx", "gguf"]
+    mobilevlm.export(fixture.checkpoint, bundle, recipe="fp32", formats=formats, measure=False)
+    return bundle
+
+
+def decoder_path(bundle: Path) -> Path:
+    """Return the language model of a bundle with GGUF files."""
+    [path] = [path for path in (bundle / "gguf").iterdir() if "mmproj" not in path.name]
+    return path
 
 
 @contextmanager
@@ -159,3 +175,47 @@ class Decoder:
             batch.n_seq_id[index] = 1
             batch.seq_id[index][0] = 0
             batch.logits[index] = True
+
+
+def by_llama_cpp(
+    pair: tuple[Path, Path], prompt: str, images: Sequence[NDArray[np.uint8]]
+) -> Float32:
+    """Logits after a prompt, from llama.cpp's own loop. ``prompt``: with its marker."""
+    with prompted(pair, prompt, images) as (_, logits, _):
+        return logits
+
+
+@contextmanager
+def prompted(
+    pair: tuple[Path, Path], prompt: str, images: Sequence[NDArray[np.uint8]], fewest: int = -1
+) -> Iterator[tuple[Decoder, Float32, int]]:
+    """A decoder after such a prompt, its logits, and the next position. ``fewest``: visual tokens
+    of an image."""
+    with opened(pair[0], 2048) as decoder:
+        params = mtmd.mtmd_context_params_default()
+        params.use_gpu = params.print_timings = params.warmup = False
+        params.n_threads, params.image_min_tokens = THREADS, fewest
+        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        context = mtmd.mtmd_init_from_file(bytes(pair[1]), decoder.model, params)
+        assert context, f"llama.cpp does not load {pair[1].name}"
+        chunks, text = mtmd.mtmd_input_chunks_init(), prompt.encode()
+        bitmaps = []
+        for pixels in images:
+            data = (ctypes.c_uint8 * pixels.size).from_buffer_copy(pixels.tobytes())
+            bitmaps.append(mtmd.mtmd_bitmap_init(pixels.shape[1], pixels.shape[0], data))
+        given = mtmd.mtmd_input_text(text, len(text), True, True)
+        listed = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
+        tokenize = mtmd.mtmd_tokenize
+        assert tokenize(context, chunks, ctypes.byref(given), listed, len(bitmaps)) == 0
+        past = ctypes.c_int32(0)
+        code = mtmd.mtmd_helper_eval_chunks(
+            context, decoder.context, chunks, 0, 0, 2048, True, ctypes.byref(past)
+        )
+        assert code == 0
+        last = llama_cpp.llama_get_logits_ith(decoder.context, -1)
+        found = np.ctypeslib.as_array(last, (decoder.vocab_size,)).copy()
+        mtmd.mtmd_input_chunks_free(chunks)
+        for bitmap in bitmaps:
+            mtmd.mtmd_bitmap_free(bitmap)
+        mtmd.mtmd_free(context)
+        yield decoder, found, past.value

@@ -21,8 +21,11 @@ for _name in ("starlette", "uvicorn", "prometheus_client", "httpx"):
 import httpx  # noqa: E402  (one of those that may be missing)
 
 CAT = Path(__file__).parents[1] / "examples" / "cat.jpg"
-ENDLESS = "USER: hello"
-"""A whole prompt that nano goes on with until its context is full."""
+ENDLESS = "Hello"
+"""A whole prompt that nano goes on with for some tokens at least."""
+_ENDLESS = (ENDLESS, "user", "tell", "ASSISTANT:", "USER: hello", "USER:", "why", "queen")
+"""Prompts of which nano goes on with one until its context is full; with which differs between
+processors."""
 
 
 class Server:
@@ -41,6 +44,14 @@ class Server:
 
     def complete(self, **fields: Any) -> httpx.Response:
         return self.client.post("/v1/completions", json=fields)
+
+    def endless(self) -> str:
+        """Return a whole prompt that is gone on with until the context is full."""
+        for prompt in _ENDLESS:
+            found = self.complete(prompt=prompt, max_tokens=2000).json()
+            if found["usage"]["completion_tokens"] > 900:
+                return prompt
+        raise AssertionError(f"nano ends all of {_ENDLESS}")
 
     def figure(self, name: str) -> float:
         """Sum of the figures of this name in /metrics."""
@@ -67,15 +78,15 @@ def running(*arguments: str, model: str = "nano") -> Iterator[Server]:
     """A server of its own."""
     program = [sys.executable, "-m", "mobilevlm", "serve", model, "--port", "0", *arguments]
     with subprocess.Popen(program, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.fullmatch(r"serving .* at (http://\S+) \(Ctrl-C stops\)\n", line)
-        assert found is not None, line + process.stderr.read()
-        server = Server(process, found[1])
         try:
-            yield server
+            assert process.stderr is not None
+            line = process.stderr.readline()
+            found = re.fullmatch(r"serving .* at (http://\S+) \(Ctrl-C stops\)\n", line)
+            assert found is not None, line
+            server = Server(process, found[1])
+            with server.client:
+                yield server
         finally:
-            server.client.close()
             process.kill()
 
 

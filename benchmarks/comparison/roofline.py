@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import ConnectorSpec, ConvEncoder, Encoder
+from mobilevlm.input_spec import ConnectorSpec, ConvEncoder, InputSpec, SquareEncoder
 from mobilevlm.linear_groups import (
     LinearGroup,
     decoder_groups,
@@ -25,6 +25,7 @@ from mobilevlm.linear_groups import (
     stage_groups,
     tower_groups,
 )
+from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.spec import ModelSpec
 
 BYTES_READ = 2**30
@@ -125,9 +126,12 @@ def _product(operator: str, threads: int) -> Callable[[], object]:
 
 def vision_work(spec: ModelSpec, weight_bytes: int) -> Work:
     """One picture through tower and projector."""
+    encoder = spec.image.encoder
+    if isinstance(encoder, NativeEncoder):
+        return Work(_native_operations(encoder, spec.image), weight_bytes)
+    assert isinstance(encoder, SquareEncoder)
     return Work(
-        tower_operations(spec.image.encoder) + projector_operations(spec.image.connector),
-        weight_bytes,
+        tower_operations(encoder) + projector_operations(spec.image.connector), weight_bytes
     )
 
 
@@ -170,7 +174,19 @@ def _share(spec: DecoderSpec, group: LinearGroup) -> float:
     return spec.experts.top_k / spec.num_experts(int(group.name.split(".")[2]))
 
 
-def tower_operations(spec: Encoder) -> float:
+def _native_operations(spec: NativeEncoder, image: InputSpec) -> float:
+    """Tower and mergers, for an image of the usual size."""
+    patches, size = (image.usual_edge // spec.patch_size) ** 2, spec.hidden_size
+    operations = 2.0 * patches * spec.patch_values * size
+    operations += 2.0 * patches * sum(group.size for group in tower_groups(spec))
+    for layer in range(spec.num_hidden_layers):
+        seen = min(patches, (spec.window_of(layer) * spec.merge_size) ** 2 or patches)
+        operations += 4.0 * patches * seen * size
+    rows = patches // spec.square
+    return operations + 2.0 * rows * sum(group.size for group in projector_groups(image.connector))
+
+
+def tower_operations(spec: SquareEncoder) -> float:
     """Patch embedding, and the products and attention of each layer."""
     if isinstance(spec, ConvEncoder):
         return _conv_operations(spec)

@@ -142,8 +142,8 @@ def parse_all(texts: list[str]) -> list[Wanted]:
 
 def make(wanted: Wanted, checkpoint: Path, folder: Path, reuse: bool) -> Candidate:
     """Return a candidate's bundle, exported anew into ``folder`` unless it is there and may be
-    reused; the float32 bundle is always exported, into the one that is there: what is unchanged is
-    taken over."""
+    reused; the float32 bundle is always exported, into the one that is there, whose unchanged
+    artifacts stay."""
     engine: Literal["onnx", "gguf"] = "gguf" if wanted.gguf_type else "onnx"
     if wanted.bundle is not None:
         bundle = open_bundle(wanted.bundle)

@@ -146,7 +146,7 @@ def window_logits(decoder: DecoderEngine, window: Sequence[int], as_prompt: bool
     embeds = decoder.embed(window)
     if as_prompt:
         return decoder.prefill(decoder.new_state(), Rows(embeds), count=None)
-    return decoder.answer(decoder.new_state(), embeds)
+    return decoder.answer(decoder.new_state(), Rows(embeds))
 
 
 def answer_match(decoder: DecoderEngine, answer: Answer) -> float:
@@ -155,6 +155,6 @@ def answer_match(decoder: DecoderEngine, answer: Answer) -> float:
     state = decoder.new_state()
     first = decoder.prefill(state, Rows(decoder.embed(answer.prompt)))
     if len(answer.tokens) > 1:
-        rest = decoder.answer(state, decoder.embed(answer.tokens[:-1]))
+        rest = decoder.answer(state, Rows(decoder.embed(answer.tokens[:-1])))
         first = np.concatenate([first, rest])
     return greedy_match(answer.tokens, first.argmax(-1).tolist())

@@ -8,7 +8,7 @@ const KNOWN = {
   layout: words(`
     begin_ids between_ids end_ids placeholder_ids row_end_ids row_id thumbnail_ids tile_ids`),
   conversation: words(
-    "chat_template eos_token_ids image_mark parts stop_strings tokenization",
+    "chat_template eos_token_ids image_mark parts shows stop_strings tokenization",
   ),
   decoder: words(`
     attention_scale attention_softcap context_length embed_scale encoder_layers experts head_dim
@@ -21,7 +21,7 @@ const KNOWN = {
 const REMEDY = "choose another model, or use a newer page";
 /** The same of an image's preparation, by its kind. */
 const PREPARATIONS = {
-  fixed_image: words("aspect kind mean shortest_edge size std"),
+  fixed_image: words("aspect kind mean resample shortest_edge size std"),
   tiles: words("kind longest_edge max_tiles mean resample size std thumbnail"),
   aspect_tiles: words("kind max_tiles mean min_tiles size std thumbnail"),
   any_resolution: words("grids kind max_tiles mean most_tiles rounding several size std"),

@@ -66,7 +66,7 @@ export class Vision {
 }
 
 /** Inputs of the decoder's graph beside keys and values. */
-const INPUTS = ["inputs_embeds", "total_length", "logits_positions"];
+const INPUTS = ["inputs_embeds", "total_length", "logits_positions", "window_length"];
 
 /**
  * The decoder stage. Keys and values of a sequence are a `past`, { length, tensors }, which stays
@@ -79,6 +79,7 @@ export class Decoder {
     const decoder = new Decoder();
     decoder.session = await openSession(bundle, bundle.stages.decoder);
     decoder.hiddenSize = spec.decoder.hidden_size;
+    decoder.hasWindows = (spec.decoder.sliding_layers ?? []).length > 0;
     decoder.embedScale = Math.fround(spec.decoder.embed_scale ?? 1);
     decoder.rows = embeddingRows(bundle.files.get(embeddings.path), embeddings);
     decoder.emptyPast = pastOf(spec.decoder, 0, new Float32Array());
@@ -109,6 +110,7 @@ export class Decoder {
       total_length: new ort.Tensor("int32", [length], [1]),
       logits_positions: new ort.Tensor("int64", [BigInt(count - 1)], [1]),
     };
+    if (this.hasWindows) feeds.window_length = feeds.total_length; // buffers have all positions
     for (const [name, tensor] of past.tensors) feeds[`past_key_values.${name}`] = tensor;
     const found = await this.session.run(feeds);
     const tensors = new Map();

@@ -18,14 +18,14 @@ const PRECISION_BITS = 22;
  */
 export function preprocess(picture, spec) {
   const { kind = "fixed_image", size } = spec;
+  const filter = FILTERS[spec.resample ?? "bicubic"];
   if (kind === "tiles") {
-    const filter = FILTERS[spec.resample];
     const [width, height] = scaled(picture, spec.longest_edge);
     return resize(resize(picture, width, height, filter), size, size, filter).data;
   }
-  if (kind === "aspect_tiles") return resize(picture, size, size).data;
-  if (kind === "any_resolution") return padAndResize(picture, padColor(spec), size).data;
-  return centerCrop(resized(picture, spec), size);
+  if (kind === "aspect_tiles") return resize(picture, size, size, filter).data;
+  if (kind === "any_resolution") return padAndResize(picture, padColor(spec), size, filter).data;
+  return centerCrop(resized(picture, spec, filter), size);
 }
 
 /** Width and height with a longer edge of `longest` and an even shorter one. */
@@ -36,10 +36,11 @@ function scaled({ width, height }, longest) {
   return width >= height ? [longest, even] : [even, longest];
 }
 
-function resized(picture, spec) {
-  if (spec.aspect === "resize") return resize(picture, spec.size, spec.size);
-  if (spec.aspect === "pad") return padAndResize(picture, padColor(spec), spec.shortest_edge);
-  return resizeShortestEdge(picture, spec.shortest_edge);
+function resized(picture, spec, filter) {
+  const { aspect, size, shortest_edge: edge } = spec;
+  if (aspect === "resize") return resize(picture, size, size, filter);
+  if (aspect === "pad") return padAndResize(picture, padColor(spec), edge, filter);
+  return resizeShortestEdge(picture, edge, filter);
 }
 
 function padColor(spec) {
@@ -48,7 +49,7 @@ function padColor(spec) {
 
 /** Pads to a square, the picture at half of what is added, and resizes it to `edge`. Rows that are
  * all padding come out as padding, so only the picture's own are resized. */
-function padAndResize({ data, width, height }, color, edge) {
+function padAndResize({ data, width, height }, color, edge, filter) {
   const long = Math.max(width, height);
   if (long > MAX_PADDED_EDGE) {
     throw new Error(
@@ -62,12 +63,12 @@ function padAndResize({ data, width, height }, color, edge) {
   const strip = filled(long, 1, color);
   for (let y = 0; y < height; y++) {
     strip.data.set(data.subarray(y * width * 3, (y + 1) * width * 3), left * 3);
-    narrow.data.set(resizeRows(strip, edge).data, (top + y) * edge * 3);
+    narrow.data.set(resizeRows(strip, edge, filter).data, (top + y) * edge * 3);
   }
-  return resizeColumns(narrow, edge);
+  return resizeColumns(narrow, edge, filter);
 }
 
-function resizeShortestEdge(picture, edge) {
+function resizeShortestEdge(picture, edge, filter) {
   const { width, height } = picture;
   const short = Math.min(width, height);
   const long = Math.max(width, height);
@@ -78,9 +79,9 @@ function resizeShortestEdge(picture, edge) {
     const keep = 4 * short + ((long - 4 * short) % 2);
     const start = (long - keep) / 2;
     const [x, y, w, h] = width <= height ? [0, start, width, keep] : [start, 0, keep, height];
-    return resizeShortestEdge(cut(picture, x, y, w, h), edge);
+    return resizeShortestEdge(cut(picture, x, y, w, h), edge, filter);
   }
-  return resize(picture, newWidth, newHeight);
+  return resize(picture, newWidth, newHeight, filter);
 }
 
 /** The centre; an edge shorter than `size` is padded with black, as in the reference. */
@@ -102,14 +103,14 @@ function centerCrop(picture, size) {
 
 /** Pillow's resize of 8-bit channels: rows, then columns, rounded to bytes after each. Since
  * version 13 columns go first where that saves much (ImagingResampleInner of its Resample.c). */
-function resize(picture, width, height, filter = FILTERS.bicubic) {
+function resize(picture, width, height, filter) {
   const columnsFirst = picture.height - height > Math.max(0, 2 * (picture.width - width));
   return columnsFirst
     ? resizeRows(resizeColumns(picture, height, filter), width, filter)
     : resizeColumns(resizeRows(picture, width, filter), height, filter);
 }
 
-function resizeRows({ data, width, height }, newWidth, filter = FILTERS.bicubic) {
+function resizeRows({ data, width, height }, newWidth, filter) {
   if (newWidth === width) return { data, width, height };
   const { starts, weights, taps } = filterWeights(width, newWidth, filter);
   const result = new Uint8ClampedArray(newWidth * height * 3);
@@ -121,7 +122,7 @@ function resizeRows({ data, width, height }, newWidth, filter = FILTERS.bicubic)
   return { data: result, width: newWidth, height };
 }
 
-function resizeColumns({ data, width, height }, newHeight, filter = FILTERS.bicubic) {
+function resizeColumns({ data, width, height }, newHeight, filter) {
   if (newHeight === height) return { data, width, height };
   const { starts, weights, taps } = filterWeights(height, newHeight, filter);
   const result = new Uint8ClampedArray(width * newHeight * 3);

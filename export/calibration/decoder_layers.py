@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.console import progress
-from mobilevlm.export.calibration.samples import Sample, sample_embeds
+from mobilevlm.export.calibration.samples import Sample, sample_rows
 from mobilevlm.export.calibration.statistics import (
     Block,
     Sums,
@@ -25,14 +26,17 @@ from mobilevlm.export.calibration.statistics import (
     finished,
     sample_groups,
 )
-from mobilevlm.export.graph.author import author_vision, author_watched_layer
+from mobilevlm.export.graph.author import author_encoded, author_watched_layer
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.rotation import Rotation
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
 from mobilevlm.plan import Plan
+from mobilevlm.prompt import Rows
 from mobilevlm.rotary import rotary_at
+from mobilevlm.runtime.engines import EncoderEngine, NoImages
 from mobilevlm.runtime.engines.onnx.engine import OnnxVision, open_session
+from mobilevlm.runtime.engines.onnx.onnx_state import image_inputs
 from mobilevlm.state_buffers import state_buffers
 
 HEAD = "decoder.lm_head"
@@ -46,7 +50,7 @@ def watch_decoder(
     stream: Rotation | None = None,
 ) -> Iterator[Block]:
     """Statistics of the inputs of the decoder's linear layers and its head, in the order of use.
-    Arguments as of :func:`mobilevlm.export.calibration.activations.watch_vision`; ``stream``:
+    Arguments as of :func:`mobilevlm.export.calibration.encoder_layers.watch_encoder`; ``stream``:
     rotation that the model's weights are for.
 
     Raises:
@@ -59,9 +63,10 @@ def watch_decoder(
     used = next(sample_groups(model, samples))
     if len(used) < len(samples):
         progress.say(f"calibration the decoder sees {len(used)} of {len(samples)} samples")
-    states = _embedded(model, used)
+    given = _embedded(model, used)
     if stream is not None:
-        states = [stream.of_inputs(rows) for rows in states]
+        given = [_turned(rows, stream) for rows in given]
+    states = [rows.embeds[None] for rows in given]
     if spec.learned_positions:
         sizes = (spec.context_length, spec.hidden_size)
         table = model.weights.read("decoder.position_embedding.weight", sizes)
@@ -69,7 +74,7 @@ def watch_decoder(
     head = Sums(hessian)
     for index in range(spec.num_hidden_layers):
         last = index == spec.num_hidden_layers - 1
-        block = _watch_layer(model, index, states, wanted, hessian, head if last else None)
+        block = _watch_layer(model, index, given, states, wanted, hessian, head if last else None)
         if block:
             yield block
     if wanted(HEAD):
@@ -79,6 +84,7 @@ def watch_decoder(
 def _watch_layer(
     model: Model,
     index: int,
+    given: Sequence[Rows],
     states: list[Float32],
     wanted: Wanted,
     hessian: bool,
@@ -106,9 +112,16 @@ def _watch_layer(
                 "total_length": np.array([length], np.int32),
                 **{buffer.past: np.zeros(buffer.sized(length), np.float32) for buffer in past},
             }
-            if spec.rope_sections:
-                positions = np.tile(np.arange(length), (spec.position_axes, 1))
+            if (positions := given[place].positions) is not None:
                 inputs["rotary_cos"], inputs["rotary_sin"] = rotary_at(spec, positions)
+            if spec.image_blocks:
+                inputs |= image_inputs(given[place].blocks, 0)
+            if spec.sound_rank:
+                inputs["sound"] = np.full(1, bool(given[place].heard), np.float32)
+            if index in spec.deep_layers:
+                deep = given[place].deep
+                added = deep[spec.deep_layers.index(index)][None] if deep else 0 * hidden
+                inputs[f"deep.{index}"] = added
             known = {item.name for item in session.get_inputs()}
             inputs = {name: array for name, array in inputs.items() if name in known}
             made = dict(zip(outputs, session.run(outputs, inputs), strict=True))
@@ -120,8 +133,14 @@ def _watch_layer(
     return finished({name: sums[output] for output, readers in names.items() for name in readers})
 
 
-def _embedded(model: Model, samples: Sequence[Sample]) -> list[Float32]:
-    """Return what the decoder is given of each sample ``(1, length, hidden_size)``."""
+def _turned(rows: Rows, stream: Rotation) -> Rows:
+    """Return the rows for a decoder whose stream is rotated."""
+    deep = tuple(stream.of_inputs(added) for added in rows.deep)
+    return replace(rows, embeds=stream.of_inputs(rows.embeds), deep=deep)
+
+
+def _embedded(model: Model, samples: Sequence[Sample]) -> list[Rows]:
+    """Return what the decoder is given of each sample."""
     spec = model.spec.decoder
     table = model.weights.read("decoder.embed_tokens.weight", (spec.vocab_size, spec.hidden_size))
 
@@ -130,15 +149,18 @@ def _embedded(model: Model, samples: Sequence[Sample]) -> list[Float32]:
         return rows if spec.embed_scale == 1 else rows * np.float32(spec.embed_scale)
 
     with _vision(model) as vision:
-        return [sample_embeds(model, sample, vision, embed)[None] for sample in samples]
+        return [sample_rows(model, sample, vision, embed) for sample in samples]
 
 
 @contextmanager
-def _vision(model: Model) -> Iterator[OnnxVision]:
+def _vision(model: Model) -> Iterator[EncoderEngine]:
     """The vision stage in float32, written and opened when it is first used."""
+    if model.spec.encoded is None:
+        yield NoImages()
+        return
     with tempfile.TemporaryDirectory(prefix="mobilevlm-") as folder:
         path = Path(folder) / "vision.onnx"
-        author_vision(model.weights, model.spec, RECIPES["fp32"], path)
+        author_encoded(model.weights, model.spec, RECIPES["fp32"], path)
         vision = OnnxVision(path, Plan().threads_of("vision"), compact=True, spec=model.spec)
         try:
             yield vision

@@ -30,16 +30,17 @@ from mobilevlm.errors import MobileVLMError, PromptError
 from mobilevlm.export.calibration.prompts import IMAGES, TEXTS
 from mobilevlm.export.calibration.samples import (
     Sample,
-    sample_embeds,
     sample_pieces,
+    sample_rows,
     samples_digest,
     scene_samples,
+    sound_samples,
     tokenizer_digests,
 )
 from mobilevlm.export.formats import code_digest
 from mobilevlm.model import Model
 from mobilevlm.plain_types import to_dict
-from mobilevlm.prompt import count_positions
+from mobilevlm.prompt import Sound, count_positions
 from mobilevlm.recipe import OWN
 from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
 from mobilevlm.runtime.engines import Float32
@@ -75,15 +76,19 @@ def own_samples(model: Model, seed: int = 0) -> list[Sample]:
         MobileVLMError: the context has no room for any.
     """
     first = seed * _APART
-    scenes = scene_samples(NUM_SCENES, first)
+    has_images = model.spec.has_images
+    scenes = scene_samples(NUM_SCENES, first, model.spec.inputs)
     if model.spec.decoder.encoder_layers:
         return _within(model, scenes)
     scenes = _within(model, (sample for sample in scenes if _room(model, sample) >= 0))
     drawn = (
         Sample(prompt, "", images)
         for prompt, images in zip(IMAGES, _drawn(first + NUM_SCENES), strict=False)
+        if has_images
     )
-    asked = [*(Sample(prompt, "", ()) for prompt in TEXTS), *_within(model, drawn)]
+    heard = sound_samples(first + NUM_SCENES) if model.spec.has_sound else []
+    shown = _within(model, (*drawn, *heard)) if has_images or heard else []
+    asked = [*(Sample(prompt, "", ()) for prompt in TEXTS), *shown]
     found = answered(model, asked, seed)
     texts, images = ([item for item in found if bool(item.images) is has] for has in (False, True))
     if not found and not scenes:
@@ -108,7 +113,7 @@ def answered(model: Model, samples: Sequence[Sample], seed: int = 0) -> list[Sam
     ]
 
 
-def _drawn(first: int) -> Iterator[tuple[Path | Image.Image, ...]]:
+def _drawn(first: int) -> Iterator[tuple[Path | Image.Image | Sound, ...]]:
     """Yield drawn scenes alone."""
     for seed in count(first):
         [sample] = scene_samples(1, seed)
@@ -167,7 +172,7 @@ def _sampled(
         Sampler(SamplingOptions(temperature=TEMPERATURE, top_k=TOP_K, seed=seed + index))
         for index in range(len(samples))
     ]
-    prompts = [sample_embeds(model, sample, talking.vision, decoder.embed) for sample in samples]
+    prompts = [sample_rows(model, sample, talking.vision, decoder.embed) for sample in samples]
     room = min(ANSWER_TOKENS, *(_room(model, sample) for sample in samples))
     answers: list[list[int]] = [[] for _ in samples]
     going = set(range(len(samples)))
@@ -205,8 +210,11 @@ def _kept_path(model: Model, samples: Sequence[Sample], seed: int) -> Path | Non
     parts = [
         samples_digest(samples),
         seed,
-        [model.weights.sha256(prefix) for prefix in ("vision.", "projector.", "decoder.")],
-        [to_dict(part) for part in (spec.image, spec.decoder, spec.conversation)],
+        [
+            model.weights.sha256(prefix)
+            for prefix in ("vision.", "audio.", "projector.", "decoder.")
+        ],
+        [to_dict(part) for part in (*spec.inputs.values(), spec.decoder, spec.conversation)],
         tokenizer_digests(model),
         [ANSWER_TOKENS, TEMPERATURE, TOP_K, int8_weight_bits()],
         [code_digest(), __version__, importlib.metadata.version("onnxruntime")],

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -25,7 +25,8 @@ from PIL import Image
 
 from mobilevlm.assembly import assemble
 from mobilevlm.conversation import read_text, render, user_message
-from mobilevlm.errors import ImageError, MobileVLMError, PromptError
+from mobilevlm.errors import AudioError, ImageError, MobileVLMError, PromptError
+from mobilevlm.export.calibration.sounds import PROMPTS, made_sound
 from mobilevlm.instruction import with_instruction
 from mobilevlm.model import Model
 from mobilevlm.nano.drawing import render as draw
@@ -34,7 +35,19 @@ from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 from mobilevlm.nano.text_only import text_questions
 from mobilevlm.plain_types import from_dict
 from mobilevlm.preparation import pieces_of, prepare
-from mobilevlm.prompt import Arrays, Piece, Prepared, Token, expand, in_runs
+from mobilevlm.prompt import (
+    Arrays,
+    Piece,
+    Prepared,
+    Rows,
+    Sound,
+    Token,
+    expand,
+    grid_positions,
+    in_runs,
+    run_spans,
+    visual_positions,
+)
 from mobilevlm.recipe import OWN
 from mobilevlm.recipe import SCENES as SCENES
 from mobilevlm.runtime.engines import EncoderEngine, Float32
@@ -55,7 +68,8 @@ class Sample:
 
     prompt: str
     answer: str
-    images: tuple[Path | Image.Image, ...]
+    images: tuple[Path | Image.Image | Sound, ...]
+    """Images, or sounds where the model hears."""
 
 
 @dataclass(frozen=True)
@@ -66,34 +80,62 @@ class _Line:
     answer: str = ""
     image: str | None = None
     images: tuple[str, ...] = ()
+    audio: str | None = None
 
 
-def measuring_samples(name: str) -> list[Sample]:
+def measuring_samples(name: str, inputs: Collection[str] = ("image",)) -> list[Sample]:
     """What to measure on: for ``scenes`` others than those that calibrate, else the JSONL file.
+    ``inputs``: kinds of inputs beside text that the model takes.
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
         ImageError: a picture file is missing.
     """
-    return scene_samples(first=NUM_SCENES) if name == SCENES else read_samples(Path(name))
+    return scenes_or_file(name, NUM_SCENES, inputs)
 
 
-def held_out_samples(name: str) -> list[Sample]:
+def held_out_samples(name: str, inputs: Collection[str] = ("image",)) -> list[Sample]:
     """What to judge on: for ``scenes`` drawn ones that neither calibrate nor measure and that no
-    model was trained on, else the JSONL file.
+    model was trained on, else the JSONL file. ``inputs``: kinds of inputs beside text that the
+    model takes.
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
         ImageError: a picture file is missing.
     """
-    return scene_samples(first=_HELD_OUT) if name == SCENES else read_samples(Path(name))
+    return scenes_or_file(name, _HELD_OUT, inputs)
 
 
-def scene_samples(count: int = NUM_SCENES, first: int = 0) -> list[Sample]:
+def scenes_or_file(name: str, first: int, inputs: Collection[str]) -> list[Sample]:
+    """Return drawn ``scenes`` from a seed on, or the content of a JSONL file.
+
+    Raises:
+        MobileVLMError: no such file, or a line of it is wrong.
+        ImageError: an image file is missing.
+    """
+    if name == SCENES:
+        return scene_samples(first=first, inputs=inputs)
+    return read_samples(Path(name))
+
+
+def scene_samples(
+    count: int = NUM_SCENES, first: int = 0, inputs: Collection[str] = ("image",)
+) -> list[Sample]:
     """Drawn scenes, each with something else to do: to be described, to be asked about in each way
-    that ``mobilevlm eval`` asks, and a question without a picture. None of them is in the scenes
-    that ``eval`` asks about."""
-    return [_scene_sample(first + index, _TASKS[index % len(_TASKS)]) for index in range(count)]
+    that ``mobilevlm eval`` asks, and a question without a picture; where the model takes no images
+    these questions alone, and sounds where it hears. None of them is in the scenes that ``eval``
+    asks about."""
+    tasks = ((first + index, _TASKS[index % len(_TASKS)]) for index in range(count))
+    found = [
+        _scene_sample(seed, task) for seed, task in tasks if "image" in inputs or task == "text"
+    ]
+    return found + (sound_samples(first) if "audio" in inputs else [])
+
+
+def sound_samples(first: int) -> list[Sample]:
+    """Return made sounds from a seed on, each with another prompt, without answers."""
+    prompts = enumerate(PROMPTS, first)
+    return [Sample(prompt, "", (made_sound(seed),)) for seed, prompt in prompts]
 
 
 def _scene_sample(seed: int, task: str) -> Sample:
@@ -142,10 +184,16 @@ def _read_sample(text: str, path: Path, where: str) -> Sample:
     if line.image is not None and line.images:
         raise MobileVLMError(f"{where}: 'image' and 'images': leave one of them out")
     names = line.images if line.image is None else (line.image,)
-    images = tuple(path.parent / name for name in names)
+    images: tuple[Path | Sound, ...] = tuple(path.parent / name for name in names)
     for image in images:
-        if not image.is_file():
+        if isinstance(image, Path) and not image.is_file():
             raise ImageError(f"{where}: {image}: no such image file")
+    if line.audio is not None:
+        if images:
+            raise MobileVLMError(f"{where}: images and 'audio': leave one of them out")
+        if not (path.parent / line.audio).is_file():
+            raise AudioError(f"{where}: {path.parent / line.audio}: no such sound file")
+        images = (Sound(path.parent / line.audio),)
     try:
         user_message(line.prompt, len(images))
     except PromptError as error:
@@ -167,7 +215,9 @@ def sample_tokens(model: Model, sample: Sample) -> list[Token]:
 def sample_pieces(model: Model, sample: Sample) -> list[Piece]:
     """The same with the runs of each image in the place of its mark."""
     count = len(sample.images)
-    images = [pieces_of(image, model.spec.image, count) for image in sample.images]
+    spec, images = model.spec.encoded, []
+    if spec is not None:
+        images = [pieces_of(image, spec, count) for image in sample.images]
     return expand(sample_tokens(model, sample), images)
 
 
@@ -178,8 +228,10 @@ def sample_images(model: Model, sample: Sample) -> Iterator[Prepared]:
         ImageError: an image cannot be read.
     """
     text = sample_text(model.spec, replace(sample, answer=""))
+    spec = model.spec.encoded
     for image in sample.images:
-        prepared = prepare(image, model.spec.image, images=len(sample.images))
+        assert spec is not None
+        prepared = prepare(image, spec, images=len(sample.images))
         yield with_instruction(prepared, model.instruction_tokenizer, text, model.spec)
 
 
@@ -190,26 +242,43 @@ def sample_arrays(model: Model, samples: Sequence[Sample]) -> Iterator[Arrays]:
             yield from image.arrays
 
 
-def sample_embeds(
+def sample_rows(
     model: Model, sample: Sample, vision: EncoderEngine, embed: Callable[[list[int]], Float32]
-) -> Float32:
-    """What the decoder is given for a sample ``(length, hidden_size)``, at most its context: of
-    text what ``embed`` makes of the ids, of images the stage's visual tokens."""
+) -> Rows:
+    """Return what the decoder is given for a sample, at most its context: of text what ``embed``
+    makes of the ids, of images what the stage gives."""
     encoded = [
-        assemble(map(vision.encode, image.arrays), image.assembly).embeds
+        assemble(map(vision.encode, image.arrays), image.assembly)
         for image in sample_images(model, sample)
     ]
-    rows = iter(np.concatenate(encoded) if encoded else ())
+    pieces, decoder = sample_pieces(model, sample), model.spec.decoder
+    rows = iter(np.concatenate([image.embeds for image in encoded]) if encoded else ())
     parts = [
         embed(part) if isinstance(part, list) else np.stack(list(islice(rows, part.rows)))
-        for part in in_runs(sample_pieces(model, sample))
+        for part in in_runs(pieces)
     ]
-    return np.concatenate(parts)[: model.spec.decoder.context_length]
+    whole, context, added = np.concatenate(parts), decoder.context_length, []
+    for layer in zip(*(image.deep for image in encoded), strict=True):
+        added.append(np.zeros_like(whole))
+        added[-1][visual_positions(pieces)] = np.concatenate(layer)
+    placed = None
+    if decoder.rope_sections:
+        placed = grid_positions(pieces, decoder.position_axes)[:, :context]
+    blocks = [span for span in run_spans(pieces) if span[1] <= context]
+    return Rows(
+        whole[:context],
+        tuple(part[:context] for part in added),
+        placed,
+        tuple(blocks) if decoder.image_blocks else (),
+        bool(encoded),
+    )
 
 
 def sample_text(spec: ModelSpec, sample: Sample) -> str:
     """Prompt and answer in the model's template."""
-    text = render(spec.conversation, [user_message(sample.prompt, len(sample.images))])
+    shows = spec.conversation.shows
+    said = user_message(sample.prompt, len(sample.images), shows == "image", shows)
+    text = render(spec.conversation, [said])
     return f"{text} {sample.answer}" if sample.answer else text
 
 
@@ -232,11 +301,19 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     """Digest of all texts and pictures."""
     digest = hashlib.sha256()
     for sample in samples:
-        pictures = [
-            file_sha256(image)
-            if isinstance(image, Path)
-            else hashlib.sha256(image.tobytes()).hexdigest()
-            for image in sample.images
-        ]
+        pictures = [_digest(image) for image in sample.images]
         digest.update(json.dumps([sample.prompt, sample.answer, pictures]).encode())
     return digest.hexdigest()
+
+
+def _digest(shown: Path | Image.Image | Sound) -> str:
+    """Digest of an image or a sound."""
+    if isinstance(shown, Sound):
+        source = shown.source
+        if isinstance(source, tuple):
+            return hashlib.sha256(np.ascontiguousarray(source[0]).data).hexdigest()
+        assert isinstance(source, Path)
+        return file_sha256(source)
+    if isinstance(shown, Path):
+        return file_sha256(shown)
+    return hashlib.sha256(shown.tobytes()).hexdigest()

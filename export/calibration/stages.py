@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import numpy as np
 
 from mobilevlm.checkpoint import Weights
-from mobilevlm.errors import require
 from mobilevlm.export.calibration.samples import Sample, samples_digest, tokenizer_digests
 from mobilevlm.export.quantize import awq, smoothquant
 from mobilevlm.export.quantize.blocks import Float32
@@ -27,7 +26,7 @@ from mobilevlm.recipe import LinearFormat, Recipe
 if TYPE_CHECKING:
     from mobilevlm.export.calibration.statistics import Block, InputStatistics, Wanted
 
-CalibratedStage: TypeAlias = Literal["vision", "decoder"]
+CalibratedStage: TypeAlias = Literal["vision", "audio", "decoder"]
 
 
 @dataclass(frozen=True)
@@ -44,19 +43,14 @@ def calibration_key(model: Model, samples: Sequence[Sample]) -> list[object]:
     spec = model.spec
     return [
         samples_digest(samples),
-        [model.weights.sha256(prefix) for prefix in ("vision.", "projector.", "decoder.")],
-        [to_dict(part) for part in (spec.image, spec.decoder, spec.conversation)],
+        [
+            model.weights.sha256(prefix)
+            for prefix in ("vision.", "audio.", "projector.", "decoder.")
+        ],
+        [to_dict(part) for part in (*spec.inputs.values(), spec.decoder, spec.conversation)],
         tokenizer_digests(model),
         importlib.metadata.version("onnxruntime"),
     ]
-
-
-def check_torch(purpose: str) -> None:
-    """Raises MissingExtraError: torch is not installed."""
-    try:
-        import torch  # noqa: F401
-    except ImportError:
-        raise require("torch", "reference", purpose) from None
 
 
 def calibrate(
@@ -126,10 +120,10 @@ class _Hessians:
 def _watch(
     model: Model, samples: Sequence[Sample], stage: CalibratedStage, wanted: Wanted, hessian: bool
 ) -> Iterator[Block]:
-    if stage == "vision":
-        from mobilevlm.export.calibration.activations import watch_vision
+    if stage != "decoder":
+        from mobilevlm.export.calibration.encoder_layers import watch_encoder
 
-        return watch_vision(model, samples, wanted, hessian)
+        return watch_encoder(model, samples, wanted, hessian)
     from mobilevlm.export.calibration.decoder_layers import watch_decoder
 
     return watch_decoder(model, samples, wanted, hessian)

@@ -65,6 +65,16 @@ class Sums:
             if sum(map(len, self._rows)) >= _TOGETHER:
                 self._multiply()
 
+    def add_figures(
+        self, count: int, maximum: Float32, squares: Float32, products: Float32 | None
+    ) -> None:
+        """Add what was summed up elsewhere over ``count`` tokens; ``products``: ``Xᵀ X``."""
+        self.count += count
+        self._maximum = np.maximum(self._maximum, maximum)
+        self._squares = self._squares + squares
+        if products is not None:
+            self._products = products if self._products is None else self._products + products
+
     def finish(self) -> InputStatistics:
         """Return the statistics; nothing can be added after."""
         if not self.count:

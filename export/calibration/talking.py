@@ -26,8 +26,8 @@ from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
 from mobilevlm.plan import Plan, default_threads
 from mobilevlm.prompt import Rows
-from mobilevlm.recipe import Recipe
-from mobilevlm.runtime.engines import EncoderEngine, Float32
+from mobilevlm.recipe import LinearFormat, Recipe
+from mobilevlm.runtime.engines import EncoderEngine, Float32, NoImages
 from mobilevlm.runtime.engines.onnx.buffered import BufferedDecoder
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxVision, open_session
 from mobilevlm.runtime.machine import int8_weight_bits
@@ -51,9 +51,9 @@ class Sequences(Protocol):
     def embed(self, ids: Sequence[int]) -> Float32:
         """Return embeddings ``(length, hidden_size)``."""
 
-    def begin(self, prompts: Sequence[Float32], room: int) -> list[Float32]:
-        """Read prompts ``(length, hidden_size)``; return the logits ``(vocab_size,)`` after each.
-        ``room``: tokens that follow at most."""
+    def begin(self, prompts: Sequence[Rows], room: int) -> list[Float32]:
+        """Read prompts; return the logits ``(vocab_size,)`` after each. ``room``: tokens that
+        follow at most."""
 
     def step(self, tokens: Sequence[int]) -> list[Float32]:
         """Append a token to each; return the logits after each."""
@@ -78,7 +78,8 @@ def open_talking(model: Model) -> Iterator[Talking]:
     plan = Plan(vision_threads=THREADS, decoder_threads=THREADS, spinning=awake)
     with tempfile.TemporaryDirectory(prefix="mobilevlm-") as folder:
         tower, language, table = (Path(folder) / f"{name}.onnx" for name in ("v", "d", "e"))
-        author.author_vision(model.weights, spec, recipe, tower)
+        if spec.encoded is not None:
+            author.author_encoded(model.weights, spec, recipe, tower)
         author.author_embeddings(model.weights, spec, recipe, table)
         author.author_decoder(model.weights, spec, recipe, language)
         rows = EmbeddingTable(
@@ -86,7 +87,9 @@ def open_talking(model: Model) -> Iterator[Talking]:
         )
         kind = _Together if _has_batches(spec.decoder) else _OneByOne
         decoder = kind(language, table.with_name(rows.path), rows, spec.decoder, plan)
-        vision = OnnxVision(tower, THREADS, plan.spinning, compact=True, spec=spec)
+        vision: EncoderEngine = NoImages()
+        if spec.encoded is not None:
+            vision = OnnxVision(tower, THREADS, plan.spinning, compact=True, spec=spec)
         try:
             yield Talking(vision, decoder)
         finally:
@@ -95,18 +98,29 @@ def open_talking(model: Model) -> Iterator[Talking]:
 
 
 def talking_recipe() -> Recipe:
-    """Return the recipe of the copy. Experts are multiplied one by one: the operator for all of
-    them does not take every size."""
-    plain = dataclasses.replace(RECIPES["int8"], experts="plain")
+    """Return the recipe of the copy: int8 without anything that takes time. All experts see all
+    tokens: the operator for them does not take every size, and of experts one by one ONNX Runtime
+    1.24 does not take those that no token has chosen."""
+    layers, int8 = LinearFormat("int8"), RECIPES["int8"]
+    plain = dataclasses.replace(
+        int8,
+        tower=layers,
+        projector=layers,
+        decoder=layers,
+        lm_head=layers,
+        layers={},
+        experts="dense",
+    )
     return plain.with_weight_bits(int8_weight_bits() or 7, auto_only=True)
 
 
 def _has_batches(spec: DecoderSpec) -> bool:
     """Return whether the decoder's graph computes several sequences of different lengths: all that
     depends on a position is inside attention, and heads are as attention takes them."""
-    apart = spec.only_onnx or spec.learned_positions or spec.qk_norm
+    apart = spec.rare_parts or spec.learned_positions or spec.qk_norm
     whole = spec.cache_head_dim == spec.head_dim
-    return not apart and whole and has_fused_rotary(spec)
+    layers = range(spec.num_hidden_layers)
+    return not apart and whole and all(has_fused_rotary(spec, index) for index in layers)
 
 
 class _OneByOne:
@@ -119,11 +133,11 @@ class _OneByOne:
         self._state = self._engine.new_state()
         self.embed, self.close = self._engine.embed, self._engine.close
 
-    def begin(self, prompts: Sequence[Float32], room: int) -> list[Float32]:
+    def begin(self, prompts: Sequence[Rows], room: int) -> list[Float32]:
         """See :class:`Sequences`."""
         [prompt] = prompts
         self._state = self._engine.new_state()
-        return [self._engine.prefill(self._state, Rows(prompt))[-1]]
+        return [self._engine.prefill(self._state, prompt)[-1]]
 
     def step(self, tokens: Sequence[int]) -> list[Float32]:
         """See :class:`Sequences`."""
@@ -145,7 +159,7 @@ class _Together(BufferedDecoder):
         self._lengths = np.zeros(0, np.int32)
         self._buffers: dict[str, Float32] = {}
 
-    def begin(self, prompts: Sequence[Float32], room: int) -> list[Float32]:
+    def begin(self, prompts: Sequence[Rows], room: int) -> list[Float32]:
         """See :class:`Sequences`."""
         self._lengths = np.array([len(prompt) for prompt in prompts], np.int32)
         slots, count = int(self._lengths.max()) + room, len(prompts)
@@ -153,7 +167,7 @@ class _Together(BufferedDecoder):
             buffer.name: np.zeros((count, *buffer.sized(slots)[1:]), np.float32)
             for buffer in slot_buffers(self._spec)
         }
-        return [self._run(prompt[None], slice(i, i + 1))[0] for i, prompt in enumerate(prompts)]
+        return [self._run(rows.embeds[None], slice(i, i + 1))[0] for i, rows in enumerate(prompts)]
 
     def step(self, tokens: Sequence[int]) -> list[Float32]:
         """See :class:`Sequences`."""

@@ -94,7 +94,7 @@ def _counted(
 def _reference_choices(model: Model, samples: Sequence[Sample]) -> Iterator[PromptChoices]:
     """Of one sample after the other; layers are read once for a group of samples."""
     try:
-        from mobilevlm.export.calibration.activations import decoder_states
+        from mobilevlm.export.calibration.reference_states import decoder_states
         from mobilevlm.export.calibration.statistics import sample_groups
         from mobilevlm.export.quality.measure import POSITIONS
         from mobilevlm.reference import load_reference

@@ -18,12 +18,12 @@ from mobilevlm.bundle import Bundle
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.data import find_samples
-from mobilevlm.export.calibration.samples import Sample, sample_embeds
+from mobilevlm.export.calibration.samples import Sample, sample_rows
 from mobilevlm.model import Model
 from mobilevlm.plan import Plan
-from mobilevlm.prompt import Rows
-from mobilevlm.runtime.engines import Float32
+from mobilevlm.runtime.engines import EncoderEngine, Float32, NoImages
 from mobilevlm.runtime.engines.opening import onnx_decoder, onnx_vision
+from mobilevlm.state_buffers import slot_buffers
 
 SAMPLES = 16
 """At most so many are run: a channel's range is that of a few thousand positions."""
@@ -72,7 +72,10 @@ def quantize_cache(model: Model, bundle: Bundle, calibration: str) -> bool:
 def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[str, Float32]:
     """Scales ``(1, num_key_value_heads, 1, cache_head_dim)`` by the names of buffers."""
     plan = Plan()
-    vision = onnx_vision(bundle, bundle.path(bundle.artifact("vision", "onnx").path), plan)
+    vision: EncoderEngine = NoImages()
+    if model.spec.encoded is not None:
+        artifact = bundle.artifact(model.spec.encoder_stage, "onnx")
+        vision = onnx_vision(bundle, bundle.path(artifact.path), plan)
     path = bundle.path(bundle.artifact("decoder", "onnx").path)
     decoder = onnx_decoder(bundle, path, plan, cache=np.float32)
     state = decoder.new_state()
@@ -80,8 +83,16 @@ def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[st
     with progress.track("kv_cache", len(samples)) as advance:
         for sample in samples:
             state.rewind(0)
-            decoder.extend(state, Rows(sample_embeds(model, sample, vision, decoder.embed)))
-            found = np.abs(decoder.save(state, 0).data).max(axis=2)
+            decoder.extend(state, sample_rows(model, sample, vision, decoder.embed))
+            filled = decoder.save(state, 0)
+            parts = {part.name: part for part in slot_buffers(model.spec.decoder)}
+            whole, window = iter(filled.data), iter(() if filled.window is None else filled.window)
+            found = np.stack(
+                [
+                    np.abs(next(window if parts[name].kind == "sliding" else whole)).max(axis=1)
+                    for name in state.buffers
+                ]
+            )
             largest = found if largest is None else np.maximum(largest, found)
             advance(1)
     vision.close()
@@ -109,7 +120,7 @@ def rewrite(path: Path, scales: dict[str, NDArray[np.float32]]) -> None:
     """Give the attention of a graph these scales; its weights lie in another file."""
     model = ir.load(path)
     graph, integers = model.graph, ir.TensorType(ir.DataType.INT8)
-    for node in graph:
+    for node in list(graph):
         if node.op_type != _ATTENTION:
             continue
         node.resize_inputs(_SCALES + len(_PAST))
@@ -123,10 +134,25 @@ def rewrite(path: Path, scales: dict[str, NDArray[np.float32]]) -> None:
             node.replace_input_with(_SCALES + offset, scale)
             past.type = present.type = integers
             node.attributes.add(ir.AttrString(f"{kind[0]}_quant_type", "PER_CHANNEL"))
+            for reader in [use.node for use in present.uses()]:
+                _restore(graph, reader, scale)
         node.attributes.add(ir.AttrInt64("kv_cache_bit_width", 8))
     draft = path.with_name(f"{path.name}.draft")
     ir.save(model, draft)
     draft.replace(path)
+
+
+def _restore(graph: ir.Graph, reader: ir.Node, scale: ir.Value) -> None:
+    """Multiply what a node takes of a buffer of integers by their scales."""
+    taken = reader.outputs[0]
+    readers = [(use.node, use.idx) for use in taken.uses()]
+    cast = ir.node("Cast", [taken], attributes={"to": ir.DataType.FLOAT})
+    product = ir.node("Mul", [cast.outputs[0], scale])
+    cast.outputs[0].name, product.outputs[0].name = f"{taken.name}.float", f"{taken.name}.scaled"
+    taken.type = ir.TensorType(ir.DataType.INT8)
+    graph.insert_after(reader, [cast, product])
+    for node, place in readers:
+        node.replace_input_with(place, product.outputs[0])
 
 
 def _buffer(past: ir.Value) -> str:

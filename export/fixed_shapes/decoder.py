@@ -14,7 +14,7 @@ import numpy as np
 
 from mobilevlm.console import progress
 from mobilevlm.console.progress import Advance
-from mobilevlm.export.calibration.samples import Sample, sample_embeds
+from mobilevlm.export.calibration.samples import Sample, sample_rows
 from mobilevlm.export.fixed_shapes.vision import (
     FLOAT,
     Inputs,
@@ -105,7 +105,7 @@ def _embeds(model: Model, samples: Sequence[Sample], folder: Path) -> Iterator[F
     vision = OnnxVision(path, default_threads())
     with progress.track("pictures", len(samples)) as advance:
         for sample in samples:
-            yield sample_embeds(model, sample, vision, table.__getitem__)[:LONGEST_SAMPLE]
+            yield sample_rows(model, sample, vision, table.__getitem__).embeds[:LONGEST_SAMPLE]
             advance(1)
     vision.close()
 

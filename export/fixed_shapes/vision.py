@@ -32,6 +32,7 @@ from mobilevlm.image import ImageInput
 from mobilevlm.input_spec import InputSpec
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.preparation import prepare
+from mobilevlm.prompt import Sound
 from mobilevlm.recipe import CalibratorName, LinearFormat, Recipe
 from mobilevlm.spec import ModelSpec
 
@@ -74,7 +75,7 @@ def author_qdq(
     Memory: the float32 weights a few times, and the activations of one picture.
 
     Raises:
-        MobileVLMError: no sample has a picture.
+        MobileVLMError: no sample has an image.
         ImageError: a picture cannot be read.
     """
     import onnx
@@ -84,9 +85,10 @@ def author_qdq(
             f"a fixed-point recipe: the vision stage of {spec.name} reads text beside the picture, "
             f"which has no fixed shape: use int8 for tower and projector"
         )
-    pictures = [picture for sample in samples for picture in sample.images]
+    shown = (image for sample in samples for image in sample.images)
+    pictures = [image for image in shown if not isinstance(image, Sound)]
     if not pictures:
-        raise MobileVLMError("calibration: no sample has a picture, the tower needs some")
+        raise MobileVLMError("calibration: no sample has an image, the tower needs some")
     floats = replace(recipe, tower=FLOAT, projector=FLOAT)
     dialect = STANDARD if recipe.layer_norm == "fused" else CENTRED
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:

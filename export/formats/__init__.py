@@ -32,12 +32,12 @@ TOOLS = {
     "npu": ("onnx-ir", "onnxscript", *QDQ_TOOLS),
 }
 """Packages that write the artifacts of a format."""
-IMAGE = ("vision.", "projector.")
-"""Prefixes of the tensors of the vision stage."""
+ENCODED = ("vision.", "audio.", "projector.")
+"""Prefixes of the tensors of an encoder's stage."""
 EMBEDDINGS = ("decoder.embed_tokens.",)
 _SHARED_CODE = (
-    "assembly.py", "checkpoint.py", "conversation.py", "gguf/names.py", "image.py",
-    "instruction.py", "linear_groups.py", "preparation.py", "prompt.py", "recipe.py",
+    "assembly.py", "audio.py", "checkpoint.py", "conversation.py", "gguf/names.py", "image.py",
+    "instruction.py", "linear_groups.py", "media/*.py", "preparation.py", "prompt.py", "recipe.py",
     "reference/*.py", "rotary.py", "state_buffers.py",
 )  # fmt: skip
 _SHARED_RUNTIME = ("answer/sampling.py", "engines/*.py", "engines/onnx/*.py")
@@ -101,10 +101,11 @@ def make_job(
     return Job(artifact, size, author, prepare)
 
 
-def image_settings(spec: ModelSpec) -> list[Any]:
-    """Return what the vision stage depends on in the spec."""
-    image = spec.image
-    return [to_dict(part) for part in (image.encoder, image.connector, image.preparation)]
+def encoder_settings(spec: ModelSpec) -> list[Any]:
+    """Return what the stage of an encoder depends on in the spec."""
+    given = spec.encoded
+    assert given is not None
+    return [to_dict(part) for part in (given.encoder, given.connector, given.preparation)]
 
 
 def tool_versions(formats: Sequence[str]) -> dict[str, str]:

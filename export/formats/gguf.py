@@ -8,7 +8,7 @@ from pathlib import Path
 from mobilevlm.console.progress import Advance
 from mobilevlm.errors import require
 from mobilevlm.export.calibration.samples import tokenizer_digests
-from mobilevlm.export.formats import IMAGE, Job, Written, image_settings, make_job, refuse
+from mobilevlm.export.formats import ENCODED, Job, Written, encoder_settings, make_job, refuse
 from mobilevlm.gguf.architectures import gguf_architecture, is_own
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.gguf.spec import bytes_per_token
@@ -24,7 +24,8 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         from mobilevlm.export.gguf.decoder import write_decoder
         from mobilevlm.export.gguf.importance import find_importance
         from mobilevlm.export.gguf.llama_quantizer import quantizer_version
-        from mobilevlm.export.gguf.mmproj import obstacle, warn_of_differences, write_mmproj
+        from mobilevlm.export.gguf.mmproj import write_mmproj
+        from mobilevlm.export.gguf.support import obstacle, warn_of_differences
         from mobilevlm.export.gguf.tensors import TYPES
     except ImportError as error:
         raise require(error.name or "gguf", "export", "exporting to GGUF") from None
@@ -53,11 +54,13 @@ def gguf_jobs(model: Model, recipe: Recipe) -> list[Job]:
         return Written(errors, bytes_per_token(read_gguf(path), spec.decoder))
 
     jobs = []
-    if not obstacle(spec):
+    if spec.has_images and not obstacle(spec):
         warn_of_differences(spec)
         files = (f"gguf/mmproj-{name}-{image_kind.upper()}.gguf",)
-        settings = image_settings(spec)
-        jobs += [make_job(model, "gguf", "vision", image_kind, files, IMAGE, settings, write_image)]
+        settings = encoder_settings(spec)
+        jobs += [
+            make_job(model, "gguf", "vision", image_kind, files, ENCODED, settings, write_image)
+        ]
     settings = [
         to_dict(spec.decoder),
         to_dict(spec.conversation),

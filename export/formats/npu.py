@@ -12,10 +12,10 @@ from mobilevlm.export.calibration.data import find_samples
 from mobilevlm.export.calibration.stages import calibration_key
 from mobilevlm.export.formats import (
     EMBEDDINGS,
-    IMAGE,
+    ENCODED,
     Job,
     Written,
-    image_settings,
+    encoder_settings,
     make_job,
     refuse,
 )
@@ -76,17 +76,17 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
     key = [] if recipe.is_float else calibration_key(model, samples)
     form = [recipe.layer_norm, recipe.operators]
-    images, decoder = image_settings(spec), to_dict(spec.decoder)
+    images, decoder = encoder_settings(spec), to_dict(spec.decoder)
     sizes = [to_dict(shape) for shape in shapes]
     language = [*images, decoder, to_dict(recipe.decoder), form, sizes, key]
     # Of pictures it is calibrated with all.
-    prefixes = ("decoder.", *IMAGE)
+    prefixes = ("decoder.", *ENCODED)
     return [
         make_job(
             model, "npu", "vision", recipe.tower.precision,
-            _with_data(f"npu/vision_encoder{tower}.onnx"), IMAGE,
+            _with_data(f"npu/vision_encoder{tower}.onnx"), ENCODED,
             [*images, to_dict(recipe.tower), form, key], write_vision,
-            bits_per_weight=_bits(spec, recipe, IMAGE),
+            bits_per_weight=_bits(spec, recipe, ENCODED),
         ),
         make_job(
             model, "npu", "embeddings", recipe.embeddings,
@@ -101,15 +101,18 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
 def _refusals(spec: ModelSpec, recipe: Recipe) -> list[tuple[bool, str]]:
     """Return the conditions that rule these graphs out, each with its error line."""
+    missing = "no graphs for NPUs of {} yet: use --format onnx"
+    if spec.has_sound:
+        return [(True, missing.format("models that take sound"))]
     image = spec.image.preparation
     parts = {
         f"images prepared as {image.kind!r}": not isinstance(image, FixedImage | Tiled),
         "a decoder with an encoder": spec.decoder.encoder_layers > 0,
         "a decoder with learned positions": spec.decoder.learned_positions,
+        "images whose rows see each other": spec.decoder.image_blocks,
         "a Q-Former": spec.image.connector.qformer is not None,
-        **{f"a decoder with {part}": True for part in spec.decoder.only_onnx},
+        **{f"a decoder with {part}": True for part in spec.decoder.rare_parts},
     }
-    missing = "no graphs for NPUs of {} yet: use --format onnx"
     whole = recipe.is_for_npu or recipe.is_float
     return [
         *((there, missing.format(part)) for part, there in parts.items()),

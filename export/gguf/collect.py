@@ -11,6 +11,7 @@ from mobilevlm.console.progress import Advance
 from mobilevlm.export.calibration.decoder_layers import watch_decoder
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.calibration.statistics import sample_groups
+from mobilevlm.export.gguf.decoder import by_member
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix, InputStatistics
 from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.model import Model
@@ -48,4 +49,8 @@ def collect(
         for entry in entries
         if entry.theirs in squares
     }
+    for entry in entries:
+        if entry.theirs in statistics and entry.groups is not None and entry.groups.axis == 1:
+            ours = statistics[entry.theirs].squares
+            statistics[entry.theirs] = InputStatistics(by_member(ours, entry.groups), count)
     return ImportanceMatrix(statistics, (dataset,), len(samples), count // len(samples))

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance
-from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
+from mobilevlm.decoder_spec import DecoderSpec, DeltaSpec, ExpertsSpec
 from mobilevlm.export.gguf.fallbacks import say_fallbacks
 from mobilevlm.export.gguf.imatrix import ImportanceMatrix
 from mobilevlm.export.gguf.llama_quantizer import quantize_file
 from mobilevlm.export.gguf.tensors import FILE_TYPES, TYPES, Tensor, TensorType, write_file
 from mobilevlm.export.gguf.vocabulary import vocabulary_of
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.gguf.architectures import PATTERNS, gguf_architecture, is_own
-from mobilevlm.gguf.names import Entry, decoder_entries
+from mobilevlm.gguf.architectures import PATTERNS, delta_interval, gguf_architecture, is_own
+from mobilevlm.gguf.names import Entry, Groups, decoder_entries
 from mobilevlm.gguf.spec import EXPERT_COUNTS, OWN_FLAGS, OWN_KINDS
 from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType, ModelSpec
@@ -99,7 +99,17 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     writer.add_block_count(decoder.num_hidden_layers)
     writer.add_feed_forward_length(decoder.intermediate_size)
     writer.add_head_count(decoder.num_attention_heads)
-    writer.add_head_count_kv(decoder.num_key_value_heads)
+    if decoder.conv_layers:
+        layers = range(decoder.num_hidden_layers)
+        counts = [
+            0 if layer in decoder.conv_layers else decoder.num_key_value_heads for layer in layers
+        ]
+        writer.add_head_count_kv(counts)  # by which llama.cpp tells the layers apart
+        writer.add_shortconv_l_cache(decoder.conv_kernel)
+    else:
+        writer.add_head_count_kv(decoder.num_key_value_heads)
+    if decoder.delta is not None:
+        _describe_delta(writer, decoder, decoder.delta)
     if decoder.norm == "rms":
         writer.add_layer_norm_rms_eps(decoder.norm_eps)
     else:
@@ -116,10 +126,23 @@ def _describe(writer: gguf.GGUFWriter, spec: ModelSpec, kind: GGUFType) -> None:
     if is_ours:
         _describe_own(writer, decoder)
     _describe_sliding(writer, decoder)
+    if decoder.rope_sections:
+        writer.add_rope_dimension_sections([*decoder.rope_sections, 0])
+    if decoder.deep_layers:
+        writer.add_num_deepstack_layers(len(decoder.deep_layers))
     if decoder.attention_softcap is not None:
         writer.add_attn_logit_softcapping(decoder.attention_softcap)
     if decoder.logit_softcap is not None:
         writer.add_final_logit_softcapping(decoder.logit_softcap)
+
+
+def _describe_delta(writer: gguf.GGUFWriter, decoder: DecoderSpec, delta: DeltaSpec) -> None:
+    writer.add_ssm_conv_kernel(delta.kernel)
+    writer.add_ssm_state_size(delta.key_dim)
+    writer.add_ssm_group_count(delta.key_heads)
+    writer.add_ssm_time_step_rank(delta.value_heads)
+    writer.add_ssm_inner_size(delta.value_size)
+    writer.add_full_attention_interval(delta_interval(decoder))
 
 
 def _describe_own(writer: gguf.GGUFWriter, decoder: DecoderSpec) -> None:
@@ -185,7 +208,11 @@ def decoder_tensors(
 
     def read(entry: Entry, ours: str) -> Float32:
         advance(math.prod(entry.shape))
-        values = weights.read(ours, entry.shape)
+        values = weights.read(ours, entry.shape).reshape(entry.stored[bool(entry.stack) :])
+        if entry.negative_exponent:
+            values = -np.exp(values)
+        if entry.groups is not None:
+            values = by_member(values, entry.groups)
         return interleave(values, entry.heads) if entry.heads else values
 
     def tensor(entry: Entry) -> Tensor:
@@ -197,9 +224,12 @@ def decoder_tensors(
 
 
 def matrix_type(name: str, kind: GGUFType, spec: DecoderSpec) -> TensorType:
-    """What a matrix is stored in. A K-quant is a mixture, as llama.cpp's quantizer has it for other
+    """Return the type that a matrix is stored in: float32 for what says how much a gated delta
+    layer takes in and keeps. A K-quant is a mixture, as llama.cpp's quantizer has it for other
     decoders (src/llama-quant.cpp): the head, and values and MLP outputs of some layers, get Q6_K.
     """
+    if re.search(r"\.ssm_(alpha|beta)\.", name) and kind != "f16":
+        return "f32"
     if kind not in ("q4_k_m", "q5_k_m"):
         return kind
     usual: TensorType = "q4_k" if kind == "q4_k_m" else "q5_k"
@@ -211,6 +241,18 @@ def matrix_type(name: str, kind: GGUFType, spec: DecoderSpec) -> TensorType:
     layer, eighth = int(name.split(".")[1]), spec.num_hidden_layers // 8
     more = layer < eighth or layer >= 7 * spec.num_hidden_layers // 8 or (layer - eighth) % 3 == 2
     return "q6_k" if more else usual
+
+
+def by_member(values: NDArray[T], groups: Groups, *, back: bool = False) -> NDArray[T]:
+    """Return an array with heads in llama.cpp's order, or ``back`` in ours."""
+    axis, begin, count, members = groups
+    if values.ndim == 1:
+        axis = 0
+    kept, heads = np.split(values, [begin], axis=axis)
+    sizes = (members, count) if back else (count, members)
+    apart = heads.reshape(*heads.shape[:axis], *sizes, -1, *heads.shape[axis + 1 :])
+    turned = apart.swapaxes(axis, axis + 1).reshape(heads.shape)
+    return np.concatenate([kept, turned], axis=axis)
 
 
 def interleave(weight: Float32, heads: int) -> Float32:

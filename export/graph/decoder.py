@@ -7,6 +7,7 @@ shared past and present), so a step copies nothing and going back is a matter of
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -14,15 +15,54 @@ import onnx_ir as ir
 from onnxscript import nn
 
 from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.export.graph.delta import GatedDelta
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.experts import SparseMLP
 from mobilevlm.export.graph.head_padding import cut_heads, pad_heads
-from mobilevlm.export.graph.layers import Linear
+from mobilevlm.export.graph.image_blocks import Blocks, attend_blocks, read_blocks
+from mobilevlm.export.graph.layers import Linear, joined
 from mobilevlm.export.graph.mlp import build_mlp
 from mobilevlm.export.graph.rotation import StreamRotation
 from mobilevlm.export.graph.short_convolution import ShortConvolution
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.rotary import rotary_tables
+
+
+@dataclass(frozen=True)
+class _Reach:
+    """Inputs of attention in layers with one window."""
+
+    seqlens: Any
+    total: Any
+    """Slots in the buffers after the run, and one less in ``seqlens``"""
+    blocks: Blocks | None
+    sound: Any | None = None
+    """1 where the prompt has sound, else 0"""
+
+    @classmethod
+    def of(
+        cls,
+        op: Any,
+        embeds: Any,
+        lengths: tuple[Any, Any],
+        image: tuple[Any, Any] | None,
+        windows: list[int],
+        several: bool = False,
+        sound: Any | None = None,
+    ) -> dict[int, _Reach]:
+        """Return it by window. ``lengths``: slots after the run, of the whole sequence and in the
+        buffers of sliding layers; ``several``: a run may be of several sequences of one length."""
+        found = {}
+        for window in sorted(set(windows)):
+            total, blocks = lengths[window > 0], None
+            if image is not None:
+                length = op.Shape(embeds, start=1, end=2)
+                blocks = read_blocks(op, *image, length, (lengths[0], total), window)
+            seqlens = op.Sub(total, 1)
+            if several:
+                seqlens = op.Expand(seqlens, op.Shape(embeds, start=0, end=1))
+            found[window] = cls(seqlens, total, blocks, sound)
+        return found
 
 
 class DecoderStage(nn.Module):  # type: ignore[misc]
@@ -33,12 +73,18 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
     has_tables = True
     """Rotary tables are inside the graph, unless positions have several axes"""
 
-    def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
+    def __init__(self, weights: WeightFile, spec: DecoderSpec, several: bool = False) -> None:
+        """``several``: a run may be of several sequences of one length."""
         super().__init__("decoder")
-        self.fused_rotary = has_fused_rotary(spec)
+        layers = range(spec.num_hidden_layers)
+        self.several = several
+        self.states: Any = None
+        """Rows that the head reads, once the graph is made"""
+        self.fused_rotary = all(has_fused_rotary(spec, index) for index in layers)
+        self.windows = [spec.window(index) for index in layers]
         self.cos_cache = self.sin_cache = self.positions = None
         self.sliding_cos = self.sliding_sin = None
-        self.sliding = [spec.has_sliding_rope(index) for index in range(spec.num_hidden_layers)]
+        self.sliding = [spec.has_sliding_rope(index) for index in layers]
         if self.has_tables and spec.rotary_channels and not spec.rope_sections:
             if not all(self.sliding):
                 cos, sin = rotary_tables(spec)
@@ -80,10 +126,16 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         past: list[tuple[Any, ...]],
         tables: tuple[Any, ...] = (),
         deep: Mapping[int, Any] = MappingProxyType({}),
+        window_length: Any | None = None,
+        image: tuple[Any, Any] | None = None,
+        sound: Any | None = None,
     ) -> tuple[Any, list[tuple[Any, ...]], dict[int, Any]]:
         """``tables``: cosine and sine of this run ``(length, rotary_channels / 2)``, for positions
-        of several axes; ``deep``: what is added after some layers."""
-        seqlens = op.Sub(total_length, 1)
+        of several axes; ``deep``: what is added after some layers; ``window_length``: slots in the
+        buffers of sliding layers after this run; ``image``: as of :func:`read_blocks`; ``sound``: 1
+        where the prompt has sound, else 0."""
+        lengths = (total_length, window_length)
+        reach = _Reach.of(op, embeds, lengths, image, self.windows, self.several, sound)
         if self.rotation is not None:
             embeds = self.rotation(op, embeds)
             deep = {index: self.rotation(op, rows) for index, rows in deep.items()}
@@ -107,8 +159,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
                 op,
                 residual,
                 normed,
-                seqlens,
-                total_length,
+                reach[self.windows[index]],
                 rotary[self.sliding[index]],
                 key_value,
                 positions,
@@ -117,6 +168,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             presents.append(present)
             if router is not None:
                 routers[index] = router
+        self.states = normed
         return self.logits(op, normed), presents, routers
 
     def logits(self, op: Any, normed: Any) -> Any:
@@ -140,15 +192,25 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         heads, kv_heads = self.num_heads * spec.head_dim, self.num_kv_heads * spec.head_dim
         hidden = spec.hidden_size
         qkv = [f"{name}.attn.{part}_proj" for part in "qkv"]
-        self.qkv_sizes = (heads, kv_heads, kv_heads)
-        self.fused_rotary, self.rotary_channels = has_fused_rotary(spec), spec.rotary_channels
-        self.short_conv = self.q_norm = self.k_norm = None
-        if index in spec.conv_layers:
+        self.qkv_sizes = (heads * (1 + spec.attention_gate), kv_heads, kv_heads)
+        self.fused_rotary = has_fused_rotary(spec, index)
+        self.rotary_channels = spec.rotary_channels
+        self.short_conv = self.delta = self.q_norm = self.k_norm = None
+        if spec.mixer(index) == "delta" and spec.delta is not None:
+            self.delta, wide = GatedDelta(weights, f"{name}.delta", spec), spec.delta.value_size
+            self.o_proj = Linear(weights, f"{name}.delta.out_proj", wide, hidden, bias=False)
+        elif spec.mixer(index) == "short_conv":
             conv = f"{name}.short_conv"
             self.short_conv = ShortConvolution(weights, conv, spec)
             self.o_proj = Linear(weights, f"{conv}.out_proj", hidden, hidden, bias=spec.conv_bias)
         else:
-            self.qkv = Linear(weights, qkv, hidden, self.qkv_sizes, bias=spec.qkv_bias)
+            self.qkv = joined(weights, qkv, hidden, self.qkv_sizes, bias=spec.qkv_bias)
+            if spec.sound_rank:
+                rank, attn = spec.sound_rank, f"{name}.attn"
+                downs = [f"{attn}.q_down", f"{attn}.v_down"]
+                self.lora_down = Linear(weights, downs, hidden, [rank, rank], bias=False)
+                self.q_up = Linear(weights, f"{attn}.q_up", rank, heads, bias=False)
+                self.v_up = Linear(weights, f"{attn}.v_up", rank, kv_heads, bias=False)
             self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=spec.o_bias)
             if spec.qk_norm:
                 self.q_norm = Norm(weights, f"{name}.attn.q_norm", spec, spec.head_dim)
@@ -176,23 +238,26 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         op: Any,
         residual: Any,
         normed: Any,
-        seqlens: Any,
-        total_length: Any,
+        reach: _Reach,
         rotary: tuple[Any, Any, Any],
         past: tuple[Any, ...],
         positions: Any | None,
         deep: Any | None,
     ) -> tuple[Any, Any, tuple[Any, ...], Any | None]:
-        if self.short_conv is not None:
-            mixed, present = self.short_conv(op, normed, *past)
+        apart, gate = self.delta or self.short_conv, None
+        if apart is not None:
+            mixed, present = apart(op, normed, *past)
         else:
-            mixed, present = self._mixed(op, normed, (seqlens, total_length), rotary, past)
+            mixed, present, gate = self._mixed(op, normed, reach, rotary, past)
         if positions is not None:
             mixed = op.Gather(mixed, positions, axis=1)
             residual = op.Gather(residual, positions, axis=1)
             deep = None if deep is None else op.Gather(deep, positions, axis=1)
-        if self.short_conv is None:
+            gate = None if gate is None else op.Gather(gate, positions, axis=1)
+        if apart is None:
             mixed = cut_heads(op, mixed, self.num_heads, self.spec)
+        if gate is not None:
+            mixed = op.Mul(mixed, op.Sigmoid(gate))
         attended = self.o_proj(op, mixed)
         if self.attn_output_norm is not None:
             attended = self.attn_output_norm(op, attended)
@@ -217,15 +282,22 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         self,
         op: Any,
         normed: Any,
-        lengths: tuple[Any, Any],
+        reach: _Reach,
         rotary: tuple[Any, Any, Any],
         past: tuple[Any, ...],
-    ) -> tuple[Any, tuple[Any, Any]]:
-        """Mixed values ``(1, length, heads · cache_head_dim)``, and the buffers."""
+    ) -> tuple[Any, tuple[Any, Any], Any | None]:
+        """Mixed values ``(1, length, heads · cache_head_dim)``, the buffers, and the gate ``(1,
+        length, heads · head_dim)`` where there is one."""
+        qkv, gate = self.qkv(op, normed), None
+        if reach.sound is not None:
+            qkv = self._with_sound(op, qkv, normed, reach.sound)
+        if self.spec.attention_gate:
+            qkv, gate = self._without_gate(op, qkv)
+        parts = self._rotated(op, qkv, rotary)
         mixed, key, value = op.GroupQueryAttention(
-            *self._rotated(op, self.qkv(op, normed), rotary),
+            *parts,
             *past,
-            *lengths,
+            *(reach.seqlens, reach.total),
             *(rotary[:2] if self.fused_rotary else (None, None)),
             num_heads=self.num_heads,
             kv_num_heads=self.num_kv_heads,
@@ -234,13 +306,42 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             _domain=CONTRIB,
             _outputs=3,
         )
-        return mixed, (key, value)
+        if reach.blocks is not None:
+            buffers = key, value
+            mixed = attend_blocks(
+                op, reach.blocks, parts[0], buffers, mixed, self.spec, self._capped
+            )
+        return mixed, (key, value), gate
+
+    def _with_sound(self, op: Any, qkv: Any, normed: Any, sound: Any) -> Any:
+        """Add the products that act where the prompt has sound; 0 times them changes nothing."""
+        narrow = op.Mul(self.lora_down(op, normed), sound)
+        for_query, for_value = op.Split(narrow, axis=-1, num_outputs=2, _outputs=2)
+        query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
+        query = op.Add(query, self.q_up(op, for_query))
+        return op.Concat(query, key, op.Add(value, self.v_up(op, for_value)), axis=-1)
+
+    def _without_gate(self, op: Any, qkv: Any) -> tuple[Any, Any]:
+        """Query, key and value, and the gates that stand behind the query of each head."""
+        both, *others = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
+        heads = op.Reshape(both, [1, -1, self.num_heads, 2 * self.spec.head_dim])
+        size = self.num_heads * self.spec.head_dim
+        query, gate = (
+            op.Reshape(part, [1, -1, size])
+            for part in op.Split(heads, axis=-1, num_outputs=2, _outputs=2)
+        )
+        return op.Concat(query, *others, axis=-1), gate
+
+    def _capped(self, op: Any, scores: Any) -> Any:
+        cap = self.spec.attention_softcap
+        return scores if cap is None else soft_cap(op, scores, cap)
 
     def _rotated(self, op: Any, qkv: Any, rotary: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
         """Query, key and value as attention takes them: all in the first where it rotates."""
         counts = (self.num_heads, self.num_kv_heads, self.num_kv_heads)
         if self.q_norm is not None and self.k_norm is not None:
-            query, key, value = op.Split(qkv, list(self.qkv_sizes), axis=-1, _outputs=3)
+            sizes = [count * self.spec.head_dim for count in counts]
+            query, key, value = op.Split(qkv, sizes, axis=-1, _outputs=3)
             query = self._normed_heads(op, self.q_norm, query, self.num_heads)
             key = self._normed_heads(op, self.k_norm, key, self.num_kv_heads)
             parts = zip((query, key, value), counts, strict=True)
@@ -273,10 +374,11 @@ class WatchedLayer(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__("layer")
+        self.index = index
         self.input_norm = Norm(weights, f"decoder.layers.{index}.input_norm", spec)
         self.layer = DecoderLayer(weights, index, spec)
         self.cos_cache = self.sin_cache = None
-        if spec.rotary_channels and not spec.rope_sections and index not in spec.conv_layers:
+        if spec.rotary_channels and not spec.rope_sections and spec.mixer(index) == "attn":
             cos, sin = rotary_tables(spec, spec.has_sliding_rope(index))
             self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
 
@@ -287,14 +389,19 @@ class WatchedLayer(nn.Module):  # type: ignore[misc]
         total_length: Any,
         past: tuple[Any, ...],
         tables: tuple[Any, ...] = (),
+        image: tuple[Any, Any] | None = None,
+        deep: Any | None = None,
+        sound: Any | None = None,
     ) -> tuple[Any, Any]:
-        """``tables`` as of :class:`DecoderStage`."""
+        """``tables``, ``image`` and ``sound`` as of :class:`DecoderStage`; ``deep``: what is added
+        after the layer."""
         turned = tables or (self.cos_cache, self.sin_cache)
         rotary = (*turned, op.Constant(value_ints=[0]))
-        normed, lengths = self.input_norm(op, hidden), op.Sub(total_length, 1)
-        after, following, _, _ = self.layer(
-            op, hidden, normed, lengths, total_length, rotary, past, None, None
-        )
+        window = self.layer.spec.window(self.index)
+        lengths = (total_length, total_length)
+        [reach] = _Reach.of(op, hidden, lengths, image, [window], sound=sound).values()
+        normed = self.input_norm(op, hidden)
+        after, following, _, _ = self.layer(op, hidden, normed, reach, rotary, past, None, deep)
         return after, following
 
 
@@ -363,10 +470,12 @@ def _attention_settings(spec: DecoderSpec, index: int) -> dict[str, float]:
     return settings
 
 
-def has_fused_rotary(spec: DecoderSpec) -> bool:
-    """Whether GroupQueryAttention can rotate: in heads of multiples of 16 channels, multiples of 8
-    pairs, by positions of one axis. Without rotary positions there is nothing to rotate."""
-    if spec.rope_sections:
+def has_fused_rotary(spec: DecoderSpec, index: int) -> bool:
+    """Return whether GroupQueryAttention can rotate in a layer: in heads of multiples of 16
+    channels, multiples of 8 pairs, by positions of one axis that are those of the slots in its
+    buffers, and where nobody else needs queries. Without rotary positions there is nothing to
+    rotate."""
+    if spec.rope_sections or spec.window(index) or spec.image_blocks:
         return False
     whole_heads = spec.cache_head_dim % 16 == 0
     return spec.rotary_channels == 0 or (whole_heads and spec.rotary_channels % 16 == 0)

@@ -23,7 +23,7 @@ from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.layers import FLOAT
 from mobilevlm.export.graph.mlp import build_mlp, linear_names
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.export.quantize.blocks import Float32, Quantized
+from mobilevlm.export.quantize.blocks import Float32, Quantized, half_scales
 from mobilevlm.export.quantize.errors import relative_error
 from mobilevlm.export.recipes.layer_formats import quantize, to_half
 from mobilevlm.recipe import BLOCK_BITS, BLOCK_SIZES, LinearFormat
@@ -244,7 +244,7 @@ class Stacked(nn.Module):  # type: ignore[misc]
             for group, part in zip(names, parts, strict=True):
                 weights.errors[",".join(group)] = part.relative_error
             self.table = weights.parameter(np.stack([_rows(part) for part in parts]))
-            self.scales = weights.parameter(np.stack([part.scales for part in parts]))
+            self.scales = weights.parameter(np.stack([half_scales(part) for part in parts]))
             zeros = [part.zero_points for part in parts if part.zero_points is not None]
             self.zero_points = weights.parameter(np.stack(zeros)) if zeros else None
         if stack.biased:
@@ -257,7 +257,8 @@ class Stacked(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any) -> tuple[Any, Any, Any, Any]:
         table = op.Cast(self.table, to=FLOAT) if self.half else self.table
-        return table, self.scales, self.zero_points, self.bias
+        scales = None if self.scales is None else op.Cast(self.scales, to=FLOAT)
+        return table, scales, self.zero_points, self.bias
 
 
 def _tables(

@@ -12,18 +12,18 @@ from mobilevlm.decoder_spec import DecoderSpec
 
 
 def pad_heads(op: Any, states: Any, heads: int, spec: DecoderSpec) -> Any:
-    """``(1, length, heads * head_dim)`` to ``(1, length, heads * cache_head_dim)``."""
+    """``(sequences, length, heads * head_dim)`` to ``(…, heads * cache_head_dim)``."""
     added = spec.cache_head_dim - spec.head_dim
     if not added:
         return states
-    split = op.Reshape(states, [1, -1, heads, spec.head_dim])
+    split = op.Reshape(states, [0, -1, heads, spec.head_dim])
     padded = op.Pad(split, [0, 0, 0, 0, 0, 0, 0, added])
-    return op.Reshape(padded, [1, -1, heads * spec.cache_head_dim])
+    return op.Reshape(padded, [0, -1, heads * spec.cache_head_dim])
 
 
 def cut_heads(op: Any, states: Any, heads: int, spec: DecoderSpec) -> Any:
     """Undo :func:`pad_heads`."""
     if spec.cache_head_dim == spec.head_dim:
         return states
-    split = op.Reshape(states, [1, -1, heads, spec.cache_head_dim])
-    return op.Reshape(op.Slice(split, [0], [spec.head_dim], [3]), [1, -1, heads * spec.head_dim])
+    split = op.Reshape(states, [0, -1, heads, spec.cache_head_dim])
+    return op.Reshape(op.Slice(split, [0], [spec.head_dim], [3]), [0, -1, heads * spec.head_dim])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from onnxscript import nn
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.quantize import q4_0
-from mobilevlm.export.quantize.blocks import signed_columns
+from mobilevlm.export.quantize.blocks import half_scales, signed_columns
 from mobilevlm.export.quantize.errors import relative_error
 from mobilevlm.export.recipes.layer_formats import quantize, to_half
 from mobilevlm.recipe import BLOCK_BITS
@@ -26,7 +27,8 @@ class Linear(nn.Module):  # type: ignore[misc]
     """``x (…, in_size)`` to ``x · Wᵀ + b (…, out_size)``.
 
     ``names``: canonical tensors without ``.weight``; several are stacked along the output and
-    multiplied at once (fused q, k and v). The recipe says how they are stored.
+    multiplied at once (fused q, k and v), with ``bias`` for all or for each. The recipe says how
+    they are stored.
     """
 
     def __init__(
@@ -36,7 +38,7 @@ class Linear(nn.Module):  # type: ignore[misc]
         in_size: int,
         out_sizes: int | Sequence[int],
         *,
-        bias: bool = True,
+        bias: bool | Sequence[bool] = True,
     ) -> None:
         super().__init__()
         names = [names] if isinstance(names, str) else list(names)
@@ -58,7 +60,7 @@ class Linear(nn.Module):  # type: ignore[misc]
                 self.scale = weights.parameter(quantized.scales[:, 0])
             else:
                 self.weight = weights.parameter(quantized.packed)
-                self.scale = weights.parameter(quantized.scales)
+                self.scale = weights.parameter(half_scales(quantized))
                 if quantized.zero_points is not None:
                     self.zero_points = weights.parameter(quantized.zero_points)
         elif self.format.precision == "fp16":
@@ -68,8 +70,12 @@ class Linear(nn.Module):  # type: ignore[misc]
         else:
             self.weight = weights.parameter(weight.T)
         self.bias = None
-        if bias:
-            vectors = [weights.read(f"{name}.bias", size) for name, size in parts]
+        biased = [bias] * len(names) if isinstance(bias, bool) else list(bias)
+        if any(biased):
+            vectors = [
+                weights.read(f"{name}.bias", size) if given else np.zeros(size, np.float32)
+                for (name, size), given in zip(parts, biased, strict=True)
+            ]
             self.bias = weights.parameter(_stacked(vectors))
 
     @property
@@ -88,7 +94,7 @@ class Linear(nn.Module):  # type: ignore[misc]
             return op.MatMulNBits(
                 x,
                 self.weight,
-                self.scale,
+                op.Cast(self.scale, to=FLOAT),
                 self.zero_points,
                 None,
                 self.bias,
@@ -120,6 +126,46 @@ class Linear(nn.Module):  # type: ignore[misc]
         )
         product = op.Mul(product, largest)
         return product if self.bias is None else op.Add(product, self.bias)
+
+
+class Joined(nn.Module):  # type: ignore[misc]
+    """Layers that read the same input, as a product for each run of layers of one format, whose
+    outputs follow each other. Arguments as of :class:`Linear`."""
+
+    def __init__(
+        self,
+        weights: WeightFile,
+        names: Sequence[str],
+        in_size: int,
+        out_sizes: Sequence[int],
+        *,
+        bias: bool,
+    ) -> None:
+        super().__init__()
+        parts = zip(names, out_sizes, strict=True)
+        self._leaves = []
+        for _, run in groupby(parts, key=lambda part: weights.recipe.format_of(part[0])):
+            some, sizes = zip(*run, strict=True)
+            self._leaves.append(some[0].rpartition(".")[2])
+            setattr(self, self._leaves[-1], Linear(weights, some, in_size, sizes, bias=bias))
+
+    def forward(self, op: Any, x: Any) -> Any:
+        made = [getattr(self, leaf)(op, x) for leaf in self._leaves]
+        return op.Concat(*made, axis=-1)
+
+
+def joined(
+    weights: WeightFile,
+    names: Sequence[str],
+    in_size: int,
+    out_sizes: Sequence[int],
+    *,
+    bias: bool,
+) -> Linear | Joined:
+    """Return one product for all layers where the recipe gives them one format, else several."""
+    formats = {weights.recipe.format_of(name) for name in names}
+    kind = Linear if len(formats) == 1 else Joined
+    return kind(weights, names, in_size, out_sizes, bias=bias)
 
 
 class LayerNorm(nn.Module):  # type: ignore[misc]

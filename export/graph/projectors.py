@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
-from mobilevlm.export.graph.dialects import hard_sigmoid
+from mobilevlm.export.graph.dialects import Dialect, hard_sigmoid
 from mobilevlm.export.graph.layers import LayerNorm, Linear, to_grid, to_tokens
 from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
@@ -28,17 +28,19 @@ class MLPProjector(nn.Module):  # type: ignore[misc]
         self.pooling, self.dialect = None, weights.dialect
         if spec.out_grid < spec.grid:
             self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.in_size)
-        self.mlp, self.newline = _linears(weights, spec), None
+        self.norm, self.epsilon = None, spec.pool_norm_eps or 0.0
+        if spec.pool_norm_eps is not None:
+            self.norm = weights.parameter(weights.read("projector.norm.weight", spec.in_size))
+        self.mlp, self.newline = mlp_linears(weights, spec), None
         if spec.newline:
             row = weights.read("projector.newline", spec.out_size)
             self.newline = weights.parameter(row[None, None])
 
     def forward(self, op: Any, features: Any) -> Any:
         hidden = features if self.pooling is None else self.pooling(op, features)
-        for index, linear in enumerate(self.mlp):
-            hidden = linear(
-                op, self.dialect.gelu(op, hidden, approximate="none") if index else hidden
-            )
+        if self.norm is not None:
+            hidden = self.dialect.rms_norm(op, hidden, self.norm, self.epsilon)
+        hidden = run_mlp(op, self.mlp, hidden, self.dialect)
         return hidden if self.newline is None else op.Concat(hidden, self.newline, axis=1)
 
 
@@ -76,26 +78,30 @@ class DownsampleProjector(nn.Module):  # type: ignore[misc]
         self.norm = None
         if spec.norm:
             self.norm = LayerNorm(weights, "projector.norm", spec.mlp_sizes[0], 1e-5)
-        self.mlp = _linears(weights, spec)
+        self.mlp = mlp_linears(weights, spec)
 
-    def forward(self, op: Any, features: Any) -> Any:
+    def forward(self, op: Any, features: Any, grid: tuple[Any, Any] | None = None) -> Any:
+        """``grid``: rows and columns of patches, each ``(1,)``, where they vary; the squares divide
+        them then."""
         spec, missing = self.spec, -self.spec.grid % self.spec.factor
-        patches = op.Reshape(features, [1, spec.grid, spec.grid, spec.in_size])
-        if missing:
-            patches = op.Pad(patches, [0, 0, 0, 0, 0, missing, missing, 0])
         # Neighbours in a row are one vector already: accelerators have no six dimensions.
-        row = [spec.factor, spec.out_grid, spec.factor * spec.in_size]
-        squares = op.Reshape(patches, [spec.out_grid, *row])
+        if grid is None:
+            patches = op.Reshape(features, [1, spec.grid, spec.grid, spec.in_size])
+            if missing:
+                patches = op.Pad(patches, [0, 0, 0, 0, 0, missing, missing, 0])
+            row = [spec.factor, spec.out_grid, spec.factor * spec.in_size]
+            squares = op.Reshape(patches, [spec.out_grid, *row])
+        else:
+            columns = op.Div(grid[1], [spec.factor])
+            sizes = ([-1, spec.factor], columns, [spec.factor * spec.in_size])
+            squares = op.Reshape(features, op.Concat(*sizes, axis=0))
         by_column = spec.order == "columns"
         squares = op.Transpose(squares, perm=[2, 0, 1, 3] if by_column else [0, 2, 1, 3])
-        hidden = op.Reshape(squares, [1, spec.num_tokens, spec.mlp_sizes[0]])
+        count = spec.num_tokens if grid is None else -1
+        hidden = op.Reshape(squares, [1, count, spec.mlp_sizes[0]])
         if self.norm is not None:
             hidden = self.norm(op, hidden)
-        for index, linear in enumerate(self.mlp):
-            hidden = linear(
-                op, self.dialect.gelu(op, hidden, approximate="none") if index else hidden
-            )
-        return hidden
+        return run_mlp(op, self.mlp, hidden, self.dialect)
 
 
 class LDPv2Projector(nn.Module):  # type: ignore[misc]
@@ -104,7 +110,7 @@ class LDPv2Projector(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.spec, self.dialect = spec, weights.dialect
-        self.mlp = _linears(weights, spec)
+        self.mlp = mlp_linears(weights, spec)
         self.pooling = AveragePooling(weights, spec.grid, spec.out_grid, spec.out_size)
         self.kernel = weights.parameter(
             weights.read("projector.peg.weight", spec.out_size, 1, 3, 3)
@@ -126,7 +132,7 @@ class LDPProjector(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         self.spec, self.dialect = spec, weights.dialect
-        self.mlp = _linears(weights, spec)
+        self.mlp = mlp_linears(weights, spec)
         self.blocks = nn.ModuleList(
             [
                 InvertedResidual(weights, f"projector.blocks.{index}", spec, stride)
@@ -213,13 +219,21 @@ def build_projector(weights: WeightFile, spec: ConnectorSpec) -> nn.Module:
     return kinds[spec.kind](weights, spec)
 
 
-def _linears(weights: WeightFile, spec: ConnectorSpec) -> nn.ModuleList:
+def mlp_linears(weights: WeightFile, spec: ConnectorSpec, name: str = "projector") -> nn.ModuleList:
+    """The Linears of an MLP below this canonical name."""
     return nn.ModuleList(
         [
-            Linear(weights, f"projector.mlp.{index}", *sizes, bias=spec.bias)
+            Linear(weights, f"{name}.mlp.{index}", *sizes, bias=spec.bias)
             for index, sizes in enumerate(pairwise(spec.mlp_sizes))
         ]
     )
+
+
+def run_mlp(op: Any, linears: nn.ModuleList, hidden: Any, dialect: Dialect) -> Any:
+    """Linears with exact GELU between."""
+    for index, linear in enumerate(linears):
+        hidden = linear(op, dialect.gelu(op, hidden, approximate="none") if index else hidden)
+    return hidden
 
 
 def _pooling_matrix(grid: int, out: int) -> np.ndarray[Any, np.dtype[np.float32]]:

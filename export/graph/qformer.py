@@ -18,12 +18,13 @@ from mobilevlm.input_spec import ConnectorSpec, QFormerSpec
 
 
 class QFormerProjector(nn.Module):  # type: ignore[misc]
-    """``(1, num_features, in_size)`` to ``(1, num_tokens, out_size)``."""
+    """``(1, num_features, in_size)`` to ``(1, num_tokens, out_size)``; with windows these are a
+    batch, and their tokens one behind the other."""
 
     def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
         super().__init__()
         assert spec.qformer is not None
-        former = spec.qformer
+        self.former = former = spec.qformer
         queries = weights.read("projector.query_tokens", former.num_queries, former.hidden_size)
         self.queries = weights.parameter(_normed(weights, former, queries)[None])
         self.embedding = None
@@ -41,9 +42,23 @@ class QFormerProjector(nn.Module):  # type: ignore[misc]
         queries, text = op.Identity(self.queries), None
         if self.embedding is not None:
             text = self.embedding(op, instruction)
+        if self.former.window:
+            queries, features = self._in_windows(op, queries, features)
         for layer in self.layers:
             queries, text = layer(op, queries, text, features)
+        if self.former.window:
+            queries = op.Reshape(queries, [1, -1, self.former.hidden_size])
         return self.mlp[0](op, queries)
+
+    def _in_windows(self, op: Any, queries: Any, features: Any) -> tuple[Any, Any]:
+        """The queries for each window, and the features of each, the last filled with zeros."""
+        window, length = [self.former.window], op.Shape(features, start=1, end=2)
+        count = op.Div(op.Add(length, [self.former.window - 1]), window)
+        missing = op.Sub(op.Mul(count, window), length)
+        padded = op.Pad(features, op.Concat([0, 0, 0, 0], missing, [0], axis=0))
+        size = op.Shape(features, start=2)
+        parts = op.Reshape(padded, op.Concat(count, window, size, axis=0))
+        return op.Expand(queries, op.Concat(count, [1, 1], axis=0)), parts
 
 
 class TextEmbedding(nn.Module):  # type: ignore[misc]

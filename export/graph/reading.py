@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from mobilevlm.audio_encoder import ConformerEncoder
 from mobilevlm.errors import BundleError
 from mobilevlm.export.quantize.blocks import Float32, Quantized, dequantize
 from mobilevlm.linear_groups import LinearGroup, linear_groups
@@ -19,13 +21,20 @@ from mobilevlm.recipe import Scheme
 from mobilevlm.spec import ModelSpec
 from mobilevlm.whole_file import file_sha256
 
-_PARTS = {"vision": "vision.tower", "projector": "vision.projector", "decoder": "decoder"}
-"""Modules of the graphs by the first part of a canonical name."""
-_VISION = ("vision.", "projector.")
+_VISION = ("vision.", "audio.", "projector.")
 _FIXED = "_quantized"
 """What onnxruntime's quantizer adds to a tensor's name."""
-_STACKS = {"q_proj": "qkv", "gate_proj": "gate_up", "key_proj": "key_value"}
+_STACKS = {
+    "q_proj": "qkv",
+    "q_down": "lora_down",
+    "gate_proj": "gate_up",
+    "key_proj": "key_value",
+    "qkv_proj": "qkv_gate",
+}
 """What a stack of layers is called, by its first."""
+_JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
+           "qkv_proj": "qkv_gate", "z_proj": "qkv_gate"}  # fmt: skip
+"""Stack of each layer that is a product of its own where formats differ."""
 _EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)")
 _FIRST = ("gate_proj", "fc1")
 """What reads an expert's input."""
@@ -70,10 +79,14 @@ class OnnxTensors:
             and node.inputs[0] is not None
             and node.inputs[0].name in self._stored
         }
+        self._layers, stage = spec.decoder.num_hidden_layers, spec.encoder_stage
+        self._parts = {stage: f"{stage}.tower", "projector": f"{stage}.projector"}
+        self._parts["decoder"] = "decoder"
+        encoded = spec.encoded
+        self._flat = encoded is None or not isinstance(encoded.encoder, ConformerEncoder)
         self._groups: dict[str, LinearGroup] = {}
         stored = (part for group in linear_groups(spec) for part in self._as_stored(group))
         self._groups = {name: group for group in list(stored) for name in group.names}
-        self._layers = spec.decoder.num_hidden_layers
         self._last: tuple[str, Float32] | None = None
         is_decoder = self._holds("decoder.lm_head.weight")
         prefixes = ("decoder.",) if is_decoder else _VISION
@@ -127,13 +140,19 @@ class OnnxTensors:
         return file_sha256(self.files[0])
 
     def _as_stored(self, group: LinearGroup) -> list[LinearGroup]:
-        """The group, or its layers where the graph has a product for each."""
-        last = self._stored_name(f"{group.names[-1]}.weight")
-        is_expert = _EXPERT.fullmatch(group.name) is not None
-        if len(group.names) == 1 or is_expert or not self._holds(last):
+        """The group, or the runs of its layers that the graph has a product for each."""
+        if len(group.names) == 1 or _EXPERT.fullmatch(group.name) is not None:
             return [group]
-        layers = zip(group.names, group.out_sizes, strict=True)
-        return [LinearGroup((name,), group.in_size, (size,)) for name, size in layers]
+        first, *others = group.layers
+        found = [first]
+        for layer in others:
+            if self._holds(self._stored_name(f"{layer.name}.weight")):
+                found.append(layer)
+            else:
+                last = found[-1]
+                names, sizes = (*last.names, *layer.names), (*last.out_sizes, *layer.out_sizes)
+                found[-1] = replace(last, names=names, out_sizes=sizes)
+        return found
 
     def _holds(self, name: str) -> bool:
         return name in self._stored or name in self._fixed
@@ -175,7 +194,7 @@ class OnnxTensors:
         weight = self._array(f"{name}.weight")
         if weight.dtype.kind == "f":
             return np.ascontiguousarray(weight.T, np.float32)
-        scales = self._array(f"{name}.scale")
+        scales = np.asarray(self._array(f"{name}.scale"), np.float32)
         if weight.dtype == np.int8:
             values: Float32 = weight.T.astype(np.float32) * scales[:, None]
             return values
@@ -190,7 +209,7 @@ class OnnxTensors:
         if table.dtype.kind == "f":
             rows: Float32 = table.astype(np.float32)
         else:
-            scales = self._array(f"{name}.scales")[index]
+            scales = np.asarray(self._array(f"{name}.scales")[index], np.float32)
             zero_points = f"{name}.zero_points"
             zeros = self._array(zero_points)[index] if zero_points in self._stored else None
             blocked = table.reshape(*scales.shape, -1)
@@ -213,17 +232,18 @@ class OnnxTensors:
             return self._expert_name(expert[1], expert[2], expert[3], kind)
         part, _, path = layer.partition(".")
         if part == "decoder":
-            path = self._norm_path(path)
+            path = self._decoder_path(path)
         path, _, leaf = path.rpartition(".")
-        if part != "projector":
+        if part == "decoder" or (part != "projector" and self._flat):
             path = path.removesuffix(".attn")
-        if part == "vision":
+        if part in ("vision", "audio"):
             path = path.removesuffix(".mlp")
-        alone, stacked = (
-            ".".join(filter(None, (_PARTS[part], path, last, kind)))
-            for last in (leaf, _STACKS.get(leaf, leaf))
+        joined = f"{_JOINED[leaf]}.{leaf}" if leaf in _JOINED else leaf
+        *single, stacked = (
+            ".".join(filter(None, (self._parts[part], path, last, kind)))
+            for last in (leaf, joined, _STACKS.get(leaf, leaf))
         )
-        return alone if self._holds(alone) else stacked
+        return next(filter(self._holds, single), stacked)
 
     def _expert_name(self, experts: str, index: str, leaf: str, kind: str) -> str:
         """Of all experts in one operator the table, else the expert's own tensor. (Biases of the
@@ -233,9 +253,10 @@ class OnnxTensors:
             return table
         return f"{experts}.experts.{index}.{_STACKS.get(leaf, leaf)}.{kind}"
 
-    def _norm_path(self, path: str) -> str:
+    def _decoder_path(self, path: str) -> str:
         """The operator that adds the residual normalises too, so a norm belongs to the layer before
-        it."""
+        it; what makes the output of what stands in its place stands where attention's does."""
+        path = re.sub(r"\.(short_conv|delta)\.out_proj", ".o_proj", path)
         if path == "norm":
             return f"layers.{self._layers - 1}.next_norm"
         before, _, leaf = path.rpartition(".")

@@ -11,13 +11,13 @@ from mobilevlm.export.quantize.rotation import rotation
 
 
 class StreamRotation(nn.Module):  # type: ignore[misc]
-    """``x (1, length, hidden_size)`` to the same, by the two small factors of the rotation
+    """``x (sequences, length, hidden_size)`` to the same, by the two small factors of the rotation
     (export/quantize/rotation.py) in float32: less to read and to compute than any linear layer."""
 
     def __init__(self, weights: WeightFile, size: int) -> None:
         super().__init__()
         matrix = rotation(size)
-        self.shape = [1, -1, len(matrix.left), len(matrix.right)]
+        self.shape = [0, -1, len(matrix.left), len(matrix.right)]
         self.size = size
         self.signs = weights.parameter(matrix.signs)
         self.left = weights.parameter(matrix.left.T)
@@ -25,4 +25,4 @@ class StreamRotation(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         parts = op.MatMul(op.Reshape(op.Mul(x, self.signs), self.shape), self.right)
-        return op.Reshape(op.MatMul(self.left, parts), [1, -1, self.size])
+        return op.Reshape(op.MatMul(self.left, parts), [0, -1, self.size])

@@ -11,38 +11,59 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
+from mobilevlm.audio_encoder import WhisperEncoder
 from mobilevlm.export.graph.fastvit import FastVit
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
+from mobilevlm.export.graph.native import MergerProjector, NativeTower
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import ConvEncoder, InputSpec, SquareImages, TransformerEncoder
+from mobilevlm.input_spec import ConvEncoder, InputSpec, PixelImages, TransformerEncoder
+from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.spec import ModelSpec
 
 
 class VisionStage(nn.Module):  # type: ignore[misc]
-    """uint8 ``(1, size, size, 3)`` to rows ``(1, num_rows, hidden_size)`` and tower
-    features ``(1, num_features, vision hidden_size)``. ``further``: arrays that the connector reads
-    beside the features."""
+    """uint8 ``(1, height, width, 3)`` to rows ``(1, num_rows, hidden_size)``, tower features ``(1,
+    num_features, vision hidden_size)``, and rows that are added after layers of the decoder.
+    ``further``: arrays that the connector reads beside the features."""
 
     def __init__(self, weights: WeightFile, spec: ModelSpec) -> None:
         super().__init__("vision")
-        self.tower = build_tower(weights, spec.image)
-        self.projector = build_projector(weights, spec.image.connector)
+        image = spec.image
+        self.is_native, self.patch = isinstance(image.encoder, NativeEncoder), None
+        self.tower = build_tower(weights, image)
+        if self.is_native:
+            self.projector = MergerProjector(weights, image.connector)
+            return
+        self.projector = build_projector(weights, image.connector)
+        if image.edge is None:
+            self.patch = image.transformer.patch_size
 
-    def forward(self, op: Any, pixels: Any, *further: Any) -> tuple[Any, Any]:
-        features = self.tower(op, pixels)
-        return self.projector(op, features, *further), features
+    def forward(self, op: Any, pixels: Any, *further: Any) -> tuple[Any, Any, list[Any]]:
+        if self.is_native:
+            features, deep = self.tower(op, pixels)
+            tokens, added = self.projector(op, features, deep)
+            return tokens, features, added
+        if self.patch is None:
+            features = self.tower(op, pixels)
+            return self.projector(op, features, *further), features, []
+        sizes = op.Div(op.Shape(pixels, start=1, end=3), [self.patch])
+        grid = op.Split(sizes, axis=0, num_outputs=2, _outputs=2)
+        features = self.tower(op, pixels, grid)
+        return self.projector(op, features, grid), features, []
 
 
 def build_tower(weights: WeightFile, spec: InputSpec) -> nn.Module:
     """The tower of the kind that the spec has."""
+    if isinstance(spec.encoder, NativeEncoder):
+        return NativeTower(weights, spec.encoder, spec)
     if isinstance(spec.encoder, ConvEncoder):
         return FastVit(weights, spec.encoder, spec.square)
-    return ClipTower(weights, spec.encoder, spec.square)
+    return ClipTower(weights, spec.transformer, spec.pixels)
 
 
 class ClipTower(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: SquareImages) -> None:
+    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: PixelImages) -> None:
         super().__init__()
         self.dropped = spec.num_positions - spec.num_features
         self.embedding = PatchEmbedding(weights, spec, image)
@@ -59,8 +80,9 @@ class ClipTower(nn.Module):  # type: ignore[misc]
         if spec.post_norm:
             self.post_norm = LayerNorm(weights, "vision.post_norm", *sizes)
 
-    def forward(self, op: Any, pixels: Any) -> Any:
-        hidden = self.embedding(op, pixels)
+    def forward(self, op: Any, pixels: Any, grid: tuple[Any, Any] | None = None) -> Any:
+        """``grid``: rows and columns of patches, each ``(1,)``, where they vary."""
+        hidden = self.embedding(op, pixels, grid)
         if self.pre_norm is not None:
             hidden = self.pre_norm(op, hidden)
         for layer in self.layers:
@@ -73,7 +95,7 @@ class ClipTower(nn.Module):  # type: ignore[misc]
 class PatchEmbedding(nn.Module):  # type: ignore[misc]
     """Patches times the convolution's weights, with positions and a class token if there is one."""
 
-    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: SquareImages) -> None:
+    def __init__(self, weights: WeightFile, spec: TransformerEncoder, image: PixelImages) -> None:
         super().__init__()
         self.dialect, self.pixel_offset = weights.dialect, weights.dialect.pixel_offset
         self.grid, self.patch = spec.grid, spec.patch_size
@@ -91,12 +113,15 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         self.weight = weights.parameter(kernel.astype(np.float32))
         patches = positions[spec.num_positions - spec.num_patches :] + bias
         self.positions = weights.parameter(patches.astype(np.float32)[None])
+        self.resized = spec.resized_positions
         self.class_token = None
         if spec.class_token:
             token = positions[0] + weights.read("vision.class_embedding", hidden).astype(np.float64)
             self.class_token = weights.parameter(token.astype(np.float32)[None, None])
 
-    def forward(self, op: Any, pixels: Any) -> Any:
+    def forward(self, op: Any, pixels: Any, sizes: tuple[Any, Any] | None = None) -> Any:
+        if sizes is not None:
+            return self._of_any_shape(op, pixels, sizes)
         grid, patch = self.grid, self.patch
         edge = grid * patch
         if self.pixel_offset:  # before the rest, which NPU compilers cannot do with integers
@@ -110,16 +135,49 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         hidden = op.Add(self.dialect.product(op, patches, self.weight), self.positions)
         return hidden if self.class_token is None else op.Concat(self.class_token, hidden, axis=1)
 
+    def _of_any_shape(self, op: Any, pixels: Any, grid: tuple[Any, Any]) -> Any:
+        """The same of an image whose grid of patches only the run knows."""
+        rows, columns = grid
+        shape = op.Concat(rows, [self.patch], columns, [self.patch * 3], axis=0)
+        patches = op.Transpose(op.Reshape(pixels, shape), perm=[0, 2, 1, 3])
+        patches = op.Cast(op.Reshape(patches, [1, -1, self.patch**2 * 3]), to=FLOAT)
+        hidden = self.dialect.product(op, patches, self.weight)
+        return op.Add(hidden, resized_positions(op, self.positions, self.grid, grid))
+
+
+def resized_positions(op: Any, table: Any, side: int, grid: tuple[Any, Any]) -> Any:
+    """Positions of a grid of patches ``(1, rows · columns, hidden_size)``, resized from a table
+    ``(1, side², hidden_size)``: bilinear with antialiasing, one direction after the other."""
+    down, across = (_resizing(op, side, count) for count in grid)
+    narrow = op.MatMul(down, op.Reshape(table, [side, -1]))
+    made = op.MatMul(across, op.Reshape(narrow, op.Concat(grid[0], [side, -1], axis=0)))
+    return op.Reshape(made, op.Concat([1, -1], op.Shape(made, start=2), axis=0))
+
+
+def _resizing(op: Any, side: int, count: Any) -> Any:
+    """Shares ``(count, side)`` of a table's lines in each of ``count (1,)`` resized ones: triangles
+    as wide as two lines of the coarser side, cut at the edges."""
+    scale = op.Div([float(side)], op.Cast(count, to=FLOAT))
+    places = op.Range(0, op.Squeeze(count, [0]), 1)
+    centers = op.Mul(op.Add(op.Cast(places, to=FLOAT), 0.5), scale)
+    lines = op.Constant(value_floats=[line + 0.5 for line in range(side)])
+    distances = op.Abs(op.Sub(op.Unsqueeze(centers, [1]), op.Unsqueeze(lines, [0])))
+    shares = op.Relu(op.Sub(1.0, op.Div(distances, op.Max(scale, [1.0]))))
+    return op.Div(shares, op.ReduceSum(shares, [1]))
+
 
 class ClipLayer(nn.Module):  # type: ignore[misc]
-    def __init__(self, weights: WeightFile, name: str, spec: TransformerEncoder) -> None:
+    def __init__(
+        self, weights: WeightFile, name: str, spec: TransformerEncoder | WhisperEncoder
+    ) -> None:
         super().__init__()
         size, wide = spec.hidden_size, spec.intermediate_size
         self.spec, self.dialect = spec, weights.dialect
         self.norm1 = LayerNorm(weights, f"{name}.norm1", size, spec.layer_norm_eps)
         parts = [f"{name}.attn.{part}_proj" for part in "qkv"]
         if self.dialect.joined_queries:
-            self.qkv = Linear(weights, parts, size, [size] * 3)
+            biases = [True, spec.key_bias, True]
+            self.qkv = Linear(weights, parts, size, [size] * 3, bias=biases)
         else:
             self.q_proj, self.k_proj, self.v_proj = (
                 Linear(weights, part, size, size) for part in parts

@@ -39,7 +39,7 @@ def artifact_weights(model: Model, bundle: Bundle, engine: str) -> Weights:
     """
     refs: dict[str, TensorRef] = {}
     formats = stage_formats(bundle, engine)
-    for stage in ("vision", "decoder"):
+    for stage in [stage for stage in ("vision", "audio", "decoder") if stage in formats]:
         form = formats[stage]
         path = bundle.path(bundle.artifact(stage, form).path)
         source, names = _open(model, stage, form, path)

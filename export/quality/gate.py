@@ -64,8 +64,10 @@ def measure_quality(
     obstacles: dict[str, str] = {}
     for form in formats_of(draft.artifacts):
         artifacts = tuple(part for part in draft.artifacts if part.format == form)
-        if all(part.stage != "vision" for part in artifacts):  # llama.cpp cannot see: hybrid
-            seeing = (part for part in draft.artifacts if part.stage == "vision")
+        encoder = model.spec.encoder_stage
+        if model.spec.encoded is not None and all(part.stage != encoder for part in artifacts):
+            # llama.cpp cannot see: hybrid
+            seeing = (part for part in draft.artifacts if part.stage == encoder)
             artifacts = (*artifacts, *seeing)
         part = dataclasses.replace(draft, artifacts=artifacts)
         obstacle = _obstacle(form) if wanted else "not wanted"
@@ -84,8 +86,11 @@ def measure_quality(
 
         start = time.perf_counter()
         bundle, engine = Bundle(work.folder, part, digest=""), plan.engine
-        samples = synthetic_samples(model.spec.image.square.size)
+        samples = synthetic_samples(model.spec)
         texts = text_samples(model, GREEDY_TOKENS)
+        if not samples and not texts:
+            obstacles[form] = missing_text(model, texts)
+            continue
         with progress.track("quality", len(samples) + len(texts)) as advance:
             measured = measure(
                 model, bundle, engine, samples, advance=advance, texts=texts, plan=plan

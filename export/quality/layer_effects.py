@@ -11,7 +11,7 @@ from torch import nn
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console import progress
-from mobilevlm.export.calibration.activations import decoder_states, image_states
+from mobilevlm.export.calibration.reference_states import decoder_states, image_states
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.quality.limits import StageKind
 from mobilevlm.export.quality.sensitivity import Change, Effect, Probe
@@ -74,7 +74,7 @@ def layer_effects(
     if not everything or sum(group.size for group in groups) > ALL_WEIGHTS:
         tried = {
             name
-            for prefixes in (("vision.", "projector."), "decoder.")
+            for prefixes in (("vision.", "audio.", "projector."), "decoder.")
             for name in sorted(
                 (name for name in tried if name.startswith(prefixes)),
                 key=errors.__getitem__,

@@ -81,7 +81,7 @@ def check_limits(
     checks = []
     for field, (kind, figure, sense) in LIMITED.items():
         limit: float | None = getattr(limits, field)
-        stage = names.get(kind)
+        stage = _stage_name(names, kind)
         if limit is None or stage is None or stage not in stages:
             continue
         if figure not in stages[stage].figures:
@@ -102,8 +102,15 @@ def unchecked_limits(
     return [
         field
         for field, (kind, figure, _) in LIMITED.items()
-        if getattr(limits, field) is not None and kind in names and (kind, figure) not in found
+        if getattr(limits, field) is not None
+        and _stage_name(names, kind) is not None
+        and (kind, figure) not in found
     ]
+
+
+def _stage_name(names: Mapping[str, str], kind: StageKind) -> str | None:
+    """Name of a stage in the manifest; limits of the vision stage are those of an audio stage."""
+    return names.get("audio" if kind == "vision" and "audio" in names else kind)
 
 
 def unchecked_error(unchecked: Sequence[str]) -> QualityError:

@@ -19,12 +19,13 @@ from torch import Tensor
 
 from mobilevlm.bundle import Bundle, StageQuality
 from mobilevlm.console.progress import Advance, ignore
-from mobilevlm.export.calibration.activations import exact_images
+from mobilevlm.export.calibration.reference_states import exact_images
 from mobilevlm.export.calibration.samples import (
     Sample,
     answer_ids,
     sample_pieces,
     sample_text,
+    sound_samples,
 )
 from mobilevlm.export.calibration.statistics import sample_groups
 from mobilevlm.export.quality.metrics import (
@@ -47,13 +48,15 @@ from mobilevlm.export.quality.metrics import (
 from mobilevlm.export.quality.passages import EXPECTED
 from mobilevlm.model import Model
 from mobilevlm.plan import Plan, stage_formats, stage_names
-from mobilevlm.prompt import Piece
+from mobilevlm.prompt import Piece, Rows, grid_positions, run_spans
 from mobilevlm.reference import ReferenceModel, load_reference
-from mobilevlm.reference.model import held
+from mobilevlm.reference.model import ImageRows, held
+from mobilevlm.reference.steps import State
 from mobilevlm.reference.streaming import stream_steps
 from mobilevlm.runtime.open_model import open_model
 from mobilevlm.runtime.tuning.plan_file import PlanChoice
 from mobilevlm.runtime.vlm import VLM
+from mobilevlm.spec import ModelSpec
 
 PROMPTS = (
     "Describe the picture.",
@@ -74,8 +77,8 @@ class _Answer:
     """An answer to a sample, and what the reference makes of both."""
 
     tokens: Sequence[int]
-    embeds: Tensor
-    """Rows of prompt and answer ``(1, length, hidden_size)``"""
+    rows: Rows
+    """Prompt and answer"""
     state: Tensor
     """Rows that the head reads ``(1, length, hidden_size)``"""
     is_own: bool
@@ -131,7 +134,7 @@ def measure(
 
     ``max_new_tokens``: of each greedy answer. ``advance`` hears of each sample. ``texts``: of
     :func:`mobilevlm.export.quality.passages.text_samples`, which are left out if the reference does
-    not expect them; the bundle answers those that have no answer.
+    not expect them and there are other samples; the bundle answers those that have no answer.
 
     Raises:
         PromptError: a sample does not fit into the context.
@@ -145,10 +148,16 @@ def measure(
         for group in sample_groups(model, everything, POSITIONS):
             asked = [id(sample) not in silent for sample in group]
             found += _measure_group(model, reference, vlm, group, asked, max_new_tokens, advance)
-    note = _unexpected(found[len(samples) :])
+        drawn: dict[str, StageQuality] = {}
+        if model.spec.draws and engine == "onnx":
+            from mobilevlm.export.quality.drawing import measure_drawing
+
+            drawn = measure_drawing(model, reference, vlm)
+    note = _unexpected(found[len(samples) :]) if samples else ""
     if note:
         found = found[: len(samples)]
-    return Measurement(_stages(found, stage_names(bundle, engine)), tuple(found), note)
+    stages = _stages(found, stage_names(bundle, engine)) | drawn
+    return Measurement(stages, tuple(found), note)
 
 
 def _unexpected(found: Sequence[SampleFigures]) -> str:
@@ -163,8 +172,13 @@ def _unexpected(found: Sequence[SampleFigures]) -> str:
     return f"plain English has a perplexity of {perplexity:.0f} in this model: judged on images"
 
 
-def synthetic_samples(size: int) -> list[Sample]:
-    """What an export is measured on: pictures with edges ``size``, the same ones every time."""
+def synthetic_samples(spec: ModelSpec) -> list[Sample]:
+    """Return the images or sounds that an export is measured on, the same ones every time."""
+    if spec.has_sound:
+        return sound_samples(0)[: len(PROMPTS)]
+    if not spec.has_images:
+        return []
+    size = spec.image.usual_edge
     return [
         Sample(prompt, "", (Image.fromarray(calibration_image(seed, size)),))
         for seed, prompt in enumerate(PROMPTS)
@@ -224,7 +238,7 @@ def reference_answers(
     ends = model.spec.conversation.eos_token_ids
     answers = [list(item.greedy[: round((item.match or 0) * len(item.greedy))]) for item in figures]
     visual = _visual_tokens(model, reference, samples)
-    prompts = _embed(reference, [_prompt_pieces(model, sample) for sample in samples], visual)
+    prompts = _prompts(reference, [_prompt_pieces(model, sample) for sample in samples], visual)
 
     def is_open(index: int) -> bool:
         tokens = answers[index]
@@ -261,9 +275,9 @@ def _measure_group(
     answered = [index for index, sample in enumerate(samples) if sample.answer]
     pieces = [[*_prompt_pieces(model, samples[index]), *greedy[index]] for index in own]
     pieces += [sample_pieces(model, samples[index]) for index in answered]
-    embeds = _embed(reference, pieces, [visual[index] for index in (*own, *answered)])
-    states = iter(_last_states(reference, embeds, [()] * len(embeds)))
-    given = iter(embeds)
+    prompts = _prompts(reference, pieces, [visual[index] for index in (*own, *answered)])
+    states = iter(_last_states(reference, prompts, [()] * len(prompts)))
+    given = (_rows(model, *pair) for pair in zip(pieces, prompts, strict=True))
     answers: dict[int, list[_Answer]] = {index: [] for index in range(len(samples))}
     for index in own:
         answers[index].append(_Answer(greedy[index], next(given), next(states), True))
@@ -293,7 +307,6 @@ def _measure_answers(
     for answer in answers:
         count = len(answer.tokens) + 1
         exact = _logits(reference, answer.state[:, -count:])
-        embeds = answer.embeds[0].numpy()
         if answer.is_own:
             greedy = tuple(answer.tokens)
             match = greedy_match(greedy, exact[:-1].argmax(axis=-1).tolist())
@@ -307,9 +320,9 @@ def _measure_answers(
         if not answer.is_own and not sample.images and not has_prefill:
             decoder.append(compared)  # of a text both are the same
         else:
-            decoder.append(compare_logits(vlm.embeds_logits(embeds, False, count), exact))
+            decoder.append(compare_logits(vlm.embeds_logits(answer.rows, False, count), exact))
         if has_prefill:
-            prefill.append(compare_logits(vlm.embeds_logits(embeds, True, count), exact))
+            prefill.append(compare_logits(vlm.embeds_logits(answer.rows, True, count), exact))
     return SampleFigures(
         sample,
         *seen,
@@ -327,19 +340,21 @@ def _measure_encoded(
     reference: ReferenceModel,
     vlm: VLM,
     samples: Sequence[Sample],
-    visual: Sequence[Sequence[Tensor]],
+    visual: Sequence[Sequence[ImageRows]],
     seen: Sequence[_Seen],
     advance: Advance,
 ) -> list[SampleFigures]:
     """Measure a model with an encoder, which reads the prompt alone, on its own answers."""
     greedy = [_greedy(vlm, sample, GREEDY_TOKENS) for sample in samples]
-    embeds = _embed(reference, [_prompt_pieces(model, sample) for sample in samples], visual)
-    states = _last_states(reference, embeds, greedy)
+    prompts = _prompts(reference, [_prompt_pieces(model, sample) for sample in samples], visual)
+    states = _last_states(reference, prompts, greedy)
     found: list[SampleFigures] = []
     with held(reference.decoder.lm_head):
         for index, (sample, tokens) in enumerate(zip(samples, greedy, strict=True)):
             exact = _logits(reference, states[index])
-            decoder = compare_logits(vlm.answer_logits(embeds[index][0].numpy(), tokens), exact)
+            decoder = compare_logits(
+                vlm.answer_logits(prompts[index].hidden[0].numpy(), tokens), exact
+            )
             match = greedy_match(tokens, exact[:-1].argmax(axis=-1).tolist())
             found.append(
                 SampleFigures(sample, *seen[index], decoder, None, None, None, tuple(tokens), match)
@@ -350,11 +365,11 @@ def _measure_encoded(
 
 def _measure_pictures(
     model: Model, reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
-) -> tuple[list[list[Tensor]], list[_Seen]]:
+) -> tuple[list[list[ImageRows]], list[_Seen]]:
     """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
-    has_features = stage_formats(vlm.bundle, vlm.engine)["vision"] != "gguf"
+    has_features = stage_formats(vlm.bundle, vlm.engine).get("vision") != "gguf"
     exact = exact_images(model, reference, samples)
-    visual: list[list[Tensor]] = []
+    visual: list[list[ImageRows]] = []
     seen: list[_Seen] = []
     for sample in samples:
         features: list[VectorFigures] = []
@@ -364,7 +379,7 @@ def _measure_pictures(
             state, projected = next(exact)
             visual[-1].append(projected)
             found = vlm.encode_image(image, sample.prompt)
-            tokens.append(compare_vectors(found, projected.numpy()))
+            tokens.append(compare_vectors(found, projected.tokens.numpy()))
             if has_features:
                 features.append(compare_vectors(vlm.image_features(image), state.numpy()))
         seen.append((tuple(features), tuple(tokens)))
@@ -373,30 +388,41 @@ def _measure_pictures(
 
 def _visual_tokens(
     model: Model, reference: ReferenceModel, samples: Sequence[Sample]
-) -> list[list[Tensor]]:
+) -> list[list[ImageRows]]:
     images = exact_images(model, reference, samples)
     return [[next(images)[1] for _ in sample.images] for sample in samples]
 
 
-def _embed(
+def _prompts(
     reference: ReferenceModel,
     prompts: Sequence[Sequence[Piece]],
-    visual: Sequence[Sequence[Tensor]],
-) -> list[Tensor]:
-    """``(1, length, hidden_size)`` each."""
+    visual: Sequence[Sequence[ImageRows]],
+) -> list[State]:
+    """Return the decoder's state of each prompt before the first step."""
     with torch.no_grad(), held(reference.decoder.embed_tokens):
         return [
-            reference.embed(pieces, images)[None]
-            for pieces, images in zip(prompts, visual, strict=True)
+            reference.prompt(pieces, images) for pieces, images in zip(prompts, visual, strict=True)
         ]
 
 
+def _rows(model: Model, pieces: Sequence[Piece], prompt: State) -> Rows:
+    """Return what the bundle's decoder is given of a prompt."""
+    decoder, placed = model.spec.decoder, None
+    if decoder.rope_sections:
+        placed = grid_positions(pieces, decoder.position_axes)
+    blocks = tuple(run_spans(pieces)) if decoder.image_blocks else ()
+    names = [f"deep.{layer}" for layer in decoder.deep_layers]
+    deep = tuple(prompt.given[name][0].numpy() for name in names if name in prompt.given)
+    heard = "heard" in prompt.given
+    return Rows(prompt.hidden[0].numpy(), deep, placed, blocks, heard)
+
+
 def _last_states(
-    reference: ReferenceModel, embeds: Sequence[Tensor], answers: Sequence[Sequence[int]]
+    reference: ReferenceModel, prompts: Sequence[State], answers: Sequence[Sequence[int]]
 ) -> list[Tensor]:
     """Return what the head reads ``(1, length, hidden_size)`` of each prompt and its answer."""
     with torch.no_grad(), held(reference.decoder.embed_tokens):
-        pairs = zip(embeds, answers, strict=True)
+        pairs = zip(prompts, answers, strict=True)
         states = [reference.decoder.answered(item, answer) for item, answer in pairs]
     return [state.hidden for state in stream_steps(reference.decoder_steps(), states)]
 
@@ -437,7 +463,7 @@ def _stages(found: Sequence[SampleFigures], names: Mapping[str, str]) -> dict[st
         end_to_end |= {"kl": token_figures(whole)["kl"], **perplexity_figures(texts)}
     prefill = [item.prefill for item in found if item.prefill is not None]
     stages = {
-        "vision": vision,
+        "audio" if "audio" in names else "vision": vision,
         "decoder": token_figures([item.decoder for item in found]),
         "prefill": token_figures(prefill) if prefill else {},
         "end_to_end": end_to_end,

@@ -31,7 +31,6 @@ from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.model import Model
 from mobilevlm.prompt import count_rows, visual_positions
 from mobilevlm.reference import load_reference
-from mobilevlm.reference.assembly import assemble_rows
 from mobilevlm.reference.model import fill_block, held
 from mobilevlm.reference.steps import State, Step
 from mobilevlm.reference.streaming import stream_step
@@ -77,7 +76,7 @@ _States: TypeAlias = list[State]
 class Probe:
     """A float32 model and what it answers to samples. Several changes can be tried on it.
 
-    Samples beyond ``MAX_POSITIONS`` of the decoder (export/calibration/activations.py) or
+    Samples beyond ``MAX_POSITIONS`` of the decoder (export/calibration/statistics.py) or
     ``MAX_LOGITS`` are left out.
 
     Raises:
@@ -170,21 +169,31 @@ class Probe:
 
     def _embed(self, states: _States) -> _States:
         """Return the decoder's state of each sample; ``states``: of the encoder's runs."""
-        runs = iter([state.hidden[0] for state in states])
+        runs, reference = iter(states), self._reference
         images = [
-            assemble_rows(list(islice(runs, count)), assembly)
+            reference.rows_of(list(islice(runs, count)), assembly)
             for count, assembly in self._assemblies
         ]
-        visual = torch.cat([self._templates[0][:0], *images])
+        nothing = self._templates[0].hidden[0, :0]
+        visual = torch.cat([nothing, *(image.tokens for image in images)])
+        names = [f"deep.{layer}" for layer in self._spec.decoder.deep_layers]
+        deep = [
+            torch.cat([nothing, *(image.deep[index] for image in images)])
+            for index in range(len(names))
+        ]
         embedded = []
         for template, places, answers in zip(
             self._templates, self._places, self._answers, strict=True
         ):
-            embeds, count = template.clone(), int(places.sum())
-            embeds[places], visual = visual[:count], visual[count:]
-            state = self._reference.decoder.start(embeds[None])
-            answer = torch.arange(len(embeds) - answers, len(embeds))
-            embedded.append(state.then(state.hidden, answer=answer))
+            embeds, count = template.hidden.clone(), int(places.sum())
+            embeds[:, places], visual = visual[:count], visual[count:]
+            length = embeds.shape[1]
+            answer = torch.arange(length - answers, length)
+            given = {}
+            for index, name in enumerate(names if count else ()):
+                given[name] = torch.zeros_like(embeds)
+                given[name][:, places], deep[index] = deep[index][:count], deep[index][count:]
+            embedded.append(template.then(embeds, answer=answer, **given))
         return embedded
 
     def _head(self) -> Step:
@@ -197,17 +206,15 @@ class Probe:
         )
 
     @torch.no_grad()
-    def _embed_texts(
-        self, model: Model, samples: Sequence[Sample]
-    ) -> tuple[list[Tensor], list[Tensor]]:
-        """Embeddings ``(length, hidden_size)`` of each sample with nothing where its visual tokens
-        go, and a mask of these places ``(length,)``."""
+    def _embed_texts(self, model: Model, samples: Sequence[Sample]) -> tuple[_States, list[Tensor]]:
+        """Return the decoder's state of each sample with nothing where its visual tokens go, and a
+        mask of these places ``(length,)``."""
         templates, places = [], []
         with held(self._reference.decoder.embed_tokens):
             for sample in samples:
                 pieces = sample_pieces(model, sample)
                 blank = torch.zeros(count_rows(pieces), self._spec.decoder.hidden_size)
-                templates.append(self._reference.embed(pieces, [blank]))
+                templates.append(self._reference.prompt(pieces, [blank]))
                 places.append(torch.from_numpy(visual_positions(pieces)))
         return templates, places
 

@@ -137,6 +137,12 @@ def signed_columns(quantized: Quantized) -> NDArray[np.int8]:
     return np.ascontiguousarray((rows ^ 0x80).view(np.int8).T)
 
 
+def half_scales(quantized: Quantized) -> NDArray[np.float16]:
+    """Return the scales of blocks as files hold them ``(out_size, blocks)``, which is exact. ONNX
+    Runtime makes them float32 when it loads them."""
+    return quantized.scales.astype(np.float16)
+
+
 def to_blocks(part: Float32, scheme: Scheme) -> Float32:
     """``(rows, in_size)`` to ``(rows, blocks, block)``, padded with zeros."""
     in_size = part.shape[1]

@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 
+from mobilevlm.audio_encoder import WhisperEncoder
 from mobilevlm.checkpoint import Rescaling, Weights
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.input_spec import ConvEncoder, TransformerEncoder
-from mobilevlm.linear_groups import LinearGroup, linear_groups
+from mobilevlm.linear_groups import LinearGroup, delta_gates, linear_groups, mixer_groups
+from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.spec import ModelSpec
 
 
@@ -50,7 +52,8 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
     """All folds of a model, in the order of use. Not here: what reads an activation function, a
     gated convolution or the tower's features, which nothing linear makes. Norms of queries and keys
     and of what a layer adds to the residual stream have no linear layer behind them."""
-    vision, decoder = spec.image.encoder, spec.decoder
+    encoded, decoder = spec.encoded, spec.decoder
+    vision = None if encoded is None else encoded.encoder
     groups = {group.name: group for group in (*linear_groups(spec), *_routers(decoder))}
 
     def place(producer: str, *readers: str, heads: tuple[int, int] = (1, 1)) -> Fold:
@@ -66,11 +69,16 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
                     yield place(f"{name}.norm", f"{name}.attn.q_proj")
                     yield place(f"{name}.attn.v_proj", f"{name}.attn.out_proj")
                 yield place(f"{name}.mlp.conv", f"{name}.mlp.fc1")
-    for index in range(vision.num_hidden_layers if isinstance(vision, TransformerEncoder) else 0):
-        name = f"vision.layers.{index}"
+    layers = 0
+    if isinstance(vision, (TransformerEncoder, NativeEncoder, WhisperEncoder)):
+        layers = vision.num_hidden_layers
+    is_gated = isinstance(vision, NativeEncoder) and vision.mlp == "gated"
+    for name in (f"{spec.encoder_stage}.layers.{index}" for index in range(layers)):
         yield place(f"{name}.norm1", f"{name}.attn.q_proj")
         yield place(f"{name}.attn.v_proj", f"{name}.attn.out_proj")
-        yield place(f"{name}.norm2", f"{name}.mlp.fc1")
+        yield place(f"{name}.norm2", f"{name}.mlp.{'gate_proj' if is_gated else 'fc1'}")
+        if is_gated:
+            yield place(f"{name}.mlp.up_proj", f"{name}.mlp.down_proj")
     kv_heads = decoder.num_key_value_heads
     shared = (kv_heads, decoder.num_attention_heads // kv_heads)
     first, last = decoder.mlp_linears[0][0], decoder.mlp_linears[1]
@@ -79,13 +87,17 @@ def find_folds(spec: ModelSpec) -> Iterator[Fold]:
         # The router comes first: unlike an expert it sees every token.
         readers = _router_names(decoder, index)
         readers += [f"{mlp}.{first}" for mlp in decoder.mlp_names(index)]
-        is_attention = index not in decoder.conv_layers
-        mixer = f"{name}.attn.q_proj" if is_attention else f"{name}.short_conv.in_proj"
+        mixer = decoder.mixer(index)
+        mixing = [next(mixer_groups(decoder, index, name)).name]
+        if mixer == "delta":
+            mixing.append(f"{name}.delta.b_proj")
+        if decoder.sound_rank:
+            mixing.append(f"{name}.attn.q_down")
         if decoder.parallel_residual:
-            yield place(f"{name}.input_norm", mixer, *readers)
+            yield place(f"{name}.input_norm", *mixing, *readers)
         else:
-            yield place(f"{name}.input_norm", mixer)
-        if is_attention:
+            yield place(f"{name}.input_norm", *mixing)
+        if mixer == "attn" and not decoder.sound_rank:  # values are made by two layers there
             yield place(f"{name}.attn.v_proj", f"{name}.attn.o_proj", heads=shared)
         if not decoder.parallel_residual:
             yield place(f"{name}.post_attention_norm", *readers)
@@ -99,6 +111,8 @@ def free_folds(spec: ModelSpec, *, rotated: bool) -> Iterator[Fold]:
     """All folds, or of a decoder whose stream is rotated those that the rotation leaves free: what
     it rotates has no channels of its own."""
     for place in find_folds(spec):
+        if spec.draws and place.producer == "decoder.norm":
+            continue  # the head for codes reads it too, in another file
         taken = place.producer.endswith(("norm", ".attn.v_proj"))
         if not (rotated and taken and place.producer.startswith("decoder.")):
             yield place
@@ -121,8 +135,11 @@ def fold(weights: Weights, folds: Mapping[Fold, Float32]) -> Weights:
 
 
 def _routers(decoder: DecoderSpec) -> Iterator[LinearGroup]:
-    """What reads the input of a layer's experts and chooses among them. It stays float."""
+    """Yield the layers that read the input of a layer's experts and choose among them, or that of a
+    gated delta layer and weigh its past. They stay float."""
     for index in range(decoder.num_hidden_layers):
+        if decoder.mixer(index) == "delta":
+            yield delta_gates(decoder, f"decoder.layers.{index}.delta")
         sizes = (decoder.num_experts(index), 2)
         for name, size in zip(_router_names(decoder, index), sizes, strict=False):
             yield LinearGroup((name,), decoder.hidden_size, (size,))

@@ -4,8 +4,8 @@ of weights and activations have no outliers to cover. The same function in float
 
 A root-mean-square norm without weights does not see a rotation. So its weights go into the linear
 layers that read it, these take the rotation back, and those that add to the stream add a rotated
-sum. Values are rotated within each head too, which the layer after attention takes back. The graph
-rotates what comes in (export/graph/rotation.py).
+sum. Values are rotated within each head too, which the layer after attention takes back, unless
+gates multiply their channels. The graph rotates what comes in (export/graph/rotation.py).
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.export.quantize.folding import find_folds
 from mobilevlm.export.quantize.hadamard import factor_matrices
 from mobilevlm.spec import ModelSpec
+
+CODE_HEAD = "image_head.mlp.0"
+"""The layer that reads the decoder's states where images are drawn."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ def _turned(weights: Weights, spec: ModelSpec, names: Iterable[str], *, back: bo
     """The weights with those of these names rotated; norms are ones."""
     among = set(names)
     decoder = spec.decoder
-    stream, heads = rotation(decoder.hidden_size), rotation(decoder.head_dim)
+    stream = rotation(decoder.hidden_size)
+    heads = None if decoder.attention_gate else rotation(decoder.head_dim)
     rotations: dict[str, tuple[Rotation | None, Rotation | None]] = {}
     for _, readers in _readers(spec):
         for name in readers:
@@ -133,6 +137,9 @@ def _turned(weights: Weights, spec: ModelSpec, names: Iterable[str], *, back: bo
     for name in _writers(decoder):
         rotations[name] = heads if name.endswith(".attn.o_proj") else None, stream
     rotations["decoder.position_embedding"] = stream, None
+    if decoder.sound_rank:
+        for index in range(decoder.num_hidden_layers):
+            rotations[f"decoder.layers.{index}.attn.v_up"] = None, heads
     changes = {
         f"{name}.{kind}": _Rotated(inputs, outputs, back)
         for name, (inputs, outputs) in rotations.items()
@@ -146,14 +153,15 @@ def _readers(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the norms of the stream, each with the layers that read it."""
     for place in find_folds(spec):
         if place.producer.startswith("decoder.") and place.producer.endswith("norm"):
-            yield place.producer, place.consumers
+            is_read = spec.draws and place.producer == "decoder.norm"
+            yield place.producer, (*place.consumers, *([CODE_HEAD] if is_read else []))
 
 
 def _writers(spec: DecoderSpec) -> Iterator[str]:
     """Yield the layers that add to the stream."""
     for index in range(spec.num_hidden_layers):
         name = f"decoder.layers.{index}"
-        is_attention = index not in spec.conv_layers
-        yield f"{name}.attn.o_proj" if is_attention else f"{name}.short_conv.out_proj"
+        mixer = spec.mixer(index)
+        yield f"{name}.{mixer}.{'o_proj' if mixer == 'attn' else 'out_proj'}"
         for mlp in spec.mlp_names(index):
             yield f"{mlp}.{spec.mlp_linears[1]}"

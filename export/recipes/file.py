@@ -10,12 +10,13 @@ import dataclasses
 import json
 import os
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.recipes.layer_formats import DECODER_ROLES, TOWER_ROLES
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.plain_types import from_dict
 from mobilevlm.recipe import (
@@ -25,6 +26,7 @@ from mobilevlm.recipe import (
     HALVED,
     PARTS,
     PREFILL,
+    PREFILL_LAYERS,
     QDQ,
     LinearFormat,
     Precision,
@@ -33,6 +35,14 @@ from mobilevlm.recipe import (
 )
 from mobilevlm.regular_file import read_regular
 
+_LAYERS = ("layers", PREFILL_LAYERS)
+"""Fields of formats of single layers."""
+_ROLES_OF = {
+    "tower": ("layers", TOWER_ROLES),
+    "decoder": ("layers", DECODER_ROLES),
+    PREFILL: (PREFILL_LAYERS, DECODER_ROLES),
+}
+"""Field and keys of each part's roles."""
 MOST_FILE = 1 << 24
 """Bytes of a recipe file"""
 _USES: dict[str, tuple[Precision, ...]] = {
@@ -77,10 +87,11 @@ def _find_recipe(name: str, extending: tuple[Path, ...]) -> Recipe:
         raise MobileVLMError(f"{path}: not a TOML recipe: {error}") from None
     for part in (*PARTS, PREFILL):
         data |= _spelled_out(data, part)
-    layers = data.get("layers")
-    if isinstance(layers, dict):
-        for key in layers:
-            layers |= _spelled_out(layers, key)
+    for field in _LAYERS:
+        layers = data.get(field)
+        if isinstance(layers, dict):
+            for key in layers:
+                layers |= _spelled_out(layers, key)
     # What it names lies beside it.
     for key in ("gguf_imatrix", "gguf_calibration", "calibration"):
         if isinstance(data.get(key), str) and _is_path(key, data[key]):
@@ -94,8 +105,10 @@ def _find_recipe(name: str, extending: tuple[Path, ...]) -> Recipe:
         _check(getattr(recipe, part), f"{path}.{part}")
     if recipe.prefill is not None:
         _check(recipe.prefill, f"{path}.{PREFILL}")
-    for key, single in recipe.layers.items():
-        _check(single, f"{path}.layers.{key}")
+    elif recipe.prefill_layers:
+        raise MobileVLMError(f"{path}.{PREFILL_LAYERS}: without {PREFILL} there is no such graph")
+    for where, single in _single(recipe):
+        _check(single, f"{path}.{where}")
     _check_fixed_point(recipe, str(path))
     _check_rotation(recipe, str(path))
     if recipe.projector.scaling != "none":
@@ -107,8 +120,9 @@ def _find_recipe(name: str, extending: tuple[Path, ...]) -> Recipe:
 
 def _extended(data: dict[str, Any], path: Path, extending: tuple[Path, ...]) -> dict[str, Any]:
     """Return a recipe file's data with what it leaves out as in the recipe that it extends.
-    ``limits`` and ``layers`` are merged, layers of the file after the others (of patterns the last
-    counts). A part with a precision is a new one; without, it changes the other's settings."""
+    ``limits`` and single layers are merged, layers of the file after the others (of patterns the
+    last counts). A part with a precision is a new one, which the other's roles do not change;
+    without, it changes the other's settings."""
     base = data.pop("extends")
     if not isinstance(base, str):
         raise MobileVLMError(
@@ -124,12 +138,17 @@ def _extended(data: dict[str, Any], path: Path, extending: tuple[Path, ...]) -> 
         old = merged.get(key)
         if not (isinstance(value, dict) and isinstance(old, dict)):
             merged[key] = value
-        elif key == "layers":
+        elif key in _LAYERS:
             kept = {name: layer for name, layer in old.items() if name not in value}
             merged[key] = {**kept, **value}
         else:
             is_new = key != "limits" and "precision" in value
             merged[key] = value if is_new else {**old, **value}
+            if is_new and key in _ROLES_OF:
+                field, roles = _ROLES_OF[key]
+                said = data.get(field, {})
+                layers = merged[field].items()
+                merged[field] = {k: v for k, v in layers if k not in roles or k in said}
     return merged
 
 
@@ -152,10 +171,10 @@ def _check_fixed_point(recipe: Recipe, where: str) -> None:
             f"{where}.{PREFILL}.precision: {recipe.prefill.precision} is for the tower and the "
             f"projector, or for all parts of a model for NPUs"
         )
-    for key, layers in recipe.layers.items():
+    for key, layers in _single(recipe):
         if layers.precision in QDQ:
             raise MobileVLMError(
-                f"{where}.layers.{key}.precision: {layers.precision} is for whole graphs (tower "
+                f"{where}.{key}.precision: {layers.precision} is for whole graphs (tower "
                 f"and projector, decoder and lm_head), not for single layers"
             )
     for first, second in (("tower", "projector"), ("decoder", "lm_head")):
@@ -173,7 +192,7 @@ def _check_rotation(recipe: Recipe, where: str) -> None:
     """The decoder as a whole is rotated. Which factors of other methods have a place beside that is
     known when patterns are expanded (export/recipes/layer_formats.py)."""
     parts = {part: getattr(recipe, part) for part in PARTS if part != "decoder"}
-    parts |= {f"layers.{key}": layers for key, layers in recipe.layers.items()}
+    parts |= dict(_single(recipe))
     if recipe.prefill is not None:
         parts[PREFILL] = recipe.prefill
     for part, layers in parts.items():
@@ -229,12 +248,21 @@ def recipe_text(
     lines += ["", "[limits]"]
     limits = _fields(recipe.limits)
     lines += [f"{name} = {_value(value)}" for name, value in limits if value is not None]
-    if recipe.layers:
-        lines += ["", "[layers]"]
-    for name, layers in recipe.layers.items():
-        comment = f"  # {comments[name]}" if name in comments else ""
-        lines.append(f"{_value(name)} = {_format(layers)}{comment}")
+    for field in _LAYERS:
+        single: Mapping[str, LinearFormat] = getattr(recipe, field)
+        if single:
+            lines += ["", f"[{field}]"]
+        for name, layers in single.items():
+            comment = f"  # {comments[name]}" if name in comments and field == "layers" else ""
+            lines.append(f"{_value(name)} = {_format(layers)}{comment}")
     return "\n".join(lines) + "\n"
+
+
+def _single(recipe: Recipe) -> Iterator[tuple[str, LinearFormat]]:
+    """Yield the formats of single layers, and where the recipe has them."""
+    for field in _LAYERS:
+        for key, layers in getattr(recipe, field).items():
+            yield f"{field}.{key}", layers
 
 
 def _is_path(field: str, value: str) -> bool:

@@ -1,10 +1,19 @@
-"""Named recipes: what ``--recipe NAME`` stands for."""
+"""Named recipes: what ``--recipe NAME`` stands for. docs/quality.md has what each loses on a real
+language model."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from typing import Literal
 
+from mobilevlm.export.recipes.layer_formats import (
+    DOWN,
+    EDGE_DOWN,
+    HALF_DOWN,
+    SHARED_KV,
+    TOWER_DOWN,
+    TOWER_QKV,
+)
 from mobilevlm.recipe import Limits, LinearFormat, Precision, Recipe
 
 
@@ -20,25 +29,70 @@ def _uniform(
 
 
 def _limits(vision: float, kl: float, perplexity: float, accuracy: float) -> Limits:
-    """The first two are wide enough for random weights, which quantize worse than any trained
-    model (with experts in 4 bits a KL of 0.52): they find a broken artifact. The others are for
-    answers that mean something: int8 may cost half a point of accuracy and int4 one, and nano loses
-    less than a tenth of the perplexity that is allowed here (docs/quality.md)."""
+    """Return limits with a margin to what was measured on a real decoder of 135 million weights,
+    which are harder to round than those of larger ones (docs/quality.md)."""
     return Limits(vision, kl, perplexity_ratio=perplexity, accuracy_loss=accuracy)
 
 
+_FINE = LinearFormat("q8", block_size=64)
+"""Layers whose rounding costs most: the head, which in 4 bits makes half of what such a decoder
+loses; the output of an MLP, whose inputs have the largest outliers; keys and values that several
+query heads share, which are few."""
+
+
+_TOWER = LinearFormat("int8", "gptq", "smoothquant")
+"""Format of towers, trained ones of which have channels 50 to 100 times larger than others."""
+_PROJECTOR = LinearFormat("fp16")
+"""Reads the tower's outliers, which no norm before it can take, and is small."""
+_TOWER_LAYERS = {
+    # Sharp attention turns the rounding of queries and keys into other answers.
+    TOWER_QKV: LinearFormat("fp16"),
+    # The widest inputs: second moments of theirs would take most of an export's time.
+    TOWER_DOWN: replace(_TOWER, quantizer="mse"),
+}
+
+
+def _int8() -> Recipe:
+    base = _uniform("int8", "int8", "int8", "fp16", _limits(0.08, 0.02, 1.05, 0.005))
+    return replace(
+        base,
+        tower=_TOWER,
+        projector=_PROJECTOR,
+        decoder=LinearFormat("int8", "mse", "rotation"),
+        lm_head=_FINE,
+        layers={DOWN: _FINE, SHARED_KV: _FINE, **_TOWER_LAYERS},
+    )
+
+
 def _int4() -> Recipe:
-    """Blocks of 128, since a token's time is that of reading weights: with blocks of 32 and
-    onnxruntime's scale and sum in float32 for each, it reads a third more. HQQ makes up for the
-    larger blocks (benchmarks/RESULTS.md)."""
-    layers = LinearFormat("q4", "hqq", block_size=128)
-    base = _uniform("int4", "int8", "q4", "fp16", _limits(0.15, 0.6, 1.1, 0.01))
-    return replace(base, decoder=layers, lm_head=layers)
+    """Return what keeps most in the size of llama.cpp's Q4_K_M (benchmarks/RESULTS.md)."""
+    decoder = LinearFormat("q4", "gptq", "rotation", block_size=32, symmetric=False)
+    fine = replace(_FINE, quantizer="gptq")
+    return replace(
+        _uniform("int4", "int8", "q4", "fp16", _limits(0.08, 0.1, 1.2, 0.01)),
+        tower=_TOWER,
+        projector=_PROJECTOR,
+        decoder=decoder,
+        lm_head=_FINE,
+        layers={HALF_DOWN: fine, SHARED_KV: fine, **_TOWER_LAYERS},
+    )
 
 
-_INT4 = _int4()
-_INT8 = _uniform("int8", "int8", "int8", "fp16", _limits(0.15, 0.1, 1.05, 0.005))
-_CALIBRATED = LinearFormat("int8", "gptq", "smoothquant")
+def _portable() -> Recipe:
+    """Return int8 without blocks: their kernel gives other sums in other runtimes, and wants
+    weights of its own form, which are not mapped."""
+    layers = LinearFormat("int8", "gptq")
+    return replace(
+        _int8(),
+        name="int8-portable",
+        decoder=replace(layers, scaling="rotation"),
+        lm_head=layers,
+        layers={DOWN: replace(layers, scaling="smoothquant"), **_TOWER_LAYERS},
+    )
+
+
+_INT8, _INT4, _PORTABLE = _int8(), _int4(), _portable()
+_SMALL = replace(_INT4.decoder, block_size=64)
 
 RECIPES = {
     recipe.name: recipe
@@ -49,19 +103,29 @@ RECIPES = {
         replace(
             _INT8,
             name="int8-calibrated",
-            tower=_CALIBRATED,
-            projector=replace(_CALIBRATED, scaling="none"),
-            decoder=_CALIBRATED,
-            lm_head=_CALIBRATED,
-            # Sharp attention turns the rounding of queries and keys into other answers.
-            layers={"vision.layers.*.attn.q_proj": LinearFormat("fp16")},
+            decoder=replace(_INT8.decoder, quantizer="gptq"),
+            layers={**_INT8.layers, TOWER_DOWN: _TOWER},
         ),
+        _PORTABLE,
         _INT4,
         replace(
             _INT4,
             name="fast",
-            prefill=LinearFormat("int8"),
-            limits=replace(_INT4.limits, prefill_kl=0.1),
+            prefill=_PORTABLE.lm_head,
+            prefill_layers={
+                DOWN: _PORTABLE.layers[DOWN],
+                EDGE_DOWN: LinearFormat("fp16"),
+                SHARED_KV: LinearFormat("fp16"),
+            },
+            limits=replace(_INT4.limits, prefill_kl=_INT8.limits.decoder_kl),
+        ),
+        replace(
+            _INT4,
+            name="int4-small",
+            decoder=_SMALL,
+            lm_head=replace(_SMALL, scaling="none"),
+            limits=replace(_INT4.limits, decoder_kl=0.3, perplexity_ratio=1.5),
+            layers=_TOWER_LAYERS,
         ),
         _uniform("a16w8", "qdq16", "qdq16", "fp16", _limits(0.15, 0.2, 1.1, 0.015)),
         _uniform("a8w8", "qdq8", "qdq8", "fp16", _limits(0.5, 1.5, 2.0, 0.2)),

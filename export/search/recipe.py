@@ -15,7 +15,7 @@ from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibration.data import find_samples
 from mobilevlm.export.calibration.samples import measuring_samples
 from mobilevlm.export.recipes.file import find_recipe, recipe_text
-from mobilevlm.export.recipes.layer_formats import expand_layers
+from mobilevlm.export.recipes.layer_formats import DECODER_ROLES, expand_layers
 from mobilevlm.export.search.search import Data, Found, Goal, candidates, search
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import OpenOptions
@@ -63,10 +63,16 @@ def search_recipe(
     if calibration is not None:
         base = dataclasses.replace(base, calibration=calibration)
     model = open_checkpoint(checkpoint, options)
-    samples = Data(find_samples(base.calibration, model), measuring_samples(data))
+    samples = Data(
+        find_samples(base.calibration, model), measuring_samples(data, model.spec.inputs)
+    )
     if base.is_rotated:
         progress.say("rotation    left out: a search measures the layers as they are")
         base = base.without_rotation()
+    if roles := [key for key in base.layers if key in DECODER_ROLES]:
+        progress.say(f"layers      left out: {', '.join(roles)}: the search chooses formats")
+        named = {key: layers for key, layers in base.layers.items() if key not in DECODER_ROLES}
+        base = dataclasses.replace(base, layers=named)
     base = expand_layers(base, model.spec)
     if any(name.startswith("decoder.") for name in base.layers):
         raise MobileVLMError(

@@ -9,6 +9,7 @@ from typing import Literal
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.recipes.file import find_recipe
+from mobilevlm.export.recipes.layer_formats import TOWER_ROLES
 from mobilevlm.export.targets.htp import Chip
 from mobilevlm.export.targets.providers import find_provider
 from mobilevlm.plain_types import from_dict
@@ -64,6 +65,8 @@ class Target:
     """Accelerator; with one the bundle has .ort files too"""
     package: bool = False
     """Whether the vision stage is a Core ML package too"""
+    runtime: Literal["transformers.js", "onnxruntime-genai"] | None = None
+    """Another runtime that runs the bundle too (export/targets/other_runtimes.py)"""
     browser: bool = False
     """Whether it is a page that runs the bundle (examples/web)"""
     tested: str = ""
@@ -86,7 +89,8 @@ class Target:
         recipe = find_recipe(self.recipe)
         if self.vision is not None:
             tower = LinearFormat(self.vision)
-            recipe = replace(recipe, tower=tower, projector=tower)
+            layers = {key: one for key, one in recipe.layers.items() if key not in TOWER_ROLES}
+            recipe = replace(recipe, tower=tower, projector=tower, layers=layers)
         return replace(
             recipe,
             operators=self.operators,

@@ -23,6 +23,7 @@ from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.quality.layer_effects import LayerEffect
 from mobilevlm.export.verification.verify import Verification, WorstSample
 from mobilevlm.image import open_image
+from mobilevlm.prompt import Sound
 from mobilevlm.whole_file import written_whole
 
 TEMPLATE = "verification/report.html.jinja"
@@ -185,6 +186,8 @@ def _pictures(sample: Sample) -> list[str]:
     """As data URIs."""
     uris = []
     for image in sample.images:
+        if isinstance(image, Sound):
+            continue
         picture = open_image(image)
         picture.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
         data = io.BytesIO()

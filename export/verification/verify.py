@@ -187,7 +187,7 @@ def verify(
     exact = dataclasses.replace(model, weights=exact_weights(model, ready, engine))
     _check_weights(ready, exact, stored)
     recipe = ready.manifest.recipe
-    samples = held_out_samples(data)
+    samples = held_out_samples(data, model.spec.inputs)
     texts = text_samples(model, LONGEST_ANSWER) if data == SCENES else []
     with progress.track("samples", len(samples) + len(texts)) as advance:
         measured = measure(model, ready, engine, samples, LONGEST_ANSWER, threads, advance, texts)
@@ -229,7 +229,7 @@ def verify(
 
 def _check_spec(bundle: Bundle, model: Model) -> None:
     """Raises MobileVLMError: the model's shapes are not the bundle's."""
-    for part in ("inputs", "decoder", "conversation"):
+    for part in ("inputs", "decoder", "outputs", "conversation"):
         ours, theirs = (to_dict(spec)[part] for spec in (bundle.manifest.spec, model.spec))
         for field, found, expected in _differences(ours, theirs, part):
             raise MobileVLMError(

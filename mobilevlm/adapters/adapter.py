@@ -49,6 +49,8 @@ def folder_kind(folder: Path) -> Kind | None:
     """
     whole = _present(folder, _WHOLE)
     parts = _present(folder, (ADAPTER_CONFIG, *ADAPTER_WEIGHTS, OTHER_TRAINED))
+    if whole and parts and _acts_with_sound(folder / "config.json"):
+        return None
     if whole and parts:
         raise CheckpointError(
             f"{folder}: {whole[0]} is a whole model and {parts[0]} a part of a LoRA adapter: move "
@@ -66,6 +68,12 @@ def folder_kind(folder: Path) -> Kind | None:
     if norm is not None and float(np.mean(np.abs(files.read(norm)))) < _NEAR_ZERO:
         return "delta"
     return None
+
+
+def _acts_with_sound(config: Path) -> bool:
+    """Return whether the adapter beside a whole model is a part of it (Granite Speech), not to be
+    merged."""
+    return config.is_file() and read_json(config).get("model_type") == "granite_speech"
 
 
 def base_missing(folder: Path, kind: Kind) -> CheckpointError:

@@ -20,6 +20,7 @@ from mobilevlm._version import __version__
 from mobilevlm.console.standard_streams import open_closed_streams
 from mobilevlm.console.terminal import plain
 from mobilevlm.errors import (
+    AudioWarning,
     FileWarning,
     ImageWarning,
     MissingExtraError,
@@ -34,20 +35,28 @@ from mobilevlm.waiting import wait_asleep
 VERBS = {
     "demo": "Let the built-in model answer questions about a new picture.",
     "export": "Turn a checkpoint into a bundle.",
+    "export-matrix": "Export many checkpoints by many recipes and compare.",
     "search": "Find how many bits each layer needs.",
     "imatrix": "Measure which weights matter, for GGUF files.",
     "targets": "List the devices that exports are checked for.",
     "run": "Ask one question about images.",
     "chat": "Talk about images.",
+    "draw": "Draw what a text says, with a model that makes images.",
+    "batch": "Ask about many images: a folder or a table.",
     "serve": "Answer clients of OpenAI's API over HTTP.",
+    "list": "List models on this machine.",
     "inspect": "Show what is in a bundle or a checkpoint.",
     "bench": "Measure latency on this machine or a device.",
     "tune": "Find the fastest settings for a bundle on this machine.",
     "eval": "Measure how many questions are answered right.",
+    "report": "Show score, speed, memory and energy of bundles in one table.",
     "verify": "Compare a bundle with its checkpoint.",
     "doctor": "Show what this machine can run.",
     "synth": "Write a checkpoint with random weights.",
 }
+
+_MODULES = {"list": "listing", "export-matrix": "export_matrix"}
+"""Modules of verbs that have another name: a module here must not hide a builtin"""
 
 COMPLETION = "_MOBILEVLM_COMPLETE"
 """Variable by which a shell asks for completion (docs/cli.md)."""
@@ -68,7 +77,8 @@ class _Verbs(click.Group):
             return None
         if cmd_name in TORCH_VERBS:
             wait_asleep()  # read when torch is loaded
-        command: click.Command = importlib.import_module(f"mobilevlm.cli.{cmd_name}").command
+        module = _MODULES.get(cmd_name, cmd_name)
+        command: click.Command = importlib.import_module(f"mobilevlm.cli.{module}").command
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -151,7 +161,9 @@ def _format_warning(
     line: str | None = None,
 ) -> str:
     """Ours as a line for people, others with the place that they come from."""
-    if issubclass(category, (FileWarning, ImageWarning, PlanWarning, PrecisionWarning)):
+    if issubclass(
+        category, (AudioWarning, FileWarning, ImageWarning, PlanWarning, PrecisionWarning)
+    ):
         return f"mobilevlm: warning: {plain(message)}\n"
     if category is UserWarning and "PIL" in Path(filename).parts:
         return ""  # about metadata that nobody asked for

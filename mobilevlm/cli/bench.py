@@ -14,7 +14,13 @@ from mobilevlm.console import progress
 from mobilevlm.plan import engine_for_limit
 
 if TYPE_CHECKING:
+    from mobilevlm.image import ImageInput
+    from mobilevlm.prompt import Sound
     from mobilevlm.runtime.bench.bench import BenchResult
+
+
+_SOUND_SECONDS = 5
+"""Noise that a model hears while it is measured."""
 
 
 @click.command(
@@ -24,7 +30,7 @@ if TYPE_CHECKING:
 )
 @model_options
 @click.option("--image", metavar="FILE", help="Default: a grey picture (the work is the same).")
-@click.option("--no-image", is_flag=True, help="Text only.")
+@click.option("--no-image", is_flag=True, help="Text only, without an image or a sound.")
 @click.option(
     "--text-tokens",
     type=click.IntRange(1),
@@ -39,6 +45,13 @@ if TYPE_CHECKING:
     default=0,
     show_default=True,
     help="Tokens to guess and check at once.",
+)
+@click.option(
+    "--codes",
+    type=click.IntRange(0),
+    default=16,
+    show_default=True,
+    help="Codes of an image that is begun in each run, and decoded, where the model makes images.",
 )
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
@@ -77,6 +90,7 @@ def command(
     text_tokens: int,
     new_tokens: int,
     draft_tokens: int,
+    codes: int,
     runs: int,
     form: str,
     show_plan_only: bool,
@@ -102,6 +116,7 @@ def command(
             f"--text-tokens={text_tokens}",
             f"--new-tokens={new_tokens}",
             f"--draft-tokens={draft_tokens}",
+            f"--codes={codes}",
             f"--runs={runs}",
             *(["--no-image"] if no_image else []),
         ]
@@ -119,20 +134,27 @@ def command(
         return
     import numpy as np
 
+    from mobilevlm.prompt import Sound
     from mobilevlm.runtime.bench.bench import run_bench
 
     with model.open() as vlm:
-        edge = vlm.spec.image.encoder.image_size
-        grey = np.full((edge, edge, 3), 128, np.uint8)
-        picture = None if no_image else (image or grey)
+        shown: ImageInput | Sound | None = None if no_image else image
+        if not no_image and not image and vlm.spec.has_images:
+            edge = vlm.spec.image.usual_edge
+            shown = np.full((edge, edge, 3), 128, np.uint8)
+        if not no_image and not image and vlm.spec.has_sound:
+            rate = vlm.spec.audio.mel.sampling_rate
+            samples = np.random.default_rng(0).normal(0, 0.1, _SOUND_SECONDS * rate)
+            shown = Sound((samples.astype(np.float32), rate))
         with progress.track("runs", runs + 1) as advance:
             result = run_bench(
                 vlm,
-                picture,
+                shown,
                 text_tokens=text_tokens,
                 new_tokens=new_tokens,
                 runs=runs,
                 draft_tokens=draft_tokens,
+                codes=codes,
                 advance=advance,
             )
     _show(result, "json" if as_json else form)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mobilevlm.cli.image_input import allow_urls_option, given_images, given_sounds
 from mobilevlm.cli.options import (
     ModelOptions,
     model_options,
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from mobilevlm.runtime.answer.chat import Chat
 
 HELP = """\
-/image FILE   show further images with the next question
+/image FILE   show further images with the next question; clipboard: takes what was copied
+/audio FILE   the same with sounds, for models that hear
 /new FILE     begin a new conversation about these images, or about none
 /reset        begin a new conversation about the same images
 /system TEXT  set the system message; alone: show it; /system "": the model's own again
@@ -46,15 +48,22 @@ class Talk:
 
     chat: Chat
     context_length: int
+    allow_urls: bool = False
     names: list[str] = field(default_factory=list)
-    """Files of the images"""
+    """Files or data: URIs of the images or sounds"""
     timings: bool = False
     """Shown after each answer"""
 
 
 @click.command("chat", epilog=f"\b\nIn the conversation:\n{HELP}")
 @model_options
-@click.option("--image", "images", multiple=True, metavar="FILE", help="An image; repeatable.")
+@click.option(
+    "--image", "images", multiple=True, metavar="FILE", help="An image, or clipboard:; repeatable."
+)
+@click.option(
+    "--audio", "sounds", multiple=True, metavar="FILE", help="A sound, for models that hear."
+)
+@allow_urls_option
 @system_option
 @plain_text_option
 @structure_options
@@ -62,13 +71,20 @@ class Talk:
 def command(
     model: ModelOptions,
     images: tuple[str, ...],
+    sounds: tuple[str, ...],
+    allow_urls: bool,
     system: str | None,
     **sampling: Any,
 ) -> None:
-    """Talk about images with the model in BUNDLE. Ctrl-C stops an answer."""
+    """Talk about images or sounds with the model in BUNDLE. Ctrl-C stops an answer."""
+    shown = given_images(images, allow_urls)
+    if "-" in sounds:
+        raise click.UsageError("--audio -: what is typed is standard input here: give a file")
+    heard = given_sounds(sounds)
     with model.open() as vlm, edited(COMMANDS):
-        chat = vlm.chat(list(images), system)
-        talk = Talk(chat, vlm.spec.decoder.context_length, list(images))
+        chat = vlm.chat([*shown, *heard], system)
+        names = [*shown, *sounds]
+        talk = Talk(chat, vlm.spec.decoder.context_length, allow_urls, names)
         print(f"{plain(vlm.spec.name)}, loaded in {vlm.load_seconds:.1f} s. /help lists commands.",
               file=sys.stderr)  # fmt: skip
         while True:
@@ -140,15 +156,21 @@ def _read_line(prompt: str) -> str | None:
 
 def _obey(talk: Talk, line: str) -> None:
     verb, _, argument = line.partition(" ")
+    from mobilevlm.prompt import Sound  # brings numpy
+
     argument = typed(argument.strip())
     chat = talk.chat
     try:
         if verb == "/image" and argument:
-            files = files_in(argument)
+            files = given_images(files_in(argument), talk.allow_urls)
             chat.show(files)
             talk.names += files
+        elif verb == "/audio" and argument:
+            files = files_in(argument)
+            chat.show([Sound(file) for file in files])
+            talk.names += files
         elif verb == "/new":
-            files = files_in(argument) if argument else []
+            files = given_images(files_in(argument), talk.allow_urls) if argument else []
             chat.begin(files)
             talk.names = list(files)
         elif verb == "/system":
@@ -184,7 +206,7 @@ def _save(talk: Talk, name: str) -> None:
         content: Any = message["content"]
         if not isinstance(content, str):
             content = [
-                {"type": "image", "image": next(images)} if part["type"] == "image" else part
+                part if part["type"] == "text" else {**part, part["type"]: next(images)}
                 for part in content
             ]
         messages.append({"role": message["role"], "content": content})

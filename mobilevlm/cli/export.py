@@ -27,6 +27,9 @@ Examples:
 """
 
 
+_PHOTO = '--image PHOTO --prompt "What is this?"'
+
+
 @click.command("export", epilog=EXAMPLES)
 @output_option("bundle", "Bundle folder to write; an older bundle there is replaced at the end.")
 @click.option(
@@ -187,7 +190,8 @@ def command(
             }
         )
     else:
-        progress.say(f'next        mobilevlm run {bundle} --image PHOTO --prompt "What is this?"')
+        shown = '--audio SOUND --prompt "What is it?"' if manifest.spec.has_sound else _PHOTO
+        progress.say(f"next        mobilevlm run {bundle} {shown}")
 
 
 def _limits(given: tuple[str, ...]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import base_option, engine_option
+from mobilevlm.cli.options import base_option, download_option, engine_option, from_hub
 from mobilevlm.console.terminal import plain
 
 if TYPE_CHECKING:
@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 
 @click.command("inspect")
-@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("path", type=click.Path(path_type=Path), callback=from_hub)
 @click.option(
     "--vision-tower",
     type=click.Path(path_type=Path),
+    callback=from_hub,
     help="Folder of the vision tower of a checkpoint.",
 )
 @click.option("--variant", metavar="NAME", help="Official behaviour of a checkpoint.")
 @base_option
+@download_option
 @click.option(
     "--experts",
     is_flag=True,
@@ -107,6 +109,10 @@ def _show_bundle(path: Path, as_json: bool) -> None:
     for engine, settings in _memory(bundle).items():
         peaks = ", ".join(f"{peak:.0f} MB ({name})" for name, peak in settings.items())
         print(plain(f"engine {engine} takes {peaks}"))
+    if manifest.spec.draws:
+        from mobilevlm.runtime.memory.estimate import drawing_bytes
+
+        print(plain(f"drawing takes {drawing_bytes(manifest) / 1e6:.0f} MB more"))
     if not manifest.quality.measured:
         print(plain(f"quality not measured: {manifest.quality.note}"))
         return

@@ -21,9 +21,37 @@ if TYPE_CHECKING:
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+_DOWNLOAD = "mobilevlm.download"
+"""Under which a context remembers ``--download``"""
+
+
+def from_hub(context: click.Context, option: Any, given: Path | None) -> Path | None:
+    """Fetch a model that is given by its id, if ``--download`` was said and it is not there."""
+    if given is not None and context.meta.get(_DOWNLOAD):
+        from mobilevlm.hub_cache import fetch, find_snapshot, is_hub_id
+
+        if is_hub_id(given) and find_snapshot(given.as_posix()) is None:
+            fetch(given.as_posix())
+    return given
+
+
+def _remember(context: click.Context, option: Any, said: bool) -> None:
+    context.meta[_DOWNLOAD] = said
+
+
+download_option = click.option(
+    "--download",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_remember,
+    help="Fetch checkpoints that are given as org/name from the Hugging Face hub, if its local "
+    "cache does not have them ([hub] extra).",
+)
 base_option = click.option(
     "--base",
     type=click.Path(path_type=Path),
+    callback=from_hub,
     metavar="DIR",
     help="Whole model that CHECKPOINT, an adapter, is merged into: a LoRA folder of PEFT or LLaVA, "
     "a projector alone (mm_projector.bin), or delta weights.",
@@ -40,9 +68,10 @@ def checkpoint_options(function: F) -> F:
                      "current), if the checkpoint does not tell the right one."),
         click.option("--conversation", metavar="NAME",
                      help="Conversation: v1, llava_v1, phi …, if the family's default is wrong."),
-        click.option("--vision-tower", type=click.Path(path_type=Path),
+        download_option,
+        click.option("--vision-tower", type=click.Path(path_type=Path), callback=from_hub,
                      help="Folder of the vision tower, if it is not beside the checkpoint."),
-        click.argument("checkpoint", type=click.Path(path_type=Path)),
+        click.argument("checkpoint", type=click.Path(path_type=Path), callback=from_hub),
     ):  # fmt: skip
         function = decorate(function)
     return function
@@ -93,6 +122,7 @@ class ModelOptions:
     max_resident_mb: float | None
     plan: PlanChoice
     max_tiles: int | None
+    max_image_tokens: int | None
 
     def open(self) -> VLM:
         """The model, loaded."""
@@ -110,12 +140,15 @@ class ModelOptions:
             said.append("--no-plan")
         if self.max_tiles is not None:
             said.append(f"--max-tiles={self.max_tiles}")
+        if self.max_image_tokens is not None:
+            said.append(f"--max-image-tokens={self.max_image_tokens}")
         return [f"--engine={self.engine}", *said]
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
     """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-memory``, ``--max-resident``,
-    ``--no-plan``, ``--max-tiles`` and ``--no-tiles``, which the function gets as ``model``."""
+    ``--no-plan``, ``--max-image-tokens``, ``--max-tiles`` and ``--no-tiles``, which the function
+    gets as ``model``."""
 
     @functools.wraps(function)
     def gathered(**given: Any) -> None:
@@ -132,6 +165,9 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--max-tiles", type=click.IntRange(1), metavar="N",
                      help="Tiles that an image is split into at most, by models that do. Default: "
                           "as many as the checkpoint has."),
+        click.option("--max-image-tokens", type=click.IntRange(1), metavar="N",
+                     help="Visual tokens that an image becomes at most, by models that encode "
+                          "images near their own size. Default: as many as the checkpoint has."),
         click.option("--no-plan", "plan", flag_value="none", default="auto",
                      help="Do without the settings that 'mobilevlm tune' found."),
         click.option("--max-resident", "max_resident_mb", callback=_megabytes, metavar="800MB",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobilevlm.cli import show_json
+from mobilevlm.cli.image_input import allow_urls_option, given_images, given_sounds
 from mobilevlm.cli.options import (
     ModelOptions,
     model_options,
@@ -30,6 +31,7 @@ Examples:
   mobilevlm run bundle/ --image a.jpg --image b.jpg -p "<image> or <image>: which is older?"
   mobilevlm run bundle/ --image photo.jpg -p "What is it?" -p "Which colour has it?" -n 32
   mobilevlm run bundle/ --video clip.mp4 --frames 8 -p "What happens?"
+  mobilevlm run bundle/ --audio speech.wav -p "What is said?"
   cat photo.jpg | mobilevlm run bundle/ --image - -p "Describe the image." --json
   mobilevlm run bundle/ --image photo.jpg -p @question.txt --json-schema answer.json
   mobilevlm run bundle/ --image photo.jpg -p "What is this?" --max-memory 512MB
@@ -44,17 +46,29 @@ Examples:
     "images",
     multiple=True,
     metavar="FILE",
-    help="An image, or its data: URI; repeat for more; - reads it from standard input.",
+    help="An image, or its data: URI; repeat for more; - reads it from standard input, "
+    "clipboard: takes what was copied.",
+)
+@allow_urls_option
+@click.option(
+    "--audio",
+    "sounds",
+    multiple=True,
+    metavar="FILE",
+    help="A sound, for models that hear: WAV, others with the [audio] extra; repeat for more; - "
+    "reads it from standard input.",
 )
 @click.option(
     "--video",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="A video: some of its frames, as images after the others, each one tile where the model "
-    "splits images ([video] extra).",
+    help="A video, after the images: a clip with the times of its frames where the model takes "
+    "some, else frames as images, each one tile where the model splits images ([video] extra).",
 )
 @click.option(
-    "--frames", type=click.IntRange(1, 256), default=8, show_default=True, help="How many."
+    "--frames",
+    type=click.IntRange(1, 768),
+    help="How many: 8 by default, of a clip two a second.",
 )
 @click.option(
     "-p",
@@ -82,15 +96,17 @@ Examples:
 def command(
     model: ModelOptions,
     images: tuple[str, ...],
+    sounds: tuple[str, ...],
+    allow_urls: bool,
     video: Path | None,
-    frames: int,
+    frames: int | None,
     prompts: tuple[str, ...],
     raw: bool,
     as_json: bool,
     json_lines: bool,
     **options: Any,
 ) -> None:
-    """Ask questions about images and stream the answers of the model in BUNDLE."""
+    """Ask questions about images or sounds and stream the answers of the model in BUNDLE."""
     if raw and not options["special_tokens"]:
         raise click.UsageError("--plain-text does not go with --raw, whose text is all the prompt")
     if raw and options["system"] is not None:
@@ -99,23 +115,24 @@ def command(
         raise click.UsageError(
             "--json prints one object: use --json-lines alone for several prompts or a stream"
         )
-    if [*images, *prompts].count("-") > 1:
-        raise click.UsageError("standard input can be one image or one prompt: give - once")
-    sources: list[Any] = [_from_stdin() if image == "-" else image for image in images]
+    if [*images, *sounds, *prompts].count("-") > 1:
+        raise click.UsageError("standard input can be one image, sound or prompt: give - once")
+    sources: list[Any] = [*given_images(images, allow_urls, stdin=True)]
+    sources += given_sounds(sounds)
     questions, clip = [given_text("--prompt", prompt) for prompt in prompts], None
     if video is not None:
-        from mobilevlm.runtime.answer.video import decode_frames, frame_tiles, open_video
+        from mobilevlm.runtime.answer.video import blank_clip, open_video
 
-        clip = open_video(video, frames)
+        clip = open_video(video)
+    elif frames is not None:
+        raise click.UsageError("--frames is of a video: give one by --video, or leave it out")
     with model.open() as vlm:
         if clip is not None:
-            asked = len(sources) + len(clip.places)
+            shown = [*sources, blank_clip(clip, vlm.spec, frames)]
             special, system = options["special_tokens"], options["system"]
             for question in questions:
-                vlm.check_fits(question, asked, raw, special, system)
-            tiles = frame_tiles(vlm.spec)
-            for frame in decode_frames(clip, vlm.room_for):
-                sources.append(vlm.prepare_image(frame, tiles, images=asked))
+                vlm.check_fits(question, shown, raw, special, system)
+            sources.append(vlm.prepare_video(clip, frames))
         for number, question in enumerate(questions):
             stream = vlm.stream(question, sources, raw=raw, **options)
             if as_json:
@@ -140,12 +157,7 @@ def _show_lines(stream: TextStream, number: int) -> None:
 def _data(answer: Generation) -> dict[str, Any]:
     """Return an answer as JSON data."""
     data = dataclasses.asdict(answer)
+    del data["tool_calls"]  # no tools are given here
     if answer.logprobs is None:
         del data["logprobs"]
     return data
-
-
-def _from_stdin() -> bytes:
-    if not (content := sys.stdin.buffer.read()):
-        raise click.UsageError("--image -: standard input is empty: send one image file into it")
-    return content

@@ -12,7 +12,7 @@ from pathlib import Path
 
 MOST_LINES = 1000
 """Lines of the history that are kept."""
-_URI = re.compile(r"(data|file):", re.IGNORECASE)
+_URI = re.compile(r"(data|file|https?):", re.IGNORECASE)
 
 
 def expanded(path: str) -> Path:
@@ -26,7 +26,7 @@ def expanded(path: str) -> Path:
 
 def files_in(text: str) -> list[str]:
     """Return the files that a person typed: one as it stands, or several as a shell reads them,
-    with quotes, backslashes and ``~``; ``data:`` and ``file:`` URIs as they are."""
+    with quotes, backslashes and ``~``; URIs and addresses as they are."""
     if _URI.match(text):
         return text.split()
     with contextlib.suppress(OSError):  # a name that is too long

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeAlias
 
 from mobilevlm.console.terminal import plain
@@ -37,13 +38,14 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def track(label: str, total: int) -> Iterator[Advance]:
-    """Show a bar while the block runs; where there is no terminal, a line now and then."""
+def track(label: str, total: int, *, done: int = 0, unit: str = "") -> Iterator[Advance]:
+    """Show a bar while the block runs; where there is no terminal, a line now and then. ``done``:
+    what was done of the total before; ``unit``: of amounts, whose rate is shown."""
     if not _enabled:
         yield ignore
         return
     if not sys.stderr.isatty():
-        yield _lines(label, total)
+        yield _lines(label, total, done, unit)
         return
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -52,23 +54,43 @@ def track(label: str, total: int) -> Iterator[Advance]:
         TextColumn("{task.description:<12}", markup=False),
         BarColumn(),
         TextColumn("{task.percentage:>3.0f} %"),
+        *([TextColumn("{task.fields[rate]}", markup=False)] if unit else []),
         TimeRemainingColumn(),
     ]
+    start, before = time.monotonic(), done
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(plain(label), total=max(total, 1))
-        yield lambda amount: bar.advance(task, amount)
+        task = bar.add_task(plain(label), total=max(total, 1), completed=done, rate="")
+
+        def advance(amount: int) -> None:
+            nonlocal done
+            done += amount
+            rate = _rate(done - before, time.monotonic() - start)
+            bar.update(task, advance=amount, rate=f"{rate:.3g} {unit}/s")
+
+        yield advance
 
 
-def _lines(label: str, total: int) -> Advance:
+def _rate(amount: int, seconds: float) -> float:
+    return amount / max(seconds, 1e-3)
+
+
+def _lines(label: str, total: int, done: int, unit: str) -> Advance:
     """Return what prints how far the work is, every ``LINES_EVERY`` seconds at most."""
-    done, last = 0, time.monotonic()
+    start = last = time.monotonic()
+    before = done
 
     def advance(amount: int) -> None:
         nonlocal done, last
         done += amount
-        if time.monotonic() - last >= LINES_EVERY and done < total:
-            last = time.monotonic()
-            say(f"{label:<12}{100 * done // total} %")
+        now = time.monotonic()
+        if now - last >= LINES_EVERY and done < total:
+            last = now
+            line = f"{label:<12}{100 * done // total} %"
+            if unit:
+                rate = _rate(done - before, now - start)
+                left = timedelta(seconds=round((total - done) / rate))
+                line += f", {rate:.3g} {unit}/s, {left} left"
+            say(line)
 
     return advance
 

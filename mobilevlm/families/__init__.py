@@ -6,6 +6,7 @@ checkpoints carry in config.json (``model_type`` and ``mm_projector_type``).
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,26 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.families import (  # they register themselves
     blip,  # noqa: F401
     fastvlm,  # noqa: F401
+    gemma3,  # noqa: F401
+    granite_speech,  # noqa: F401
     internvl,  # noqa: F401
     internvl_chat,  # noqa: F401
+    janus,  # noqa: F401
+    language,  # noqa: F401
+    lfm2_vl,  # noqa: F401
     llava,  # noqa: F401
     llava_hub,  # noqa: F401
     mobilevlm,  # noqa: F401
     moe_llava,  # noqa: F401
+    qwen2_audio,  # noqa: F401
+    qwen_vl,  # noqa: F401
     smolvlm,  # noqa: F401
     vila,  # noqa: F401
+    voxtral,  # noqa: F401
 )
 from mobilevlm.families.config import read_config
 from mobilevlm.families.registry import FAMILIES, Family, Source, folder_with
+from mobilevlm.hub_cache import absent
 from mobilevlm.model import Model, OpenOptions
 from mobilevlm.tokenizers.tokenizer import has_tokenizer, read_tokenizer
 
@@ -41,8 +51,10 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
     """
     folder = checkpoint_path(folder)
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such checkpoint folder")
+        raise CheckpointError(f"{folder}: no such checkpoint folder{absent(folder)}")
     options = options or OpenOptions()
+    if options.vision_tower is not None:
+        options = replace(options, vision_tower=checkpoint_path(options.vision_tower))
     adapter = open_adapter(folder, options.base)
     folders = (folder,) if adapter is None else (folder, adapter.base)
     home = folder_with(folders, "config.json")
@@ -65,11 +77,27 @@ def open_checkpoint(folder: Path, options: OpenOptions | None = None) -> Model:
         )
     sizes = (spec.decoder.vocab_size, spec.decoder.hidden_size)
     weights.check("decoder.embed_tokens.weight", sizes)
+    kernel = (spec.decoder.hidden_size, 1, spec.decoder.conv_kernel)
+    for layer in spec.decoder.conv_layers:
+        weights.check(f"decoder.layers.{layer}.short_conv.conv.weight", kernel)
+    if spec.decoder.delta is not None:
+        kernel = (spec.decoder.delta.mixed_size, 1, spec.decoder.delta.kernel)
+        for layer in spec.decoder.delta.layers:
+            weights.check(f"decoder.layers.{layer}.delta.conv.weight", kernel)
     asked = None
-    if spec.image.connector.reads_text:
+    if spec.reads_instructions:
         own = folder_with(folders, _INSTRUCTION_TOKENIZER)
         asked = read_tokenizer(own / _INSTRUCTION_TOKENIZER, ready=True)
     return Model(folder, spec, weights, tokenizer, place, asked)
+
+
+def family_name(folder: Path) -> str | None:
+    """Return the name of a checkpoint's family; none if it is of no known one."""
+    try:
+        config = read_config(folder / "config.json", "every checkpoint has one")
+        return _find_family(folder, config).name
+    except CheckpointError:
+        return None
 
 
 def _find_family(folder: Path, config: dict[str, Any]) -> Family:
@@ -83,7 +111,14 @@ def _find_family(folder: Path, config: dict[str, Any]) -> Family:
     known = sorted({kind for family in FAMILIES.values() for kind in family.model_types})
     if model_type not in known:
         raise CheckpointError(
-            f"{path}: model_type is {model_type!r:.60}, expected one of {', '.join(known)}"
+            f"{path}: model_type is {model_type!r:.60}, expected one of the families "
+            f"{', '.join(FAMILIES)} (docs/families.md)"
+        )
+    kin = [family for family in FAMILIES.values() if model_type in family.model_types]
+    keys = sorted({key for family in kin for key in family.keys if key not in config})
+    if all(family.keys for family in kin) and keys:
+        raise CheckpointError(
+            f"{path}: model_type is {model_type!r:.60}, which needs {', '.join(map(repr, keys))}"
         )
     raise CheckpointError(
         f"{path}: mm_projector_type {config.get('mm_projector_type')!r:.60} is not known for "

@@ -16,7 +16,12 @@ from mobilevlm.checkpoint import RowRange, TensorRef, TensorSource, check_presen
 from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import config_value, rope_scaling
-from mobilevlm.linear_groups import attention_groups, head_group, mlp_groups
+from mobilevlm.linear_groups import (
+    delta_gates,
+    head_group,
+    mixer_groups,
+    mlp_groups,
+)
 
 _MANY = 1000
 """Missing tensors after which no further ones are looked for."""
@@ -36,7 +41,9 @@ ReadDecoder = Callable[[Path, dict[str, Any]], DecoderSpec]
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}
 """Names of one function."""
-_PARTIAL = "partial_rotary_factor"
+DELTA_HEADS = ("decay_log", "time_bias")
+"""Numbers of a gated delta layer, one for each head, which are no modules in checkpoints."""
+PARTIAL = "partial_rotary_factor"
 """Key of the share of a head that rotates."""
 _MOE_LAYERS: dict[str, Callable[[int], range]] = {
     "sparse": lambda layers: range(0, layers, 2),
@@ -72,13 +79,18 @@ class Backbone:
     norm_offset: float = 0.0
     """Added to the weights of norms when they are read. In float32, as the official code adds
     it."""
+    unused: tuple[str, ...] = ()
+    """Regular expressions of further tensors that nothing reads."""
 
 
 def skipped_names(spec: DecoderSpec, backbone: Backbone) -> list[str]:
     """Return regular expressions of tensors that a language model's files may hold and that have no
     effect: tables that are computed, and the copy of embeddings that are the head too."""
     root = re.escape(backbone.root)
-    names = [rf"{root}\.(.*\.)?(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)$"]
+    names = [
+        *backbone.unused,
+        rf"{root}\.(.*\.)?(rotary_emb\.inv_freq|attn\.masked_bias|position_ids)$",
+    ]
     if spec.tie_word_embeddings:
         names.append(rf"{re.escape(backbone.lm_head)}\.weight$")
     return names
@@ -98,10 +110,13 @@ def decoder_refs(
     for module, biased in modules(spec):
         name, rows = stored_name(module, spec, backbone)
         offset = backbone.norm_offset if module.endswith("norm") else 0.0
+        if module.endswith("delta.norm"):
+            offset = 0.0  # whose weights are whole
         for part in ("weight", "bias") if biased else ("weight",):
             added = offset if part == "weight" else 0.0
-            refs[f"decoder.{module}.{part}"] = TensorRef(files, f"{name}.{part}", rows, added=added)
-            absent += f"{name}.{part}" not in files
+            theirs = stored_tensor(module, name, part)
+            refs[f"decoder.{module}.{part}"] = TensorRef(files, theirs, rows, added=added)
+            absent += theirs not in files
         if absent > _MANY:
             check_presence(refs)
     if spec.tie_word_embeddings:
@@ -125,10 +140,16 @@ def modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
         if spec.post_norms:
             yield f"{layer}.attn_output_norm", normed
             yield f"{layer}.mlp_output_norm", normed
-        if spec.qk_norm:
+        mixer, mixing = spec.mixer(index), list(mixer_groups(spec, index, layer))
+        if mixer == "short_conv":
+            yield f"{layer}.short_conv.conv", spec.conv_bias
+        if mixer == "delta":
+            yield from ((f"{layer}.delta.{part}", False) for part in ("conv", "norm", *DELTA_HEADS))
+            mixing.append(delta_gates(spec, f"{layer}.delta"))
+        if spec.qk_norm and mixer == "attn":
             yield f"{layer}.attn.q_norm", False
             yield f"{layer}.attn.k_norm", False
-        for group in attention_groups(spec, f"{layer}.attn"):
+        for group in mixing:
             yield from ((name, group.biased) for name in group.names)
         if spec.num_experts(index):
             yield f"{layer}.mlp.router", False
@@ -137,6 +158,11 @@ def modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
         for mlp in spec.mlp_names(index):
             for group in mlp_groups(spec, mlp.removeprefix("decoder.")):
                 yield from ((name, group.biased) for name in group.names)
+
+
+def stored_tensor(module: str, name: str, part: str) -> str:
+    """Return the checkpoint's name of a module's weight or bias. ``name``: that of the module."""
+    return name if module.endswith(DELTA_HEADS) else f"{name}.{part}"
 
 
 def stored_name(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, RowRange | None]:
@@ -251,7 +277,7 @@ def common_values(
 ) -> dict[str, Any]:
     """Return the fields that every backbone's configuration names alike. ``key``: that of the
     activation."""
-    config = _with_rope_parameters(path, config)
+    config = with_rope_parameters(path, config)
     found = config_value(path, config, key, str, activation)
     if found != activation:
         raise CheckpointError(f"{path}: {key!r} is {found!r}, expected {activation!r}")
@@ -273,7 +299,7 @@ def common_values(
     }
 
 
-def _with_rope_parameters(path: Path, config: dict[str, Any]) -> dict[str, Any]:
+def with_rope_parameters(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """Return the configuration with the keys that transformers 5 has joined in ``rope_parameters``
     (or leaves in ``rope_scaling``) as they were before.
 
@@ -282,7 +308,7 @@ def _with_rope_parameters(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     """
     scaling = config_value(path, config, "rope_scaling", dict, {})
     joined = config_value(path, config, "rope_parameters", dict, scaling)
-    inside = {key: joined[key] for key in ("rope_theta", _PARTIAL) if joined.get(key) is not None}
+    inside = {key: joined[key] for key in ("rope_theta", PARTIAL) if joined.get(key) is not None}
     outside: dict[str, Any] = {"rope_scaling": joined, **inside}
     for key, value in outside.items():
         if config.get(key) not in (None, {}, value):
@@ -293,7 +319,7 @@ def _with_rope_parameters(path: Path, config: dict[str, Any]) -> dict[str, Any]:
     return {**config, **outside}
 
 
-def _rotary_dim(path: Path, config: dict[str, Any], key: str, head_dim: int) -> int:
+def rotary_dim(path: Path, config: dict[str, Any], key: str, head_dim: int) -> int:
     """Rotated channels of a head: an even number of them."""
     share = config_value(path, config, key, float)
     channels = int(head_dim * min(share, 2.0))
@@ -330,7 +356,7 @@ def _read_stablelm(path: Path, config: dict[str, Any]) -> DecoderSpec:
         **common,
         norm_eps=config_value(path, config, "norm_eps", float, 1e-5),
         norm="layer",
-        rotary_dim=_rotary_dim(path, config, "rope_pct", common["head_dim"]),
+        rotary_dim=rotary_dim(path, config, "rope_pct", common["head_dim"]),
         qkv_bias=config_value(path, config, "use_qkv_bias", bool, True),
     )
 
@@ -342,12 +368,12 @@ def _read_phi(path: Path, config: dict[str, Any]) -> DecoderSpec:
             f"{path}: norms of queries and keys ('qk_layernorm') are not known here"
         )
     common = common_values(path, config, "gelu_new")
-    joined = _with_rope_parameters(path, config)
+    joined = with_rope_parameters(path, config)
     return DecoderSpec(
         **common,
         norm_eps=config_value(path, config, "layer_norm_eps", float, 1e-5),
         norm="layer",
-        rotary_dim=_rotary_dim(path, joined, _PARTIAL, common["head_dim"]),
+        rotary_dim=rotary_dim(path, joined, PARTIAL, common["head_dim"]),
         qkv_bias=True,
         o_bias=True,
         mlp="plain",
@@ -375,7 +401,7 @@ def _read_qwen(path: Path, config: dict[str, Any]) -> DecoderSpec:
             else common["context_length"],
         },
         norm_eps=config_value(path, config, "layer_norm_epsilon", float, 1e-6),
-        rotary_dim=_rotary_dim(path, {"rotary_pct": 1.0, **config}, "rotary_pct", head_dim),
+        rotary_dim=rotary_dim(path, {"rotary_pct": 1.0, **config}, "rotary_pct", head_dim),
         qkv_bias=True,
         o_bias=biased,
         mlp_bias=biased,

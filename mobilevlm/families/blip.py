@@ -146,7 +146,7 @@ def read_blip(source: Source) -> tuple[ModelSpec, Weights]:
         conversation=_conversation(source, text),
     )
     refs = language.refs(files, decoder)
-    refs |= _tower_refs(files, vision) | _qformer_refs(files, qformer)
+    refs |= _tower_refs(files, vision) | qformer_refs(files, qformer)
     for part in ("weight", "bias"):
         refs[f"projector.mlp.0.{part}"] = TensorRef(files, f"language_projection.{part}")
     check_presence(refs)
@@ -283,7 +283,11 @@ def _tower_refs(files: TensorSource, spec: TransformerEncoder) -> dict[str, Tens
     return refs
 
 
-def _qformer_refs(files: TensorSource, spec: QFormerSpec) -> dict[str, TensorRef]:
+def qformer_refs(
+    files: TensorSource, spec: QFormerSpec, root: str = "qformer", queries: str = "query_tokens"
+) -> dict[str, TensorRef]:
+    """Return the tensors of a Q-Former. ``root``: what they are under; ``queries``: name of the
+    learned queries."""
     names = {"norm": "embeddings.layernorm" if spec.vocab_size else "layernorm"}
     for index in range(spec.num_hidden_layers):
         parts = dict(_QFORMER_PARTS)
@@ -293,10 +297,10 @@ def _qformer_refs(files: TensorSource, spec: QFormerSpec) -> dict[str, TensorRef
             parts |= _TEXT_PARTS
         for ours, theirs in parts.items():
             names[f"layers.{index}.{ours}"] = f"encoder.layer.{index}.{theirs}"
-    refs = {"projector.query_tokens": TensorRef(files, "query_tokens", outer=1)}
+    refs = {"projector.query_tokens": TensorRef(files, queries, outer=1)}
     for ours, theirs in names.items():
         for part in ("weight", "bias"):
-            refs[f"projector.{ours}.{part}"] = TensorRef(files, f"qformer.{theirs}.{part}")
+            refs[f"projector.{ours}.{part}"] = TensorRef(files, f"{root}.{theirs}.{part}")
     if spec.vocab_size:
         for kind in ("word", "position"):
             stored = f"qformer.embeddings.{kind}_embeddings.weight"

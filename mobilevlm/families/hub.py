@@ -6,23 +6,35 @@ Tensors have had several names over the releases of transformers; all of them ar
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mobilevlm.adapters.merging import MergedFiles
-from mobilevlm.checkpoint import TensorFiles, read_json
+from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights, check_presence, read_json
 from mobilevlm.conversation import render, user_message
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError, PromptError
-from mobilevlm.families.backbones import LLAMA, LLAMA_DEFAULTS, Backbone
+from mobilevlm.families.backbones import LLAMA, LLAMA_DEFAULTS, Backbone, skipped_names
 from mobilevlm.families.config import config_value, end_ids
-from mobilevlm.families.qwen_gemma import GEMMA3, MISTRAL, QWEN2, QWEN3
+from mobilevlm.families.lfm2 import LFM2
+from mobilevlm.families.qwen3_5 import QWEN3_5
+from mobilevlm.families.qwen_gemma import (
+    GEMMA3,
+    MISTRAL,
+    QWEN2,
+    QWEN2_VL,
+    QWEN3,
+    QWEN3_VL,
+)
 from mobilevlm.families.registry import Source
-from mobilevlm.families.towers import check_steps
-from mobilevlm.spec import ConversationSpec
+from mobilevlm.families.towers import check_steps, skipped_tower_names, tower_names
+from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
 
 _QWEN: dict[str, Any] = {
@@ -45,7 +57,12 @@ BACKBONES: dict[str, tuple[Backbone, dict[str, Any]]] = {
     "mistral": (MISTRAL, _MISTRAL),
     "qwen2": (QWEN2, _QWEN),
     "qwen3": (QWEN3, _QWEN),
+    "qwen2_vl_text": (QWEN2_VL, _QWEN),
+    "qwen2_5_vl_text": (QWEN2_VL, _QWEN),
+    "qwen3_vl_text": (QWEN3_VL, _QWEN),
+    "qwen3_5_text": (QWEN3_5, {}),
     "gemma3_text": (GEMMA3, {}),
+    "lfm2": (LFM2, {}),
 }
 """Language models by ``model_type`` of ``text_config``, with the defaults of their keys."""
 _DECODERS = (
@@ -60,6 +77,7 @@ _DECODERS = (
 """Names that a language model's tensors, and its head, have been under."""
 _TEMPLATES = ("chat_template.jinja", "chat_template.json")
 _PROCESSORS = ("preprocessor_config.json", "processor_config.json")
+_VIDEOS = "video_preprocessor_config.json"
 _FOR_IMAGES = "how images are prepared"
 _QUESTION = "What is it?"
 
@@ -71,7 +89,7 @@ class HubCheckpoint:
     source: Source
     files: TensorFiles | MergedFiles
     text_key: str = "text_config"
-    """Key of the language model's configuration."""
+    """Key of the language model's configuration; empty: it is the whole."""
 
     @property
     def path(self) -> Path:
@@ -81,6 +99,8 @@ class HubCheckpoint:
     @cached_property
     def text(self) -> dict[str, Any]:
         """Configuration of the language model."""
+        if not self.text_key:
+            return self.source.config
         return config_value(self.path, self.source.config, self.text_key, dict)
 
     @cached_property
@@ -113,6 +133,25 @@ class HubCheckpoint:
         if "image_processor" not in settings:  # of a release that had a file for each
             return read_json(self.processor_path.with_name(_PROCESSORS[0]), _FOR_IMAGES)
         return config_value(self.processor_path, settings, "image_processor", dict)
+
+    @cached_property
+    def video_processor(self) -> tuple[Path, dict[str, Any]] | None:
+        """Settings of the video processor and their file; none where it has no settings of its own.
+
+        Raises:
+            CheckpointError: they leave out a step that is always done here.
+        """
+        path = self.source.folder_with(_VIDEOS) / _VIDEOS
+        if path.is_file():
+            settings = read_json(path)
+        else:
+            path = self.source.folder_with(_PROCESSORS[1]) / _PROCESSORS[1]
+            both = read_json(path) if path.is_file() else {}
+            if both.get("video_processor") is None:
+                return None
+            settings = config_value(path, both, "video_processor", dict)
+        check_steps(path, settings)
+        return path, settings
 
     def image_token(self, *keys: str) -> tuple[int, str]:
         """Return the id that stands for a visual token, which one of these keys of config.json
@@ -151,6 +190,18 @@ class HubCheckpoint:
         known = list(candidates)
         return next((start for start in known if f"{start}{probe}" in self.files), known[0])
 
+    def tower_refs(
+        self, vision: TransformerEncoder, beginnings: Iterable[str]
+    ) -> tuple[dict[str, TensorRef], list[str]]:
+        """Return the tensors of a tower of CLIP's or SigLIP's names, behind one of these
+        beginnings, and patterns of those beside them that nothing reads."""
+        place = self.prefix(beginnings, "vision_model.embeddings.patch_embedding.weight")
+        refs = {
+            ours: TensorRef(self.files, place + theirs)
+            for ours, theirs in tower_names(vision).items()
+        }
+        return refs, skipped_tower_names(vision, self.vision, re.escape(place))
+
     def decoder(self) -> tuple[DecoderSpec, Backbone]:
         """Return the language model, and the names of its tensors. Whether the head is the
         embedding table, ``text_config`` says before the rest, and where neither does the file.
@@ -182,9 +233,38 @@ class HubCheckpoint:
         spec = backbone.read(self.path, {**defaults, "tie_word_embeddings": not heads, **given})
         return spec, replace(backbone, root=root, lm_head=heads[0] if heads else head)
 
-    def conversation(self, image_mark: str, before: str = "") -> ConversationSpec:
+    def weights(
+        self,
+        refs: dict[str, TensorRef],
+        decoder: DecoderSpec,
+        backbone: Backbone,
+        skipped: Iterable[str] = (),
+    ) -> Weights:
+        """Return the weights of tensors. ``skipped``: patterns of names that nothing reads, beside
+        the language model's.
+
+        Raises:
+            CheckpointError: one is missing, or another is not read.
+        """
+        check_presence(refs)
+        may_skip = [*skipped_names(decoder, backbone), *skipped]
+        self.source.check_unread(refs, self.files, may_skip)
+        return Weights(refs)
+
+    def conversation(
+        self,
+        image_mark: str = "",
+        before: str = "",
+        image_margin: str = "",
+        shows: Literal["image", "audio"] = "image",
+        parts: bool = True,
+        otherwise: str | None = None,
+    ) -> ConversationSpec:
         """Return the conversation of the checkpoint's own chat template. ``image_mark``: what the
-        template writes for an image; ``before``: template text that goes before it.
+        template writes for an image, empty where the model takes none; ``before``: template text
+        that goes before it; ``image_margin`` and ``shows`` as of :class:`ConversationSpec`;
+        ``parts``: the template takes contents as lists of parts; ``otherwise``: template of a
+        checkpoint that brings none.
 
         Raises:
             CheckpointError: no template, one that fails or that drops the question or the image, or
@@ -196,27 +276,45 @@ class HubCheckpoint:
                 f"conversation {source.options.conversation!r}: this checkpoint brings a chat "
                 f"template of its own: leave it out"
             )
-        place, template = self._template()
+        place, template = self._template(otherwise)
         folder = source.folder_with("generation_config.json")
         ids = end_ids(folder, {"eos_token_id": self.text.get("eos_token_id"), **source.config})
-        end = token_text(tokenizer_settings(source.folder).get("eos_token"))
+        settings = tokenizer_settings(source.folder)
+        begin, end = (token_text(settings.get(f"{name}_token")) for name in ("bos", "eos"))
+        if begin is not None and "bos_token" in template:
+            before += f"{{%- set bos_token = {json.dumps(begin)} -%}}\n"
         index = None if end is None else source.tokenizer.token_to_id(end)
         if index is not None and index not in ids:
             ids = (*ids, index)
-        found = ConversationSpec(before + template, ids, (), "joined", image_mark, parts=True)
+        found = ConversationSpec(
+            before + template,
+            ids,
+            (),
+            "joined",
+            image_mark or IMAGE_PLACEHOLDER,
+            parts=bool(image_mark) and parts,
+            image_margin=image_margin,
+            shows=shows,
+        )
         try:
-            text = render(found, [user_message(_QUESTION, 1)])
+            asked = user_message(_QUESTION, int(bool(image_mark)), shows=shows)
+            text = render(found, [asked])
         except PromptError as error:
             raise CheckpointError(f"{place}: {error}") from None
+        if not image_mark:
+            if _QUESTION not in text:
+                raise CheckpointError(f"{place}: the chat template drops the question")
+            return found
         if text.count(image_mark) != 1 or _QUESTION not in text:
             raise CheckpointError(
                 f"{place}: the chat template writes {image_mark!r} {text.count(image_mark)} times "
-                f"for a question about one image, expected once beside the question"
+                f"for a question about one {'image' if shows == 'image' else 'sound'}, expected "
+                f"once beside the question"
             )
         return found
 
-    def _template(self) -> tuple[Path, str]:
-        """Return the chat template and the file that it is in."""
+    def _template(self, otherwise: str | None = None) -> tuple[Path, str]:
+        """Return the chat template and the file that it is in, or ``otherwise``."""
         for name in (*_TEMPLATES, "processor_config.json", "tokenizer_config.json"):
             place = self.source.folder_with(name) / name
             if not place.is_file():
@@ -231,6 +329,8 @@ class HubCheckpoint:
                 template = named.get("default")
             if isinstance(template, str):
                 return place, template
+        if otherwise is not None:
+            return self.source.folder, otherwise
         raise CheckpointError(
             f"{self.source.folder}: no chat template: expected {_TEMPLATES[0]}, {_TEMPLATES[1]} or "
             f"'chat_template' in tokenizer_config.json"
@@ -241,13 +341,12 @@ def open_hub(source: Source, text_key: str = "text_config") -> HubCheckpoint:
     """Open a checkpoint in this layout, or in one whose language model has another key.
 
     Raises:
-        CheckpointError: a vision tower is given, which such a checkpoint has itself.
+        CheckpointError: a vision tower is given, which such a checkpoint has itself, or, as a
+            language model alone, cannot have.
     """
     if source.options.vision_tower is not None:
-        raise CheckpointError(
-            f"{source.folder}: this checkpoint has its vision tower inside: leave --vision-tower "
-            f"out"
-        )
+        found = "has its vision tower inside" if text_key else "is a language model alone"
+        raise CheckpointError(f"{source.folder}: this checkpoint {found}: leave --vision-tower out")
     return HubCheckpoint(source, source.weight_files(), text_key)
 
 

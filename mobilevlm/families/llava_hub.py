@@ -10,20 +10,19 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from mobilevlm.checkpoint import TensorRef, Weights, check_presence
+from mobilevlm.checkpoint import TensorRef, Weights
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families.backbones import decoder_refs, skipped_names
+from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import config_value
 from mobilevlm.families.hub import HubCheckpoint, open_hub
 from mobilevlm.families.pinpoints import agreed_grids
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import (
     SIGLIP,
+    SIGLIP_DEFAULTS,
     Tower,
     image_spec,
     kept_layers,
-    skipped_tower_names,
-    tower_names,
     transformer_spec,
 )
 from mobilevlm.input_spec import (
@@ -42,7 +41,7 @@ _CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
 _KINDS: dict[str, tuple[dict[str, Any], str, str, dict[str, bool]]] = {
     "clip_vision_model": (_CLIP, "quick_gelu", "default", {}),
     "siglip_vision_model": (
-        {**_CLIP, "patch_size": 16, "layer_norm_eps": 1e-6},
+        SIGLIP_DEFAULTS,
         "gelu_pytorch_tanh",
         "full",
         SIGLIP,
@@ -87,10 +86,8 @@ def read_llava_hub(source: Source) -> tuple[ModelSpec, Weights]:
         decoder=decoder,
         conversation=hub.conversation(mark),
     )
-    refs = decoder_refs(hub.files, decoder, backbone)
-    place = hub.prefix(_TOWERS, "vision_model.embeddings.patch_embedding.weight")
-    for ours, theirs in tower_names(vision).items():
-        refs[ours] = TensorRef(hub.files, place + theirs)
+    tower_refs, skipped = hub.tower_refs(vision, _TOWERS)
+    refs = decoder_refs(hub.files, decoder, backbone) | tower_refs
     between = hub.prefix(_PROJECTORS, "linear_1.weight")
     for ours, theirs in _LINEARS.items():
         for part in ("weight", "bias"):
@@ -98,10 +95,7 @@ def read_llava_hub(source: Source) -> tuple[ModelSpec, Weights]:
     if has_newline:
         newline = f"{hub.prefix(('model.', ''), 'image_newline')}image_newline"
         refs["projector.newline"] = TensorRef(hub.files, newline)
-    check_presence(refs)
-    skipped = skipped_tower_names(vision, hub.vision, re.escape(place))
-    source.check_unread(refs, hub.files, [*skipped_names(decoder, backbone), *skipped])
-    return spec, Weights(refs)
+    return spec, hub.weights(refs, decoder, backbone, skipped)
 
 
 def _tower(hub: HubCheckpoint) -> TransformerEncoder:

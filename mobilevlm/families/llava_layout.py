@@ -40,6 +40,7 @@ from mobilevlm.families.towers import (
     tower_names,
     vision_spec,
 )
+from mobilevlm.hub_cache import absent, find_snapshot, is_hub_id
 from mobilevlm.input_spec import (
     AnyResolution,
     ConnectorSpec,
@@ -218,6 +219,8 @@ def _find_tower(source: Source, key: str, embedded: bool) -> Tower:
             checkpoint / name, checkpoint / base, checkpoint / "vision_tower",
             checkpoint.resolve().parent / base,
         ]  # fmt: skip
+    if given is None and is_hub_id(Path(name)) and (cached := find_snapshot(name)):
+        candidates.append(cached)
     for folder in candidates:
         where = folder / "config.json"
         if _is_file(where):
@@ -237,7 +240,9 @@ def _find_tower(source: Source, key: str, embedded: bool) -> Tower:
                 f"CLIP as transformers saves it (config.json and {SAFETENSORS})"
             )
     if given is not None:
-        raise CheckpointError(f"{given}: no vision tower there: expected a folder with config.json")
+        raise CheckpointError(
+            f"{given}: no vision tower there: expected a folder with config.json{absent(given)}"
+        )
     for part, known in _OTHER_TOWERS.items():
         if part in name.lower():
             raise CheckpointError(
@@ -246,9 +251,10 @@ def _find_tower(source: Source, key: str, embedded: bool) -> Tower:
             )
     if embedded and name in KNOWN_TOWERS:
         return Tower(name, KNOWN_TOWERS[name], {}, None)
+    fetched = f"fetch it with 'hf download {name}', " if is_hub_id(Path(name)) else ""
     raise CheckpointError(
-        f"{path}: vision tower {name!r:.120} is not on this machine: put its folder beside the "
-        f"checkpoint as {base!r:.80}, or pass --vision-tower DIR"
+        f"{path}: vision tower {name!r:.120} is not on this machine: {fetched}put its folder "
+        f"beside the checkpoint as {base!r:.80}, or pass --vision-tower DIR"
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import LLAMA_PARTS, Backbone, common_values, read_llama
-from mobilevlm.families.config import config_value, rope_scaling
+from mobilevlm.families.config import check_only, config_value, rope_scaling
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _GEMMA3: dict[str, Any] = {
@@ -50,6 +50,54 @@ def _read_qwen3(path: Path, config: dict[str, Any]) -> DecoderSpec:
     """``Qwen3Config``."""
     spec = read_llama(path, {"head_dim": 128, **_within_context(config)})
     return replace(spec, qk_norm=True, **_windows(path, config))
+
+
+def _read_qwen2_vl(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    """``Qwen2VLTextConfig`` and ``Qwen2_5_VLTextConfig``."""
+    sections, config = rope_sections(path, config)
+    return replace(_read_qwen2(path, config), **sections)
+
+
+def _read_qwen3_vl(path: Path, config: dict[str, Any]) -> DecoderSpec:
+    """``Qwen3VLTextConfig``."""
+    sections, config = rope_sections(path, config)
+    return replace(_read_qwen3(path, config), **sections)
+
+
+def rope_sections(
+    path: Path, config: dict[str, Any], rotary_dim: int | None = None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return how axes of positions share the pairs of channels, as fields of DecoderSpec, and the
+    configuration without it. ``rotary_dim``: rotated channels of a head, all when not given.
+
+    Raises:
+        CheckpointError: it is missing, or the shares are not half of these channels.
+    """
+    found: dict[str, Any] = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        given = config.get(key)
+        if not isinstance(given, dict):
+            continue
+        rest = {name: given[name] for name in given if not name.startswith("mrope_")}
+        for name in ("type", "rope_type"):
+            if rest.get(name) == "mrope":
+                rest[name] = "default"
+        config = {**config, key: rest}
+        found = {name: given[name] for name in given if name.startswith("mrope_")} or found
+    interleaved = config_value(path, found, "mrope_interleaved", bool, False)
+    sections: Any = found.get("mrope_section")
+    shares = sections if isinstance(sections, list) else []
+    heads = config_value(path, config, "num_attention_heads", int)
+    usual = config_value(path, config, "hidden_size", int) // heads
+    pairs = (rotary_dim or config_value(path, config, "head_dim", int, usual)) // 2
+    is_right = len(shares) == 3 and all(type(share) is int and share >= 0 for share in shares)
+    if not is_right or sum(shares) != pairs or (interleaved and max(shares[1:]) * 3 > pairs + 2):
+        raise CheckpointError(
+            f"{path}: 'mrope_section' is {sections!r:.60}, expected three numbers whose sum is "
+            f"{pairs}, half of {'the rotated channels' if rotary_dim else 'a head'}: positions of "
+            f"images have three axes"
+        )
+    return {"rope_sections": tuple(shares), "rope_interleaved": interleaved}, config
 
 
 def _read_mistral(path: Path, config: dict[str, Any]) -> DecoderSpec:
@@ -114,6 +162,7 @@ def _read_gemma3(path: Path, config: dict[str, Any]) -> DecoderSpec:
         given["rope_local_base_freq"] = sliding.get("rope_theta", _GEMMA3["rope_local_base_freq"])
         if rope_scaling(path, {"rope_scaling": {**sliding, "rope_theta": None}}) != 1:
             raise CheckpointError(f"{path}: positions of sliding layers are scaled: expected none")
+    check_only(path, given, {"attention_bias": False})
     if given["use_bidirectional_attention"]:
         raise CheckpointError(
             f"{path}: 'use_bidirectional_attention' is set: expected a decoder that sees the past"
@@ -146,6 +195,8 @@ MISTRAL = Backbone(_read_mistral, parts=LLAMA_PARTS)
 QWEN2 = Backbone(_read_qwen2, parts=LLAMA_PARTS)
 _QK_NORMS = {f"attn.{part}_norm": f"self_attn.{part}_norm" for part in "qk"}
 QWEN3 = Backbone(_read_qwen3, parts={**LLAMA_PARTS, **_QK_NORMS})
+QWEN2_VL = replace(QWEN2, read=_read_qwen2_vl)
+QWEN3_VL = replace(QWEN3, read=_read_qwen3_vl)
 GEMMA3 = Backbone(
     _read_gemma3,
     parts={

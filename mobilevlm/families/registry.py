@@ -14,6 +14,7 @@ from mobilevlm.adapters.adapter import Adapter
 from mobilevlm.adapters.merging import MergedFiles
 from mobilevlm.checkpoint import ListedTensors, TensorFiles, TensorRef, Weights, check_unread
 from mobilevlm.families.fused import FusedTensors
+from mobilevlm.hub_cache import repository_name
 from mobilevlm.model import OpenOptions
 from mobilevlm.spec import ModelSpec
 
@@ -35,7 +36,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        return self.folders[0].resolve().name
+        return repository_name(self.folders[0])
 
     def weight_files(self) -> TensorFiles | MergedFiles:
         """Open the weights in the checkpoint's own folder, an adapter merged into its base."""

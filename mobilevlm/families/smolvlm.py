@@ -7,19 +7,15 @@ Official code: the classes ``SmolVLMForConditionalGeneration`` and
 
 from __future__ import annotations
 
-import re
-
-from mobilevlm.checkpoint import TensorRef, Weights, check_presence, read_json
+from mobilevlm.checkpoint import TensorRef, Weights, read_json
 from mobilevlm.errors import CheckpointError
-from mobilevlm.families.backbones import decoder_refs, skipped_names
+from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import config_value
 from mobilevlm.families.hub import HubCheckpoint, open_hub
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import (
     Tower,
-    skipped_tower_names,
     tiles_spec,
-    tower_names,
     transformer_spec,
 )
 from mobilevlm.input_spec import ConnectorSpec, InputSpec, LayoutSpec, Tiles, TransformerEncoder
@@ -83,17 +79,12 @@ def read_smolvlm(source: Source) -> tuple[ModelSpec, Weights]:
         decoder=decoder,
         conversation=hub.conversation(mark),
     )
-    refs = decoder_refs(hub.files, decoder, backbone)
-    root = hub.prefix(_ROOTS, "vision_model.embeddings.patch_embedding.weight")
-    for ours, theirs in tower_names(vision).items():
-        refs[ours] = TensorRef(hub.files, root + theirs)
+    tower_refs, skipped = hub.tower_refs(vision, _ROOTS)
+    refs = decoder_refs(hub.files, decoder, backbone) | tower_refs
     refs["projector.mlp.0.weight"] = TensorRef(
         hub.files, hub.prefix(_CONNECTORS, _LINEAR) + _LINEAR
     )
-    check_presence(refs)
-    skipped = skipped_tower_names(vision, hub.vision, re.escape(root))
-    source.check_unread(refs, hub.files, [*skipped_names(decoder, backbone), *skipped])
-    return spec, Weights(refs)
+    return spec, hub.weights(refs, decoder, backbone, skipped)
 
 
 def _tower(hub: HubCheckpoint) -> TransformerEncoder:

@@ -11,18 +11,30 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import RANGES, config_value
 from mobilevlm.input_spec import (
     MOST_TILES_PER_EDGE,
-    Encoder,
     FixedImage,
+    Resampling,
+    SquareEncoder,
     Tiles,
     TransformerEncoder,
 )
 
 SIGLIP = {"class_token": False, "patch_bias": True, "pre_norm": False}
 """Differences of SigLIP's tower from CLIP's, as fields of TransformerEncoder."""
+SIGLIP_DEFAULTS: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "image_size": 224,
+    "patch_size": 16,
+    "layer_norm_eps": 1e-6,
+}
+"""Defaults of ``SiglipVisionConfig``."""
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
-BICUBIC, LANCZOS = 3, 1
+_RESAMPLE: dict[Resampling, int] = {"bilinear": 2, "bicubic": 3, "lanczos": 1}
+"""Pillow's numbers, which image processors name them by."""
 _STEPS = ("do_resize", "do_rescale", "do_normalize")
 """Settings of an image processor that are true in all published files."""
 _FAR = 1000.0
@@ -163,7 +175,10 @@ def skipped_tower_names(
 
 
 def image_spec(
-    tower: Tower, vision: Encoder, aspect: Literal["pad", "crop", "resize"]
+    tower: Tower,
+    vision: SquareEncoder,
+    aspect: Literal["pad", "crop", "resize", "fit"],
+    resample: Resampling = "bicubic",
 ) -> FixedImage:
     """Preprocessing as preprocessor_config.json has it; CLIP's where it says nothing.
 
@@ -173,20 +188,21 @@ def image_spec(
     where = f"{tower.where} (preprocessor_config.json)"
     settings = tower.preprocessor
     size = pixel_edge(settings.get("size"), vision.image_size, where, "size")
-    cut = "size" if aspect == "resize" else "crop_size"
+    cut = "size" if aspect in ("resize", "fit") else "crop_size"
     crop = pixel_edge(settings.get(cut), vision.image_size, where, cut)
     if crop != vision.image_size:
         raise CheckpointError(
             f"{where}: {cut!r} is {crop}, but the tower takes {vision.image_size} pixels"
         )
     check_steps(Path(where), settings)
-    _check_resample(where, settings, BICUBIC, "bicubic")
+    _check_resample(where, settings, resample)
     return FixedImage(
         size=crop,
         shortest_edge=size,
         aspect=aspect,
         mean=channels(settings.get("image_mean"), CLIP_MEAN, where, "image_mean"),
         std=channels(settings.get("image_std"), CLIP_STD, where, "image_std"),
+        resample=resample,
     )
 
 
@@ -198,7 +214,7 @@ def tiles_spec(tower: Tower, vision: TransformerEncoder) -> Tiles:
         CheckpointError: a value is wrong, or asks for what is not known here.
     """
     where, settings = tower.where, tower.preprocessor
-    _check_resample(where, settings, LANCZOS, "Lanczos")
+    _check_resample(where, settings, "lanczos")
     tile = _longest_edge(settings, "max_image_size", 364, where)
     longest = _longest_edge(settings, "size", 4 * 364, where)
     if tile != vision.image_size:
@@ -250,11 +266,11 @@ def check_steps(path: Path, settings: dict[str, Any]) -> None:
         raise CheckpointError(f"{path}: 'rescale_factor' is {factor}, expected 1 / 255")
 
 
-def _check_resample(where: str, settings: dict[str, Any], expected: int, named: str) -> None:
+def _check_resample(where: str, settings: dict[str, Any], expected: Resampling) -> None:
     found = settings.get("resample")
-    if found not in (None, expected):
+    if found not in (None, _RESAMPLE[expected]):
         raise CheckpointError(
-            f"{where}: 'resample' is {found!r:.60}, expected {expected} ({named})"
+            f"{where}: 'resample' is {found!r:.60}, expected {_RESAMPLE[expected]} ({expected})"
         )
 
 

@@ -1,7 +1,7 @@
 """Architectures of GGUF decoders: the one of llama.cpp that a DecoderSpec is, or one of our own.
 
 Source of what llama.cpp's have: ggml-org/llama.cpp, src/models, llama.cpp, qwen2.cpp, qwen3.cpp,
-gemma2.cpp and gemma3.cpp.
+qwen2vl.cpp, qwen3vl.cpp, qwen35.cpp, gemma2.cpp, gemma3.cpp and lfm2.cpp.
 """
 
 from __future__ import annotations
@@ -44,6 +44,23 @@ STOCK: dict[str, Stock] = {
     "llama": Stock(),
     "qwen2": Stock(frozenset({"qkv_bias"}), frozenset({"lm_head_bias"})),
     "qwen3": Stock(frozenset({"qk_norm"})),
+    "qwen2vl": Stock(frozenset({"qkv_bias", "rope_sections"}), frozenset({"lm_head_bias"})),
+    "qwen3vl": Stock(
+        frozenset({"qk_norm", "rope_sections", "rope_interleaved"}), frozenset({"deep_layers"})
+    ),
+    "qwen35": Stock(
+        frozenset(
+            {
+                "qk_norm",
+                "rope_sections",
+                "rope_interleaved",
+                "rotary_dim",
+                "attention_gate",
+                "delta",
+            }
+        )
+    ),
+    "lfm2": Stock(frozenset({"qk_norm", "conv_layers", "conv_kernel"})),
     "gemma2": Stock(
         frozenset(
             {*_GEMMA, "sliding_window", "sliding_layers", "attention_softcap", "logit_softcap"}
@@ -51,7 +68,8 @@ STOCK: dict[str, Stock] = {
         frozenset({"sliding_rope_theta", "attention_scale"}),
     ),
     "gemma3": Stock(
-        frozenset({*_GEMMA, "qk_norm"}), frozenset({*_SLIDING, "attention_scale", "logit_softcap"})
+        frozenset({*_GEMMA, "qk_norm"}),
+        frozenset({*_SLIDING, "attention_scale", "logit_softcap", "image_blocks"}),
     ),
 }
 OURS = frozenset(
@@ -127,6 +145,16 @@ def attention_scale(architecture: str, sizes: DecoderSpec) -> float | None:
     return float((sizes.hidden_size // sizes.num_attention_heads) ** -0.5)
 
 
+def delta_interval(spec: DecoderSpec) -> int:
+    """Return the number n for which every n-th layer has attention and all others are gated delta
+    layers; 0 where there is none."""
+    layers = range(spec.num_hidden_layers)
+    first = next((layer for layer in layers if spec.mixer(layer) == "attn"), -1) + 1
+    is_regular = all((spec.mixer(layer) == "attn") == ((layer + 1) % first == 0) for layer in layers
+                     if first)  # fmt: skip
+    return first if is_regular else 0
+
+
 def _fields(spec: DecoderSpec) -> frozenset[str]:
     """Return the names of fields that are not as in Llama."""
     neutral: dict[str, Any] = {"rotary_dim": spec.head_dim, "attention_scale": spec.head_dim**-0.5}
@@ -140,8 +168,13 @@ def _fields(spec: DecoderSpec) -> frozenset[str]:
 
 def _fits(architecture: str, spec: DecoderSpec) -> bool:
     """Return whether the fields of a decoder have the values that llama.cpp computes with."""
-    if architecture == "qwen2":
+    if spec.deep_layers != tuple(range(len(spec.deep_layers))):
+        return False  # llama.cpp adds rows after the first layers
+    if architecture in ("qwen2", "qwen2vl", "lfm2"):
         return spec.num_attention_heads * spec.head_dim == spec.hidden_size
+    if spec.delta is not None:
+        interval = delta_interval(spec)
+        return interval > 0 and spec.delta.key_dim == spec.delta.value_dim
     if architecture not in PATTERNS:
         return True
     is_gemma_2 = architecture == "gemma2"

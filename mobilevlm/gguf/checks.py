@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 
@@ -19,15 +19,17 @@ from mobilevlm.errors import BundleError
 from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.gguf.encoder import Encoder
 from mobilevlm.gguf.file import TENSOR_TYPES, GgufFile, GgufTensor
+from mobilevlm.gguf.mmproj import mmproj_entries, mmproj_keys
 from mobilevlm.gguf.names import Entry, decoder_entries
 from mobilevlm.gguf.split import refuse_split
+from mobilevlm.input_spec import InputSpec
 
 MAX_LAYERS = 512
 """llama.cpp's LLAMA_MAX_LAYERS"""
 MAX_VOCABULARY = 1 << 19
 MAX_TOKEN = 512
 """Bytes of one token."""
-KEY_VALUE_SHARE, KEY_VALUE_ALLOWANCE = 4, 256 << 20
+KEY_VALUE_SHARE, KEY_VALUE_ALLOWANCE = 8, 256 << 20
 """Keys and values of the whole context take at most so many times the file's bytes, and so many
 more: a small file cannot ask for gigabytes."""
 ROTARY_FACTORS = "rope_freqs.weight"
@@ -41,7 +43,8 @@ _STORED_TYPES = {
     "depthwise": frozenset({"F16"}),
     "float": frozenset({"F32"}),
 }
-_ROWS_THAT_ARE_GOT = {"v.position_embd.weight": frozenset({"F32", "F16"})}
+_FLOATS = frozenset({"F32", "F16"})
+_SINGLE = {"v.position_embd.weight": _FLOATS, "mm.input_projection.weight": _FLOATS}
 """Types of single tensors, beside those of how they are stored."""
 _WIDE_MLP = ("mm.0.weight", "mm.0.bias", "mm.2.weight")
 """Of a projector of one Linear, which is written as two with the double width between them."""
@@ -71,8 +74,18 @@ def check_decoder_file(file: GgufFile, spec: DecoderSpec) -> None:
         value = file.metadata.get(f"{architecture}.{key}", expected)
         if value != expected:
             raise other(file, f"{architecture}.{key} is {value!r:.60}, expected {expected}")
-    width = spec.num_key_value_heads * spec.head_dim
-    needed = 4 * spec.num_hidden_layers * spec.context_length * width
+    check_key_values(file, spec)
+
+
+def check_key_values(file: GgufFile, spec: DecoderSpec) -> None:
+    """Refuse a file whose whole context would take more memory than the file can ask for.
+
+    Raises:
+        BundleError: names both sizes.
+    """
+    needed = (
+        4 * spec.attention_layers * spec.context_length * spec.num_key_value_heads * spec.head_dim
+    )
     if needed > KEY_VALUE_SHARE * file.size + KEY_VALUE_ALLOWANCE:
         raise BundleError(
             f"{file.path}: keys and values of {spec.context_length} positions take "
@@ -94,7 +107,39 @@ def check_encoder_file(file: GgufFile, encoder: Encoder) -> None:
             f"not supported"
         )
     _check_layers(file, "v.blk", encoder.blocks)
-    _check_tensors(file, encoder.entries, frozenset())
+    _check_tensors(file, encoder.entries, frozenset(), _WIDE_MLP)
+    _check_wide_mlp(file)
+
+
+def check_exact_encoder_file(file: GgufFile, image: InputSpec) -> None:
+    """Refuse a file that has not exactly the keys and tensors that our export writes for an image
+    encoder and its projector.
+
+    Raises:
+        BundleError: names the first key or tensor that is missing, too many, or another one.
+    """
+    refuse_split(file, "an image encoder")
+    keys = mmproj_keys(image)
+    for key, expected in keys.items():
+        found = file.metadata.get(key)
+        if found != _stored_value(expected):
+            raise other(file, f"{key} is {found!r:.60}, expected {expected!r:.60}")
+    for key in file.metadata:
+        if key.startswith("clip.") and key not in keys:
+            raise BundleError(
+                f"{file.path}: key {key[:80]!r} is not known to this version: what it changes "
+                f"cannot be heeded: take the file without it, or update mobilevlm"
+            )
+    count = file.metadata["clip.vision.block_count"]
+    _check_layers(file, "v.blk", count)
+    _check_tensors(file, mmproj_entries(image), frozenset())
+
+
+def _stored_value(value: object) -> object:
+    """Return a value as a file holds it: numbers in float32."""
+    if isinstance(value, list):
+        return [_stored_value(entry) for entry in value]
+    return float(np.float32(value)) if isinstance(value, float) else value
 
 
 def check_vocabulary(file: GgufFile, vocab_size: int) -> None:
@@ -181,16 +226,21 @@ def _check_layers(file: GgufFile, prefix: str, count: int) -> None:
         raise other(file, f"block_count is {count}, the file has tensors of {most} layers")
 
 
-def _check_tensors(file: GgufFile, entries: Iterable[Entry], neutral: frozenset[str]) -> None:
+def _check_tensors(
+    file: GgufFile,
+    entries: Iterable[Entry],
+    neutral: frozenset[str],
+    any_shape: Collection[str] = (),
+) -> None:
     left = set(file.tensors) - neutral
     for entry in entries:
         tensor = file.tensors.get(entry.theirs)
         if tensor is None:
             raise other(file, f"tensor {entry.theirs!r} is missing")
         left.discard(entry.theirs)
-        if not (entry.theirs in _WIDE_MLP or _has_shape(tensor, entry)):
+        if not (entry.theirs in any_shape or _has_shape(tensor, entry)):
             raise other(file, f"{entry.theirs} is {tensor.shape}, expected {entry.stored}")
-        types = _ROWS_THAT_ARE_GOT.get(entry.theirs, _STORED_TYPES[entry.store])
+        types = _SINGLE.get(entry.theirs, _STORED_TYPES[entry.store])
         if entry.store == "convolution" and len(entry.stored) == 2:  # a product with a matrix
             types = _MATRIX_TYPES
         if tensor.type not in types:
@@ -201,7 +251,6 @@ def _check_tensors(file: GgufFile, entries: Iterable[Entry], neutral: frozenset[
             f"{file.path}: tensor {min(left)[:80]!r}{more} is of no use to this version: what it "
             f"changes cannot be heeded: take a file without it"
         )
-    _check_wide_mlp(file)
 
 
 def _has_shape(tensor: GgufTensor, entry: Entry) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 from mobilevlm.conversation import (
     CONVERSATIONS,
     render,
+    turns_template,
     two_separator_template,
     user_message,
 )
@@ -135,6 +136,33 @@ def marked_conversation(file: GgufFile, mark: str) -> ConversationSpec:
     _warn_of_fallback(file, reason)
     template = two_separator_template(CONVERSATIONS[FALLBACK], mark)
     return ConversationSpec(template, ids, (), "joined", mark)
+
+
+def text_conversation(file: GgufFile) -> ConversationSpec:
+    """Return the conversation of a language model alone, whose vocabulary was checked. Without a
+    template, or with one that fails, a question is the whole prompt.
+
+    Raises:
+        BundleError: the template is not UTF-8.
+    """
+    tokens: list[str] = file.metadata["tokenizer.ggml.tokens"]
+    ids = _ends_of(file, tokens)
+    if source := _source(file):
+        named = _named(file, source, tokens, ids[0], begins_texts(file))
+        for ahead in ("", _LISTED):
+            found = ConversationSpec(named + ahead + source, ids, (), "joined")
+            try:
+                if _QUESTION in render(found, [user_message(_QUESTION, 0)]):
+                    return found
+            except PromptError as error:
+                reason = " ".join(str(error).split())
+        warnings.warn(
+            f"{file.path}: the file's chat template fails ({reason:.200}): a question is the whole "
+            f"prompt",
+            FileWarning,
+            stacklevel=3,
+        )
+    return ConversationSpec(turns_template(), ids, (), "joined")
 
 
 def pair_conversation(file: GgufFile, begins: bool, ends: Sequence[int]) -> ConversationSpec:

@@ -139,9 +139,21 @@ _SLIDING = (
     *_rules("read", "", "{arch}.attention.sliding_window_pattern"),
     *_rules("read", "f32", "{arch}.rope.freq_base_swa", "{arch}.final_logit_softcapping"),
 )
-"""These and the next two go before those of all decoders."""
+"""These and the next four go before those of all decoders."""
 
 _CAPPED = (*_SLIDING, *_rules("read", "f32", "{arch}.attn_logit_softcapping"))
+
+_LFM2 = (
+    *_rules("read", "u32", "{arch}.shortconv.l_cache"),
+    *_rules("read", "", "{arch}.attention.head_count_kv"),
+)
+
+_DELTA = _rules(
+    "read", "u32", "{arch}.ssm.conv_kernel", "{arch}.ssm.state_size", "{arch}.ssm.group_count",
+    "{arch}.ssm.time_step_rank", "{arch}.ssm.inner_size", "{arch}.full_attention_interval",
+)  # fmt: skip
+_AXES = _rules("read", "array of i32", "{arch}.rope.dimension_sections")
+_DEEP = _rules("read", "u32", "{arch}.n_deepstack_layers")
 
 _OWN_DECODER = (
     *_CAPPED,
@@ -248,11 +260,27 @@ _INTERNVL = (
     *_SCALED,
 )
 
-Role = Literal["decoder", "gemma2", "gemma3", "own decoder", "encoder", "idefics3", "internvl"]
+Role = Literal[
+    "decoder",
+    "gemma2",
+    "gemma3",
+    "lfm2",
+    "qwen2vl",
+    "qwen3vl",
+    "qwen35",
+    "own decoder",
+    "encoder",
+    "idefics3",
+    "internvl",
+]
 RULES: dict[Role, tuple[Rule, ...]] = {
     "decoder": (*_GENERAL, *_DECODER, *_TOKENIZER),
     "gemma2": (*_GENERAL, *_CAPPED, *_DECODER, *_TOKENIZER),
     "gemma3": (*_GENERAL, *_SLIDING, *_DECODER, *_TOKENIZER),
+    "lfm2": (*_GENERAL, *_LFM2, *_DECODER, *_TOKENIZER),
+    "qwen2vl": (*_GENERAL, *_AXES, *_DECODER, *_TOKENIZER),
+    "qwen3vl": (*_GENERAL, *_AXES, *_DEEP, *_DECODER, *_TOKENIZER),
+    "qwen35": (*_GENERAL, *_AXES, *_DELTA, *_DECODER, *_TOKENIZER),
     "own decoder": (*_GENERAL, *_OWN_DECODER, *_DECODER, *_TOKENIZER),
     "encoder": (*_GENERAL, *_ENCODER),
     "idefics3": (*_GENERAL, *_IDEFICS3, *_ENCODER),
@@ -264,6 +292,10 @@ NAMESPACES: dict[Role, tuple[str, ...]] = {
     "decoder": _OF_DECODERS,
     "gemma2": _OF_DECODERS,
     "gemma3": _OF_DECODERS,
+    "lfm2": _OF_DECODERS,
+    "qwen2vl": _OF_DECODERS,
+    "qwen3vl": _OF_DECODERS,
+    "qwen35": _OF_DECODERS,
     "own decoder": _OF_DECODERS,
     "encoder": _OF_ENCODERS,
     "idefics3": _OF_ENCODERS,

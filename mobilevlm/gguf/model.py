@@ -14,7 +14,11 @@ from mobilevlm.gguf.checks import (
     check_vocabulary,
     is_utf8,
 )
-from mobilevlm.gguf.conversation import gguf_conversation, marked_conversation
+from mobilevlm.gguf.conversation import (
+    gguf_conversation,
+    marked_conversation,
+    text_conversation,
+)
 from mobilevlm.gguf.encoder import TILED, read_encoder
 from mobilevlm.gguf.file import GgufFile, read_gguf
 from mobilevlm.gguf.image_marks import image_layout
@@ -101,9 +105,9 @@ def checked_decoder(file: GgufFile, most: int = MAX_CONTEXT) -> DecoderSpec:
     return spec
 
 
-def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
+def model_spec(decoder: GgufFile, vision: GgufFile | None) -> ModelSpec:
     """Return the spec of a language model with its image encoder, both checked for engines and
-    exports alike.
+    exports alike, or of a language model alone.
 
     What GGUF does not say is taken from the family of the projector: LLaVA's images are padded to a
     square, and a file without a chat template that can hold an image gets the conversation ``v1``;
@@ -113,15 +117,19 @@ def model_spec(decoder: GgufFile, vision: GgufFile) -> ModelSpec:
         BundleError: a key or tensor is missing, of the wrong kind, contradicts the others, or is
             beyond what the spec can say.
     """
+    name = decoder.metadata.get("general.name")
+    name = name if isinstance(name, str) and is_utf8(name) else decoder.path.stem
+    if vision is None:
+        language = checked_decoder(decoder)
+        return ModelSpec("gguf", name, {}, language, text_conversation(decoder))
     is_tiled = projector_name(vision) in TILED
     language = checked_decoder(decoder, MAX_PAIR_CONTEXT if is_tiled else MAX_CONTEXT)
     encoder = read_encoder(vision, language.hidden_size)
     check_encoder_file(vision, encoder)
     layout, mark = image_layout(decoder, encoder)
-    name = decoder.metadata.get("general.name")
     return ModelSpec(
         family="gguf",
-        name=name if isinstance(name, str) and is_utf8(name) else decoder.path.stem,
+        name=name,
         inputs={"image": InputSpec(encoder.image, encoder.vision, encoder.projector, layout)},
         decoder=language,
         conversation=(

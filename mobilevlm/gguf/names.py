@@ -4,19 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.decoder_spec import DecoderSpec, DeltaSpec
 from mobilevlm.gguf.architectures import gguf_architecture, has_neighbouring_pairs
 from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
 from mobilevlm.linear_groups import (
     LinearGroup,
     attention_groups,
+    convolution_groups,
     head_group,
     mlp_groups,
     projector_groups,
     tower_layer,
 )
+from mobilevlm.native_encoder import NativeEncoder
+
+
+class Groups(NamedTuple):
+    """Heads in groups, one group behind the other in ours; in theirs the first of each group come
+    first, then the second ones."""
+
+    axis: int
+    begin: int
+    """Row or column of the first"""
+    groups: int
+    members: int
 
 
 @dataclass(frozen=True)
@@ -38,11 +51,22 @@ class Entry:
     """Ours are so many, numbered where ``{}`` stands; theirs is all of them; 0: one and one."""
     first_last: bool = False
     """Our first row is their last one."""
+    labels: tuple[str, ...] = ()
+    """Words in the place of the numbers of a stack, whose rows theirs holds one behind the
+    other."""
+    transposed: bool = False
+    """Their rows are our columns."""
+    groups: Groups | None = None
+    """Heads of ours that theirs has in another order."""
+    negative_exponent: bool = False
+    """Theirs is ``-exp(ours)``."""
+    frame: int | None = None
+    """Theirs is one frame of ours ``(hidden_size, 3, frames, patch, patch)``."""
 
     @property
     def parts(self) -> list[str]:
         """Our names of what theirs holds."""
-        return [self.ours.format(index) for index in range(self.stack)] or [self.ours]
+        return [self.ours.format(part) for part in self.labels or range(self.stack)] or [self.ours]
 
     def fits(self, found: tuple[int, ...]) -> bool:
         """Whether a file's shape is the stored one; it may write or omit dimensions of one."""
@@ -71,21 +95,66 @@ def decoder_entries(spec: DecoderSpec) -> Iterator[Entry]:
     for index in range(spec.num_hidden_layers):
         ours, theirs = f"decoder.layers.{index}", f"blk.{index}"
         yield from _norm(spec, f"{theirs}.attn_norm", f"{ours}.input_norm")
-        for group in attention_groups(spec, f"{ours}.attn"):
+        has_attention = spec.mixer(index) == "attn"
+        if spec.mixer(index) == "short_conv":
+            yield from _convolution(spec, f"{theirs}.shortconv", f"{ours}.short_conv")
+        if spec.mixer(index) == "delta" and spec.delta is not None:
+            yield from _delta(spec, spec.delta, theirs, f"{ours}.delta")
+        for group in attention_groups(spec, f"{ours}.attn") if has_attention else ():
             yield from _linears(group, theirs, turned=turned)
-        for part in "qk" if spec.qk_norm else "":
+        for part in "qk" if spec.qk_norm and has_attention else "":
             yield _entry(f"{theirs}.attn_{part}_norm", f"{ours}.attn.{part}_norm", spec.head_dim)
         if spec.post_norms:
             yield from _norm(spec, f"{theirs}.post_attention_norm", f"{ours}.attn_output_norm")
         if not spec.parallel_residual:
-            yield from _norm(spec, f"{theirs}.ffn_norm", f"{ours}.post_attention_norm")
+            norm = "ffn_norm" if spec.delta is None else "post_attention_norm"
+            yield from _norm(spec, f"{theirs}.{norm}", f"{ours}.post_attention_norm")
         yield from _mlp_entries(spec, index)
         if spec.post_norms:
             yield from _norm(spec, f"{theirs}.post_ffw_norm", f"{ours}.mlp_output_norm")
-    yield from _norm(spec, "output_norm", "decoder.norm")
+    last = "token_embd_norm" if spec.conv_layers else "output_norm"  # as LFM2's is called
+    yield from _norm(spec, last, "decoder.norm")
     if not spec.tie_word_embeddings:  # llama.cpp takes the embeddings where there is no output
         head = head_group(spec)
         yield from _linear("output", head.name, *head.shapes[head.name], head.biased)
+
+
+def _convolution(spec: DecoderSpec, theirs: str, ours: str) -> Iterator[Entry]:
+    """A short convolution and the products around it."""
+    for group in convolution_groups(spec, ours):
+        for name, shape in group.shapes.items():
+            yield _entry(f"{theirs}.{name.rpartition('.')[2]}", name, *shape)
+    size, kernel = spec.hidden_size, spec.conv_kernel
+    conv = f"{ours}.conv.weight"
+    yield Entry(f"{theirs}.conv.weight", conv, (size, 1, kernel), (size, kernel), "float")
+
+
+def _delta(spec: DecoderSpec, delta: DeltaSpec, theirs: str, ours: str) -> Iterator[Entry]:
+    """A gated delta layer."""
+    size, heads, kernel = spec.hidden_size, delta.value_heads, delta.kernel
+    members = heads // delta.key_heads
+    counts = (delta.key_heads, members)
+    rows, values, columns = (
+        Groups(*start, *counts) for start in ((0, 0), (0, 2 * delta.key_size), (1, 0))
+    )
+    shapes = {
+        "attn_qkv.weight": ("qkv_proj", (delta.mixed_size, size), values),
+        "attn_gate.weight": ("z_proj", (delta.value_size, size), rows),
+        "ssm_conv1d.weight": ("conv", (delta.mixed_size, 1, kernel), values),
+        "ssm_dt.bias": ("time_bias", (heads,), rows),
+        "ssm_a": ("decay_log", (heads,), rows),
+        "ssm_beta.weight": ("b_proj", (heads, size), rows),
+        "ssm_alpha.weight": ("a_proj", (heads, size), rows),
+        "ssm_norm.weight": ("norm", (delta.value_dim,), None),
+        "ssm_out.weight": ("out_proj", (size, delta.value_size), columns),
+    }
+    for their, (our, shape, groups) in shapes.items():
+        store: Literal["matrix", "float"] = "matrix" if len(shape) == 2 else "float"
+        stored = (shape[0], kernel) if our == "conv" else shape
+        yield Entry(
+            f"{theirs}.{their}", f"{ours}.{our}.weight", shape, stored, store,
+            groups=groups if members > 1 else None, negative_exponent=our == "decay_log",
+        )  # fmt: skip
 
 
 def _mlp_entries(spec: DecoderSpec, index: int) -> Iterator[Entry]:
@@ -125,6 +194,7 @@ def _linears(
         yield from _linear(theirs, ours, *shape, group.biased, turned.get(part, 0), stack)
 
 
+_QKV = ("q", "k", "v")
 NEWLINE = "v.image_newline"
 """Tensor of the row behind the visual tokens of a tile."""
 
@@ -132,8 +202,10 @@ NEWLINE = "v.image_newline"
 def projector_name(spec: ConnectorSpec) -> str:
     """Return llama.cpp's name of a projector."""
     if spec.kind == "mlp_downsample":
+        if spec.inner_size:
+            return "lfm2"
         return "internvl" if spec.norm else "idefics3"
-    return spec.kind
+    return "gemma3" if spec.pool_norm_eps is not None else spec.kind
 
 
 def tower_entries(
@@ -180,9 +252,21 @@ def scale_entries(spec: TransformerEncoder) -> Iterator[Entry]:
 
 def projector_entries(spec: ConnectorSpec) -> Iterator[Entry]:
     """All tensors of a projector that begins with an MLP of two layers, or is one Linear after a
-    pixel shuffle."""
-    size = spec.out_size
-    if projector_name(spec) == "idefics3":
+    pixel shuffle or an averaging."""
+    size, kind = spec.out_size, projector_name(spec)
+    if kind == "gemma3":
+        yield _entry("mm.soft_emb_norm", "projector.norm", spec.in_size)
+        theirs, shape = "mm.input_projection.weight", (size, spec.in_size)
+        ours = "projector.mlp.0.weight"
+        yield Entry(theirs, ours, shape, shape[::-1], "convolution", transposed=True)
+        return
+    if kind == "lfm2":
+        if spec.norm:
+            yield from _pair("mm.input_norm", "projector.norm", spec.mlp_sizes[0])
+        for group, theirs in zip(projector_groups(spec), ("mm.1", "mm.2"), strict=True):
+            yield from _linear(theirs, group.name, *group.shapes[group.name], group.biased)
+        return
+    if kind == "idefics3":
         for group in projector_groups(spec):
             yield from _linear("mm.model.fc", group.name, *group.shapes[group.name], group.biased)
         return
@@ -204,6 +288,53 @@ def projector_entries(spec: ConnectorSpec) -> Iterator[Entry]:
     if spec.kind == "ldpv2":
         yield _depthwise("mm.model.peg.0.weight", "projector.peg.weight", size)
         yield Entry("mm.model.peg.0.bias", "projector.peg.bias", (size,), (size,), "float")
+
+
+def native_entries(spec: NativeEncoder, connector: ConnectorSpec) -> Iterator[Entry]:
+    """All tensors of a tower on images of any size, and of its mergers (Qwen2-VL, 2.5-VL, 3-VL)."""
+    hidden, patch, ours = spec.hidden_size, spec.patch_size, "vision.patch_embedding"
+    kernel, frame = (hidden, 3, spec.frames, patch, patch), (hidden, 3, patch, patch)
+    for index in range(spec.frames):
+        theirs = "v.patch_embd.weight" + f".{index}" * (index > 0)
+        yield Entry(theirs, f"{ours}.weight", kernel, frame, "convolution", frame=index)
+    if spec.patch_bias:
+        yield Entry("v.patch_embd.bias", f"{ours}.bias", (hidden,), (hidden,), "float")
+    if spec.position_grid:
+        names = "v.position_embd.weight", "vision.position_embedding.weight"
+        table = spec.position_grid**2, hidden
+        yield Entry(*names, table, table, "float")
+    for index in range(spec.num_hidden_layers):
+        name, theirs = f"vision.layers.{index}", f"v.blk.{index}"
+        yield from _native_norm(spec.norm, f"{theirs}.ln1", f"{name}.norm1", hidden)
+        query, *others = tower_layer(spec, index)
+        if spec.position_grid:  # Qwen3-VL's graph has them in one
+            joined, parts = f"{theirs}.attn_qkv", f"{name}.attn.{{}}_proj"
+            one, all_three = (hidden, hidden), (3 * hidden, hidden)
+            weight, bias = ((f"{joined}.{part}", f"{parts}.{part}") for part in ("weight", "bias"))
+            yield Entry(*weight, one, all_three, "matrix", stack=3, labels=_QKV)
+            yield Entry(*bias, one[:1], all_three[:1], "float", stack=3, labels=_QKV)
+        else:
+            yield from _linears(query, theirs)
+        yield from _native_norm(spec.norm, f"{theirs}.ln2", f"{name}.norm2", hidden)
+        for group in others:
+            yield from _linears(group, theirs)
+    yield from _native_norm(spec.norm, "v.post_ln", "projector.norm", hidden)
+    deep = {f"projector.deep.{index}": layer for index, layer in enumerate(spec.deep_layers)}
+    for name, layer in deep.items():
+        yield from _pair(f"v.deepstack.{layer}.norm", f"{name}.norm", hidden * spec.square)
+    for group in projector_groups(connector):
+        merger, _, number = group.name.partition(".mlp.")
+        theirs = f"mm.{2 * int(number)}"
+        if merger in deep:
+            theirs = f"v.deepstack.{deep[merger]}.fc{int(number) + 1}"
+        yield from _linear(theirs, group.name, *group.shapes[group.name], group.biased)
+
+
+def _native_norm(kind: str, theirs: str, ours: str, size: int) -> Iterator[Entry]:
+    if kind == "layer":
+        yield from _pair(theirs, ours, size)
+    else:
+        yield _entry(theirs, ours, size)
 
 
 def _inverted_residual(spec: ConnectorSpec, block: int) -> Iterator[Entry]:

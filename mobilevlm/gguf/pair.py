@@ -15,13 +15,7 @@ from typing import Any
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf.architectures import STOCK, is_own
-from mobilevlm.gguf.checks import (
-    KEY_VALUE_ALLOWANCE,
-    KEY_VALUE_SHARE,
-    MAX_LAYERS,
-    MAX_VOCABULARY,
-    other,
-)
+from mobilevlm.gguf.checks import MAX_LAYERS, MAX_VOCABULARY, check_key_values, other
 from mobilevlm.gguf.conversation import pair_conversation
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.split import refuse_split
@@ -94,14 +88,7 @@ def check_pair(decoder: GgufFile, vision: GgufFile) -> DecoderSpec:
         raise BundleError(f"{vision.path}: it does not say which projector it has")
     spec = _decoder_sizes(decoder)
     check_tokens(decoder, spec.vocab_size)
-    width = spec.num_key_value_heads * spec.head_dim
-    needed = 4 * spec.num_hidden_layers * spec.context_length * width
-    if needed > KEY_VALUE_SHARE * decoder.size + KEY_VALUE_ALLOWANCE:
-        raise BundleError(
-            f"{decoder.path}: keys and values of {spec.context_length} positions take "
-            f"{needed / 1e6:.0f} MB, the file has {decoder.size / 1e6:.0f} MB: no model is like "
-            f"that"
-        )
+    check_key_values(decoder, spec)
     return spec
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, TypeVar
 
-from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.decoder_spec import DecoderSpec, DeltaSpec
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.gguf.architectures import (
     OWN,
@@ -42,8 +42,18 @@ OWN_KINDS = {"feed_forward.kind": "mlp", "hidden_activation": "hidden_act"}
 EMBED_SCALE, ATTENTION_SCALE = "embedding_scale", "attention.scale"
 WINDOW, PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 SLIDING_BASE = "rope.freq_base_swa"
+KEY_VALUE_HEADS, CONVOLUTION_KERNEL = "attention.head_count_kv", "shortconv.l_cache"
 ATTENTION_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
-_ROLES: dict[str, Role] = {"gemma2": "gemma2", "gemma3": "gemma3"}
+INTERVAL = "full_attention_interval"
+SECTIONS, DEEP_LAYERS = "rope.dimension_sections", "n_deepstack_layers"
+_ROLES: dict[str, Role] = {
+    "gemma2": "gemma2",
+    "gemma3": "gemma3",
+    "lfm2": "lfm2",
+    "qwen2vl": "qwen2vl",
+    "qwen3vl": "qwen3vl",
+    "qwen35": "qwen35",
+}
 _LIMIT = 1 << 31
 """No number of a model is as large."""
 
@@ -69,7 +79,7 @@ def decoder_spec(file: GgufFile) -> DecoderSpec:
     else:
         check_keys(file, _ROLES.get(architecture, "decoder"))
         spec = _stock(file, _shared(file))
-        if _value(file, "rope.dimension_count", int, spec.head_dim) != spec.head_dim:
+        if _value(file, "rope.dimension_count", int, spec.head_dim) != spec.rotary_channels:
             raise BundleError(f"{file.path}: rope.dimension_count is not the size of a head")
     try:
         expected = gguf_architecture(spec)
@@ -92,7 +102,7 @@ def _shared(file: GgufFile) -> DecoderSpec:
     heads = _value(file, "attention.head_count", int)
     if hidden % heads and f"{file.architecture}.attention.key_length" not in file.metadata:
         raise BundleError(f"{file.path}: {heads} heads do not divide {hidden} channels")
-    shared = _value(file, "attention.head_count_kv", int, heads)
+    shared = _key_value_heads(file, heads)
     if heads % shared:
         raise BundleError(f"{file.path}: {heads} heads do not divide by {shared} of keys")
     head_dim = _value(file, "attention.key_length", int, hidden // heads)
@@ -119,6 +129,96 @@ def _shared(file: GgufFile) -> DecoderSpec:
     )
 
 
+def _key_value_heads(file: GgufFile, heads: int) -> int:
+    """Return the heads of keys and values, of LFM2 those of layers that have some."""
+    counts = file.metadata.get(f"{file.architecture}.{KEY_VALUE_HEADS}")
+    if file.architecture != "lfm2" or type(counts) is int:
+        return _value(file, KEY_VALUE_HEADS, int, heads)
+    listed = counts if isinstance(counts, list) else []
+    known = all(type(count) is int and 0 <= count < _LIMIT for count in listed)
+    found = set(listed) - {0} if known else set()
+    if len(found) != 1:
+        raise BundleError(
+            f"{file.path}: 'lfm2.{KEY_VALUE_HEADS}' is {counts!r:.60}, expected 0 for layers with "
+            f"a convolution and one number for the others"
+        )
+    return int(found.pop())
+
+
+def _convolutions(file: GgufFile, sizes: DecoderSpec) -> dict[str, Any]:
+    """Return layers and kernel of short convolutions as fields of the spec."""
+    counts = file.metadata.get(f"{file.architecture}.{KEY_VALUE_HEADS}")
+    if not isinstance(counts, list) or len(counts) != sizes.num_hidden_layers or 0 not in counts:
+        raise BundleError(
+            f"{file.path}: 'lfm2.{KEY_VALUE_HEADS}' is {counts!r:.60}, expected a number for each "
+            f"of {sizes.num_hidden_layers} layers, 0 for those with a convolution"
+        )
+    layers = tuple(layer for layer, count in enumerate(counts) if not count)
+    kernel = _value(file, CONVOLUTION_KERNEL, int)
+    if kernel < 2:
+        raise BundleError(f"{file.path}: 'lfm2.{CONVOLUTION_KERNEL}' is 1, expected 2 or more")
+    return {"conv_layers": layers, "conv_kernel": kernel}
+
+
+def _axes(file: GgufFile, sizes: DecoderSpec) -> dict[str, Any]:
+    """Return positions of several axes, and layers after which rows are added, as fields of the
+    spec."""
+    key = f"{file.architecture}.{SECTIONS}"
+    shares, pairs = file.metadata.get(key), sizes.rotary_channels // 2
+    listed = shares if isinstance(shares, list) else []
+    is_right = len(listed) == 4 and all(type(share) is int and share >= 0 for share in listed)
+    if not is_right or listed[3] or sum(listed) != pairs:
+        raise BundleError(
+            f"{file.path}: {key!r} is {shares!r:.60}, expected three numbers whose sum is {pairs}, "
+            f"half of the rotated channels, and 0"
+        )
+    fields: dict[str, Any] = {"rope_sections": tuple(listed[:3])}
+    if file.architecture == "qwen2vl":
+        return fields
+    if file.architecture == "qwen35":
+        return {**fields, "rope_interleaved": True}
+    count = file.metadata.get(f"{file.architecture}.{DEEP_LAYERS}", 0)
+    if type(count) is not int or not 0 <= count <= sizes.num_hidden_layers:
+        raise BundleError(
+            f"{file.path}: '{file.architecture}.{DEEP_LAYERS}' is {count!r:.60}, expected a number "
+            f"up to {sizes.num_hidden_layers}, the decoder's layers"
+        )
+    return {**fields, "rope_interleaved": True, "deep_layers": tuple(range(count))}
+
+
+def _delta(file: GgufFile, sizes: DecoderSpec) -> DecoderSpec:
+    """Return the spec with gated delta layers and gated attention."""
+    rotated = _value(file, "rope.dimension_count", int, sizes.head_dim)
+    if rotated % 2 or rotated > sizes.head_dim:
+        raise BundleError(
+            f"{file.path}: rope.dimension_count is {rotated}, expected an even number up to "
+            f"{sizes.head_dim}"
+        )
+    sizes = dataclasses.replace(sizes, rotary_dim=rotated)
+    heads, groups, channels, kernel = (
+        _value(file, f"ssm.{key}", int)
+        for key in ("time_step_rank", "group_count", "state_size", "conv_kernel")
+    )
+    inner, every = _value(file, "ssm.inner_size", int), _value(file, INTERVAL, int, 4)
+    layers = range(min(sizes.num_hidden_layers, MAX_LAYERS))
+    found = tuple(layer for layer in layers if (layer + 1) % every)
+    if (
+        inner != heads * channels
+        or heads % groups
+        or kernel < 2
+        or not found
+        or every > len(layers)
+    ):
+        raise BundleError(
+            f"{file.path}: gated delta layers of {heads} heads in {groups} groups, {channels} "
+            f"channels, {inner} together, a kernel of {kernel} and attention every {every} of "
+            f"{len(layers)} layers: damaged or of another kind"
+        )
+    delta = DeltaSpec(found, groups, heads, channels, channels, kernel)
+    spec = dataclasses.replace(sizes, qk_norm=True, attention_gate=True, delta=delta)
+    return dataclasses.replace(spec, **_axes(file, spec))
+
+
 def _rope_scaling(file: GgufFile) -> float:
     """Return the factor of linear scaling as llama.cpp takes it: of the type ``none`` there is
     none, zero means one, and the older key counts where the newer one is missing."""
@@ -136,11 +236,16 @@ def _rope_scaling(file: GgufFile) -> float:
 def _stock(file: GgufFile, sizes: DecoderSpec) -> DecoderSpec:
     """Return the spec with the parts that an architecture of llama.cpp has without being told."""
     architecture = file.architecture
-    if architecture == "qwen2":
+    axes = _axes(file, sizes) if architecture in ("qwen2vl", "qwen3vl") else {}
+    if architecture in ("qwen2", "qwen2vl"):
         has_bias = "output.bias" in file.tensors
-        return dataclasses.replace(sizes, qkv_bias=True, lm_head_bias=has_bias)
-    if architecture == "qwen3":
-        return dataclasses.replace(sizes, qk_norm=True)
+        return dataclasses.replace(sizes, qkv_bias=True, lm_head_bias=has_bias, **axes)
+    if architecture in ("qwen3", "qwen3vl"):
+        return dataclasses.replace(sizes, qk_norm=True, **axes)
+    if architecture == "qwen35":
+        return _delta(file, sizes)
+    if architecture == "lfm2":
+        return dataclasses.replace(sizes, qk_norm=True, **_convolutions(file, sizes))
     if architecture not in PATTERNS:
         return sizes
     return dataclasses.replace(

@@ -52,20 +52,28 @@ def _pieces(grid: tuple[int, int], tiles: AspectTiles, spec: InputSpec) -> tuple
 
 
 def _grid(image_size: tuple[int, int], tiles: AspectTiles) -> tuple[int, int]:
+    """Return the rows and columns of an image's grid."""
+    return nearest_grid(image_size, (tiles.min_tiles, tiles.max_tiles), tiles.size)
+
+
+def nearest_grid(
+    image_size: tuple[int, int], counts: tuple[int, int], tile: int
+) -> tuple[int, int]:
     """Return the rows and columns of the grid with the nearest ratio of edges. Of several with one
-    ratio, a larger one is taken if the image has more than half its pixels."""
+    ratio, a larger one is taken if the image has more than half its pixels. ``counts``: tiles at
+    least and at most; ``tile``: edge of one."""
     width, height = image_size
-    most = tiles.max_tiles
+    least, most = counts
     grids = [
         (rows, columns)
         for columns in range(1, most + 1)
         for rows in range(1, most // columns + 1)
-        if rows * columns >= tiles.min_tiles
+        if rows * columns >= least
     ]
     best, nearest = (1, 1), math.inf
     for rows, columns in sorted(grids, key=math.prod):
         distance = abs(width / height - columns / rows)
-        half = rows * columns * tiles.size**2 / 2
+        half = rows * columns * tile**2 / 2
         if distance < nearest or (distance == nearest and width * height > half):
             best, nearest = (rows, columns), distance
     return best

@@ -6,10 +6,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image
 
 from mobilevlm.errors import ImageError
-from mobilevlm.image import ImageInput, RoomFor, read_resized
+from mobilevlm.image import ImageInput, RoomFor, filter_of, read_resized
 from mobilevlm.input_spec import DynamicImage, InputSpec
 from mobilevlm.prompt import Piece, Prepared, Run
 
@@ -29,7 +28,7 @@ def prepare_dynamic(
     def target(size: tuple[int, int]) -> tuple[int, int]:
         return resized(size, dynamic)
 
-    resample = Image.Resampling[dynamic.resample.upper()]
+    resample = filter_of(dynamic.resample)
     image = read_resized(source, target, resample, room_for, int(dynamic.max_pixels**0.5))
     arrays = {"pixels": np.asarray(image, np.uint8)}
     return Prepared("image", (arrays,), _pieces(image.size, dynamic, spec))
@@ -48,6 +47,20 @@ def _pieces(size: tuple[int, int], dynamic: DynamicImage, spec: InputSpec) -> tu
     return (*spec.layout.begin_ids, run, *spec.layout.end_ids)
 
 
+def most_dynamic_pixels(dynamic: DynamicImage) -> int:
+    """Return the most pixels of an image or a frame: of long ones, which are never narrower than
+    ``factor``, more than ``max_pixels``."""
+    most = max(dynamic.max_pixels, dynamic.clip.max_pixels if dynamic.clip else 0)
+    return max(most, math.isqrt(most * LONGEST_SHAPE) * dynamic.factor)
+
+
+def rounded(size: tuple[int, int], dynamic: DynamicImage) -> tuple[int, int]:
+    """Return the nearest width and height that are multiples of ``factor``."""
+    least = dynamic.factor if dynamic.least_edge else 0
+    width, height = (max(least, round(edge / dynamic.factor) * dynamic.factor) for edge in size)
+    return width, height
+
+
 def resized(size: tuple[int, int], dynamic: DynamicImage) -> tuple[int, int]:
     """Return the width and height that an image is resized to (``smart_resize`` of the official
     code).
@@ -55,17 +68,30 @@ def resized(size: tuple[int, int], dynamic: DynamicImage) -> tuple[int, int]:
     Raises:
         ImageError: it is too long.
     """
-    factor, (width, height) = dynamic.factor, size
+    width, height = size
     if max(size) > LONGEST_SHAPE * min(size):
         raise ImageError(
             f"image of {width} × {height} pixels: this model takes images up to {LONGEST_SHAPE} "
             f"times as long as wide: cut it first"
         )
-    across, down = (round(edge / factor) * factor for edge in size)
-    if across * down > dynamic.max_pixels:
-        scale = math.sqrt(width * height / dynamic.max_pixels)
+    return fitted(size, dynamic, (dynamic.min_pixels, dynamic.max_pixels))
+
+
+def fitted(
+    size: tuple[int, int],
+    dynamic: DynamicImage,
+    limits: tuple[int, int],
+    frames: int = 1,
+    counted: int = 1,
+) -> tuple[int, int]:
+    """Return the multiples of ``factor`` near a width and height whose pixels are inside the
+    limits, counted over so many frames; ``counted``: of the first try."""
+    factor, (width, height), (least, most) = dynamic.factor, size, limits
+    across, down = rounded(size, dynamic)
+    if counted * across * down > most:
+        scale = math.sqrt(frames * width * height / most)
         across, down = (max(factor, math.floor(edge / scale / factor) * factor) for edge in size)
-    elif across * down < dynamic.min_pixels:
-        scale = math.sqrt(dynamic.min_pixels / (width * height))
+    elif counted * across * down < least:
+        scale = math.sqrt(least / (frames * width * height))
         across, down = (math.ceil(edge * scale / factor) * factor for edge in size)
     return across, down

@@ -6,14 +6,14 @@ bundle and an unrelated model answer the same questions.
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from mobilevlm.accuracy import Score, plain_score, score
 from mobilevlm.console.tables import Column, Table
 from mobilevlm.nano.questions import Question
 from mobilevlm.nano.suite import SUITE_KINDS, Example, noise, pictures
@@ -37,20 +37,6 @@ DROPPED = frozenset(("a", "an", "the"))
 
 
 @dataclass(frozen=True)
-class Score:
-    """Right answers out of ``asked``, and the Wilson 95% interval of their share."""
-
-    asked: int
-    right: int
-    low: float
-    high: float
-
-    @property
-    def accuracy(self) -> float:
-        return self.right / self.asked if self.asked else 0.0
-
-
-@dataclass(frozen=True)
 class SuiteResult:
     """Scores by kind of question and over all; ``blind`` ones had noise for pictures."""
 
@@ -63,10 +49,10 @@ class SuiteResult:
         """Plain JSON types, accuracies included."""
         return {
             "suite": "scenes",
-            "overall": _plain(self.overall),
-            "kinds": {kind: _plain(score) for kind, score in self.kinds.items()},
-            "blind_overall": _plain(self.blind_overall) if self.blind_overall else None,
-            "blind": {kind: _plain(score) for kind, score in self.blind.items()}
+            "overall": plain_score(self.overall),
+            "kinds": {kind: plain_score(score) for kind, score in self.kinds.items()},
+            "blind_overall": plain_score(self.blind_overall) if self.blind_overall else None,
+            "blind": {kind: plain_score(score) for kind, score in self.blind.items()}
             if self.blind
             else None,
         }
@@ -105,17 +91,6 @@ def is_right(question: Question, answer: str) -> bool:
             found.add(tuple(choice))
             said = [*said[:place], "|", *said[place + len(choice) :]]
     return found == {tuple(truth)}
-
-
-def wilson(right: int, asked: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a share (Wilson 1927); 0 and 1 when nothing was asked."""
-    if asked == 0:
-        return 0.0, 1.0
-    share = right / asked
-    middle = share + z * z / (2 * asked)
-    reach = z * math.sqrt(share * (1 - share) / asked + z * z / (4 * asked * asked))
-    scale = 1 + z * z / asked
-    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
 
 
 def evaluate(
@@ -185,13 +160,6 @@ def by_kind(outcomes: Sequence[tuple[str, bool]]) -> dict[str, Score]:
     }
 
 
-def score(outcomes: Iterable[bool]) -> Score:
-    """Counts outcomes and bounds their share."""
-    results = list(outcomes)
-    low, high = wilson(sum(results), len(results))
-    return Score(len(results), sum(results), low, high)
-
-
 def table(result: SuiteResult, title: str = "scenes") -> Table:
     """Return the result, one row per kind of question."""
     figures = ("asked", "accuracy", "95% interval", "blind")
@@ -211,10 +179,6 @@ def _cells(value: Score, blind: Score | None) -> tuple[str, str, str, str]:
         f"{100 * value.low:.1f}–{100 * value.high:.1f}%",
         f"{100 * blind.accuracy:.1f}%" if blind else "–",
     )
-
-
-def _plain(value: Score) -> dict[str, Any]:
-    return {"accuracy": round(value.accuracy, 4), **asdict(value)}
 
 
 def _find(words: list[str], wanted: list[str]) -> int | None:

@@ -9,16 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.audio_encoder import WhisperEncoder
 from mobilevlm.input_spec import TransformerEncoder
-from mobilevlm.reference.steps import Step, Stepped
+from mobilevlm.reference.steps import State, Step, Stepped
 
 
 class ClipAttention(nn.Module):
-    def __init__(self, spec: TransformerEncoder) -> None:
+    def __init__(self, spec: TransformerEncoder | WhisperEncoder) -> None:
         super().__init__()
         self.num_heads, self.head_dim = spec.num_attention_heads, spec.head_dim
         self.q_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
-        self.k_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.k_proj = nn.Linear(spec.hidden_size, spec.hidden_size, bias=spec.key_bias)
         self.v_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
         self.out_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
 
@@ -34,7 +35,7 @@ class ClipAttention(nn.Module):
 
 
 class ClipMLP(nn.Module):
-    def __init__(self, spec: TransformerEncoder) -> None:
+    def __init__(self, spec: TransformerEncoder | WhisperEncoder) -> None:
         super().__init__()
         self.activation = spec.hidden_act
         self.fc1 = nn.Linear(spec.hidden_size, spec.intermediate_size)
@@ -46,7 +47,7 @@ class ClipMLP(nn.Module):
 
 
 class ClipLayer(nn.Module):
-    def __init__(self, spec: TransformerEncoder) -> None:
+    def __init__(self, spec: TransformerEncoder | WhisperEncoder) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(spec.hidden_size, eps=spec.layer_norm_eps)
         self.attn = ClipAttention(spec)
@@ -65,8 +66,8 @@ def _activate(name: str, hidden: Tensor) -> Tensor:
 
 
 class ClipTower(Stepped):
-    """Normalised pixels ``(batch, 3, size, size)`` to features
-    ``(batch, num_features, hidden_size)``."""
+    """Normalised pixels ``(batch, 3, height, width)`` to features ``(batch, num_features,
+    hidden_size)``. Its steps give ``grid``, the rows and columns of patches, to later ones."""
 
     def __init__(self, spec: TransformerEncoder) -> None:
         super().__init__()
@@ -83,28 +84,43 @@ class ClipTower(Stepped):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """Return the input of the first layer ``(batch, num_positions, hidden_size)``."""
-        out: Tensor = self.pre_norm(self._add_positions(self._patches(pixels)))
+        state = State(pixels)
+        for step in (self._patches, self._add_positions):
+            state = step(state)
+        out: Tensor = self.pre_norm(state.hidden)
         return out
 
     def steps(self) -> Iterator[Step]:
         """Yield the embedding's steps, the layers, and the choice of features."""
-        yield Step.of("patch_embedding", self.patch_embedding, self._patches)
-        yield Step.of("position_embedding", self.position_embedding, self._add_positions)
+        yield Step("patch_embedding", self.patch_embedding, self._patches)
+        yield Step("position_embedding", self.position_embedding, self._add_positions)
         yield Step.of("pre_norm", self.pre_norm)
         for index, layer in enumerate(self.layers):
             yield Step.of(f"layers.{index}", layer)
         yield Step.of("post_norm", self.post_norm, self._features)
 
-    def _patches(self, pixels: Tensor) -> Tensor:
-        hidden: Tensor = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
-        if not self.spec.class_token:
-            return hidden
-        token = self.class_embedding.expand(len(pixels), 1, -1)
-        return torch.cat([token, hidden], dim=1)
+    def _patches(self, state: State) -> State:
+        made: Tensor = self.patch_embedding(state.hidden)
+        hidden = made.flatten(2).transpose(1, 2)
+        if self.spec.class_token:
+            token = self.class_embedding.expand(len(hidden), 1, -1)
+            hidden = torch.cat([token, hidden], dim=1)
+        return state.then(hidden, grid=torch.tensor(made.shape[2:]))
 
-    def _add_positions(self, hidden: Tensor) -> Tensor:
+    def _add_positions(self, state: State) -> State:
+        hidden = state.hidden
+        if self.spec.resized_positions:
+            return state.then(hidden + self._resized_positions(state.given["grid"]))
         places = torch.arange(hidden.shape[1]).to(hidden.device)
-        return hidden + self.position_embedding(places)  # type: ignore[no-any-return]
+        return state.then(hidden + self.position_embedding(places))
+
+    def _resized_positions(self, grid: Tensor) -> Tensor:
+        """Positions of a grid of patches ``(rows · columns, hidden_size)``."""
+        side = self.spec.grid
+        table = self.position_embedding(torch.arange(side * side)).T.reshape(1, -1, side, side)
+        size = (int(grid[0]), int(grid[1]))
+        resized = F.interpolate(table, size, mode="bilinear", antialias=True, align_corners=False)
+        return resized.flatten(2)[0].T
 
     def _features(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.post_norm(hidden)

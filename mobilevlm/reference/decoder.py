@@ -13,19 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.reference.delta import GatedDelta
 from mobilevlm.reference.experts import SparseMLP
 from mobilevlm.reference.mlp import build_mlp
+from mobilevlm.reference.norms import RMSNorm
 from mobilevlm.reference.steps import State, Step, Stepped, run_steps
-
-
-class RMSNorm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
 def build_norm(spec: DecoderSpec) -> nn.Module:
@@ -72,6 +64,15 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([*turned, states[..., 2 * half :]], dim=-1)
 
 
+def block_mask(length: int, blocks: Sequence[tuple[int, int]]) -> Tensor:
+    """Mask ``(1, 1, length, length)``, true where attended: the past, and all of a query's own
+    block. ``blocks``: first position, and that behind the last."""
+    seen = torch.ones(length, length, dtype=torch.bool).tril()
+    for start, end in blocks:
+        seen[start:end, start:end] = True
+    return seen[None, None]
+
+
 def soft_cap(values: Tensor, cap: float | None) -> Tensor:
     """``cap · tanh(values / cap)``; without a cap the values."""
     return values if cap is None else torch.tanh(values / cap) * cap
@@ -83,21 +84,43 @@ class Attention(nn.Module):
         self.head_dim, self.window = spec.head_dim, window
         self.num_heads, self.num_kv_heads = spec.num_attention_heads, spec.num_key_value_heads
         heads, kv_heads = self.num_heads * spec.head_dim, self.num_kv_heads * spec.head_dim
-        self.q_proj = nn.Linear(spec.hidden_size, heads, bias=spec.qkv_bias)
+        self.is_gated = spec.attention_gate
+        asked = 2 * heads if spec.attention_gate else heads
+        self.q_proj = nn.Linear(spec.hidden_size, asked, bias=spec.qkv_bias)
         self.k_proj = nn.Linear(spec.hidden_size, kv_heads, bias=spec.qkv_bias)
         self.v_proj = nn.Linear(spec.hidden_size, kv_heads, bias=spec.qkv_bias)
         self.o_proj = nn.Linear(heads, spec.hidden_size, bias=spec.o_bias)
+        self.rank = spec.sound_rank
+        if spec.sound_rank:
+            self.q_down = nn.Linear(spec.hidden_size, spec.sound_rank, bias=False)
+            self.q_up = nn.Linear(spec.sound_rank, heads, bias=False)
+            self.v_down = nn.Linear(spec.hidden_size, spec.sound_rank, bias=False)
+            self.v_up = nn.Linear(spec.sound_rank, kv_heads, bias=False)
         self.has_norms = spec.qk_norm
         self.scale, self.cap = spec.attention_scale, spec.attention_softcap
         if spec.qk_norm:
             self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps)
             self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps)
 
-    def forward(self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    def forward(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None,
+        heard: bool = False,
+    ) -> Tensor:
+        """``heard``: the prompt has sound."""
         batch, length, _ = hidden.shape
-        query = self.q_proj(hidden).view(batch, length, self.num_heads, -1).transpose(1, 2)
+        asked, values = self.q_proj(hidden), self.v_proj(hidden)
+        if heard and self.rank:
+            asked = asked + self.q_up(self.q_down(hidden))
+            values = values + self.v_up(self.v_down(hidden))
+        query = asked.view(batch, length, self.num_heads, -1).transpose(1, 2)
+        gate = None
+        if self.is_gated:
+            query, gate = query.chunk(2, dim=-1)
         key = self.k_proj(hidden).view(batch, length, self.num_kv_heads, -1).transpose(1, 2)
-        value = self.v_proj(hidden).view(batch, length, self.num_kv_heads, -1).transpose(1, 2)
+        value = values.view(batch, length, self.num_kv_heads, -1).transpose(1, 2)
         if self.has_norms:
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = rotate(query, *rotary), rotate(key, *rotary)
@@ -105,6 +128,8 @@ class Attention(nn.Module):
             mask = self._in_window(mask, length, hidden.device)
         attend = self._plain if self.cap is None else self._capped
         mixed = attend(query, key, value, mask)
+        if gate is not None:
+            mixed = mixed * gate.sigmoid()
         out: Tensor = self.o_proj(mixed.transpose(1, 2).reshape(batch, length, -1))
         return out
 
@@ -157,9 +182,11 @@ class DecoderLayer(nn.Module):
     def __init__(self, spec: DecoderSpec, index: int) -> None:
         super().__init__()
         self.input_norm = build_norm(spec)
-        self.has_attention = index not in spec.conv_layers
-        if self.has_attention:
+        self.mixer = spec.mixer(index)
+        if self.mixer == "attn":
             self.attn = Attention(spec, spec.window(index))
+        elif self.mixer == "delta":
+            self.delta = GatedDelta(spec)
         else:
             self.short_conv = ShortConvolution(spec)
         if not spec.parallel_residual:
@@ -170,10 +197,15 @@ class DecoderLayer(nn.Module):
             self.attn_output_norm, self.mlp_output_norm = build_norm(spec), build_norm(spec)
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | None = None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        heard: bool = False,
     ) -> Tensor:
         normed = self.input_norm(hidden)
-        mixed = self.attn(normed, rotary, mask) if self.has_attention else self.short_conv(normed)
+        given = (rotary, mask, heard) if self.mixer == "attn" else ()
+        mixed = getattr(self, self.mixer)(normed, *given)
         hidden = hidden + (self.attn_output_norm(mixed) if self.has_post_norms else mixed)
         if not self.parallel:
             normed = self.post_attention_norm(hidden)
@@ -217,24 +249,39 @@ class Decoder(Stepped):
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         deep: Sequence[Tensor] = (),
+        heard: bool = False,
     ) -> State:
         """Return the state before the first step. ``positions``: ``(length,)`` or
         ``(batch, 1, length)``, 0, 1, 2 … when not given; of several axes ``(axes, length)``.
         ``mask``: bool ``(batch, 1, length, length)``, true where attended; causal when not given.
-        ``deep``: what is added after each of ``deep_layers``, as ``embeds``."""
+        ``deep``: what is added after each of ``deep_layers``, as ``embeds``; ``heard``: the prompt
+        has sound."""
         if positions is None:
             positions = torch.arange(embeds.shape[1], device=embeds.device)
         layers = self.spec.deep_layers if deep else ()
         given = {f"deep.{layer}": rows for layer, rows in zip(layers, deep, strict=True)}
         if mask is not None:
             given["mask"] = mask
+        if heard:
+            given["heard"] = torch.ones(1)
         return State(embeds, {**given, "positions": positions})
 
-    def answered(self, embeds: Tensor, answer: Sequence[int]) -> State:
-        """Return the state of a prompt ``(1, length, hidden_size)`` and its answer before the first
-        step."""
+    def answered(self, prompt: State, answer: Sequence[int]) -> State:
+        """Return the state of a prompt and its answer before the first step; ``prompt``: that of
+        one prompt, from :meth:`start`."""
+        count, given = len(answer), prompt.given
         tokens = self.embed_tokens(torch.tensor([answer]).long())
-        return self.start(torch.cat([embeds, tokens], dim=1))
+        placed, mask = given["positions"], given.get("mask")
+        following = int(placed.max()) + 1 + torch.arange(count)
+        placed = torch.cat([placed, following.expand(*placed.shape[:-1], count)], dim=-1)
+        if mask is not None:
+            length = mask.shape[-1]
+            mask = F.pad(mask, (0, count, 0, count))
+            mask[..., length:, :] = block_mask(length + count, ())[..., length:, :]
+        names = [f"deep.{layer}" for layer in self.spec.deep_layers]
+        deep = [F.pad(given[name], (0, 0, 0, count)) for name in names if name in given]
+        whole = torch.cat([prompt.hidden, tokens], dim=1)
+        return self.start(whole, placed, mask, deep, "heard" in given)
 
     def steps(self) -> Iterator[Step]:
         """Yield the layers and the last norm, whose output the head reads."""
@@ -249,7 +296,8 @@ class Decoder(Stepped):
 
     def _run_layer(self, index: int, state: State) -> State:
         rotary = rotary_tables(self.spec, state.given["positions"], index)
-        hidden = self.layers[index](state.hidden, rotary, state.given.get("mask"))
+        heard = "heard" in state.given
+        hidden = self.layers[index](state.hidden, rotary, state.given.get("mask"), heard)
         added = state.given.get(f"deep.{index}")
         return state.then(hidden if added is None else hidden + added)
 

@@ -152,10 +152,13 @@ class EncoderDecoder(Stepped):
         bias = self.relative_bias(buckets).movedim(-1, 0)[None]
         return state.then(state.hidden, bias=bias.masked_fill(later.to(bias.device), -math.inf))
 
-    def answered(self, embeds: Tensor, answer: Sequence[int]) -> State:
-        """Return the state of a prompt ``(1, length, hidden_size)`` and its answer before the first
-        step."""
-        return State(embeds, {"answer": torch.tensor([[self.spec.start_token_id, *answer]])})
+    def start(self, embeds: Tensor) -> State:
+        """Return the state of a prompt ``(batch, length, hidden_size)``."""
+        return State(embeds)
+
+    def answered(self, prompt: State, answer: Sequence[int]) -> State:
+        """Return the state of one prompt and its answer before the first step."""
+        return State(prompt.hidden, {"answer": torch.tensor([[self.spec.start_token_id, *answer]])})
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the logits ``(…, vocab_size)`` of what the steps give ``(…, hidden_size)``."""

@@ -1,11 +1,14 @@
-"""The dense MLPs of decoders; an expert is one of them."""
+"""The dense MLPs of decoders, of which an expert is one, and those of projectors."""
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.input_spec import ConnectorSpec
 
 
 class GatedMLP(nn.Module):
@@ -47,3 +50,15 @@ def activate(name: str, hidden: Tensor) -> Tensor:
     if name == "relu":
         return F.relu(hidden)
     return F.silu(hidden) if name == "silu" else F.gelu(hidden, approximate="tanh")
+
+
+class MLP(nn.ModuleList):
+    """Linears with exact GELU between; one Linear is LLaVA's first projector."""
+
+    def __init__(self, spec: ConnectorSpec) -> None:
+        super().__init__(nn.Linear(*sizes, bias=spec.bias) for sizes in pairwise(spec.mlp_sizes))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        for index, linear in enumerate(self):
+            hidden = linear(hidden if index == 0 else F.gelu(hidden))
+        return hidden

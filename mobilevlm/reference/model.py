@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,48 +13,89 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from mobilevlm.audio_encoder import ConformerEncoder, WhisperEncoder
 from mobilevlm.checkpoint import Weights
 from mobilevlm.image import normalize
 from mobilevlm.input_spec import ConvEncoder, TransformerEncoder
 from mobilevlm.model import Model
-from mobilevlm.prompt import Arrays, Piece, Prepared, in_runs
+from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.prompt import (
+    Arrays,
+    Assembly,
+    Piece,
+    Prepared,
+    grid_positions,
+    in_runs,
+    run_spans,
+    visual_positions,
+)
 from mobilevlm.reference.assembly import assemble_rows
 from mobilevlm.reference.clip import ClipTower
-from mobilevlm.reference.decoder import Decoder
+from mobilevlm.reference.conformer import ConformerTower
+from mobilevlm.reference.decoder import Decoder, block_mask
+from mobilevlm.reference.drawing import CodeEmbedding, CodeHead, ImageDecoder, guided
 from mobilevlm.reference.encoder_decoder import EncoderDecoder
 from mobilevlm.reference.experts import Capacity
 from mobilevlm.reference.fastvit import FastVit
+from mobilevlm.reference.native import NativeTower
 from mobilevlm.reference.projectors import build_projector
 from mobilevlm.reference.steps import State, Step, run_steps, steps_of
+from mobilevlm.reference.whisper import WhisperTower
 from mobilevlm.spec import ModelSpec
 
 ENCODERS: dict[type, Callable[[Any], nn.Module]] = {
     TransformerEncoder: ClipTower,
     ConvEncoder: FastVit,
+    NativeEncoder: NativeTower,
+    WhisperEncoder: WhisperTower,
+    ConformerEncoder: ConformerTower,
 }
-"""Image encoders by the class of their spec."""
+"""Encoders by the class of their spec."""
 _HELD: set[nn.Module] = set()
 """Streamed modules that keep their weights."""
 
 
+@dataclass(frozen=True)
+class ImageRows:
+    """Rows of an image for the decoder."""
+
+    tokens: Tensor
+    """Visual tokens ``(rows, hidden_size)``"""
+    deep: tuple[Tensor, ...] = ()
+    """Rows that are added after each of the decoder's ``deep_layers``, of the same shape"""
+
+
 class ReferenceModel(nn.Module):
-    """Parameters carry the canonical names (``vision.…``, ``projector.…``, ``decoder.…``)."""
+    """Parameters carry the canonical names (``vision.…`` or ``audio.…``, ``projector.…``,
+    ``decoder.…``)."""
+
+    vision: Any
+    projector: Any
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
         self.spec = spec
-        self.vision: Any = ENCODERS[type(spec.image.encoder)](spec.image.encoder)
-        self.projector = build_projector(spec.image.connector)
+        encoded = spec.encoded
+        if encoded is not None:
+            self.add_module(spec.encoder_stage, ENCODERS[type(encoded.encoder)](encoded.encoder))
+            self.projector = build_projector(encoded.connector)
         build = EncoderDecoder if spec.decoder.encoder_layers else Decoder
         self.decoder: Any = build(spec.decoder)
+        if spec.draws:
+            width = spec.decoder.hidden_size
+            self.image_head = CodeHead(spec.drawing, width)
+            self.codes = CodeEmbedding(spec.drawing, width)
+            self.image_decoder = ImageDecoder(spec.drawing)
 
     def vision_steps(self) -> list[Step]:
-        """Return the steps from normalised pixels to the tower's features."""
-        return steps_of("vision", self.vision)
+        """Return the steps from normalised pixels, or log-mel frames, to the encoder's features."""
+        if self.spec.encoded is None:
+            return []
+        return steps_of(self.spec.encoder_stage, self.get_submodule(self.spec.encoder_stage))
 
     def projector_steps(self) -> list[Step]:
         """Return the steps from there to visual tokens."""
-        return steps_of("projector", self.projector)
+        return [] if self.spec.encoded is None else steps_of("projector", self.projector)
 
     def decoder_steps(self) -> list[Step]:
         """Return the steps from embeddings to what the head reads."""
@@ -61,25 +103,44 @@ class ReferenceModel(nn.Module):
 
     def image_state(self, arrays: Arrays) -> State:
         """Return the state before the tower's first step; ``arrays``: of one run of the encoder."""
-        pixels = normalize(arrays["pixels"], self.spec.image.square)
+        if "mel" in arrays:
+            return State(torch.from_numpy(arrays["mel"])[None])
+        pixels = normalize(arrays["pixels"], self.spec.image.pixels)
         further = {name: arrays[name] for name in arrays if name != "pixels"}
         given = {name: torch.from_numpy(array) for name, array in further.items()}
         return State(torch.from_numpy(pixels)[None], given)
 
     def features(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """uint8 ``(size, size, 3)`` to tower features ``(num_features, vision hidden_size)``."""
-        return run_steps(self.vision_steps(), self.image_state({"pixels": pixels})).hidden[0]
+        """uint8 ``(height, width, 3)`` to tower features ``(num_features, vision hidden_size)``."""
+        return self.run_features({"pixels": pixels})
+
+    def run_features(self, arrays: Arrays) -> Tensor:
+        """Return the encoder's features in a run ``(num_features, encoder hidden_size)``."""
+        return run_steps(self.vision_steps(), self.image_state(arrays)).hidden[0]
 
     def visual_tokens(self, pixels: NDArray[np.uint8], **further: NDArray[Any]) -> Tensor:
-        """uint8 ``(size, size, 3)``, and further named arrays that the connector reads, to the rows
+        """uint8 ``(height, width, 3)``, and further arrays that the connector reads, to the rows
         of one run ``(num_rows, hidden_size)``."""
         steps = (*self.vision_steps(), *self.projector_steps())
         return run_steps(steps, self.image_state({"pixels": pixels, **further})).hidden[0]
 
     def image_rows(self, image: Prepared) -> Tensor:
         """Return the visual tokens of an image ``(rows, hidden_size)``."""
-        parts = [self.visual_tokens(**arrays) for arrays in image.arrays]
-        return assemble_rows(parts, image.assembly)
+        return self.see(image).tokens
+
+    def see(self, image: Prepared) -> ImageRows:
+        """Return all that the decoder is given of an image."""
+        steps = (*self.vision_steps(), *self.projector_steps())
+        states = [run_steps(steps, self.image_state(arrays)) for arrays in image.arrays]
+        return self.rows_of(states, image.assembly)
+
+    def rows_of(self, states: Sequence[State], assembly: Assembly | None = None) -> ImageRows:
+        """Return the rows of an image from the states of its runs behind the projector."""
+        names = [f"deep.{index}" for index in range(len(self.spec.decoder.deep_layers))]
+        return ImageRows(
+            assemble_rows([state.hidden[0] for state in states], assembly),
+            tuple(torch.cat([state.given[name][0] for state in states]) for name in names),
+        )
 
     def embed(self, pieces: Sequence[Piece], images: Sequence[Tensor]) -> Tensor:
         """A prompt to embeddings ``(length, hidden_size)``; ``images``: rows for its runs."""
@@ -93,35 +154,91 @@ class ReferenceModel(nn.Module):
                 start += part.rows
         return torch.cat(parts)
 
-    def logits(
-        self, embeds: Tensor, positions: Tensor | None = None, deep: Sequence[Tensor] = ()
-    ) -> Tensor:
-        """Embeddings ``(length, hidden_size)`` to logits ``(length, vocab_size)``; of a model with
-        an encoder to those of the first token ``(1, vocab_size)``. ``positions``: of several axes
-        ``(axes, length)``, those of a text when not given; ``deep``: what is added after each of
-        the decoder's ``deep_layers``, as ``embeds``."""
-        if self.spec.decoder.encoder_layers:
-            return self.answer_logits(embeds, [])
-        added = [rows[None] for rows in deep]
-        out: Tensor = self.decoder(embeds[None], positions, deep=added)[0]
+    def prompt(self, pieces: Sequence[Piece], images: Sequence[ImageRows | Tensor]) -> State:
+        """Return the decoder's state of a prompt before the first step; ``images``: rows for its
+        runs, those of images that add nothing after layers as tensors. Unlike :meth:`embed`, it
+        says where the prompt's rows stand and what they see."""
+        shown = [ImageRows(image) if isinstance(image, Tensor) else image for image in images]
+        spec, tokens = self.spec.decoder, [image.tokens for image in shown]
+        embeds = self.embed(pieces, tokens)[None]
+        further: dict[str, Any] = {}
+        if spec.rope_sections:
+            further["positions"] = torch.from_numpy(grid_positions(pieces, spec.position_axes))
+        if spec.sound_rank and images:
+            further["heard"] = True
+        if spec.image_blocks and images:
+            further["mask"] = block_mask(embeds.shape[1], run_spans(pieces))
+        if any(image.deep for image in shown):
+            places = torch.from_numpy(visual_positions(pieces))
+            further["deep"] = [torch.zeros_like(embeds) for _ in spec.deep_layers]
+            layers = zip(*(image.deep for image in shown), strict=True)
+            for added, rows in zip(further["deep"], layers, strict=True):
+                added[0, places] = torch.cat(rows)
+        out: State = self.decoder.start(embeds, **further)
         return out
 
-    def answer_logits(self, embeds: Tensor, answer: Sequence[int]) -> Tensor:
+    def logits(
+        self, prompt: Tensor | State, positions: Tensor | None = None, deep: Sequence[Tensor] = ()
+    ) -> Tensor:
+        """Return the logits ``(length, vocab_size)`` of a prompt; of a model with an encoder those
+        of the first token ``(1, vocab_size)``. ``prompt``: of :meth:`prompt`, or embeddings
+        ``(length, hidden_size)`` of a text. With these ``positions`` of several axes ``(axes,
+        length)``, those of a text when not given, and ``deep``: what is added after each of the
+        decoder's ``deep_layers``, as the embeddings."""
+        if self.spec.decoder.encoder_layers:
+            return self.answer_logits(prompt, [])
+        if isinstance(prompt, State):
+            state = prompt
+        else:
+            added = [rows[None] for rows in deep]
+            state = self.decoder.start(prompt[None], positions, deep=added)
+        out: Tensor = self.decoder.logits(run_steps(self.decoder_steps(), state).hidden)[0]
+        return out
+
+    def answer_logits(self, prompt: Tensor | State, answer: Sequence[int]) -> Tensor:
         """Logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the next, are
-        taken from. ``embeds``: of the prompt ``(length, hidden_size)``."""
-        state = run_steps(self.decoder_steps(), self.decoder.answered(embeds[None], answer))
+        taken from. ``prompt`` as of :meth:`logits`."""
+        if isinstance(prompt, Tensor):
+            prompt = self.decoder.start(prompt[None])
+        state = run_steps(self.decoder_steps(), self.decoder.answered(prompt, answer))
         out: Tensor = self.decoder.logits(state.hidden)[0, -len(answer) - 1 :]
         return out
 
-    def greedy(self, embeds: Tensor, steps: int) -> list[int]:
+    def greedy(self, prompt: Tensor | State, steps: int) -> list[int]:
         """The next ``steps`` tokens, each from a full pass: slow, and with no cache to be wrong."""
         tokens: list[int] = []
         for _ in range(steps):
-            tokens.append(int(self.answer_logits(embeds, tokens)[-1].argmax()))
+            tokens.append(int(self.answer_logits(prompt, tokens)[-1].argmax()))
         return tokens
 
+    def code_logits(self, embeds: Tensor) -> Tensor:
+        """Return the logits ``(sequences, num_codes)`` of the code after sequences of embeddings
+        ``(sequences, length, hidden_size)``."""
+        state = run_steps(self.decoder_steps(), self.decoder.start(embeds))
+        out: Tensor = self.image_head(state.hidden[:, -1])
+        return out
 
-_DRAWING = (
+    def next_code_logits(self, embeds: Tensor, count: int) -> Tensor:
+        """Return the logits ``(count, num_codes)`` of the code after each of the last positions of
+        embeddings ``(length, hidden_size)``."""
+        state = run_steps(self.decoder_steps(), self.decoder.start(embeds[None]))
+        out: Tensor = self.image_head(state.hidden[0, -count:])
+        return out
+
+    def draw_greedily(self, prompts: Tensor, scale: float) -> tuple[list[int], Tensor]:
+        """Return the codes of an image and the head's logits ``(codes, sequences, num_codes)``,
+        each from a full pass. ``prompts``: ids ``(sequences, length)``, the unconditional prompt
+        second, if there is one; ``scale``: of guidance."""
+        rows, codes, steps = self.decoder.embed_tokens(prompts), list[int](), list[Tensor]()
+        for _ in range(self.spec.drawing.num_tokens):
+            steps.append(self.code_logits(rows))
+            codes.append(int(guided(steps[-1], scale).argmax()))
+            row = self.codes(torch.tensor(codes[-1:]))
+            rows = torch.cat([rows, row.expand(len(rows), 1, -1)], dim=1)
+        return codes, torch.stack(steps)
+
+
+_FILLING = (
     nn.init.normal_,
     nn.init.uniform_,
     nn.init.kaiming_uniform_,
@@ -143,7 +260,7 @@ class _NoInitialValues(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         given = kwargs or {}
-        if func in _DRAWING:
+        if func in _FILLING:
             return given["tensor"] if "tensor" in given else args[0]
         return func(*args, **given)
 

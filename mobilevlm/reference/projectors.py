@@ -4,27 +4,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.input_spec import ConnectorSpec
+from mobilevlm.reference.mlp import MLP
+from mobilevlm.reference.native import MergerProjector
+from mobilevlm.reference.norms import RMSNorm
 from mobilevlm.reference.qformer import QFormer
-from mobilevlm.reference.steps import Step
-
-
-class MLP(nn.ModuleList):
-    """Linears with exact GELU between; one Linear is LLaVA's first projector."""
-
-    def __init__(self, spec: ConnectorSpec) -> None:
-        super().__init__(nn.Linear(*sizes, bias=spec.bias) for sizes in pairwise(spec.mlp_sizes))
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        for index, linear in enumerate(self):
-            hidden = linear(hidden if index == 0 else F.gelu(hidden))
-        return hidden
+from mobilevlm.reference.steps import State, Step, Stepped
 
 
 class MLPProjector(nn.Module):
@@ -33,6 +24,9 @@ class MLPProjector(nn.Module):
     def __init__(self, spec: ConnectorSpec) -> None:
         super().__init__()
         self.grid, self.out_grid = spec.grid, spec.out_grid
+        self.norm: nn.Module = nn.Identity()
+        if spec.pool_norm_eps is not None:
+            self.norm = RMSNorm(spec.in_size, spec.pool_norm_eps)
         self.mlp = MLP(spec)
         self.newline = nn.Parameter(torch.zeros(spec.out_size)) if spec.newline else None
 
@@ -41,13 +35,13 @@ class MLPProjector(nn.Module):
             patches: Tensor = features.transpose(1, 2)
             patches = patches.reshape(*patches.shape[:2], self.grid, self.grid)
             features = F.avg_pool2d(patches, self.grid // self.out_grid).flatten(2).transpose(1, 2)
-        out: Tensor = self.mlp(features)
+        out: Tensor = self.mlp(self.norm(features))
         if self.newline is not None:
             out = torch.cat([out, self.newline.expand(len(out), 1, -1)], dim=1)
         return out
 
 
-class DownsampleProjector(nn.Module):
+class DownsampleProjector(Stepped):
     """``mlp_downsample`` (VILA, Lin et al. 2023): squares of patches as one vector each, norm, MLP.
     A grid that they do not fill is padded with zeros below and on the right."""
 
@@ -57,18 +51,24 @@ class DownsampleProjector(nn.Module):
         self.norm = nn.LayerNorm(spec.mlp_sizes[0], eps=1e-5) if spec.norm else nn.Identity()
         self.mlp = MLP(spec)
 
-    def forward(self, features: Tensor) -> Tensor:
-        patches = features.view(len(features), self.grid, self.grid, -1)
-        missing, step = -self.grid % self.factor, range(self.factor)
-        patches = F.pad(patches, (0, 0, 0, missing, 0, missing))
+    def steps(self) -> Iterator[Step]:
+        """Yield the norm of the joined patches, and the MLP."""
+        yield Step("norm", self.norm, self._joined)
+        yield Step.of("mlp", self.mlp)
+
+    def _joined(self, state: State) -> State:
+        features = state.hidden
+        grid = state.given.get("grid", torch.tensor([self.grid, self.grid])).tolist()
+        patches = features.view(len(features), *grid, -1)
+        down, across = (-edge % self.factor for edge in grid)
+        patches, step = F.pad(patches, (0, 0, 0, across, 0, down)), range(self.factor)
         places = [
             patches[:, row :: self.factor, column :: self.factor] for row in step for column in step
         ]
         squares = torch.cat(places, dim=-1)
         if self.by_column:
             squares = squares.transpose(1, 2)
-        out: Tensor = self.mlp(self.norm(squares.flatten(1, 2)))
-        return out
+        return state.then(self.norm(squares.flatten(1, 2)))
 
 
 class LDPv2Projector(nn.Module):
@@ -128,17 +128,45 @@ class LDPProjector(nn.Module):
 
 
 class QFormerProjector(QFormer):
-    """A Q-Former and the Linear behind it (BLIP-2, Li et al. 2023; InstructBLIP, Dai et al.)."""
+    """A Q-Former and the Linear behind it (BLIP-2, Li et al. 2023; InstructBLIP, Dai et al.), in
+    some for each window of the features (Granite Speech)."""
 
     def __init__(self, spec: ConnectorSpec) -> None:
         assert spec.qformer is not None
         super().__init__(spec.qformer, spec.in_size)
+        self.window = spec.qformer.window
         self.mlp = MLP(spec)
 
     def steps(self) -> Iterator[Step]:
         """Yield the Q-Former's steps and the MLP."""
-        yield from super().steps()
-        yield Step.of("mlp", self.mlp)
+        first, *others = super().steps()
+        yield first if not self.window else replace(first, run=lambda x: first.run(self._cut(x)))
+        yield from others
+        yield Step.of("mlp", self.mlp, self._rows if self.window else None)
+
+    def _cut(self, state: State) -> State:
+        """Features as a batch of windows, the last one filled with zeros."""
+        [features] = state.hidden
+        windows = F.pad(features, (0, 0, 0, -len(features) % self.window))
+        return state.then(windows.reshape(-1, self.window, windows.shape[1]))
+
+    def _rows(self, queries: Tensor) -> Tensor:
+        out: Tensor = self.mlp(queries.flatten(0, 1)[None])
+        return out
+
+
+class StackProjector(nn.Module):
+    """Neighbouring features of sound as one vector each, and an MLP (Voxtral); of one feature alone
+    Qwen2-Audio's linear projector."""
+
+    def __init__(self, spec: ConnectorSpec) -> None:
+        super().__init__()
+        self.wide = spec.mlp_sizes[0]
+        self.mlp = MLP(spec)
+
+    def forward(self, features: Tensor) -> Tensor:
+        out: Tensor = self.mlp(features.reshape(len(features), -1, self.wide))
+        return out
 
 
 def _channel_norm(norm: nn.Module, hidden: Tensor) -> Tensor:
@@ -154,5 +182,7 @@ def build_projector(spec: ConnectorSpec) -> nn.Module:
         "ldpv2": LDPv2Projector,
         "mlp_downsample": DownsampleProjector,
         "qformer": QFormerProjector,
+        "merger": MergerProjector,
+        "stack": StackProjector,
     }
     return kinds[spec.kind](spec)

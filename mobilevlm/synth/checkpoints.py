@@ -36,11 +36,12 @@ _HALF = 2
 _EMBEDDINGS = (
     *("embed_tokens.weight", "embed_positions.weight", "query_tokens"),
     *("class_embedding", "position_embedding.weight", "position_embedding"),
-    *("cls_token", "position_embeddings"),
+    *("cls_token", "position_embeddings", "pos_embed.weight"),
 )
 _TO_RESIDUAL = (
     *("o_proj.weight", "down_proj.weight", "out_proj.weight", "fc2.weight"),
-    *("self_attn.projection.weight", "attention.projection_layer.weight"),
+    *("self_attn.projection.weight", "attention.projection_layer.weight", "feed_forward.w2.weight"),
+    "attn.proj.weight",
 )
 """What adds to a residual stream."""
 
@@ -156,7 +157,7 @@ def write_checkpoint(
             count = _Counter(total, progress)
             for part in layout.parts:
                 words = f"{name} {seed} {part.seed}".strip()
-                _write_weights(draft / part.folder, part.shapes, words, part.depth, count)
+                _write_weights(draft / part.folder, part, words, count)
             draft.rename(folder.resolve())
         finally:
             discard(home)
@@ -232,30 +233,30 @@ class _Counter:
             self.progress(self.done, self.total)
 
 
-def _write_weights(folder: Path, shapes: Shapes, seed: str, depth: int, count: _Counter) -> None:
+def _write_weights(folder: Path, part: Part, seed: str, count: _Counter) -> None:
     """Safetensors shards of at most :data:`SHARD_BYTES`, with an index when there are several."""
     shards: list[Shapes] = [{}]
     size = 0
-    for name, shape in shapes.items():
+    for name, shape in part.shapes.items():
         if size and size + _size(shape) > SHARD_BYTES:
             shards.append({})
             size = 0
         shards[-1][name] = shape
         size += _size(shape)
     if len(shards) == 1:
-        _write_shard(folder / "model.safetensors", shards[0], seed, depth, count)
+        _write_shard(folder / "model.safetensors", shards[0], part, seed, count)
         return
     weight_map: dict[str, str] = {}
     for index, shard in enumerate(shards, 1):
         file = f"model-{index:05}-of-{len(shards):05}.safetensors"
-        _write_shard(folder / file, shard, seed, depth, count)
+        _write_shard(folder / file, shard, part, seed, count)
         weight_map |= dict.fromkeys(shard, file)
-    total = sum(_size(shape) for shape in shapes.values())
+    total = sum(_size(shape) for shape in part.shapes.values())
     data = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / "model.safetensors.index.json", data)
 
 
-def _write_shard(path: Path, shapes: Shapes, seed: str, depth: int, count: _Counter) -> None:
+def _write_shard(path: Path, shapes: Shapes, part: Part, seed: str, count: _Counter) -> None:
     """One safetensors file, written here since the library only takes whole tensors.
 
     The format: the header's length as u64, a JSON header padded with spaces, then the tensors
@@ -272,13 +273,15 @@ def _write_shard(path: Path, shapes: Shapes, seed: str, depth: int, count: _Coun
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape in shapes.items():
-            _write_values(file, name, shape, seed, depth)
+            _write_values(file, name, shape, seed, _distribution(name, shape, part))
             count.add(_size(shape))
 
 
-def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: str, depth: int) -> None:
-    """Draws a tensor and writes it as float16."""
-    mean, deviation = _distribution(name, shape, depth)
+def _write_values(
+    file: BinaryIO, name: str, shape: tuple[int, ...], seed: str, spread: tuple[float, float]
+) -> None:
+    """Draw a tensor of this mean and deviation and write it as float16."""
+    mean, deviation = spread
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     random = np.random.default_rng(np.frombuffer(digest, np.uint32))
     left = math.prod(shape)
@@ -290,16 +293,19 @@ def _write_values(file: BinaryIO, name: str, shape: tuple[int, ...], seed: str, 
         left -= len(values)
 
 
-def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float, float]:
-    """Mean and standard deviation that keep activations near unit variance at every depth.
+def _distribution(name: str, shape: tuple[int, ...], part: Part) -> tuple[float, float]:
+    """Return the mean and deviation that keep activations near unit variance at every depth.
 
     A product with ``n`` inputs gets 1 / sqrt(n); what is added to the residual stream is smaller by
     sqrt(2 · layers), as in GPT-2, so that the stream does not grow; embeddings have the variance
     of the visual tokens beside them.
     """
+    for end, spread in part.draws.items():
+        if name.endswith(end):
+            return spread
     if name.endswith(("running_var", "gamma", "lambda_1", "lambda_2")):
         return 1.0, 0.0
-    if "norm" in name.lower() or "layrnorm" in name or ".bn." in name:
+    if "norm" in name.lower() or "layrnorm" in name or ".bn." in name or ".ln_q." in name:
         return (1.0, 0.0) if name.endswith("weight") else (0.0, 0.0)
     if name.endswith(_EMBEDDINGS):
         return 0.0, 1.0
@@ -307,7 +313,7 @@ def _distribution(name: str, shape: tuple[int, ...], depth: int) -> tuple[float,
         return 0.0, 0.02
     deviation = 1 / math.sqrt(math.prod(shape[1:]))
     if name.endswith(_TO_RESIDUAL):
-        deviation /= math.sqrt(2 * depth)
+        deviation /= math.sqrt(2 * part.depth)
     return 0.0, deviation
 
 

@@ -9,8 +9,12 @@ from typing import Any
 
 from mobilevlm.families.backbones import LLAMA, OPT, inside
 from mobilevlm.synth.fastvlm import fastvlm
+from mobilevlm.synth.gemma3 import gemma3
 from mobilevlm.synth.internvl import internvl
+from mobilevlm.synth.janus import janus
+from mobilevlm.synth.lfm2_vl import lfm2_vl
 from mobilevlm.synth.llava_onevision import llava_onevision
+from mobilevlm.synth.qwen_vl import qwen3_vl, qwen25_vl, qwen35
 from mobilevlm.synth.shapes import (
     Layout,
     Part,
@@ -24,6 +28,7 @@ from mobilevlm.synth.shapes import (
 )
 from mobilevlm.synth.smolvlm import smolvlm
 from mobilevlm.synth.tokenizer import byte_level_tokenizer, tokenizer_model
+from mobilevlm.synth.voxtral import voxtral_mini
 from mobilevlm.tokenizers.tokenizer import save_tokenizer
 
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
@@ -142,10 +147,19 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "vila_1.5_3b": _vila,
     "blip2_opt_2.7b": _blip2_opt,
     "fastvlm_0.5b": fastvlm,
+    "gemma3_4b": gemma3,
     "internvl3.5_1b": internvl,
+    "janus_pro_1b": janus,
+    "lfm2_vl_450m": partial(lfm2_vl, "lfm2_vl_450m"),
+    "lfm2_vl_1.6b": partial(lfm2_vl, "lfm2_vl_1.6b"),
     "llava_onevision_0.5b": llava_onevision,
+    "qwen2.5_vl_3b": qwen25_vl,
+    "qwen3_vl_2b": qwen3_vl,
+    "qwen3_5_0.8b": partial(qwen35, "qwen3_5_0.8b"),
+    "qwen3_5_2b": partial(qwen35, "qwen3_5_2b"),
     "smolvlm_256m": partial(smolvlm, "smolvlm_256m"),
     "smolvlm_500m": partial(smolvlm, "smolvlm_500m"),
+    "voxtral_mini_3b": voxtral_mini,
 }
 """By the configuration's name."""
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.families.backbones import Backbone, modules, stored_name
+from mobilevlm.decoder_spec import DecoderSpec, DeltaSpec
+from mobilevlm.families.backbones import DELTA_HEADS, Backbone, modules, stored_name, stored_tensor
 from mobilevlm.linear_groups import decoder_groups
 
 Shapes = dict[str, tuple[int, ...]]
@@ -26,6 +26,8 @@ class Part:
     """Layers, whose number sets the scale of what adds to a residual stream."""
     seed: str
     """Tells its random numbers from those of the other parts."""
+    draws: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    """Mean and deviation of tensors whose names end like this, in place of the usual ones."""
 
 
 @dataclass(frozen=True)
@@ -61,14 +63,30 @@ def decoder_shapes(spec: DecoderSpec, backbone: Backbone) -> Shapes:
             shapes[module] = (spec.num_experts(int(module.split(".")[1])), size)
         elif part == "position_embedding" and rows is not None:
             shapes[module] = (rows.total, size)
+        elif spec.delta is not None and ".delta." in module:
+            shapes |= _delta_shapes(spec.delta, module, size)
+        elif part == "conv":
+            shapes[module] = (size, 1, spec.conv_kernel)
         elif part in ("q_norm", "k_norm"):
             shapes[module] = (spec.head_dim,)
         elif part.endswith("norm"):
             shapes[module] = (size,)
         if module != "lm_head" or not spec.tie_word_embeddings:
-            found[f"{name}.weight"] = shapes[module]
+            found[stored_tensor(module, name, "weight")] = shapes[module]
             found |= {f"{name}.bias": shapes[module][:1]} if biased else {}
     return found
+
+
+def _delta_shapes(delta: DeltaSpec, module: str, size: int) -> Shapes:
+    """A part of a gated delta layer that is no linear layer with a format."""
+    shapes = {
+        "conv": (delta.mixed_size, 1, delta.kernel),
+        "norm": (delta.value_dim,),
+        **dict.fromkeys(DELTA_HEADS, (delta.value_heads,)),
+        **dict.fromkeys(("a_proj", "b_proj"), (delta.value_heads, size)),
+    }
+    part = module.rpartition(".")[2]
+    return {module: shapes[part]} if part in shapes else {}
 
 
 def siglip_shapes(config: dict[str, Any]) -> Shapes:

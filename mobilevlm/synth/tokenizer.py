@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import random
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from itertools import pairwise, product
 
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
@@ -102,6 +103,20 @@ def chat_tokenizer(count: int, special: Sequence[str]) -> Tokenizer:
 
 def _byte_level(count: int, before: Sequence[str], after: Sequence[str]) -> Tokenizer:
     """Return bytes and words as ``count`` tokens, and special ones before and after them."""
+    words, merges = _words_and_merges(count)
+    vocabulary = {text: index for index, text in enumerate([*before, *words])}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(text, normalized=False, special=True) for text in [*before, *after]]
+    )
+    return tokenizer
+
+
+@lru_cache(maxsize=1)
+def _words_and_merges(count: int) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+    """Return so many bytes and words, and the merges that make the words."""
     words = [byte_level_name(bytes([byte])) for byte in range(256)]
     merges: list[tuple[str, str]] = []
     ranks = {letter: rank for rank, letter in enumerate(words)}
@@ -116,14 +131,7 @@ def _byte_level(count: int, before: Sequence[str], after: Sequence[str]) -> Toke
             words.append(whole)
         if len(words) == count:
             break
-    vocabulary = {text: index for index, text in enumerate([*before, *words])}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(
-        [AddedToken(text, normalized=False, special=True) for text in [*before, *after]]
-    )
-    return tokenizer
+    return tuple(words), tuple(merges)
 
 
 def _pieces(count: int) -> list[str]:

@@ -10,7 +10,7 @@ prompt, those in people's text fall into plain pieces. Everything else is split 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -24,6 +24,11 @@ from mobilevlm.tokenizers.library import LibraryTokenizer
 
 _BREAK, _OPEN, _CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 """Noncharacters of Unicode: no text has them."""
+_STRUCTURE = frozenset((
+    "type", "function", "name", "description", "parameters", "properties", "required", "strict",
+    "arguments", "id", "object",
+))  # fmt: skip
+"""Words that templates look for in definitions and calls of tools."""
 
 
 def check_text(text: str) -> None:
@@ -46,30 +51,67 @@ def protect(
     """Return messages whose texts are marked where they must not be read as special tokens:
     ``<image>`` and ``image_mark`` in what is not the user's (an answer may say it), and without
     ``special_tokens`` everything that could begin one."""
+    user, others = _markers(tokenizer, special_tokens, image_mark)
+    found: list[Any] = []
+    for message in messages:
+        marked = user if message["role"] == "user" else others
+        content = message["content"]
+        more = {key: _marked_in(value, marked) for key, value in message.items()
+                     if key not in ("role", "content")}  # fmt: skip
+        if isinstance(content, str):
+            found.append({**more, "role": message["role"], "content": marked(content)})
+            continue
+        parts = [
+            {**part, "text": marked(part["text"])} if "text" in part else part for part in content
+        ]
+        found.append({**more, "role": message["role"], "content": parts})
+    return found
+
+
+def protect_data(
+    data: Any,
+    tokenizer: Tokenizer,
+    special_tokens: bool = True,
+    image_mark: str = IMAGE_PLACEHOLDER,
+) -> Any:
+    """Return JSON data for a template, its texts marked as :func:`protect` marks what is not the
+    user's."""
+    return _marked_in(data, _markers(tokenizer, special_tokens, image_mark)[1])
+
+
+def _marked_in(data: Any, marked: Callable[[str], str]) -> Any:
+    if isinstance(data, str):
+        return data if data in _STRUCTURE else marked(data)
+    if isinstance(data, Mapping):
+        return {
+            _marked_in(str(key), marked): _marked_in(value, marked) for key, value in data.items()
+        }
+    if isinstance(data, (list, tuple)):
+        return [_marked_in(value, marked) for value in data]
+    return data
+
+
+def _markers(
+    tokenizer: Tokenizer, special_tokens: bool, image_mark: str
+) -> tuple[Callable[[str], str], Callable[[str], str]]:
+    """Return what marks a text of the user, and any other text."""
     starts = {"<"} if special_tokens else {"<", *(name[0] for name in _special_names(tokenizer))}
     table = {ord(start): f"{start}{_BREAK}" for start in starts}
 
-    def marked(text: str, role: str) -> str:
+    def checked(text: str) -> str:
         check_text(text)
-        if not special_tokens:
-            return text.translate(table)
-        if role != "user":
-            for name in (IMAGE_PLACEHOLDER, image_mark):
-                text = text.replace(name, f"{name[0]}{_BREAK}{name[1:]}")
         return text
 
-    found: list[Message] = []
-    for message in messages:
-        role, content = message["role"], message["content"]
-        if isinstance(content, str):
-            found.append({"role": role, "content": marked(content, role)})
-            continue
-        parts = [
-            {**part, "text": marked(part["text"], role)} if "text" in part else part
-            for part in content
-        ]
-        found.append({"role": role, "content": parts})
-    return found
+    def without_images(text: str) -> str:
+        check_text(text)
+        for name in (IMAGE_PLACEHOLDER, image_mark):
+            text = text.replace(name, f"{name[0]}{_BREAK}{name[1:]}")
+        return text
+
+    def without_any(text: str) -> str:
+        return checked(text).translate(table)
+
+    return (checked, without_images) if special_tokens else (without_any, without_any)
 
 
 def encode_marked(tokenizer: Tokenizer, text: str, add_special_tokens: bool = True) -> list[int]:

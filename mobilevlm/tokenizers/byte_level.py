@@ -81,13 +81,7 @@ def from_tiktoken(path: Path) -> Tokenizer:
     layout = _TIKTOKEN[path.name]
     start = len(ranks) + layout.unused
     special = {text: start + index for index, text in enumerate(layout.special)}
-    names = {token: byte_level_name(token) for token in ranks}
-    merges = [
-        (names[parts[0]], names[parts[1]])
-        for token in ranks
-        if len(parts := _parts(token, ranks)) == 2
-    ]
-    vocabulary = {names[token]: rank for token, rank in ranks.items()}
+    vocabulary, merges = bpe_of_ranks(ranks)
     tokenizer = Tokenizer(BPE(vocab={**vocabulary, **special}, merges=merges, ignore_merges=True))
     _split_as_qwen(tokenizer)
     tokenizer.decoder = decoders.ByteLevel()
@@ -96,6 +90,17 @@ def from_tiktoken(path: Path) -> Tokenizer:
         [AddedToken(text, normalized=True, special=True) for text in layout.special]
     )
     return tokenizer
+
+
+def bpe_of_ranks(ranks: dict[bytes, int]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the ranks by byte-level names, and the pairs that make tokens, in their order."""
+    names = {token: byte_level_name(token) for token in ranks}
+    merges = [
+        (names[parts[0]], names[parts[1]])
+        for token in ranks
+        if len(parts := _parts(token, ranks)) == 2
+    ]
+    return {names[token]: rank for token, rank in ranks.items()}, merges
 
 
 def from_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
@@ -180,12 +185,17 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
                 ranks[base64.b64decode(token, validate=True)] = int(rank)
     except (ValueError, binascii.Error):
         raise CheckpointError(f"{path}: not a tiktoken vocabulary: download it again") from None
+    check_ranks(path, ranks)
+    return ranks
+
+
+def check_ranks(path: Path, ranks: dict[bytes, int]) -> None:
+    """Raise CheckpointError unless the ranks are 0, 1, 2 … and each byte has one."""
     if not ranks or sorted(ranks.values()) != list(range(len(ranks))):
         raise CheckpointError(f"{path}: the ranks are not 0, 1, 2 …: download it again")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
         raise CheckpointError(f"{path}: byte {missing[0]} has no rank: download it again")
-    return ranks
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:

@@ -35,6 +35,7 @@ from mobilevlm.tokenizers.byte_level import (
 )
 from mobilevlm.tokenizers.json_file import open_tokenizer_json
 from mobilevlm.tokenizers.pieces import SPACE
+from mobilevlm.tokenizers.tekken import TEKKEN, from_tekken
 
 ADDED, SETTINGS, WHOLE = "added_tokens.json", "tokenizer_config.json", "tokenizer.json"
 
@@ -62,20 +63,22 @@ def read_tokenizer(folder: Path, legacy: bool | None = None, ready: bool = False
         return _from_sentencepiece(folder, legacy)
     if (ranks := find_ranks(folder)) is not None:
         return from_tiktoken(ranks)
+    if (folder / TEKKEN).is_file():
+        return from_tekken(folder / TEKKEN)
     if (folder / VOCAB).is_file() and (folder / MERGES).is_file():
         return from_vocab_and_merges(folder, tokenizer_settings(folder))
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise CheckpointError(
             f"{folder}: no tokenizer: expected tokenizer.model, tokenizer.json, {VOCAB} and "
-            f"{MERGES}, arcade100k.tiktoken or qwen.tiktoken"
+            f"{MERGES}, {TEKKEN}, arcade100k.tiktoken or qwen.tiktoken"
         )
     return _begin_and_end(_from_json(path), folder)
 
 
 def has_tokenizer(folder: Path) -> bool:
     """Return whether a folder has the files of a tokenizer."""
-    names = ("tokenizer.model", "tokenizer.json", VOCAB)
+    names = ("tokenizer.model", "tokenizer.json", VOCAB, TEKKEN)
     return any((folder / name).is_file() for name in names) or find_ranks(folder) is not None
 
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Unpack
 
 from mobilevlm.conversation import user_message
 from mobilevlm.image import ImageInput
 from mobilevlm.messages import Message
+from mobilevlm.prompt import Clip, Prepared, Sound
 from mobilevlm.runtime.answer.generation import Generation, TextStream
 from mobilevlm.runtime.answer.options import TurnOptions, shows_options
 
 if TYPE_CHECKING:
+    from mobilevlm.runtime.sequence.prompts import Images
     from mobilevlm.runtime.vlm import VLM
 
 
 class Chat:
     """Messages of a conversation. Each turn computes only what is new; images are encoded once."""
 
-    def __init__(
-        self, vlm: VLM, images: Sequence[ImageInput] = (), system: str | None = None
-    ) -> None:
+    def __init__(self, vlm: VLM, images: Images = (), system: str | None = None) -> None:
         self._vlm = vlm
         self._session = vlm.new_session()
         self._system: str | None = None
@@ -44,7 +44,7 @@ class Chat:
         self._system = text
         self._session.told = []
 
-    def begin(self, images: Sequence[ImageInput]) -> None:
+    def begin(self, images: Images) -> None:
         """Forget the turns; the next question is about these images.
 
         Raises:
@@ -63,7 +63,7 @@ class Chat:
         """
         self.begin(self._sources)
 
-    def show(self, images: Sequence[ImageInput]) -> None:
+    def show(self, images: Images) -> None:
         """Show further images with the next question.
 
         Raises:
@@ -72,13 +72,20 @@ class Chat:
         self._prepare([*self._sources, *images])
         self._session.told = []  # how a model takes an image may depend on their number
 
-    def _prepare(self, images: Sequence[ImageInput]) -> None:
-        prepared = [self._vlm.prepare_image(image, images=len(images)) for image in images]
+    def _prepare(self, images: Images) -> None:
+        prepared = [self._prepared(image, len(images)) for image in images]
         self._sources = [
             done if hasattr(image, "read") else image  # a stream is read once
             for image, done in zip(images, prepared, strict=True)
         ]
         self.images = prepared
+
+    def _prepared(self, shown: ImageInput | Clip | Sound, count: int) -> Clip | Prepared | Sound:
+        if isinstance(shown, Clip):
+            return shown
+        if isinstance(shown, Sound):
+            return Sound(self._vlm.prepare_audio(shown))
+        return self._vlm.prepare_image(shown, images=count)
 
     @property
     def room(self) -> int:
@@ -91,7 +98,8 @@ class Chat:
         ends, or with what was said so far when it is closed."""
         marks_in_text = options.get("special_tokens", True)
         new = len(self.images) - self._shown
-        message = user_message(question, new, marks_in_text)
+        shows = self._vlm.spec.conversation.shows
+        message = user_message(question, new, marks_in_text and shows == "image", shows)
         stream = self._vlm.stream(
             [*self.messages, message],
             self.images,

@@ -14,15 +14,15 @@ from tokenizers import Tokenizer
 from mobilevlm.errors import MobileVLMError, SessionError
 from mobilevlm.prompt import count_rows
 from mobilevlm.runtime.answer.sampling import Sampler, SamplingOptions
-from mobilevlm.runtime.answer.text import Detokenizer, StopStrings
+from mobilevlm.runtime.answer.text import Detokenizer, StopRules, StopStrings
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.sequence.drafting import Drafting, Drafts, Lookup, drafted_tokens
 from mobilevlm.runtime.sequence.session import Clock, Fill, FillCancelled, Prompt, Session
-from mobilevlm.runtime.settings import check_new_tokens
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.answer.grammar import Guide
     from mobilevlm.runtime.answer.logprobs import TokenLogprob
+    from mobilevlm.runtime.answer.tool_calls import ToolCall, ToolUse
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class Generation:
     drafts: Drafts
     logprobs: list[TokenLogprob] | None = None
     """Log probabilities of each token, if they were asked for."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Calls of tools, which are no part of the text."""
 
 
 @dataclass
@@ -83,6 +85,7 @@ class Progress:
     """State of an answer while it is made, which its reader sees."""
 
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    tool_calls: list[ToolCall] = field(default_factory=list)
     cancelled: bool = False
 
 
@@ -139,6 +142,11 @@ class TextStream(Iterator[str]):
         """Log probabilities of the tokens so far, where they were asked for."""
         return self.progress.logprobs
 
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Calls of tools so far."""
+        return self.progress.tool_calls
+
     def cancel(self) -> None:
         """Let the answer end at its next token, from any thread and without waiting: the reader
         gets no more pieces, and a generation with what there is."""
@@ -161,18 +169,6 @@ class TextStream(Iterator[str]):
 
 
 @dataclass(frozen=True)
-class StopRules:
-    """When an answer ends."""
-
-    max_new_tokens: int
-    eos_token_ids: frozenset[int]
-    strings: Sequence[str]
-
-    def __post_init__(self) -> None:
-        check_new_tokens(self.max_new_tokens)
-
-
-@dataclass(frozen=True)
 class AnswerSettings:
     """How an answer is made."""
 
@@ -184,6 +180,8 @@ class AnswerSettings:
     """Likeliest tokens whose log probabilities go with each token's; none: no log probabilities."""
     guide: Guide | None = None
     """The grammar that the answer follows."""
+    tool_use: ToolUse | None = None
+    """Tools that the answer may call."""
 
 
 def generate_text(
@@ -208,6 +206,11 @@ def generate_text(
         from mobilevlm.runtime.answer.logprobs import LogprobReader
 
         reader = LogprobReader(tokenizer, settings.top_logprobs)
+    calls = None
+    if settings.tool_use is not None:
+        from mobilevlm.runtime.answer.tool_calls import CallReader
+
+        calls = CallReader(settings.tool_use, progress.tool_calls)
     tokens: list[int] = []
     shown: list[str] = []
     finish: FinishReason = "length"
@@ -233,6 +236,8 @@ def generate_text(
         if reader is not None:
             progress.logprobs.append(reader(sampler.logits, token))
         piece, stopped = stops.add(detokenizer.add(token))
+        if calls is not None:
+            piece = calls.add(piece)
         if piece:
             shown.append(piece)
             yield piece
@@ -248,12 +253,15 @@ def generate_text(
         finish = "cancelled"
     if token is None and decode.samples:
         decode.samples.pop()  # the context is full: nothing came
+    piece = ""
     if not stopped:
         piece, stopped = stops.add(detokenizer.finish())
         piece += "" if stopped else stops.finish()
-        if piece:
-            shown.append(piece)
-            yield piece
+    if calls is not None:
+        piece = calls.add(piece) + calls.finish()
+    if piece:
+        shown.append(piece)
+        yield piece
     timings = Timings(
         load=load_seconds,
         preprocess=prompt.seconds,
@@ -274,6 +282,7 @@ def generate_text(
         Reused(fill.reused_tokens, fill.reused_images),
         drafts,
         None if reader is None else progress.logprobs,
+        tuple(progress.tool_calls),
     )
 
 

@@ -2,6 +2,7 @@
 
 A grammar says after each token which tokens may come next; all others lose their logits before one
 is chosen. Where the likeliest token is allowed, and tokens are chosen greedily, no mask is made.
+Where one token alone is allowed, the text that must follow it is taken without asking again.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -28,10 +30,14 @@ MOST_CHARACTERS = 1 << 20
 """Longest schema or grammar."""
 KEPT = 8
 """Compiled grammars that are kept for later answers."""
+KEPT_TEXTS, LONGEST_KEPT = 4096, 200
+"""Texts that grammars force whose tokens are kept, and the characters of one."""
 SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 """JSON's separators as Python writes them: a small model does not lose itself in spaces."""
 JSON_CHARACTERS = '{}[]":,-.0123456789aeflnrstu\\'
 """That JSON needs whatever it says."""
+FEW = 32
+"""Tokens that are compared one by one: less work than a mask over a vocabulary."""
 _NEVER = np.float32(-np.inf)
 
 
@@ -41,15 +47,20 @@ class Guide:
 
     def __init__(self, matcher: Any, size: int, end: frozenset[int]) -> None:
         self._matcher, self._end = matcher, end
-        words = np.zeros((size + 31) // 32, np.int32)
-        self._mask: NDArray[np.uint8] = words.view(np.uint8)
-        self._place, self._size = words.ctypes.data, words.nbytes
-        self._none = bytes(words.nbytes)
+        self._words = np.zeros((size + 31) // 32, np.int32)
+        self._mask: NDArray[np.uint8] = self._words.view(np.uint8)
+        self._place, self._size = self._words.ctypes.data, self._words.nbytes
+        self._forced: list[int] = []
+        """Tokens that must come next, the first at the end; the grammar is behind them"""
 
     @property
     def complete(self) -> bool:
         """True if nothing may follow."""
-        return bool(self._matcher.is_stopped())
+        return not self._forced and bool(self._matcher.is_stopped())
+
+    def forced(self) -> int | None:
+        """Return the token that must come next, where that is known from the last one."""
+        return self._forced.pop() if self._forced else None
 
     def took(self, token: int) -> bool:
         """Go on behind a token if it is allowed; return whether it is."""
@@ -57,30 +68,51 @@ class Guide:
             return bool(self._matcher.is_accepting())
         return bool(self._matcher.try_consume_tokens([token]) == 1)
 
-    def masked(self, logits: Float32) -> Float32:
-        """Return logits ``(vocab_size,)`` with minus infinity for tokens that may not come next.
+    def allowed(self) -> list[int] | None:
+        """Return the tokens that may come next; none if they are more than a few.
 
         Raises:
             GrammarError: none may.
         """
         self._matcher.unsafe_compute_mask_ptr(self._place, self._size)
-        if self._mask.tobytes() == self._none:
+        count = int.from_bytes(self._mask).bit_count()
+        if count == 0:
             told = f" ({shown(self._matcher.get_error())})" if self._matcher.is_error() else ""
             raise GrammarError(
                 f"the grammar leaves no token that this model can go on with{told}: ask for less "
                 f"unusual characters or a simpler grammar"
             )
+        if count > FEW:
+            return None
+        found: list[int] = []
+        places = self._words.nonzero()[0]
+        for place, word in zip(places.tolist(), self._words[places].tolist(), strict=True):
+            rest = word & 0xFFFFFFFF
+            while rest:
+                found.append(32 * place + (rest & -rest).bit_length() - 1)
+                rest &= rest - 1
+        return found
+
+    def masked(self, logits: Float32) -> Float32:
+        """Return logits ``(vocab_size,)`` with minus infinity for tokens that may not come next, by
+        the last :meth:`allowed`."""
         bits = np.unpackbits(self._mask, bitorder="little", count=len(logits))
         found: Float32 = np.where(bits.view(np.bool_), logits, _NEVER)
         return found
 
-    def take(self, token: int) -> None:
-        """Go on behind a token that :meth:`masked` left."""
-        if token not in self._end and not self.took(token):
+    def take(self, token: int, only: bool = False) -> None:
+        """Go on behind a token that is allowed; if it is the ``only`` one, behind those that must
+        follow it too."""
+        if token in self._end:
+            return
+        if not self.took(token):
             raise GrammarError(
                 f"the grammar cannot be followed ({shown(self._matcher.get_error())}): make it "
                 f"simpler"
             )
+        if only and (following := self._matcher.compute_ff_tokens()):
+            taken = self._matcher.try_consume_tokens(following)
+            self._forced = following[:taken][::-1]
 
 
 class GuideMaker:
@@ -146,6 +178,17 @@ class GuideMaker:
             grammar = self._library.LLMatcher.grammar_from_lark(text)
         return self._guide("grammar", grammar)
 
+    def calls(self, grammar: str) -> Guide:
+        """Return a guide to calls of tools, by a grammar of Lark's notation.
+
+        Raises:
+            GrammarError: as of :meth:`schema`, of the parameters of a tool.
+        """
+        _check_length("tools", grammar)
+        with foreign("tools", GrammarError):
+            found = self._library.LLMatcher.grammar_from_lark(grammar)
+        return self._guide("tools", found)
+
     def _guide(self, name: str, grammar: str, unknown: Sequence[str] = ()) -> Guide:
         with self._lock:
             known = self._compiled.get(grammar)
@@ -197,20 +240,28 @@ class _Vocabulary:
         self.special_token_ids = sorted(token for token in special if token < vocab_size)
         self.eos_token_id = min(end, default=0)
         self.library: Any = None
+        self._before = encode(tokenizer, "\n", add_special_tokens=False)
+        first = encode(tokenizer, "a", add_special_tokens=False)
+        self._adds_space = b"".join(map(self._bytes, first)) == b" a"
+        self._known = lru_cache(KEPT_TEXTS)(self._ids)
 
-    def __call__(self, text: str) -> list[int]:
-        """Return ids whose bytes are the text: the tokenizer's where it keeps them."""
+    def __call__(self, text: str) -> Sequence[int]:
+        """Return ids whose bytes are the text: the tokenizer's where it keeps them. Asked at each
+        token of text that the grammar forces, on the way to a mask."""
+        return self._known(text) if len(text) <= LONGEST_KEPT else self._ids(text)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
         wanted = text.encode()
-        ids = encode(self._tokenizer, text, add_special_tokens=False)
-        if b"".join(map(self._bytes, ids)) == wanted:
-            return ids
-        before = encode(self._tokenizer, "\n", add_special_tokens=False)
+        if not self._adds_space:
+            ids = encode(self._tokenizer, text, add_special_tokens=False)
+            if b"".join(map(self._bytes, ids)) == wanted:
+                return tuple(ids)
         joined = encode(self._tokenizer, f"\n{text}", add_special_tokens=False)
-        rest = joined[len(before) :]
-        if joined[: len(before)] == before and b"".join(map(self._bytes, rest)) == wanted:
-            return rest
-        greedy: list[int] = self.library.greedy_tokenize(text)
-        return greedy
+        rest = joined[len(self._before) :]
+        is_split = joined[: len(self._before)] == self._before
+        if is_split and b"".join(map(self._bytes, rest)) == wanted:
+            return tuple(rest)
+        return tuple(self.library.greedy_tokenize(text))
 
 
 def _schema_data(schema: object) -> dict[str, Any]:

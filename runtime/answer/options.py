@@ -8,8 +8,9 @@ from dataclasses import fields
 from typing import Any, TypedDict, TypeVar
 
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.runtime.answer.generation import StopRules
+from mobilevlm.prompt import Sound, SoundInput
 from mobilevlm.runtime.answer.sampling import SamplingOptions
+from mobilevlm.runtime.answer.text import StopRules
 from mobilevlm.runtime.sequence.session import Session
 from mobilevlm.runtime.settings import check_logprobs, stop_strings
 from mobilevlm.spec import ConversationSpec
@@ -59,8 +60,19 @@ class TurnOptions(SamplingKeywords, total=False):
 class AnswerOptions(TurnOptions, total=False):
     """How to answer. All may be left out."""
 
+    audio: Sequence[SoundInput | Sound]
+    """Sounds, for models that take some: before the text, or with messages those of parts that
+    bring none"""
     system: str | None
     """The system message, before the prompt's messages; by default the model's own, if any"""
+    tools: Sequence[Mapping[str, Any]]
+    """Functions that the model may call, in OpenAI's form; its calls are
+    :attr:`Generation.tool_calls`"""
+    tool_choice: str | Mapping[str, Any]
+    """``auto``, ``none`` (they are left out of the prompt), or ``required`` or ``{"type":
+    "function", "function": {"name": …}}``: the answer is calls (extra ``[structured]``)"""
+    parallel_tool_calls: bool
+    """Several calls in an answer; else one at most"""
     session: Session | None
     """One of :meth:`VLM.new_session`, for one stream and one thread at a time. It keeps what was
     computed, not what was said: messages that leave out earlier turns are refused."""
@@ -75,6 +87,10 @@ DEFAULTS: Mapping[str, object] = {
     "special_tokens": True,
     "logprobs": False,
     "top_logprobs": 0,
+    "audio": (),
+    "tools": (),
+    "tool_choice": "auto",
+    "parallel_tool_calls": True,
 }
 """Defaults of options; the others have none."""
 
@@ -147,18 +163,26 @@ def is_structured(options: AnswerOptions) -> bool:
     return any(both)
 
 
-def stop_rules(options: AnswerOptions, conversation: ConversationSpec) -> StopRules:
-    """Return when the answer ends.
+def stop_rules(
+    options: AnswerOptions,
+    conversation: ConversationSpec,
+    *,
+    forced: bool = False,
+    further: Sequence[str] = (),
+) -> StopRules:
+    """Return when the answer ends. ``forced``: it is calls of tools by a grammar; ``further``:
+    strings that end it too.
 
     Raises:
         MobileVLMError: a value of the wrong type or range.
     """
     ends, texts = conversation.eos_token_ids, conversation.stop_strings
-    if is_structured(options):
+    if is_structured(options) or forced:
         if options.get("ignore_eos", False):
             raise MobileVLMError("ignore_eos does not go with a schema or grammar: leave one out")
         texts = ()  # its end is the grammar's; inside, these are words
     if options.get("ignore_eos", False):
         ends, texts = (), ()
+    texts = (*texts, *further)
     most = options.get("max_new_tokens", DEFAULT_MAX_NEW_TOKENS)
     return StopRules(most, frozenset(ends), (*texts, *stop_strings(options.get("stop", ()))))

@@ -75,6 +75,9 @@ class Sampler:
     def __init__(self, options: SamplingOptions, guide: Guide | None = None) -> None:
         self.options, self._guide = options, guide
         self._random = np.random.default_rng(options.seed)
+        self._missed = False
+        """True if the grammar did not allow the likeliest token, the last time it was asked: it is
+        then cheaper to ask for all allowed ones at once"""
         self.logits: NDArray[np.float32]
         """That the last token was chosen from, before penalties; valid as long as they are."""
 
@@ -83,12 +86,21 @@ class Sampler:
         self.logits = logits
         if self.options.repetition_penalty != 1.0 and previous:
             logits = _penalize(logits, previous, self.options.repetition_penalty)
-        if self._guide is None:
-            return self._choose(logits)
-        if self.options.temperature == 0 and self._guide.took(likeliest := int(logits.argmax())):
+        return self._choose(logits) if self._guide is None else self._guided(self._guide, logits)
+
+    def _guided(self, guide: Guide, logits: NDArray[np.float32]) -> int:
+        if (forced := guide.forced()) is not None:
+            return forced
+        likeliest = int(logits.argmax()) if self.options.temperature == 0 else None
+        if likeliest is not None and not self._missed and guide.took(likeliest):
             return likeliest
-        token = self._choose(self._guide.masked(logits))
-        self._guide.take(token)
+        few = guide.allowed()
+        if few is None:
+            token = self._choose(guide.masked(logits))
+        else:
+            token = few[0] if len(few) == 1 else few[self._choose(logits[few])]
+        self._missed = token != likeliest
+        guide.take(token, only=few is not None and len(few) == 1)
         return token
 
     def _choose(self, logits: NDArray[np.float32]) -> int:

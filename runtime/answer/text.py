@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 from mobilevlm.errors import BundleError
+from mobilevlm.runtime.settings import check_new_tokens
 from mobilevlm.tokenizers.json_file import foreign
 from mobilevlm.tokenizers.pieces import SPACE, AnswerBytes, lone_byte, token_bytes
 
@@ -87,7 +89,7 @@ class StopStrings:
         if found:
             self._held = ""
             return text[: min(found)], True
-        keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep], False
 
@@ -97,7 +99,19 @@ class StopStrings:
         return held
 
 
-def _overlap(text: str, stop: str) -> int:
+def overlap(text: str, stop: str) -> int:
     """How many last characters of ``text`` begin ``stop``."""
     longest = min(len(text), len(stop) - 1)
     return next((n for n in range(longest, 0, -1) if text.endswith(stop[:n])), 0)
+
+
+@dataclass(frozen=True)
+class StopRules:
+    """When an answer ends."""
+
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    strings: Sequence[str]
+
+    def __post_init__(self) -> None:
+        check_new_tokens(self.max_new_tokens)

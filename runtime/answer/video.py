@@ -1,20 +1,30 @@
-"""A video as some of its frames, which go to a model as images (PyAV reads it)."""
+"""Videos: frames that PyAV reads of a file, for a clip where a model takes some, else as images."""
 
 from __future__ import annotations
 
+import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from PIL import Image
 
 from mobilevlm.console.terminal import shown
 from mobilevlm.errors import ImageError, require
 from mobilevlm.input_spec import Tiled
+from mobilevlm.media.clip import (
+    USUAL_RATE,
+    KnownClip,
+    Sampled,
+    clip_of,
+    clip_places,
+    spread_places,
+    time_texts,
+)
 from mobilevlm.media.image_file import MAX_PIXELS, RoomFor
+from mobilevlm.prompt import Clip
 from mobilevlm.spec import ModelSpec
 
 DEFAULT_FRAMES = 8
@@ -32,56 +42,85 @@ _FRAME_BYTES = 36
 
 @dataclass(frozen=True)
 class Video:
-    """A video file that was looked through, and the frames that are to be taken of it."""
+    """A video file that was looked through."""
 
     path: Path
-    places: tuple[int, ...]
-    """Their numbers, from 0."""
+    total: int
+    """Frames in it."""
+    rate: float
+    """Frames in a second."""
 
 
-def open_video(path: Path, count: int = DEFAULT_FRAMES) -> Video:
-    """Choose ``count`` frames from the first to the last at equal distances; of a shorter video
-    every frame. The places are those of VILA's loader (llava/utils/media.py).
+def open_video(path: str | os.PathLike[str]) -> Video:
+    """Look through a video.
 
     Raises:
         ImageError: the file is missing, damaged, or no video.
         MissingExtraError: PyAV is not installed.
     """
+    path = Path(path)
     with _Opened(path) as stream:
         total = int(stream.frames)
+        rate = float(stream.average_rate or stream.guessed_rate or USUAL_RATE)
         if total <= 0:  # the file does not say
             total = sum(packet.size > 0 for packet in stream.container.demux(stream))
     if total <= 0:
         raise ImageError(f"{shown(path)}: no frames in it: is it a video?")
-    places = np.round(np.linspace(0, total - 1, min(count, total))).astype(int)
-    return Video(path, tuple(places.tolist()))
+    return Video(path, total, rate)
+
+
+def sample_frames(video: Video, known: KnownClip | None, count: int | None = None) -> Sampled:
+    """Choose the frames that a model takes of a video: ``count``, else its own number. ``known``:
+    how it takes clips; without, they go from the first to the last at equal distances, at the
+    places of VILA's loader (llava/utils/media.py)."""
+    if known is None:
+        places = spread_places(video.total, DEFAULT_FRAMES if count is None else count)
+    else:
+        _, clip, step = known
+        places = clip_places(video.total, video.rate, clip, step, count)
+    return Sampled(places, video.total, video.rate)
+
+
+def blank_clip(video: Video, spec: ModelSpec, count: int | None = None) -> Clip:
+    """Return what stands for a video in a prompt before its frames are there: empty bytes in the
+    places of images."""
+    known = clip_of(spec.image) if spec.has_images else None
+    sampled = sample_frames(video, known, count)
+    if known is None:
+        return Clip((b"",) * len(sampled.places))
+    _, clip, step = known
+    if not clip.tells_times:
+        return Clip((b"",))
+    return Clip(tuple(time_texts(sampled, step, [b""] * -(-len(sampled.places) // step))))
 
 
 def frame_tiles(spec: ModelSpec) -> int | None:
     """Return the tiles of a frame at most: one, since official video processors split no frame
     (SmolVLM, InternVL); none where the model splits no image, or llama.cpp alone decides."""
-    return 1 if isinstance(spec.image.preparation, Tiled) else None
+    return 1 if spec.has_images and isinstance(spec.image.preparation, Tiled) else None
 
 
-def decode_frames(video: Video, room_for: RoomFor | None = None) -> Iterator[Image.Image]:
+def decode_frames(
+    video: Video, places: Sequence[int], room_for: RoomFor | None = None
+) -> Iterator[Image.Image]:
     """Yield the frames one by one, RGB and upright; those between are decoded and dropped.
     ``room_for``: memory that decoding may take; a video that needs more is refused.
 
     Raises:
         ImageError: the file is damaged, or its frames are too large.
     """
-    places, found = set(video.places), 0
+    wanted, found = set(places), 0
     with _Opened(video.path) as stream:
         _check_size(video.path, stream.width, stream.height, room_for)
         # Frames may be larger than the file says at its beginning.
         stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
         stream.thread_type = "AUTO"
         for index, frame in enumerate(stream.container.decode(stream)):
-            if index in places:
+            if index in wanted:
                 _check_size(video.path, frame.width, frame.height, room_for)
                 yield frame.to_image().rotate(frame.rotation, expand=True)
                 found += 1
-                if found == len(places):
+                if found == len(wanted):
                     return
     if not found:
         raise ImageError(f"{shown(video.path)}: no frames in it: is it a video?")

@@ -6,6 +6,7 @@ second from the mean interval after the first token.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,7 @@ import numpy as np
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.image import ImageInput
 from mobilevlm.plan import engine_files, stage_formats
+from mobilevlm.prompt import Sound
 from mobilevlm.runtime.answer.generation import Generation
 from mobilevlm.runtime.bench.telemetry import Telemetry, describe, recorded
 from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
@@ -66,20 +68,26 @@ class BenchResult:
     """Differences between what was asked and what was measured."""
 
 
+_STAGES = {"vision": ("preprocess", "vision"), "audio": ("mel", "audio encoder")}
+"""Names of what comes before the decoder, by the stage that a model has."""
+
+
 def run_bench(
     vlm: VLM,
-    image: ImageInput | None,
+    image: ImageInput | Sound | None,
     *,
     text_tokens: int = 56,
     new_tokens: int = 64,
     runs: int = 5,
     draft_tokens: int = 0,
+    codes: int = 16,
     advance: Advance = ignore,
 ) -> BenchResult:
     """Runs the same prompt ``runs`` times, after one run that does not count. The conversation is
     left out, so that ``text_tokens`` is what the decoder sees. Each run begins with empty caches;
     then comes another question of that length about the same picture. ``draft_tokens``: guessed at
-    a time, see runtime/sequence/drafting.py."""
+    a time, see runtime/sequence/drafting.py; ``codes``: of an image that is begun in each run, and
+    decoded, by a model that makes images."""
     images = [] if image is None else [image]
     prompt = prompt_of_length(vlm, text_tokens, len(images))
     other = prompt_of_length(vlm, text_tokens, len(images), word=" b")
@@ -102,9 +110,10 @@ def run_bench(
             if run == 0:
                 continue
             times = answer.timings
+            before_encoder, encoder = _STAGES[vlm.spec.encoder_stage]
             for name, value in (
-                ("preprocess", times.preprocess),
-                ("vision", times.vision),
+                (before_encoder, times.preprocess),
+                (encoder, times.vision),
                 ("prefill", times.prefill),
                 ("first token", times.ttft),
             ):
@@ -117,6 +126,9 @@ def run_bench(
                 samples.setdefault("guesses that were right/%", []).append(share)
             if before is not None and after is not None:
                 samples.setdefault("experts brought in/MB", []).append((after - before) / 1e6)
+            if codes and vlm.spec.draws and vlm.engine == "onnx":
+                for name, values in _drawing_samples(vlm, codes).items():
+                    samples.setdefault(name, []).extend(values)
             samples.setdefault("next token/ms", []).extend(1e3 * s for s in answer.token_seconds)
             samples.setdefault("prefill/tokens/s", []).append(answer.prompt_tokens / times.prefill)
             samples.setdefault("decode/tokens/s", []).append(times.tokens_per_second)
@@ -148,6 +160,26 @@ def run_bench(
         telemetry=telemetry,
         notes=_notes(answer, text_tokens, new_tokens),
     )
+
+
+def _drawing_samples(vlm: VLM, count: int) -> dict[str, list[float]]:
+    """Return times of an image that is begun with so many codes, and of decoding a whole one. The
+    first code takes the prompt too, and the stages are loaded before."""
+    output = vlm.spec.drawing
+    start = time.perf_counter()
+    vlm.decode_codes([0] * output.num_tokens)
+    decoded = time.perf_counter() - start
+    steps, times = vlm.draw_steps(" a" * 16, temperature=0), []
+    for _ in range(min(count, output.num_tokens)):
+        next(steps)
+        times.append(time.perf_counter())
+    steps.close()
+    each = np.diff(times)
+    return {
+        "next code/ms": (1e3 * each).tolist(),
+        "codes/codes/s": [len(each) / float(each.sum())] if len(each) else [],
+        "image decoder/ms": [1e3 * decoded],
+    }
 
 
 def prompt_of_length(vlm: VLM, text_tokens: int, images: int, word: str = " a") -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -36,6 +36,21 @@ class EncoderEngine(Protocol):
 
     def close(self) -> None:
         """Frees the weights."""
+
+
+class NoImages:
+    """See :class:`EncoderEngine`. Of a language model without inputs beside text."""
+
+    def encode(self, arrays: Arrays) -> Rows:
+        """Not to be had."""
+        raise MobileVLMError("this model takes no images: leave them out")
+
+    def features(self, arrays: Arrays) -> Float32:
+        """Not to be had."""
+        raise MobileVLMError("this model takes no images: leave them out")
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 class DecoderState(Protocol):
@@ -73,6 +88,8 @@ class Segment:
     """Position of the token after each slot, where positions have several axes"""
     fixed: NDArray[np.float32] | None = None
     """State after the last slot whose size does not depend on the number of slots"""
+    window: NDArray[Any] | None = None
+    """State of the last slots in sliding layers, as far as the next run reads it"""
 
     @property
     def position(self) -> int:
@@ -82,7 +99,7 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes that it holds."""
-        parts = (self.data, self.positions, self.fixed)
+        parts = (self.data, self.positions, self.fixed, self.window)
         return sum(part.nbytes for part in parts if part is not None)
 
 
@@ -114,9 +131,9 @@ class DecoderEngine(Protocol):
     def extend(self, state: DecoderState, rows: Rows) -> None:
         """Appends rows where no logits are needed."""
 
-    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
-        """Append ``(length, hidden_size)`` in one run, by the weights that :meth:`step` uses;
-        return the logits of the last ``count`` ``(count, vocab_size)``; none: of all."""
+    def answer(self, state: DecoderState, rows: Rows, count: int | None = None) -> Float32:
+        """Append rows in one run, by the weights that :meth:`step` uses; return the logits of the
+        last ``count`` ``(count, vocab_size)``; none: of all."""
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """Appends one token; logits ``(vocab_size,)``, valid until the next call."""
@@ -145,10 +162,24 @@ def in_chunks(
     """Append rows in chunks of ``size``, and return the logits of the last ``count`` (none: of
     all); ``append`` does so for one chunk."""
     logits, length = [], len(rows)
-    for start in range(0, length, size):
-        end = min(start + size, length)
+    for start, end in chunk_spans(length, rows.blocks, size):
         logits.append(append(rows[start:end], wanted_of(count, (start, end), length)))
     return np.concatenate(logits)
+
+
+def chunk_spans(
+    length: int, blocks: Sequence[tuple[int, int]], size: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the spans of chunks of ``size`` rows; rows that see each other stay together, in a
+    longer one if it must be."""
+    start = 0
+    while start < length:
+        end = min(start + size, length)
+        for first, last in blocks:
+            if first < end < last:
+                end = first if first > start else last
+        yield start, end
+        start = end
 
 
 def wanted_of(count: int | None, span: tuple[int, int], length: int) -> int:
@@ -159,12 +190,12 @@ def wanted_of(count: int | None, span: tuple[int, int], length: int) -> int:
 
 
 def refuse_parts(spec: DecoderSpec, engine: str) -> None:
-    """Refuse a decoder with parts that only the ONNX engine runs.
+    """Refuse a decoder with parts that the engine does not run.
 
     Raises:
         BundleError: names the part.
     """
-    for part in spec.only_onnx:
+    for part in spec.rare_parts:
         raise BundleError(f"the {engine} engine runs no decoder with {part}: use --engine onnx")
 
 

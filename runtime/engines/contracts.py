@@ -21,19 +21,36 @@ Values: TypeAlias = Mapping[str, Value]
 
 
 def check_vision(session: Session, spec: ModelSpec) -> None:
-    """Check the vision stage.
+    """Check the vision or audio stage.
 
     Raises:
         BundleError: it contradicts the spec.
     """
-    size, vision, projector = spec.image.square.size, spec.image.encoder, spec.image.connector
-    inputs: dict[str, Value] = {"pixels": ("uint8", (1, size, size, 3))}
+    if spec.has_sound:
+        _check_audio(session, spec)
+        return
+    edge, vision, projector = spec.image.edge, spec.image.encoder, spec.image.connector
+    rows, count = None if edge is None else projector.num_rows, spec.image.num_features
+    channels = 3 if projector.kind != "merger" else None
+    inputs: dict[str, Value] = {"pixels": ("uint8", (1, edge, edge, channels))}
     inputs |= dict.fromkeys(projector.array_names, ("int64", (1, None)))
+    tokens: Value = ("float", (1, rows, projector.out_size))
     outputs: dict[str, Value] = {
-        "visual_tokens": ("float", (1, projector.num_rows, projector.out_size)),
-        "features": ("float", (1, vision.num_features, vision.hidden_size)),
+        "visual_tokens": tokens,
+        **dict.fromkeys(projector.deep_names, tokens),
+        "features": ("float", (1, count, vision.hidden_size)),
     }
     _check(session, inputs, outputs)
+
+
+def _check_audio(session: Session, spec: ModelSpec) -> None:
+    audio = spec.audio
+    bins = audio.mel.bins * audio.mel.joined
+    outputs: dict[str, Value] = {
+        "audio_tokens": ("float", (1, None, audio.connector.out_size)),
+        "features": ("float", (1, None, audio.encoder.hidden_size)),
+    }
+    _check(session, {"mel": ("float", (1, bins, None))}, outputs)
 
 
 def check_decoder(session: Session, spec: DecoderSpec, cache: CacheType) -> None:
@@ -51,14 +68,43 @@ def check_decoder(session: Session, spec: DecoderSpec, cache: CacheType) -> None
         if buffer.kind == "convolution":
             inputs[buffer.past], outputs[buffer.present] = ("float", buffer.shape), rows
         else:
-            inputs[buffer.past] = outputs[buffer.present] = (kind, buffer.shape)
+            its = "float" if buffer.kind == "recurrent" else kind
+            inputs[buffer.past] = outputs[buffer.present] = (its, buffer.shape)
     if spec.rope_sections:
         table: Value = ("float", (None, spec.rotary_channels // 2))
         inputs |= {"rotary_cos": table, "rotary_sin": table}
     inputs |= {f"deep.{layer}": rows for layer in spec.deep_layers}
+    if spec.sliding_layers:
+        inputs["window_length"] = ("int32", (1,))
+    if spec.image_blocks:
+        inputs |= dict.fromkeys(("image_rows", "image_ends"), ("int64", (None,)))
     if spec.encoder_layers:
         inputs |= _by_layer("cross", spec, _crossed(spec))
+    if spec.sound_rank:
+        inputs["sound"] = ("float", (1,))
     _check(session, inputs, outputs)
+
+
+def check_drawing(sessions: Mapping[str, Session], spec: ModelSpec) -> None:
+    """Check the stages of a model that makes images, by their names; errors as of
+    :func:`check_vision`."""
+    output, width = spec.drawing, spec.decoder.hidden_size
+    values: dict[str, tuple[Values, Values]] = {
+        "image_head": (
+            {"states": ("float", (None, 1, width))},
+            {"logits": ("float", (None, 1, output.num_codes))},
+        ),
+        "code_embeddings": (
+            {"codes": ("int64", (1, None))},
+            {"inputs_embeds": ("float", (1, None, width))},
+        ),
+        "image_decoder": (
+            {"codes": ("int64", (1, output.num_tokens))},
+            {"image": ("float", (1, output.edge, output.edge, 3))},
+        ),
+    }
+    for name, session in sessions.items():
+        _check(session, *values[name])
 
 
 def check_encoder(session: Session, spec: DecoderSpec) -> None:

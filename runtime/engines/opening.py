@@ -15,14 +15,15 @@ from mobilevlm.builtin import is_shipped
 from mobilevlm.bundle import Artifact, Bundle, EmbeddingTable, reopened
 from mobilevlm.errors import BundleError, PrecisionWarning
 from mobilevlm.input_spec import LibraryImage
-from mobilevlm.plan import Plan, stage_formats
-from mobilevlm.runtime.engines import CacheType, DecoderEngine, EncoderEngine, Segment
+from mobilevlm.plan import DRAWING, Plan, stage_formats
+from mobilevlm.runtime.engines import CacheType, DecoderEngine, EncoderEngine, NoImages, Segment
 from mobilevlm.runtime.machine import int8_weight_bits
 from mobilevlm.spec import ModelSpec
 
 if TYPE_CHECKING:
     from mobilevlm.runtime.engines.llama.engine import LlamaDecoder
     from mobilevlm.runtime.engines.llama.native import NativeModel
+    from mobilevlm.runtime.engines.onnx.drawing import OnnxDrawing
     from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder, OnnxVision
     from mobilevlm.runtime.engines.onnx.stages import Turns
 
@@ -40,31 +41,48 @@ def open_engines(bundle: Bundle, plan: Plan) -> tuple[EncoderEngine, DecoderEngi
         return _open_pair(bundle, plan)
     formats = stage_formats(bundle, engine)
     _check_weight_bits(bundle, engine)
-    vision, decoder = (
-        bundle.path(bundle.artifact(stage, formats[stage]).path) for stage in ("vision", "decoder")
-    )
+    decoder = bundle.path(bundle.artifact("decoder", formats["decoder"]).path)
     threads = plan.threads_of("vision")
+    stage = spec.encoder_stage
+    if spec.encoded is None and engine in _OPENERS:
+        return NoImages(), _OPENERS[engine](bundle, decoder, plan)
+    vision = bundle.path(bundle.artifact(stage, formats[stage]).path)
     if engine == "npu" or (engine == "ort" and bundle.artifact("decoder", "ort").data):
         return _npu_vision(vision, threads, spec), _npu_decoder(bundle, plan, engine)
     if engine == "gguf":
         language = _llama_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, language.model, threads), language
-    if formats["vision"] == "gguf":
+    if formats[stage] == "gguf":
         from mobilevlm.runtime.engines.llama.stand_in import stand_in
 
         own = _ggml_decoder(bundle, decoder, plan)
         return _mtmd_vision(vision, spec, stand_in(spec.decoder.hidden_size), threads), own
     turns = _turns(bundle) if engine == "onnx" and plan.memory == "in turn" else None
-    openers: dict[str, Callable[[Bundle, Path, Plan], DecoderEngine]] = {
-        "onnx": partial(onnx_decoder, turns=turns),
-        "ort": onnx_decoder,
-        "hybrid": _llama_decoder,
-        "ggml": _ggml_decoder,
-    }
+    opener = partial(onnx_decoder, turns=turns) if engine == "onnx" else _OPENERS[engine]
     with ThreadPoolExecutor(1) as beside:
         opened = beside.submit(onnx_vision, bundle, vision, plan, turns)
-        language_stage = openers[engine](bundle, decoder, plan)
+        language_stage = opener(bundle, decoder, plan)
         return opened.result(), language_stage
+
+
+def open_drawing(bundle: Bundle, plan: Plan) -> OnnxDrawing:
+    """Open the stages of a model that makes images.
+
+    Raises:
+        BundleError: the bundle has none, or the engine runs none.
+        MobileVLMError: the model makes no images.
+    """
+    spec, folder = bundle.manifest.spec, bundle.folder
+    _ = spec.drawing  # refused where there is none
+    if plan.engine != "onnx":
+        raise BundleError(
+            f"{folder}: engine {plan.engine} answers but does not draw: use --engine onnx"
+        )
+    from mobilevlm.runtime.engines.onnx.drawing import OnnxDrawing
+
+    artifacts = {stage: bundle.artifact(stage, "onnx") for stage in DRAWING}
+    files = {stage: bundle.path(artifact.path) for stage, artifact in artifacts.items()}
+    return OnnxDrawing(files, spec, plan, _products(*artifacts.values()))
 
 
 def is_pair(spec: ModelSpec) -> bool:
@@ -211,6 +229,16 @@ def onnx_decoder(
     return OnnxDecoder(
         path, rows, table, spec.decoder, plan, prompts, encoder, stored, entries, turns
     )
+
+
+_OPENERS: Mapping[str, Callable[[Bundle, Path, Plan], DecoderEngine]] = {
+    "onnx": onnx_decoder,
+    "ort": onnx_decoder,
+    "hybrid": _llama_decoder,
+    "gguf": _llama_decoder,
+    "ggml": _ggml_decoder,
+}
+"""Decoders by engine"""
 
 
 def cache_type(bundle: Bundle) -> CacheType:

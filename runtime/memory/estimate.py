@@ -24,21 +24,23 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mobilevlm.audio_encoder import SoundEncoder
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.input_spec import (
-    DynamicImage,
-    Encoder,
     InputSpec,
+    Mel,
+    PixelImages,
     SquareImages,
     TransformerEncoder,
 )
-from mobilevlm.linear_groups import LinearGroup, decoder_groups
-from mobilevlm.plan import ENGINES, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan
-from mobilevlm.preparation import most_pieces, most_runs
+from mobilevlm.linear_groups import LinearGroup, decoder_groups, output_groups
+from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.plan import DRAWING, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan, engine_stages
+from mobilevlm.preparation import most_pieces, most_pixels, most_positions, most_runs
 from mobilevlm.prompt import count_positions, count_rows
 from mobilevlm.recipe import BLOCK_BITS, LinearFormat, Precision
-from mobilevlm.state_buffers import fixed_buffers, slot_buffers
+from mobilevlm.state_buffers import fixed_shape, slot_buffers, window_rows
 
 LIBRARIES = 32e6
 """Own memory of Python, numpy, onnxruntime, tokenizers and the rest before they hold a model."""
@@ -69,8 +71,11 @@ PACKED = _PLAIN | {"fp32": 4.0, "fp16": 8.0, "qdq8": 5.0, "qdq16": 5.0}
 """Bytes of a weight in memory, scales aside."""
 _BLOCK_SUMS = 8
 """Bytes of a block in memory: scale and sum in float32."""
-_SCALE = 4
+_SCALE = 2
+"""Bytes of a block's scale in the file."""
 _FLOAT, _HALF, _BYTE = 4, 2, 1
+_SAMPLE_BYTES = 40
+"""Bytes that a sample of a sound takes while its spectrum is made"""
 _FIXED_POINT = ("qdq8", "qdq16")
 """Precisions of graphs that keep keys and values in bytes"""
 
@@ -131,7 +136,8 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     """The peak of a process that loads a bundle by a plan (its engine settled), and fills
     ``positions`` of the context: by default a picture's, and :data:`TEXT_POSITIONS`. Of a bundle
     compiled for an NPU: on the device, where binaries are mapped once."""
-    decoder, image = manifest.spec.decoder, most_pieces(manifest.spec.image)
+    decoder, encoded = manifest.spec.decoder, manifest.spec.encoded
+    image = () if encoded is None else most_pieces(encoded)
     image_rows = count_rows(image)
     if positions is None:
         positions = count_positions(image) + TEXT_POSITIONS
@@ -144,10 +150,12 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
         pages += LLAMA_FILES
     stored = artifacts["decoder"]
     channels = decoder.head_dim if stored.format == "gguf" else decoder.cache_head_dim
-    position = _position_size(decoder, channels, _value_size(manifest, stored))
     # llama.cpp's keys and values are there for the whole context at once.
-    whole = plan.engine in LLAMA_ENGINES[:2]
-    states = position * (decoder.context_length if whole else positions) + _fixed_size(decoder)
+    held = decoder.context_length if plan.engine in LLAMA_ENGINES[:2] else positions
+    most = window_rows(decoder) if stored.format == "onnx" else decoder.context_length
+    value = _value_size(manifest, stored)
+    states = _slots_size(decoder, channels, value, held, min(held, most))
+    states += _fixed_size(decoder)
     libraries = own + TOKENIZER_FACTOR * _size(manifest, [TOKENIZER])
     if plan.engine == "npu" and manifest.compiled:
         names = [name for part in manifest.compiled for name in part.files]
@@ -164,18 +172,48 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
             mapped += read if name == "decoder" else 0.0
         elif name == "prefill" and (plan.prefill_weights != "packed" or plan.memory != "fast"):
             stages.append(_Stage(SESSION, 0.0, 0.0, size))
-        elif name == "vision" and artifact.precision == "int8" and plan.vision_weights == "mapped":
-            run = _tile_buffers(manifest.spec.image, plan)
+        elif (
+            encoded is not None
+            and name == manifest.spec.encoder_stage
+            and artifact.precision == "int8"
+            and plan.vision_weights == "mapped"
+        ):
+            run = _tile_buffers(encoded, plan)
             stages.append(_Stage(SESSION, run, run * (plan.memory == "fast"), size))
         else:
             stages.append(_onnx_stage(manifest, name, artifact, size, plan, positions))
     if manifest.system_prompt is not None and plan.engine == "onnx":
         mapped += _size(manifest, [manifest.system_prompt.path])
+    if encoded is None:
+        stages.insert(0, _Stage(0.0, 0.0, 0.0))  # nothing in the place of the vision stage
     weights, filled, working, read = _peak(stages, states, plan)
-    working += image_bytes(manifest.spec.image)
+    working += 0.0 if encoded is None else image_bytes(encoded)
     files = sum(_size(manifest, part.files) for part in artifacts.values())
-    reserved = files + position * decoder.context_length - filled
+    reserved = files + _slots_size(decoder, channels, value, decoder.context_length, most) - filled
     return Memory(libraries, weights, working, filled, pages, mapped + read, reserved)
+
+
+def drawing_bytes(manifest: Manifest, prompt: int = TEXT_POSITIONS) -> float:
+    """Bytes that the first image takes beside what answers do: weights of the stages that draw,
+    keys and values of the prompt and the unconditional one and of both joined, and the largest maps
+    of the decoder of codes. ``prompt``: its positions."""
+    output, decoder = manifest.spec.drawing, manifest.spec.decoder
+    layers = manifest.recipe.projector.without_data()
+    groups = output_groups(output, decoder.hidden_size)
+    weights = sum(group.size for group in groups) * _packed(layers)
+    stored = [part for part in manifest.artifacts if part.stage == "image_decoder"]
+    weights += sum(_size(manifest, part.files) for part in stored) * _IMAGE_DECODER_COPIES
+    value = _BYTE if manifest.recipe.kv_cache == "int8" else _FLOAT
+    slots = 2 * (2 * prompt + output.num_tokens)
+    states = _slots_size(decoder, decoder.cache_head_dim, value, slots, slots)
+    maps = _MAPS * _FLOAT * output.edge**2 * max(output.decoder.widths[-2:])
+    return weights + len(DRAWING) * SESSION + states + maps
+
+
+_IMAGE_DECODER_COPIES = 2.0
+"""Its file in memory: float32 of float16, or float32 that is packed once more."""
+_MAPS = 4
+"""Largest maps of the decoder of codes at a time."""
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> float:
@@ -185,7 +223,7 @@ def _size(manifest: Manifest, names: Iterable[str]) -> float:
 
 def _artifacts(manifest: Manifest, engine: str) -> dict[str, Artifact]:
     """What an engine opens, by stage."""
-    kinds: dict[str, tuple[str, ...]] = {**ENGINES[engine]}
+    kinds = engine_stages(engine, manifest.spec)
     kinds |= {stage: (kind,) for stage, kind in OPTIONAL.get(engine, {}).items()}
     if manifest.spec.decoder.encoder_layers:
         kinds["encoder"] = ("onnx",)
@@ -223,8 +261,8 @@ def _onnx_stage(
     manifest: Manifest, name: str, artifact: Artifact, size: float, plan: Plan, positions: int
 ) -> _Stage:
     spec = manifest.spec
-    if name == "vision":
-        growth, run = _growth(manifest.recipe.tower), _tile_buffers(spec.image, plan)
+    if name in ("vision", "audio") and spec.encoded is not None:
+        growth, run = _growth(manifest.recipe.tower), _tile_buffers(spec.encoded, plan)
         weights = size * growth
     else:
         weights = _decoder_bytes(manifest, name)
@@ -237,7 +275,8 @@ def _decoder_bytes(manifest: Manifest, stage: str) -> float:
     """Bytes of the weights of a stage of the decoder in the kernels' order."""
     recipe = manifest.recipe.for_prefill() if stage == "prefill" else manifest.recipe
     groups = decoder_weights(manifest.spec.decoder, stage)
-    return sum(group.size * _packed(recipe.format_of(group.name)) for group in groups)
+    layers = [layer for group in groups for layer in group.layers]
+    return sum(layer.size * _packed(recipe.format_of(layer.name)) for layer in layers)
 
 
 def _gguf_stage(
@@ -247,7 +286,7 @@ def _gguf_stage(
     which it packs anew. ``read``: bytes of the file that are used."""
     if name == "vision":
         image = manifest.spec.image
-        return _Stage(read, _vision_buffers(image.encoder) / 2, 0.0)
+        return _Stage(read, _vision_buffers(image) / 2, 0.0)
     packed = read if artifact.precision in REPACKED and plan.engine != "ggml" else 0.0
     run = _decoder_buffers(manifest.spec.decoder, min(PREFILL_CHUNK, positions), positions)
     return _Stage(packed, run, run)
@@ -285,30 +324,38 @@ def decoder_weights(spec: DecoderSpec, stage: str) -> list[LinearGroup]:
 
 
 def image_bytes(spec: InputSpec) -> float:
-    """Return the bytes of the largest image beside an encoder's buffers: its pixels, those of tiles
+    """Return the bytes of the largest image, or a sound of a window, beside an encoder's buffers:
+    its samples, spectrum and frames, or its pixels, those of tiles
     twice as Pillow has them (resized, and resized again or cut); the rows of all runs, and those
     of the image."""
     preparation, runs = spec.preparation, most_runs(spec)
     rows, pixels = count_rows(most_pieces(spec)), 0
-    if isinstance(preparation, SquareImages):
-        pixels = (8 if runs > 1 else 3) * runs * preparation.size**2
-    elif isinstance(preparation, DynamicImage):
-        pixels = 3 * preparation.max_pixels
-    before = runs * spec.connector.num_tokens if runs > 1 else rows
+    if isinstance(preparation, PixelImages):
+        pixels = (8 if runs > 1 else 3) * runs * most_pixels(spec)
+    if isinstance(preparation, Mel):
+        from mobilevlm.audio import usual_samples
+
+        pixels = _SAMPLE_BYTES * usual_samples(spec)
+    squares = runs > 1 and isinstance(preparation, SquareImages)
+    before = runs * spec.connector.num_tokens if squares else rows
     return float(pixels + _FLOAT * (before + rows) * spec.connector.out_size)
 
 
 def _tile_buffers(spec: InputSpec, plan: Plan) -> float:
     """Return the size of the tiles that are encoded at the same time."""
-    return min(plan.parallel_tiles, most_runs(spec)) * _vision_buffers(spec.encoder)
+    return min(plan.parallel_tiles, most_runs(spec)) * _vision_buffers(spec)
 
 
-def _vision_buffers(spec: Encoder) -> float:
+def _vision_buffers(image: InputSpec) -> float:
     """Of one layer: the hidden states and what attention makes of them, and the MLP's inner states,
     which 8-bit products have five of (each operator's, before and after). Its attention keeps no
     scores. Of a convolutional encoder that of the stage with the largest maps."""
-    if isinstance(spec, TransformerEncoder):
-        sizes = [(spec.num_positions, spec.hidden_size, spec.intermediate_size)]
+    spec = image.encoder
+    if isinstance(spec, NativeEncoder):
+        wide = spec.intermediate_size * len(spec.mlp_linears[0])
+        sizes = [(most_positions(image), spec.hidden_size, wide)]
+    elif isinstance(spec, (TransformerEncoder, SoundEncoder)):
+        sizes = [(most_positions(image), spec.hidden_size, spec.intermediate_size)]
     else:
         sizes = [
             (spec.stage_grid(stage) ** 2, width, spec.mlp_size(stage))
@@ -332,15 +379,19 @@ def _value_size(manifest: Manifest, decoder: Artifact) -> int:
     return _BYTE if is_integer else _FLOAT
 
 
-def _position_size(spec: DecoderSpec, channels: int, value: int) -> float:
-    """Bytes of the keys and values of a position, each head with so many channels."""
-    sizes = (math.prod(buffer.sized(1)) for buffer in slot_buffers(spec, channels))
-    return float(sum(sizes) * value)
+def _slots_size(spec: DecoderSpec, channels: int, value: int, filled: int, near: int) -> float:
+    """Bytes of the keys and values of so many positions, each head with so many channels; ``near``:
+    positions of sliding layers."""
+    buffers = slot_buffers(spec, channels)
+    counts = {"kv": filled, "sliding": near}
+    return float(sum(math.prod(part.sized(counts[part.kind])) for part in buffers) * value)
 
 
 def _fixed_size(spec: DecoderSpec) -> float:
-    """Bytes of the state whose size does not depend on the context."""
-    return float(sum(_FLOAT * math.prod(buffer.sized(0)) for buffer in fixed_buffers(spec)))
+    """Bytes of the state whose size does not depend on the context: of recurrent ones before and
+    after a run, and at three ends of a prompt's pieces, which a cache keeps as well."""
+    copies = 1 if spec.delta is None else 2 + 2 * 3
+    return float(copies * _FLOAT * math.prod(fixed_shape(spec)))
 
 
 PAGE_MB = 350.0
@@ -357,7 +408,8 @@ def estimate_web_mb(manifest: Manifest) -> float:
     files = {artifact.stage: artifact.files for artifact in manifest.artifacts}
     weights = {stage: sum(manifest.files[name].size for name in files[stage]) for stage in files}
     decoder = manifest.spec.decoder
-    position = _position_size(decoder, decoder.cache_head_dim, _FLOAT)
-    states = STATE_COPIES * decoder.context_length * position
+    filled, near = decoder.context_length, window_rows(decoder)
+    slots = _slots_size(decoder, decoder.cache_head_dim, _FLOAT, filled, near)
+    states = STATE_COPIES * slots
     model = RESIDENT_WEB * (weights["vision"] + weights["decoder"]) + weights["embeddings"]
     return PAGE_MB + (model + states) / 1e6

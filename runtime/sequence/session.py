@@ -59,6 +59,10 @@ class Clock:
         self.samples.append(time.perf_counter() - self._start)
 
 
+HEARD = 1 << 30
+"""Is added to the keys of tokens whose keys and values are others, since the prompt has sound."""
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A prompt that is ready to run: ids and runs, and the images whose rows fill the runs."""
@@ -67,6 +71,8 @@ class Prompt:
     images: list[Prepared]
     seconds: float
     """What it took to make them."""
+    heard: bool = False
+    """It has sound, and the decoder products that act then."""
 
     @cached_property
     def keys(self) -> list[PositionKey]:
@@ -76,10 +82,13 @@ class Prompt:
             for image in self.images
             for left in reversed(range(count_rows(image.pieces)))
         )
+        mark = HEARD if self.heard else 0
         return [
             key
             for piece in self.pieces
-            for key in ([piece] if isinstance(piece, int) else itertools.islice(rows, piece.rows))
+            for key in (
+                [piece | mark] if isinstance(piece, int) else itertools.islice(rows, piece.rows)
+            )
         ]
 
 
@@ -210,6 +219,8 @@ def check_length(length: int, images: Sequence[int], context: int) -> None:
     fitting = sum(taken <= room for taken in itertools.accumulate(images))
     if fitting:
         remedy = f"{fitting} of the {len(images)} images or frames would fit (--frames of a video)"
+    elif images:
+        remedy = "shorten it, or give smaller images or fewer frames of a video"
     raise PromptError(
         f"the prompt takes {length} tokens{told}, the context holds {context} with the answer: "
         f"{remedy}"
@@ -241,6 +252,7 @@ class Session:
         self._hidden_size = spec.decoder.hidden_size
         self._axes, self._deep = spec.decoder.position_axes, len(spec.decoder.deep_layers)
         self._start = spec.decoder.start_token_id
+        self._sees_images = spec.decoder.image_blocks
         self._vision, self._decoder, self._at_once = vision, decoder, tiles_at_once
         self._cache, self._reuse = cache, reuse
         self._state = decoder.new_state()
@@ -270,7 +282,7 @@ class Session:
     @property
     def can_draft(self) -> bool:
         """True if the sequence can go back after guesses that are wrong."""
-        return True
+        return self._can_go_back_to(max(self.length - 1, 0))
 
     @property
     def full(self) -> bool:
@@ -312,7 +324,7 @@ class Session:
         def run(here: int, there: int, wanted: int, answer: bool) -> Float32:
             part = rows[here - start : there - start]
             if answer:
-                return self._decoder.answer(self._state, part.embeds, wanted)
+                return self._decoder.answer(self._state, part, wanted)
             if wanted:
                 return self._decoder.prefill(self._state, part, wanted)
             self._decoder.extend(self._state, part)
@@ -341,7 +353,7 @@ class Session:
         """Return the logits ``(len(answer) + 1, vocab_size)`` that the tokens of an answer, and the
         next, are taken from, in a sequence of their own. ``embeds``: of the prompt."""
         whole = np.concatenate([embeds, self._decoder.embed(answer)])
-        return self._decoder.answer(self._decoder.new_state(), whole, len(answer) + 1)
+        return self._decoder.answer(self._decoder.new_state(), Rows(whole), len(answer) + 1)
 
     def expert_choices(self, prompt: Prompt) -> PromptChoices:
         """Where the routers send each position of the prompt, in a fresh sequence."""
@@ -364,7 +376,7 @@ class Session:
             return self._extend(tokens)
 
     def _extend(self, tokens: Sequence[int]) -> Float32:
-        logits = self._decoder.answer(self._state, self._decoder.embed(tokens))
+        logits = self._decoder.answer(self._state, Rows(self._decoder.embed(tokens)))
         self._keys += tokens
         return logits
 
@@ -434,7 +446,7 @@ class Session:
         common = 0 if self._reuse == "nothing" else self._common_prefix(keys)
         ours = [0, *(border.position for border in self._borders if border.position <= common)]
         kept = common if self._reuse == "everything" else ours[-1]
-        kept = self._state.reachable(kept)
+        kept = self._state.reachable(self._whole_images(keys, kept))
         chain = self._cache.find(ends, kept)
         self._save(kept)
         self._shorten(kept)
@@ -445,6 +457,14 @@ class Session:
         if whole:
             self._borders = [border for border in ends if border.position <= self.length]
         return whole
+
+    def _whole_images(self, keys: Sequence[PositionKey], kept: int) -> int:
+        """Return where the image begins that position ``kept`` lies in, where its rows see each
+        other; else the position."""
+        if self._sees_images:
+            while kept and isinstance(keys[kept - 1], tuple) and keys[kept - 1][1]:  # type: ignore[index]
+                kept -= 1
+        return kept
 
     def _checked_keys(self, prompt: Prompt) -> list[PositionKey]:
         taken = [count_positions(image.pieces) for image in prompt.images]
@@ -489,7 +509,8 @@ class Session:
             embeds = np.empty((len(keys), self._hidden_size), np.float32)
             tokens = [index for index, key in enumerate(keys) if isinstance(key, int)]
             if tokens:
-                embeds[tokens] = self._decoder.embed([key for key in keys if isinstance(key, int)])
+                ids = [key & ~HEARD for key in keys if isinstance(key, int)]
+                embeds[tokens] = self._decoder.embed(ids)
             for index, key in enumerate(keys):
                 if isinstance(key, tuple):
                     embeds[index] = images[key[0]].embeds[-1 - key[1]]
@@ -501,4 +522,17 @@ class Session:
             placed = None
             if self._axes > 1:
                 placed = grid_positions(prompt.pieces, self._axes)[:, start:]
-        return Rows(embeds, tuple(deep), placed)
+        blocks = _blocks(keys) if self._sees_images else ()
+        return Rows(embeds, tuple(deep), placed, blocks, prompt.heard)
+
+
+def _blocks(keys: Sequence[PositionKey]) -> tuple[tuple[int, int], ...]:
+    """Return the spans of images."""
+    spans, start = [], 0
+    for index, key in enumerate(keys):
+        if isinstance(key, int):
+            start = index + 1
+        elif key[1] == 0:
+            spans.append((start, index + 1))
+            start = index + 1
+    return tuple(spans)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from mobilevlm.errors import ImageError
+from mobilevlm.errors import AudioError, ImageError, MissingExtraError
 from mobilevlm.preparation import most_runs
-from mobilevlm.prompt import Prepared
+from mobilevlm.prompt import Prepared, Sound
 from mobilevlm.runtime.answer.generation import Generation, TextStream
 from mobilevlm.runtime.server.answers import json_bytes, new_shape
 from mobilevlm.runtime.server.download import MAX_SECONDS, Budget, MayAsk, download, failed
@@ -29,7 +29,9 @@ from mobilevlm.runtime.server.settings import Settings
 from mobilevlm.runtime.server.streams import EventStream, GoneError, Job
 from mobilevlm.runtime.server.turns import Piece, Turns
 from mobilevlm.runtime.vlm import VLM
+from mobilevlm.tools import read_tools
 
+T = TypeVar("T")
 _CLOSED = 499
 """Status of an answer that nobody reads, as nginx counts it"""
 
@@ -50,8 +52,13 @@ class Service:
     """Seconds since 1970"""
 
 
-async def respond(service: Service, request: Request, read: Callable[[Any], Asked]) -> Any:
-    """Return the response to a request for an answer, whose body ``read`` understands.
+async def respond(
+    service: Service,
+    request: Request,
+    read: Callable[[Any], T],
+    begin: Callable[[Service, Request, T, float], Awaitable[Any]],
+) -> Any:
+    """Return the response to a request, whose body ``read`` understands and ``begin`` fulfils.
 
     Raises:
         ApiError, MobileVLMError: the request is wrong, or there is no room for it now.
@@ -65,7 +72,7 @@ async def respond(service: Service, request: Request, read: Callable[[Any], Aske
     try:
         await service.bodies.read(request.headers, request.receive, content)
         asked = read(parse_json(bytes(content)))
-        return await _begin(service, request, asked, start)
+        return await begin(service, request, asked, start)
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time", code="timeout") from None
     except (ConnectionError, ClientDisconnect, GoneError):
@@ -74,7 +81,8 @@ async def respond(service: Service, request: Request, read: Callable[[Any], Aske
         service.bodies.release(content)
 
 
-async def _begin(service: Service, request: Request, asked: Asked, start: float) -> Any:
+async def answer(service: Service, request: Request, asked: Asked, start: float) -> Any:
+    """Return the response to a request for text. ``start``: when it came."""
     name = service.models.find(asked.model)
 
     async def work(give: Callable[[Piece], None]) -> Generation:
@@ -103,7 +111,7 @@ async def _make(
     first: list[float] = []
 
     def noted(piece: Piece) -> None:
-        if not first and piece.text:
+        if not first and (piece.text or piece.calls):
             first.append(time.monotonic() - start)
         give(piece)
 
@@ -144,14 +152,25 @@ def _stream(vlm: VLM, asked: Asked, images: list[ImageRef]) -> TextStream:
         PromptError: it has no room for so many, which is found before any of them is decoded.
     """
     raw, special = asked.options.get("raw", False), asked.options.get("special_tokens", True)
-    vlm.check_fits(asked.prompt, len(images), raw, special)
+    hidden = asked.options.get("tool_choice") == "none"
+    tools = () if hidden else read_tools(asked.options.get("tools", ()))
+    for image in images:
+        if image.kind not in vlm.spec.inputs:
+            what = "images: leave them out" if image.kind == "image" else "sound: leave it out"
+            raise refuse(image.place, f"this model takes no {what}")
+    vlm.check_fits(asked.prompt, len(images), raw, special, tools=tools)
     prepared = [_prepared(vlm, image, len(images)) for image in images]
     most = asked.max_tokens or vlm.spec.decoder.context_length
     return vlm.stream(asked.prompt, prepared, max_new_tokens=most, **asked.options)
 
 
-def _prepared(vlm: VLM, image: ImageRef, images: int) -> Prepared:
-    splits = most_runs(vlm.spec.image) > 1
+def _prepared(vlm: VLM, image: ImageRef, images: int) -> Prepared | Sound:
+    if image.kind == "audio":
+        try:
+            return Sound(vlm.prepare_audio(image.content))
+        except (AudioError, MissingExtraError) as error:
+            raise refuse(image.place, str(error), "invalid_audio") from None
+    splits = vlm.spec.has_images and most_runs(vlm.spec.image) > 1
     try:
         most = 1 if image.detail == "low" and splits else None
         return vlm.prepare_image(image.content, most, images)

@@ -10,6 +10,7 @@ from typing import Any
 
 from mobilevlm.runtime.answer.generation import Generation
 from mobilevlm.runtime.answer.logprobs import TokenLogprob
+from mobilevlm.runtime.answer.tool_calls import ToolCall
 from mobilevlm.runtime.server.turns import Piece
 
 DONE = b"data: [DONE]\n\n"
@@ -27,10 +28,13 @@ class Shape:
 
     def whole(self, answer: Generation) -> dict[str, Any]:
         """Return the answer as one object."""
-        choice: dict[str, Any] = {"index": 0, "finish_reason": answer.finish_reason}
+        choice: dict[str, Any] = {"index": 0, "finish_reason": _finish_reason(answer)}
         choice["logprobs"] = self._logprobs(answer.logprobs)
         if self.is_chat:
-            choice["message"] = {"role": "assistant", "content": answer.text, "refusal": None}
+            calls = [_call(call) for call in answer.tool_calls]
+            content = answer.text or (None if calls else "")
+            choice["message"] = {"role": "assistant", "content": content, "refusal": None}
+            choice["message"] |= {"tool_calls": calls} if calls else {}
         else:
             choice["text"] = answer.text
         ending = {"usage": usage(answer), "timings": timings(answer)}
@@ -44,14 +48,13 @@ class Shape:
 
     def piece(self, piece: Piece) -> bytes:
         """Return the event of a piece of an answer."""
-        text = piece.text
-        choice = self._delta({"content": text}) if self.is_chat else self._text(text)
+        choice = self._delta(_delta(piece)) if self.is_chat else self._text(piece.text)
         choice["logprobs"] = self._logprobs(piece.logprobs or None)
         return self._event(choice)
 
     def last(self, answer: Generation) -> bytes:
         """Return the events after the last piece."""
-        finish = answer.finish_reason
+        finish = _finish_reason(answer)
         choice = self._delta({}, finish) if self.is_chat else self._text("", finish)
         found = self._event(choice, {"timings": timings(answer)})
         if self.include_usage:
@@ -115,6 +118,24 @@ def _logprob(one: TokenLogprob) -> dict[str, Any]:
 
 def _top(one: TokenLogprob) -> list[dict[str, Any]]:
     return [_logprob(item) for item in one.top]
+
+
+def _finish_reason(answer: Generation) -> str:
+    return "tool_calls" if answer.tool_calls else answer.finish_reason
+
+
+def _delta(piece: Piece) -> dict[str, Any]:
+    if not piece.calls:
+        return {"content": piece.text}
+    first = piece.first_call
+    calls = [{"index": first + n, **_call(call)} for n, call in enumerate(piece.calls)]
+    return ({"content": piece.text} if piece.text else {}) | {"tool_calls": calls}
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": f"call_{secrets.token_hex(12)}", "type": "function", "function": function}
 
 
 def usage(answer: Generation) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -19,16 +19,17 @@ from starlette.routing import Route
 
 from mobilevlm._version import __version__
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.runtime.server.answering import Service, respond
+from mobilevlm.runtime.server.answering import Service, answer, respond
 from mobilevlm.runtime.server.answers import json_bytes
 from mobilevlm.runtime.server.download import MayAsk, is_public
+from mobilevlm.runtime.server.drawing import draw, read_drawing
 from mobilevlm.runtime.server.errors import ApiError, api_error
 from mobilevlm.runtime.server.files import page_files
 from mobilevlm.runtime.server.guard import Bodies, Guard, error_response
 from mobilevlm.runtime.server.metrics import CONTENT_TYPE, Metrics
 from mobilevlm.runtime.server.models import Models
 from mobilevlm.runtime.server.openapi import describe
-from mobilevlm.runtime.server.requests import Asked, read_chat, read_completion
+from mobilevlm.runtime.server.requests import read_chat, read_completion
 from mobilevlm.runtime.server.settings import BODY_SECONDS, MAX_BODY, MAX_HELD, Settings
 from mobilevlm.runtime.server.turns import Turns
 
@@ -89,10 +90,10 @@ def _routes(service: Service) -> list[Any]:
 
     async def one_model(request: Request) -> Any:
         name = models.find(request.path_params["model"])
-        return _json(_model(name, service.started))
+        return _json(_model(name, service.started, models.draws(name)))
 
     def list_models() -> Any:
-        found = [_model(name, service.started) for name in models.names]
+        found = [_model(name, service.started, models.draws(name)) for name in models.names]
         return _json({"object": "list", "data": found})
 
     def health() -> Any:
@@ -102,8 +103,10 @@ def _routes(service: Service) -> list[Any]:
         return Response(metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
     return [
-        _post(service, "/v1/chat/completions", read),
-        _post(service, "/v1/completions", read_completion),
+        _post(service, "/v1/chat/completions", read, answer),
+        _post(service, "/v1/completions", read_completion, answer),
+        _post(service, "/v1/images/generations", read_drawing, draw),
+        Route("/v1/embeddings", _no_embeddings, methods=["POST"]),
         _get("/v1/models", list_models),
         Route("/v1/models/{model:path}", one_model, methods=["GET"]),
         _get("/health", health),
@@ -123,19 +126,33 @@ def _get(path: str, answer: Callable[[], Any]) -> Any:
     return Route(path, endpoint, methods=["GET"])
 
 
-def _post(service: Service, path: str, read: Callable[[Any], Asked]) -> Any:
+def _post(
+    service: Service,
+    path: str,
+    read: Callable[[Any], Any],
+    begin: Callable[[Service, Request, Any, float], Awaitable[Any]],
+) -> Any:
     async def endpoint(request: Request) -> Any:
-        return await respond(service, request, read)
+        return await respond(service, request, read, begin)
 
     return Route(path, endpoint, methods=["POST"])
 
 
-def _model(name: str, created: int) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": created, "owned_by": "mobilevlm"}
+def _model(name: str, created: int, draws: bool) -> dict[str, Any]:
+    known = {"id": name, "object": "model", "created": created, "owned_by": "mobilevlm"}
+    return {**known, "draws": draws}
 
 
 def _json(value: Any) -> Any:
     return Response(json_bytes(value), media_type="application/json")
+
+
+async def _no_embeddings(_: Request) -> Any:
+    told = (
+        "no embeddings here: visual tokens are input of a decoder, not vectors that were trained "
+        "to be compared: use an embedding model, such as CLIP"
+    )
+    return error_response(ApiError(404, told, code="unsupported"))
 
 
 async def _no_route(request: Request, error: HTTPException) -> Any:

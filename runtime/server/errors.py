@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +13,7 @@ from mobilevlm.console.terminal import plain
 from mobilevlm.errors import BundleError, MemoryLimitError, MobileVLMError
 
 _log = logging.getLogger(__name__)
+_WORD = re.compile(r"[\w.$-]+")
 BUSY_TYPE, SERVER_TYPE = "rate_limit_error", "server_error"
 
 
@@ -43,6 +46,11 @@ class ApiError(Exception):
 def refuse(param: str, message: str, code: str | None = None) -> ApiError:
     """Return the error of a field with a wrong value."""
     return ApiError(400, f"{param}: {message}", param, code)
+
+
+def shown_key(name: str) -> str:
+    """Return a key of a body as messages show it: as JSON unless it is letters and digits."""
+    return f"{name:.60}" if _WORD.fullmatch(name) else json.dumps(name[:60])
 
 
 def api_error(error: Exception) -> ApiError:

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mobilevlm.runtime.server.errors import ApiError, refuse
+from mobilevlm.runtime.server.errors import ApiError, refuse, shown_key
 from mobilevlm.runtime.server.schema import Schema, check_value
+from mobilevlm.tools import MAX_TOOLS
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ SHARED: dict[str, Field] = {
     "temperature": _field("number", "0, the default, always takes the likeliest token.",
                           minimum=0, maximum=2),
     "top_p": _field("number", "Draw among the likeliest tokens that together reach this "
-                    "probability.", minimum=0, maximum=1),
+                    "probability.", exclusiveMinimum=0, maximum=1),
     "top_k": _field("integer", "Draw among so many of the likeliest tokens; 0: among all.",
                     minimum=0, maximum=_MOST),
     "min_p": _field("number", "Least probability of a token, as a share of the likeliest one's.",
-                    minimum=0, maximum=1),
+                    minimum=0, exclusiveMaximum=1),
     "repetition_penalty": _field("number", "Above 1 makes tokens of the answer less likely to come "
-                                 "again.", minimum=0, maximum=1000),
+                                 "again.", exclusiveMinimum=0, maximum=1000),
     "seed": _field("integer", "Makes drawing repeatable.", minimum=0, maximum=2**64 - 1),
     "stop": Field({
         "anyOf": [
@@ -71,8 +72,8 @@ SHARED: dict[str, Field] = {
         "description": "Texts that end the answer; they are no part of it.",
     }),
     "n": _only(enum=[1]),
-    "frequency_penalty": _only(enum=[0, 0.0]),
-    "presence_penalty": _only(enum=[0, 0.0]),
+    "frequency_penalty": _only(enum=[0]),
+    "presence_penalty": _only(enum=[0]),
     "logit_bias": _only("object", properties={}),
     "user": _field("string", _TAG),
     "metadata": _field("object", _TAG),
@@ -104,6 +105,32 @@ _FORMAT = {
     "object. Both need the extra [structured] on the server.",
 }
 
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["function"]},
+        "function": {
+            "type": "object",
+            "properties": {
+                "name": {"type": "string", "minLength": 1, "maxLength": 64},
+                "description": _TEXT,
+                "parameters": {"type": "object"},
+                "strict": {"type": "boolean"},
+            },
+            "required": ["name"],
+        },
+    },
+    "required": ["type", "function"],
+}
+_CHOSEN = {
+    "type": "object",
+    "properties": {
+        "type": {"enum": ["function"]},
+        "function": {"type": "object", "properties": {"name": _TEXT}, "required": ["name"]},
+    },
+    "required": ["type", "function"],
+}
+
 CHAT: dict[str, Field] = {
     **SHARED,
     "messages": Field(
@@ -112,7 +139,7 @@ CHAT: dict[str, Field] = {
             "minItems": 1,
             "maxItems": MAX_MESSAGES,
             "items": {"type": "object"},
-            "description": "Turns of the conversation: role system, user or assistant, and "
+            "description": "Turns of the conversation: role system, user, assistant or tool, and "
             "content: text, or parts {type: text, text} and {type: image_url, image_url: {url}}. "
             "The url is a data: URI (base64); http(s) only where the server was started with "
             "--allow-urls.",
@@ -128,11 +155,23 @@ CHAT: dict[str, Field] = {
         maximum=20,
     ),
     "response_format": Field(_FORMAT),
-    "tools": _only("array", maxItems=0),
-    "tool_choice": _only(enum=["none", "auto"]),
+    "tools": _field(
+        "array",
+        "Functions that the model may call, where its chat template has them.",
+        maxItems=MAX_TOOLS,
+        items=_TOOL,
+    ),
+    "tool_choice": Field(
+        {
+            "anyOf": [{"type": "string", "enum": ["none", "auto", "required"]}, _CHOSEN],
+            "description": "none: the tools are left out of the prompt; auto: the model decides; "
+            "required, or a function: the answer is calls (needs the extra [structured] on the "
+            "server).",
+        }
+    ),
     "functions": _only("array", maxItems=0),
     "function_call": _only(enum=["none", "auto"]),
-    "parallel_tool_calls": _field("boolean", "There are no tools: it changes nothing."),
+    "parallel_tool_calls": _field("boolean", "Several calls in an answer; false: one at most."),
     "modalities": _only("array", items={"enum": ["text"]}, minItems=1, maxItems=1),
 }
 
@@ -156,6 +195,32 @@ COMPLETION: dict[str, Field] = {
 }  # fmt: skip
 
 
+IMAGES: dict[str, Field] = {
+    "model": SHARED["model"],
+    "prompt": Field({"type": "string", "minLength": 1, "maxLength": 32_000,
+                     "description": "What the image shows."}, required=True),
+    "n": _field("integer", "Images, drawn one after the other.", minimum=1, maximum=10),
+    "size": _field("string", "The model's own size, as in 384x384, or auto; another one is "
+                   "refused."),
+    "response_format": _only(enum=["b64_json"]),
+    "guidance": _field("number", "How closely images follow the prompt; 1: without guidance, in "
+                       "half the time. By default the model's own scale.", minimum=0, maximum=1e6),
+    "temperature": _field("number", "0 takes the likeliest code each time; 1 is the default.",
+                          minimum=0, maximum=2),
+    "seed": _field("integer", "Makes drawing repeatable; each further image has the next number.",
+                   minimum=0, maximum=2**64 - 1),
+    "quality": _only(enum=["auto", "standard"]),
+    "style": _only(enum=["natural"]),
+    "background": _only(enum=["auto", "opaque"]),
+    "moderation": _only(enum=["auto", "low"]),
+    "output_format": _only(enum=["png"]),
+    "output_compression": _only(enum=[100]),
+    "stream": _only(enum=[False]),
+    "partial_images": _only(enum=[0]),
+    "user": _field("string", _TAG),
+}  # fmt: skip
+
+
 def read_fields(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
     """Return the fields of a body that have a value.
 
@@ -166,13 +231,17 @@ def read_fields(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
         raise refuse("body", "expected a JSON object")
     for name, value in body.items():
         if name not in fields:
-            raise refuse(f"{name:.60}", "not known here: leave it out (/docs lists all fields)")
+            raise refuse(shown_key(name), "not known here: leave it out (/docs lists all fields)")
         if value is not None:
             _check(name, value, fields[name])
     for name, field in fields.items():
         if field.required and body.get(name) is None:
             raise refuse(name, "missing")
-    return {name: value for name, value in body.items() if value is not None}
+    return {
+        name: int(value) if fields[name].schema.get("type") == "integer" else value
+        for name, value in body.items()
+        if value is not None
+    }
 
 
 def _check(name: str, value: Any, field: Field) -> None:
@@ -187,7 +256,7 @@ def _check(name: str, value: Any, field: Field) -> None:
 def body_schema(fields: Mapping[str, Field]) -> dict[str, Any]:
     """Return the schema of a whole body, for the OpenAPI description."""
     properties = {
-        name: dict(field.schema) if field.required else _or_null(field.schema)
+        name: _closed(field.schema if field.required else _or_null(field.schema))
         for name, field in fields.items()
     }
     return {
@@ -203,3 +272,14 @@ def _or_null(schema: Schema) -> dict[str, Any]:
     kinds = [*value["anyOf"]] if "anyOf" in value else [value]
     told = {"description": schema["description"]}
     return {"anyOf": [*kinds, {"type": "null"}], **told}
+
+
+def _closed(schema: Any) -> Any:
+    """Return a copy of a schema that says that its objects have no other keys, as
+    :func:`check_value` has it."""
+    if isinstance(schema, list):
+        return [_closed(item) for item in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    more = {"additionalProperties": False} if "properties" in schema else {}
+    return {key: _closed(value) for key, value in schema.items()} | more

@@ -59,6 +59,7 @@ class Metrics:
             "reused_tokens": "Positions of prompts that were in a cache",
             "visual_tokens": "Positions of images",
             "reused_images": "Images that were not encoded again",
+            "drawn_images": "Images that were drawn",
         }
         self._counts = {
             name: Counter(f"mobilevlm_{name}", told, **by_model) for name, told in counts.items()
@@ -92,6 +93,11 @@ class Metrics:
         }
         for name, count in counted.items():
             self._counts[name].labels(model).inc(count)
+
+    def count_drawing(self, model: str, images: int, seconds: float) -> None:
+        """Count images of one request, which took so long."""
+        self._seconds.labels(model).observe(seconds)
+        self._counts["drawn_images"].labels(model).inc(images)
 
     def text(self) -> bytes:
         """Return all figures in Prometheus' text format."""

@@ -42,6 +42,8 @@ class Loading:
 class _Entry:
     path: Path
     vlm: VLM | None = None
+    draws: bool = False
+    """True if its bundle says that it makes images"""
     loading: asyncio.Task[None] | None = None
     """It goes on when the requests that wait for it are gone: a thread cannot be stopped"""
     users: int = 0
@@ -92,7 +94,7 @@ class Models:
             path = bundle_path(entry.path, self._loading.engine)
             check_paths(path, self._loading.mmproj)
             if self._loading.mmproj is None:
-                open_bundle(path)
+                entry.draws = open_bundle(path).manifest.spec.draws
 
     def find(self, name: str | None) -> str:
         """Return the name of the model that is asked for.
@@ -109,6 +111,11 @@ class Models:
             told = f"model: {name!r:.80} is not here: this server has {known}"
             raise ApiError(404, told, "model", "model_not_found")
         return name
+
+    def draws(self, name: str) -> bool:
+        """Return whether a model makes images, once its bundle was looked at."""
+        entry = self._entries[name]
+        return entry.draws if entry.vlm is None else entry.vlm.spec.draws
 
     @property
     def loaded(self) -> dict[str, VLM]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mobilevlm._version import __version__
-from mobilevlm.runtime.server.fields import CHAT, COMPLETION, body_schema
+from mobilevlm.runtime.server.fields import CHAT, COMPLETION, IMAGES, body_schema
+from mobilevlm.runtime.server.message_schema import MESSAGE
 
 _TEXT: dict[str, Any] = {"type": "string"}
 _WHOLE: dict[str, Any] = {"type": "integer"}
@@ -18,7 +19,24 @@ _USAGE = {
         "prompt_tokens_details": {"type": "object", "properties": {"cached_tokens": _WHOLE}},
     },
 }
-_FINISH = {"enum": ["stop", "length"]}
+_FINISH = {"enum": ["stop", "length", "tool_calls"]}
+_MESSAGE = {
+    "type": "object",
+    "properties": {
+        "content": {"type": ["string", "null"]},
+        "tool_calls": {"type": "array", "items": {"type": "object"}},
+    },
+}
+_EVENT = {
+    "type": "object",
+    "properties": {
+        "data": {
+            "type": "string",
+            "description": "Piece of the answer, or an error, in JSON; [DONE] in the last event.",
+        }
+    },
+    "required": ["data"],
+}
 _ERRORS = {
     "400": "Something in the request is wrong; it is named",
     "401": "No valid API key",
@@ -35,7 +53,9 @@ _ERRORS = {
 
 def describe() -> dict[str, Any]:
     """Return the description."""
-    chat = _choice({"message": {"type": "object", "properties": {"content": _TEXT}}})
+    chat = _choice({"message": _MESSAGE})
+    asked = body_schema(CHAT)
+    asked["properties"]["messages"]["items"] = _ref("Message")
     return {
         "openapi": "3.1.0",
         "info": {
@@ -45,8 +65,11 @@ def describe() -> dict[str, Any]:
         },
         "components": {
             "schemas": {
-                "ChatRequest": body_schema(CHAT),
+                "ChatRequest": asked,
                 "CompletionRequest": body_schema(COMPLETION),
+                "ImageRequest": body_schema(IMAGES),
+                "Images": _images(),
+                "Message": MESSAGE,
                 "ChatCompletion": _answer(chat),
                 "Completion": _answer(_choice({"text": _TEXT})),
                 "Model": _model(),
@@ -58,6 +81,7 @@ def describe() -> dict[str, Any]:
         "paths": {
             "/v1/chat/completions": _post("Answer a conversation", "Chat", "ChatCompletion"),
             "/v1/completions": _post("Continue a text", "Completion", "Completion"),
+            "/v1/images/generations": _post("Draw images", "Image", "Images", streams=False),
             "/v1/models": {"get": _get("List the models", _list(_ref("Model")), "401", "403")},
             "/v1/models/{model}": {
                 "parameters": [{"name": "model", "in": "path", "required": True, "schema": _TEXT}],
@@ -93,9 +117,24 @@ def _choice(content: dict[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": {"index": _WHOLE, "finish_reason": _FINISH, **content}}
 
 
+def _images() -> dict[str, Any]:
+    image = {"type": "object", "properties": {"b64_json": _TEXT}, "required": ["b64_json"]}
+    counts = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), _WHOLE)
+    fields = {
+        "created": _WHOLE,
+        "data": {"type": "array", "items": image},
+        "size": _TEXT,
+        "output_format": {"enum": ["png"]},
+        "usage": {"type": "object", "properties": counts},
+    }
+    return {"type": "object", "properties": fields, "required": list(fields)}
+
+
 def _model() -> dict[str, Any]:
     fields = {"id": _TEXT, "object": {"enum": ["model"]}, "created": _WHOLE, "owned_by": _TEXT}
-    return {"type": "object", "properties": fields, "required": list(fields)}
+    draws = {"type": "boolean", "description": "It makes images (/v1/images/generations)"}
+    properties = {**fields, "draws": draws}
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 def _error() -> dict[str, Any]:
@@ -133,8 +172,8 @@ def _get_text(summary: str) -> dict[str, Any]:
     return {"summary": summary, "responses": done | _responses("401", "403")}
 
 
-def _post(summary: str, asked: str, answered: str) -> dict[str, Any]:
-    events = {"text/event-stream": {"schema": {"type": "string"}}}
+def _post(summary: str, asked: str, answered: str, streams: bool = True) -> dict[str, Any]:
+    events = {"text/event-stream": {"schema": _EVENT}} if streams else {}
     done = {"200": {"description": "Done", "content": _json(_ref(answered)) | events}}
     body = {"required": True, "content": _json(_ref(f"{asked}Request"))}
     return {

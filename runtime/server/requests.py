@@ -12,6 +12,7 @@ from mobilevlm.runtime.server.errors import ApiError, refuse
 from mobilevlm.runtime.server.fields import CHAT, COMPLETION, read_fields
 from mobilevlm.runtime.server.images import ImageRef, take_images
 
+_TOOLS = ("tools", "tool_choice", "parallel_tool_calls")
 _OPTIONS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed", "stop")
 """Fields that are keywords of ``VLM.stream``, under their own names"""
 
@@ -73,6 +74,7 @@ def read_chat(body: Any, allow_urls: bool) -> Asked:
     messages, images = take_images(found["messages"], allow_urls)
     # Texts come from anywhere: special tokens in them are words.
     options = {"special_tokens": False, **_logprobs(found), **_format(found)}
+    options |= {name: found[name] for name in _TOOLS if name in found}
     return _asked(found, messages, images, options, both[0] or both[1])
 
 

@@ -8,13 +8,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-from mobilevlm.runtime.server.errors import refuse
+from mobilevlm.runtime.server.errors import refuse, shown_key
 
 Schema: TypeAlias = Mapping[str, Any]
 
 _IS: dict[str, Callable[[Any], bool]] = {
     "boolean": lambda value: isinstance(value, bool),
-    "integer": lambda value: isinstance(value, int) and not isinstance(value, bool),
+    "integer": lambda value: (  # 2.0 too, as in JSON Schema
+        isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1
+    ),
     "number": lambda value: (
         isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
     ),
@@ -40,7 +42,8 @@ def check_value(place: str, value: Any, schema: Schema) -> None:
         check_value(place, value, fitting[0])
         return
     if "enum" in schema:
-        if not any(value == item and type(value) is type(item) for item in schema["enum"]):
+        alike = [item for item in schema["enum"] if value == item]  # 1, 1.0 and True
+        if not any(isinstance(value, bool) == isinstance(item, bool) for item in alike):
             known = ", ".join(json.dumps(item) for item in schema["enum"])
             raise refuse(place, f"expected {known}, found {_shown(value)}")
         return
@@ -64,13 +67,18 @@ def _check_range(place: str, value: Any, schema: Schema) -> None:
         raise refuse(place, f"expected {least}{of} or more, found {_shown(value)}")
     if most is not None and size > most:
         raise refuse(place, f"expected {most}{of} at most, found {_shown(size)}")
+    above, below = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    if above is not None and size <= above:
+        raise refuse(place, f"expected a number above {above}, found {_shown(value)}")
+    if below is not None and size >= below:
+        raise refuse(place, f"expected a number below {below}, found {_shown(value)}")
 
 
 def _check_object(place: str, value: Mapping[str, Any], schema: Schema) -> None:
     for name, item in value.items():
         if name not in schema["properties"]:
             known = ", ".join(schema["properties"])
-            raise refuse(f"{place}.{name:.60}", f"not known here, expected {known}")
+            raise refuse(f"{place}.{shown_key(name)}", f"not known here, expected {known}")
         if item is None and name not in schema.get("required", ()):
             continue  # as if it were left out
         check_value(f"{place}.{name}", item, schema["properties"][name])

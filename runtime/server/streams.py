@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import Any, TypeAlias
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.runtime.answer.generation import Generation
@@ -13,7 +13,8 @@ from mobilevlm.runtime.server.errors import ApiError, api_error
 from mobilevlm.runtime.server.guard import Receive, Scope, Send
 from mobilevlm.runtime.server.turns import Piece
 
-Work: TypeAlias = Callable[[Callable[[Piece], None]], Coroutine[Any, Any, Generation]]
+T = TypeVar("T")
+Work: TypeAlias = Callable[[Callable[[Piece], None]], Coroutine[Any, Any, T]]
 """Makes an answer, and gives each piece of its text to the function."""
 
 HEADERS = ((b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache"))
@@ -23,10 +24,10 @@ class GoneError(Exception):
     """The client went away; nobody reads an answer."""
 
 
-class Job:
+class Job(Generic[T]):
     """Work that was begun. Whoever makes one closes it."""
 
-    def __init__(self, work: Work, receive: Receive) -> None:
+    def __init__(self, work: Work[T], receive: Receive) -> None:
         self._pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
         self._gone = False
         self._task = asyncio.create_task(work(self._pieces.put_nowait))
@@ -37,7 +38,7 @@ class Job:
         """Return the next piece; none when the work has ended, well or not."""
         return await self._pieces.get()
 
-    async def finish(self) -> Generation:
+    async def finish(self) -> T:
         """Return the finished answer.
 
         Raises:
@@ -68,7 +69,7 @@ class EventStream:
     """A response of server-sent events. ``first``: the piece that was waited for, so that what is
     wrong with a prompt is told by the status."""
 
-    def __init__(self, job: Job, shape: Shape, first: Piece | None) -> None:
+    def __init__(self, job: Job[Generation], shape: Shape, first: Piece | None) -> None:
         self._job, self._shape, self._first = job, shape, first
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -11,15 +11,18 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from mobilevlm.runtime.answer.generation import Generation, TextStream
 from mobilevlm.runtime.answer.logprobs import TokenLogprob
+from mobilevlm.runtime.answer.tool_calls import ToolCall
 from mobilevlm.runtime.server.errors import BUSY_TYPE, ApiError
 
+T = TypeVar("T")
 SLICE = 0.02
 """Seconds that the worker goes on with an answer while others wait."""
 _LONGEST_RETRY = 60
@@ -32,6 +35,10 @@ class Piece:
     text: str
     logprobs: list[TokenLogprob] = field(default_factory=list)
     """Log probabilities of its tokens, if they were asked for"""
+    calls: list[ToolCall] = field(default_factory=list)
+    """Calls of tools behind it"""
+    first_call: int = 0
+    """Number of the first of these in the answer"""
 
 
 @dataclass
@@ -106,18 +113,42 @@ class Turns:
                 await asyncio.gather(waited, return_exceptions=True)
             raise
         try:
-            known, ended = 0, False
+            known, called, ended = 0, 0, False
             while not ended:
                 text, ended = await loop.run_in_executor(self._worker, _advance, stream)
-                logprobs = stream.logprobs[known:]
+                logprobs, calls = stream.logprobs[known:], stream.tool_calls[called:]
+                if text or logprobs or calls:
+                    give(Piece(text, logprobs, calls, called))
                 known += len(logprobs)
-                if text or logprobs:
-                    give(Piece(text, logprobs))
+                called += len(calls)
             return stream.generation
         finally:
             stream.cancel()
             # In the worker, which may be at this answer now; the slot is held until then.
             await asyncio.shield(loop.run_in_executor(self._worker, stream.close))
+
+    async def steps(self, begin: Callable[[], Generator[T | None, None, None]]) -> list[T]:
+        """Return what steps give that is not None. ``begin`` as of :meth:`answer`; when the task is
+        cancelled, the work stops at the next step."""
+        loop = asyncio.get_running_loop()
+        waited = loop.run_in_executor(self._reader, begin)
+        try:
+            steps = await asyncio.shield(waited)
+        except asyncio.CancelledError:
+            await asyncio.gather(waited, return_exceptions=True)
+            raise
+
+        def some() -> tuple[list[T], bool]:
+            return _some_steps(steps)
+
+        try:
+            found, ended = list[T](), False
+            while not ended:
+                more, ended = await loop.run_in_executor(self._worker, some)
+                found += more
+            return found
+        finally:
+            await asyncio.shield(loop.run_in_executor(self._worker, steps.close))
 
     def close(self) -> None:
         """End the threads."""
@@ -135,6 +166,17 @@ class Turns:
             kind=BUSY_TYPE,
             headers={"Retry-After": str(min(max(seconds, 1), _LONGEST_RETRY))},
         )
+
+
+def _some_steps(steps: Generator[T | None, None, None]) -> tuple[list[T], bool]:
+    """Return what the steps of a slice of time give, and whether they have ended."""
+    end, found = time.perf_counter() + SLICE, list[T]()
+    for step in steps:
+        if step is not None:
+            found.append(step)
+        if time.perf_counter() >= end:
+            return found, False
+    return found, True
 
 
 def _advance(stream: TextStream) -> tuple[str, bool]:

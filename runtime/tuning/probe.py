@@ -12,15 +12,17 @@ import numpy as np
 from mobilevlm.bundle import Bundle
 from mobilevlm.plan import Plan
 from mobilevlm.preparation import prepare
-from mobilevlm.prompt import Rows, count_rows
+from mobilevlm.prompt import Prepared, Rows, Sound, count_rows
 from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.opening import open_engines
 from mobilevlm.runtime.sequence.encoding import encode_runs
 from mobilevlm.runtime.tuning.questions import StageTimes
+from mobilevlm.spec import ModelSpec
 
 TEXT_TOKENS = 56
 STEPS = 12
+SOUND_SECONDS = 4
 LONG_PROMPT = 512
 ENOUGH, MOST_RUNS = 0.5, 7
 """Seconds, and runs, after which a median is taken."""
@@ -41,7 +43,7 @@ class EngineProbe:
         """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""
         vision, decoder = self._open(plan)
         spec = self._bundle.manifest.spec
-        image = prepare(np.full((64, 64, 3), 128, np.uint8), spec.image)
+        image = _usual(spec)
         state = decoder.new_state()
         room = spec.decoder.context_length - STEPS - 2
         prompt = self._rows(decoder, min(count_rows(image.pieces) + TEXT_TOKENS, room))
@@ -51,7 +53,10 @@ class EngineProbe:
             decoder.prefill(state, prompt)
 
         def steps() -> None:
-            state.rewind(len(prompt))
+            if state.reachable(len(prompt)) == len(prompt):
+                state.rewind(len(prompt))
+            elif state.slots + STEPS > spec.decoder.context_length:
+                state.rewind(0)
             for _ in range(STEPS):
                 decoder.step(state, 1)
 
@@ -85,7 +90,7 @@ class EngineProbe:
     def tiles(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
         """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""
         vision, _ = self._open(plan)
-        size = self._bundle.manifest.spec.image.square.size
+        size = self._bundle.manifest.spec.image.usual_edge
         runs = [{"pixels": np.full((size, size, 3), 128, np.uint8)}] * max(counts)
 
         def run(count: int) -> Callable[[], object]:
@@ -99,9 +104,11 @@ class EngineProbe:
         _, decoder = self._open(plan)
         state, start = decoder.new_state(), TEXT_TOKENS
         decoder.extend(state, self._rows(decoder, start))
+        if state.reachable(start - 1) != start - 1:
+            return {}
 
         def run(count: int) -> Callable[[], None]:
-            tokens = decoder.embed([1] * (count + 1))
+            tokens = Rows(decoder.embed([1] * (count + 1)))
 
             def once() -> None:
                 state.rewind(start)
@@ -140,6 +147,14 @@ class EngineProbe:
     def _rows(self, decoder: DecoderEngine, length: int) -> Rows:
         """Return rows of any tokens: the work is the same."""
         return Rows(decoder.embed([index % 7 + 1 for index in range(length)]))
+
+
+def _usual(spec: ModelSpec) -> Prepared:
+    """Return an image, or a sound of some seconds."""
+    if spec.has_sound:
+        rate = spec.audio.mel.sampling_rate
+        return prepare(Sound((np.zeros(SOUND_SECONDS * rate, np.int16), rate)), spec.audio)
+    return prepare(np.full((64, 64, 3), 128, np.uint8), spec.image)
 
 
 def _filling(decoder: DecoderEngine, prompt: Rows) -> Callable[[], None]:

@@ -74,7 +74,7 @@ class Probe(Protocol):
         """As many tiles as the largest count, so many of them at the same time."""
 
     def drafts(self, plan: Plan, counts: Sequence[int]) -> dict[int, float]:
-        """A run over a token and so many guesses."""
+        """A run over a token and so many guesses; nothing where wrong ones cannot be taken back."""
 
 
 @dataclass
@@ -300,6 +300,8 @@ def _drafts(state: _Tuning, plan: Plan) -> Plan:
     if not state.may(question):
         return plan
     times = state.probe.drafts(plan, DRAFTS)
+    if not times:
+        return replace(plan, draft_tokens=0)
     seconds = {f"{count}": [draft_cost(count, value)] for count, value in times.items()}
     best = fastest(seconds)
     state.note(question, seconds, best)

@@ -115,7 +115,7 @@ def _tiles(bundle: Bundle, plan: Plan, limits: list[Limit]) -> list[int]:
     """Return how many tiles of an image an engine may encode at the same time: one if it has no
     others, or no stage that does so; else as many as the limits allow."""
     most = 1
-    if stage_formats(bundle, plan.engine)["vision"] in ("onnx", "ort"):
+    if stage_formats(bundle, plan.engine).get("vision") in ("onnx", "ort"):
         most = most_runs(bundle.manifest.spec.image)
     plans = [replace(plan, tiles_at_once=count) for count in TILES if count <= most]
     return [item.tiles_at_once for item in plans if fit_plan(bundle, item, limits) == item]
@@ -127,7 +127,7 @@ def _may_pack(bundle: Bundle, limits: list[Limit]) -> bool:
     files = [
         name
         for artifact in bundle.manifest.artifacts
-        if artifact.format == "onnx" and artifact.stage in ("vision", "prefill")
+        if artifact.format == "onnx" and artifact.stage in ("vision", "audio", "prefill")
         for name in artifact.files
     ]
     packed = Plan("onnx", vision_weights="packed", prefill_weights="packed")

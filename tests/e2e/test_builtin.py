@@ -79,23 +79,31 @@ def test_nano_runs_from_the_bundle_that_comes_with_the_package(
 def test_the_bundle_that_comes_with_the_package_is_what_an_export_gives(tmp_path: Path) -> None:
     """Run ``python -m mobilevlm.nano.training.ship`` where this fails. The digests of code and
     tools in the manifest may be older; keys and values of the system prompt are sums of this
-    processor."""
+    processor, and so are the statistics by which some weight may be rounded the other way."""
     for name in SHIPPED:
         ship(name, tmp_path / name)
         fresh, shipped = open_bundle(tmp_path / name), open_bundle(BUNDLES / name)
         system = fresh.manifest.system_prompt
         assert system is not None and system == shipped.manifest.system_prompt
         assert fresh.manifest.files.keys() == shipped.manifest.files.keys()
+        calibrated = [
+            path for kind in ("vision", "decoder") for path in fresh.artifact(kind, "onnx").data
+        ]
         for file, entry in fresh.manifest.files.items():
-            if file != system.path:
+            if file not in (system.path, *calibrated):
                 assert shipped.manifest.files[file] == entry, file
+        for path in calibrated:
+            codes = [np.fromfile(bundle.path(path), np.uint8) for bundle in (fresh, shipped)]
+            assert len(codes[0]) == len(codes[1]) and (codes[0] != codes[1]).mean() < 0.02
         values = [np.fromfile(bundle.path(system.path), "<f4") for bundle in (fresh, shipped)]
         assert np.abs(values[0] - values[1]).max() <= 1e-3 * np.abs(values[0]).max()
         assert fresh.manifest.spec == shipped.manifest.spec
         assert fresh.manifest.recipe == shipped.manifest.recipe
         assert fresh.manifest.embeddings == shipped.manifest.embeddings
         for ours, theirs in zip(fresh.manifest.artifacts, shipped.manifest.artifacts, strict=True):
-            assert replace(ours, key="") == replace(theirs, key="")
+            assert replace(ours, key="", largest_weight_error=None) == replace(
+                theirs, key="", largest_weight_error=None
+            )
 
 
 def test_a_name_is_exported_once(monkeypatch: pytest.MonkeyPatch) -> None:

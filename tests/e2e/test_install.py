@@ -96,6 +96,26 @@ def test_the_base_install_answers_as_the_full_one(device: Path, bundle_of: Bundl
     assert json.loads(done.stdout)["token_ids"] == expected.token_ids
 
 
+def test_the_base_install_answers_with_the_built_in_model_and_writes_nothing(
+    device: Path, tmp_path: Path
+) -> None:
+    """By the name of the distribution, as pipx runs it."""
+
+    def files() -> dict[Path, int]:
+        places = (path for path in device.parent.rglob("*") if path.is_file())
+        return {path: path.stat().st_mtime_ns for path in places}
+
+    before = files()
+    done = subprocess.run(
+        [device / "mobilevlm-edge", "run", "nano", "--prompt", "What can you do?", "-n", "8"],
+        capture_output=True, text=True, timeout=120, cwd=tmp_path,
+        env={"HOME": str(tmp_path), "PATH": str(device), "PYTHONDONTWRITEBYTECODE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert files() == before
+
+
 def test_the_base_install_says_what_exporting_needs(
     device: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:

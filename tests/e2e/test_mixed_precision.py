@@ -71,7 +71,7 @@ def test_wrong_goals_are_refused_before_any_work(
     mobilevlm_v2: Fixture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = (mobilevlm_v2.checkpoint, "--vision-tower", mobilevlm_v2.tower)
-    search = ("search", *source, "-o", tmp_path / "plan.toml")
+    search = ("search", *source, "-o", tmp_path / "plan.toml", "--quiet")
     assert "one goal: --budget or --max-kl" in refusal(capsys, *search)
     assert "expected bits per weight" in refusal(capsys, *search, "--budget", "4.5")
     assert "too small: the candidates" in refusal(capsys, *search, "--budget", "1bpw")

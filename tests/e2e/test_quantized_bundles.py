@@ -132,5 +132,5 @@ def test_calibration_data_that_nothing_uses_end_with_2(
     mobilevlm_v2: Fixture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     place = ("export", mobilevlm_v2.checkpoint, "-o", tmp_path / "bundle")
-    found = refusal(capsys, *place, "--recipe", "int4", "--calibration", "scenes")
-    assert "recipe 'int4' takes no calibration data for ONNX" in found
+    found = refusal(capsys, *place, "--recipe", "fp32", "--calibration", "scenes")
+    assert "recipe 'fp32' takes no calibration data for ONNX" in found

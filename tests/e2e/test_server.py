@@ -6,15 +6,17 @@ import json
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import BundleOf
 from server import CAT, ENDLESS, Server, about, data_uri, refused, running
 
 import mobilevlm
+from mobilevlm.messages import ROLES
 from mobilevlm.nano.drawing import render
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 
@@ -194,6 +196,11 @@ def test_the_official_client_sees_errors_as_its_own(client: Any) -> None:
         )
 
 
+def test_embeddings_are_refused_with_the_reason(client: Any) -> None:
+    with pytest.raises(openai.NotFoundError, match="not vectors that were trained to be compared"):
+        client.embeddings.create(model="nano", input="a cat")
+
+
 def test_30_requests_at_once_are_all_answered_right(
     client: Any, server: Server, scenes: list[Path]
 ) -> None:
@@ -228,6 +235,8 @@ def test_a_second_question_about_an_image_takes_over_what_the_first_computed(
     assert first["timings"]["reused_images"] == 0 and second["timings"]["reused_images"] == 1
     cached = second["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert cached > first["timings"]["visual_tokens"]
+    own = second["usage"]["prompt_tokens"] - cached  # the question and the mark of the assistant
+    assert own <= len("How many shapes are there? ASSISTANT:")
     assert second["timings"]["vision"] + second["timings"]["prefill"] < 0.25 * (
         first["timings"]["vision"] + first["timings"]["prefill"]
     )
@@ -251,6 +260,9 @@ def test_the_description_names_every_field_that_is_read(server: Server) -> None:
     found = server.client.get("/openapi.json").json()
     fields = found["components"]["schemas"]["ChatRequest"]["properties"]
     assert {"messages", "max_tokens", "stop", "seed", "response_format", "tools"} <= set(fields)
+    assert fields["messages"]["items"] == {"$ref": "#/components/schemas/Message"}
+    turns = [turn["properties"] for turn in found["components"]["schemas"]["Message"]["anyOf"]]
+    assert {role for turn in turns for role in turn["role"]["enum"]} == {*ROLES, "developer"}
     for path in found["paths"]:
         if "{" not in path and "post" not in found["paths"][path]:
             assert server.client.get(path).status_code == 200, path
@@ -259,10 +271,18 @@ def test_the_description_names_every_field_that_is_read(server: Server) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
-def test_the_curl_examples_of_the_docs_run(server: Server) -> None:
+def test_the_curl_examples_of_the_docs_run(server: Server, bundle_of: BundleOf) -> None:
     text = DOCS.read_text()
     commands = re.findall(r"^    (curl (?:.*\\\n)*.*)$", text, re.MULTILINE)
     assert len(commands) >= 5
+    drawing = [command for command in commands if "images/generations" in command]
+    _check_examples(server, [command for command in commands if command not in drawing])
+    with running(model=str(bundle_of("janus", "fp32"))) as draws:
+        _check_examples(draws, drawing)
+
+
+def _check_examples(server: Server, commands: Sequence[str]) -> None:
+    assert commands
     for command in commands:
         local = command.replace("127.0.0.1:8080", f"127.0.0.1:{server.port}")
         done = subprocess.run(

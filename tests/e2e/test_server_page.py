@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from browser import FLAGS, SECONDS, Browser
+from conftest import BundleOf
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 from server import CAT, Server, about, data_uri, running
@@ -184,3 +185,21 @@ def test_the_description_is_shown(page: Page, server: Server) -> None:
     wait.until(lambda _: page.count("section") >= 5)
     text = page.find("main").text
     assert "POST /v1/chat/completions" in text and "repetition_penalty" in text
+
+
+def test_a_model_that_makes_images_has_a_button_that_draws(
+    page: Page, server: Server, bundle_of: BundleOf
+) -> None:
+    before = len(page.complaints)
+    page.go(server)
+    assert not page.find("#draw").is_displayed()
+    with running(model=str(bundle_of("janus", "fp32"))) as draws:
+        page.go(draws)
+        page.find("#question").send_keys("A small red house near a river.")
+        page.click("#draw")
+        page._wait_until("ready")
+        [drawn] = page.driver.find_elements(By.CSS_SELECTOR, "article.assistant img")
+        width, height = (drawn.get_property(f"natural{side}") for side in ("Width", "Height"))
+        assert (width, height) == (16, 16)
+        assert "codes/s" in page.find("article.assistant .timing").text
+        assert page.complaints[before:] == []

@@ -53,7 +53,7 @@ def run(folder: Path, count: int, seed: int) -> Figures:
 
     choose, figures = random.Random(seed), Figures()
     write_checkpoint("tiny", folder / "checkpoint")
-    recipes = ["int4", "int8", "fp32"]
+    recipes = ["fp16-weights", "int8", "fp32"]
     for block in (16, 32):
         path = folder / f"custom{block}.toml"
         path.write_text(CUSTOM.format(block=block))

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import fixture_named, relative_error
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -149,7 +150,9 @@ def test_the_program_of_a_package_gives_the_visual_tokens_of_the_reference(tmp_p
     operators = write_package(model, package)
     found_operators, large = read_package(package)
     assert operators == found_operators and set(operators) <= set(OPERATORS)
-    picture = open_image(held_out_samples("scenes")[0].images[0])
+    [image] = held_out_samples("scenes")[0].images
+    assert isinstance(image, Image.Image)
+    picture = open_image(image)
     pixels = prepare(picture, model.spec.image).arrays[0]["pixels"]
     with torch.no_grad():
         expected = load_reference(model).visual_tokens(pixels)

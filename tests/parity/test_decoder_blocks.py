@@ -13,7 +13,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from conftest import FLOAT32, fixture_named, relative_error
+from conftest import FLOAT32, PLAIN_INT4, fixture_named, relative_error
 from numpy.typing import NDArray
 from test_graphs import (
     CAPACITY,
@@ -133,7 +133,7 @@ def test_the_float_graph_gives_the_references_logits_in_one_piece_and_in_chunks(
 
 # Limits as in test_graphs.py: what is left is the rounding of activations to 8 bits.
 @pytest.mark.parametrize("spec", ["query and key norms", "Gemma 3"], indirect=True)
-@pytest.mark.parametrize(("recipe", "limit"), [("int8", 0.06), ("int4", 0.033)])
+@pytest.mark.parametrize(("recipe", "limit"), [("int8", 0.06), ("hqq", 0.033)])
 def test_a_quantized_graph_equals_the_reference_with_its_rounded_weights(
     recipe: str, limit: float, model: Model, embeds: Float32, tmp_path: Path
 ) -> None:
@@ -190,7 +190,7 @@ def test_folds_leave_out_what_a_gated_convolution_gives(tmp_path: Path) -> None:
 def test_norms_are_read_back_out_of_a_graph(tmp_path: Path) -> None:
     model = in_memory(BLOCKS["Gemma 3"], tmp_path / "weights")
     path = tmp_path / "decoder.onnx"
-    author_decoder(model.weights, model.spec, RECIPES["int4"], path)
+    author_decoder(model.weights, model.spec, PLAIN_INT4, path)
     stored = OnnxTensors(path, model.spec, model.weights)
     norms = [name for name in model.weights if "norm" in name and name.startswith("decoder.")]
     assert len(norms) == 6 * LAYERS + 1

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from test_graphs import decoder_spec, in_memory
 
 from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.decoder_spec import DeltaSpec
 from mobilevlm.errors import BundleError, MobileVLMError, SessionError
 from mobilevlm.export.formats.gguf import gguf_jobs
 from mobilevlm.export.formats.npu import npu_jobs
@@ -31,8 +32,9 @@ from mobilevlm.runtime.engines.llama.gguf_check import check_decoder
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.onnx.npu import NpuDecoder
 from mobilevlm.runtime.engines.onnx.stored_segment import map_segment, write_segment
-from mobilevlm.runtime.engines.state import KEPT_MARKS, KEPT_ROWS
+from mobilevlm.runtime.engines.state import KEPT_MARKS
 from mobilevlm.spec import ModelSpec
+from mobilevlm.state_buffers import KEPT_ROWS, KEPT_STATES
 
 Array = NDArray[np.float32]
 CONTEXT = 1024
@@ -47,6 +49,19 @@ BIASED = decoder_spec(
     context_length=CONTEXT, num_hidden_layers=3, conv_layers=(1,), conv_kernel=5, conv_bias=True
 )
 DEEP = decoder_spec(context_length=CONTEXT, rope_sections=(2, 3, 3), deep_layers=(0, 2))
+DELTA = decoder_spec(
+    context_length=CONTEXT,
+    num_hidden_layers=4,
+    rotary_dim=8,
+    rope_sections=(2, 1, 1),
+    rope_interleaved=True,
+    qk_norm=True,
+    attention_gate=True,
+    delta=DeltaSpec((0, 1, 3), key_heads=2, value_heads=6, key_dim=8, value_dim=12, kernel=4),
+)
+UNGATED = decoder_spec(
+    context_length=CONTEXT, delta=DeltaSpec((1,), 4, 4, key_dim=16, value_dim=8, kernel=2)
+)
 SPECS = {
     "two axes": TWO_AXES,
     "three axes in turns": THREE_AXES,
@@ -57,6 +72,9 @@ SPECS = {
     "rows after layers, rotated": DEEP,
     "convolutions, rotated": CONVOLUTION,
     "convolution with biases, rotated": BIASED,
+    "gated delta layers": DELTA,
+    "gated delta layers, rotated": DELTA,
+    "one gated delta layer": UNGATED,
     "a sliding window": decoder_spec(
         context_length=CONTEXT, sliding_window=7, sliding_layers=(0, 2), sliding_rope_theta=500.0
     ),
@@ -150,7 +168,7 @@ def test_steps_and_drafts_give_the_logits_of_the_reference(opened: Opened) -> No
     for piece in before:
         opened.decoder.extend(state, piece)
     found = [opened.decoder.step(state, token).copy() for token in tokens[:3]]
-    found += list(opened.decoder.answer(state, rows[3:]))
+    found += list(opened.decoder.answer(state, Rows(rows[3:])))
     expected = expected_logits(opened, [*before, Rows(rows)])[-len(tokens) :]
     assert relative_error(np.stack(found), expected) <= FLOAT32
 
@@ -162,9 +180,13 @@ def test_going_back_over_steps_is_exact_to_the_bit(opened: Opened) -> None:
     tokens = list(range(1, 31))
     logits = [opened.decoder.step(state, token).copy() for token in tokens]
     positions = [state.position]
-    for kept in (29, 12, 3, 0):
+    for wanted in (29, 12, 3, 0):
+        kept = state.reachable(len(first) + wanted) - len(first)
+        assert kept == (0 if opened.spec.decoder.delta else wanted)
         state.rewind(len(first) + kept)
-        opened.decoder.answer(state, opened.decoder.embed([9, 8, 7, 6]))  # a draft that is wrong
+        opened.decoder.answer(
+            state, Rows(opened.decoder.embed([9, 8, 7, 6]))
+        )  # a draft that is wrong
         state.rewind(len(first) + kept)
         again = [opened.decoder.step(state, token).copy() for token in tokens[kept:]]
         assert np.array_equal(again, logits[kept:])
@@ -278,6 +300,20 @@ def test_a_slot_whose_convolution_state_is_gone_is_refused(tmp_path: Path) -> No
     assert state.slots == 240
 
 
+def test_recurrent_states_go_back_to_the_last_ends_of_pieces_only(tmp_path: Path) -> None:
+    opened = open_decoder(DELTA, tmp_path)
+    decoder, state = opened.decoder, opened.decoder.new_state()
+    for piece in pieces_of(DELTA, [5] * (KEPT_STATES + 3)):
+        decoder.extend(state, Rows(piece.embeds))
+    decoder.step(state, 5)
+    length = 5 * (KEPT_STATES + 3) + 1
+    found = sorted({state.reachable(slots) for slots in range(length + 1)})
+    assert found == [0, *range(5 * 4, length, 5), length]
+    with pytest.raises(SessionError, match="no longer has its state after 22: go back to 20 and"):
+        state.rewind(22)
+    assert state.slots == length
+
+
 def test_marks_that_are_too_many_are_forgotten_oldest_first(tmp_path: Path) -> None:
     opened = open_decoder(CONVOLUTION, tmp_path)
     decoder, state = opened.decoder, opened.decoder.new_state()
@@ -294,8 +330,10 @@ def test_marks_that_are_too_many_are_forgotten_oldest_first(tmp_path: Path) -> N
         (TWO_AXES, "positions of several axes"),
         (CONVOLUTION, "short convolutions"),
         (decoder_spec(deep_layers=(1,)), "rows added after some layers"),
+        (UNGATED, "gated delta layers"),
+        (decoder_spec(attention_gate=True), "gates behind attention"),
     ],
-    ids=["axes", "convolution", "deep"],
+    ids=["axes", "convolution", "deep", "delta", "gate"],
 )
 def test_engines_and_formats_without_these_parts_refuse_them_by_name(
     spec: ModelSpec, part: str, tmp_path: Path
@@ -305,7 +343,8 @@ def test_engines_and_formats_without_these_parts_refuse_them_by_name(
         npu_jobs(model, RECIPES["fp32"])
     with pytest.raises(MobileVLMError, match="the GGUF writer knows no architecture"):
         gguf_jobs(model, RECIPES["fp32"])
-    with pytest.raises(BundleError, match=f"the gguf engine runs no decoder with {part}"):
+    # llama.cpp runs all three: this file is refused for what it lacks.
+    with pytest.raises(BundleError, match="damaged or of another model"):
         check_decoder(header, spec.decoder)
     rows, path = EmbeddingTable("", 0, "float32", 1, 1), tmp_path / "model.safetensors"
     with pytest.raises(BundleError, match=f"the npu engine runs no decoder with {part}"):

@@ -164,8 +164,8 @@ def test_quantized_figures_are_in_the_manifest(recipe: str, bundle_of: BundleOf)
     figures = manifest.quality.stages["decoder"].figures
     if recipe == "int8":
         assert 0 < figures["kl"] < 0.01
-    else:  # of the 4-bit weights alone, activations in float (accuracy_level 1), it is 0.464
-        assert figures["kl"] == pytest.approx(0.464, abs=0.05)
+    else:  # without calibration
+        assert figures["kl"] == pytest.approx(0.327, abs=0.05)
 
 
 # T5's buckets: 32 up to 128 in its releases.
@@ -189,9 +189,8 @@ def test_what_runs_samples_layer_by_layer_says_that_it_does_not_run_encoders(
     bundle = bundle_of("blip2_t5", "fp32")
     line = refusal(capsys, "verify", bundle, fixture.checkpoint)
     assert "verify is for decoder-only language models" in line
-    line = refusal(
-        capsys, "search", fixture.checkpoint, "-o", tmp_path / "r.toml", "--budget", "4bpw"
-    )
+    place = ("-o", tmp_path / "r.toml", "--quiet")
+    line = refusal(capsys, "search", fixture.checkpoint, *place, "--budget", "4bpw")
     assert "decoder-only language models" in line
     recipe = tmp_path / "gptq.toml"
     recipe.write_text(
@@ -201,7 +200,8 @@ def test_what_runs_samples_layer_by_layer_says_that_it_does_not_run_encoders(
     )
     line = refusal(capsys, "export", fixture.checkpoint, "-o", tmp_path / "b", "--recipe", recipe)
     assert "has an encoder" in line
-    line = refusal(capsys, "export", fixture.checkpoint, "-o", tmp_path / "b", "--format", "all")
+    place = ("-o", tmp_path / "b", "--quiet")
+    line = refusal(capsys, "export", fixture.checkpoint, *place, "--format", "all")
     assert "--format onnx" in line
 
 

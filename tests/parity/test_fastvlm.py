@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import official_ids, render, tokenize, user_message
-from mobilevlm.export.gguf.mmproj import check_support
+from mobilevlm.export.gguf.support import check_support
 from mobilevlm.families import open_checkpoint
 from mobilevlm.input_spec import ConvEncoder
 from mobilevlm.model import Model, OpenOptions

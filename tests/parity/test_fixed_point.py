@@ -184,7 +184,7 @@ def test_authoring_twice_gives_the_same_bytes_and_leaves_nothing_else(
 
 def test_samples_without_pictures_are_refused(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
     model = mobilevlm_v2.model
-    with pytest.raises(MobileVLMError, match="no sample has a picture"):
+    with pytest.raises(MobileVLMError, match="no sample has an image"):
         author_qdq(
             [Sample("Hi", "", ())], model.weights, model.spec, recipe("qdq8"), tmp_path / "v.onnx"
         )

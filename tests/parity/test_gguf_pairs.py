@@ -3,7 +3,6 @@ what llama.cpp computes otherwise, and those of llama.cpp's own loop over a prom
 
 from __future__ import annotations
 
-import ctypes
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import DATA
 from fuzz.gguf import ARRAY, I32, U32, decoder_file, mmproj_file
-from llama import THREADS, llama_cpp, mtmd, opened
+from llama import THREADS, by_llama_cpp, mtmd
 from numpy.typing import NDArray
 from pairs import Pair, gemma_pair, hybrid_pair, internvl_pair, qwen_vl_pair, smolvlm_pair
 from PIL import Image
@@ -81,37 +80,6 @@ def test_logits_and_tokens_are_those_of_the_official_code(
     answer = vlm.generate(question(told), [image], max_new_tokens=24)
     assert answer.token_ids == expected["generated_ids"].tolist()
     assert answer.prompt_tokens == expected["input_ids"].shape[1]
-
-
-def by_llama_cpp(pair: Pair, prompt: str, images: list[NDArray[np.uint8]]) -> Float32:
-    """Logits after a prompt, from llama.cpp's own loop. ``prompt``: with its marker."""
-    with opened(pair[0], 2048) as decoder:
-        params = mtmd.mtmd_context_params_default()
-        params.use_gpu = params.print_timings = params.warmup = False
-        params.n_threads = THREADS
-        params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
-        context = mtmd.mtmd_init_from_file(bytes(pair[1]), decoder.model, params)
-        chunks, text = mtmd.mtmd_input_chunks_init(), prompt.encode()
-        bitmaps = []
-        for pixels in images:
-            data = (ctypes.c_uint8 * pixels.size).from_buffer_copy(pixels.tobytes())
-            bitmaps.append(mtmd.mtmd_bitmap_init(pixels.shape[1], pixels.shape[0], data))
-        given = mtmd.mtmd_input_text(text, len(text), True, True)
-        listed = (mtmd.mtmd_bitmap_p_ctypes * len(bitmaps))(*bitmaps)
-        tokenize = mtmd.mtmd_tokenize
-        assert tokenize(context, chunks, ctypes.byref(given), listed, len(bitmaps)) == 0
-        past = ctypes.c_int32(0)
-        code = mtmd.mtmd_helper_eval_chunks(
-            context, decoder.context, chunks, 0, 0, 2048, True, ctypes.byref(past)
-        )
-        assert code == 0
-        last = llama_cpp.llama_get_logits_ith(decoder.context, -1)
-        found = np.ctypeslib.as_array(last, (decoder.vocab_size,)).copy()
-        mtmd.mtmd_input_chunks_free(chunks)
-        for bitmap in bitmaps:
-            mtmd.mtmd_bitmap_free(bitmap)
-        mtmd.mtmd_free(context)
-        return found
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -19,6 +19,7 @@ from conftest import (
     FIXTURES,
     FLOAT32,
     MOE_FIXTURES,
+    PLAIN_INT4,
     Fixture,
     fixture_named,
     memory_weights,
@@ -66,6 +67,11 @@ class Decoder:
         binding.bind_cpu_input("inputs_embeds", np.ascontiguousarray(embeds[None]))
         binding.bind_cpu_input("total_length", np.array([start + length], np.int32))
         binding.bind_cpu_input("logits_positions", np.arange(length))
+        known = {item.name for item in self.session.get_inputs()}
+        if "window_length" in known:  # windows are as long as the other buffers here
+            binding.bind_cpu_input("window_length", np.array([start + length], np.int32))
+        for name in known & {"image_rows", "image_ends"}:
+            binding.bind_cpu_input(name, np.empty(0, np.int64))
         binding.bind_output("logits")
         for name, value in self.buffers.items():
             binding.bind_ortvalue_input(f"past_key_values.{name}", value)
@@ -123,10 +129,15 @@ class Authored:
         return decoder.step(self.fixture.arrays["inputs_embeds"][0], 0)
 
 
-SMALL_BLOCKS = replace(RECIPES["int4"], decoder=LinearFormat("q4"), lm_head=LinearFormat("q4"))
+SMALL_BLOCKS = PLAIN_INT4
 """Blocks of 32, rounded to nearest: the integers of llama.cpp's Q4_0."""
-QUANTIZED = {name: RECIPES[name] for name in ("fp16-weights", "int8", "int4")}
-QUANTIZED["q4"] = SMALL_BLOCKS
+_INT8, _HQQ = LinearFormat("int8"), LinearFormat("q4", "hqq", block_size=128)
+QUANTIZED = {
+    "fp16-weights": RECIPES["fp16-weights"],
+    "int8": replace(PLAIN_INT4, decoder=_INT8, lm_head=_INT8),
+    "hqq": replace(PLAIN_INT4, decoder=_HQQ, lm_head=_HQQ),
+    "q4": SMALL_BLOCKS,
+}
 
 
 def author(
@@ -217,7 +228,7 @@ def test_embedding_graph_gives_the_rows_of_the_table(exact: Authored, tmp_path: 
     session = open_session(exact.folder / "embeddings.onnx")
     assert np.array_equal(session.run(None, {"input_ids": ids[None]})[0][0], rows)
     # Stored as float16 the table stays exact: the fixtures' weights are float16.
-    half = RECIPES["int4"]
+    half = PLAIN_INT4
     author_embeddings(exact.model.weights, exact.model.spec, half, tmp_path / "half.onnx")
     session = open_session(tmp_path / "half.onnx")
     assert np.array_equal(session.run(None, {"input_ids": ids[None]})[0][0], rows)
@@ -225,10 +236,10 @@ def test_embedding_graph_gives_the_rows_of_the_table(exact: Authored, tmp_path: 
 
 # Relative error of visual tokens and of logits, and KL of the logits. Measured (largest): on the
 # five dense fixtures fp16-weights 3e-6, 8e-7, 2e-12, since they are stored in float16 already; int8
-# 0.042, 0.067, 0.013; q4 0.042, 0.33, 0.30; int4 0.042, 0.33, 0.31. On the three sparse ones, where
+# 0.042, 0.067, 0.013; q4 0.042, 0.33, 0.30; hqq 0.042, 0.33, 0.31. On the three sparse ones, where
 # up to a quarter of the tokens then choose another expert, int8 0.034, 0.113, 0.014; q4 0.034,
-# 0.55, 0.33; int4 0.034, 0.61, 0.39. On the other families int8 0.063 (a tower and a Q-Former of
-# four layers), 0.103, 0.012; q4 0.063, 0.57 (VILA's four layers), 0.36; int4 0.063, 0.60, 0.41.
+# 0.55, 0.33; hqq 0.034, 0.61, 0.39. On the other families int8 0.063 (a tower and a Q-Former of
+# four layers), 0.103, 0.012; q4 0.063, 0.57 (VILA's four layers), 0.36; hqq 0.063, 0.60, 0.41.
 # Gaussian weights lose 9% in every 4-bit product, trained ones
 # less. The limits leave a quarter for other processors; that the error is rounding and nothing else
 # is what the next test shows.
@@ -242,9 +253,9 @@ LIMITS = {
     ("q4", "dense"): (0.055, 0.42, 0.40),
     ("q4", "sparse"): (0.055, 0.69, 0.41),
     ("q4", "family"): (0.08, 0.71, 0.45),
-    ("int4", "dense"): (0.055, 0.42, 0.40),
-    ("int4", "sparse"): (0.055, 0.76, 0.49),
-    ("int4", "family"): (0.08, 0.75, 0.51),
+    ("hqq", "dense"): (0.055, 0.42, 0.40),
+    ("hqq", "sparse"): (0.055, 0.76, 0.49),
+    ("hqq", "family"): (0.08, 0.75, 0.51),
 }
 
 
@@ -287,7 +298,7 @@ class RoundedWeights(Weights):
 
 
 # What is left when the weights are equal is the rounding of activations to 8 bits: half a step of
-# 1/127 of the largest of 32 (q4), of 128 (int4), or 1/255 of the range of the whole tensor (int8),
+# 1/127 of the largest of 32 (q4), of 128 (hqq), or 1/255 of the range of the whole tensor (int8),
 # in each of three layers. Measured (largest): 0.022, 0.026 and 0.048; of the sparse fixtures, where
 # it changes the experts of a few tokens, 0.064, 0.139 and 0.087; in VILA's four layers 0.043, 0.050
 # and 0.051 (with float activations 1.2e-6).
@@ -295,7 +306,7 @@ class RoundedWeights(Weights):
     ("recipe", "limits"),
     [
         ("q4", {"dense": 0.03, "sparse": 0.08, "family": 0.055}),
-        ("int4", {"dense": 0.033, "sparse": 0.175, "family": 0.063}),
+        ("hqq", {"dense": 0.033, "sparse": 0.175, "family": 0.063}),
         ("int8", {"dense": 0.06, "sparse": 0.11, "family": 0.065}),
     ],
 )
@@ -341,7 +352,7 @@ def test_experts_in_one_operator_and_one_by_one_are_the_same_integers(
 def test_authoring_twice_gives_the_same_bytes(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
     for folder in ("first", "second"):
         (tmp_path / folder).mkdir()
-        author(mobilevlm_v2, "int4", tmp_path / folder)
+        author(mobilevlm_v2, PLAIN_INT4, tmp_path / folder)
     names = sorted(path.name for path in (tmp_path / "first").iterdir())
     assert "vision.onnx_data" in names
     for name in names:

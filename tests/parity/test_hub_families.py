@@ -19,9 +19,11 @@ import mobilevlm
 from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.image import normalize
 from mobilevlm.messages import Message
+from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Piece, Prepared, expand
 from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.reference.steps import State
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.bench.bench import prompt_of_length
 
@@ -60,6 +62,18 @@ def flat(array: NDArray[Any], axes: int) -> NDArray[Any]:
     return array.reshape(-1, *array.shape[len(array.shape) - axes + 1 :])
 
 
+def official_pixels(fixture: Fixture) -> list[NDArray[np.float32]]:
+    """Pixels of each run of the encoder ``(3, height, width)``; NaFlex has flat patches."""
+    values = fixture.arrays["pixel_values"]
+    if "spatial_shapes" not in fixture.arrays:
+        return list(flat(values, 4))
+    edge, parts = fixture.model.spec.image.transformer.patch_size, []
+    for patches, (rows, columns) in zip(values, fixture.arrays["spatial_shapes"], strict=True):
+        grid = patches[: rows * columns].reshape(rows, columns, edge, edge, 3)
+        parts.append(grid.transpose(4, 0, 2, 1, 3).reshape(3, rows * edge, columns * edge))
+    return parts
+
+
 def said(fixture: Fixture) -> list[Message]:
     """The messages of the prompt."""
     system: list[Message] = [{"role": "system", "content": fixture.system}]
@@ -73,20 +87,41 @@ def pieces_of(fixture: Fixture, images: list[Prepared]) -> list[Piece]:
     return expand(tokens, [image.pieces for image in images])
 
 
-def embed_prompt(
-    fixture: Fixture, reference: ReferenceModel, images: list[Prepared]
-) -> torch.Tensor:
-    rows = [reference.image_rows(image) for image in images]
-    return reference.embed(pieces_of(fixture, images), rows)
+def prompt_state(fixture: Fixture, reference: ReferenceModel, images: list[Prepared]) -> State:
+    rows = [reference.see(image) for image in images]
+    return reference.prompt(pieces_of(fixture, images), rows)
+
+
+def in_patches(pixels: NDArray[Any], spec: NativeEncoder) -> NDArray[Any]:
+    """Pixels ``(3 · frames, height, width)`` as the official code has them: squares of patches row
+    by row, each patch ``(3, frames, rows, columns)``."""
+    channels, height, width = pixels.shape
+    side, edge = (spec.merge_size, spec.patch_size), spec.merge_size * spec.patch_size
+    parts = pixels.reshape(channels // 3, 3, height // edge, *side, width // edge, *side)
+    parts = np.broadcast_to(parts, (spec.frames, *parts.shape[1:]))
+    return parts.transpose(2, 5, 3, 6, 1, 0, 4, 7).reshape(-1, spec.patch_values)
+
+
+def features_of(fixture: Fixture) -> NDArray[Any]:
+    """The official features, those of Qwen2.5-VL's windows put in the order of patches."""
+    features = flat(fixture.arrays["vision_features"], 2)
+    if "window_index" not in fixture.arrays:
+        return features
+    squares = features.reshape(len(fixture.arrays["window_index"]), -1)
+    return squares[np.argsort(fixture.arrays["window_index"])].reshape(features.shape)
 
 
 def test_pixel_values_equal_the_official_preprocessing(
     fixture: Fixture, images: list[Prepared]
 ) -> None:
-    preparation = fixture.model.spec.image.square
+    preparation, encoder = fixture.model.spec.image.pixels, fixture.model.spec.image.encoder
     found = [normalize(item["pixels"], preparation) for image in images for item in image.arrays]
-    expected = flat(fixture.arrays["pixel_values"], 4)
-    assert np.abs(np.stack(found) - expected).max() <= 1e-6
+    if isinstance(encoder, NativeEncoder):
+        patches = np.concatenate([in_patches(values, encoder) for values in found])
+        assert np.abs(patches - fixture.arrays["pixel_values"]).max() <= 1e-6
+        return
+    for values, expected in zip(found, official_pixels(fixture), strict=True):
+        assert np.abs(values - expected).max() <= 1e-6
 
 
 def test_prompt_text_and_ids_equal_the_official_ones(
@@ -105,7 +140,7 @@ def test_reference_features_and_visual_tokens_are_the_official_ones(
 ) -> None:
     runs = [arrays for image in images for arrays in image.arrays]
     features = np.concatenate([reference.features(arrays["pixels"]).numpy() for arrays in runs])
-    assert relative_error(features, flat(fixture.arrays["vision_features"], 2)) <= FLOAT32
+    assert relative_error(features, features_of(fixture)) <= FLOAT32
     tokens = np.concatenate([reference.image_rows(image).numpy() for image in images])
     assert relative_error(tokens, flat(fixture.arrays["projector_output"], 2)) <= FLOAT32
 
@@ -113,11 +148,11 @@ def test_reference_features_and_visual_tokens_are_the_official_ones(
 def test_reference_logits_and_greedy_answer_are_the_official_ones(
     fixture: Fixture, reference: ReferenceModel, images: list[Prepared]
 ) -> None:
-    embeds = embed_prompt(fixture, reference, images)
-    logits = reference.logits(embeds).numpy()
+    prompt = prompt_state(fixture, reference, images)
+    logits = reference.logits(prompt).numpy()
     assert relative_error(logits, fixture.logits) <= FLOAT32
     assert (logits.argmax(-1) == fixture.logits.argmax(-1)).all()
-    assert reference.greedy(embeds, 24) == fixture.generated_ids
+    assert reference.greedy(prompt, 24) == fixture.generated_ids
 
 
 def test_fp32_features_and_visual_tokens_are_the_official_ones(
@@ -127,7 +162,7 @@ def test_fp32_features_and_visual_tokens_are_the_official_ones(
     features = np.concatenate(
         [exact.image_features(image, images=count) for image in fixture.images]
     )
-    assert relative_error(features, flat(fixture.arrays["vision_features"], 2)) <= 1e-4
+    assert relative_error(features, features_of(fixture)) <= 1e-4
     tokens = np.concatenate([exact.encode_image(image, images=count) for image in fixture.images])
     assert relative_error(tokens, flat(fixture.arrays["projector_output"], 2)) <= 1e-4
 

@@ -149,7 +149,8 @@ def test_what_it_does_not_go_with_is_refused(
 ) -> None:
     encoder, dense = fixture_named("blip2_t5"), fixture_named("mobilevlm_v2")
     bundle = tmp_path / "bundle"
-    message = refusal(capsys, "export", encoder.checkpoint, "-o", bundle, "--kv-cache", "int8")
+    place = ("-o", bundle, "--quiet")
+    message = refusal(capsys, "export", encoder.checkpoint, *place, "--kv-cache", "int8")
     assert "has an encoder" in message
     message = refusal(
         capsys, "export", dense.checkpoint, "-o", bundle, "--kv-cache", "int8", "--format", "gguf"

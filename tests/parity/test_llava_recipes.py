@@ -11,8 +11,9 @@ import torch
 from conftest import FLOAT32, BundleOf, Fixture, fixture_named, relative_error
 
 import mobilevlm
-from mobilevlm.export.calibration.activations import decoder_states, watch_vision
-from mobilevlm.export.calibration.samples import Sample, sample_embeds, sample_pieces
+from mobilevlm.export.calibration.encoder_layers import watch_encoder
+from mobilevlm.export.calibration.reference_states import decoder_states
+from mobilevlm.export.calibration.samples import Sample, sample_pieces, sample_rows
 from mobilevlm.export.quality.sensitivity import Change, Probe
 from mobilevlm.linear_groups import LinearGroup
 from mobilevlm.preparation import prepare
@@ -50,13 +51,13 @@ def test_the_decoder_is_calibrated_on_the_rows_that_it_reads_in_use(
     assert relative_error(state.hidden[0].numpy(), exact.numpy()) <= FLOAT32
     with mobilevlm.load(bundle_of(fixture.name, "fp32")) as vlm:
         vision, decoder = vlm._engines()
-        found = sample_embeds(model, sample, vision, decoder.embed)
+        found = sample_rows(model, sample, vision, decoder.embed).embeds
     assert relative_error(found, exact.numpy()) <= 1e-4
 
 
 def test_the_tower_is_calibrated_on_all_tiles(fixture: Fixture) -> None:
     model, sample = fixture.model, sample_of(fixture)
-    blocks = watch_vision(model, [sample], lambda name: name == "projector.mlp.0", False)
+    blocks = watch_encoder(model, [sample], lambda name: name == "projector.mlp.0", False)
     with torch.no_grad():
         found = {name: item for block in blocks for name, item in block.items()}
     count, spec = len(sample.images), model.spec.image

@@ -97,13 +97,13 @@ def nano() -> Model:
     return with_outliers(open_checkpoint(checkpoint_path(Path("nano"))))
 
 
+@pytest.mark.parametrize("name", ["int8", "int8-calibrated"])
 @pytest.mark.parametrize("weight_bits", [7, 8])
 def test_features_of_a_trained_tower_with_outliers_stay_within_one_percent(
-    weight_bits: WeightBits, tmp_path: Path
+    weight_bits: WeightBits, name: str, tmp_path: Path
 ) -> None:
-    """The recipe that is there for it."""
     model, pictures = nano(), [draw(sample_scene(UNSEEN + index)) for index in range(4)]
-    calibrated = RECIPES["int8-calibrated"].with_weight_bits(weight_bits, auto_only=True)
+    calibrated = RECIPES[name].with_weight_bits(weight_bits, auto_only=True)
     per_tensor = replace(TENSOR, weight_bits=weight_bits)
     exact, found, broken = (
         features(model, tower, pictures, tmp_path)

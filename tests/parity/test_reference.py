@@ -131,7 +131,10 @@ def test_streamed_reference_equals_the_resident_one_bit_for_bit(
     steps = (*streamed.vision_steps(), *streamed.projector_steps())
     for state, item in zip(stream_steps(steps, images), [*pixels] * 2, strict=True):
         assert torch.equal(state.hidden[0], reference.visual_tokens(item, **fixture.further))
-    prompts = [streamed.decoder.answered(embeds[None, cut:], [5, 6]) for cut in (0, 7)]
+    prompts = [
+        streamed.decoder.answered(streamed.decoder.start(embeds[None, cut:]), [5, 6])
+        for cut in (0, 7)
+    ]
     for cut, state in zip((0, 7), stream_steps(streamed.decoder_steps(), prompts), strict=True):
         logits = streamed.decoder.logits(state.hidden)[0, -3:]
         assert torch.equal(logits, reference.answer_logits(embeds[cut:], [5, 6]))

@@ -12,6 +12,7 @@ import pytest
 from conftest import (
     FLOAT32,
     MOE_FIXTURES,
+    PLAIN_INT4,
     Fixture,
     fixture_named,
     refusal,
@@ -150,7 +151,7 @@ def test_the_error_of_a_rotated_layer_is_that_of_its_rounding(tmp_path: Path) ->
 def test_gptq_sees_the_rotated_inputs(mobilevlm_v2: Fixture) -> None:
     model, samples = mobilevlm_v2.model, scene_samples(2)
     gptq = LinearFormat("q4", "gptq")
-    plain = replace(RECIPES["int4"], decoder=gptq, lm_head=gptq)
+    plain = replace(PLAIN_INT4, decoder=gptq, lm_head=gptq)
     turned = replace(plain, decoder=replace(gptq, scaling="rotation"))
     ours, theirs = (calibrate(model, recipe, samples, "decoder") for recipe in (turned, plain))
     size = model.spec.decoder.hidden_size

@@ -12,7 +12,7 @@ from conftest import BundleOf, fixture_named
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.export.calibration.activations import watch_vision
+from mobilevlm.export.calibration.encoder_layers import watch_encoder
 from mobilevlm.export.calibration.samples import Sample, scene_samples
 from mobilevlm.export.quality.sensitivity import Change, Probe
 from mobilevlm.linear_groups import LinearGroup, projector_groups
@@ -41,7 +41,7 @@ def test_statistics_of_tower_and_connector_are_of_all_tiles() -> None:
     tiles = len(prepare(image, FIXTURE.model.spec.image).arrays)
     samples = [Sample("Who?", "", (image,)), WORDS]
     with torch.no_grad():
-        blocks = list(watch_vision(FIXTURE.model, samples, lambda name: True, False))
+        blocks = list(watch_encoder(FIXTURE.model, samples, lambda name: True, False))
     counts = {name: found.count for block in blocks for name, found in block.items()}
     assert tiles == 13
     assert counts["vision.layers.0.attn.q_proj"] == counts["vision.layers.2.mlp.fc2"] == 64 * tiles

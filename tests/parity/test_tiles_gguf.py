@@ -19,7 +19,7 @@ from conftest import Fixture, fixture_named, relative_error
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
-from mobilevlm.export.gguf.mmproj import obstacle
+from mobilevlm.export.gguf.support import obstacle
 from mobilevlm.export.quality.artifact_weights import artifact_weights
 from mobilevlm.preparation import prepare
 from mobilevlm.runtime import VLM

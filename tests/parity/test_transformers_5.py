@@ -22,18 +22,31 @@ WHOLE = [name for name in HUB_FIXTURES if not fixture_named(name).suffix]
 """Fixtures of whole checkpoints, each once."""
 USUAL_BASE = 10000.0
 """Rotary base of a file that names none."""
+GEMMA_BASE = 1e6
+"""The same of Gemma's layers that see the whole text."""
 
 
 def of_transformers_5(config: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration with the newer keys."""
+    if "text_config" not in config:  # Qwen2.5-VL's older files
+        outer = {key: config.pop(key) for key in ("architectures", "model_type", "vision_config")}
+        shared = {key: config[key] for key in config if key.endswith("_token_id")}
+        config = {**outer, **shared, "text_config": {**config, "model_type": "qwen2_5_vl_text"}}
     text = config["text_config"]
     scaling = text.pop("rope_scaling", None) or {"rope_type": "default"}
-    scaling.pop("type", None)
-    text["rope_parameters"] = {**scaling, "rope_theta": text.pop("rope_theta", USUAL_BASE)}
-    for part in (config, text, config["vision_config"]):
+    if scaling.pop("type", None):
+        scaling["rope_type"] = "default"
+    rope = {**scaling, "rope_theta": text.pop("rope_theta", USUAL_BASE)}
+    if config["model_type"] == "gemma3":
+        rope["rope_theta"] = GEMMA_BASE
+        sliding = {"rope_type": "default", "rope_theta": text.pop("rope_local_base_freq", 10000.0)}
+        rope = {"full_attention": rope, "sliding_attention": sliding}
+    text.setdefault("rope_parameters", rope)  # newer models have no other files
+    parts = (config, text, config["vision_config"])
+    for part in parts:
         if "torch_dtype" in part:
             part["dtype"] = part.pop("torch_dtype")
-    assert "dtype" in config
+    assert any("dtype" in part for part in parts)
     return config
 
 
@@ -54,9 +67,9 @@ def test_newer_keys_are_the_same_model_with_the_official_ids_and_logits(
     assert ids == fixture.arrays["input_ids"][0].tolist()
     reference = load_reference(model)
     with torch.no_grad():
-        rows = [reference.image_rows(one) for one in shown]
-        embeds = reference.embed(expand(tokens, [one.pieces for one in shown]), rows)
-        logits = reference.logits(embeds).numpy()
+        seen = [reference.see(one) for one in shown]
+        prompt = reference.prompt(expand(tokens, [one.pieces for one in shown]), seen)
+        logits = reference.logits(prompt).numpy()
     assert relative_error(logits, fixture.logits) <= FLOAT32
 
 

@@ -61,10 +61,17 @@ def test_config_that_is_not_a_json_object(content: bytes, copy: Copy) -> None:
     message_of(copy.open, str(copy.config), "JSON")
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2_vl", None, 7, ["llava"]], ids=repr)
+@pytest.mark.parametrize("kind", ["mamba", "kosmos", None, 7, ["llava"]], ids=repr)
 def test_unknown_model_type(kind: Any, copy: Copy) -> None:
     copy.change(copy.config, model_type=kind)
     message_of(copy.open, str(copy.config), "model_type", repr(kind), "expected one of", "llava")
+
+
+def test_a_model_type_of_another_layout(copy: Copy) -> None:
+    copy.change(copy.config, model_type="qwen2_vl")
+    message_of(copy.open, str(copy.config), "'qwen2_vl', which needs 'vision_config'")
+    copy.change(copy.config, model_type="llama")
+    message_of(copy.open, "is a language model alone: leave --vision-tower out")
 
 
 @pytest.mark.parametrize(

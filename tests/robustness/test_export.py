@@ -58,8 +58,9 @@ def kill_midway(*arguments: object) -> None:
     command = [sys.executable, "-c", HANGS, "export", *map(str, arguments)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
-        assert process.stdout.readline() == "in the middle\n"
+        line = process.stdout.readline()
         process.kill()
+        assert line == "in the middle\n"
         assert process.wait() == -signal.SIGKILL
 
 

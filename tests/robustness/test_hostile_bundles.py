@@ -65,6 +65,11 @@ def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], ob
     sign(bundle, name)
 
 
+def delta(**changes: Any) -> dict[str, Any]:
+    sizes = {"layers": [0], "key_heads": 2, "value_heads": 2, "key_dim": 8, "value_dim": 8}
+    return {**sizes, "kernel": 4, **changes}
+
+
 @pytest.mark.parametrize(
     ("place", "value"),
     [
@@ -108,6 +113,11 @@ def change_graph(bundle: Path, name: str, change: Callable[[onnx.GraphProto], ob
         ("decoder.conv_kernel", 3),
         ("decoder.deep_layers", [2, 1]),
         ("decoder.deep_layers", [4000]),
+        ("decoder.delta", delta(key_dim=60000, value_dim=60000)),
+        ("decoder.delta", delta(layers=[0, 1, 2, 3])),
+        ("decoder.delta", delta(key_heads=0)),
+        ("decoder.delta", delta(value_heads=3)),
+        ("decoder.delta", delta(kernel=10**9)),
         ("decoder.experts", {"layers": [0], "num_experts": [1 << 15], "top_k": 1}),
         ("decoder.experts", {"layers": [0, 1, 2], "num_experts": [65535] * 3, "top_k": 1}),
         ("inputs.image.layout.end_ids", [10**6]),

@@ -15,7 +15,7 @@ import mobilevlm
 
 CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
 EVERY = ("smolvlm2", "idefics3", "internvl3", "internvl35", "llava_hf", "llava_next",
-         "llava_onevision", "fast_vlm")  # fmt: skip
+         "llava_onevision", "fast_vlm", "lfm2_vl")  # fmt: skip
 
 
 def copied(name: str, folder: Path) -> Path:
@@ -106,3 +106,37 @@ def test_more_images_than_fit_the_context(
     told = refusal(capsys, "run", tmp_path / "bundle", "--prompt", "What is it?", *many)
     assert "the context holds 512" in told
     assert "of the 200 images or frames would fit" in told
+
+
+LAYERS = ["conv"] * 3
+
+
+@pytest.mark.parametrize(
+    ("file", "keys", "value", "said"),
+    [
+        (CONFIG, "text_config.layer_types", LAYERS, "for each of 6 layers"),
+        (CONFIG, "text_config.layer_types", LAYERS * 2, "has no 'full_attention'"),
+        (CONFIG, "text_config.block_use_swiglu", False, "'block_use_swiglu' is False"),
+        (CONFIG, "text_config.theta", 5e5, "'theta' is 500000.0, expected 1000000.0"),
+        (CONFIG, "text_config.conv_dim", 128, "'conv_dim' is 128, expected 64"),
+        (CONFIG, "text_config.conv_L_cache", 4, "expected [64, 1, 4] from config.json"),
+        (CONFIG, "vision_config.num_patches", 63, "'num_patches' is 63, expected a square number"),
+        (CONFIG, "vision_feature_layer", -2, "'vision_feature_layer' is -2, expected -1"),
+        (CONFIG, "projector_hidden_act", "silu", "'projector_hidden_act' is 'silu'"),
+        (CONFIG, "projector_hidden_size", 73, "expected [73, 192] from config.json"),
+        (PROCESSOR, "encoder_patch_size", 14, "'encoder_patch_size' is 14, expected 16"),
+        (PROCESSOR, "downsample_factor", 4, "'downsample_factor' is 4, expected 2"),
+        (PROCESSOR, "tile_size", 80, "4, 8 and 80, expected a range and a multiple of 32"),
+        (PROCESSOR, "min_image_tokens", 9, "are 9, 8 and 64, expected a range"),
+        (PROCESSOR, "max_tiles", 65, "expected a range of tiles up to 64"),
+        (PROCESSOR, "max_tiles", 11, "the tokenizer lacks '<|img_row_1_col_11|>'"),
+        (PROCESSOR, "resample", 3, "'resample' is 3, expected 2"),
+    ],
+)
+def test_settings_of_lfm2_vl_that_are_not_supported(
+    file: str, keys: str, value: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = copied("lfm2_vl", tmp_path)
+    change(folder / file, keys, value)
+    told = refusal(capsys, "export", folder, "-o", tmp_path / "bundle")
+    assert said in told and str(folder) in told

@@ -62,7 +62,8 @@ def test_a_limit_on_the_command_line_fails_an_export_that_misses_it(
     tmp_path: Path, capsys: Capture
 ) -> None:
     pytest.importorskip("torch")
-    message = export(capsys, tmp_path, "--limit", "vision_relative_error=0.0001", code=1)
+    limits = ("--limit", "vision_relative_error=0.0001", "--limit", "decoder_kl=0.6")
+    message = export(capsys, tmp_path, *limits, code=1)
     assert "vision relative_error is 0.0" in message and "the limit is 0.0001" in message
 
 
@@ -141,11 +142,14 @@ def test_a_limit_whose_figure_is_missing_fails_if_a_person_asks_for_all(
 ) -> None:
     pytest.importorskip("torch")
     monkeypatch.setattr("mobilevlm.export.quality.measure.EXPECTED", math.inf)
-    manifest = mobilevlm.export("nano", tmp_path / "whole", require_measured=True)
+    limits = {"decoder_kl": 0.6, "perplexity_ratio": 9}  # of text that nano never saw
+    manifest = mobilevlm.export("nano", tmp_path / "whole", limits=limits, require_measured=True)
     assert manifest.quality.measured and not manifest.quality.note
     monkeypatch.setattr("mobilevlm.export.quality.measure.perplexity_figures", lambda _: {})
     with pytest.raises(QualityError, match=r"\(limits not checked: perplexity_ratio\)"):
-        mobilevlm.export("nano", tmp_path / "bundle", require_measured=True)
+        mobilevlm.export(
+            "nano", tmp_path / "bundle", limits={"decoder_kl": 0.6}, require_measured=True
+        )
 
 
 def test_before_exact_products_8_bit_weights_are_not_measured_and_loading_says_that_they_saturate(

@@ -73,8 +73,11 @@ def test_images_that_do_not_fit_are_not_decoded(monkeypatch: pytest.MonkeyPatch)
             [{"role": "user", "content": [{"type": "text", "text": ""}] * 60_000}],
             "messages[0].content: expected 1000 parts at most, found 60000",
         ),
-        ([{"role": "user", "content": images(257)}], "more than 256 images in a request"),
-        ([{"role": "user", "content": images(200)}] * 2, "more than 256 images in a request"),
+        ([{"role": "user", "content": images(257)}], "more than 256 images or sounds in a request"),
+        (
+            [{"role": "user", "content": images(200)}] * 2,
+            "more than 256 images or sounds in a request",
+        ),
     ],
     ids=["values", "messages", "parts", "images", "images of several messages"],
 )
@@ -133,7 +136,7 @@ def test_a_bug_is_counted_and_told_to_pages_of_other_origins(
 def test_a_damaged_bundle_is_told_without_its_path(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def damaged(*_: object) -> None:
+    def damaged(*_: object, **__: object) -> None:
         raise BundleError("/home/someone/secret/manifest.json: damaged: export it again")
 
     monkeypatch.setattr(VLM, "check_fits", damaged)

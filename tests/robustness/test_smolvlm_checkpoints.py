@@ -112,7 +112,7 @@ PROCESSOR: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"size": {"longest_edge": 640}}, ("'size' is 640, which is more than 8 tiles of 64",)),
     ({"size": {"height": 64, "width": 64}}, ("'size'", "expected 'longest_edge'")),
     ({"max_image_size": {"longest_edge": 32}}, ("'max_image_size' is 32", "takes 64 pixels")),
-    ({"resample": 3}, ("'resample' is 3, expected 1 (Lanczos)",)),
+    ({"resample": 3}, ("'resample' is 3, expected 1 (lanczos)",)),
     ({"do_resize": False}, ("'do_resize' is false, expected true",)),
     ({"do_normalize": False}, ("'do_normalize' is false, expected true",)),
     ({"do_image_splitting": "yes"}, ("'do_image_splitting' is 'yes', expected bool",)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -88,16 +87,3 @@ def test_scales_of_keys_and_values_depend_on_all_stages_that_are_run(
     assert first not in [other["decoder"] for other in others]
     plain = RECIPES["fp32"]
     assert keys(model, replace(plain, tower=half))["decoder"] == keys(model, plain)["decoder"]
-
-
-def test_a_calibrated_tower_depends_on_the_version_of_torch(
-    mobilevlm_v2: Fixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    layers = LinearFormat("q8", "gptq")
-    recipe = replace(RECIPES["fp32"], tower=layers, decoder=layers)
-    first, version = keys(mobilevlm_v2.model, recipe), importlib.metadata.version
-    monkeypatch.setattr(
-        importlib.metadata, "version", lambda name: "0.1" if name == "torch" else version(name)
-    )
-    other = keys(mobilevlm_v2.model, recipe)
-    assert {stage for stage in first if other[stage] != first[stage]} == {"vision"}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from conftest import MOE_FIXTURES, Fixture, fixture_named, refusal, run_program
+from conftest import MOE_FIXTURES, PLAIN_INT4, Fixture, fixture_named, refusal, run_program
 
 from mobilevlm.bundle import open_bundle
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
@@ -112,7 +112,7 @@ SAMPLES = [Sample("What is this?", "A house.", ()), Sample("And this?", "", ())]
 
 def formats(**changes: Any) -> Recipe:
     layers = LinearFormat("q4", **changes)
-    return replace(RECIPES["int4"], decoder=layers, lm_head=layers)
+    return replace(PLAIN_INT4, decoder=layers, lm_head=layers)
 
 
 @pytest.mark.parametrize("name", MOE_FIXTURES)
@@ -188,7 +188,7 @@ class ByExpert(Recipe):
 def test_experts_of_several_precisions_need_the_plain_form(
     stablelm: Fixture, tmp_path: Path
 ) -> None:
-    base = RECIPES["int4"]
+    base = PLAIN_INT4
     recipe = ByExpert(**{name: getattr(base, name) for name in base.__dataclass_fields__})
     with pytest.raises(MobileVLMError, match=r'several formats.*experts = "plain"'):
         author(stablelm, recipe, tmp_path)
@@ -198,7 +198,7 @@ def test_experts_of_several_precisions_need_the_plain_form(
 
 def test_a_gated_gelu_needs_the_plain_form(stablelm: Fixture, tmp_path: Path) -> None:
     with pytest.raises(MobileVLMError, match="no gated MLP with gelu_new"):
-        author(stablelm, RECIPES["int4"], tmp_path, hidden_act="gelu_new")
+        author(stablelm, PLAIN_INT4, tmp_path, hidden_act="gelu_new")
 
 
 @pytest.mark.parametrize("name", MOE_FIXTURES)

@@ -20,7 +20,7 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.bundle_checks import check_manifest
 from mobilevlm.checkpoint import Rescaling, TensorRef
 from mobilevlm.errors import BundleError, MobileVLMError
-from mobilevlm.export.calibration.activations import watch_vision
+from mobilevlm.export.calibration.encoder_layers import watch_encoder
 from mobilevlm.export.calibration.samples import scene_samples
 from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.fixed_shapes.vision import author_qdq
@@ -115,7 +115,7 @@ def test_the_roofline_counts_what_the_reference_multiplies(tower: ConvEncoder) -
 def test_calibration_sees_the_inputs_of_every_linear_layer_of_the_tower(
     model: Model, tower: ConvEncoder
 ) -> None:
-    blocks = list(watch_vision(model, SAMPLES, lambda name: name.startswith("vision."), True))
+    blocks = list(watch_encoder(model, SAMPLES, lambda name: name.startswith("vision."), True))
     found = {name: statistics for block in blocks for name, statistics in block.items()}
     images = sum(len(sample.images) for sample in SAMPLES)
     for group in tower_groups(tower):

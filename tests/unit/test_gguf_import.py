@@ -130,7 +130,7 @@ def test_wrong_use_gets_one_line(
 ) -> None:
     out = ("-o", tmp_path / "b")
     alone = refusal(capsys, "export", tmp_path / "x.gguf", *out)
-    assert "add the image encoder with --mmproj FILE" in alone
+    assert "x.gguf: no such file" in alone
     files = ("export", tmp_path / "x.gguf", "--mmproj", tmp_path / "y.gguf", *out)
     assert "a GGUF file becomes ONNX only" in refusal(capsys, *files, "--format", "gguf")
     assert "no such file" in refusal(capsys, *files)

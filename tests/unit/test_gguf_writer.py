@@ -29,7 +29,8 @@ from mobilevlm.errors import CheckpointError, MissingExtraError, MobileVLMError
 from mobilevlm.export.formats.gguf import gguf_jobs
 from mobilevlm.export.gguf.decoder import decoder_tensors, half_split, interleave, write_decoder
 from mobilevlm.export.gguf.imatrix import write_imatrix
-from mobilevlm.export.gguf.mmproj import check_support, write_mmproj
+from mobilevlm.export.gguf.mmproj import write_mmproj
+from mobilevlm.export.gguf.support import check_support
 from mobilevlm.export.gguf.tensors import TYPES, Tensor, convert, write_file
 from mobilevlm.export.graph.author import author_decoder
 from mobilevlm.export.recipes.named import RECIPES
@@ -206,7 +207,7 @@ def test_q4_onnx_and_q4_0_hold_the_same_integers_and_scales(
 ) -> None:
     """One quantization, two containers, where the recipe has blocks of 32 rounded to nearest."""
     model, layers = fixture.model, LinearFormat("q4")
-    recipe = dataclasses.replace(RECIPES["int4"], decoder=layers, lm_head=layers)
+    recipe = dataclasses.replace(RECIPES["int4"], decoder=layers, lm_head=layers, layers={})
     author_decoder(model.weights, model.spec, recipe, tmp_path / "d.onnx", ignore)
     write_decoder(model, "q4_0", tmp_path / "d.gguf", ignore)
     assert_same_blocks(tmp_path / "d.onnx", tmp_path / "d.gguf", model.spec.decoder)
@@ -220,7 +221,8 @@ def assert_same_blocks(onnx: Path, path: Path, spec: DecoderSpec) -> None:
     for node in onnx_ir.load(onnx).graph:
         if node.op_type != "MatMulNBits":
             continue
-        packed, scales = (node.inputs[i].const_value.numpy() for i in (1, 2))
+        packed = node.inputs[1].const_value.numpy()
+        scales = node.inputs[2].producer().inputs[0].const_value.numpy()  # behind a Cast
         codes = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), -1)
         parts = []
         for name in _parts(node.inputs[1].name):
@@ -414,7 +416,7 @@ def test_importance_without_llama_cpp_names_the_extra(
     """Of the types that are written here, those that heed it are then rounded by ggml."""
     path = tmp_path / "i.gguf"
     write_imatrix(random_matrix(llava_v1.model.spec.decoder), path)
-    recipe = dataclasses.replace(RECIPES["int4"], gguf_imatrix=str(path))
+    recipe = dataclasses.replace(RECIPES["int4"], gguf="q4_0", gguf_imatrix=str(path))
     with pytest.raises(MissingExtraError, match=r"an importance matrix needs .*\[gguf\]"):
         gguf_jobs(llava_v1.model, recipe)
 
@@ -429,8 +431,10 @@ def test_recipes_have_gguf_types_of_their_own(llava_v1: Fixture) -> None:
         "fp16-weights": ["f16", "f16"],
         "int8": ["f16", "q8_0"],
         "int8-calibrated": ["f16", "q8_0"],
-        "int4": ["f16", "q4_0"],
-        "fast": ["f16", "q4_0"],
+        "int8-portable": ["f16", "q8_0"],
+        "int4": ["f16", "q4_k_m"],
+        "fast": ["f16", "q4_k_m"],
+        "int4-small": ["f16", "q4_k_m"],
         "a16w8": ["f16", "q8_0"],
         "a8w8": ["f16", "q8_0"],
     }
@@ -442,7 +446,11 @@ def test_a_gguf_bundle_has_no_embedding_table_and_opens(
     """Exporting needs llama.cpp for the K-quants only."""
     for name in ("a", "b"):
         mobilevlm.export(
-            llava_v1.checkpoint, tmp_path / name, formats=["gguf"], vision_tower=llava_v1.tower
+            llava_v1.checkpoint,
+            tmp_path / name,
+            formats=["gguf"],
+            gguf_type="q4_0",
+            vision_tower=llava_v1.tower,
         )
     manifest = open_bundle(tmp_path / "a").manifest
     assert manifest.embeddings is None

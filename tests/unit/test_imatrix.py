@@ -375,7 +375,7 @@ def test_what_is_no_importance_matrix_is_refused(
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["--format", "onnx", "--calibration", "scenes"], "add --format gguf or all"),
+        (["--format", "onnx", "--recipe", "fp32", "--calibration", "scenes"], "add --format gguf"),
         (["--imatrix", "i.gguf", "--calibration", "scenes"], "leave one of them out"),
         (["--gguf-type", "q8_0", "--imatrix", "i.gguf"], "q8_0 does not use an importance matrix"),
         (["--calibration", "pictures"], "no such file: expected 'own', 'scenes' or a .jsonl file"),

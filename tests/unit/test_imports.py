@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from configparser import ConfigParser
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -23,6 +24,15 @@ def modules(root: Path) -> dict[str, Path]:
             parts = path.relative_to(root / folder).with_suffix("").parts
             found[".".join((package, *parts)).removesuffix(".__init__")] = path
     return found
+
+
+def test_every_package_is_installed() -> None:
+    """But the training of the built-in models."""
+    described = ConfigParser()
+    described.read(ROOT / "setup.cfg", "utf-8")
+    there = {name for name, path in modules(ROOT).items() if path.name == "__init__.py"}
+    installed = described["options"]["packages"].split()
+    assert there - set(installed) == {"mobilevlm.nano.training"}
 
 
 def imports(tree: ast.AST, inside: bool) -> Iterator[str]:

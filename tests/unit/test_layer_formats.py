@@ -7,14 +7,16 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-from conftest import FIXTURES, MOE_FIXTURES, Fixture, fixture_named
+from conftest import FIXTURES, MOE_FIXTURES, PLAIN_INT4, Fixture, fixture_named, relative_error
 
 import mobilevlm
 from mobilevlm.bundle import open_bundle
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.export.graph.author import author_decoder
+from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.recipes.file import find_recipe
-from mobilevlm.export.recipes.layer_formats import expand_layers, stored_bytes
+from mobilevlm.export.recipes.layer_formats import bits_per_weight, expand_layers, stored_bytes
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.recipe import LinearFormat, Recipe
@@ -27,7 +29,7 @@ QKV = tuple(f"decoder.layers.0.attn.{part}_proj" for part in "qkv")
 def expanded(fixture: Fixture, **layers: LinearFormat) -> Recipe:
     """int4 with these layers, ``__`` for a dot."""
     named = {key.replace("__", "."): value for key, value in layers.items()}
-    return expand_layers(replace(RECIPES["int4"], layers=named), fixture.model.spec)
+    return expand_layers(replace(PLAIN_INT4, layers=named), fixture.model.spec)
 
 
 @pytest.mark.parametrize("name", (*FIXTURES, *MOE_FIXTURES))
@@ -35,7 +37,7 @@ def test_the_groups_are_the_products_of_the_graphs(name: str, tmp_path: Path) ->
     """Authoring a stage reports the error of each product by the names of its layers."""
     from mobilevlm.export.graph.author import author_decoder, author_vision
 
-    model, recipe = fixture_named(name).model, RECIPES["int8"]
+    model, recipe = fixture_named(name).model, PLAIN_INT4
     errors: dict[str, float] = {}
     for author in (author_vision, author_decoder):
         path = tmp_path / f"{author.__name__}.onnx"
@@ -52,7 +54,7 @@ def test_any_layer_of_a_product_stands_for_all_of_it(mobilevlm_v2: Fixture) -> N
 
 def test_names_go_before_patterns_and_the_last_pattern_counts(mobilevlm_v2: Fixture) -> None:
     layers = {QKV[0]: Q8, "decoder.layers.*": Q2, "*.attn.*": Q4}
-    recipe = expand_layers(replace(RECIPES["int4"], layers=layers), mobilevlm_v2.model.spec)
+    recipe = expand_layers(replace(PLAIN_INT4, layers=layers), mobilevlm_v2.model.spec)
     assert recipe.format_of(QKV[2]) is Q8
     assert recipe.format_of("decoder.layers.1.attn.k_proj") is Q4
     assert recipe.format_of("vision.layers.0.attn.out_proj") is Q4
@@ -67,7 +69,7 @@ def down_projections(recipe: Recipe) -> list[str]:
 @pytest.mark.parametrize("name", (*FIXTURES, *MOE_FIXTURES))
 def test_roles_suit_every_family_and_leave_experts_alone(name: str) -> None:
     spec = fixture_named(name).model.spec
-    recipe = expand_layers(replace(RECIPES["int4"], layers={"@down_proj": Q8}), spec)
+    recipe = expand_layers(replace(PLAIN_INT4, layers={"@down_proj": Q8}), spec)
     count = spec.decoder.num_hidden_layers
     dense = [layer for layer in range(count) if not spec.decoder.num_experts(layer)]
     assert [int(key.split(".")[2]) for key in down_projections(recipe)] == dense
@@ -88,14 +90,67 @@ def test_half_of_the_down_projections_are_the_ends_and_each_third_between(
 ) -> None:
     spec = mobilevlm_v2.model.spec
     spec = replace(spec, decoder=replace(spec.decoder, num_hidden_layers=count))
-    recipe = expand_layers(replace(RECIPES["int4"], layers={"@half_down_proj": Q8}), spec)
+    recipe = expand_layers(replace(PLAIN_INT4, layers={"@half_down_proj": Q8}), spec)
     assert [int(key.split(".")[2]) for key in down_projections(recipe)] == expected
+
+
+def test_the_edges_are_the_first_and_last_two_layers(mobilevlm_v2: Fixture) -> None:
+    spec = mobilevlm_v2.model.spec
+    for count, expected in ((1, [0]), (3, [0, 1, 2]), (6, [0, 1, 4, 5])):
+        changed = replace(spec, decoder=replace(spec.decoder, num_hidden_layers=count))
+        recipe = expand_layers(replace(PLAIN_INT4, layers={"@edge_down_proj": Q8}), changed)
+        assert [int(key.split(".")[2]) for key in down_projections(recipe)] == expected
+
+
+def test_keys_and_values_that_query_heads_share_have_a_format_of_their_own(tmp_path: Path) -> None:
+    """The graph then has a product for q and one for k and v, which are read back by name."""
+    model = fixture_named("smolvlm2").model
+    weights, spec = model.weights, model.spec
+    decoder = spec.decoder
+    assert decoder.num_key_value_heads < decoder.num_attention_heads
+    recipe = expand_layers(replace(PLAIN_INT4, layers={"@shared_kv_proj": Q8}), spec)
+    assert set(recipe.layers) == {
+        f"decoder.layers.{layer}.attn.{part}_proj"
+        for layer in range(decoder.num_hidden_layers)
+        for part in "kv"
+    }
+    path = tmp_path / "decoder.onnx"
+    errors = author_decoder(weights, spec, recipe, path).errors
+    q, k, v = QKV
+    assert q in errors and errors[f"{k},{v}"] < errors[q] / 10
+    names = [f"{name}.weight" for name in QKV]
+    stored = OnnxTensors(path, spec, names)
+    heads = (decoder.num_attention_heads, *[decoder.num_key_value_heads] * 2)
+    expected = (errors[q], *[errors[f"{k},{v}"]] * 2)
+    for name, count, error in zip(names, heads, expected, strict=True):
+        shape = (count * decoder.head_dim, decoder.hidden_size)
+        found, exact = stored.read(name), weights.read(name, shape)
+        assert found.shape == stored.shape(name) == shape
+        assert relative_error(found, exact) == pytest.approx(error, rel=0.2)
+    groups = [group for group in linear_groups(spec) if group.name.startswith("decoder.")]
+    bits = bits_per_weight(recipe, groups)
+    assert bits_per_weight(PLAIN_INT4, groups) < bits < 8
+
+
+@pytest.mark.parametrize("name", ["mobilevlm_v2", "blip2_t5"])
+def test_keys_and_values_of_single_heads_keep_the_format_of_queries(name: str) -> None:
+    layers = {"@shared_kv_proj": Q8}
+    recipe = expand_layers(replace(PLAIN_INT4, layers=layers), fixture_named(name).model.spec)
+    assert recipe.layers == {}
+
+
+def test_factors_of_a_role_are_left_out_where_nothing_takes_them() -> None:
+    scaled = LinearFormat("int8", scaling="smoothquant")
+    for name, scaling in (("mobilevlm_v2", "smoothquant"), ("moe_llava_phi2", "none")):
+        spec = fixture_named(name).model.spec
+        recipe = expand_layers(replace(PLAIN_INT4, layers={"@down_proj": scaled}), spec)
+        assert {layers.scaling for layers in recipe.layers.values()} == {scaling}
 
 
 def test_roles_are_patterns_to_which_names_go_before(mobilevlm_v2: Fixture) -> None:
     name = "decoder.layers.0.mlp.down_proj"
     layers = {name: Q2, "decoder.*": Q4, "@down_proj": Q8}
-    recipe = expand_layers(replace(RECIPES["int4"], layers=layers), mobilevlm_v2.model.spec)
+    recipe = expand_layers(replace(PLAIN_INT4, layers=layers), mobilevlm_v2.model.spec)
     assert recipe.format_of(name) is Q2
     assert recipe.format_of("decoder.layers.1.mlp.down_proj") is Q8
     assert recipe.format_of("decoder.layers.1.mlp.up_proj") is Q4
@@ -113,7 +168,7 @@ def without_dense_layers(fixture: Fixture) -> ModelSpec:
 def test_a_role_that_stands_for_no_layer_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     progress.enable()
     spec = without_dense_layers(fixture_named("moe_llava_qwen"))
-    recipe = expand_layers(replace(RECIPES["int4"], layers={"@down_proj": Q8}), spec)
+    recipe = expand_layers(replace(PLAIN_INT4, layers={"@down_proj": Q8}), spec)
     assert recipe.layers == {}
     assert "layers      @down_proj stands for no layer of" in capsys.readouterr().err
     with pytest.raises(MobileVLMError, match="is in a graph that is qdq16 as a whole"):
@@ -125,7 +180,7 @@ def test_no_layer_of_a_fixed_point_stage_has_a_format_of_its_own(
     mobilevlm_v2: Fixture, name: str
 ) -> None:
     fixed = LinearFormat("qdq8")
-    recipe = replace(RECIPES["int4"], tower=fixed, projector=fixed, layers={name: Q8})
+    recipe = replace(PLAIN_INT4, tower=fixed, projector=fixed, layers={name: Q8})
     with pytest.raises(MobileVLMError, match="is in a graph that is qdq8 as a whole"):
         expand_layers(recipe, mobilevlm_v2.model.spec)
     decoder = replace(recipe, layers={"decoder.*": Q8})
@@ -157,7 +212,7 @@ def test_layers_of_one_product_must_agree(mobilevlm_v2: Fixture) -> None:
 def test_a_wrong_key_is_named_with_what_is_right(
     mobilevlm_v2: Fixture, key: str, layers: LinearFormat, message: str
 ) -> None:
-    recipe = replace(RECIPES["int4"], layers={key: layers})
+    recipe = replace(PLAIN_INT4, layers={key: layers})
     with pytest.raises(MobileVLMError, match=message) as caught:
         expand_layers(recipe, mobilevlm_v2.model.spec)
     assert str(caught.value).startswith(f"recipe 'int4': layers.{key}")
@@ -176,6 +231,7 @@ def test_stored_bytes_are_those_of_the_arrays_in_the_file(layers: LinearFormat) 
     import numpy as np
 
     from mobilevlm.export.quantize import rtn
+    from mobilevlm.export.quantize.blocks import half_scales
 
     group = LinearGroup(("layer",), 200, (40, 24))
     weight = np.random.default_rng(0).standard_normal((64, 200), np.float32)
@@ -185,7 +241,8 @@ def test_stored_bytes_are_those_of_the_arrays_in_the_file(layers: LinearFormat) 
     else:
         found = rtn.quantize(weight, scheme)
         zeros = [] if found.zero_points is None else [found.zero_points]
-        arrays = [found.packed, found.scales, *zeros]
+        scales = found.scales if scheme.block_size is None else half_scales(found)
+        arrays = [found.packed, scales, *zeros]
     assert stored_bytes(layers, group) == sum(array.nbytes for array in arrays)
 
 

@@ -115,7 +115,17 @@ def documented_limits() -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    "name", ["fp32", "fp16-weights", "int8", "int8-calibrated", "int4", "fast"]
+    "name",
+    [
+        "fp32",
+        "fp16-weights",
+        "int8",
+        "int8-calibrated",
+        "int8-portable",
+        "int4",
+        "fast",
+        "int4-small",
+    ],
 )
 def test_limits_of_a_built_in_recipe_are_the_documented_ones(name: str) -> None:
     limits = dataclasses.asdict(RECIPES[name].limits)

@@ -23,7 +23,7 @@ from mobilevlm.export.quality.passages import (
     text_samples,
 )
 from mobilevlm.model import Model
-from mobilevlm.prompt import count_positions
+from mobilevlm.prompt import Rows, count_positions
 
 OWN = 16
 """Tokens that a question is answered in."""
@@ -92,7 +92,9 @@ def test_logits_of_a_comparison_are_gone_before_the_next(monkeypatch: pytest.Mon
     exact = np.zeros((3, 50), np.float32)
     monkeypatch.setattr(measure, "_logits", lambda *_: exact)
     monkeypatch.setattr(measure, "stage_formats", lambda *_: {"prefill": "onnx"})
-    answer = measure._Answer([1, 2], torch.zeros(1, 9, 4), torch.zeros(1, 9, 4), False)
+    answer = measure._Answer(
+        [1, 2], Rows(np.zeros((9, 4), np.float32)), torch.zeros(1, 9, 4), False
+    )
     nothing: Any = None
     figures = measure._measure_answers(nothing, vlm, text, ((), ()), [answer])
     assert len(held) == 3 and figures.prefill is not None and figures.text is not None

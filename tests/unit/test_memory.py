@@ -13,6 +13,7 @@ from conftest import BundleOf
 
 import mobilevlm
 from mobilevlm.bundle import Bundle, Manifest, open_bundle
+from mobilevlm.decoder_spec import DeltaSpec
 from mobilevlm.errors import MemoryLimitError
 from mobilevlm.plan import MemorySetting, Plan, memory_settings
 from mobilevlm.recipe import LinearFormat
@@ -33,7 +34,8 @@ def bundle(bundle_of: BundleOf) -> Bundle:
 def with_blocks(manifest: Manifest, size: int) -> Manifest:
     """As a recipe with other blocks would say."""
     layers = replace(manifest.recipe.decoder, block_size=size)
-    return replace(manifest, recipe=replace(manifest.recipe, decoder=layers, lm_head=layers))
+    recipe = replace(manifest.recipe, decoder=layers, lm_head=layers, layers={})
+    return replace(manifest, recipe=recipe)
 
 
 def test_packed_weights_have_eight_bytes_for_each_block_of_the_recipe(bundle: Bundle) -> None:
@@ -46,14 +48,14 @@ def test_packed_weights_have_eight_bytes_for_each_block_of_the_recipe(bundle: Bu
 
 
 def test_layers_with_a_format_of_their_own_take_its_bytes(bundle: Bundle) -> None:
-    recipe = bundle.manifest.recipe
+    recipe = replace(bundle.manifest.recipe, layers={})
     mixed = replace(recipe, layers={"decoder.layers.0.mlp.down_proj": LinearFormat("q8")})
     plain, more = (
         estimate(replace(bundle.manifest, recipe=each), Plan("onnx")).weights
         for each in (recipe, mixed)
     )
-    # q8 in blocks of 32 for q4 in blocks of 128, each block with a scale and a sum of 4 bytes
-    assert more - plain == pytest.approx(160 * 64 * (1 + 8 / 32 - 1 / 2 - 8 / 128))
+    # q8 for q4, both in blocks of 32
+    assert more - plain == pytest.approx(160 * 64 * (1 - 1 / 2))
 
 
 def test_each_setting_takes_less_than_the_one_before_and_positions_take_more(
@@ -111,6 +113,19 @@ def test_a_short_convolution_takes_its_last_inputs_in_place_of_keys_and_values(
     few, many = (estimate(manifest, Plan("onnx"), positions=count).states for count in (10, 200))
     assert many - few == 190 * layer * (spec.num_hidden_layers - 1)
     assert few == 10 * layer * (spec.num_hidden_layers - 1) + 4 * 3 * spec.hidden_size
+
+
+def test_a_gated_delta_layer_takes_eight_copies_of_its_state(bundle: Bundle) -> None:
+    """Before and after a run, and at three ends of a prompt's pieces here and in the cache."""
+    spec = bundle.manifest.spec.decoder
+    delta = DeltaSpec((0, 1), key_heads=2, value_heads=4, key_dim=8, value_dim=16, kernel=4)
+    decoder = replace(spec, delta=delta)
+    manifest = replace(bundle.manifest, spec=replace(bundle.manifest.spec, decoder=decoder))
+    layer = 4 * 2 * spec.num_key_value_heads * spec.cache_head_dim  # bytes of a position
+    few, many = (estimate(manifest, Plan("onnx"), positions=count).states for count in (10, 200))
+    assert many - few == 190 * layer * (spec.num_hidden_layers - 2)
+    state = 4 * (4 * 8 * 16 + 3 * (2 * 2 * 8 + 4 * 16))
+    assert few == 10 * layer * (spec.num_hidden_layers - 2) + 2 * 8 * state
 
 
 def limits_of(bundle: Bundle, kind: Any, share: float, setting: MemorySetting) -> list[Limit]:

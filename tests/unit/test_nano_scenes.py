@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mobilevlm.nano.drawing import RGB, render
-from mobilevlm.nano.evaluate import evaluate, is_right, normalize, wilson
+from mobilevlm.nano.evaluate import evaluate, is_right, normalize
 from mobilevlm.nano.pairs import INTERLEAVED, STACKED, pair_questions
 from mobilevlm.nano.questions import (
     KINDS,
@@ -262,12 +262,6 @@ def test_judging_accepts_the_truth_in_other_words_and_nothing_else() -> None:
     assert is_right(count, "There are three of them.") and not is_right(count, "2 or 3")
     yes = Question("exists", "Is there a heart?", "", "full", "yes", ("yes", "no"))
     assert is_right(yes, "Yes, there is.") and not is_right(yes, "No, yes is wrong")
-
-
-def test_wilson_interval_agrees_with_published_values() -> None:
-    low, high = wilson(8, 10)  # Brown, Cai & DasGupta 2001: 0.490 to 0.943
-    assert low == pytest.approx(0.490, abs=1e-3) and high == pytest.approx(0.943, abs=1e-3)
-    assert wilson(0, 0) == (0.0, 1.0)
 
 
 def test_evaluation_scores_sight_and_blindness_apart() -> None:

@@ -26,7 +26,7 @@ from mobilevlm.export.calibration.samples import (
 from mobilevlm.export.calibration.statistics import sample_groups
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.model import Model
-from mobilevlm.prompt import count_positions
+from mobilevlm.prompt import Rows, count_positions
 from mobilevlm.runtime.engines.onnx import engine
 
 
@@ -162,7 +162,7 @@ def test_sequences_of_a_batch_have_the_logits_that_each_has_alone(
     steps = [[4, 5, 6], [10, 11, 12]]
     with talking.open_talking(model) as together:
         assert together.decoder.batch > 1
-        prompts = [together.decoder.embed(part) for part in ids]
+        prompts = [Rows(together.decoder.embed(part)) for part in ids]
         found.append(list(together.decoder.begin(prompts, 4)))
         found += [list(together.decoder.step(tokens)) for tokens in steps]
     monkeypatch.setattr(talking, "_has_batches", lambda spec: False)

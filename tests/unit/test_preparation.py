@@ -12,9 +12,18 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mobilevlm.audio import log_mel, mel_filters, prepare_sound
-from mobilevlm.errors import AudioError, ImageError, MobileVLMError
+from mobilevlm.audio_encoder import WhisperEncoder
+from mobilevlm.errors import AudioError, AudioWarning, ImageError, MobileVLMError
 from mobilevlm.image import Room
-from mobilevlm.input_spec import AspectTiles, DynamicImage, InputSpec, LayoutSpec, Mel, Tiles
+from mobilevlm.input_spec import (
+    AspectTiles,
+    ConnectorSpec,
+    DynamicImage,
+    InputSpec,
+    LayoutSpec,
+    Mel,
+    Tiles,
+)
 from mobilevlm.media.aspect_tiles import aspect_pieces
 from mobilevlm.media.dynamic_image import resized
 from mobilevlm.media.tiles import tile_pieces
@@ -210,7 +219,7 @@ def test_an_image_that_was_prepared_for_another_model_is_refused() -> None:
     for other in (image_input(replace(TILES, size=16)), replace(spec, connector=fewer)):
         with pytest.raises(ImageError, match="prepared for another model"):
             prepare(ready, other)
-    sound = prepare_sound(tone(440, 1), MEL, image_input(MEL))
+    sound = prepare_sound((tone(440, 1), 16_000), sound_input())
     with pytest.raises(ImageError, match="prepared for another model"):
         prepare(sound, spec)
 
@@ -235,7 +244,8 @@ def test_an_unknown_kind_of_preparation_is_named_in_one_line(kind: Any) -> None:
     data["preparation"]["kind"] = kind
     with pytest.raises(MobileVLMError) as caught:
         from_dict(InputSpec, data, "spec")
-    kinds = ("fixed_image", "tiles", "aspect_tiles", "any_resolution", "dynamic_image")
+    squares = ("fixed_image", "tiles", "aspect_tiles", "any_resolution")
+    kinds = (*squares, "dynamic_image", "dynamic_tiles")
     expected = f"expected the kind {' or '.join(map(repr, (*kinds, 'llama.cpp', 'mel')))}"
     assert str(caught.value) == f"spec.preparation: {expected}, found {kind!r}"
 
@@ -262,12 +272,12 @@ def test_a_tone_is_loudest_in_the_bin_of_its_pitch_and_silence_is_the_floor(hert
 
 
 def test_mel_filters_have_equal_area() -> None:
-    fine = replace(MEL, window=MEL.sampling_rate)  # a frequency for each hertz
+    fine = replace(MEL, fft=MEL.sampling_rate)  # a frequency for each hertz
     assert np.allclose(mel_filters(fine).sum(axis=1), np.ones(80), atol=1e-3)
 
 
 def test_the_spectrum_is_that_of_a_sum_of_cosines_spelled_out() -> None:
-    short = Mel(bins=4, sampling_rate=80, window=8, hop=4, frames=5)
+    short = Mel(bins=4, sampling_rate=80, window=8, hop=4, frames=5, fft=8)
     samples = np.random.default_rng(0).uniform(-1, 1, 20).astype(np.float32)
     padded = [float(samples[abs(n) if n < 20 else 38 - n]) for n in range(-4, 24)]
     expected = np.zeros((4, 5))
@@ -283,31 +293,106 @@ def test_the_spectrum_is_that_of_a_sum_of_cosines_spelled_out() -> None:
     assert np.allclose(log_mel(samples, short), expected, atol=1e-5)
 
 
+def sound_input(mel: Mel = MEL, factor: int = 4, **traits: Any) -> InputSpec:
+    """Input with Whisper's encoder."""
+    encoder = WhisperEncoder(mel.bins, 8, 16, 1, 2, mel.frames // 2, **traits)
+    connector = ConnectorSpec("stack", 8, 16, 2, 0, 0, factor=factor)
+    return InputSpec(mel, encoder, connector, MARKS)
+
+
+CUT = sound_input(replace(MEL, windows="first"), 1, pooling=2, cut=True)
+
+
 def test_a_sound_takes_a_run_for_each_window_and_the_last_is_filled_with_silence() -> None:
-    spec = image_input(MEL)
-    run = Run(spec.connector.num_tokens)
-    sound = prepare_sound(tone(440, 61), MEL, spec)
+    spec, run = sound_input(), Run(375)
+    sound = prepare_sound((tone(440, 61), 16_000), spec)
     assert sound.pieces == (run, run, run, 9)
     assert [arrays["mel"].shape for arrays in sound.arrays] == [(80, 3000)] * 3
-    assert np.array_equal(sound.arrays[0]["mel"], log_mel(tone(440, 30), MEL))
-    assert sound.digest != prepare_sound(tone(441, 61), MEL, spec).digest
+    whole = log_mel(np.pad(tone(440, 61), (0, 29 * 16_000)), MEL)
+    assert np.array_equal(np.concatenate([arrays["mel"] for arrays in sound.arrays], 1), whole)
+    assert sound.digest != prepare_sound((tone(441, 61), 16_000), spec).digest
+    assert prepare_sound(sound, spec) is sound
+
+
+@pytest.mark.parametrize("samples", [640, 641, 1600, 37_920, 479_840, 479_841, 480_000])
+def test_a_cut_sound_has_the_frames_that_its_positions_read_and_one_more(samples: int) -> None:
+    noise = np.random.default_rng(0).normal(0, 0.1, samples).astype(np.float32)
+    sound = prepare_sound((noise, 16_000), CUT)
+    frames = -(-samples // 160)
+    positions = (frames - 1) // 2 + 1
+    assert sound.pieces == (Run((positions - 2) // 2 + 1), 9)
+    [mel] = (arrays["mel"] for arrays in sound.arrays)
+    assert mel.shape == (80, 2 * positions + 1)
+    whole = np.pad(log_mel(np.pad(noise, (0, 480_000 - samples)), MEL), ((0, 0), (0, 1)))
+    assert np.array_equal(mel, whole[:, : mel.shape[1]])
+
+
+def test_of_a_sound_longer_than_the_one_window_the_rest_is_named_in_a_warning() -> None:
+    with pytest.warns(AudioWarning, match="31.0 s, of which this model hears the first 30 s"):
+        sound = prepare_sound((tone(440, 31), 16_000), CUT)
+    assert np.array_equal(
+        sound.arrays[0]["mel"],
+        prepare_sound((tone(440, 31)[:480_000], 16_000), CUT).arrays[0]["mel"],
+    )
+
+
+def test_silence_is_a_sound() -> None:
+    [mel] = (
+        run["mel"] for run in prepare_sound((np.zeros(16_000, np.float32), 16_000), CUT).arrays
+    )
+    assert (mel == -1.5).all()
+
+
+def test_a_sound_at_another_rate_has_the_features_of_its_own_pitch() -> None:
+    places = np.arange(44_100) / 44_100
+    other = (0.5 * np.sin(2 * np.pi * 440 * places)).astype(np.float32)
+    found = prepare_sound((other, 44_100), CUT).arrays[0]["mel"]
+    expected = prepare_sound((tone(440, 1), 16_000), CUT).arrays[0]["mel"]
+    loud = expected > expected.max() - 1  # the four loudest decades
+    assert np.abs(found - expected)[loud].max() <= 0.01
 
 
 @pytest.mark.parametrize(
-    ("samples", "told"),
+    ("samples", "rate", "told"),
     [
-        (np.zeros(0, np.float32), "one or more"),
-        (np.zeros((2, 100), np.float32), r"shape \(2, 100\): expected finite mono"),
-        (np.array([0.0, np.nan], np.float32), "finite"),
-        (np.zeros(16_000 * 1801, np.float32), "1801 s: this model takes up to 1800 s"),
+        (np.zeros(0, np.float32), 16_000, "without samples"),
+        (np.zeros((2, 100, 2), np.float32), 16_000, r"shape \(2, 100, 2\)"),
+        (np.array([0.0, np.nan] * 1000, np.float32), 16_000, "infinite or no numbers"),
+        (np.zeros(300, np.float32), 16_000, "0.019 s is too short"),
+        (np.zeros(300, np.float32), 10, "10 samples in a second"),
     ],
 )
 def test_a_sound_that_is_none_is_refused_in_one_line(
-    samples: NDArray[np.float32], told: str
+    samples: NDArray[np.float32], rate: int, told: str
 ) -> None:
     with pytest.raises(AudioError, match=told) as caught:
-        prepare_sound(samples, MEL, image_input(MEL))
+        prepare_sound((samples, rate), CUT)
     assert "\n" not in str(caught.value)
+
+
+def test_an_hour_of_sound_is_refused_by_the_context_before_it_is_read() -> None:
+    hour = np.broadcast_to(np.zeros(1, np.int16), 3600 * 16_000)
+    told = (
+        r"a sound of 3600.0 s takes 45001 positions, and the context has room for 8000 beside the "
+        r"rest of the prompt, 630.0 s of it"
+    )
+    with pytest.raises(AudioError, match=told):
+        prepare_sound((hour, 16_000), sound_input(), positions=8000)
+    with pytest.raises(AudioError, match=r"room for 10 beside .*, none of it"):
+        prepare_sound((hour, 16_000), sound_input(), positions=10)
+
+
+def test_a_sound_that_memory_cannot_hold_is_refused_before_it_is_read() -> None:
+    with pytest.raises(AudioError, match=r"60.0 s takes 38 MB of memory, a test leaves 1 MB"):
+        source = (np.broadcast_to(np.zeros(1, np.int16), 960_000), 16_000)
+        prepare_sound(source, sound_input(), room_for=lambda _: Room(1e6, "a test"))
+
+
+def test_a_sound_that_was_prepared_for_another_model_is_refused() -> None:
+    sound = prepare_sound((tone(440, 1), 16_000), CUT)
+    for other in (sound_input(), sound_input(Mel(bins=128))):
+        with pytest.raises(AudioError, match="prepared for another model"):
+            prepare_sound(sound, other)
 
 
 def test_an_input_for_sound_takes_no_images() -> None:

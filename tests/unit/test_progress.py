@@ -37,6 +37,17 @@ def test_a_log_gets_a_line_now_and_then(
     ]
 
 
+def test_lines_of_counted_work_have_the_rate_of_this_run_and_the_time_left(
+    enabled: None, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    with progress.track("rows", 1000, done=500, unit="rows") as advance:
+        now += 20
+        advance(50)
+    assert capsys.readouterr().err == "rows        55 %, 2.5 rows/s, 0:03:00 left\n"
+
+
 def test_quick_work_says_nothing_in_a_log(enabled: None, capsys: Capture) -> None:
     with progress.track("search", 100) as advance:
         for _ in range(100):

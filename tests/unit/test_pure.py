@@ -35,6 +35,7 @@ def test_nothing_is_exported(tmp_path: Path, llava_v1: Fixture) -> None:
             llava_v1.checkpoint,
             tmp_path / "bundle",
             vision_tower=llava_v1.options.vision_tower,
+            recipe="fp32",
             measure=False,
         )
     assert not (tmp_path / "bundle").exists()

@@ -9,6 +9,7 @@ import pytest
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.recipes.file import find_recipe, recipe_text
+from mobilevlm.export.recipes.layer_formats import TOWER_ROLES
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.plain_types import from_dict
 from mobilevlm.recipe import Limits, LinearFormat, Recipe
@@ -34,8 +35,10 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_the_named_recipes_are_there() -> None:
-    names = ["fp32", "fp16-weights", "int8", "int8-calibrated", "int4", "fast", "a16w8", "a8w8"]
-    assert list(RECIPES) == names
+    assert list(RECIPES) == [
+        *("fp32", "fp16-weights", "int8", "int8-calibrated", "int8-portable"),
+        *("int4", "fast", "int4-small", "a16w8", "a8w8"),
+    ]
     assert [name for name in RECIPES if RECIPES[name].is_for_npu] == ["a16w8", "a8w8"]
     assert all(find_recipe(name) is recipe for name, recipe in RECIPES.items())
 
@@ -66,8 +69,10 @@ def test_a_file_may_name_its_recipe(tmp_path: Path) -> None:
 
 
 def test_a_file_may_extend_a_recipe(tmp_path: Path) -> None:
-    """Parts with a precision are new, without one changed; limits and layers are merged."""
+    """Parts with a precision are new, without the other's roles, those without one changed; limits
+    and layers are merged."""
     base = RECIPES["int8-calibrated"]
+    tower = {key: layers for key, layers in base.layers.items() if key in TOWER_ROLES}
     own = 'decoder = {block_size = 64, precision = "q4"}\nlm_head = "fp16"\n'
     own += '[limits]\ndecoder_kl = 0.2\n[layers]\n"vision.layers.1.*" = "fp32"\n'
     found = find_recipe(written(tmp_path, 'extends = "int8-calibrated"\n' + own))
@@ -77,7 +82,7 @@ def test_a_file_may_extend_a_recipe(tmp_path: Path) -> None:
         decoder=LinearFormat("q4", block_size=64),
         lm_head=LinearFormat("fp16"),
         limits=replace(base.limits, decoder_kl=0.2),
-        layers={**base.layers, "vision.layers.1.*": LinearFormat("fp32")},
+        layers={**tower, "vision.layers.1.*": LinearFormat("fp32")},
     )
     (tmp_path / "further.toml").write_text('extends = "mine.toml"\ntower = {weight_bits = 8}\n')
     further = find_recipe(str(tmp_path / "further.toml"))
@@ -196,8 +201,8 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(MobileVLMError) as caught:
         find_recipe("int5")
     assert str(caught.value) == (
-        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int8-calibrated, int4, "
-        "fast, a16w8, a8w8, or a .toml file"
+        "recipe 'int5' is not known: expected fp32, fp16-weights, int8, int8-calibrated, "
+        "int8-portable, int4, fast, int4-small, a16w8, a8w8, or a .toml file"
     )
 
 

@@ -85,9 +85,8 @@ def test_rotation_is_of_the_whole_decoder(text: str, said: str, tmp_path: Path) 
 
 def test_the_prefill_graph_of_a_rotated_recipe_is_rotated_too(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('extends = "fast"\ndecoder = {scaling = "rotation"}\n')
+    path.write_text('extends = "fast"\n')
     recipe = find_recipe(str(path))
     assert recipe.is_rotated and recipe.for_prefill().is_rotated
-    assert not recipe.needs_reference
     assert recipe.for_prefill().format_of("decoder.lm_head").scaling == "none"
     assert not recipe.without_rotation().for_prefill().is_rotated

@@ -74,8 +74,8 @@ class CountedDecoder:
         self.prefills.append(len(rows))
         self.engine.extend(state, rows)
 
-    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
-        return self.engine.answer(state, embeds, count)
+    def answer(self, state: DecoderState, rows: Rows, count: int | None = None) -> Float32:
+        return self.engine.answer(state, rows, count)
 
     def step(self, state: DecoderState, token: int) -> Float32:
         return self.engine.step(state, token)

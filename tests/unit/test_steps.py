@@ -21,21 +21,17 @@ from torch import Tensor, nn
 
 import mobilevlm.linear_groups
 from mobilevlm.checkpoint import Rescaling, TensorFiles, TensorRef
-from mobilevlm.export.calibration.activations import (
+from mobilevlm.export.calibration.reference_states import (
     decoder_states,
     exact_images,
     image_states,
-    watch_vision,
 )
 from mobilevlm.export.calibration.samples import Sample, sample_arrays, scene_samples
-from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.quality.layer_effects import layer_effects, state_errors
 from mobilevlm.export.quality.sensitivity import Change, Probe
 from mobilevlm.export.quantize.errors import stacked
-from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.linear_groups import LinearGroup, linear_groups
 from mobilevlm.model import Model
-from mobilevlm.recipe import LinearFormat
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference import model as reference_model
 from mobilevlm.reference.steps import Step, Stepped
@@ -136,7 +132,7 @@ def test_a_streamed_pass_is_the_whole_model_and_reads_each_weight_once(
     monkeypatch.setattr(type(model.weights), "read", counted)
     reference = load_reference(model, streamed=True)
     assert set(read) == {"vision.scale"}  # a parameter outside of all steps
-    streamed = [tokens for _, tokens in exact_images(model, reference, SAMPLES)]
+    streamed = [rows.tokens for _, rows in exact_images(model, reference, SAMPLES)]
     assert len(whole) > 1
     assert all(torch.equal(a, b) for a, b in zip(streamed, whole, strict=True))
     parameters = dict(reference.named_parameters())
@@ -159,36 +155,6 @@ def test_a_stage_is_gone_when_the_next_is_at_work(model: Model) -> None:
     stream_steps(reference.vision_steps(), image_states(model, reference, SAMPLES))
     first, second = ({"vision", f"vision.stages.{index}"} for index in range(2))
     assert seen == [first] * (len(seen) // 2) + [second] * (len(seen) // 2) and len(seen) >= 4
-
-
-def test_statistics_of_its_linear_layers_are_those_of_whole_passes(model: Model) -> None:
-    reference = load_reference(model)
-    inputs: dict[str, list[Tensor]] = {name: [] for name in LINEARS}
-    for name, rows in inputs.items():
-        layer = reference.get_submodule(name)
-        layer.register_forward_pre_hook(
-            lambda _, given, rows=rows: rows.append(given[0].flatten(0, 2))
-        )
-    visual_tokens(reference, model)
-    found = list(watch_vision(model, SAMPLES, lambda _: True, True))
-    assert [list(block) for block in found[:2]] == [[name] for name in LINEARS]
-    for block, (name, rows) in zip(found, inputs.items(), strict=False):
-        expected, statistics = torch.cat(rows).double(), block[name]
-        assert statistics.count == len(expected)
-        assert np.allclose(statistics.maximum, expected.abs().amax(0), rtol=1e-6)
-        assert np.allclose(statistics.mean_square, expected.square().mean(0), rtol=1e-5)
-        assert statistics.hessian is not None
-        assert np.allclose(statistics.hessian, expected.T @ expected / len(expected), rtol=1e-3)
-
-
-def test_calibrated_recipes_find_its_hessians_and_nothing_to_fold(model: Model) -> None:
-    tower = LinearFormat("int8", quantizer="gptq", scaling="awq")
-    found = calibrate(model, replace(RECIPES["int8"], tower=tower), SAMPLES, "vision")
-    for name, (in_size, _) in LINEARS.items():
-        hessian = found.hessian(name)
-        assert hessian is not None and hessian.shape == (in_size, in_size)
-    weights = f"{next(iter(LINEARS))}.weight", (48, 32)
-    assert np.array_equal(found.weights.read(*weights), model.weights.read(*weights))
 
 
 @pytest.mark.parametrize("name", LINEARS)

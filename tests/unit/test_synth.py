@@ -23,6 +23,7 @@ from mobilevlm.prompt import Run
 from mobilevlm.reference import load_reference
 from mobilevlm.reference.model import ReferenceModel
 from mobilevlm.synth import checkpoints as synth
+from mobilevlm.synth import tokenizer
 from mobilevlm.synth.checkpoints import (
     CONFIGURATIONS,
     NAMES,
@@ -31,7 +32,8 @@ from mobilevlm.synth.checkpoints import (
     tower_shapes,
     write_checkpoint,
 )
-from mobilevlm.synth.tokenizer import MIN_VOCABULARY, tokenizer_model
+from mobilevlm.synth.tokenizer import MIN_VOCABULARY, chat_tokenizer, tokenizer_model
+from mobilevlm.tokenizers.pieces import byte_level_name
 
 BIG = [name for name in NAMES if name != "tiny"]
 
@@ -170,12 +172,21 @@ def test_big_configurations_have_the_published_number_of_parameters(
 # said to have 3.7 billion. Qwen2-0.5B with a table of 152000 rows and a head of its own, and
 # FastViTHD, which is said to have 125 million, 2.4 of them in a head that nobody reads. Qwen3-0.6B
 # with a head of its own, InternViT-300M and InternVL's projector. SmolVLM's as its files have it.
+# LFM2-350M and 1.2B, SigLIP 2 with 256 positions, the projector through 2560 channels. Gemma 3
+# and Qwen-VL as the hub counts the parameters of their files.
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [
         ("vila_1.5_3b", 2_701_560_320 + 412_987_248 + 18_364_416),
         ("blip2_opt_2.7b", 3_744_761_856),
         ("fastvlm_0.5b", 630_282_112 + 122_749_920 + 3_557_120),
+        ("gemma3_4b", 4_300_079_472),
+        # Janus-Pro-1B without the encoder of images to codes.
+        ("janus_pro_1b", 1_652_656_128 + 303_688_704 + 6_295_552 + 84_696_195),
+        ("qwen2.5_vl_3b", 3_754_622_976),
+        ("qwen3_vl_2b", 2_127_532_032),
+        ("lfm2_vl_450m", 354_483_968 + 85_843_200 + 10_495_488),
+        ("lfm2_vl_1.6b", 1_170_340_608 + 412_649_712 + 17_053_184),
         ("llava_onevision_0.5b", 494_090_112 + 397_747_744 + 1_837_696),
         ("smolvlm_256m", 256_484_928),
         ("smolvlm_500m", 507_482_304),
@@ -194,15 +205,21 @@ def test_every_tensor_of_a_big_configuration_has_the_shape_that_the_model_expect
     write_values = synth._write_values
 
     def leave_a_hole(
-        file: BinaryIO, name: str, shape: tuple[int, ...], seed: str, depth: int
+        file: BinaryIO, name: str, shape: tuple[int, ...], seed: str, spread: tuple[float, float]
     ) -> None:
         """Sparse files: full size to the reader, no disk used. Norms of zeros would be deltas."""
         if len(shape) == 1:
-            write_values(file, name, shape, seed, depth)
+            write_values(file, name, shape, seed, spread)
             return
         os.ftruncate(file.fileno(), file.tell() + 2 * math.prod(shape))
         file.seek(0, os.SEEK_END)
 
+    def nameless(count: int) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
+        """As many words, which take no time to make up."""
+        letters = (byte_level_name(bytes([byte])) for byte in range(256))
+        return (*letters, *map(str, range(10**6, 10**6 + count - 256))), ()
+
+    monkeypatch.setattr(tokenizer, "_words_and_merges", nameless)
     monkeypatch.setattr(synth, "_write_values", leave_a_hole)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**12))
     write_checkpoint(name, tmp_path / name)
@@ -216,6 +233,13 @@ def test_every_tensor_of_a_big_configuration_has_the_shape_that_the_model_expect
     assert refs.keys() == expected.keys()
     for key, ref in refs.items():
         assert ref.files.shape(ref.name) == ref.stored_shape(expected[key]), key
+
+
+def test_words_of_a_byte_level_tokenizer_are_reached_by_their_own_text() -> None:
+    found = chat_tokenizer(800, ["<image>"])
+    assert found.get_vocab_size() == 801 and found.token_to_id("<image>") == 800
+    for index in range(256, 800):
+        assert found.encode(found.decode([index])).ids == [index]
 
 
 @pytest.mark.parametrize("size", [MIN_VOCABULARY, 512, 32000])

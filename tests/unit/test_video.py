@@ -19,7 +19,7 @@ from mobilevlm.cli import main
 from mobilevlm.errors import ImageError, MissingExtraError
 from mobilevlm.image import Room
 from mobilevlm.preparation import prepare, with_max_tiles
-from mobilevlm.runtime.answer.video import decode_frames, frame_tiles, open_video
+from mobilevlm.runtime.answer.video import decode_frames, frame_tiles, open_video, sample_frames
 
 av = pytest.importorskip("av", reason="PyAV is not installed ([video] extra)")
 
@@ -40,6 +40,12 @@ def write_video(path: Path, frames: int, kind: str = "mpeg4") -> Path:
     return path
 
 
+def frames_of(path: Path, count: int | None = None) -> list[Image.Image]:
+    """Return the frames that a model without clips takes."""
+    video = open_video(path)
+    return list(decode_frames(video, sample_frames(video, None, count).places))
+
+
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.avi"])
 @pytest.mark.parametrize(
     ("frames", "count", "places"),
@@ -48,7 +54,7 @@ def write_video(path: Path, frames: int, kind: str = "mpeg4") -> Path:
 def test_frames_are_the_first_the_last_and_those_between_at_equal_distances(
     name: str, frames: int, count: int, places: list[int], tmp_path: Path
 ) -> None:
-    found = list(decode_frames(open_video(write_video(tmp_path / name, frames), count)))
+    found = frames_of(write_video(tmp_path / name, frames), count)
     assert [round(np.asarray(image).mean() / GREY) for image in found] == places
     assert {(image.mode, image.size) for image in found} == {("RGB", (64, 48))}
 
@@ -83,7 +89,7 @@ def test_run_gives_the_model_a_videos_frames_as_pictures(
     main([*given, "--video", str(video), "--frames", "3"])
     frames = json.loads(capsys.readouterr().out)
     paths = []
-    for index, image in enumerate(decode_frames(open_video(video, 3))):
+    for index, image in enumerate(frames_of(video, 3)):
         image.save(tmp_path / f"{index}.png")
         paths += ["--image", str(tmp_path / f"{index}.png")]
     main([*given, *paths])
@@ -105,7 +111,7 @@ def test_a_frame_is_one_tile_where_the_model_splits_images(
     main([*given, "--video", str(video), "--frames", "2"])
     answer = json.loads(capsys.readouterr().out)
     with mobilevlm.load(bundle) as vlm:
-        frames = list(decode_frames(open_video(video, 2)))
+        frames = frames_of(video, 2)
         tiles = [vlm.prepare_image(frame, max_tiles=1, images=2) for frame in frames]
         assert [len(tile.arrays) for tile in tiles] == [1, 1]
         assert answer["visual_tokens"] == 2 * vlm.spec.image.connector.num_rows
@@ -159,7 +165,7 @@ def test_a_playlist_opens_no_other_file(tmp_path: Path) -> None:
         path = tmp_path / name
         path.write_text(text)
         with pytest.raises(ImageError, match="not a video") as caught:
-            list(decode_frames(open_video(path)))
+            frames_of(path)
         assert str(path) in str(caught.value)
 
 
@@ -174,7 +180,7 @@ def test_frames_beyond_the_memory_that_is_left_are_refused_before_they_are_decod
 ) -> None:
     video = open_video(write_video(tmp_path / "a.mp4", 3))
     with pytest.raises(ImageError, match=r"frames of 64 × 48 pixels takes .* are left \(a test\)"):
-        next(decode_frames(video, lambda needed: Room(50e3, "a test")))
+        next(decode_frames(video, (0,), lambda needed: Room(50e3, "a test")))
 
 
 def test_damaged_videos_give_frames_or_one_line(tmp_path: Path) -> None:
@@ -184,7 +190,7 @@ def test_damaged_videos_give_frames_or_one_line(tmp_path: Path) -> None:
         for _ in range(60):
             (tmp_path / name).write_bytes(mutate_bytes(generator, whole))
             try:
-                found = list(decode_frames(open_video(tmp_path / name)))
+                found = frames_of(tmp_path / name)
             except ImageError as error:
                 assert len(str(error).splitlines()) == 1
             else:

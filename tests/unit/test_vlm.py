@@ -201,7 +201,9 @@ def test_wrong_input_is_refused_before_any_work(
 @pytest.mark.parametrize("ask", ["stream", "generate", "chat"])
 def test_a_keyword_that_is_no_option_is_named(ask: str, vlm: VLM) -> None:
     call: Any = Chat(vlm).ask if ask == "chat" else getattr(vlm, ask)
-    with pytest.raises(TypeError, match=r"'temprature': expected draft_tokens, .*, temperature, t"):
+    with pytest.raises(
+        TypeError, match=r"'temprature': expected audio, draft_tokens, .*, temperature, t"
+    ):
         call("Hi", temprature=1.0)
 
 

@@ -67,10 +67,14 @@ class PackedAttention(Attention):
     """The reference's attention, which also takes a ``Packing`` for a mask."""
 
     def forward(
-        self, hidden: Tensor, rotary: tuple[Tensor, Tensor], mask: Tensor | Packing | None
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        mask: Tensor | Packing | None,
+        heard: bool = False,
     ) -> Tensor:
         if not isinstance(mask, Packing):
-            return super().forward(hidden, rotary, mask)
+            return super().forward(hidden, rotary, mask, heard)
         query, key, value = (
             proj(hidden).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)

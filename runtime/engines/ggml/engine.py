@@ -5,6 +5,7 @@ It runs what llama.cpp has no architecture for, and everything else as a second 
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,9 @@ from mobilevlm.runtime.engines import (
     ExpertChoices,
     Float32,
     Segment,
+    in_chunks,
     no_experts,
+    refuse_parts,
     still_open,
 )
 from mobilevlm.runtime.engines.ggml.graph import DecoderGraph
@@ -55,17 +58,17 @@ class GgmlState(SlotState):
         self._processor = Processor(threads)
         self._graphs: dict[bool, DecoderGraph] = {}
 
-    def append(self, embeds: Float32, outputs: int) -> Float32:
-        """Appends ``(length, hidden_size)``; logits of the last positions ``(outputs,
+    def append(self, rows: Rows, outputs: int) -> Float32:
+        """Appends rows; logits of the last positions ``(outputs,
         vocab_size)``, valid until the next call. After a failure the sequence is as it was."""
-        count, context = len(embeds), self._spec.context_length
+        count, context = len(rows), self._spec.context_length
         if self.slots + count > context:
             raise MobileVLMError(
                 f"ggml failed after {self.slots} positions: the context is full ({context})"
             )
         visible = -(-(self.slots + count) // _VISIBLE_STEP) * _VISIBLE_STEP
         shape = GraphShape(count, min(visible, context), outputs)
-        logits = self._graph(shape).run(self._processor, embeds, self.slots)
+        logits = self._graph(shape).run(self._processor, rows, self.slots)
         self.advance(count)
         return logits
 
@@ -98,6 +101,7 @@ class GgmlDecoder(GgufDecoder):
         self, path: Path, spec: DecoderSpec, threads: int, max_resident: int | None = None
     ) -> None:
         """``max_resident``: bytes of experts that may be resident; none: as the system likes."""
+        refuse_parts(spec, "ggml")
         header = read_gguf(path)
         check_decoder(header, spec)
         super().__init__(header, spec, threads)
@@ -136,17 +140,21 @@ class GgmlDecoder(GgufDecoder):
         self.prefill(self._observed_state(note), Rows(embeds), count=None)
         return {layer: np.concatenate(chunks) for layer, chunks in found.items()}
 
-    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
-        """Appends a chunk; logits of its last ``count`` positions. A graph makes one at least."""
+    def _append(self, state: DecoderState, rows: Rows, count: int | None) -> Float32:
+        """Append rows; return the logits of the last ``count`` (none: of all)."""
+        return in_chunks(partial(self._append_chunk, state), rows, count)
+
+    def _append_chunk(self, state: DecoderState, rows: Rows, count: int) -> Float32:
+        """Append a chunk; logits of its last ``count`` positions. A graph makes one at least."""
         assert isinstance(state, GgmlState)
         still_open(self._weights)
         still_open(self._rows).check()
-        return state.append(embeds, max(count, 1))[:count].copy()
+        return state.append(rows, max(count, 1))[:count].copy()
 
     def step(self, state: DecoderState, token: int) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         assert isinstance(state, GgmlState)
-        result: Float32 = state.append(self.embed([token]), 1)[0]
+        result: Float32 = state.append(Rows(self.embed([token])), 1)[0]
         return result
 
     def save(self, state: DecoderState, start: int) -> Segment:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.prompt import Rows
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.engines.ggml.layers import GraphShape, Inputs, KeyValues, Layers, Observe
 from mobilevlm.runtime.engines.ggml.native import (
@@ -70,17 +71,20 @@ class DecoderGraph:
         }
         self._logits = workspace.values(logits, np.float32, shape.outputs, spec.vocab_size)
 
-    def run(self, processor: Processor, embeds: Float32, start: int) -> Float32:
-        """Appends embeddings ``(length, hidden_size)`` at position ``start``; logits ``(outputs,
-        vocab_size)``, valid until the next call."""
+    def run(self, processor: Processor, rows: Rows, start: int) -> Float32:
+        """Appends rows at position ``start``; logits ``(outputs, vocab_size)``, valid until the
+        next call."""
         arrays = self._arrays
         positions = np.arange(start, start + self.shape.length)
-        arrays["embeds"][:] = embeds
+        arrays["embeds"][:] = rows.embeds
         arrays["positions"][:] = arrays["rows"][:] = positions
         distance = positions[:, None] - np.arange(self.shape.visible)
-        arrays["mask"][:] = _mask(distance >= 0)
+        seen = distance >= 0
+        for first, last in rows.blocks:
+            seen[first:last, start + first : start + last] = True
+        arrays["mask"][:] = _mask(seen)
         if "window_mask" in arrays:
-            arrays["window_mask"][:] = _mask((distance >= 0) & (distance < self._window))
+            arrays["window_mask"][:] = _mask(seen & (distance < self._window))
         processor.compute(self._graph)
         return self._logits
 

@@ -13,20 +13,21 @@ from mobilevlm.errors import BundleError
 from mobilevlm.gguf.checks import (
     check_decoder_file,
     check_encoder_file,
+    check_exact_encoder_file,
     check_vocabulary,
     other,
 )
 from mobilevlm.gguf.encoder import LONGEST_EDGE, read_encoder
 from mobilevlm.gguf.file import GgufFile
-from mobilevlm.gguf.names import projector_name
+from mobilevlm.gguf.mmproj import EXACT, projector_name
 from mobilevlm.gguf.spec import decoder_spec
 from mobilevlm.input_spec import Tiles, TransformerEncoder
-from mobilevlm.runtime.engines import refuse_parts
 from mobilevlm.spec import ModelSpec
 
 _SAME = (
     "head_dim", "experts", "rotary_channels", "norm", "mlp", "hidden_act", "qk_norm", "post_norms",
-    "sliding_window", "sliding_layers",
+    "sliding_window", "sliding_layers", "num_key_value_heads", "conv_layers", "conv_kernel",
+    "rope_sections", "rope_interleaved", "deep_layers", "attention_gate", "delta",
 )  # fmt: skip
 """Fields of a decoder's spec that a file must say too."""
 
@@ -37,7 +38,6 @@ def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
     Raises:
         BundleError: names the first key or tensor that is different.
     """
-    refuse_parts(spec, "gguf")
     if header.architecture == "clip":
         raise BundleError(f"{header.path}: an image encoder (mmproj), expected a language model")
     prefix = header.architecture
@@ -48,9 +48,6 @@ def check_decoder(header: GgufFile, spec: DecoderSpec) -> None:
         f"{prefix}.attention.head_count": spec.num_attention_heads,
     }.items():
         _same(header, key, header.metadata.get(key), expected)
-    key = f"{prefix}.attention.head_count_kv"
-    heads = header.metadata.get(key, spec.num_attention_heads)
-    _same(header, key, heads, spec.num_key_value_heads)
     table = header.tensors.get("token_embd.weight")
     shape = table.shape if table else None
     _same(header, "shape of token_embd.weight", shape, (spec.vocab_size, spec.hidden_size))
@@ -70,8 +67,11 @@ def check_mmproj(header: GgufFile, spec: ModelSpec) -> None:
     if header.architecture != "clip":
         raise BundleError(f"{header.path}: not an image encoder (mmproj)")
     kind = header.metadata.get("clip.projector_type", "mlp")  # old files do not say
+    _same(header, "clip.projector_type", kind, projector_name(spec.image))
+    if kind in EXACT:
+        check_exact_encoder_file(header, spec.image)
+        return
     connector, vision = spec.image.connector, spec.image.transformer
-    _same(header, "clip.projector_type", kind, projector_name(connector))
     for key, expected in _vision_metadata(vision).items():
         _same(header, key, header.metadata.get(key), expected)
     found = read_encoder(header, connector.out_size)

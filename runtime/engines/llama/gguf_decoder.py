@@ -10,13 +10,13 @@ import numpy as np
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.prompt import Rows
-from mobilevlm.runtime.engines import DecoderState, Float32, in_chunks, still_open
+from mobilevlm.runtime.engines import DecoderState, Float32, still_open
 from mobilevlm.runtime.engines.llama.embedding_rows import EmbeddingRows
 
 
 class GgufDecoder(ABC):
-    """See :class:`mobilevlm.runtime.engines.DecoderEngine`: all that follows from appending a
-    chunk. One graph runs prompts and answers alike."""
+    """See :class:`mobilevlm.runtime.engines.DecoderEngine`: all that follows from appending rows.
+    One graph runs prompts and answers alike."""
 
     def __init__(self, header: GgufFile, spec: DecoderSpec, threads: int) -> None:
         """``header``: of the file, checked."""
@@ -27,8 +27,8 @@ class GgufDecoder(ABC):
         """Whether keys and values are float32 too"""
 
     @abstractmethod
-    def _append(self, state: DecoderState, embeds: Float32, count: int) -> Float32:
-        """Appends a chunk; logits of its last ``count`` positions."""
+    def _append(self, state: DecoderState, rows: Rows, count: int | None) -> Float32:
+        """Append rows; return the logits of the last ``count`` (none: of all)."""
 
     def embed(self, ids: Sequence[int]) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
@@ -38,18 +38,12 @@ class GgufDecoder(ABC):
 
     def prefill(self, state: DecoderState, rows: Rows, count: int | None = 1) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self._append_all(state, rows, count)
+        return self._append(state, rows, count)
 
     def extend(self, state: DecoderState, rows: Rows) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        self._append_all(state, rows, 0)
+        self._append(state, rows, 0)
 
-    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
+    def answer(self, state: DecoderState, rows: Rows, count: int | None = None) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        return self.prefill(state, Rows(embeds), count)
-
-    def _append_all(self, state: DecoderState, rows: Rows, count: int | None) -> Float32:
-        assert rows.positions is None and not rows.deep
-        return in_chunks(
-            lambda chunk, wanted: self._append(state, chunk.embeds, wanted), rows, count
-        )
+        return self.prefill(state, rows, count)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,13 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import GgufFile, read_gguf
+from mobilevlm.gguf.mmproj import EXACT, projector_name
 from mobilevlm.gguf.names import NEWLINE
-from mobilevlm.input_spec import Tiles
+from mobilevlm.input_spec import (
+    DynamicImage,
+    DynamicTiles,
+    Tiles,
+)
 from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order
@@ -34,6 +40,10 @@ from mobilevlm.runtime.engines.onnx.feature_layer import with_feature_layer, wit
 from mobilevlm.runtime.engines.onnx.forking import free_with, note_threads
 from mobilevlm.spec import ModelSpec
 
+MOST_TOKENS = 4096
+"""Visual tokens of an image of any size, at most: llama.cpp's own limit for Qwen-VL, whose masks
+grow with the square of this."""
+
 
 class MtmdVision:
     """See :class:`mobilevlm.runtime.engines.EncoderEngine`.
@@ -48,7 +58,7 @@ class MtmdVision:
         from llama_cpp import mtmd_cpp
 
         self._mtmd = mtmd_cpp
-        self._shape = spec.image.connector.num_tokens, spec.decoder.hidden_size
+        self._image, self._width = spec.image, spec.decoder.hidden_size
         options = mtmd_cpp.mtmd_context_params_default()
         options.use_gpu = False
         options.print_timings = False
@@ -57,9 +67,12 @@ class MtmdVision:
         options.cb_eval = order = class_token_order()
         preparation = spec.image.preparation
         self._is_tile = isinstance(preparation, Tiles)
+        if isinstance(preparation, DynamicImage | DynamicTiles):  # sizes are ours
+            options.image_min_tokens, options.image_max_tokens = 1, MOST_TOKENS
+        copied: AbstractContextManager[Path] = nullcontext(path)
         if isinstance(preparation, Tiles):
             copied = without_splitting(header, preparation.size)
-        else:
+        elif projector_name(spec.image) not in EXACT:
             copied = with_feature_layer(header, spec.image.transformer.num_hidden_layers)
         with copied as opened:
             pointer = mtmd_cpp.mtmd_init_from_file(os.fsencode(opened), model.pointer, options)
@@ -69,12 +82,35 @@ class MtmdVision:
         self._context: MtmdContext | None = MtmdContext(mtmd_cpp, pointer, (model, order))
 
     def encode(self, arrays: Arrays) -> Rows:
-        """See :class:`mobilevlm.runtime.engines.EncoderEngine`. One picture at a time: mtmd keeps
-        the result inside."""
-        context = still_open(self._context)
+        """See :class:`mobilevlm.runtime.engines.EncoderEngine`. One image at a time: mtmd keeps the
+        result inside.
+
+        Raises:
+            MobileVLMError: llama.cpp fails, or this is a step of a clip or too large.
+        """
+        context, pixels = still_open(self._context), np.ascontiguousarray(arrays["pixels"])
+        if pixels.shape[2] != 3:
+            raise MobileVLMError(
+                "engine gguf encodes images, not clips: use --engine hybrid or onnx"
+            )
+        if (count := self._num_tokens(pixels)) > MOST_TOKENS:
+            raise MobileVLMError(
+                f"an image of {count} visual tokens, engine gguf takes {MOST_TOKENS}: use "
+                f"--max-image-tokens {MOST_TOKENS}, or --engine hybrid or onnx"
+            )
         with context.lock:
-            rows = self._encode(context, np.ascontiguousarray(arrays["pixels"]))
-        return Rows(rows if self._newline is None else np.concatenate([rows, self._newline]))
+            rows = self._encode(context, pixels)
+        tokens, *deep = np.split(rows, rows.shape[1] // self._width, axis=1)
+        if self._newline is not None:
+            tokens = np.concatenate([tokens, self._newline])
+        return Rows(tokens, tuple(deep))
+
+    def _num_tokens(self, pixels: NDArray[np.uint8]) -> int:
+        """Return how many visual tokens pixels become."""
+        match self._image.preparation:
+            case DynamicImage(factor=edge) | DynamicTiles(whole=DynamicImage(factor=edge)):
+                return math.prod(size // edge for size in pixels.shape[:2])
+        return self._image.connector.num_tokens
 
     def features(self, arrays: Arrays) -> Float32:
         """Not to be had: mtmd runs tower and projector in one."""
@@ -93,13 +129,15 @@ class MtmdVision:
             if self._is_tile:  # it is its own small image, too
                 images = images[:1]
             counts = [mtmd.mtmd_input_chunk_get_n_tokens(image) for image in images]
-            if counts != [self._shape[0]]:
+            expected = self._num_tokens(pixels)
+            if counts != [expected]:
                 raise MobileVLMError(
                     f"llama.cpp makes {counts} visual tokens of an image (code {code}), "
-                    f"expected {self._shape[0]}"
+                    f"expected {expected}"
                 )
             note_threads(LLAMA)
-            return encoded_chunk(mtmd, context, images[0], self._shape)
+            width = self._width * (1 + self._image.connector.deep)
+            return encoded_chunk(mtmd, context, images[0], (expected, width))
 
 
 def _newline(header: GgufFile) -> Float32:

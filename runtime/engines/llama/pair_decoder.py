@@ -26,7 +26,6 @@ from mobilevlm.runtime.engines import (
 from mobilevlm.runtime.engines.llama.engine import LlamaState
 from mobilevlm.runtime.engines.llama.native import NativeModel, address, llama_library
 from mobilevlm.runtime.engines.llama.tokenizer import LlamaTokenizer
-from mobilevlm.runtime.engines.state import NextPositions
 
 LONGEST_BLOCK = 2048
 """Rows of an image that see each other, which must be in one run."""
@@ -57,18 +56,8 @@ class PairState(LlamaState):
     ) -> None:
         library = llama_library()
         slides = library.llama_model_n_swa(model.pointer) > 0
-        super().__init__(model, context_length, exact, threads, slides, chunk)
+        super().__init__(model, context_length, exact, threads, slides, chunk, axes=True)
         self._goes_back = goes_back(model)
-        self.next = NextPositions(context_length)
-
-    @property
-    def position(self) -> int:
-        """See :class:`mobilevlm.runtime.engines.DecoderState`."""
-        return self.next.after(self.slots)
-
-    def position_after(self, slots: int) -> int:
-        """See :class:`LlamaState`."""
-        return self.next.after(slots)
 
     def reachable(self, slots: int) -> int:
         """See :class:`mobilevlm.runtime.engines.DecoderState`."""
@@ -213,6 +202,7 @@ class PairDecoder:
         )
         slots = state.slots
         state.append(batch)
+        assert state.next is not None
         state.next.append(slots, after[None] - 1)
         if count == 0:
             return np.empty((0, self._spec.vocab_size), np.float32)
@@ -220,13 +210,14 @@ class PairDecoder:
 
     def save(self, state: DecoderState, start: int) -> Segment:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. llama.cpp saves from position 0."""
-        assert isinstance(state, PairState)
+        assert isinstance(state, PairState) and state.next is not None
         positions = state.next.save(0, state.slots)
         return Segment(0, state.slots, state.save(), positions)
 
     def restore(self, state: DecoderState, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        assert isinstance(state, PairState) and segment.positions is not None
+        assert isinstance(state, PairState) and state.next is not None
+        assert segment.positions is not None
         state.restore(segment.data, segment.end)
         state.next.restore(0, segment.positions)
 
@@ -246,7 +237,7 @@ class PairDecoder:
         """Not to be had, as :meth:`embed`."""
         raise self._no_embeddings()
 
-    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
+    def answer(self, state: DecoderState, rows: Rows, count: int | None = None) -> Float32:
         """Not to be had, as :meth:`embed`."""
         raise self._no_embeddings()
 

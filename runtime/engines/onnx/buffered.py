@@ -14,7 +14,13 @@ from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import check_whole, small_pages
-from mobilevlm.runtime.engines.state import ConvolutionState, NextPositions, SlotState
+from mobilevlm.runtime.engines.state import (
+    ConvolutionState,
+    NextPositions,
+    RecurrentState,
+    SlotState,
+    WindowBuffers,
+)
 
 
 class BufferedState(SlotState):
@@ -24,12 +30,19 @@ class BufferedState(SlotState):
     def __init__(
         self,
         buffers: Mapping[str, NDArray[Any]],
-        convolutions: ConvolutionState | None = None,
+        carried: ConvolutionState | RecurrentState | None = None,
         positions: NextPositions | None = None,
+        windows: WindowBuffers | None = None,
     ) -> None:
+        """``buffers``: of layers that see the whole past."""
         super().__init__()
-        self.buffers = buffers
-        self._convolutions, self._positions = convolutions, positions
+        self._whole, self._windows = buffers, windows
+        self._carried, self._positions = carried, positions
+
+    @property
+    def buffers(self) -> Mapping[str, NDArray[Any]]:
+        """Keys and values of all layers, by name."""
+        return self._whole if self._windows is None else {**self._whole, **self._windows.buffers}
 
     @property
     def position(self) -> int:
@@ -39,48 +52,57 @@ class BufferedState(SlotState):
     def reachable(self, slots: int) -> int:
         """See :class:`mobilevlm.runtime.engines.DecoderState`."""
         slots = min(slots, self.slots)
-        return slots if self._convolutions is None else self._convolutions.reachable(slots)
+        if self._windows is not None:
+            slots = self._windows.reachable(slots)
+        return slots if self._carried is None else self._carried.reachable(slots)
 
     def pasts(self) -> Sequence[Float32]:
         """Inputs of short convolutions before the next run, of each such layer."""
-        return () if self._convolutions is None else list(self._convolutions.past)
+        return list(self._carried.past) if isinstance(self._carried, ConvolutionState) else ()
 
     def append(self, positions: NDArray[np.int64], inputs: Sequence[Float32]) -> None:
         """Count rows that were appended at ``positions (axes, length)``. ``inputs``: those of short
         convolutions, earlier ones first."""
         if self._positions is not None:
             self._positions.append(self.slots, positions)
-        if self._convolutions is not None:
-            self._convolutions.append(self.slots, inputs)
+        if self._carried is not None:
+            self._carried.append(self.slots + positions.shape[1], inputs)
         self.advance(positions.shape[1])
 
     def mark(self) -> None:
         """Note the end of a prompt's piece, which the sequence can go back to."""
-        if self._convolutions is not None:
-            self._convolutions.mark(self.slots)
+        if self._carried is not None:
+            self._carried.mark(self.slots)
 
     def save(self, start: int) -> Segment:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         end = self.slots
-        data = np.stack([buffer[0, :, start:end] for buffer in self.buffers.values()])
+        data = np.empty(0, np.float32)
+        if self._whole:
+            data = np.stack([buffer[0, :, start:end] for buffer in self._whole.values()])
         data.flags.writeable = False
+        window = None if self._windows is None else self._windows.save(start, end)
         positions = None if self._positions is None else self._positions.save(start, end)
-        fixed = None if self._convolutions is None else self._convolutions.save()
-        return Segment(start, end, data, positions, fixed)
+        fixed = None if self._carried is None else self._carried.save()
+        return Segment(start, end, data, positions, fixed, window)
 
     def restore(self, segment: Segment) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
-        for buffer, part in zip(self.buffers.values(), segment.data, strict=True):
+        for buffer, part in zip(self._whole.values(), segment.data, strict=True):
             buffer[0, :, segment.start : segment.end] = part
+        if self._windows is not None and segment.window is not None:
+            self._windows.restore(segment.end, segment.start, segment.window)
         if self._positions is not None and segment.positions is not None:
             self._positions.restore(segment.start, segment.positions)
-        if self._convolutions is not None and segment.fixed is not None:
-            self._convolutions.restore(segment.end, segment.start, segment.fixed)
+        if self._carried is not None and segment.fixed is not None:
+            self._carried.restore(segment.end, segment.start, segment.fixed)
         self.resume(segment.end)
 
     def _go_back(self, slots: int) -> None:
-        if self._convolutions is not None:
-            self._convolutions.go_back(slots)
+        if self._windows is not None:
+            self._windows.go_back(slots)
+        if self._carried is not None:
+            self._carried.go_back(slots)
 
 
 class BufferedDecoder:

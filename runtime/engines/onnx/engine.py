@@ -7,7 +7,7 @@ values: which of the two computes a piece of a prompt depends on the length of t
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,7 @@ from mobilevlm.runtime.engines import (
     DecoderState,
     ExpertChoices,
     Float32,
+    chunk_spans,
     in_chunks,
     no_experts,
     still_open,
@@ -38,6 +39,7 @@ from mobilevlm.runtime.engines.onnx.mapped_weights import MappedWeights, Session
 from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 from mobilevlm.runtime.engines.onnx.stages import Stage, Turns, stage_of
 from mobilevlm.spec import ModelSpec
+from mobilevlm.state_buffers import LONGEST_RUN
 from mobilevlm.waiting import processors_wanted
 
 INT8_CACHE = (1, 27)
@@ -53,6 +55,13 @@ EMPTY_PRODUCTS = (1, 32)
 """The first version whose DynamicQuantizeMatMul gives no rows for no rows."""
 INTEGER_EXPERTS = (1, 31)
 """The first version whose QMoE has the attributes that it is exported with."""
+LINEAR_ATTENTION = (1, 25)
+"""The first version with it on CPUs."""
+_SINCE = {
+    "QMoE": ("sparse experts in 4 or 8 bits", INTEGER_EXPERTS),
+    "LinearAttention": ("gated delta layers", LINEAR_ATTENTION),
+}
+"""Operators that are not in all versions, what needs them, and the first version."""
 
 
 def open_session(
@@ -91,8 +100,9 @@ def open_session(
         with weights.read_once() if packed else nullcontext():
             return Session(path, options, weights)
     except Exception as error:  # onnxruntime raises many kinds, none of them public
-        if "QMoE" in str(error) and _version() < INTEGER_EXPERTS:
-            raise _too_old(path, "sparse experts in 4 or 8 bits", INTEGER_EXPERTS) from None
+        for operator, (feature, needed) in _SINCE.items():
+            if operator in str(error) and _version() < needed:
+                raise _too_old(path, feature, needed) from None
         raise BundleError(f"{path}: onnxruntime cannot load it: {load_reason(error)}") from None
 
 
@@ -104,9 +114,9 @@ def load_reason(error: Exception) -> str:
 
 
 class OnnxVision:
-    """The vision stage: tower and projector in one graph. ``compact``: buffers of a run are given
-    back after it; ``spec``: what the graph must be; ``turns``: it is opened in turn with the
-    decoder. The other arguments as of :func:`open_session`."""
+    """The vision or audio stage: tower and projector in one graph. ``compact``: buffers of a run
+    are given back after it; ``spec``: what the graph must be; ``turns``: it is opened in turn with
+    the decoder. The other arguments as of :func:`open_session`."""
 
     def __init__(
         self,
@@ -125,24 +135,28 @@ class OnnxVision:
                 check_vision(session, spec)
             return session
 
+        encoded = None if spec is None else spec.encoded
+        self._deep = () if encoded is None else encoded.connector.deep_names
+        self._rows = "audio_tokens" if spec is not None and spec.has_sound else "visual_tokens"
         self._run_options = _giving_back() if compact else None
         self._stage: Stage[Session] | None = stage_of(opened, turns)
 
     def encode(self, arrays: Arrays) -> Rows:
         """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
-        return Rows(self._run("visual_tokens", arrays))
+        tokens, *deep = self._run((self._rows, *self._deep), arrays)
+        return Rows(tokens, tuple(deep))
 
     def features(self, arrays: Arrays) -> Float32:
         """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
-        return self._run("features", arrays)
+        return self._run(("features",), arrays)[0]
 
-    def _run(self, output: str, arrays: Arrays) -> Float32:
+    def _run(self, outputs: Sequence[str], arrays: Arrays) -> list[Float32]:
         inputs = {name: array[None] for name, array in arrays.items()}
         with still_open(self._stage).open() as session:
-            result: Float32 = session.run([output], inputs, self._run_options)[0][0]
+            found: list[Float32] = session.run(list(outputs), inputs, self._run_options)
         if self._run_options is not None:
             trim_heap()
-        return result
+        return [array[0] for array in found]
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.EncoderEngine`."""
@@ -242,13 +256,19 @@ class OnnxDecoder(BufferedDecoder):
         with self._open() as sessions:
             self._append(state, rows, 0, sessions)
 
-    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
+    def answer(self, state: DecoderState, rows: Rows, count: int | None = None) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         with self._open() as sessions:
-            return self._append(state, Rows(embeds), count, sessions, is_piece=False)
+            return self._append(state, rows, count, sessions, is_piece=False)
 
     def _open(self) -> AbstractContextManager[DecoderSessions]:
         return still_open(self._stage).open()
+
+    @property
+    def _chunk(self) -> int:
+        """Most rows of a run."""
+        chunk = self._plan.chunk_length
+        return min(chunk, LONGEST_RUN) if self._spec.sliding_layers else chunk
 
     def _for_prompt(self, sessions: DecoderSessions, length: int) -> Session:
         """Return the session that computes a piece of a prompt with so many positions."""
@@ -269,7 +289,7 @@ class OnnxDecoder(BufferedDecoder):
         assert isinstance(state, OnnxState)
         session = self._for_prompt(sessions, len(rows)) if is_piece else sessions.answers
         append = partial(self._append_chunk, state, session)
-        logits = in_chunks(append, rows, count, self._plan.chunk_length)
+        logits = in_chunks(append, rows, count, self._chunk)
         if is_piece:
             state.mark()
         if session is sessions.prompts and self._plan.released_prompt_weights:
@@ -294,6 +314,37 @@ class OnnxDecoder(BufferedDecoder):
         result: Float32 = arrays.logits[0, computed - count :]
         return result
 
+    def prompt_states(self, state: DecoderState, rows: Rows) -> Float32:
+        """Append the rows of a prompt; return the states after the last norm at its end
+        ``(hidden_size,)``. Of a model that makes images."""
+        assert isinstance(state, OnnxState)
+        length, last = len(rows), np.empty((1, 1, self._spec.hidden_size), np.float32)
+        with self._open() as sessions:
+            session = self._for_prompt(sessions, length)
+            for start, end in chunk_spans(length, rows.blocks, self._chunk):
+                self._append_chunk(state, session, rows[start:end], 1, {"states": last})
+        found: Float32 = last[0, 0]
+        return found
+
+    def joined(self, states: Sequence[DecoderState], slots: int) -> OnnxState:
+        """Return sequences of one length as one state that takes their steps together, with room
+        for so many slots each. They stay as they are."""
+        stage, found = still_open(self._stage), []
+        for state in states:
+            assert isinstance(state, OnnxState)
+            found.append(state)
+        made = OnnxState(self._spec, self._cache, len(found), slots)
+        made.fill(found)
+        stage.add(made)
+        return made
+
+    def step_all(self, state: OnnxState, rows: Float32) -> Float32:
+        """Append a row to each of joined sequences ``(sequences, hidden_size)``; return the states
+        after the last norm of the same shape, valid until the next call. Logits are not
+        computed."""
+        with self._open() as sessions:
+            return state.step_all(sessions.answers, rows, _only_what_is_asked())
+
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. By the routers' logits: the
         operator for all experts keeps its choice to itself."""
@@ -317,7 +368,7 @@ class OnnxDecoder(BufferedDecoder):
                 name: np.empty((1, length, self._spec.num_experts(layer)), np.float32)
                 for name, layer in names.items()
             }
-            session, chunk = self._for_prompt(sessions, length), self._plan.chunk_length
+            session, chunk = self._for_prompt(sessions, length), self._chunk
             for start in range(0, length, chunk):
                 end = min(start + chunk, length)
                 also = {name: values[:, start:end] for name, values in logits.items()}
@@ -363,6 +414,13 @@ def _too_old(path: Path, feature: str, needed: tuple[int, int]) -> BundleError:
         f"{path}: {feature} need onnxruntime {needed[0]}.{needed[1]}, this is {ort.__version__}: "
         f"pip install -U onnxruntime"
     )
+
+
+def _only_what_is_asked() -> ort.RunOptions:
+    """Return options of a run that computes nothing but the outputs that are bound."""
+    options = ort.RunOptions()
+    options.only_execute_path_to_fetches = True
+    return options
 
 
 def _giving_back() -> ort.RunOptions:

@@ -152,9 +152,9 @@ class NpuDecoder(BufferedDecoder):
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         self.prefill(state, rows)
 
-    def answer(self, state: DecoderState, embeds: Float32, count: int | None = None) -> Float32:
+    def answer(self, state: DecoderState, rows: Rows, count: int | None = None) -> Float32:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. Token by token, as :meth:`step`."""
-        return self.prefill(state, Rows(embeds), count)
+        return self.prefill(state, rows, count)
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`. These graphs compute all experts

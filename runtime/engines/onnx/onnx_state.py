@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +18,13 @@ from mobilevlm.rotary import rotary_at
 from mobilevlm.runtime.engines import CacheType, Float32, Positions
 from mobilevlm.runtime.engines.onnx.buffered import BufferedState
 from mobilevlm.runtime.engines.onnx.mapped_weights import Session
-from mobilevlm.runtime.engines.state import ConvolutionState, NextPositions
-from mobilevlm.state_buffers import fixed_buffers, slot_buffers
+from mobilevlm.runtime.engines.state import (
+    ConvolutionState,
+    NextPositions,
+    RecurrentState,
+    WindowBuffers,
+)
+from mobilevlm.state_buffers import fixed_buffers, slot_buffers, window_rows
 
 
 @dataclass(frozen=True)
@@ -39,24 +44,42 @@ class RunArrays:
 
 
 class OnnxState(BufferedState):
-    """Buffers of :func:`mobilevlm.state_buffers.state_buffers`, made once for the whole context.
+    """Buffers of :func:`mobilevlm.state_buffers.state_buffers`, made once for the whole context, or
+    for the window. ``sequences``: of one length, that take each step together, with room for
+    ``slots``.
 
     Their pages become resident as positions are written, so a short sequence in a long context
     costs little.
     """
 
-    def __init__(self, spec: DecoderSpec, cache: CacheType = np.float32) -> None:
-        fixed = fixed_buffers(spec)
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        cache: CacheType = np.float32,
+        sequences: int = 1,
+        slots: int | None = None,
+    ) -> None:
+        fixed, whole = fixed_buffers(spec), slots or spec.context_length
+        made: dict[str, dict[str, NDArray[Any]]] = {"kv": {}, "sliding": {}}
+        for buffer in slot_buffers(spec):
+            rows = whole if buffer.kind == "kv" else window_rows(spec)
+            shape = (sequences, *buffer.sized(rows)[1:])
+            made[buffer.kind][buffer.name] = _lazy_zeros(shape, cache)
+        windows = made["sliding"]
+        carried: ConvolutionState | RecurrentState | None = None
+        if fixed:
+            carried = RecurrentState(fixed) if spec.delta else ConvolutionState(fixed)
         super().__init__(
-            {
-                buffer.name: _lazy_zeros(buffer.sized(spec.context_length), cache)
-                for buffer in slot_buffers(spec)
-            },
-            ConvolutionState(fixed) if fixed else None,
+            made["kv"],
+            carried,
             NextPositions(spec.context_length) if spec.rope_sections else None,
+            WindowBuffers(windows, spec.sliding_window) if windows else None,
         )
-        self._spec, self._fixed = spec, fixed
+        self._spec, self._fixed = spec, [part for part in fixed if part.kind == "convolution"]
         self._total_length = np.zeros(1, np.int32)
+        self._window_length = np.zeros(1, np.int32)
+        self._sound = np.zeros(1, np.float32)
+        """1 where the prompt has sound."""
         self.cross: dict[str, Float32] = {}
         """Keys and values of an encoder's output, by their names in the graph."""
         self._step: tuple[Session, RunArrays, Any] | None = None
@@ -79,6 +102,14 @@ class OnnxState(BufferedState):
         outputs = {"logits": np.empty((1, computed, spec.vocab_size), np.float32)}
         if spec.rope_sections:
             inputs["rotary_cos"], inputs["rotary_sin"] = rotary_at(spec, positions)
+        if spec.sliding_layers:
+            inputs["window_length"] = self._window_length
+        if spec.image_blocks:
+            inputs |= image_inputs(rows.blocks, self.slots)
+        if spec.sound_rank:
+            if rows.heard is not None:
+                self._sound[0] = rows.heard
+            inputs["sound"] = self._sound
         deep = rows.deep or [np.zeros_like(rows.embeds)] * len(spec.deep_layers)
         for layer, added in zip(spec.deep_layers, deep, strict=True):
             inputs[f"deep.{layer}"] = np.ascontiguousarray(added[None])
@@ -111,15 +142,55 @@ class OnnxState(BufferedState):
         logits: Float32 = run.logits[0, 0]
         return logits
 
+    def fill(self, states: Sequence[OnnxState]) -> None:
+        """Make the sequences those of other states, which have one length."""
+        [length] = {state.slots for state in states}
+        for name, buffer in self.buffers.items():
+            for index, state in enumerate(states):
+                buffer[index, :, :length] = state.buffers[name][0, :, :length]
+        self.resume(length)
+
+    def step_all(self, session: Session, rows: Float32, options: Any) -> Float32:
+        """Append a row to each sequence ``(sequences, hidden_size)``; states after the last norm of
+        the same shape, valid until the next call."""
+        if self._step is None or self._step[0] is not session:
+            inputs: dict[str, NDArray[Any]] = {
+                "inputs_embeds": np.empty((len(rows), 1, rows.shape[1]), np.float32),
+                "total_length": self._total_length,
+                "logits_positions": np.zeros(1, np.int64),
+            }
+            states = np.empty((len(rows), 1, rows.shape[1]), np.float32)
+            run = RunArrays(1, np.zeros((1, 1), np.int64), inputs, {"states": states})
+            self._step = session, run, self._bind(session, run)
+        _, run, binding = self._step
+        run.inputs["inputs_embeds"][:, 0] = rows
+        self._advance(session, run, binding, options)
+        found: Float32 = run.outputs["states"][:, 0]
+        return found
+
     def unbind(self) -> None:
         """Lets go of the session, which the binding of a step holds."""
         self._step = None
 
     def _advance(self, session: Session, run: RunArrays, binding: Any, options: Any) -> None:
         self._total_length[0] = self.slots + run.length
+        if self._windows is not None:
+            self._windows.place(self.slots, run.length)
+            self._window_length[0] = self._total_length[0] - self._windows.first
+        self._bind_carried(binding)
         session.run_with_iobinding(binding, options)
         presents = [run.outputs[buffer.present] for buffer in self._fixed]
         self.append(run.positions, presents)
+
+    def _bind_carried(self, binding: Any) -> None:
+        """Bind what a run reads and writes of states that runs replace, in turn the one and the
+        other half of their memory."""
+        if not isinstance(self._carried, RecurrentState):
+            return
+        for name, array in self._carried.past().items():
+            _bind_input(binding, name, array)
+        for name, array in self._carried.present().items():
+            _bind_output(binding, name, array)
 
     def _text_positions(self, length: int) -> Positions:
         following = np.arange(self.position, self.position + length)
@@ -137,6 +208,18 @@ class OnnxState(BufferedState):
             _bind_input(binding, f"past_key_values.{name}", buffer)
             _bind_output(binding, f"present.{name}", buffer)
         return binding
+
+
+def image_inputs(blocks: Sequence[tuple[int, int]], slots: int) -> dict[str, NDArray[np.int64]]:
+    """Return the graph's inputs that say which rows of a run behind so many slots lie in images,
+    and the slot behind each one's image."""
+    rows = [np.arange(start, end) for start, end in blocks]
+    ends = [np.full(end - start, slots + end) for start, end in blocks]
+    empty = np.empty(0, np.int64)
+    return {
+        "image_rows": np.concatenate([empty, *rows]),
+        "image_ends": np.concatenate([empty, *ends]),
+    }
 
 
 def _lazy_zeros(shape: tuple[int, ...], kind: CacheType) -> NDArray[Any]:

@@ -12,7 +12,9 @@ function kindOf(schema) {
   if (schema.enum) return schema.enum.map((value) => JSON.stringify(value)).join(", ");
   const limits = [
     ["minimum", "from "],
+    ["exclusiveMinimum", "above "],
     ["maximum", "to "],
+    ["exclusiveMaximum", "below "],
   ].filter(([name]) => name in schema);
   return [schema.type, ...limits.map(([name, word]) => word + schema[name])].join(" ");
 }

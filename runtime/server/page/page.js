@@ -6,6 +6,7 @@ const LONGEST_EDGE = 4096; // pixels, then
 const get = (selector) => document.querySelector(selector);
 const messages = [];
 let images = []; // data URIs of the next question
+let drawing = new Set(); // names of the models that make images
 let running = null; // the AbortController of the answer that is being made
 
 function element(name, options = {}, ...children) {
@@ -147,12 +148,19 @@ async function showModels() {
     const found = (await (await request("v1/models")).json()).data;
     get("#model").replaceChildren(...found.map(({ id }) => element("option", { textContent: id })));
     get("#models").hidden = found.length < 2;
+    drawing = new Set(found.filter(({ draws }) => draws).map(({ id }) => id));
+    showDrawing();
     document.body.dataset.state = "ready";
   } catch (error) {
     say(error.message);
   }
 }
 
+function showDrawing() {
+  get("#draw").hidden = !drawing.has(get("#model").value);
+}
+
+get("#model").addEventListener("change", showDrawing);
 get("#access").addEventListener("submit", (event) => {
   event.preventDefault();
   sessionStorage.setItem("key", get("#key").value);
@@ -233,9 +241,48 @@ async function ask() {
   show(false);
 }
 
+async function draw() {
+  const prompt = get("#question").value.trim();
+  if (running || !prompt) return;
+  addTurn("user", element("p", {}, `Draw: ${prompt}`));
+  const waiting = element("p", { className: "words", textContent: "Drawing…" });
+  const turn = addTurn("assistant", waiting);
+  const own = new AbortController();
+  running = own;
+  get("#question").value = "";
+  show(true);
+  try {
+    const started = performance.now();
+    const response = await request("v1/images/generations", {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify({ model: get("#model").value || undefined, prompt }),
+      signal: own.signal,
+    });
+    const { data, usage } = await response.json();
+    const shown = data.map(({ b64_json }) =>
+      element("img", { src: `data:image/png;base64,${b64_json}`, alt: prompt }),
+    );
+    const seconds = (performance.now() - started) / 1000;
+    const told = `${seconds.toFixed(1)} s, ${(usage.output_tokens / seconds).toFixed(0)} codes/s`;
+    waiting.replaceWith(...shown);
+    turn.append(element("p", { className: "timing", textContent: told }));
+    turn.scrollIntoView({ block: "end" });
+  } catch (error) {
+    if (running !== own) return;
+    if (error.name === "AbortError") waiting.append(" [stopped]");
+    else waiting.replaceWith(element("p", { className: "error", textContent: error.message }));
+    get("#question").value = prompt;
+  }
+  if (running !== own) return;
+  running = null;
+  show(false);
+}
+
 function show(busy) {
   get("#stop").hidden = !busy;
   get("#send").disabled = busy;
+  get("#draw").disabled = busy;
   document.body.dataset.state = busy ? "busy" : "ready";
 }
 
@@ -243,6 +290,7 @@ get("#ask").addEventListener("submit", (event) => {
   event.preventDefault();
   ask();
 });
+get("#draw").addEventListener("click", draw);
 get("#question").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
     event.preventDefault();

@@ -1,0 +1,168 @@
+"""Checks of what a manifest says about the language model, as those of
+:mod:`mobilevlm.bundle_checks`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from mobilevlm.linear_groups import decoder_groups
+from mobilevlm.number_checks import (
+    Check,
+    check_layers,
+    check_positive,
+    check_weights,
+    check_whole,
+    shortened,
+    size_of,
+)
+
+if TYPE_CHECKING:
+    from mobilevlm.decoder_spec import DecoderSpec
+
+MOST_POSITIONS = 1 << 20
+"""Most positions of a context"""
+MOST_AXES = 4
+"""Axes of a position"""
+MOST_KERNEL = 64
+"""Positions that a short convolution reads"""
+MOST_STATE = 1 << 24
+"""Numbers that a gated delta layer keeps of a sequence; Qwen3.5 has 2¹⁸ to 2²⁰."""
+MOST_EXPERTS = 1 << 16
+"""Experts of all layers together"""
+
+
+def check_decoder(decoder: DecoderSpec, total: int) -> Iterator[Check]:
+    """Check the language model. ``total``: bytes of the bundle's files."""
+    numbers = {
+        "vocab_size": decoder.vocab_size,
+        "hidden_size": decoder.hidden_size,
+        "intermediate_size": decoder.intermediate_size,
+        "num_hidden_layers": decoder.num_hidden_layers,
+        "num_attention_heads": decoder.num_attention_heads,
+        "num_key_value_heads": decoder.num_key_value_heads,
+        "head_dim": decoder.head_dim,
+        "context_length": decoder.context_length,
+    }
+    yield from check_whole("decoder", numbers)
+    yield from check_whole("decoder", {"encoder_layers": decoder.encoder_layers}, 0)
+    floats = {
+        "norm_eps": decoder.norm_eps,
+        "rope_theta": decoder.rope_theta,
+        "rope_scaling": decoder.rope_scaling,
+        "attention_scale": decoder.score_scale,
+        "embed_scale": decoder.embed_scale,
+        "sliding_rope_theta": decoder.sliding_rope_theta,
+        "attention_softcap": decoder.attention_softcap,
+        "logit_softcap": decoder.logit_softcap,
+    }
+    given = {name: value for name, value in floats.items() if value is not None}
+    yield from check_positive("decoder", given)
+    for name in ("num_hidden_layers", "encoder_layers"):
+        yield check_layers(f"decoder.{name}", getattr(decoder, name))
+    length = decoder.context_length
+    yield "decoder.context_length", length, length <= MOST_POSITIONS, f"at most {MOST_POSITIONS}"
+    heads, groups = decoder.num_attention_heads, decoder.num_key_value_heads
+    expected = f"a divisor of {shortened(heads)} heads"
+    yield "decoder.num_key_value_heads", groups, heads % groups == 0, expected
+    channels, most = decoder.rotary_channels, decoder.head_dim
+    is_right = 0 <= channels <= most and channels % 2 == 0
+    yield "decoder.rotary_dim", channels, is_right, f"an even number up to {shortened(most)}"
+    start = decoder.start_token_id
+    is_right = 0 <= start < decoder.vocab_size
+    yield "decoder.start_token_id", start, is_right, "an id of the vocabulary"
+    yield from _blocks(decoder)
+    buckets = decoder.relative_positions
+    if buckets is not None:
+        values = {"num_buckets": buckets.num_buckets, "max_distance": buckets.max_distance}
+        yield from check_whole("decoder.relative_positions", values)
+        yield check_weights("decoder.relative_positions", buckets.num_buckets * heads, total)
+    yield from _experts(decoder)
+    yield check_weights("decoder", size_of(decoder_groups(decoder)), total)
+
+
+def _blocks(decoder: DecoderSpec) -> Iterator[Check]:
+    yield from check_whole("decoder", {"sliding_window": decoder.sliding_window}, 0)
+    is_right = decoder.embed_scale == 1 or not decoder.encoder_layers
+    yield "decoder.embed_scale", decoder.embed_scale, is_right, "1 beside an encoder"
+    layers, window = decoder.sliding_layers, decoder.sliding_window
+    is_right = _ascending(layers, decoder) and (window > 0) == (len(layers) > 0)
+    yield "decoder.sliding_layers", layers, is_right, "layers of the decoder, and a sliding_window"
+    is_right = not (decoder.post_norms and decoder.parallel_residual)
+    yield "decoder.post_norms", decoder.post_norms, is_right, "none beside parallel_residual"
+    sections, pairs = decoder.rope_sections, decoder.rotary_channels // 2
+    is_right = not sections or (min(sections) >= 0 and sum(sections) == pairs)
+    is_right = is_right and len(sections) <= MOST_AXES
+    yield "decoder.rope_sections", sections, is_right, f"up to {MOST_AXES}, together {pairs}"
+    other = "learned_positions" if decoder.learned_positions else "sliding_rope_theta"
+    is_right = not (sections and getattr(decoder, other))
+    yield "decoder.rope_sections", sections, is_right, f"none beside {other}"
+    layers, kernel = decoder.conv_layers, decoder.conv_kernel
+    is_right = _ascending(layers, decoder) and len(layers) < decoder.num_hidden_layers
+    yield "decoder.conv_layers", layers, is_right, "layers of the decoder, and not all of them"
+    is_right = 2 <= kernel <= MOST_KERNEL if layers else kernel == 0
+    yield "decoder.conv_kernel", kernel, is_right, f"2 to {MOST_KERNEL} where there are conv_layers"
+    yield from _delta(decoder)
+    is_right = _ascending(decoder.deep_layers, decoder)
+    yield "decoder.deep_layers", decoder.deep_layers, is_right, "layers of the decoder"
+    for name in (
+        "qk_norm",
+        "post_norms",
+        "sliding_layers",
+        "attention_softcap",
+        "logit_softcap",
+        "rope_sections",
+        "conv_layers",
+        "deep_layers",
+        "image_blocks",
+        "attention_gate",
+        "delta",
+    ):
+        value = getattr(decoder, name)
+        is_right = not (value and decoder.encoder_layers)
+        yield f"decoder.{name}", value, is_right, "none beside an encoder (encoder_layers)"
+
+
+def _delta(decoder: DecoderSpec) -> Iterator[Check]:
+    delta = decoder.delta
+    if delta is None:
+        return
+    sizes = {field.name: getattr(delta, field.name) for field in dataclasses.fields(delta)[1:]}
+    yield from check_whole("decoder.delta", sizes)
+    is_right = _ascending(delta.layers, decoder) and len(delta.layers) > 0
+    is_right = is_right and len(delta.layers) < decoder.num_hidden_layers
+    yield "delta.layers", delta.layers, is_right, "layers of the decoder, and not all of them"
+    is_right = not decoder.conv_layers
+    yield "decoder.conv_layers", decoder.conv_layers, is_right, "none beside gated delta layers"
+    is_right = delta.value_heads % delta.key_heads == 0
+    yield "delta.value_heads", delta.value_heads, is_right, f"a multiple of {delta.key_heads}"
+    is_right = 2 <= delta.kernel <= MOST_KERNEL
+    yield "delta.kernel", delta.kernel, is_right, f"2 to {MOST_KERNEL}"
+    size = delta.value_heads * delta.key_dim * delta.value_dim
+    yield "the state of a delta layer", size, size <= MOST_STATE, f"at most {MOST_STATE} numbers"
+
+
+def _ascending(layers: tuple[int, ...], decoder: DecoderSpec) -> bool:
+    """Return whether these are different layers of the decoder, in order."""
+    inside = all(0 <= layer < decoder.num_hidden_layers for layer in layers)
+    return inside and list(layers) == sorted(set(layers))
+
+
+def _experts(decoder: DecoderSpec) -> Iterator[Check]:
+    experts = decoder.experts
+    if experts is None:
+        return
+    layers, counts = experts.layers, experts.num_experts
+    is_right = list(layers) == sorted(set(layers)) and len(layers) == len(counts) > 0
+    is_right = is_right and layers[0] >= 0 and layers[-1] < decoder.num_hidden_layers
+    yield "experts.layers", layers, is_right, "layers of the decoder, each with its experts"
+    is_right = all(1 <= experts.top_k <= count < 1 << 16 for count in counts)
+    yield "experts.num_experts", counts, is_right, f"at least top_k {shortened(experts.top_k)}"
+    yield (
+        "the number of experts",
+        sum(counts),
+        sum(counts) <= MOST_EXPERTS,
+        f"at most {MOST_EXPERTS}",
+    )

@@ -1,0 +1,1 @@
+"""Benchmarks of the literature, from local files: questions, official scoring, comparison."""

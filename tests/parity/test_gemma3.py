@@ -1,0 +1,168 @@
+"""Gemma 3 beyond the arrays of its fixture: several images, answers that go on, prompts that are
+reused, keys and values in 8 bits, and other forms of the checkpoint."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import FLOAT32, BundleOf, Fixture, fixture_named, relative_error
+from numpy.typing import NDArray
+from PIL import Image
+
+import mobilevlm
+from mobilevlm.families import open_checkpoint
+from mobilevlm.prompt import Rows, run_spans
+from mobilevlm.reference import ReferenceModel, load_reference
+from mobilevlm.runtime import VLM
+from mobilevlm.runtime.engines import chunk_spans
+from mobilevlm.runtime.sequence.session import Fill
+
+Array = NDArray[np.float32]
+PROMPT = "<image>What is in it? And here?<image>Say which has a house."
+
+
+@pytest.fixture(scope="module")
+def fixture() -> Fixture:
+    return fixture_named("gemma3")
+
+
+@pytest.fixture(scope="module")
+def images(fixture: Fixture) -> list[Image.Image]:
+    first = Image.open(fixture.image).convert("RGB")
+    return [first, first.transpose(Image.Transpose.ROTATE_90)]
+
+
+@pytest.fixture(scope="module")
+def vlm(fixture: Fixture, bundle_of: BundleOf) -> Iterator[VLM]:
+    with mobilevlm.load(bundle_of("gemma3", "fp32")) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def reference(fixture: Fixture) -> ReferenceModel:
+    return load_reference(fixture.model)
+
+
+@torch.no_grad()
+def expected_logits(
+    vlm: VLM, reference: ReferenceModel, prompt: str, images: list[Image.Image]
+) -> Array:
+    asked = vlm._prepare(prompt, images, raw=False)
+    rows = [reference.image_rows(image) for image in asked.images]
+    found: Array = reference.logits(reference.prompt(asked.pieces, rows)).numpy()
+    return found
+
+
+def test_several_images_give_the_logits_of_the_reference(
+    vlm: VLM, reference: ReferenceModel, images: list[Image.Image]
+) -> None:
+    expected = expected_logits(vlm, reference, PROMPT, images)
+    found = vlm.prompt_logits(PROMPT, images)
+    assert relative_error(found, expected) <= 2 * FLOAT32
+    turned = vlm.prompt_logits(PROMPT, images[::-1])
+    assert relative_error(turned, expected) > 100 * FLOAT32
+
+
+def test_all_of_a_prompt_in_one_run_gives_the_same(
+    vlm: VLM, reference: ReferenceModel, images: list[Image.Image]
+) -> None:
+    asked = vlm._prepare(PROMPT, images, raw=False)
+    with torch.no_grad():
+        shown = [reference.image_rows(image) for image in asked.images]
+        state = reference.prompt(asked.pieces, shown)
+        rows = Rows(state.hidden[0].numpy(), blocks=tuple(run_spans(asked.pieces)))
+        found = vlm.embeds_logits(rows)
+        assert relative_error(found, reference.logits(state).numpy()) <= 2 * FLOAT32
+        # Rows that only see the past are another model's.
+        causal = vlm.embeds_logits(replace(rows, blocks=()))
+    assert relative_error(causal, found) > 1000 * FLOAT32
+
+
+def test_images_that_are_there_already_give_the_bits_of_computed_ones(
+    vlm: VLM, images: list[Image.Image]
+) -> None:
+    asked = [(PROMPT, images), (PROMPT + " Now.", images), ("<image>And this?", images[:1])]
+    fresh = [vlm.prompt_logits(prompt, shown)[-1] for prompt, shown in asked]
+    session = vlm.new_session()
+    for index in (0, 1, 2, 0, 1):
+        prompt, shown = asked[index]
+        answer = vlm.generate(prompt, shown, max_new_tokens=3, session=session, ignore_eos=True)
+        assert answer.token_ids[0] == fresh[index].argmax()
+        assert np.array_equal(vlm.prompt_logits(prompt, shown)[-1], fresh[index])
+
+
+def test_a_prompt_that_ends_inside_an_image_is_computed_from_its_begin(
+    vlm: VLM, reference: ReferenceModel, images: list[Image.Image]
+) -> None:
+    """The last position of a prompt is always computed: of one that ends with an image, with all
+    rows of the image."""
+    whole = vlm._prepare("x<start_of_image>", images[:1], raw=True)
+    asked = replace(whole, pieces=whole.pieces[:-2])
+    session, note = vlm._session("everything"), Fill()
+    first = session.fill(asked, Fill()).copy()
+    again = session.fill(asked, note)
+    assert note.reused_tokens == len(asked.pieces) - 1  # ids before the image
+    assert np.array_equal(again, first)
+    with torch.no_grad():
+        rows = [reference.image_rows(image) for image in asked.images]
+        expected = reference.logits(reference.prompt(asked.pieces, rows)).numpy()[-1]
+    assert relative_error(first, expected) <= 2 * FLOAT32
+
+
+def test_chunks_do_not_split_rows_that_see_each_other() -> None:
+    assert list(chunk_spans(10, (), 4)) == [(0, 4), (4, 8), (8, 10)]
+    assert list(chunk_spans(10, ((2, 6),), 4)) == [(0, 2), (2, 6), (6, 10)]
+    assert list(chunk_spans(12, ((3, 9), (9, 10)), 4)) == [(0, 3), (3, 9), (9, 12)]
+    assert list(chunk_spans(0, (), 4)) == []
+
+
+def test_keys_and_values_in_8_bits_stay_near(
+    vlm: VLM, bundle_of: BundleOf, images: list[Image.Image]
+) -> None:
+    with mobilevlm.load(bundle_of("gemma3", "fp32", kv_cache="int8")) as small:
+        found = small.prompt_logits(PROMPT, images)
+    error = relative_error(found, vlm.prompt_logits(PROMPT, images))
+    assert FLOAT32 < error < 0.05
+
+
+@pytest.mark.parametrize("form", ["transformers 5", "an untied head"])
+def test_other_forms_of_the_checkpoint_are_the_same_model(
+    fixture: Fixture, tmp_path: Path, form: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(fixture.checkpoint, folder)
+    change_names(folder, form)
+    found, known = open_checkpoint(folder), fixture.model
+    assert found.spec.decoder == replace(
+        known.spec.decoder, tie_word_embeddings=form == "transformers 5"
+    )
+    shape = (known.spec.decoder.vocab_size, known.spec.decoder.hidden_size)
+    for name, sizes in (("decoder.lm_head.weight", shape), ("projector.mlp.0.weight", (48, 32))):
+        assert np.array_equal(found.weights.read(name, sizes), known.weights.read(name, sizes))
+
+
+def change_names(folder: Path, form: str) -> None:
+    """Write the weights under the names of a later release, or with a head of their own."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors: dict[str, NDArray[Any]] = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    if form == "an untied head":
+        config["tie_word_embeddings"] = False
+        head = tensors["language_model.model.embed_tokens.weight"]
+        tensors["language_model.lm_head.weight"] = head.copy()
+    else:
+        tensors = {
+            f"model.{name.replace('language_model.model.', 'language_model.')}": array
+            for name, array in tensors.items()
+        }
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(tensors, folder / "model.safetensors")

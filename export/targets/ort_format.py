@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.errors import MobileVLMError, TargetError
+from mobilevlm.export.targets import ort_worker
 from mobilevlm.plan import default_threads
 from mobilevlm.runtime.engines.onnx.engine import open_session
 
@@ -73,7 +74,7 @@ def convert(graphs: Mapping[Path, tuple[Path, ...]], folder: Path) -> RequiredOp
         for path in sorted({name for graph, data in graphs.items() for name in (graph, *data)}):
             _link(path, source / path.name)
         done = subprocess.run(
-            [sys.executable, "-m", "mobilevlm.export.targets.ort_worker"],
+            [sys.executable, *ort_worker.ISOLATED, ort_worker.__file__],
             cwd=work,
             env=_environment(),
             capture_output=True,

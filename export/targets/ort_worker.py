@@ -1,10 +1,11 @@
 """Makes .ort files of the graphs in the folder ``graphs`` of the working directory, in the folder
-``made`` there, in a process of its own: ``python -m mobilevlm.export.targets.ort_worker``.
+``made`` there: a program of its own, run by its path.
 
 onnxruntime's converter prints to stdout, and the order in which it stores things depends on where
-they lie in memory. So the process starts itself once more where addresses are the same every time
-(Linux), its sessions have no second thread, which would allocate whenever the scheduler lets it,
-and nothing that it is given has a length of its own: the same graphs give the same bytes.
+they lie in memory. So the program starts itself once more where addresses are the same every time
+(Linux), imports neither torch nor mobilevlm (with tokenizers), which draw random numbers when they
+are imported, its sessions have no second thread, which would allocate whenever the scheduler lets
+it, and nothing that it is given has a length of its own: the same graphs give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+ISOLATED = ("-B", "-P", "-s")
+"""Options of Python: writes no bytecode, looks neither into this file's folder nor the user's."""
 _ADDR_NO_RANDOMIZE = 0x0040000
 """Of Linux' personality(2)"""
 _QUERY = 0xFFFFFFFF
@@ -23,9 +26,8 @@ _QUERY = 0xFFFFFFFF
 def main() -> None:
     """Converts."""
     if len(sys.argv) == 1 and _fixed_addresses():
-        os.execv(
-            sys.executable, [sys.executable, "-m", "mobilevlm.export.targets.ort_worker", "again"]
-        )
+        os.execv(sys.executable, [sys.executable, *ISOLATED, __file__, "again"])
+    sys.modules["torch"] = None  # type: ignore[assignment]  # the converter imports it if it can
     import onnxruntime
     from onnxruntime.tools.convert_onnx_models_to_ort import (
         OptimizationStyle,

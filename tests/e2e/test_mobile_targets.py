@@ -22,7 +22,7 @@ from mobilevlm.bundle import Bundle, open_bundle, write_manifest
 from mobilevlm.cli import main
 from mobilevlm.export import settled
 from mobilevlm.export.calibration.samples import scene_samples
-from mobilevlm.export.targets import find_target, ort_format
+from mobilevlm.export.targets import find_target, ort_format, ort_worker
 from mobilevlm.export.targets.ort_format import _example
 from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines.onnx.npu import NpuState
@@ -235,3 +235,12 @@ def test_a_core_ml_package_is_an_ml_program_with_the_weights_of_the_model(bundle
     assert operators == package.operators
     assert (operators["linear"], operators["layer_norm"], operators["softmax"]) == (32, 11, 5)
     assert sum(array.size for array in constants.values()) > 1_000_000  # the stage's parameters
+
+
+def test_the_converter_imports_neither_torch_nor_mobilevlm(tmp_path: Path) -> None:
+    """They draw random numbers when they are imported, and memory decides the order of a file."""
+    program = [sys.executable, "-X", "importtime", *ort_worker.ISOLATED, ort_worker.__file__]
+    done = subprocess.run([*program, "again"], cwd=tmp_path, capture_output=True, text=True)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "onnxruntime.tools.convert_onnx_models_to_ort" in imported
+    assert not {"torch", "tokenizers", "mobilevlm"} & imported

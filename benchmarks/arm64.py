@@ -3,8 +3,8 @@
     python benchmarks/arm64.py nano --questions 24
     python benchmarks/arm64.py --prepare           # only makes the arm64 root
 
-Every token of the greedy answers is compared (docs/arm64.md). Needs a Debian or Ubuntu system with
-qemu-user-static; the root is made once, in the cache.
+Every token of the greedy answers is compared (docs/how-to/arm64.md). Needs a Debian or Ubuntu
+system with qemu-user-static; the root is made once, in the cache.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Exports the built-in models to every target and writes what came of it as a table.
 
-    python benchmarks/targets.py --output docs/targets.md --questions 240
+    python benchmarks/targets.py --output docs/reference/targets.md --questions 240
 
 For each target and stage: artifact, size, coverage by the target's compiler or accelerator, how far
 its emulator is from ONNX Runtime on the same graph, and how many questions are answered right.
@@ -43,9 +43,9 @@ an export, and what its result is checked against: the memory that it takes, for
 vendor's compiler takes every operator, and for an accelerator behind ONNX Runtime that it takes the
 share of them that the target asks for. An export that fails a check leaves no bundle and ends with
 exit code 1 and one line. Memory is what a process has in use while it answers about one picture, in
-the setting that [`load` would choose](runtime.md#memory), without pages of the model's files.
-[npu.md](npu.md) tells about the NPU's graphs, [mobile.md](mobile.md) about Core ML, XNNPACK and
-.ort files.
+the setting that [`load` would choose](../explanation/runtime.md#memory), without pages of the
+model's files. [npu.md](../explanation/npu.md) tells about the NPU's graphs,
+[mobile.md](../how-to/mobile.md) about Core ML, XNNPACK and .ort files.
 
 """
 
@@ -56,7 +56,7 @@ COLUMNS = (
 TABLE = """\
 ## What the exports gave
 
-Written by `python benchmarks/targets.py --output docs/targets.md`. Coverage: operators
+Written by `python benchmarks/targets.py --output docs/reference/targets.md`. Coverage: operators
 (QuantizeLinear and DequantizeLinear included) that the compiler took of those in the graphs; for
 Core ML and XNNPACK those that the accelerator takes by our table of its operators, in how
 many parts (of the decoder in each of its two graphs), and its share of the multiplications.
@@ -74,7 +74,7 @@ PHONES = """
 
 Files in ONNX Runtime's own format, the operators that a reduced build of it has to have for them,
 and the size that such a library is expected to have (arm64, without accelerators: estimated from
-published sizes of other builds, [mobile.md](mobile.md); none was built here).
+published sizes of other builds, [mobile.md](../how-to/mobile.md); none was built here).
 
 | model | target | .ort MB | operators | reduced build | Core ML package |
 |---|---|---|---|---|---|

@@ -6,7 +6,7 @@
 >>> for piece in vlm.stream("What is in the image?", images=["cat.png"]):
 ...     print(piece, end="")
 
-docs/api.md has every call.
+docs/reference/api.md has every call.
 """
 
 from __future__ import annotations

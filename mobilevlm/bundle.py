@@ -1,7 +1,7 @@
 """A bundle: the folder a device needs, described by ``manifest.json``.
 
 The manifest holds the spec, the artifacts of each stage, size and digest of every file, the recipe
-and the measured quality. docs/bundle.md specifies the format.
+and the measured quality. docs/reference/bundle.md specifies the format.
 """
 
 from __future__ import annotations

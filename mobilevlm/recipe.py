@@ -219,7 +219,7 @@ class Recipe:
     the mean is taken away, for chips that lack the first."""
     operators: Literal["runtime", "elementary"] = "runtime"
     """Of the vision stage in float, and of all float graphs with fixed shapes: what ONNX Runtime's
-    processors like best, or those that mobile accelerators take too (docs/mobile.md)."""
+    processors like best, or those that mobile accelerators take too (docs/how-to/mobile.md)."""
     calibration: str = OWN
     """Data for calibrated methods: ``own`` answers of the model, drawn ``scenes``, or a JSONL file
     (export/calibration/samples.py)."""

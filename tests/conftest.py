@@ -158,7 +158,8 @@ class Fixture:
 
     @property
     def logits(self) -> NDArray[Any]:
-        """``(length, vocab_size)`` of the prompt; of experts without capacity (docs/moe.md)."""
+        """``(length, vocab_size)`` of the prompt; of experts without capacity
+        (docs/explanation/moe.md)."""
         logits: NDArray[Any] = self.arrays.get("logits_nodrop", self.arrays["logits"])[0]
         return logits
 

@@ -1,4 +1,4 @@
-// Reads a bundle (docs/bundle.md) as `mobilevlm export --target web-wasm` wrote it.
+// Reads a bundle (docs/reference/bundle.md) as `mobilevlm export --target web-wasm` wrote it.
 
 import { EXPORT, checkRunnable } from "./checks.js";
 import { upgraded } from "./schema_1.js";

@@ -186,7 +186,8 @@ def _overrides(model: Any, layers: LinearFormat) -> Overrides:
 def _empty_channels(model: Any) -> Overrides:
     """Weights of products with outputs whose weights are all zero: these get the widest range of
     the others. onnxruntime would give them the scale 1, thousands of times the others', at which
-    Hexagon v68 rounds the zero point of their output: 2% of its range away (docs/npu.md)."""
+    Hexagon v68 rounds the zero point of their output: 2% of its range away
+    (docs/explanation/npu.md)."""
     from onnx import numpy_helper
 
     weights = {tensor.name: tensor for tensor in model.graph.initializer}

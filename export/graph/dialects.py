@@ -193,6 +193,6 @@ ELEMENTARY = replace(
     rows_only=True,
     floats_only=True,
 )
-"""For accelerators of phones (docs/mobile.md): XNNPACK multiplies two dimensions by a constant, and
-Core ML has neither Gather nor comparisons. An old opset: their runtimes refuse versions of
-operators that are newer than they are."""
+"""For accelerators of phones (docs/how-to/mobile.md): XNNPACK multiplies two dimensions by a
+constant, and Core ML has neither Gather nor comparisons. An old opset: their runtimes refuse
+versions of operators that are newer than they are."""

@@ -130,7 +130,8 @@ def measure(
     texts: Sequence[Sample] = (),
     plan: Plan | PlanChoice = "none",
 ) -> Measurement:
-    """Run bundle and reference on the same samples. docs/quality.md says what the figures mean.
+    """Run bundle and reference on the same samples. docs/explanation/quality.md defines
+    the figures.
 
     ``max_new_tokens``: of each greedy answer. ``advance`` hears of each sample. ``texts``: of
     :func:`mobilevlm.export.quality.passages.text_samples`, which are left out if the reference does

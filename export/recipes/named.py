@@ -1,5 +1,5 @@
-"""Named recipes: what ``--recipe NAME`` stands for. docs/quality.md has what each loses on a real
-language model."""
+"""Named recipes: what ``--recipe NAME`` stands for. docs/explanation/quality.md has what each
+loses on a real language model."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _uniform(
 
 def _limits(vision: float, kl: float, perplexity: float, accuracy: float) -> Limits:
     """Return limits with a margin to what was measured on a real decoder of 135 million weights,
-    which are harder to round than those of larger ones (docs/quality.md)."""
+    which are harder to round than those of larger ones (docs/explanation/quality.md)."""
     return Limits(vision, kl, perplexity_ratio=perplexity, accuracy_loss=accuracy)
 
 

@@ -109,7 +109,7 @@ class Verification:
     suite: SuiteComparison | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types. docs/quality.md specifies them."""
+        """Plain JSON types. docs/explanation/quality.md specifies them."""
         return {
             "bundle": str(self.bundle.folder),
             "model": self.bundle.manifest.spec.name,

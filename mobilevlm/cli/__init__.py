@@ -59,7 +59,7 @@ _MODULES = {"list": "listing", "export-matrix": "export_matrix"}
 """Modules of verbs that have another name: a module here must not hide a builtin"""
 
 COMPLETION = "_MOBILEVLM_COMPLETE"
-"""Variable by which a shell asks for completion (docs/cli.md)."""
+"""Variable by which a shell asks for completion (docs/how-to/cli.md)."""
 TORCH_VERBS = ("export", "search", "imatrix", "inspect", "verify")
 """Those that may run torch's reference."""
 

@@ -68,7 +68,7 @@ class Task:
     type=click.Path(path_type=Path),
     metavar="DIR|FILE",
     help="Files of the suite: parquet as the hub has them, JSON, JSONL, TSV or CSV. Nothing is "
-    "downloaded; docs/evaluation.md tells where they come from.",
+    "downloaded; docs/how-to/evaluation.md tells where they come from.",
 )
 @click.option("--split", help="Part of the data.  [default: the one that papers report]")
 @click.option(

@@ -28,7 +28,7 @@ Examples:
     "--data",
     type=click.Path(path_type=Path),
     metavar="DIR|FILE",
-    help="Files of the suite; docs/evaluation.md tells where they come from.",
+    help="Files of the suite; docs/how-to/evaluation.md tells where they come from.",
 )
 @click.option("--split", help="Part of the data.  [default: the one that papers report]")
 @click.option(

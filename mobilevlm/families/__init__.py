@@ -112,7 +112,7 @@ def _find_family(folder: Path, config: dict[str, Any]) -> Family:
     if model_type not in known:
         raise CheckpointError(
             f"{path}: model_type is {model_type!r:.60}, expected one of the families "
-            f"{', '.join(FAMILIES)} (docs/families.md)"
+            f"{', '.join(FAMILIES)} (docs/reference/families.md)"
         )
     kin = [family for family in FAMILIES.values() if model_type in family.model_types]
     keys = sorted({key for family in kin for key in family.keys if key not in config})

@@ -203,7 +203,7 @@ def _qkv_rows(spec: DecoderSpec, part: int) -> RowRange:
 
 def _experts(path: Path, config: dict[str, Any], layers: int) -> ExpertsSpec | None:
     """The ``moe`` block of MoE-LLaVA's config.json; capacities and noise are not read: they are
-    for training (docs/moe.md)."""
+    for training (docs/explanation/moe.md)."""
     moe = config.get("moe")
     if moe is None:
         return None

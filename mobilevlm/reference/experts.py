@@ -3,7 +3,7 @@
 
 The official gate (DeepSpeed's ``top2gating``) also adds noise to the second choice and drops tokens
 over an expert's capacity. Neither happens on a device; dropping can be had here, to measure what it
-changes (docs/moe.md).
+changes (docs/explanation/moe.md).
 """
 
 from __future__ import annotations

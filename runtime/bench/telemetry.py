@@ -1,5 +1,5 @@
 """What sensors showed during a measurement, and whether the machine was slowed down meanwhile, for
-heat or for power. docs/devices.md has the rules."""
+heat or for power. docs/how-to/devices.md has the rules."""
 
 from __future__ import annotations
 

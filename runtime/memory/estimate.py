@@ -1,7 +1,8 @@
 """How much memory a bundle takes, told from its manifest: the peak of a process that loads it and
 answers one question about one picture.
 
-The parts, and what each follows from (docs/runtime.md tells more, benchmarks/memory.py measures):
+The parts, and what each follows from (docs/explanation/runtime.md tells more,
+benchmarks/memory.py measures):
 
 - libraries: Python, numpy, onnxruntime, tokenizers and their files; a tokenizer takes eight times
   its file.

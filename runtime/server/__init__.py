@@ -1,1 +1,1 @@
-"""An HTTP server that clients of OpenAI's API talk to (docs/server.md)."""
+"""An HTTP server that clients of OpenAI's API talk to (docs/how-to/server.md)."""

@@ -198,8 +198,8 @@ def _files(data: Path, split: str) -> list[Path]:
         found = [path for path in sorted(data.rglob(f"*{ending}")) if path.is_file()]
         if found:
             return _of_split(data, found, split)
-    raise SuiteError(f"{data}: no {', '.join(ENDINGS)} below it: docs/evaluation.md tells where "
-                     f"the data comes from")  # fmt: skip
+    raise SuiteError(f"{data}: no {', '.join(ENDINGS)} below it: docs/how-to/evaluation.md tells "
+                     f"where the data comes from")  # fmt: skip
 
 
 def _of_split(data: Path, found: Sequence[Path], split: str) -> list[Path]:

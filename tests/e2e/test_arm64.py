@@ -1,5 +1,5 @@
 """The base install on an emulated Raspberry Pi 5, from the wheels that an Arm board gets: the same
-tokens as here (docs/arm64.md)."""
+tokens as here (docs/how-to/arm64.md)."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_run_streams_the_same_tokens_as_here(board: Machine, bundle: Path, tmp_p
 
 
 # Measured: visual tokens 0.0023, logits 0.031: float32 is added up in another order, and what is
-# rounded to 8 bits between products may fall to the other side (docs/arm64.md).
+# rounded to 8 bits between products may fall to the other side (docs/how-to/arm64.md).
 def test_answers_and_arrays_are_those_of_this_machine(package: Path, bundle: Path) -> None:
     here = answers(bundle, 1)
     there = answers_on(RPI5, make_root(ROOT), package, bundle, 1)

@@ -122,7 +122,7 @@ def test_an_export_whose_graphs_the_chip_does_not_take_leaves_no_bundle(
 
 # Measured: 0.0105, the graph's own distance from float32 being 0.018.
 def test_norms_without_their_mean_go_to_the_chip_that_lacks_layer_norms(tmp_path: Path) -> None:
-    """nano has outputs without weights, whose scale once made this 0.26 (docs/npu.md)."""
+    """nano has outputs without weights, whose scale made this 0.26: docs/explanation/npu.md."""
     folder = tmp_path / "bundle"
     mobilevlm.export(WEIGHTS / "nano", folder, target="android-qnn-qcs6490", measure=False)
     bundle = open_bundle(folder)

@@ -21,7 +21,7 @@ from mobilevlm.nano.drawing import render
 from mobilevlm.nano.scenes import TRAINING_SEEDS, sample_scene
 
 openai = pytest.importorskip("openai", reason="openai is not installed: pip install '.[dev]'")
-DOCS = Path(__file__).parents[2] / "docs" / "server.md"
+DOCS = Path(__file__).parents[2] / "docs" / "how-to" / "server.md"
 
 
 @pytest.fixture(scope="module")

@@ -110,7 +110,7 @@ def test_the_keys_of_the_json_are_those_of_the_documentation(nano: dict[str, Any
     assert set(nano["layers"][0]) == {"layer", "weight_error", "alone"}
     assert set(nano["layers"][0]["alone"]) == {"kl", "top1_agreement", "visual_error"}
     assert set(nano["states"][0]) == {"layer", "error"}
-    documented = (Path(__file__).parents[2] / "docs" / "quality.md").read_text()
+    documented = (Path(__file__).parents[2] / "docs" / "explanation" / "quality.md").read_text()
     assert [key for key in nano if f"`{key}`" not in documented] == []
     figures = {name for stage in nano["stages"].values() for name in stage}
     assert [

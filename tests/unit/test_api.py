@@ -1,4 +1,4 @@
-"""The public API: what completion shows, signatures, and docs/api.md, which has every call."""
+"""The public API: completion, signatures, and docs/reference/api.md, which has every call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import pytest
 import mobilevlm
 from mobilevlm.runtime import AnswerOptions, Generation, TextStream, Timings
 
-DOCUMENT = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+DOCUMENT = (Path(__file__).parents[2] / "docs" / "reference" / "api.md").read_text(encoding="utf-8")
 
 
 def words_of(text: str) -> set[str]:
@@ -64,7 +64,7 @@ def test_stream_and_generate_take_the_same() -> None:
 
 
 def signatures() -> str:
-    """Every call of the API with its parameters and defaults, as docs/api.md has them."""
+    """Every call of the API with its parameters and defaults, as docs/reference/api.md has them."""
     stream = inspect.signature(mobilevlm.VLM.stream).parameters.values()
     options = [one for one in stream if one.name in AnswerOptions.__optional_keys__]
     lines = [f"options: {', '.join(f'{one.name}={one.default!r}' for one in options)}"]

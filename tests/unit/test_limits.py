@@ -36,6 +36,7 @@ STAGES = {
     ),
 }
 ONNX = {stage: stage for stage in STAGES}
+DOCUMENT = Path(__file__).parents[2] / "docs" / "explanation" / "quality.md"
 GENEROUS = Limits(1, 1, 0.1, 0.1, 2, 0.1, 0.5, 1)
 
 
@@ -100,8 +101,8 @@ def test_built_in_recipes_limit_what_a_person_notices() -> None:
 
 
 def documented_limits() -> dict[str, dict[str, float]]:
-    """Limits of each recipe in the table of docs/quality.md."""
-    lines = (Path(__file__).parents[2] / "docs" / "quality.md").read_text("utf-8").splitlines()
+    """Limits of each recipe in the table of docs/explanation/quality.md."""
+    lines = DOCUMENT.read_text("utf-8").splitlines()
     start = next(index for index, line in enumerate(lines) if "| `decoder_kl` |" in line)
     names = re.findall(r"`(\w+)`", lines[start])
     found: dict[str, dict[str, float]] = {}

@@ -149,7 +149,7 @@ def test_only_the_files_and_rows_of_a_split_are_read(tmp_path: Path) -> None:
         ("a.tsv", b"a\tb\n1\t2\t3\n", "line 2: 3 columns under 2 names"),
         ("a.tsv", b"a\tb\n\xff\t2\n", "'utf-8' codec"),
         ("a.parquet", b"PAR1" * 9, "damaged parquet file"),
-        ("a.txt", b"", "below it: docs/evaluation.md"),
+        ("a.txt", b"", "below it: docs/how-to/evaluation.md"),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:

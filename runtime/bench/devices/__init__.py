@@ -1,7 +1,7 @@
 """Other machines to measure on: each is reached by one command that runs there, whose standard
 input and output are binary. Files travel through them too (agent.py), so a device needs no more.
 
-One file per way there: ssh.py, adb.py. docs/devices.md says what a device needs.
+One file per way there: ssh.py, adb.py. docs/how-to/devices.md says what a device needs.
 """
 
 from __future__ import annotations

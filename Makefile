@@ -1,6 +1,7 @@
 # make demo: from nothing to answers about a picture, without torch.
 # make quick: tests that need neither torch nor a bundle, in less than a minute.
-# make dist: sdist and wheel in dist/, checked.
+# make dist: sdist and wheel in dist/, checked; the wheel in a fresh environment answers a question.
+# make oldest: tests with the oldest versions that setup.cfg allows (PYTHON: Python 3.11).
 # make container: the Dockerfile's steps in a chroot (as root, on Debian with debootstrap; 10 minutes).
 # make fuzz MINUTES=30: the fuzzers of tests/fuzz, with a new seed.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
@@ -23,7 +24,7 @@ SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm expor
 MINUTES ?= 10
 PURE := $(shell grep -rl --include='test_*.py' '^pytestmark = pytest.mark.pure$$' tests)
 
-.PHONY: demo test quick container fuzz lint types dist clean
+.PHONY: demo test quick oldest container fuzz lint types dist clean
 
 demo: $(VENV)/.export
 	$(VENV)/bin/mobilevlm demo
@@ -55,6 +56,9 @@ test: lint types $(VENV)/.real $(if $(filter 1,$(LLAMA)),$(VENV)/.llama) $(if $(
 quick: $(VENV)/.dev
 	$(VENV)/bin/pytest -n 2 -q -m pure $(PURE)
 
+oldest:
+	PYTHON=$(PYTHON) .ci/oldest
+
 container: $(VENV)/.dev
 	MOBILEVLM_CONTAINER=1 $(VENV)/bin/pytest -q tests/e2e/test_container.py
 
@@ -73,14 +77,17 @@ types: $(VENV)/.dev
 	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/setup.cfg \
 		$(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/examples
 
-dist: $(VENV)/bin/pip
-	$(INSTALL) build twine
+# build and twine have an environment of their own: the one of the tests stays as it is.
+dist:
+	@$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt build twine
 	rm -rf build dist
-	$(VENV)/bin/python -m build
-	$(VENV)/bin/python -m twine check --strict dist/*
+	$(VENV)-dist/bin/python -m build
+	$(VENV)-dist/bin/python -m twine check --strict dist/*
+	PYTHON=$(PYTHON) .ci/wheel
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-dist build dist *.egg-info
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

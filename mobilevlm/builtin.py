@@ -11,11 +11,11 @@ WEIGHTS = Path(__file__).parent / "nano" / "weights"
 BUNDLES = Path(__file__).parent / "nano" / "bundles"
 """Bundles that come with the package, made by ``python -m mobilevlm.nano.training.ship``."""
 RECIPE = "int4"
-"""What a built-in model is exported with when it is used by its name."""
+"""Recipe that a built-in model is exported with when it is used by its name."""
 
 
 def is_built_in(given: Path) -> bool:
-    """Whether a path is the name of a built-in model; a folder of that name comes first."""
+    """Return whether a path is the name of a built-in model; a folder of that name comes first."""
     return str(given) in BUILT_IN and not given.exists()
 
 

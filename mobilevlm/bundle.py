@@ -31,7 +31,7 @@ MOST_MANIFEST = 1 << 26
 """Bytes of it"""
 TOKENIZER = "tokenizer.json"
 INSTRUCTION_TOKENIZER = "qformer_tokenizer.json"
-"""Of a Q-Former that reads the prompt too."""
+"""File of the tokenizer of a Q-Former that reads the prompt too."""
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ of codes, codes to the decoder's rows, and all codes of an image to its pixels."
 
 @dataclass(frozen=True)
 class FileEntry:
-    """What a file must be."""
+    """Expected size and digest of a file."""
 
     size: int
     sha256: str
@@ -88,7 +88,7 @@ class Artifact:
     weight_bits: int | None = None
     """7 or 8, the most of a weight that meets 8-bit activations in ONNX; none where none does."""
     bytes_per_token: int | None = None
-    """Of a decoder: bytes of weights that one token needs, of sparse experts only those it uses."""
+    """Bytes of decoder weights that one token needs; of sparse experts only those it uses count."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ class Artifact:
 
 @dataclass(frozen=True)
 class EmbeddingTable:
-    """Where the embedding rows lie, for mapping them into memory."""
+    """Location of the embedding rows in a file, for mapping them into memory."""
 
     path: str
     offset: int
@@ -131,7 +131,7 @@ class Compiled:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What an accelerator behind ONNX Runtime takes of a graph."""
+    """Share of a graph that an accelerator behind ONNX Runtime runs."""
 
     stage: StageName
     graph: str
@@ -147,7 +147,7 @@ class Coverage:
     multiplications: float = 0.0
     """Share of the multiplications of all products that are in the nodes that it takes"""
     checked: int | None = None
-    """What onnxruntime's own usability checker would have it take"""
+    """Operators that onnxruntime's own usability checker would give to it"""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ReducedBuild:
     """File for its build option ``--include_ops_by_config``"""
     operators: int
     estimated_mb: float
-    """Of its library, without providers for accelerators; an estimate"""
+    """Estimated size of its library, without providers for accelerators"""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Package:
     """Folder that ends in .mlpackage"""
     files: tuple[str, ...]
     operators: dict[str, int]
-    """Of its program, constants left out"""
+    """Number of each operator in its program, without constants"""
     precision: str
 
 
@@ -191,7 +191,7 @@ class StageQuality:
 
 @dataclass(frozen=True)
 class Quality:
-    """What the export measured, or why it did not."""
+    """Losses that the export measured, or the reason why it did not."""
 
     measured: bool
     note: str = ""
@@ -207,13 +207,13 @@ class Manifest:
     recipe: Recipe
     artifacts: tuple[Artifact, ...]
     embeddings: EmbeddingTable | None
-    """Of the ONNX decoder; a GGUF decoder holds its own."""
+    """Table of the ONNX decoder; a GGUF decoder holds its own."""
     quality: Quality
     files: dict[str, FileEntry]
     tools: dict[str, str]
     system_prompt: SystemPrompt | None = None
     target: str | None = None
-    """What it was exported for and checked against"""
+    """Target that it was exported for and checked against"""
     compiled: tuple[Compiled, ...] = ()
     coverage: tuple[Coverage, ...] = ()
     reduced_build: ReducedBuild | None = None
@@ -252,7 +252,7 @@ class Bundle:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Whether a folder looks like a bundle."""
+    """Return whether a folder holds a manifest, as a bundle does."""
     return (folder / MANIFEST).is_file()
 
 
@@ -388,7 +388,7 @@ def _is_own(folder: Path) -> bool:
 
 
 def data_path(path: Path) -> Path:
-    """Where the weights of an ONNX file lie."""
+    """Return the path of the file with the weights of an ONNX file."""
     return path.with_name(f"{path.name}_data")
 
 
@@ -417,7 +417,7 @@ def describe_files(folder: Path) -> dict[str, FileEntry]:
 
 
 def cache_folder() -> Path:
-    """Where this program keeps what it can make again: ``$XDG_CACHE_HOME/mobilevlm``."""
+    """Return the folder for files that can be made again: ``$XDG_CACHE_HOME/mobilevlm``."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "mobilevlm"
 

@@ -1,4 +1,4 @@
-"""What a manifest says against itself and against the files that are there.
+"""Checks of a manifest against itself and against the files that are there.
 
 A bundle may be a stranger's: its numbers decide how much memory is taken and how long loops run. So
 each is bounded before anything is built, by the bytes of the bundle's files: whatever a model

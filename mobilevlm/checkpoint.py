@@ -188,7 +188,7 @@ def _indexed_shards(index: Path) -> list[Path]:
 
 
 class TensorSource(Protocol):
-    """Where tensors come from: the weight files of a folder, or a GGUF file."""
+    """Source of tensors: the weight files of a folder, or a GGUF file."""
 
     folder: Path
     files: list[Path]
@@ -220,12 +220,12 @@ class RowRange:
 
 @dataclass(frozen=True)
 class TensorRef:
-    """Where a canonical tensor is stored."""
+    """Location of a canonical tensor in a checkpoint, and how it differs from the stored one."""
 
     files: TensorSource
     name: str
     rows: RowRange | None = None
-    """Where it is a part of the stored one."""
+    """Rows of the stored tensor, if this one is a part of it."""
     outer: int = 0
     """Leading dimensions of one that are stored and not ours."""
     factor: float = 1.0
@@ -241,7 +241,7 @@ class TensorRef:
     convolutions."""
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Of the whole stored tensor, given the shape of this one."""
+        """Return the shape of the whole stored tensor, given the shape of this one."""
         rows, *rest = shape[::-1] if self.transposed else shape
         if self.joined:
             rest = [math.prod(rest)]

@@ -24,7 +24,7 @@ class ExpertsSpec:
     layers: tuple[int, ...]
     """Decoder layers that have them, in ascending order."""
     num_experts: tuple[int, ...]
-    """Of each of these layers."""
+    """Number of experts in each of these layers."""
     top_k: int
     """Experts that a token uses."""
     renormalize: bool = True
@@ -75,7 +75,7 @@ class RelativePositions:
 
     num_buckets: int
     max_distance: int
-    """Where the last bucket begins; buckets grow with the logarithm up to there."""
+    """Distance at which the last bucket begins; up to there buckets grow logarithmically."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class DecoderSpec:
     """A learned vector for each position is added to the embeddings."""
     relative_positions: RelativePositions | None = None
     attention_scale: float | None = None
-    """Of products of query and key; ``1 / sqrt(head_dim)`` when none is given."""
+    """Factor of query-key products; ``1 / sqrt(head_dim)`` if none is given."""
     encoder_layers: int = 0
     """Layers of an encoder, whose positions all see each other. The prompt passes it, and each
     layer of the decoder reads its output by cross-attention; the answer begins with
@@ -241,7 +241,7 @@ class DecoderSpec:
 
     @property
     def score_scale(self) -> float:
-        """What products of query and key are multiplied by."""
+        """Factor that query-key products are multiplied by."""
         return self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
 
     def num_experts(self, layer: int) -> int:

@@ -9,7 +9,7 @@ class MobileVLMError(Exception):
     """Base of every error caused by input, files or environment."""
 
     exit_code = 2
-    """Of the command line."""
+    """Exit code of the command line."""
 
 
 class CheckpointError(MobileVLMError):

@@ -73,7 +73,7 @@ class _Stored:
     full: float = 0.0
     """Value that is white, of images of wide numbers."""
     unsigned: bool = False
-    """Whether its 32-bit integers have no sign."""
+    """True if its 32-bit integers have no sign."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -89,7 +89,7 @@ class _Stored:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is upright RGB already."""
+        """True if it is upright RGB already."""
         return (
             self.turn is None and self.image.mode == "RGB" and not self.image.has_transparency_data
         )

@@ -382,7 +382,8 @@ class QFormerSpec:
     num_queries: int
     layer_norm_eps: float
     vocab_size: int = 0
-    """Of the instruction, which queries see by self-attention (InstructBLIP); 0: it reads none."""
+    """Vocabulary of the instruction, which queries see by self-attention (InstructBLIP); 0: it
+    reads none."""
     max_positions: int = 0
     """Tokens that an instruction may have."""
     window: int = 0
@@ -397,8 +398,8 @@ class QFormerSpec:
         return layer % self.cross_attention_frequency == 0
 
     def has_text(self, layer: int) -> bool:
-        """Whether the instruction's states go on after a layer's self-attention: nobody reads those
-        of the last."""
+        """Return whether the instruction's states continue after a layer's self-attention: those of
+        the last layer are not read."""
         return self.vocab_size > 0 and layer < self.num_hidden_layers - 1
 
 
@@ -472,7 +473,7 @@ class ConnectorSpec:
 
     @property
     def reads_text(self) -> bool:
-        """Whether the visual tokens depend on what is asked."""
+        """True if the visual tokens depend on the question."""
         return self.qformer is not None and self.qformer.vocab_size > 0
 
     @property

@@ -12,7 +12,7 @@ Check: TypeAlias = tuple[str, object, bool, str]
 """Field, value, whether it is right, and what is expected"""
 MOST_LAYERS = 1 << 12
 LEAST_BITS = 2
-"""Of a weight in a file"""
+"""Least bits of a weight in a file"""
 
 
 def shortened(value: object) -> str:

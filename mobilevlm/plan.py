@@ -43,7 +43,7 @@ LLAMA_ENGINES = (*_LLAMA_CPP, "ggml")
 """Engines that take llama.cpp's library, for its kernels at least."""
 
 DRAFTING_ENGINES = ("gguf", "hybrid")
-"""Where drafts are tried without being asked for: llama.cpp's quantized kernels give a position the
+"""Engines that try drafts without being asked: llama.cpp's quantized kernels give a position the
 same bits alone and among others. ONNX Runtime's attention and 4-bit kernels do not."""
 
 PREFILL_CHUNK = 512
@@ -76,9 +76,10 @@ class Plan:
     """Threads of ONNX Runtime wait for work awake, if no other program wants the processors when
     the model is loaded."""
     vision_weights: Literal["mapped", "packed"] = "mapped"
-    """Of an ``int8`` image encoder in ONNX Runtime. ``mapped``: used where they lie in the file,
-    whose pages the system can take back and share, and loading reads none of them; ``packed``:
-    copied in the kernels' order, so that a picture takes less time and loading more."""
+    """Placement of the weights of an ``int8`` image encoder in ONNX Runtime. ``mapped``: used in
+    place in the file, whose pages the system can take back and share, and loading reads none of
+    them; ``packed``: copied in the kernels' order, so that an image takes less time and loading
+    more."""
     tiles_at_once: int = 1
     """Tiles of an image that ONNX Runtime encodes at the same time, each with the buffers of a run;
     no more than the stage has threads."""
@@ -87,16 +88,16 @@ class Plan:
     prefill_from: int = PREFILL_FROM
     """Positions of a piece of a prompt from which on the graph for prompts computes it."""
     prefill_weights: Literal["mapped", "released", "packed"] = "mapped"
-    """Of the graph for prompts. ``mapped``: used where they lie in the file, whose pages the system
-    can take back and share; ``released``: those pages are given back after each piece of a prompt,
-    which costs the next one some time; ``packed``: copied in the kernels' order, which is faster
-    and takes memory."""
+    """Placement of the prefill graph's weights. ``mapped``: used in place in the file, whose pages
+    the system can take back and share; ``released``: those pages are given back after each piece of
+    a prompt, which costs the next one some time; ``packed``: copied in the kernels' order, which is
+    faster and takes memory."""
     draft_tokens: int | None = None
     """Tokens to guess and check at a time; none: what the engine does by itself."""
     memory: MemorySetting = "fast"
-    """What ONNX Runtime spends. ``compact``: prompts in short chunks, buffers are given back after
-    a run, the graph for prompts has released weights. ``in turn``: besides, the weights of one
-    stage only are in memory; for each new picture both are loaded once more. ``load`` takes the
+    """Memory that ONNX Runtime spends. ``compact``: prompts in short chunks, buffers are given back
+    after a run, the prefill graph has released weights. ``in turn``: besides, the weights of only
+    one stage are in memory; for each new image both are loaded once more. ``load`` chooses the
     first that a limit allows (runtime/memory/fitting.py)."""
     max_resident_mb: float | None = None
     """Megabytes of sparse experts in memory at a time (ggml). Never tuned: a person sets it."""
@@ -116,7 +117,7 @@ class Plan:
 
     @property
     def released_prompt_weights(self) -> bool:
-        """Whether pages of the graph for prompts are given back after each piece of a prompt."""
+        """True if pages of the prefill graph are given back after each piece of a prompt."""
         return self.memory != "fast" or self.prefill_weights == "released"
 
     def threads_of(self, stage: Literal["vision", "decoder"]) -> int:
@@ -135,8 +136,8 @@ class Plan:
         return f"plan {self.engine}: {', '.join(changed) or 'the defaults'}"
 
     def computes_prompt_like(self, other: Plan, length: int) -> bool:
-        """Whether a piece of a prompt of so many positions has the same bits in both, where there
-        is a graph for prompts."""
+        """Return whether a piece of a prompt of ``length`` positions has the same bits in both
+        plans, for a decoder with a prefill graph."""
         graphs = {length >= plan.prefill_from for plan in (self, other)}
         chunks = {min(plan.chunk_length, length) for plan in (self, other)}
         return len(graphs) == len(chunks) == 1
@@ -288,7 +289,7 @@ def engine_files(bundle: Bundle, engine: str) -> list[str]:
 
 
 def _lacks(bundle: Bundle, engine: str) -> list[str]:
-    """What a bundle has not and an engine needs."""
+    """Name the artifacts that an engine needs and the bundle lacks."""
     found = stage_formats(bundle, engine)
     return [
         f"the {' or '.join(kind.upper() for kind in kinds)} artifact of the {stage} stage"

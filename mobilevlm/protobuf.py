@@ -21,9 +21,9 @@ _PARTS = {
 }
 """For each message the fields that a tensor can be in"""
 _MODEL_GRAPH = 7
-"""Of a ModelProto"""
+"""Field of a ModelProto"""
 _EXTERNAL_DATA = 13
-"""Of a TensorProto: an entry that says where its data lies"""
+"""Field of a TensorProto: an entry about the location of its data"""
 _DEPTH = 64
 """Graphs within graphs"""
 

@@ -104,23 +104,23 @@ class LinearFormat:
     """Method that chooses the integers: ``rtn``, ``mse`` and ``hqq`` need no data, ``gptq`` is
     calibrated."""
     scaling: ScalingName = "none"
-    """What moves between a layer's inputs and its weights before: ``awq`` for weights in blocks,
-    ``smoothquant`` for ``int8`` and fixed point. Both are calibrated. ``rotation``, of the decoder:
-    its residual stream is rotated, in the prefill graph and in the head too, which needs no
-    data (export/quantize/rotation.py)."""
+    """Scaling between a layer's inputs and its weights before quantization: ``awq`` for weights in
+    blocks, ``smoothquant`` for ``int8`` and fixed point. Both are calibrated. ``rotation``, of the
+    decoder: its residual stream is rotated, in the prefill graph and in the head too, which needs
+    no data (export/quantize/rotation.py)."""
     block_size: int = 32
     """Weights that share a scale in ``q8``, ``q4`` and ``q2``."""
     symmetric: bool = True
     """Without, each of those blocks has a zero point too."""
     activations: Literal["token", "tensor"] = "token"
-    """What shares a scale of the 8-bit activations of ``int8``: each token by itself, or all."""
+    """Extent of one scale of the 8-bit activations of ``int8``: one token, or the whole tensor."""
     weight_bits: Literal["auto", 7, 8] = "auto"
-    """Of ``int8`` and ``qdq8``: 7 where sums of products saturate (x86 without VNNI), 8 elsewhere.
-    ``auto``: as the exporting machine needs it; until that is settled 7, which is right
-    everywhere."""
+    """Bits of ``int8`` and ``qdq8`` weights: 7 where sums of products saturate (x86 without VNNI),
+    8 elsewhere. ``auto``: as the exporting machine needs it; until that is settled 7, which is
+    right everywhere."""
     calibrator: CalibratorName = "minmax"
-    """What chooses the ranges of activations in fixed point: all values on the calibration data,
-    all but the outermost hundred-thousandth, or those that keep most of the distribution."""
+    """Method that chooses the ranges of activations in fixed point: all values on the calibration
+    data, all but the outermost hundred-thousandth, or those that keep most of the distribution."""
 
     @property
     def is_calibrated(self) -> bool:
@@ -161,10 +161,10 @@ class LinearFormat:
 
 @dataclass(frozen=True)
 class Limits:
-    """What an artifact may lose against the float32 reference before the export fails."""
+    """Largest losses against the float32 reference; the export fails beyond them."""
 
     vision_relative_error: float
-    """Of the visual tokens, as a ratio of Euclidean norms."""
+    """Error of the visual tokens, as a ratio of Euclidean norms."""
     decoder_kl: float
     """Mean Kullback–Leibler divergence of the next-token distributions, in nats."""
     vision_cosine: float | None = None
@@ -172,7 +172,7 @@ class Limits:
     top1_agreement: float | None = None
     """Least share of positions where the likeliest token is the reference's."""
     perplexity_ratio: float | None = None
-    """Of the samples' answers, over the reference's."""
+    """Perplexity of the samples' answers, over the reference's."""
     greedy_match: float | None = None
     """Least mean share of a greedy answer before it leaves the reference's."""
     accuracy_loss: float | None = None
@@ -202,9 +202,9 @@ class Recipe:
     prefill_layers: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
     """As ``layers``, of the decoder in that graph."""
     layers: dict[str, LinearFormat] = dataclasses.field(default_factory=dict)
-    """Of single layers instead of their part's: by canonical name, which stands for the layers that
-    are one product with it too, or by a pattern with ``*`` (export/recipes/layer_formats.py). GGUF
-    files have one type for all."""
+    """Formats of single layers instead of their part's: by canonical name, which covers the layers
+    that are one product with it too, or by a pattern with ``*`` (export/recipes/layer_formats.py).
+    GGUF files have one type for all."""
     experts: Literal["fused", "plain", "dense"] = "fused"
     """Sparse experts as one operator of ONNX Runtime, as standard operators around each, or all of
     them on every token (export/graph/experts.py)."""
@@ -218,8 +218,9 @@ class Recipe:
     """Layer norms of graphs for NPUs: one operator, or a root-mean-square norm of what is left when
     the mean is taken away, for chips that lack the first."""
     operators: Literal["runtime", "elementary"] = "runtime"
-    """Of the vision stage in float, and of all float graphs with fixed shapes: what ONNX Runtime's
-    processors like best, or those that mobile accelerators take too (docs/how-to/mobile.md)."""
+    """Operators of the vision stage in float, and of all float graphs with fixed shapes: those that
+    are fastest in ONNX Runtime on CPUs, or those that mobile accelerators run too
+    (docs/how-to/mobile.md)."""
     calibration: str = OWN
     """Data for calibrated methods: ``own`` answers of the model, drawn ``scenes``, or a JSONL file
     (export/calibration/samples.py)."""
@@ -289,7 +290,7 @@ class Recipe:
 
     @property
     def is_for_npu(self) -> bool:
-        """Whether all of it is in fixed point, which the decoder is only for NPUs."""
+        """True if all parts are in fixed point; a decoder in fixed point is only for NPUs."""
         parts = self.tower, self.projector, self.decoder, self.lm_head
         return all(layers.precision in QDQ for layers in parts)
 
@@ -306,7 +307,7 @@ class Recipe:
 
     @property
     def is_float(self) -> bool:
-        """Whether all linear layers are float32."""
+        """True if all linear layers are float32."""
         return all(layers.precision == "fp32" for layers in self._formats)
 
     @property
@@ -326,7 +327,7 @@ class Recipe:
 
     @property
     def has_int8(self) -> bool:
-        """Whether a layer is multiplied with 8-bit activations."""
+        """True if a layer is multiplied with 8-bit activations."""
         return any(layers.int8_weight_bits for layers in self._formats)
 
     @property
@@ -364,5 +365,5 @@ class Recipe:
 
 
 def _is_decoder(name: str) -> bool:
-    """Of a layer's canonical name."""
+    """Return whether a layer's canonical name is one of the decoder's."""
     return name.startswith("decoder.")

@@ -199,7 +199,8 @@ def _check_members(path: Path) -> None:
 
 
 def _is_stored(tensor: Any, size: int) -> bool:
-    """Whether a tensor's numbers are all in the file: it is dense, and no number counts twice."""
+    """Return whether a tensor's numbers are all in the file: it is dense, and no number counts
+    twice."""
     import torch
 
     if tensor.layout is not torch.strided or tensor.device.type != "cpu":

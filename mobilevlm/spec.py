@@ -23,7 +23,7 @@ IMAGE_PLACEHOLDER = "<image>"
 
 @dataclass(frozen=True)
 class ConversationSpec:
-    """What turns chat messages into input ids and ends an answer."""
+    """Rules that turn chat messages into input ids and end an answer."""
 
     chat_template: str
     """Jinja template over ``messages``, as in tokenizer_config.json of the Hugging Face hub."""
@@ -56,7 +56,7 @@ class ModelSpec:
     decoder: DecoderSpec
     conversation: ConversationSpec
     variant: str = ""
-    """Which of several official behaviours, for families that have them."""
+    """Name of one of several official behaviours, for families that have them."""
     outputs: dict[str, ImageOutput] = dataclasses.field(default_factory=dict)
     """Outputs beside text by their kind: ``image``."""
 

@@ -46,7 +46,7 @@ _WRAPPERS = re.compile(r"\.modules_to_save(\.default)?(?=\.)|\.base_layer(?=\.)"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What adapter_config.json says about the arithmetic."""
+    """Arithmetic of an adapter, as adapter_config.json gives it."""
 
     path: Path
     rank: int

@@ -40,7 +40,7 @@ class Stored:
 
 
 class Addition(Protocol):
-    """What is added to a tensor."""
+    """Update of one tensor, added when the adapter is merged."""
 
     @property
     def parts(self) -> tuple[Stored, ...]: ...

@@ -112,7 +112,7 @@ threads_option = click.option(
 
 @dataclass(frozen=True)
 class ModelOptions:
-    """What a person says about a model and how it is to run; as ``mobilevlm.load`` takes it."""
+    """Options for a model and how it runs; as ``mobilevlm.load`` takes them."""
 
     bundle: Path
     mmproj: Path | None

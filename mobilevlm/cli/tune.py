@@ -65,7 +65,7 @@ def command(
 
 
 def show_plan(tuned: TunedPlan) -> None:
-    """What was chosen, and the measurements behind it."""
+    """Print the plan that was chosen and the measurements behind it."""
     from mobilevlm.console.tables import Column, Table, show
 
     table = Table((Column("question"), Column("candidate"), Column("ms", True, True), Column("")))

@@ -61,16 +61,16 @@ class Backbone:
 
     read: ReadDecoder
     root: str = "model"
-    """What embeddings and layers are under; ``mm_projector`` too."""
+    """Module above embeddings and layers, and above ``mm_projector``."""
     lm_head: str = "lm_head"
     embed_tokens: str = "embed_tokens"
     layers: str = "layers"
     norm: str = "norm"
     parts: Mapping[str, str] | None = None
-    """Of a layer, the MLP aside."""
+    """Names of a layer's modules, without those of its MLP."""
     mlp: Mapping[str, str] | None = None
     mlp_root: str = "mlp"
-    """What an MLP is under; empty: the layer itself."""
+    """Module above the matrices of an MLP; empty: the layer itself."""
     position_embedding: str = "embed_positions"
     position_offset: int = 0
     """Rows of that table before the first position's."""
@@ -104,7 +104,7 @@ def inside(backbone: Backbone, model: str) -> Backbone:
 def decoder_refs(
     files: TensorSource, spec: DecoderSpec, backbone: Backbone
 ) -> dict[str, TensorRef]:
-    """Where the tensors of a decoder are, by canonical name."""
+    """Return the locations of a decoder's tensors by canonical name."""
     refs: dict[str, TensorRef] = {}
     absent = 0
     for module, biased in modules(spec):
@@ -245,7 +245,7 @@ def _experts(path: Path, config: dict[str, Any], layers: int) -> ExpertsSpec | N
 
 
 def _are_numbers(value: Any, lowest: int, highest: int) -> bool:
-    """Whether it is a list of integers in a range, not an empty one."""
+    """Return whether a value is a list, not empty, of integers in a range."""
     return (
         isinstance(value, list)
         and len(value) > 0

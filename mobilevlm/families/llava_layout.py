@@ -67,7 +67,7 @@ class ProjectorLayout:
 
 @dataclass(frozen=True)
 class Naming:
-    """What descendants call differently."""
+    """Names that differ between descendants of LLaVA."""
 
     tower: str = "vision_tower"
     """The tower: its key is this after ``mm_``, and its copy in the checkpoint has it twice."""

@@ -28,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
     "decoder_start_token_id": 0,
     "eos_token_id": 1,
 }
-"""Of ``T5Config``."""
+"""Defaults of ``T5Config``."""
 _KINDS: dict[str, dict[str, Any]] = {
     "gated-gelu": {"mlp": "gated", "hidden_act": "gelu_new"},
     "gated-silu": {"mlp": "gated", "hidden_act": "silu"},
@@ -83,7 +83,8 @@ def read_t5(path: Path, config: dict[str, Any]) -> DecoderSpec:
 
 
 def t5_refs(files: TensorSource, spec: DecoderSpec, model: str) -> dict[str, TensorRef]:
-    """Where the tensors are, by canonical name; ``model``: the module that T5 is."""
+    """Return the locations of the tensors by canonical name; ``model``: the module that holds
+    T5."""
     refs = {
         f"decoder.{ours}.weight": TensorRef(files, f"{model}.{theirs}.weight")
         for ours, theirs in _names(spec)

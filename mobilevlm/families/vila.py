@@ -42,7 +42,7 @@ class _Variant:
     """In what the two branches of the official code differ."""
 
     order: Literal["rows", "columns"]
-    """Of the visual tokens."""
+    """Order of the visual tokens in the grid."""
     tokenization: Literal["apart", "joined"]
     image_end: str
     """Text whose ids follow each image, those that begin a text included."""
@@ -57,7 +57,7 @@ _VARIANTS = {
 _FIRST_CURRENT = (4, 46)
 """Version of transformers that the main branch has asked for since it replaced vila1.5."""
 _MEDIA_TOKENS = ("<vila/sentinel>", IMAGE_PLACEHOLDER, "<vila/video>")
-"""What the main branch adds to the tokenizer, in its order."""
+"""Tokens that the main branch adds to the tokenizer, in its order."""
 _FOLDERS = ("llm", "vision_tower", "mm_projector")
 _TRAITS: dict[Any, dict[str, bool]] = {
     "siglip_vision_model": SIGLIP,
@@ -185,8 +185,8 @@ def _projector(
 
 
 def _language_config(path: Path, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Of the language model. Where the whole model was trained on longer texts, the official loader
-    interpolates positions."""
+    """Return the config of the language model. If the whole model was trained on longer texts,
+    positions are interpolated as the official loader does."""
     where = folder / "config.json"
     language = read_config(where, "the language model of a VILA checkpoint")
     if language.get("model_type") != "llama":

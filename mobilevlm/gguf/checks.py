@@ -47,7 +47,8 @@ _FLOATS = frozenset({"F32", "F16"})
 _SINGLE = {"v.position_embd.weight": _FLOATS, "mm.input_projection.weight": _FLOATS}
 """Types of single tensors, beside those of how they are stored."""
 _WIDE_MLP = ("mm.0.weight", "mm.0.bias", "mm.2.weight")
-"""Of a projector of one Linear, which is written as two with the double width between them."""
+"""Tensors of a projector with one Linear layer: it is written as two, of double width between
+them."""
 _BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 _BYTE = 6
 """Type of the tokens that stand for bytes."""

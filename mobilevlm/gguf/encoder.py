@@ -1,4 +1,4 @@
-"""What a GGUF file says about its image encoder and projector (``mmproj``)."""
+"""Image encoder and projector as a GGUF file (``mmproj``) describes them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DEFAULT_TILES = (1, 12)
 MAX_GRID = 96
 """Patches per edge: attention over more of them would take gigabytes."""
 SMALLEST_DEVIATION = 1e-3
-"""Of a channel whose values lie between 0 and 1."""
+"""Least standard deviation of a channel, whose values lie between 0 and 1."""
 LDP_GRID = 24
 """llama.cpp's LDP and LDPv2 are written for this patch grid."""
 LDPV2_GRID = 12
@@ -51,7 +51,7 @@ class Encoder:
     blocks: int
     """Layers that the file has."""
     swapped: bool
-    """Whether the two layers of each MLP have each other's names, as in files of llama.cpp's first
+    """True if the two layers of each MLP have each other's names, as in files of llama.cpp's first
     converter (``fc1`` is ``ffn_down`` there)."""
     class_last: bool = False
     """The class token's position is the last of the table."""

@@ -21,7 +21,7 @@ from mobilevlm.regular_file import LFS_POINTER, LFS_REMEDY
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 OLD_MAGICS = (b"ggml", b"lmgg", b"tjgg", b"fmgg", b"algg")
-"""Of llama.cpp's formats before GGUF, in the file's order of bytes."""
+"""Magic numbers of llama.cpp's formats before GGUF, in the file's byte order."""
 MAX_ENTRIES = 1 << 16
 """More metadata keys or tensors than any model has."""
 MAX_ITEMS = 1 << 21
@@ -61,7 +61,7 @@ _KINDS = {0: "u8", 1: "i8", 2: "u16", 3: "i16", 4: "u32", 5: "i32", 6: "f32", 7:
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """Where a tensor lies in the file."""
+    """Type, shape and location of a tensor in the file."""
 
     name: str
     type: str
@@ -83,7 +83,7 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """What the header says."""
+    """Header of a GGUF file."""
 
     path: Path
     version: int

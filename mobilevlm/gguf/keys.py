@@ -1,7 +1,7 @@
-"""What is done with each metadata key of a GGUF file: read, without effect here, or refused.
+"""Rules for the metadata keys of a GGUF file: each is read, has no effect here, or is refused.
 
-Of the architectures and projectors that are run; ``{arch}`` stands for the file's architecture and
-``*`` for anything. Source: ggml-org/llama.cpp, src/llama-model.cpp (load_hparams),
+The rules cover the architectures and projectors that are run; ``{arch}`` stands for the file's
+architecture and ``*`` for anything. Source: ggml-org/llama.cpp, src/llama-model.cpp (load_hparams),
 src/llama-vocab.cpp (load) and tools/mtmd/clip.cpp (load_hparams); names as in gguf-py's constants.
 """
 
@@ -30,11 +30,11 @@ class Rule:
     neutral: tuple[Any, ...] = ()
     """Values of a refused key that change nothing."""
     why: str = ""
-    """What a refused key would mean, for the message."""
+    """Meaning of a refused key, for the message."""
 
 
 DESCRIPTIVE = "general.*"
-"""Of the keys by which a file describes itself libraries read those that are named."""
+"""Keys by which a file describes itself; libraries read those that other rules name."""
 
 
 def _rules(use: Use, kind: str, *patterns: str, why: str = "") -> tuple[Rule, ...]:

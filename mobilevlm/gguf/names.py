@@ -69,7 +69,8 @@ class Entry:
         return [self.ours.format(part) for part in self.labels or range(self.stack)] or [self.ours]
 
     def fits(self, found: tuple[int, ...]) -> bool:
-        """Whether a file's shape is the stored one; it may write or omit dimensions of one."""
+        """Return whether a file's shape is the stored one; dimensions of 1 may be written or
+        omitted."""
         return [size for size in found if size > 1] == [size for size in self.stored if size > 1]
 
 

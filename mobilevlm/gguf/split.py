@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mobilevlm.gguf.file import GgufFile
 
 MAX_PARTS = 1 << 12
-"""Of one file."""
+"""Most parts of one file."""
 COUNT, NUMBER = "split.count", "split.no"
 _NAME = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 

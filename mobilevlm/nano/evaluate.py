@@ -70,7 +70,7 @@ def normalize(text: str) -> list[str]:
 
 
 def is_right(question: Question, answer: str) -> bool:
-    """Whether an answer says the truth, in either style.
+    """Return whether an answer is true, in either style.
 
     It is right when, after normalisation, it equals the short or the full answer. Otherwise: a
     yes-or-no answer is judged by its first word; an answer from a closed list is right when the
@@ -182,7 +182,7 @@ def _cells(value: Score, blind: Score | None) -> tuple[str, str, str, str]:
 
 
 def _find(words: list[str], wanted: list[str]) -> int | None:
-    """Where ``wanted`` begins in ``words``."""
+    """Return the index at which ``wanted`` begins in ``words``, none if it does not occur."""
     for place in range(len(words) - len(wanted) + 1):
         if words[place : place + len(wanted)] == wanted:
             return place

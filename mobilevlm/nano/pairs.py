@@ -76,7 +76,8 @@ def _which(first: Scene, second: Scene, rng: random.Random) -> Draft | None:
 
 
 def _both(first: Scene, second: Scene, rng: random.Random) -> Draft | None:
-    """Whether both have something: half yes; each no is missing from one picture or from both."""
+    """Draft a question whether both images have something: half are yes; each no is missing from
+    one image or from both. None if the scenes allow no such question."""
     names = (*SHAPES, *(f"{color} shape" for color in COLORS))
     in_both = [name for name in names if matching(first, name) and matching(second, name)]
     if rng.random() < 0.5:

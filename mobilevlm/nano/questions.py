@@ -39,7 +39,7 @@ class Question:
 
     kind: str
     text: str
-    """What the user types; ``<image>`` marks places of pictures, else they come first."""
+    """Text that the user types; ``<image>`` marks places of images, else they come first."""
     answer: str
     """The whole answer in the asked style."""
     style: Style

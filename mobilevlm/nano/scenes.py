@@ -72,7 +72,7 @@ class Item:
     angle: float
     """Degrees, counter-clockwise."""
     tint: tuple[int, int, int]
-    """What is added to the colour's RGB value."""
+    """Number added to each channel of the colour's RGB value."""
 
     @property
     def radius(self) -> float:
@@ -116,7 +116,7 @@ class Label:
 
 @dataclass(frozen=True)
 class Background:
-    """What lies behind the shapes: a mix of two colours."""
+    """Mix of two colours behind the shapes."""
 
     kind: str
     first: tuple[int, int, int]

@@ -81,8 +81,8 @@ class SparseMLP(nn.Module):
 
 
 def _has_place(chosen: Tensor, experts: int, slots: int) -> Tensor:
-    """Which choices ``(tokens, top_k)`` find a place: all first ones queue in the order of tokens,
-    then all second ones behind them."""
+    """Return the mask ``(tokens, top_k)`` of the choices that find a place: all first ones queue in
+    the order of tokens, then all second ones behind them."""
     queue = chosen.T.flatten()
     number = F.one_hot(queue, experts).cumsum(dim=0).gather(1, queue[:, None])[:, 0]
     return (number <= slots).view(chosen.T.shape).T

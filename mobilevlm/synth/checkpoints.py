@@ -43,7 +43,7 @@ _TO_RESIDUAL = (
     *("self_attn.projection.weight", "attention.projection_layer.weight", "feed_forward.w2.weight"),
     "attn.proj.weight",
 )
-"""What adds to a residual stream."""
+"""Endings of the tensors whose products are added to a residual stream."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Configuration:
     rms_norm_eps: float
     tower: Tower
     experts: int = 0
-    """Of every second layer, from the first on; each token uses two."""
+    """Number of experts in every second layer, from the first on; each token uses two."""
     num_key_value_heads: int = 0
     """0: as many as attention heads."""
 
@@ -398,7 +398,7 @@ def _config(configuration: Configuration) -> dict[str, Any]:
 
 
 def _stablelm_settings(configuration: Configuration) -> dict[str, Any]:
-    """What MoE-LLaVA's config.json of StableLM says otherwise or besides."""
+    """Return the entries of MoE-LLaVA's config.json that differ for StableLM or are added."""
     layers = list(range(0, configuration.num_hidden_layers, 2))
     return {
         "bos_token_id": ARCADE_RANKS + 1,

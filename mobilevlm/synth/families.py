@@ -35,7 +35,7 @@ _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 _CONFIG = Path("config.json")
 _VERSION = "4.36.2"
-"""Of transformers, which says that a VILA checkpoint is of the release branch vila1.5."""
+"""Version of transformers that marks a VILA checkpoint as one of the release branch vila1.5."""
 
 _VILA_LLM: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -117,7 +117,7 @@ _QFORMER: dict[str, Any] = {
 }
 _QUERIES = 32
 _OPT_TOKENS = 50265
-"""Of the tokenizer, the image token aside; the rest of the embeddings is padding."""
+"""Size of the tokenizer without the image token; the rest of the embeddings is padding."""
 
 
 def _vila() -> Layout:

@@ -1,4 +1,4 @@
-"""What synthetic checkpoints are made of: shapes of tensors, by name, and the files around them."""
+"""Contents of synthetic checkpoints: shapes of tensors by name, and the files around them."""
 
 from __future__ import annotations
 

@@ -199,7 +199,8 @@ def check_ranks(path: Path, ranks: dict[bytes, int]) -> None:
 
 
 def _parts(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """What a token falls into when only those of lower rank may be joined: the two that make it."""
+    """Return the parts of a token when only those of lower rank may be joined: the two that make
+    it."""
     parts = [token[index : index + 1] for index in range(len(token))]
     limit = ranks[token]
     while len(parts) > 1:

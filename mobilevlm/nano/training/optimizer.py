@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""Of the Newton-Schulz iteration (Jordan et al. 2024)."""
+"""Coefficients of the Newton-Schulz iteration (Jordan et al. 2024)."""
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -59,7 +59,7 @@ def attention_mask(blocks: Tensor) -> Tensor:
 
 
 def packed_mask(blocks: Tensor, prefix: int) -> Tensor | Packing:
-    """What a layer is given for packed rows on the device that they are on."""
+    """Return the mask that layers take for packed rows: a ``Packing`` on a CPU, else a matrix."""
     return packing(blocks, prefix) if blocks.device.type == "cpu" else attention_mask(blocks)
 
 

@@ -70,7 +70,7 @@ def write_preferences(path: Path, preferences: Sequence[Preference]) -> None:
 
 
 def read_preferences(path: Path) -> list[Preference]:
-    """What ``write_preferences`` wrote."""
+    """Read a file of ``write_preferences``."""
     return [Preference(**json.loads(line)) for line in path.read_text().splitlines()]
 
 

@@ -51,7 +51,7 @@ class Recipe:
 
     @property
     def language(self) -> bool:
-        """Whether the decoder is trained at all."""
+        """True if the decoder is trained at all."""
         return self.length > 0
 
 

@@ -50,7 +50,7 @@ class NanoTokenizer:
 
     @functools.lru_cache(maxsize=20000)  # noqa: B019 (one tokenizer per process)
     def ends(self, text: str) -> tuple[int, ...]:
-        """Where each token of a chunk ends in its text."""
+        """Return the place at which each token of a chunk ends in its text."""
         proto = self.processor.encode(text, return_type="proto")
         return tuple(piece.end for piece in proto.pieces)
 

@@ -45,7 +45,7 @@ EMPTY_WEIGHTS = (0.2, 0.2, 0.2, 0.2, 0.02, 0.02, 1.0)
 
 @dataclass(frozen=True)
 class Run:
-    """Where and how a stage runs; none of it changes what is learnt, except ``seed``."""
+    """Folder, device and pace of a stage; only ``seed`` changes what is learnt."""
 
     out: Path
     """Folder with one sub-folder per stage."""
@@ -65,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Losses:
-    """What one step measured; tensors, so that a GPU need not wait."""
+    """Losses of one step; tensors, so that a GPU need not wait."""
 
     total: Tensor
     language: Tensor
@@ -102,7 +102,7 @@ def dense_loss(logits: Tensor, targets: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What the decoder makes of a batch."""
+    """Results of the decoder for a batch."""
 
     logits: Tensor
     """(answers, vocabulary): at the places that predict answer tokens"""
@@ -157,7 +157,7 @@ def measure(trainee: Trainee, recipe: Recipe, batch: Batch) -> Losses:
 
 
 Objective = Callable[[Trainee, Recipe, Batch], Losses]
-"""What a stage minimises; ``measure`` for all but DPO."""
+"""Loss function of a stage; ``measure`` for all but DPO."""
 
 
 def learning_rate(recipe: Recipe, progress: float) -> float:

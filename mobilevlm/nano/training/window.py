@@ -129,7 +129,7 @@ def attentions(tower: ClipTower) -> list[WindowAttention]:
 
 
 def set_window(tower: ClipTower, window: bool) -> None:
-    """Whether the layers gather neighbours instead of computing attention."""
+    """Set whether the layers gather neighbours instead of computing attention."""
     for attention in attentions(tower):
         attention.window = window
 

@@ -6,7 +6,7 @@
     python benchmarks/compare.py --plots results/compare.json
     python benchmarks/compare.py --targets results/compare.json
 
-Prints the tables and writes compare.json, compare.md and, where matplotlib is installed, pictures
+Prints the tables and writes compare.json, compare.md and, where matplotlib is installed, plots
 and index.html. compare.json is written after every round: interrupted (Ctrl-C), it shows what is
 there, and the same command goes on from there. benchmarks/README.md says how things are measured.
 Needs the [export] extra.
@@ -216,7 +216,7 @@ def unfinished(path: Path, start: Comparison) -> Comparison | None:
 
 
 def show(result: Comparison, folder: Path) -> None:
-    """Tables to stdout and compare.md; pictures and a page where matplotlib is installed."""
+    """Tables to stdout and compare.md; plots and a page where matplotlib is installed."""
     text = as_markdown(result)
     (folder / "compare.md").write_text(text + "\n", encoding="utf-8")
     print(text)

@@ -5,7 +5,7 @@
     python benchmarks/memory.py synth-int4 --limit 512MB
 
 A candidate is a bundle, an engine and a setting of memory (mobilevlm/plan.py); both may be left
-out. Each process loads its bundle on one core and answers one question about a grey picture; its
+out. Each process loads its bundle on one core and answers one question about a grey image; its
 peak is the VmHWM of /proc/self/status (Linux). With --limit a control group really bounds the
 process, which chooses its setting itself; one that the system ends is reported as killed.
 """

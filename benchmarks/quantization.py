@@ -7,7 +7,7 @@ Every row is the decoder's ONNX file, run as on a device: its tokens are compare
 reference's where the reference answers, given the reference's visual tokens. The image encoder
 stays float32, except in rows of int8, which are whole models; accuracy is that of the bundle. All
 rows answer the same questions, so beside their shares of right answers the table has which of
-float32's were lost and won. A float32 encoder sees each picture once for all rows. Results are kept
+float32's were lost and won. A float32 encoder sees each image once for all rows. Results are kept
 in the file and not measured again. Needs the [reference] extra.
 """
 
@@ -45,7 +45,7 @@ from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model
 from mobilevlm.nano.evaluate import LONGEST_ANSWER, is_right
 from mobilevlm.nano.questions import Question
-from mobilevlm.nano.suite import evaluation_set, pictures
+from mobilevlm.nano.suite import evaluation_set, images_of
 from mobilevlm.plan import Plan
 from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.recipe import Limits, LinearFormat, QuantizerName, Recipe, ScalingName
@@ -101,11 +101,11 @@ def cases() -> Iterator[Case]:
 
 
 class Suite:
-    """Questions about pictures that are drawn once."""
+    """Questions about images that are drawn once."""
 
     def __init__(self, count: int) -> None:
         self.asked: list[tuple[Question, list[Image.Image]]] = [
-            (example.question, pictures(example)) for example in evaluation_set(count)
+            (example.question, images_of(example)) for example in evaluation_set(count)
         ]
 
     def wrong(self, vlm: VLM) -> list[int]:
@@ -119,7 +119,7 @@ class Suite:
 
 
 class Remembering:
-    """An image encoder that encodes no picture that is known."""
+    """An image encoder that encodes no image that is known."""
 
     def __init__(self, engine: EncoderEngine, known: dict[bytes, Rows]) -> None:
         self._engine, self._known = engine, known

@@ -175,7 +175,7 @@ def with_times(row: Row, times: dict[str, timing.Times]) -> Row:
 
 
 def present(result: Result, folder: Path) -> int:
-    """Print a result and draw its picture; return 1 if a candidate failed."""
+    """Print a result and draw its plot; return 1 if a candidate failed."""
     show(table(result))
     print(LEGEND)
     for name, reason in result.failed.items():

@@ -4,7 +4,7 @@
     python benchmarks/sparse_decode.py moe-q4:ggml moe-q4:ggml:400MB dense-q4:ggml --rounds 5
 
 A candidate is a bundle, an engine and, for the engine ggml, a limit on resident experts. Each run
-is a process of its own, `mobilevlm bench` without a picture; candidates take turns within each
+is a process of its own, `mobilevlm bench` without an image; candidates take turns within each
 round, and so does reading memory, the floor. Figures are medians, with the best. The last candidate
 is what the others are compared with.
 """

@@ -146,7 +146,7 @@ def open_source(
 
 
 def _check_vision(model: Model, jobs: Sequence[Job]) -> None:
-    """Raises MobileVLMError: nothing would see the pictures, since llama.cpp cannot."""
+    """Raises MobileVLMError: nothing would see the images, since llama.cpp cannot."""
     forms = {(job.artifact.stage, job.artifact.format) for job in jobs}
     if ("decoder", "gguf") not in forms or ("vision", "gguf") in forms:
         return

@@ -184,7 +184,7 @@ class ForOtherRuntime:
 
 @dataclass(frozen=True)
 class StageQuality:
-    """Distance of an artifact from the float32 reference on the calibration pictures."""
+    """Distance of an artifact from the float32 reference on the calibration images."""
 
     figures: dict[str, float]
 

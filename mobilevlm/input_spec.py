@@ -429,8 +429,8 @@ class ConnectorSpec:
     """How ``mlp_downsample`` gives its squares out: row by row or column by column."""
     qformer: QFormerSpec | None = None
     factor: int = 2
-    """Patches along each edge of the squares of ``mlp_downsample``; a grid that this does not
-    divide is padded with zeros below and on the right."""
+    """Patches along each edge of the squares of ``mlp_downsample``; a grid that is no multiple is
+    padded with zeros below and on the right."""
     norm: bool = True
     """``mlp_downsample`` has a LayerNorm before its MLP."""
     bias: bool = True

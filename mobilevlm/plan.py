@@ -52,8 +52,8 @@ llama.cpp's buffers."""
 COMPACT_CHUNK = 64
 """The same where memory is scarce: buffers of a run take an eighth."""
 PREFILL_FROM = 24
-"""Positions from which on a piece of a prompt goes to the graph for prompts, if there is one. For
-fewer, reading twice as many bytes of weights costs more than products of integers save."""
+"""Least length of a piece of a prompt that goes to the prefill graph, if there is one. For fewer
+positions, reading twice as many bytes of weights costs more than products of integers save."""
 
 ENGINE_CHOICES = ("auto", *ENGINES)
 """``auto`` is the first of them that finds its artifacts."""
@@ -65,7 +65,7 @@ MemorySetting: TypeAlias = Literal["fast", "compact", "in turn"]
 @dataclass(frozen=True)
 class Plan:
     """Settings of an engine. Answers of one plan are the same whatever was kept of earlier ones;
-    another plan may change their last digits, and with a graph for prompts as much as its other
+    another plan may change their last digits, and with a prefill graph as much as its other
     weights do."""
 
     engine: str = "auto"
@@ -86,7 +86,7 @@ class Plan:
     prefill_chunk: int = PREFILL_CHUNK
     """Positions per run of a long prompt (ONNX Runtime)."""
     prefill_from: int = PREFILL_FROM
-    """Positions of a piece of a prompt from which on the graph for prompts computes it."""
+    """Least positions of a piece of a prompt that the prefill graph computes."""
     prefill_weights: Literal["mapped", "released", "packed"] = "mapped"
     """Placement of the prefill graph's weights. ``mapped``: used in place in the file, whose pages
     the system can take back and share; ``released``: those pages are given back after each piece of
@@ -176,7 +176,7 @@ def default_threads() -> int:
 
 
 def available_processors() -> int:
-    """Return how many processors this process may run on, quotas left aside."""
+    """Return how many processors this process may run on, without regard to quotas."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

@@ -42,7 +42,7 @@ def external_files(path: Path) -> set[str]:
             raise ValueError("no graph")
         _collect(encoded, "ModelProto", found, _DEPTH)
     except IndexError:
-        raise ValueError("cut off") from None
+        raise ValueError("truncated") from None
     return found
 
 
@@ -87,7 +87,7 @@ def fields(encoded: memoryview) -> Iterator[tuple[int, int | memoryview]]:
         else:
             raise ValueError(f"wire type {kind}")
         if at + size > len(encoded):
-            raise ValueError("cut off")
+            raise ValueError("truncated")
         yield key >> 3, encoded[at : at + size]
         at += size
 

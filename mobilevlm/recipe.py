@@ -178,7 +178,7 @@ class Limits:
     accuracy_loss: float | None = None
     """Share of a suite's questions that the reference answers right, less the bundle's."""
     prefill_kl: float | None = None
-    """As ``decoder_kl``, of the graph for prompts."""
+    """As ``decoder_kl``, of the prefill graph."""
 
 
 @dataclass(frozen=True)

@@ -35,15 +35,15 @@ def load(
 
     ``bundle``: its folder, the name of a built-in model (``nano``), or a language model in a GGUF
     file made elsewhere, with its image encoder in ``mmproj``. ``engine``: ``onnx`` (ONNX Runtime),
-    ``gguf`` (llama.cpp), ``hybrid`` (ONNX Runtime for the picture, llama.cpp for the text) or
+    ``gguf`` (llama.cpp), ``hybrid`` (ONNX Runtime for the image, llama.cpp for the text) or
     ``auto``: the first of them that the bundle has artifacts for. ``threads``: for both stages, by
     default, and at most, as many as this process may use. ``cache_mb``: megabytes for what later
-    requests can take over from earlier ones (pictures, beginnings of prompts), besides the
+    requests can take over from earlier ones (images, beginnings of prompts), besides the
     sequences themselves; 0: each request is computed from its first token. ``max_resident_mb``:
     megabytes of sparse experts that may be in memory at a time; it needs, and means, the engine
     ``ggml``. ``plan``: ``auto`` takes the one that ``mobilevlm tune`` measured for this processor,
     where there is one (``engine``, ``threads`` and ``max_resident_mb`` win over it); ``none`` does
-    without. ``max_memory_mb``: the most that may be resident while one question about one picture
+    without. ``max_memory_mb``: the most that may be resident while one question about one image
     is answered, in megabytes, besides the limits that the system has (runtime/memory/fitting.py);
     settings that take less are chosen where they are needed. ``max_tiles``: tiles that an image is
     split into at most, where the model splits images, besides the whole made small; 1: it is not

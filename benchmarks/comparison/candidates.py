@@ -54,7 +54,7 @@ class Candidate:
     files: tuple[Path, ...]
     """What it reads; their size is the artifact size."""
     vision_bytes: int = 0
-    """Weights read for one picture."""
+    """Weights read for one image."""
     decoder_bytes: int = 0
     """Weights read for one token."""
     kv_bytes: int = 4

@@ -1,4 +1,4 @@
-"""The result as pictures (matplotlib) and as one HTML page that needs no other file."""
+"""The result as plots (matplotlib) and as one HTML page that needs no other file."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def write_plots(result: Comparison, folder: Path) -> list[Path]:
 
 
 def as_html(result: Comparison, pictures: Sequence[Path]) -> str:
-    """Pictures and tables in one page."""
+    """Plots and tables in one page."""
     images = [
         f'<p><img alt="{path.stem}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode("ascii")}"></p>'

@@ -125,7 +125,7 @@ def _product(operator: str, threads: int) -> Callable[[], object]:
 
 
 def vision_work(spec: ModelSpec, weight_bytes: int) -> Work:
-    """One picture through tower and projector."""
+    """One image through tower and projector."""
     encoder = spec.image.encoder
     if isinstance(encoder, NativeEncoder):
         return Work(_native_operations(encoder, spec.image), weight_bytes)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 TEXT_TOKENS = 56
-"""Text tokens beside a picture: a short question with a conversation around it."""
+"""Text tokens beside an image: a short question with a conversation around it."""
 PROMPT_TOKENS = 200
 NEW_TOKENS = 64
 BOS = 1
@@ -37,19 +37,19 @@ class Shapes:
 class Peer(Protocol):
     """A loaded model. Every method starts from an empty sequence and returns seconds.
 
-    ``variation``: another one asks about another picture and other tokens, so that no cache can
+    ``variation``: another one asks about another image and other tokens, so that no cache can
     answer what should be computed.
     """
 
     def encode(self, variation: int) -> float:
-        """One picture, as uint8 pixels of the tower's size, to visual tokens."""
+        """One image, as uint8 pixels of the tower's size, to visual tokens."""
 
     def generate(self, length: int, count: int, variation: int) -> tuple[float, float]:
         """A prompt of ``length`` tokens up to its first greedy token, then ``count`` more."""
 
     def ask(self, variation: int) -> tuple[float, float]:
-        """A picture and ``TEXT_TOKENS`` text tokens up to the first greedy token; then another
-        question, as long, about the same picture."""
+        """An image and ``TEXT_TOKENS`` text tokens up to the first greedy token; then another
+        question, as long, about the same image."""
 
 
 class NotSupportedError(Exception):
@@ -68,7 +68,7 @@ def token_ids(length: int, vocab_size: int, variation: int) -> list[int]:
 
 
 def questions(vocab_size: int, variation: int) -> tuple[list[int], list[int]]:
-    """Ids of two questions about one picture."""
+    """Ids of two questions about one image."""
     first, second = (token_ids(TEXT_TOKENS, vocab_size, 2 * variation + turn) for turn in (0, 1))
     return first, second
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 import mobilevlm
 from mobilevlm.nano.evaluate import LONGEST_ANSWER, is_right
-from mobilevlm.nano.suite import evaluation_set, pictures
+from mobilevlm.nano.suite import evaluation_set, images_of
 
 
 def answers(bundle: Path, questions: int) -> dict[str, NDArray[Any]]:
@@ -28,10 +28,10 @@ def answers(bundle: Path, questions: int) -> dict[str, NDArray[Any]]:
     with mobilevlm.load(bundle) as vlm:
         for index, example in enumerate(examples):
             question = example.question
-            answer = vlm.generate(question.text, pictures(example), max_new_tokens=LONGEST_ANSWER)
+            answer = vlm.generate(question.text, images_of(example), max_new_tokens=LONGEST_ANSWER)
             found[f"ids.{index}"] = np.asarray(answer.token_ids)
             right.append(is_right(question, answer.text))
-        images = pictures(examples[0])
+        images = images_of(examples[0])
         found["visual"] = vlm.encode_image(images[0])
         found["logits"] = vlm.prompt_logits(examples[0].question.text, images)[-1]
     return {**found, "right": np.asarray(right)}

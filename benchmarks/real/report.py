@@ -1,4 +1,4 @@
-"""Results as a table, as JSON, and as a picture of the frontier."""
+"""Results as a table, as JSON, and as a plot of the frontier."""
 
 from __future__ import annotations
 

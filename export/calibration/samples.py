@@ -64,7 +64,7 @@ MAX_BYTES = 1 << 26
 
 @dataclass(frozen=True)
 class Sample:
-    """One exchange. ``<image>`` in the prompt marks places of pictures, else they come first."""
+    """One exchange. ``<image>`` in the prompt marks places of images, else they come first."""
 
     prompt: str
     answer: str
@@ -89,7 +89,7 @@ def measuring_samples(name: str, inputs: Collection[str] = ("image",)) -> list[S
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
-        ImageError: a picture file is missing.
+        ImageError: an image file is missing.
     """
     return scenes_or_file(name, NUM_SCENES, inputs)
 
@@ -101,7 +101,7 @@ def held_out_samples(name: str, inputs: Collection[str] = ("image",)) -> list[Sa
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
-        ImageError: a picture file is missing.
+        ImageError: an image file is missing.
     """
     return scenes_or_file(name, _HELD_OUT, inputs)
 
@@ -122,7 +122,7 @@ def scene_samples(
     count: int = NUM_SCENES, first: int = 0, inputs: Collection[str] = ("image",)
 ) -> list[Sample]:
     """Drawn scenes, each with something else to do: to be described, to be asked about in each way
-    that ``mobilevlm eval`` asks, and a question without a picture; where the model takes no images
+    that ``mobilevlm eval`` asks, and a question without an image; where the model takes no images
     these questions alone, and sounds where it hears. None of them is in the scenes that ``eval``
     asks about."""
     tasks = ((first + index, _TASKS[index % len(_TASKS)]) for index in range(count))
@@ -154,7 +154,7 @@ def read_samples(path: Path) -> list[Sample]:
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
-        ImageError: a picture file is missing.
+        ImageError: an image file is missing.
         PromptError: a prompt is empty or has the wrong number of ``<image>``.
     """
     if not path.is_file():
@@ -298,7 +298,7 @@ def tokenizer_digests(model: Model) -> list[str]:
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """Digest of all texts and pictures."""
+    """Digest of all texts and images."""
     digest = hashlib.sha256()
     for sample in samples:
         pictures = [_digest(image) for image in sample.images]

@@ -30,7 +30,7 @@ class UsageReport:
         """For each modality that was seen, layers and their experts' shares."""
         found = []
         for name, counts in (
-            ("picture tokens", [(layer.layer, layer.visual) for layer in self.layers]),
+            ("visual tokens", [(layer.layer, layer.visual) for layer in self.layers]),
             ("text tokens", [(layer.layer, layer.text) for layer in self.layers]),
         ):
             tokens = sum(counts[0][1]) // self.top_k

@@ -32,7 +32,7 @@ class LayerUsage:
 
     layer: int
     visual: tuple[int, ...]
-    """Of positions of pictures, by expert"""
+    """Of positions of images, by expert"""
     text: tuple[int, ...]
 
     @property
@@ -55,7 +55,7 @@ def checkpoint_usage(
 
     Raises:
         PromptError: a sample does not fit into the context.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         MobileVLMError: the decoder has no experts.
         MissingExtraError: torch is not installed.
     """

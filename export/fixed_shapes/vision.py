@@ -69,14 +69,14 @@ def author_qdq(
     advance: Advance = ignore,
     hessian: HessianOf = no_hessian,
 ) -> Written:
-    """Writes the vision stage in the tower's format, calibrated on the samples' pictures: weights
+    """Writes the vision stage in the tower's format, calibrated on the samples' images: weights
     of products with a scale per output, everything else per tensor.
 
-    Memory: the float32 weights a few times, and the activations of one picture.
+    Memory: the float32 weights a few times, and the activations of one image.
 
     Raises:
         MobileVLMError: no sample has an image.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
     """
     import onnx
 

@@ -79,7 +79,7 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
     images, decoder = encoder_settings(spec), to_dict(spec.decoder)
     sizes = [to_dict(shape) for shape in shapes]
     language = [*images, decoder, to_dict(recipe.decoder), form, sizes, key]
-    # Of pictures it is calibrated with all.
+    # Of images it is calibrated with all.
     prefixes = ("decoder.", *ENCODED)
     return [
         make_job(

@@ -28,7 +28,7 @@ def collect(
 
     Raises:
         PromptError: a sample does not fit into the context.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         MobileVLMError: an activation is infinite or no number.
     """
     entries = list(decoder_entries(model.spec.decoder))

@@ -68,7 +68,7 @@ POSITIONS = 1 << 12
 
 
 _Seen: TypeAlias = tuple[tuple[VectorFigures, ...], tuple[VectorFigures, ...]]
-"""Of a sample's pictures: the tower's features (none where the engine keeps them inside), and the
+"""Of a sample's images: the tower's features (none where the engine keeps them inside), and the
 visual tokens."""
 
 
@@ -91,9 +91,9 @@ class SampleFigures:
 
     sample: Sample
     features: tuple[VectorFigures, ...]
-    """Of the tower's output, a picture each; empty where the engine does not give it"""
+    """Of the tower's output, an image each; empty where the engine does not give it"""
     visual: tuple[VectorFigures, ...]
-    """Of the visual tokens, a picture each"""
+    """Of the visual tokens, an image each"""
     decoder: TokenFigures
     """Given the reference's visual tokens, over the bundle's own answer and the sample's"""
     prefill: TokenFigures | None
@@ -139,7 +139,7 @@ def measure(
 
     Raises:
         PromptError: a sample does not fit into the context.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
     """
     found: list[SampleFigures] = []
     everything = [*samples, *texts]
@@ -213,7 +213,7 @@ def greedy_text(model: Model, tokens: Sequence[int]) -> str:
 
 
 def calibration_image(seed: int, size: int) -> NDArray[np.uint8]:
-    """A picture ``(size, size, 3)`` of smooth colours, edges and noise, fixed by the seed."""
+    """An image ``(size, size, 3)`` of smooth colours, edges and noise, fixed by the seed."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / np.float32(size)
     picture = np.zeros((size, size, 3), np.float32)
@@ -367,7 +367,7 @@ def _measure_encoded(
 def _measure_pictures(
     model: Model, reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
 ) -> tuple[list[list[ImageRows]], list[_Seen]]:
-    """The reference's visual tokens of each sample's pictures, and how the bundle sees them."""
+    """The reference's visual tokens of each sample's images, and how the bundle sees them."""
     has_features = stage_formats(vlm.bundle, vlm.engine).get("vision") != "gguf"
     exact = exact_images(model, reference, samples)
     visual: list[list[ImageRows]] = []

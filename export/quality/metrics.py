@@ -98,7 +98,7 @@ def joined(parts: Sequence[TokenFigures]) -> TokenFigures:
 
 
 def vision_figures(parts: Sequence[VectorFigures]) -> dict[str, float]:
-    """Of all pictures together: ``cosine`` (least over tokens), ``cosine_mean``,
+    """Of all images together: ``cosine`` (least over tokens), ``cosine_mean``,
     ``relative_error`` (a ratio of Euclidean norms)."""
     cosine = np.concatenate([part.cosine for part in parts])
     error = sum(part.squared_error for part in parts) / sum(part.squared_norm for part in parts)

@@ -81,7 +81,7 @@ class Probe:
 
     Raises:
         PromptError: a sample does not fit into the context.
-        ImageError: a picture cannot be read.
+        ImageError: an image cannot be read.
         MobileVLMError: the model's logits are infinite or no numbers.
     """
 

@@ -1,4 +1,4 @@
-"""From a checkpoint to a recipe file with mixed precision, and a picture of what was to choose from
+"""From a checkpoint to a recipe file with mixed precision, and a plot of the choices
 (needs torch)."""
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def search_recipe(
 
     ``calibration``: data for GPTQ instead of the recipe's: ``own``, ``scenes`` or a JSONL file
     (export/calibration/samples.py); ``data``: what to measure on: ``scenes``, others than for
-    calibration, or a JSONL file. ``plot``: picture file to draw divergence over size into.
+    calibration, or a JSONL file. ``plot``: image file to draw divergence over size into.
     ``experts``: formats for each of the sparse experts (``plain``), or one for all of a layer
     (``fused``).
 

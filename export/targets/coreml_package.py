@@ -65,7 +65,7 @@ def package_vision(work: Workspace, draft: Manifest, model: Model) -> Manifest:
 
 
 def write_package(model: Model, path: Path) -> dict[str, int]:
-    """Writes the vision stage: an RGB picture of the tower's size, named ``pixels``, to
+    """Writes the vision stage: an RGB image of the tower's size, named ``pixels``, to
     ``visual_tokens`` float32 ``(1, num_tokens, hidden_size)``; weights and arithmetic have 16 bits.
     Returns the program's operators.
 

@@ -1,4 +1,4 @@
-"""The report of a verification: one HTML file with its plots and pictures inside, nothing to load.
+"""The report of a verification: one HTML file with its plots and images inside, nothing to load.
 
 Places of marks in the plots are computed here; export/verification/report.html.jinja draws them.
 """
@@ -32,7 +32,7 @@ WIDTH, HEIGHT = 900.0, 150.0
 SMALLEST_KL = 1e-9
 """Nats; less is shown as this much."""
 PICTURE = 224
-"""Longest edge of a sample's picture."""
+"""Longest edge of a sample's image."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from mobilevlm.errors import (
 from mobilevlm.waiting import wait_asleep
 
 VERBS = {
-    "demo": "Let the built-in model answer questions about a new picture.",
+    "demo": "Let the built-in model answer questions about a new image.",
     "export": "Turn a checkpoint into a bundle.",
     "export-matrix": "Export many checkpoints by many recipes and compare.",
     "search": "Find how many bits each layer needs.",

@@ -29,14 +29,14 @@ _SOUND_SECONDS = 5
     "  mobilevlm bench bundle/ --device ssh://pi@raspberrypi.local --format md",
 )
 @model_options
-@click.option("--image", metavar="FILE", help="Default: a grey picture (the work is the same).")
+@click.option("--image", metavar="FILE", help="Default: a grey image (the work is the same).")
 @click.option("--no-image", is_flag=True, help="Text only, without an image or a sound.")
 @click.option(
     "--text-tokens",
     type=click.IntRange(1),
     default=56,
     show_default=True,
-    help="Length of the prompt without the picture.",
+    help="Length of the prompt without the image.",
 )
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
 @click.option(

@@ -32,7 +32,7 @@ Examples:
     "--seed", "given", type=click.IntRange(0), help="Draw this scene again; default: a new one."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE.png",
-              help="Where the picture goes; default: the folder for temporary files.")  # fmt: skip
+              help="File to write the image to; default: one in the temporary folder.")  # fmt: skip
 @engine_option("What runs the stages.")
 @threads_option
 def command(given: int | None, output: Path | None, engine: str, threads: int | None) -> None:
@@ -52,11 +52,11 @@ def command(given: int | None, output: Path | None, engine: str, threads: int | 
         seed = random.randrange(10**6) if given is None else given
         scene = sample_scene(TRAINING_SEEDS + seed, "evaluation")
         asked = _questions(scene)
-    picture = output or Path(tempfile.gettempdir()) / f"mobilevlm-demo-{seed}.png"
+    path = output or Path(tempfile.gettempdir()) / f"mobilevlm-demo-{seed}.png"
     image = render(scene)
-    image.save(picture)
+    image.save(path)
     with load("nano", engine, threads) as vlm:
-        print(f"picture   {picture}  (scene {seed})")
+        print(f"image     {path}  (scene {seed})")
         right = 0
         for question in asked:
             print(f"\nquestion  {question.text}\nanswer    ", end="", flush=True)
@@ -69,7 +69,7 @@ def command(given: int | None, output: Path | None, engine: str, threads: int | 
             print(f"\ntruth     {question.truth}  ({'right' if good else 'wrong'})", flush=True)
             show_timings(answer)
     print(f"\n{right} of {len(asked)} right. Ask something yourself:")
-    print(f'  mobilevlm run nano --image {picture} --prompt "What is in the picture?"')
+    print(f'  mobilevlm run nano --image {path} --prompt "What is in the picture?"')
 
 
 def _questions(scene: Scene) -> tuple[Question, ...]:

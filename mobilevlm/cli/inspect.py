@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 @click.option(
     "--experts",
     is_flag=True,
-    help="Show which experts tokens of pictures and of text are sent to (of a checkpoint: needs "
+    help="Show which experts visual tokens and text tokens are sent to (of a checkpoint: needs "
     "torch).",
 )
 @click.option(
@@ -126,7 +126,7 @@ def _show_bundle(path: Path, as_json: bool) -> None:
 
 
 def _memory(bundle: Bundle) -> dict[str, dict[str, float]]:
-    """Megabytes at the peak of a question about a picture, by engine and setting of memory."""
+    """Megabytes at the peak of a question about an image, by engine and setting of memory."""
     from mobilevlm.errors import BundleError
     from mobilevlm.plan import ENGINES, Plan, choose_engine, memory_settings
     from mobilevlm.runtime.memory.estimate import estimate

@@ -31,7 +31,7 @@ Examples:
     default="scenes",
     show_default=True,
     metavar="scenes|FILE.jsonl",
-    help="Pictures, prompts and answers to measure on.",
+    help="Images, prompts and answers to measure on.",
 )
 @click.option("--suite", type=click.Choice(["scenes"]), help="Ask its questions too.")
 @click.option("--questions", type=click.IntRange(12), help="How many of a suite.  [default: 2000]")

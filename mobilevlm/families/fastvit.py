@@ -137,8 +137,8 @@ def sized_tower(
     spec = replace(spec, image_size=size, **sizes)
     if size % spec.stride:
         raise CheckpointError(
-            f"{path}: images of {size} pixels do not divide by the tower's stride {spec.stride}: "
-            f"expected a multiple"
+            f"{path}: the image size must be a multiple of the tower's stride: found {size} and "
+            f"{spec.stride}"
         )
     for stage in range(1, stages):
         before, width = spec.widths[stage - 1 : stage + 1]

@@ -104,7 +104,7 @@ def intern_vit(
     """Return the tower of a configuration as far as the layer that ``key`` of the model's names.
 
     Raises:
-        CheckpointError: it is another one, its grid does not divide into squares, or a value is
+        CheckpointError: it is another one, its grid cannot be split into squares, or a value is
             missing or wrong.
     """
     given = {key: value for key, value in config.items() if value is not None}

@@ -20,7 +20,7 @@ def grids_of(path: Path, value: Any, size: int) -> tuple[tuple[int, int], ...]:
     """Return rows and columns of tiles of ``size`` pixels for each height and width of a list.
 
     Raises:
-        CheckpointError: it is no such list, tiles do not divide a size, or it takes too many.
+        CheckpointError: it is no such list, a size is no multiple of a tile, or it has too many.
     """
     if not isinstance(value, list) or not 0 < len(value) <= MOST_GRIDS:
         raise CheckpointError(

@@ -53,8 +53,8 @@ def read_smolvlm(source: Source) -> tuple[ModelSpec, Weights]:
     factor = config_value(hub.path, source.config, "scale_factor", int, 2)
     if vision.grid % factor:
         raise CheckpointError(
-            f"{hub.path}: 'scale_factor' {factor} does not divide the tower's {vision.grid} "
-            f"patches per edge ('image_size' over 'patch_size')"
+            f"{hub.path}: the tower's patches per edge ('image_size' over 'patch_size') must be a "
+            f"multiple of 'scale_factor': found {vision.grid} and {factor}"
         )
     connector = ConnectorSpec(
         "mlp_downsample",

@@ -85,8 +85,8 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
         )
     name = source.options.variant or _saved_with(path, config)
     variant = _VARIANTS[name]
-    language, pictures, between = (source.folder / folder for folder in _FOLDERS)
-    tower = _tower(source.options.vision_tower or pictures)
+    language, images, between = (source.folder / folder for folder in _FOLDERS)
+    tower = _tower(source.options.vision_tower or images)
     kind = tower.config.get("model_type")
     if not isinstance(kind, str) or kind not in _TRAITS:
         raise CheckpointError(
@@ -147,9 +147,9 @@ def _tower(folder: Path) -> Tower:
 
 
 def _check_features(path: Path, config: dict[str, Any], vision: TransformerEncoder) -> None:
-    """Refuses tiled pictures, and a class token among the features."""
+    """Refuses tiled images, and a class token among the features."""
     if config.get("s2") or config.get("dynamic_s2"):
-        raise CheckpointError(f"{path}: pictures in several scales ('s2') are not known here")
+        raise CheckpointError(f"{path}: images in several scales ('s2') are not supported")
     feature = config_value(path, config, "mm_vision_select_feature", str, "patch")
     expected = ("patch",) if vision.class_token else ("patch", "cls_patch")
     if feature not in expected:

@@ -92,7 +92,7 @@ _MARKS = re.compile(r"<\|?[^<>\s]+\|?>|\[[A-Z_]+\]")
 def gguf_conversation(file: GgufFile) -> ConversationSpec:
     """Return the conversation of a file whose vocabulary was checked.
 
-    A template that cannot hold an image gives way to LLaVA's, with a FileWarning.
+    LLaVA's template is the fallback, with a FileWarning, for one that cannot hold an image.
 
     Raises:
         BundleError: the template is not UTF-8.

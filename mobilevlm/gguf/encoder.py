@@ -145,7 +145,10 @@ def _tower(
             f"patches per edge"
         )
     if hidden % heads:
-        raise BundleError(f"{file.path}: {heads} heads do not divide {hidden} channels")
+        raise BundleError(
+            f"{file.path}: embedding_length must be a multiple of attention.head_count: found "
+            f"{hidden} and {heads}"
+        )
     if hidden == wide:
         raise BundleError(
             f"{file.path}: embedding_length and feed_forward_length are both {hidden}: llama.cpp "
@@ -215,8 +218,8 @@ def _shuffled(
     factor, grid = _positive(file, SCALE_FACTOR), vision.grid
     if grid % factor:
         raise BundleError(
-            f"{file.path}: {SCALE_FACTOR} {factor} does not divide the tower's {grid} patches per "
-            f"edge"
+            f"{file.path}: the tower's patches per edge must be a multiple of {SCALE_FACTOR}: "
+            f"found {grid} and {factor}"
         )
     return ConnectorSpec(
         "mlp_downsample",

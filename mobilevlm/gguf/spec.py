@@ -101,10 +101,16 @@ def _shared(file: GgufFile) -> DecoderSpec:
     hidden = _value(file, "embedding_length", int)
     heads = _value(file, "attention.head_count", int)
     if hidden % heads and f"{file.architecture}.attention.key_length" not in file.metadata:
-        raise BundleError(f"{file.path}: {heads} heads do not divide {hidden} channels")
+        raise BundleError(
+            f"{file.path}: embedding_length must be a multiple of attention.head_count: found "
+            f"{hidden} and {heads}"
+        )
     shared = _key_value_heads(file, heads)
     if heads % shared:
-        raise BundleError(f"{file.path}: {heads} heads do not divide by {shared} of keys")
+        raise BundleError(
+            f"{file.path}: attention.head_count must be a multiple of head_count_kv: found "
+            f"{heads} and {shared}"
+        )
     head_dim = _value(file, "attention.key_length", int, hidden // heads)
     if head_dim % 2:
         raise BundleError(f"{file.path}: heads of {head_dim} channels, expected an even number")

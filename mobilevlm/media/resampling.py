@@ -1,6 +1,6 @@
 """Sound at another sampling rate: a windowed sinc, one set of weights for each phase (polyphase).
 
-The filter is a sinc cut off at 0.95 of the lower of both Nyquist frequencies, 32 of its zeros on
+The filter is a sinc with its cutoff at 0.95 of the lower of both Nyquist frequencies, 32 zeros on
 either side, under a Kaiser window of beta 12: what lies above is damped by more than 100 dB, what
 lies below 0.9 of it is unchanged to 1e-5. Official processors leave this step to librosa, whose
 filter (soxr) is another one of this quality: samples differ by about 1e-3 of the loudest.

@@ -33,7 +33,7 @@ Point = tuple[float, float]
 
 
 def render(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, ``IMAGE_SIZE`` x ``IMAGE_SIZE``."""
+    """The image of a scene: RGB, ``IMAGE_SIZE`` x ``IMAGE_SIZE``."""
     canvas = _background(scene.background, scene.seed)
     for item in scene.items:
         color = np.clip(np.add(RGB[item.color], item.tint), 0, 255)
@@ -122,7 +122,7 @@ def outline(shape: str) -> tuple[Point, ...]:
 def glyphs(label: Label) -> tuple[tuple[str, Floats, float], ...]:
     """The characters of a label: ``(character, coverage (height, width), left edge)``.
 
-    All have the same height; the edges start at 0 and are already scaled to fit the picture.
+    All have the same height; the edges start at 0 and are already scaled to fit the image.
     """
     text = label.text.upper() if label.capitals else label.text
     masks = [_glyph(character, label.font, label.height) for character in text]
@@ -185,7 +185,7 @@ def _glyph(character: str, font: str, height: int) -> Floats:
 
 
 def _coverage(image: Image.Image) -> Floats:
-    """The values of a greyscale picture as shares from 0 to 1."""
+    """The values of a greyscale image as shares from 0 to 1."""
     return np.asarray(image, np.float32) * np.float32(1 / 255)
 
 

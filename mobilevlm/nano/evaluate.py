@@ -16,13 +16,13 @@ from PIL import Image
 from mobilevlm.accuracy import Score, plain_score, score
 from mobilevlm.console.tables import Column, Table
 from mobilevlm.nano.questions import Question
-from mobilevlm.nano.suite import SUITE_KINDS, Example, noise, pictures
+from mobilevlm.nano.suite import SUITE_KINDS, Example, images_of, noise
 
 if TYPE_CHECKING:
     from mobilevlm.runtime import VLM
 
 Answerer = Callable[[str, list[Image.Image]], str]
-"""Takes the user's text and the pictures, gives the model's text."""
+"""Takes the user's text and the images, gives the model's text."""
 
 NUMBERS = {
     word: str(value)
@@ -38,7 +38,7 @@ DROPPED = frozenset(("a", "an", "the"))
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """Scores by kind of question and over all; ``blind`` ones had noise for pictures."""
+    """Scores by kind of question and over all; ``blind`` ones had noise for images."""
 
     kinds: dict[str, Score]
     overall: Score
@@ -101,13 +101,13 @@ def evaluate(
 ) -> SuiteResult:
     """Asks every example and scores the answers; ``progress`` hears (done, total).
 
-    With ``blind`` the questions about pictures are asked again with noise in their place.
+    With ``blind`` the questions about images are asked again with noise in their place.
     """
     seen: list[tuple[str, bool]] = []
     unseen: list[tuple[str, bool]] = []
     for done, example in enumerate(examples):
         question = example.question
-        right = is_right(question, answer(question.text, pictures(example)))
+        right = is_right(question, answer(question.text, images_of(example)))
         seen.append((question.kind, right))
         if blind:
             # Noise changes nothing for a text-only question: its score counts for both.
@@ -142,7 +142,7 @@ def evaluate_vlm(
 def result_of(
     seen: Sequence[tuple[str, bool]], unseen: Sequence[tuple[str, bool]] | None
 ) -> SuiteResult:
-    """Scores of ``(kind, right)`` outcomes with pictures and with noise in their place."""
+    """Scores of ``(kind, right)`` outcomes with images and with noise in their place."""
     return SuiteResult(
         kinds=by_kind(seen),
         overall=score(right for _, right in seen),

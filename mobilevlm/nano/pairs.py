@@ -1,4 +1,4 @@
-"""Questions about two pictures at once."""
+"""Questions about two images at once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mobilevlm.nano.scenes import COLORS, SHAPES, Scene
 PICTURES = ("first", "second")
 
 STACKED = "<image>\n<image>\n"
-"""Both pictures before the question: what a prompt without ``<image>`` becomes."""
+"""Both images before the question: what a prompt without ``<image>`` becomes."""
 INTERLEAVED = "The first picture: <image>\nThe second picture: <image>\n"
 LAYOUTS = (STACKED, INTERLEAVED)
 
@@ -27,7 +27,7 @@ LAYOUTS = (STACKED, INTERLEAVED)
 def pair_questions(
     first: Scene, second: Scene, count: int = 6, layout: str | None = None
 ) -> tuple[Question, ...]:
-    """``count`` different questions about two scenes, all with the same layout of the pictures.
+    """``count`` different questions about two scenes, all with the same layout of the images.
 
     The text of each begins with the layout; by default one is drawn from LAYOUTS.
     """

@@ -349,4 +349,4 @@ KINDS: dict[str, Maker] = {
     "compare": _compare,
     "read": _read,
 }
-"""Kinds of question about one picture."""
+"""Kinds of question about one image."""

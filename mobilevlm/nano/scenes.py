@@ -1,9 +1,9 @@
-"""Scenes: procedural pictures described as data, fully determined by a seed.
+"""Scenes: procedural images described as data, fully determined by a seed.
 
 In the spirit of CLEVR and ShapeWorld: a few flat shapes on a varied background, each in its own
 cell of a 3x3 grid (so that every spatial word has one meaning), sometimes with a word or number.
 ``drawing.py`` turns a scene into pixels, ``questions.py`` into captions and questions; nothing but
-the scene is needed for either, so the truth of an answer never depends on the picture.
+the scene is needed for either, so the truth of an answer never depends on the image.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 IMAGE_SIZE = 192
-"""Edge of a rendered picture in pixels; 24 patches of 8."""
+"""Edge of a rendered image in pixels; 24 patches of 8."""
 CELL = IMAGE_SIZE // 3
 
 SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
@@ -128,7 +128,7 @@ class Background:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a picture shows; ``seed`` also fixes its noise."""
+    """Everything an image shows; ``seed`` also fixes its noise."""
 
     seed: int
     background: Background

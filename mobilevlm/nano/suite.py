@@ -85,13 +85,13 @@ def _draw(
     return ask(scene, kind, rng), (scene.seed,)
 
 
-def pictures(example: Example) -> list[Image.Image]:
+def images_of(example: Example) -> list[Image.Image]:
     """The rendered scenes of an example."""
     return [render(sample_scene(seed, "evaluation")) for seed in example.seeds]
 
 
 def noise(example: Example) -> list[Image.Image]:
-    """Uniform noise in place of each picture: what a blind model sees."""
+    """Uniform noise in place of each image: what a blind model sees."""
     shape = (IMAGE_SIZE, IMAGE_SIZE, 3)
     return [
         Image.fromarray(np.random.default_rng(seed).integers(0, 256, shape, np.uint8))

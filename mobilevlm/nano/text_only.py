@@ -66,7 +66,7 @@ from the others? How many are there in total? Is there anything between the squa
 
 
 def text_questions(seed: int, count: int = 8) -> tuple[Question, ...]:
-    """``count`` questions without a picture; the same seed gives the same ones."""
+    """``count`` questions without an image; the same seed gives the same ones."""
     rng = random.Random(seed * 17 + 11)
     makers = (_sum, _difference, _larger, _next, _opposite, _fact, _fact, _repeat, _letter)
     return tuple(styled("text", rng.choice(makers)(rng), rng) for _ in range(count))

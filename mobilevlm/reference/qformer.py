@@ -1,4 +1,4 @@
-"""Q-Former: learned queries that read a picture's features (BLIP-2, Li et al. 2023), and the
+"""Q-Former: learned queries that read an image's features (BLIP-2, Li et al. 2023), and the
 instruction too (InstructBLIP, Dai et al. 2023)."""
 
 from __future__ import annotations

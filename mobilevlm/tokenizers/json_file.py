@@ -115,8 +115,8 @@ _PREFIX = re.compile(rf'"{_KEY}"\s*:\s*(?!null\b|""|\s)')
 def _merges_problem(text: str) -> str:
     """Return whether merges have a prefix for what continues a word.
 
-    The library cuts off its number of bytes from what each merge joins, unchecked: the rest may be
-    no text, and the process aborts.
+    The library removes the prefix's number of bytes from what each merge joins, unchecked: the rest
+    may be no text, and the process aborts.
     """
     if not _PREFIX.search(text) and not _ESCAPED.search(text):
         return ""

@@ -85,7 +85,7 @@ def run_bench(
 ) -> BenchResult:
     """Runs the same prompt ``runs`` times, after one run that does not count. The conversation is
     left out, so that ``text_tokens`` is what the decoder sees. Each run begins with empty caches;
-    then comes another question of that length about the same picture. ``draft_tokens``: guessed at
+    then comes another question of that length about the same image. ``draft_tokens``: guessed at
     a time, see runtime/sequence/drafting.py; ``codes``: of an image that is begun in each run, and
     decoded, by a model that makes images."""
     images = [] if image is None else [image]
@@ -183,7 +183,7 @@ def _drawing_samples(vlm: VLM, count: int) -> dict[str, list[float]]:
 
 
 def prompt_of_length(vlm: VLM, text_tokens: int, images: int, word: str = " a") -> str:
-    """A raw prompt of exactly this many text tokens (pictures not counted), if its pieces allow:
+    """A raw prompt of exactly this many text tokens (images not counted), if its pieces allow:
     one word over and over."""
     prompt = vlm.spec.conversation.image_mark * images
     while vlm.count_text_tokens(prompt, images, raw=True) < text_tokens:

@@ -1,5 +1,5 @@
 """How much memory a bundle takes, told from its manifest: the peak of a process that loads it and
-answers one question about one picture.
+answers one question about one image.
 
 The parts, and what each follows from (docs/explanation/runtime.md tells more,
 benchmarks/memory.py measures):
@@ -63,7 +63,7 @@ IN_PASSING = 80e6
 ROW = 1 << 16
 """Resident pages around an embedding row that is read."""
 TEXT_POSITIONS = 128
-"""Of a question and its answer, beside the picture, where nobody says how many."""
+"""Of a question and its answer, beside the image, where nobody says how many."""
 
 _PLAIN: dict[Precision, float] = {"int8": 1.0, "q8": 1.0, "q4": 0.5, "q2": 0.25}
 STORED = _PLAIN | {"fp32": 4.0, "fp16": 2.0, "qdq8": 1.0, "qdq16": 1.0}
@@ -135,7 +135,7 @@ class _Stage:
 
 def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Memory:
     """The peak of a process that loads a bundle by a plan (its engine settled), and fills
-    ``positions`` of the context: by default a picture's, and :data:`TEXT_POSITIONS`. Of a bundle
+    ``positions`` of the context: by default an image's, and :data:`TEXT_POSITIONS`. Of a bundle
     compiled for an NPU: on the device, where binaries are mapped once."""
     decoder, encoded = manifest.spec.decoder, manifest.spec.encoded
     image = () if encoded is None else most_pieces(encoded)

@@ -1,7 +1,7 @@
-"""What requests leave for later ones: visual tokens of pictures, keys and values of prompts.
+"""What requests leave for later ones: visual tokens of images, keys and values of prompts.
 
 A prompt is computed in pieces whose borders follow from what stands before them (behind the system
-prompt, behind each picture), and only whole pieces are taken over. So the same arithmetic runs
+prompt, behind each image), and only whole pieces are taken over. So the same arithmetic runs
 whether a piece is computed or found here, and the logits are the same bit for bit.
 """
 
@@ -20,7 +20,7 @@ from mobilevlm.runtime.engines import Segment
 from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
 
 DEFAULT_CACHE_MB = 256
-"""Four pictures of MobileVLM V2 1.7B with their questions' prefix."""
+"""Four images of MobileVLM V2 1.7B with their questions' prefix."""
 IMAGE_SHARE = 1 / 8
 """Of the memory, for visual tokens: they take a fortieth of what their keys and values do."""
 

@@ -11,7 +11,7 @@ from mobilevlm.runtime.sequence.session import Fill, Prompt, Session
 
 class EncodedSession(Session):
     """As :class:`Session`. All positions of a prompt see each other, so nothing of another prompt
-    can be taken over but its pictures; of the same prompt everything is."""
+    can be taken over but its images; of the same prompt everything is."""
 
     _decoder: EncoderDecoderEngine
     _prompt: list[PositionKey] | None = None

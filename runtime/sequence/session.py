@@ -105,7 +105,7 @@ class Fill:
     reused_tokens: int = 0
     """Positions whose keys and values were there."""
     reused_images: int = 0
-    """Pictures of the prompt that were not encoded."""
+    """Images of the prompt that were not encoded."""
     cancelled: Callable[[], bool] = bool
     """Return True once the prompt is wanted no more; by default it is wanted."""
 
@@ -117,11 +117,11 @@ class Fill:
 
 @dataclass(frozen=True)
 class PromptChoices:
-    """What the routers of a decoder with experts made of a prompt, pictures expanded."""
+    """What the routers of a decoder with experts made of a prompt, images expanded."""
 
     layers: ExpertChoices
     is_visual: NDArray[np.bool_]
-    """Which positions are of pictures ``(length,)``"""
+    """Which positions are of images ``(length,)``"""
 
 
 class Turns:
@@ -263,7 +263,7 @@ class Session:
         self.told: list[Message] = []
         """Messages of the last prompt, where it had any."""
         self.prompt_tokens = 0
-        """Positions of the last prompt, pictures expanded."""
+        """Positions of the last prompt, images expanded."""
 
     def belongs_to(self, decoder: DecoderEngine) -> bool:
         """Whether the sequence is one of this engine."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from mobilevlm.nano.evaluate import LONGEST_ANSWER, is_right
-from mobilevlm.nano.suite import Example, evaluation_set, pictures
+from mobilevlm.nano.suite import Example, evaluation_set, images_of
 from mobilevlm.runtime.suites.question import Question, Suite
 
 
@@ -32,4 +32,4 @@ def _question(name: str, example: Example) -> Question:
 
 
 def _image(example: Example, index: int) -> Image.Image:
-    return pictures(example)[index]
+    return images_of(example)[index]

@@ -22,7 +22,7 @@ from mobilevlm.runtime.tuning.plan_file import Candidate, TunedPlan
 DEFAULT_BUDGET = 60.0
 """Seconds."""
 ANSWER_TOKENS = 64
-"""Of the question that engines are compared by: a picture, 56 tokens of text and this answer."""
+"""Of the question that engines are compared by: an image, 56 tokens of text and this answer."""
 MARGIN = 0.03
 """A setting replaces the default if it takes less by this share."""
 HOPELESS = 1.5
@@ -41,7 +41,7 @@ GUESSES_RIGHT = 0.6
 
 @dataclass(frozen=True)
 class StageTimes:
-    """Seconds: a picture, the prompt of a question, a token of the answer."""
+    """Seconds: an image, the prompt of a question, a token of the answer."""
 
     vision: float
     prefill: float

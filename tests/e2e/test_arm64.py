@@ -16,7 +16,7 @@ from emulation.root import make_root, missing_tools, root_folder
 
 import mobilevlm
 from mobilevlm.builtin import WEIGHTS
-from mobilevlm.nano.suite import evaluation_set, pictures
+from mobilevlm.nano.suite import evaluation_set, images_of
 
 ROOT = root_folder()
 """In the person's own cache: asked for before the tests have one of theirs."""
@@ -56,7 +56,7 @@ def test_run_streams_the_same_tokens_as_here(board: Machine, bundle: Path, tmp_p
     about_one = [item for item in evaluation_set(24) if len(item.seeds) == 1]
     example = max(about_one, key=lambda item: len(item.question.answer))
     image = tmp_path / "scene.png"
-    pictures(example)[0].save(image)
+    images_of(example)[0].save(image)
     arguments = ("--image", image, "--prompt", example.question.text, "--json")
     found = json.loads(board.python("-m", "mobilevlm", "run", bundle, *arguments))
     with mobilevlm.load(bundle) as vlm:

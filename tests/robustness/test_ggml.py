@@ -125,7 +125,7 @@ def test_a_tensor_of_another_shape_or_type_is_refused(
             told("rope.dimension_count", 18),
             "count is 18, expected an even number up to 16",
         ),
-        (told("attention.head_count_kv", 3), "4 heads do not divide by 3"),
+        (told("attention.head_count_kv", 3), "head_count_kv: found 4 and 3"),
         (renamed("expert_counts", "expert_countX"), "expert_countX' is not known to"),
         (renamed("feed_forward.kind", "feed_forward.kinX"), "feed_forward.kinX' is not known to"),
         (renamed("gelu_new", "gelu_old"), "expected one of 'silu', 'gelu_new'"),

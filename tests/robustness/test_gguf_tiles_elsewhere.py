@@ -26,7 +26,7 @@ SMOLVLM, INTERNVL = smolvlm_pair, internvl_pair
         (SMOLVLM, {"clip__vision__preproc_image_size": None}, "preproc_image_size is None"),
         (SMOLVLM, {"clip__vision__preproc_image_size": 513}, "more than 8 tiles of 64 pixels"),
         (SMOLVLM, {"clip__vision__projector__scale_factor": None}, "scale_factor is None"),
-        (SMOLVLM, {"clip__vision__projector__scale_factor": 3}, "does not divide the tower's 8"),
+        (SMOLVLM, {"clip__vision__projector__scale_factor": 3}, "scale_factor: found 8 and 3"),
         (SMOLVLM, {"clip__vision__preproc_max_tiles": 4}, "another image encoder or projector"),
         (SMOLVLM, {"clip__vision__image_aspect_ratio": "pad"}, "another preparation of images"),
         (SMOLVLM, {"clip__vision__novelty": 1}, "'clip.vision.novelty' is not known"),

@@ -96,7 +96,7 @@ def test_splitting_that_is_off_in_the_checkpoint_is_off_here(copy: Path) -> None
 
 
 CONFIG: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [
-    ("", {"scale_factor": 3}, ("'scale_factor' 3 does not divide the tower's 8 patches",)),
+    ("", {"scale_factor": 3}, ("a multiple of 'scale_factor': found 8 and 3",)),
     ("", {"scale_factor": 0}, ("'scale_factor' is 0", "positive")),
     ("", {"image_token_id": 9999}, ("'image_token_id' is 9999, which the tokenizer lacks",)),
     ("", {"image_token_id": None}, ("'image_token_id' is missing",)),

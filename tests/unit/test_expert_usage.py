@@ -62,7 +62,7 @@ USAGE = UsageReport(
 
 
 def test_a_modality_that_was_not_seen_is_left_out() -> None:
-    assert [name for name, _ in USAGE.parts] == ["50 picture tokens", "5 text tokens"]
+    assert [name for name, _ in USAGE.parts] == ["50 visual tokens", "5 text tokens"]
     unseen = tuple(replace(layer, visual=(0,) * len(layer.visual)) for layer in USAGE.layers)
     assert [name for name, _ in replace(USAGE, layers=unseen).parts] == ["5 text tokens"]
 
@@ -73,7 +73,7 @@ def test_the_table_has_a_row_for_each_layer_and_modality() -> None:
     assert titles == ["layer", "tokens", "expert 0", "expert 1", "expert 2"]
     rows = [row for row in view.rows if row is not None]
     assert [row[:2] for row in rows] == [
-        ("0", "picture"), ("7", "picture"), ("0", "text"), ("7", "text")
+        ("0", "visual"), ("7", "visual"), ("0", "text"), ("7", "text")
     ]  # fmt: skip
     assert rows[1][2:] == (Styled("100.0%", "bold"), Styled("0.0%", "dim"))
     assert USAGE.to_dict()["layers"][7] == {"visual": (100, 0), "text": (4, 6)}

@@ -102,7 +102,7 @@ def test_missing_keys_have_llama_cpps_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda writer: writer.add_head_count(3), "3 heads do not divide 4 channels"),
+        (lambda writer: writer.add_head_count(3), "head_count: found 4 and 3"),
         (lambda writer: writer.add_block_count(0), "'llama.block_count' is 0"),
         (lambda writer: writer.add_expert_count(4), "a decoder with experts"),
         (lambda writer: writer.add_rope_freq_base(-1.0), "'llama.rope.freq_base' is -1.0"),

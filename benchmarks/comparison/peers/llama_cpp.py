@@ -1,4 +1,4 @@
-"""llama.cpp through llama-cpp-python's own bindings, without this runtime: mtmd for the picture,
+"""llama.cpp through llama-cpp-python's own bindings, without this runtime: mtmd for the image,
 flash attention on, batches as its command-line tools make them."""
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class LlamaCpp:
         return seconds, timed(again)[0]
 
     def _picture_chunks(self, variation: int) -> Any:
-        """The picture prepared for the encoder; not part of any measured time."""
+        """The image prepared for the encoder; not part of any measured time."""
         if self._vision is None:
             raise NotSupportedError("no image encoder in this combination")
         size = self._shapes.image_size
@@ -108,7 +108,7 @@ class LlamaCpp:
         return chunks
 
     def _append_image(self, chunk: Any) -> None:
-        """Encodes the picture and puts its tokens into the sequence."""
+        """Encodes the image and puts its tokens into the sequence."""
         length = ctypes.c_int32()
         _check(
             mtmd_cpp.mtmd_helper_eval_chunk_single(
@@ -135,7 +135,7 @@ class LlamaCpp:
 
 
 def _image(chunks: Any) -> Any:
-    """The only picture among chunks."""
+    """The only image among chunks."""
     return next(
         chunk
         for index in range(mtmd_cpp.mtmd_input_chunks_size(chunks))

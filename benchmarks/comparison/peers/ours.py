@@ -1,5 +1,5 @@
 """This runtime, through its public API: every time includes the tokenizer, the preprocessing of the
-picture and the choice of the token."""
+image and the choice of the token."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> Ours:
 
 
 class Ours:
-    """See :class:`comparison.work.Peer`. ``generate`` and the pictures of ``ask`` have a session
+    """See :class:`comparison.work.Peer`. ``generate`` and the images of ``ask`` have a session
     each, as two users of one server would."""
 
     def __init__(self, shapes: Shapes, vlm: mobilevlm.runtime.VLM) -> None:

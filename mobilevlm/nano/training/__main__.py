@@ -18,7 +18,7 @@ from mobilevlm.console.tables import show
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.nano.evaluate import is_right, result_of, table
 from mobilevlm.nano.scenes import TRAINING_SEEDS
-from mobilevlm.nano.suite import Example, evaluation_set, noise, pictures
+from mobilevlm.nano.suite import Example, evaluation_set, images_of, noise
 from mobilevlm.nano.training.answering import answer_questions
 from mobilevlm.nano.training.model import NanoConfig, NanoModel
 from mobilevlm.nano.training.preference import (
@@ -51,7 +51,7 @@ def main() -> None:
 @click.option("--steps", type=int, help="Optimizer steps; default: the recipe's.")
 @click.option("--budget-minutes", type=float, help="End by the clock instead.")
 @click.option("--pause-minutes", type=float, help="Leave after this long; call again to go on.")
-@click.option("--images", type=int, help="Pictures per step; default: the recipe's.")
+@click.option("--images", type=int, help="Images per step; default: the recipe's.")
 @click.option("--learning-rate", type=float, help="Peak; default: the recipe's.")
 @click.option("--dense-weight", type=float, help="Weight of the dense targets.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -125,7 +125,7 @@ def export_command(state: Path, folder: Path) -> None:
 @click.option("--batch", default=32, show_default=True, help="Questions answered together.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 @click.option("--threads", type=int, default=2, show_default=True)
-@click.option("--blind/--no-blind", default=True, help="Ask again with noise for pictures.")
+@click.option("--blind/--no-blind", default=True, help="Ask again with noise for images.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the scores here.")
 @click.option("--wrong", type=click.Path(path_type=Path), help="Write the wrong answers here.")
 def evaluate_command(
@@ -149,7 +149,7 @@ def evaluate_command(
     mistakes: list[dict[str, object]] = []
 
     def outcomes(view: object, label: str) -> list[tuple[str, bool]]:
-        """Kind and rightness of every example, with ``view`` of its scenes for pictures."""
+        """Kind and rightness of every example, with ``view`` of its scenes for images."""
         found = []
         with Progress(console=CONSOLE) as progress:
             task = progress.add_task(label, total=len(examples))
@@ -161,12 +161,12 @@ def evaluate_command(
                 ):
                     right = is_right(example.question, answer)
                     found.append((example.question.kind, right))
-                    if not right and view is pictures:
+                    if not right and view is images_of:
                         mistakes.append(_mistake(example, answer))
                 progress.advance(task, len(part))
         return found
 
-    seen = outcomes(pictures, "with pictures")
+    seen = outcomes(images_of, "with images")
     unseen = outcomes(noise, "with noise") if blind else None
     result = result_of(seen, unseen)
     show(table(result, title=f"scenes: {folder.name}"), sys.stderr)
@@ -205,7 +205,7 @@ def preference_stage(
     path = run.out / recipe.name / "preferences.jsonl"
     if not path.exists():
         wanted = recipe.steps * recipe.images if run.budget_minutes is None else 4000
-        # Scenes that no stage's seeds reach, so the mistakes are not about memorised pictures.
+        # Scenes that no stage's seeds reach, so the mistakes are not about memorised images.
         write_preferences(path, list(collect(reference, tokenizer, TRAINING_SEEDS // 2, wanted)))
     preferences = read_preferences(path)
     dataset = PreferenceDataset(preferences, recipe, tokenizer, config.visual_tokens)
@@ -213,7 +213,7 @@ def preference_stage(
 
 
 def resized(recipe: Recipe, images: int | None) -> Recipe:
-    """The recipe with another number of pictures per step, its other rows in proportion."""
+    """The recipe with another number of images per step, its other rows in proportion."""
     if images is None:
         return recipe
     scale = images / recipe.images

@@ -22,9 +22,9 @@ def answer_questions(
     asked: Sequence[tuple[str, Sequence[Image.Image]]],
     max_new_tokens: int = 24,
 ) -> list[str]:
-    """Answers of ``(prompt, pictures)`` pairs, decoded together; pictures of the model's size."""
+    """Answers of ``(prompt, images)`` pairs, decoded together; images of the model's size."""
     device = model.decoder.lm_head.weight.device
-    images = [image for _, pictures in asked for image in pictures]
+    images = [image for _, shown in asked for image in shown]
     edge = model.config.image_size
     visual = torch.zeros(1, model.config.visual_tokens, model.config.hidden_size, device=device)
     if images:
@@ -34,10 +34,10 @@ def answer_questions(
     rows: list[list[int]] = []
     slots: list[list[int]] = []
     next_slot = 0
-    for text, pictures in asked:
+    for text, shown in asked:
         row: list[int] = []
         slot: list[int] = []
-        for token in tokenizer.prompt_ids(prompt_text(text, len(pictures))):
+        for token in tokenizer.prompt_ids(prompt_text(text, len(shown))):
             if token == IMAGE_TOKEN_ID:
                 row += [0] * visual.shape[1]
                 slot += range(next_slot, next_slot + visual.shape[1])

@@ -26,7 +26,7 @@ from mobilevlm.spec import ConversationSpec, ModelSpec
 
 EOS = 2
 CONTEXT = 1024
-"""Places that a checkpoint allows; training rows are shorter, two pictures need 400."""
+"""Places that a checkpoint allows; training rows are shorter, two images need 400."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class NanoConfig:
 
     @property
     def visual_tokens(self) -> int:
-        """Tokens that one picture becomes."""
+        """Tokens that one image becomes."""
         return (self.image_size // self.patch_size // 2) ** 2
 
 

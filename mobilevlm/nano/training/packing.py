@@ -1,4 +1,4 @@
-"""Batches: several questions about each picture in one row.
+"""Batches: several questions about each image in one row.
 
 A row is a prefix (system sentence, visual tokens) and then independent blocks, one per question
 with its answer. A block sees the prefix and itself, and its positions restart after the prefix:
@@ -33,9 +33,9 @@ from mobilevlm.nano.training.tokenizer import NanoTokenizer, prompt_text
 from mobilevlm.spec import IMAGE_PLACEHOLDER
 
 MOST_QUESTIONS = 40
-"""About one picture; the length of a row may allow fewer."""
+"""About one image; the length of a row may allow fewer."""
 ASKED_KINDS = (*KINDS, *("relation", "read") * 4, "compare", "where", "count")
-"""Kinds of question about one picture; those that take longest to learn stand more often."""
+"""Kinds of question about one image; those that take longest to learn stand more often."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _moved(part: T, device: torch.device) -> T:
 
 @dataclass
 class Row:
-    """A row under construction; ``pictures`` are indices into the batch's images."""
+    """A row under construction; ``images`` are indices into the batch's images."""
 
     ids: list[int]
     slots: list[int]
@@ -113,11 +113,11 @@ class Row:
     """Places that the prefix takes."""
 
 
-def start_row(prefix_ids: Sequence[int], pictures: Sequence[int], visual_tokens: int) -> Row:
-    """A row that holds only its prefix; every IMAGE_TOKEN_ID in it becomes one picture's tokens."""
+def start_row(prefix_ids: Sequence[int], images: Sequence[int], visual_tokens: int) -> Row:
+    """A row that holds only its prefix; every IMAGE_TOKEN_ID in it becomes one image's tokens."""
     ids: list[int] = []
     slots: list[int] = []
-    remaining = list(pictures)
+    remaining = list(images)
     for token in prefix_ids:
         if token == IMAGE_TOKEN_ID:
             first = remaining.pop(0) * visual_tokens
@@ -258,32 +258,32 @@ def make_batch(
 
 
 def single_row(
-    scene: Scene, picture: int, recipe: Recipe, tokenizer: NanoTokenizer, visual_tokens: int
+    scene: Scene, image: int, recipe: Recipe, tokenizer: NanoTokenizer, visual_tokens: int
 ) -> Row:
     """A row of questions about one scene, beginning with its caption for some."""
     asked = list(questions(scene, MOST_QUESTIONS, ASKED_KINDS))
     if scene.seed * 7919 % 1000 < recipe.captions * 1000:  # a prime, so that batches mix
         asked.insert(0, caption_question(scene))
-    return filled_row(asked, (picture,), recipe.length, tokenizer, visual_tokens, scene)
+    return filled_row(asked, (image,), recipe.length, tokenizer, visual_tokens, scene)
 
 
 def filled_row(
     asked: Sequence[Question],
-    pictures: Sequence[int],
+    images: Sequence[int],
     length: int,
     tokenizer: NanoTokenizer,
     visual_tokens: int,
     scene: Scene | None = None,
 ) -> Row:
-    """A row with as many of the questions, which all share the pictures' layout, as fit."""
-    prompt = tokenizer.prompt_ids(prompt_text(asked[0].text, len(pictures)))
-    if pictures:
+    """A row with as many of the questions, which all share the images' layout, as fit."""
+    prompt = tokenizer.prompt_ids(prompt_text(asked[0].text, len(images)))
+    if images:
         shared = len(prompt) - prompt[::-1].index(IMAGE_TOKEN_ID)
     else:
         shared = len(tokenizer.prompt_ids(prompt_text("", 0).removesuffix(" ASSISTANT:").rstrip()))
-    row = start_row(prompt[:shared], pictures, visual_tokens)
+    row = start_row(prompt[:shared], images, visual_tokens)
     for question in asked:
-        add_question(row, tokenizer, question, len(pictures), length, scene)
+        add_question(row, tokenizer, question, len(images), length, scene)
     return row
 
 

@@ -21,15 +21,15 @@ class Recipe:
     """Optimizer steps, unless the caller gives a number or a time budget."""
     learning_rate: float
     images: int
-    """Pictures per step; each becomes one packed row."""
+    """Images per step; each becomes one packed row."""
     pair_rows: int
-    """Rows per step about two of those pictures."""
+    """Rows per step about two of those images."""
     text_rows: int
     """Rows per step of text-only questions."""
     length: int
     """Places per row: prefix, visual tokens and as many questions as fit."""
     captions: float
-    """Share of pictures that are also described."""
+    """Share of images that are also described."""
     dense_weight: float
     """Weight of the dense targets of the visual tokens (see dense.py)."""
     grounding_weight: float = 0.0

@@ -25,7 +25,7 @@ BOS = 1
 
 
 def prompt_text(question: str, images: int) -> str:
-    """A user's text in conversation template v1; pictures without a place come first."""
+    """A user's text in conversation template v1; images without a place come first."""
     first = f"{IMAGE_PLACEHOLDER}\n" * (images - question.count(IMAGE_PLACEHOLDER))
     return f"{CONVERSATIONS['v1'].system} USER: {first}{question} ASSISTANT:"
 
@@ -119,7 +119,7 @@ def _corpus(scenes: int) -> list[str]:
         for question in asked:
             text = question.text.replace(IMAGE_PLACEHOLDER, "")
             lines += [*filter(None, text.split("\n")), question.answer]
-            # After a picture a question follows a newline: its first word has no space before it.
+            # After an image a question follows a newline: its first word has no space before it.
             asked_text = question.text.removeprefix(INTERLEAVED).removeprefix(STACKED)
             lines.append(f'"{asked_text.split()[0]}')
         previous = scene

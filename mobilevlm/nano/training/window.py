@@ -1,6 +1,6 @@
 """Tower attention that begins as a 3 x 3 window, and can be trained as one at a third of the cost.
 
-A vision transformer that starts from nothing needs very many pictures to find out that neighbours
+A vision transformer that starts from nothing needs very many images to find out that neighbours
 matter. Here every head of a tower layer starts by looking at one neighbour of each patch, so that
 the tower starts as a convolutional network does (structured initialization, Zheng et al. 2024):
 position codes stand in the first ``CODE_SIZE`` channels, and queries are the codes shifted by the
@@ -149,7 +149,7 @@ def keep_codes(tower: ClipTower) -> None:
 
 @torch.no_grad()
 def sharpen(tower: ClipTower, pixels: Tensor) -> None:
-    """Aims each layer so that computed attention equals the window for these pictures.
+    """Aims each layer so that computed attention equals the window for these images.
 
     ``pixels`` is normalised, (images, 3, edge, edge).
     """

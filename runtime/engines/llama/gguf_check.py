@@ -1,7 +1,7 @@
 """What must be in the GGUF files of a model.
 
 llama.cpp aborts the process on absurd sizes, and mtmd takes a missing tensor for a null pointer and
-crashes on the first picture. So headers are compared with the spec before a library opens the file.
+crashes on the first image. So headers are compared with the spec before a library opens the file.
 """
 
 from __future__ import annotations

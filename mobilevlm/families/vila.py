@@ -39,7 +39,7 @@ from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 @dataclass(frozen=True)
 class _Variant:
-    """In what the two branches of the official code differ."""
+    """Differences between the two branches of the official code."""
 
     order: Literal["rows", "columns"]
     """Order of the visual tokens in the grid."""
@@ -85,8 +85,8 @@ def read_vila(source: Source) -> tuple[ModelSpec, Weights]:
         )
     name = source.options.variant or _saved_with(path, config)
     variant = _VARIANTS[name]
-    language, images, between = (source.folder / folder for folder in _FOLDERS)
-    tower = _tower(source.options.vision_tower or images)
+    language, own_tower, between = (source.folder / folder for folder in _FOLDERS)
+    tower = _tower(source.options.vision_tower or own_tower)
     kind = tower.config.get("model_type")
     if not isinstance(kind, str) or kind not in _TRAITS:
         raise CheckpointError(

@@ -92,6 +92,10 @@ class ImageWarning(UserWarning):
     """An image that is read, but not exactly as its file says."""
 
 
+class CacheWarning(UserWarning):
+    """Visual tokens in a cache folder that cannot be read or written: they are computed again."""
+
+
 class AudioWarning(UserWarning):
     """A sound of which a part is not heard."""
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path, mode: int = 0o644, synced: bool = True) -> Iterator[Path]:
     """Give an empty file beside ``path`` to write to, under a name that nobody has, and put it in
     place of ``path`` in one step when the block is done. After an error nothing was changed.
+    ``mode``: who may read it; ``synced``: it is whole after a power failure too.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -23,9 +24,10 @@ def written_whole(path: Path) -> Iterator[Path]:
     draft = Path(name)
     try:
         yield draft
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
-        draft.chmod(0o644)
+        if synced:
+            with draft.open("rb") as file:
+                os.fsync(file.fileno())
+        draft.chmod(mode)
         draft.replace(path)
     except BaseException:
         draft.unlink(missing_ok=True)

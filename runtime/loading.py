@@ -14,7 +14,7 @@ from mobilevlm.plan import Plan, engine_for_limit
 from mobilevlm.runtime.builtin_bundle import bundle_path
 from mobilevlm.runtime.open_model import open_model
 from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB
-from mobilevlm.runtime.settings import check_settings
+from mobilevlm.runtime.settings import check_cache_dir, check_settings
 from mobilevlm.runtime.tuning.plan_file import PlanChoice
 from mobilevlm.runtime.vlm import VLM
 
@@ -30,6 +30,8 @@ def load(
     max_memory_mb: float | None = None,
     max_tiles: int | None = None,
     max_image_tokens: int | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    cache_dir_mb: float | None = None,
 ) -> VLM:
     """Opens a bundle for running.
 
@@ -49,6 +51,8 @@ def load(
     split into at most, where the model splits images, besides the whole made small; 1: it is not
     split. By default, and at most, as many as the checkpoint has. ``max_image_tokens``: visual
     tokens that an image becomes at most, where the model encodes images near their own size.
+    ``cache_dir``: a folder in which visual tokens of images and sounds stay for later processes,
+    at most ``cache_dir_mb`` megabytes of them (1000 by default); answers are the same bit for bit.
 
     Raises:
         MemoryLimitError: the model needs more than a limit. Nothing was loaded.
@@ -57,6 +61,7 @@ def load(
     """
     limits = (max_resident_mb, max_memory_mb, max_tiles, max_image_tokens)
     check_settings(bundle, engine, threads, plan, cache_mb, *limits)
+    check_cache_dir(cache_dir, cache_dir_mb)
     engine = engine_for_limit(engine, max_resident_mb)
     start = time.perf_counter()
     path = bundle_path(Path(bundle), engine)
@@ -71,6 +76,8 @@ def load(
         max_memory_mb=max_memory_mb,
         max_tiles=max_tiles,
         max_image_tokens=max_image_tokens,
+        cache_dir=cache_dir,
+        cache_dir_mb=cache_dir_mb,
     )
     if mmproj is not None:
         from mobilevlm.gguf.model import gguf_bundle

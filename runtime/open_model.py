@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING
 
 from tokenizers import Tokenizer
 
@@ -24,6 +26,9 @@ from mobilevlm.runtime.tuning.plan_file import PlanChoice, settle_plans
 from mobilevlm.runtime.vlm import VLM, read_tokenizer
 from mobilevlm.spec import with_image
 
+if TYPE_CHECKING:
+    from mobilevlm.runtime.sequence.token_folder import TokenFolder
+
 
 def open_model(
     bundle: Bundle,
@@ -37,10 +42,12 @@ def open_model(
     max_memory_mb: float | None = None,
     max_tiles: int | None = None,
     max_image_tokens: int | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    cache_dir_mb: float | None = None,
 ) -> VLM:
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
-    ``tokenizer``: instead of the bundle's; ``plan`` and what begins with ``max_`` as in
-    :func:`load`."""
+    ``tokenizer``: instead of the bundle's; ``plan`` and what begins with ``max_`` or ``cache_`` as
+    in :func:`load`."""
     if max_tiles is not None:
         bundle = _with_image(bundle, with_max_tiles(bundle.manifest.spec.image, max_tiles))
     if max_image_tokens is not None:
@@ -62,7 +69,12 @@ def open_model(
         def room() -> float:
             return room_left(limits).size - answer
 
-        cache = _open_cache(bundle, tokenizer, settled, cache_mb, room)
+        folder = None
+        if cache_dir is not None and bundle.manifest.spec.encoded is not None:
+            from mobilevlm.runtime.sequence.token_folder import open_token_folder
+
+            folder = open_token_folder(cache_dir, cache_dir_mb, bundle, settled)
+        cache = _open_cache(bundle, tokenizer, settled, cache_mb, room, folder)
         seconds = time.perf_counter() - start
         return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds, limits)
 
@@ -79,6 +91,7 @@ def _open_cache(
     plan: Plan,
     megabytes: float,
     room: Callable[[], float],
+    folder: TokenFolder | None,
 ) -> PromptCache:
     try:  # where they are stored too: the template is compiled before the first question
         spec = bundle.manifest.spec
@@ -90,5 +103,5 @@ def _open_cache(
         stored = stored_system_prompt(bundle)
         if not plan.computes_prompt_like(Plan(), len(system.ids)):
             stored = None  # what this plan computes has other bits
-        return PromptCache(megabytes, system.ids, stored, room)
-    return PromptCache(megabytes, ids, room=room)
+        return PromptCache(megabytes, system.ids, stored, room, folder)
+    return PromptCache(megabytes, ids, room=room, folder=folder)

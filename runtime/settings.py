@@ -53,6 +53,20 @@ def check_settings(
         _check_count("max_image_tokens", max_image_tokens)
 
 
+def check_cache_dir(folder: object, megabytes: object) -> None:
+    """Refuse a ``cache_dir`` or ``cache_dir_mb`` that is no setting.
+
+    Raises:
+        MobileVLMError: a wrong type or range, or a size without a folder.
+    """
+    if folder is not None and (not isinstance(folder, (str, PathLike)) or folder == ""):
+        raise MobileVLMError(f"cache_dir is {_shown(folder)}, expected the path of a folder")
+    if megabytes is not None:
+        _check_size("cache_dir_mb", megabytes, 1)
+        if folder is None:
+            raise MobileVLMError("cache_dir_mb goes with cache_dir: give a folder")
+
+
 def check_max_tiles(most: object) -> None:
     """Refuse a ``max_tiles`` that is neither none nor a number of tiles.
 

@@ -556,9 +556,10 @@ class VLM:
         check_process(self._process)
         return still_open(self._vision), still_open(self._decoder)
 
-    def _session(self, reuse: Reuse) -> Session:
-        nothing = PromptCache(0, self._cache.system)
-        cache = nothing if reuse == "nothing" else self._cache
+    def _session(self, reuse: Reuse, cache: PromptCache | None = None) -> Session:
+        if cache is None:
+            nothing = PromptCache(0, self._cache.system)
+            cache = nothing if reuse == "nothing" else self._cache
         return _session_kind(self.spec)(
             self.spec, *self._engines(), cache, reuse, self.plan.parallel_tiles
         )
@@ -596,7 +597,7 @@ class VLM:
                 best = max(self._idle, key=lambda session: session.shared(prompt))
                 self._idle.remove(best)
                 return best
-        return self._session("pieces" if self._cache.enabled else "nothing")
+        return self._session("pieces" if self._cache.enabled else "nothing", self._cache)
 
     def _give_back(self, session: Session) -> None:
         if session.turns.broken or os.getpid() != self._process:

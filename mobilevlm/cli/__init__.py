@@ -21,6 +21,7 @@ from mobilevlm.console.standard_streams import open_closed_streams
 from mobilevlm.console.terminal import plain
 from mobilevlm.errors import (
     AudioWarning,
+    CacheWarning,
     FileWarning,
     ImageWarning,
     MissingExtraError,
@@ -162,7 +163,8 @@ def _format_warning(
 ) -> str:
     """Ours as a line for people, others with the place that they come from."""
     if issubclass(
-        category, (AudioWarning, FileWarning, ImageWarning, PlanWarning, PrecisionWarning)
+        category,
+        (AudioWarning, CacheWarning, FileWarning, ImageWarning, PlanWarning, PrecisionWarning),
     ):
         return f"mobilevlm: warning: {plain(message)}\n"
     if category is UserWarning and "PIL" in Path(filename).parts:

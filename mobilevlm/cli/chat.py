@@ -12,6 +12,7 @@ import click
 from mobilevlm.cli.image_input import allow_urls_option, given_images, given_sounds
 from mobilevlm.cli.options import (
     ModelOptions,
+    cache_dir_options,
     model_options,
     plain_text_option,
     sampling_options,
@@ -57,6 +58,7 @@ class Talk:
 
 @click.command("chat", epilog=f"\b\nIn the conversation:\n{HELP}")
 @model_options
+@cache_dir_options
 @click.option(
     "--image", "images", multiple=True, metavar="FILE", help="An image, or clipboard:; repeatable."
 )

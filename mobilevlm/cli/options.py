@@ -123,6 +123,8 @@ class ModelOptions:
     plan: PlanChoice
     max_tiles: int | None
     max_image_tokens: int | None
+    cache_dir: Path | None = None
+    cache_dir_mb: float | None = None
 
     def open(self) -> VLM:
         """The model, loaded."""
@@ -156,7 +158,8 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
             if given["max_tiles"] is not None:
                 raise click.UsageError("--no-tiles and --max-tiles do not go together: give one")
             given["max_tiles"] = 1
-        said = {field.name: given.pop(field.name) for field in fields(ModelOptions)}
+        names = [field.name for field in fields(ModelOptions) if field.name in given]
+        said = {name: given.pop(name) for name in names}
         function(model=ModelOptions(**said), **given)
 
     for decorate in (
@@ -183,6 +186,19 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
     ):  # fmt: skip
         gathered = decorate(gathered)
     return gathered
+
+
+def cache_dir_options(function: F) -> F:
+    """``--cache-dir`` and ``--cache-dir-size``."""
+    for decorate in (
+        click.option("--cache-dir-size", "cache_dir_mb", callback=_megabytes, metavar="1GB",
+                     help="The most that --cache-dir may hold. Default: 1GB."),
+        click.option("--cache-dir", type=click.Path(path_type=Path), metavar="DIR",
+                     help="Keep the visual tokens of images and sounds in files there, so that the "
+                     "next start need not encode them again."),
+    ):  # fmt: skip
+        function = decorate(function)
+    return function
 
 
 def sampling_options(function: F) -> F:

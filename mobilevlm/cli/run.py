@@ -14,6 +14,7 @@ from mobilevlm.cli import show_json
 from mobilevlm.cli.image_input import allow_urls_option, given_images, given_sounds
 from mobilevlm.cli.options import (
     ModelOptions,
+    cache_dir_options,
     model_options,
     plain_text_option,
     sampling_options,
@@ -41,6 +42,7 @@ Examples:
 
 @click.command("run", epilog=EXAMPLES)
 @model_options
+@cache_dir_options
 @click.option(
     "--image",
     "images",

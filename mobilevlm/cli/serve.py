@@ -8,7 +8,12 @@ from typing import Any
 
 import click
 
-from mobilevlm.cli.options import engine_option, max_memory_option, threads_option
+from mobilevlm.cli.options import (
+    cache_dir_options,
+    engine_option,
+    max_memory_option,
+    threads_option,
+)
 from mobilevlm.console.terminal import plain
 
 EXAMPLES = """\b
@@ -95,6 +100,7 @@ Examples:
     metavar="N",
     help="Tiles that an image is split into at most, by models that do.",
 )
+@cache_dir_options
 @click.option(
     "--no-plan",
     "plan",
@@ -108,6 +114,8 @@ def command(
     threads: int | None,
     max_memory_mb: float | None,
     max_tiles: int | None,
+    cache_dir: Path | None,
+    cache_dir_mb: float | None,
     plan: Any,
     mmproj: Path | None,
     **said: Any,
@@ -120,7 +128,17 @@ def command(
     from mobilevlm.runtime.server.settings import Settings
 
     settings = Settings(**said)
-    loading = Loading(engine, threads, plan, max_tiles, mmproj, max_memory_mb, settings.parallel)
+    loading = Loading(
+        engine=engine,
+        threads=threads,
+        plan=plan,
+        max_tiles=max_tiles,
+        mmproj=mmproj,
+        max_memory_mb=max_memory_mb,
+        at_once=settings.parallel,
+        cache_dir=cache_dir,
+        cache_dir_mb=cache_dir_mb,
+    )
     paths = named_models(bundles)
 
     def ready(address: str) -> None:

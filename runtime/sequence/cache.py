@@ -12,12 +12,15 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeAlias, TypeVar
 
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.prompt import Rows
 from mobilevlm.runtime.engines import Segment
 from mobilevlm.runtime.engines.onnx.mapped_pages import trim_heap
+
+if TYPE_CHECKING:
+    from mobilevlm.runtime.sequence.token_folder import TokenFolder
 
 DEFAULT_CACHE_MB = 256
 """Four images of MobileVLM V2 1.7B with their questions' prefix."""
@@ -111,6 +114,7 @@ class PromptCache:
     ``megabytes``: for everything that is kept; 0 keeps nothing. ``system``: ids that prompts begin
     with, and, where the bundle has them, their keys and values (mapped, and not counted).
     ``room``: bytes that may be taken now; where that is little, less is kept, down to nothing.
+    ``folder``: where visual tokens are looked for besides, and left to later processes.
     """
 
     def __init__(
@@ -119,13 +123,14 @@ class PromptCache:
         system: Sequence[int] = (),
         stored: Segment | None = None,
         room: Callable[[], float] | None = None,
+        folder: TokenFolder | None = None,
     ) -> None:
         if not 0 <= megabytes < float("inf"):
             raise MobileVLMError(f"cache_mb is {megabytes}, expected 0 or more")
         limit = int(megabytes * 1e6)
         self.system = list(system)
         self.enabled = limit > 0
-        self._room = room
+        self._room, self._folder = room, folder
         self.images: SizedLRU[Rows] = SizedLRU(int(limit * IMAGE_SHARE))
         """Visual tokens by the digest of the prepared image."""
         self.segments: SizedLRU[Segment] = SizedLRU(limit - int(limit * IMAGE_SHARE))
@@ -161,8 +166,23 @@ class PromptCache:
         if self.make_room(segment.nbytes):
             self.segments.put(border.digest, segment, segment.nbytes)
 
+    def find_image(self, digest: bytes) -> Rows | None:
+        """Return the visual tokens of an image, from memory or the folder; none if neither has
+        them."""
+        known = self.images.get(digest)
+        if known is None and self._folder is not None:
+            known = self._folder.get(digest)
+            if known is not None:
+                self._remember(digest, known)
+        return known
+
     def keep_image(self, digest: bytes, rows: Rows) -> None:
         """Keep the visual tokens of an image."""
+        self._remember(digest, rows)
+        if self._folder is not None:
+            self._folder.put(digest, rows)
+
+    def _remember(self, digest: bytes, rows: Rows) -> None:
         if self.enabled and self.make_room(rows.nbytes):
             self.images.put(digest, rows, rows.nbytes)
 
@@ -179,7 +199,7 @@ class PromptCache:
         return self._room() >= nbytes
 
     def clear(self) -> None:
-        """Frees all but what the bundle has."""
+        """Frees all but what the bundle and the folder have."""
         self.images.clear()
         self.segments.clear()
 

@@ -490,7 +490,7 @@ class Session:
             images: dict[bytes, Rows] = {}
             encoded = set()
             for digest in {key[0]: None for key in keys if isinstance(key, tuple)}:
-                known = self._cache.images.get(digest)
+                known = self._cache.find_image(digest)
                 if known is None:
                     image = prepared[digest]
                     known = encode_image(self._vision, image, self._at_once, note.check)

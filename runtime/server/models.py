@@ -36,6 +36,9 @@ class Loading:
     """For all models together"""
     at_once: int = 1
     """Answers that are made at the same time, each with keys and values of its own"""
+    cache_dir: Path | None = None
+    cache_dir_mb: float | None = None
+    """For all models together"""
 
 
 @dataclass
@@ -198,6 +201,8 @@ class Models:
             "threads": said.threads,
             "max_memory_mb": said.max_memory_mb,
             "max_tiles": said.max_tiles,
+            "cache_dir": said.cache_dir,
+            "cache_dir_mb": said.cache_dir_mb,
         }
         if said.mmproj is not None:  # the only one there is
             return load(entry.path, mmproj=said.mmproj, **keywords), 0.0

@@ -1,4 +1,4 @@
-"""What the machine is: processor, memory, onnxruntime's providers, installed extras."""
+"""Facts about the machine: processor, memory, onnxruntime's providers, installed extras."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ARM_CORES = {
 """By ``CPU part``; Linux gives no names on Arm."""
 
 DEVICE_TREE = Path("/proc/device-tree/model")
-"""Where boards say their name."""
+"""File in which boards give their name."""
 
 EXTRAS = {
     "export": (
@@ -84,8 +84,8 @@ def describe_machine() -> dict[str, Any]:
 
 
 def processor_key() -> str:
-    """What measurements on this machine are good for: processor, its features, processors in use
-    and onnxruntime's version."""
+    """Return the key that measurements on this machine are stored by: processor, its features,
+    processors in use and onnxruntime's version."""
     import onnxruntime
 
     cpu = _cpu_info()
@@ -180,7 +180,8 @@ def _cpu_info() -> dict[str, str]:
 
 
 def _board() -> str | None:
-    """What the device calls itself: boards in their device tree, Android in its properties."""
+    """Return the device's own name: boards have it in their device tree, Android in its
+    properties."""
     try:
         return DEVICE_TREE.read_text(encoding="utf-8", errors="replace").strip(" \0\n") or None
     except OSError:  # Android lets nobody read it

@@ -1,4 +1,4 @@
-"""What a person may say about how a model runs, checked before anything is read."""
+"""Settings of how a model runs, checked before anything is read."""
 
 from __future__ import annotations
 

@@ -501,7 +501,7 @@ class VLM:
     def expert_choices(
         self, prompt: str | Sequence[Message], images: Images = (), raw: bool = False
     ) -> PromptChoices:
-        """Which experts each position is sent to, by layer; for verification.
+        """Return the experts that each position is sent to, by layer; for verification.
 
         Raises:
             MobileVLMError: the decoder has no experts, or does not say.
@@ -510,7 +510,8 @@ class VLM:
 
     @property
     def brought_in_bytes(self) -> int | None:
-        """Of experts, since loading, where ``max_resident_mb`` limits what is in memory."""
+        """Bytes of experts read since loading, if ``max_resident_mb`` limits what is in memory;
+        else none."""
         _, decoder = self._engines()
         return decoder.brought_in_bytes
 

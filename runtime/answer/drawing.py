@@ -24,7 +24,7 @@ from mobilevlm.runtime.engines.onnx.drawing import OnnxDrawing
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 
 MOST_IMAGES = 64
-"""Of one prompt."""
+"""Most images of one prompt."""
 OnProgress: TypeAlias = Callable[[int, int], object]
 """Called after each code with the number of those that are there, and of all."""
 

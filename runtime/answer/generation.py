@@ -40,12 +40,12 @@ class Timings:
     decode: float
     """All tokens after the first; time that the caller takes between pieces is not counted."""
     tokens_per_second: float
-    """Of the tokens after the first; 0 when there is none."""
+    """Rate of the tokens after the first; 0 when there is none."""
 
 
 @dataclass(frozen=True)
 class Reused:
-    """What of the prompt was there already, from earlier ones or from the bundle."""
+    """Part of the prompt that was there already, from earlier ones or from the bundle."""
 
     tokens: int = 0
     """Positions that were not computed, images expanded."""
@@ -71,7 +71,8 @@ class Generation:
     visual_tokens: int
     timings: Timings
     token_seconds: list[float]
-    """Of each token after the first; guessed ones take next to nothing after the one before."""
+    """Time of each token after the first; a drafted one takes next to nothing after the one
+    before."""
     reused: Reused
     drafts: Drafts
     logprobs: list[TokenLogprob] | None = None

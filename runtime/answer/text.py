@@ -68,7 +68,7 @@ class Detokenizer:
             return str(self._tokenizer.decode([token]))
 
     def finish(self) -> str:
-        """What was held back: an unfinished character comes out as U+FFFD."""
+        """Return the text that was held back; an unfinished character becomes U+FFFD."""
         held = self._bytes.decode(b"", final=True)
         self._bytes.reset()
         self._unfinished = False
@@ -94,7 +94,7 @@ class StopStrings:
         return text[: len(text) - keep], False
 
     def finish(self) -> str:
-        """What was held back, when the text ends without a stop string."""
+        """Return the text that was held back, when the text ends without a stop string."""
         held, self._held = self._held, ""
         return held
 

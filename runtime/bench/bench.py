@@ -40,7 +40,7 @@ class Row:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What ``mobilevlm bench`` prints."""
+    """Result of ``mobilevlm bench``."""
 
     model: str
     recipe: str
@@ -63,7 +63,7 @@ class BenchResult:
     telemetry: Telemetry | None = None
     """None where the system shows nothing."""
     device: str | None = None
-    """Where it was measured; none on the machine that prints this."""
+    """Name of the machine it was measured on; none: this one."""
     notes: tuple[str, ...] = ()
     """Differences between what was asked and what was measured."""
 
@@ -205,7 +205,7 @@ def _notes(answer: Generation, text_tokens: int, new_tokens: int) -> tuple[str, 
 
 
 def summary(result: BenchResult) -> str:
-    """What was measured, in one line."""
+    """Return the settings and sizes of a measurement, in one line."""
     reads = "" if result.token_mb is None else f" (a token reads {result.token_mb:.1f} MB)"
     return (
         f"{result.model}, recipe {result.recipe}, engine {result.engine}, "
@@ -218,7 +218,7 @@ def summary(result: BenchResult) -> str:
 
 
 def described_machine(result: BenchResult) -> str:
-    """Where it was measured, and whether the machine slowed down: one line."""
+    """Return one line on the machine of a measurement, and whether it slowed down."""
     facts = result.machine
     where = f"Measured on {result.device or 'this machine'}: " + ", ".join(
         [

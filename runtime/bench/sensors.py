@@ -1,4 +1,4 @@
-"""What a machine shows of itself while it works: temperatures, clocks, power.
+"""Sensors of a machine at work: temperatures, clocks, power.
 
 Everything is read from Linux' /sys (Documentation/ABI/testing/: sysfs-class-thermal,
 sysfs-devices-system-cpu, sysfs-class-power, sysfs-class-powercap), the Raspberry Pi's flags from
@@ -28,7 +28,7 @@ class Sample:
     megahertz: dict[str, float] = field(default_factory=dict)
     """Clocks by processor."""
     limit_megahertz: dict[str, float] = field(default_factory=dict)
-    """What the clocks may reach at present."""
+    """Present limits of the clocks."""
     battery_watts: dict[str, float] = field(default_factory=dict)
     """Into or out of each battery."""
     battery_percent: dict[str, float] = field(default_factory=dict)

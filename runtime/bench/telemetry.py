@@ -1,5 +1,5 @@
-"""What sensors showed during a measurement, and whether the machine was slowed down meanwhile, for
-heat or for power. docs/how-to/devices.md has the rules."""
+"""Sensor values during a measurement, and whether the machine was slowed down meanwhile, for heat
+or for power. docs/devices.md has the rules."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ documentation, ``get_throttled``)."""
 
 @dataclass(frozen=True)
 class Limits:
-    """What samples are judged by; the counters count from the first sample to the last."""
+    """Limits that samples are judged by; the counters count from the first sample to the last."""
 
     passive_celsius: dict[str, float] = field(default_factory=dict)
-    """Where the system begins to slow things down, by thermal zone."""
+    """Temperature at which the system begins to slow things down, by thermal zone."""
     throttle_events: int | None = None
     """How often x86 processors slowed themselves down. None: they do not tell."""
     flags: tuple[str, ...] | None = None
-    """What ``vcgencmd get_throttled`` complained about. None: there is no such program."""
+    """Complaints of ``vcgencmd get_throttled``. None: there is no such program."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Course:
 
 @dataclass(frozen=True)
 class Telemetry:
-    """What was seen during a measurement."""
+    """Sensor values of a measurement, and whether the machine was slowed down."""
 
     interval_seconds: float
     throttled: bool | None
@@ -148,7 +148,7 @@ def summarize(
 
 
 def judge(samples: Sequence[Sample], limits: Limits) -> tuple[bool | None, str]:
-    """Whether the machine was slowed down, and by what one can tell.
+    """Return whether the machine was slowed down, and the evidence.
 
     It was, if the limit of a clock fell below what it was at the start; if the clock of the fastest
     processor, held for ``STEADY`` samples, stayed more than ``DROP`` below for so many later; if a
@@ -192,7 +192,7 @@ def judge(samples: Sequence[Sample], limits: Limits) -> tuple[bool | None, str]:
 
 
 def new_flags(before: int | None, after: int | None) -> tuple[str, ...] | None:
-    """What held at one of both times, or began in between."""
+    """Return the flags that held at either time, or began in between."""
     if before is None or after is None:
         return None
     begun = (after & ~before) >> 16
@@ -228,7 +228,7 @@ _QUANTITIES = ("celsius", "megahertz", "limit_megahertz", "battery_percent", "jo
 
 
 def _lowered_limits(samples: Sequence[Sample]) -> list[str]:
-    """Of each processor whose limit fell, the worst first."""
+    """Return a line for each processor whose clock limit fell, the worst first."""
     found = []
     for name, start in samples[0].limit_megahertz.items() if samples else ():
         least = min(s.limit_megahertz.get(name, start) for s in samples)

@@ -19,7 +19,7 @@ Float32 = NDArray[np.float32]
 Positions = NDArray[np.int64]
 """(axes, length)"""
 CacheType: TypeAlias = "type[np.float32] | type[np.int8]"
-"""Of stored keys and values"""
+"""Type of stored keys and values"""
 ExpertChoices: TypeAlias = Mapping[int, NDArray[np.integer[Any]]]
 """The experts of each position ``(length, top_k)``, best first, by layer."""
 
@@ -108,7 +108,8 @@ class DecoderEngine(Protocol):
 
     @property
     def brought_in_bytes(self) -> int | None:
-        """Of experts, since loading, where there is a limit on what is resident."""
+        """Bytes of experts read since loading, if there is a limit on what is resident; else
+        none."""
 
     def new_state(self) -> DecoderState:
         """An empty sequence."""
@@ -121,8 +122,8 @@ class DecoderEngine(Protocol):
         all."""
 
     def expert_choices(self, embeds: Float32) -> ExpertChoices:
-        """Where the router of each sparse layer sends a sequence ``(length, hidden_size)``; for
-        verification.
+        """Return the experts that each sparse layer's router chooses for a sequence ``(length,
+        hidden_size)``; for verification.
 
         Raises:
             MobileVLMError: the decoder has no experts, or does not say.
@@ -200,12 +201,12 @@ def refuse_parts(spec: DecoderSpec, engine: str) -> None:
 
 
 def no_experts() -> MobileVLMError:
-    """What to raise where a dense decoder is asked for its experts."""
+    """Return the error for a dense decoder that is asked for its experts."""
     return MobileVLMError("this decoder has no experts: nothing is routed")
 
 
 def still_open(part: T | None) -> T:
-    """What ``close`` sets to none.
+    """Return ``part``; raise if the model is closed.
 
     Raises:
         MobileVLMError: it was closed.

@@ -242,7 +242,7 @@ _OPENERS: Mapping[str, Callable[[Bundle, Path, Plan], DecoderEngine]] = {
 
 
 def cache_type(bundle: Bundle) -> CacheType:
-    """What the bundle's ONNX decoder stores keys and values in."""
+    """Return the type that the bundle's ONNX decoder stores keys and values in."""
     return np.int8 if bundle.manifest.recipe.kv_cache == "int8" else np.float32
 
 

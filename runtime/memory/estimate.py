@@ -57,13 +57,13 @@ REPACKED = ("q4_0", "q4_k_m")
 """Types that llama.cpp keeps once more in another order (x86 with AVX2)."""
 TOKENIZER_FACTOR = 8
 SESSION = 2.5e6
-"""Of ONNX Runtime, for a graph with little in it."""
+"""Bytes of ONNX Runtime for a graph with little in it."""
 IN_PASSING = 80e6
 """Pages of a file that are resident at a time while its weights are packed, at most."""
 ROW = 1 << 16
 """Resident pages around an embedding row that is read."""
 TEXT_POSITIONS = 128
-"""Of a question and its answer, beside the image, where nobody says how many."""
+"""Default length of a question and its answer, without the image."""
 
 _PLAIN: dict[Precision, float] = {"int8": 1.0, "q8": 1.0, "q4": 0.5, "q2": 0.25}
 STORED = _PLAIN | {"fp32": 4.0, "fp16": 2.0, "qdq8": 1.0, "qdq16": 1.0}
@@ -103,7 +103,7 @@ class Memory:
 
     @property
     def own(self) -> float:
-        """What must be there: without pages that can be taken back."""
+        """Bytes that must be there: without pages that the system can take back."""
         return self.libraries + self.weights + self.working + self.states
 
     @property
@@ -113,7 +113,7 @@ class Memory:
 
     @property
     def steady(self) -> float:
-        """What is in use all the time: without pages of the model's files."""
+        """Bytes in use all the time: without pages of the model's files."""
         return self.own + self.files
 
 
@@ -126,7 +126,7 @@ class _Stage:
     run: float
     """Buffers of a run"""
     kept: float
-    """Of these, what stays until the next"""
+    """Part of these that stays until the next run"""
     mapped: float = 0.0
     """Pages of its file while it is open"""
     unpacked: float = 0.0
@@ -218,12 +218,12 @@ _MAPS = 4
 
 
 def _size(manifest: Manifest, names: Iterable[str]) -> float:
-    """Of files together; of a GGUF file made elsewhere there is no tokenizer apart."""
+    """Return the bytes of files together; a GGUF file made elsewhere has no tokenizer file."""
     return float(sum(manifest.files[name].size for name in names if name in manifest.files))
 
 
 def _artifacts(manifest: Manifest, engine: str) -> dict[str, Artifact]:
-    """What an engine opens, by stage."""
+    """Return the artifacts that an engine opens, by stage."""
     kinds = engine_stages(engine, manifest.spec)
     kinds |= {stage: (kind,) for stage, kind in OPTIONAL.get(engine, {}).items()}
     if manifest.spec.decoder.encoder_layers:
@@ -294,7 +294,8 @@ def _gguf_stage(
 
 
 def _read_share(spec: DecoderSpec) -> float:
-    """What of a GGUF decoder is read as a whole: all but embeddings that are not the head too."""
+    """Return the share of a GGUF decoder that is read as a whole: all but embeddings that are not
+    the head too."""
     embeddings = 0.0 if spec.tie_word_embeddings else float(spec.hidden_size * spec.vocab_size)
     others = sum(group.size for group in decoder_weights(spec, "decoder"))
     return others / (others + embeddings)
@@ -348,9 +349,10 @@ def _tile_buffers(spec: InputSpec, plan: Plan) -> float:
 
 
 def _vision_buffers(image: InputSpec) -> float:
-    """Of one layer: the hidden states and what attention makes of them, and the MLP's inner states,
-    which 8-bit products have five of (each operator's, before and after). Its attention keeps no
-    scores. Of a convolutional encoder that of the stage with the largest maps."""
+    """Return the bytes of one layer's buffers: the hidden states and attention's products of them,
+    and the MLP's inner states, five times for 8-bit products (each operator's, before and after).
+    Attention keeps no scores. For a convolutional encoder, the stage with the largest maps
+    counts."""
     spec = image.encoder
     if isinstance(spec, NativeEncoder):
         wide = spec.intermediate_size * len(spec.mlp_linears[0])
@@ -366,7 +368,7 @@ def _vision_buffers(image: InputSpec) -> float:
 
 
 def _decoder_buffers(spec: DecoderSpec, chunk: int, total: int) -> float:
-    """Of one layer over a chunk, with the scores of its attention."""
+    """Return the bytes of one layer's buffers over a chunk, with the scores of its attention."""
     products = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
     states = chunk * (4 * spec.hidden_size + 2 * products + 4 * spec.intermediate_size)
     return _FLOAT * (states + spec.num_attention_heads * chunk * total + 2 * spec.vocab_size)

@@ -1,4 +1,4 @@
-"""What bounds a process's memory here: rlimits, its control groups, and what is free."""
+"""Limits on a process's memory here: rlimits, its control groups, and free memory."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What requests leave for later ones: visual tokens of images, keys and values of prompts.
+"""Prompt cache: visual tokens of images, keys and values of prompts, kept for later requests.
 
 A prompt is computed in pieces whose borders follow from what stands before them (behind the system
-prompt, behind each image), and only whole pieces are taken over. So the same arithmetic runs
-whether a piece is computed or found here, and the logits are the same bit for bit.
+prompt, behind each image), and only whole pieces are reused. So the same arithmetic runs whether a
+piece is computed or found here, and the logits are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 DEFAULT_CACHE_MB = 256
 """Four images of MobileVLM V2 1.7B with their questions' prefix."""
 IMAGE_SHARE = 1 / 8
-"""Of the memory, for visual tokens: they take a fortieth of what their keys and values do."""
+"""Share of the memory for visual tokens: they take a fortieth of what their keys and values do."""
 
 T = TypeVar("T")
 PositionKey: TypeAlias = "int | tuple[bytes, int]"
@@ -38,11 +38,11 @@ class Border:
 
     position: int
     digest: bytes
-    """Of all that stands before it."""
+    """Digest of all that stands before it."""
 
 
 def borders(keys: Sequence[PositionKey], system: Sequence[int]) -> list[Border]:
-    """Where the pieces of a prompt end, the last piece left out. ``system``: ids that it may begin
+    """Return the ends of a prompt's pieces, without the last one. ``system``: ids that it may begin
     with. A border depends on nothing that stands behind it."""
     ends = {len(system)} if system and list(keys[: len(system)]) == list(system) else set()
     for position in range(1, len(keys)):
@@ -109,7 +109,7 @@ class SizedLRU(Generic[T]):
 
 
 class PromptCache:
-    """What the sessions of one model share.
+    """Cache that the sessions of one model share.
 
     ``megabytes``: for everything that is kept; 0 keeps nothing. ``system``: ids that prompts begin
     with, and, where the bundle has them, their keys and values (mapped, and not counted).
@@ -158,7 +158,8 @@ class PromptCache:
         return []
 
     def wants(self, border: Border) -> bool:
-        """Whether the segment that reaches to a border would be kept, and is not here yet."""
+        """Return whether the segment that reaches to a border would be kept, and is not here
+        yet."""
         return self.enabled and self._segment(border.digest) is None
 
     def keep(self, border: Border, segment: Segment) -> None:

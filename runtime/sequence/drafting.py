@@ -36,7 +36,7 @@ INEXACT = "this engine's results for one position and for several differ in the 
 
 @dataclass
 class Drafts:
-    """What drafts did for one answer."""
+    """Counts of drafts for one answer."""
 
     proposed: int = 0
     """Tokens that were guessed and run."""
@@ -47,12 +47,12 @@ class Drafts:
 
 
 class Drafting:
-    """What is known about drafts on one loaded model, for all its sessions. ``clock``: seconds."""
+    """Costs of drafts on one loaded model, for all its sessions. ``clock``: seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._costs: dict[int, float] = {}
-        """Of a run over so many positions, in single steps; infinite where its bits differ."""
+        """Time of a run over so many positions, in single steps; infinite where its bits differ."""
 
     def rows(self, session: Session, tokens: Sequence[int]) -> Float32 | None:
         """Appends tokens; the logits after each ``(len(tokens), vocab_size)``. None, with nothing
@@ -77,7 +77,7 @@ class Drafting:
         return rows if all(exact) else None
 
     def pays(self, guessed: int, right: int) -> bool:
-        """Whether a draft of which so many were right took less time than single steps."""
+        """Return whether a draft with ``right`` right tokens took less time than single steps."""
         return right + 1 > self._costs[guessed + 1]
 
 

@@ -15,7 +15,7 @@ class EncodedSession(Session):
 
     _decoder: EncoderDecoderEngine
     _prompt: list[PositionKey] | None = None
-    """What the encoder has read."""
+    """Prompt that the encoder has read."""
 
     def _fill(self, keys: list[PositionKey], prompt: Prompt, note: Fill) -> Float32:
         """Read the prompt; logits of the answer's first token ``(vocab_size,)``."""

@@ -30,8 +30,8 @@ from mobilevlm.runtime.sequence.encoding import encode_image
 from mobilevlm.spec import ModelSpec
 
 Reuse: TypeAlias = Literal["nothing", "pieces", "everything"]
-"""What a prompt may take over from the sequence that is there, and from the cache. ``pieces``:
-whole pieces, so that its logits are those of a fresh sequence bit for bit
+"""Parts of a prompt that may be reused from the sequence that is there, and from the cache.
+``pieces``: whole pieces, so that its logits are those of a fresh sequence bit for bit
 (runtime/sequence/cache.py). ``everything``: answers too (the turns of a chat). Their tokens came
 one by one, for which kernels sum in another order than for a prompt, so the last digits may
 differ."""
@@ -70,7 +70,7 @@ class Prompt:
     pieces: list[Piece]
     images: list[Prepared]
     seconds: float
-    """What it took to make them."""
+    """Time it took to prepare them."""
     heard: bool = False
     """It has sound, and the decoder products that act then."""
 
@@ -98,7 +98,7 @@ class FillCancelled(Exception):  # noqa: N818
 
 @dataclass
 class Fill:
-    """What it took to make a sequence equal to a prompt."""
+    """Cost of making a sequence equal to a prompt."""
 
     vision: Clock = field(default_factory=Clock)
     prefill: Clock = field(default_factory=Clock)
@@ -117,11 +117,11 @@ class Fill:
 
 @dataclass(frozen=True)
 class PromptChoices:
-    """What the routers of a decoder with experts made of a prompt, images expanded."""
+    """Experts that the routers of a sparse decoder chose for a prompt, images expanded."""
 
     layers: ExpertChoices
     is_visual: NDArray[np.bool_]
-    """Which positions are of images ``(length,)``"""
+    """True at the positions of images ``(length,)``"""
 
 
 class Turns:
@@ -135,9 +135,9 @@ class Turns:
         self._process = os.getpid()
         self._taken: dict[str, object] = {}
         self.broken = False
-        """Whether a change was begun and not finished: the sequence is of no use any more."""
+        """True if a change was begun and not finished: the sequence is of no use any more."""
         self.was_broken = False
-        """Whether it was when the change that goes on began."""
+        """Value of ``broken`` when the change under way began."""
 
     def __enter__(self) -> None:
         """Begin a change.
@@ -258,7 +258,7 @@ class Session:
         self._state = decoder.new_state()
         self._keys: list[PositionKey] = []
         self._borders: list[Border] = []
-        """Of the sequence, up to where it was computed in whole pieces."""
+        """Borders of the sequence, as far as it was computed in whole pieces."""
         self.turns = Turns()
         self.told: list[Message] = []
         """Messages of the last prompt, where it had any."""
@@ -266,7 +266,7 @@ class Session:
         """Positions of the last prompt, images expanded."""
 
     def belongs_to(self, decoder: DecoderEngine) -> bool:
-        """Whether the sequence is one of this engine."""
+        """Return whether the sequence is one of this engine."""
         return self._decoder is decoder
 
     @property
@@ -286,7 +286,7 @@ class Session:
 
     @property
     def full(self) -> bool:
-        """Whether the context has no room for another token."""
+        """True if the context has no room for another token."""
         return self.room <= 0
 
     def fill(self, prompt: Prompt, note: Fill) -> Float32:
@@ -356,7 +356,7 @@ class Session:
         return self._decoder.answer(self._decoder.new_state(), Rows(whole), len(answer) + 1)
 
     def expert_choices(self, prompt: Prompt) -> PromptChoices:
-        """Where the routers send each position of the prompt, in a fresh sequence."""
+        """Return the experts chosen for each position of the prompt, in a fresh sequence."""
         keys = self._checked_keys(prompt)
         embeds = self._rows(prompt, Fill()).embeds
         is_visual = np.array([isinstance(key, tuple) for key in keys])

@@ -1,4 +1,4 @@
-"""What ``tune`` measured on this kind of processor, in a file beside the bundle's manifest.
+"""Measurements of ``tune`` on this kind of processor, in a file beside the bundle's manifest.
 
 The file belongs to devices, not to the bundle: it may hold several processors, and the manifest
 does not know it. Whatever is wrong with it, the bundle runs without.
@@ -40,7 +40,7 @@ class Candidate:
     """Settings that were tried for one question."""
 
     question: str
-    """What was to be chosen: ``onnx: decoder threads`` …"""
+    """Choice to make: ``onnx: decoder threads`` …"""
     label: str
     """The settings, in words."""
     seconds: float
@@ -51,7 +51,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class TunedPlan:
-    """What was chosen for one processor."""
+    """Plans chosen for one processor."""
 
     bundle: str
     """Digest of the manifest that it was measured on."""
@@ -61,7 +61,7 @@ class TunedPlan:
     budget_seconds: float
     spent_seconds: float
     complete: bool
-    """Whether the budget sufficed for all questions."""
+    """True if the budget sufficed for all questions."""
 
 
 def settle_plans(
@@ -97,8 +97,8 @@ def settle_plans(
 
 
 def read_plan(bundle: Bundle) -> TunedPlan | None:
-    """What was measured of this bundle on this kind of processor. None where nothing was; what
-    cannot be read or was measured of another bundle is passed over with a warning."""
+    """Return the plans measured for this bundle on this kind of processor, none if there are none.
+    A file that cannot be read or belongs to another bundle is skipped with a warning."""
     path = bundle.path(PLAN)
     entries = _read_entries(path)
     if entries is None:

@@ -1,5 +1,5 @@
-"""Which settings of which engine are fastest for a bundle on this machine: what is tried, in which
-order, and what is chosen. Measuring itself is in runtime/tuning/probe.py.
+"""Questions of ``tune``: settings to try for a bundle on this machine, their order, and the choice.
+Measuring itself is in runtime/tuning/probe.py.
 
 One question after the other, each from the best settings so far. A setting is only changed for one
 that is clearly faster, so that noise leaves the defaults alone. When the budget is spent, the
@@ -22,7 +22,8 @@ from mobilevlm.runtime.tuning.plan_file import Candidate, TunedPlan
 DEFAULT_BUDGET = 60.0
 """Seconds."""
 ANSWER_TOKENS = 64
-"""Of the question that engines are compared by: an image, 56 tokens of text and this answer."""
+"""Length of the answer that engines are compared by; the question is an image and 56 tokens of
+text."""
 MARGIN = 0.03
 """A setting replaces the default if it takes less by this share."""
 HOPELESS = 1.5
@@ -49,17 +50,17 @@ class StageTimes:
 
     @property
     def decoder(self) -> float:
-        """Of the decoder's share of a question."""
+        """Seconds of the decoder's share of a question."""
         return self.prefill + ANSWER_TOKENS * self.step
 
     @property
     def question(self) -> float:
-        """Of the whole."""
+        """Seconds of the whole question."""
         return self.vision + self.decoder
 
 
 class Probe(Protocol):
-    """What measures. Seconds, each a median."""
+    """Measurements that questions are decided by. All in seconds, each a median."""
 
     def stages(self, plan: Plan) -> StageTimes:
         """The engine opened by the plan."""
@@ -94,14 +95,14 @@ class Budget:
         return self.clock() - self._start
 
     def allows(self, what: str) -> bool:
-        """Whether something more may begin."""
+        """Return whether something more may begin; ``what``: its name for the progress line."""
         self.advance(min(self.spent / self.seconds, 1.0), what)
         return self.spent < self.seconds
 
 
 @dataclass
 class _Tuning:
-    """What was found so far."""
+    """Results so far."""
 
     probe: Probe
     budget: Budget
@@ -115,7 +116,7 @@ class _Tuning:
         ]
 
     def may(self, question: str) -> bool:
-        """Whether the budget allows another question."""
+        """Return whether the budget allows another question."""
         allowed = self.budget.allows(question)
         self.complete &= allowed
         return allowed
@@ -224,7 +225,7 @@ def _rounds(
 
 
 def _threads(state: _Tuning, plan: Plan, most: int, first: StageTimes) -> Plan:
-    """Of each stage. Both are measured at once."""
+    """Choose the threads of each stage; both stages are measured at once."""
     question = f"{plan.engine}: threads"
     labels = {f"{count}": count for count in thread_counts(most)}
     if len(labels) == 1 or not state.may(question):

@@ -122,8 +122,8 @@ def _tiles(bundle: Bundle, plan: Plan, limits: list[Limit]) -> list[int]:
 
 
 def _may_pack(bundle: Bundle, limits: list[Limit]) -> bool:
-    """Whether the limits allow copies of the weights that may stay in their file (of the image
-    encoder, of the graph for prompts), which take less than half of the memory that is free."""
+    """Return whether the limits allow copies of the weights that may stay in their file (of the
+    image encoder and the prefill graph), and these take less than half of the free memory."""
     files = [
         name
         for artifact in bundle.manifest.artifacts

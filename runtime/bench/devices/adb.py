@@ -150,7 +150,7 @@ def find_device(name: str) -> AdbDevice:
 
 
 def server_address() -> tuple[socket.AddressFamily, str | tuple[str, int]]:
-    """Where the server listens, found as adb does: ADB_SERVER_SOCKET, else
+    """Return the server's address, found as adb does: ADB_SERVER_SOCKET, else
     ANDROID_ADB_SERVER_ADDRESS and ANDROID_ADB_SERVER_PORT, else port 5037 of this machine.
 
     Raises:

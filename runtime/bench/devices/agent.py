@@ -240,7 +240,8 @@ def _part(path: Path) -> Path:
 
 
 def _is_here(folder: Path, name: str, size: int, digest: str, received: dict[str, Any]) -> bool:
-    """Whether a file has this content; hashes it if it was touched since it was found right."""
+    """Return whether a file has this content; it is hashed only if it changed since the last
+    check."""
     path = folder / name
     if not path.is_file() or path.stat().st_size != size:
         return False

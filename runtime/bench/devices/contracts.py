@@ -30,7 +30,7 @@ class Command(Protocol):
         """
 
     def receive(self, seconds: float) -> bytes:
-        """What it wrote to its standard output; nothing at its end.
+        """Return what it wrote to its standard output; nothing at its end.
 
         Raises:
             TimeoutError: nothing came for so long.
@@ -56,7 +56,8 @@ class Device(Protocol):
 
     @property
     def folders(self) -> tuple[str, ...]:
-        """Where to put files there: the first that can be written to."""
+        """Folders for files on the device, in order of preference; the first writable one is
+        used."""
 
     def start(self, command: str) -> Command:
         """Starts a command line of the device's shell.

@@ -23,7 +23,7 @@ BOOTSTRAP = (
     "sys.path=[place for place in sys.path if place];"  # its working folder may hold any names
     "exec(sys.stdin.buffer.read({length}))"
 )
-"""What ``python -c`` is given. No character in it means anything to a shell between ``'``."""
+"""Program for ``python -c``. No character in it means anything to a shell between ``'``."""
 PIECE = 1 << 20
 
 
@@ -38,7 +38,7 @@ class SentFile:
 
 @dataclass(frozen=True)
 class Output:
-    """What the program wrote on the device."""
+    """Exit code and output of the program on the device."""
 
     code: int
     stdout: str

@@ -28,7 +28,7 @@ from mobilevlm.runtime.tuning.plan_file import PLAN
 
 DISTRIBUTION = "mobilevlm-edge"
 MODULES = {"pillow": "PIL"}
-"""Where a distribution's module has another name."""
+"""Modules of distributions with another name."""
 NOT_FOR_DEVICES = ("export", "reference", "nano", "runtime")
 """Folders of the package that bundles are not run by; the runtime comes from its own place."""
 
@@ -119,7 +119,7 @@ def bundle_files(folder: Path) -> dict[str, SentFile]:
 
 
 def requirements() -> dict[str, tuple[str, str]]:
-    """What the base install needs: by distribution its module and least version.
+    """Return the requirements of the base install: by distribution its module and least version.
 
     Raises:
         DeviceError: this program runs without having been installed.
@@ -151,7 +151,7 @@ def _copy(session: DeviceSession, name: str, place: str, files: Mapping[str, Sen
 
 
 def _result(name: str, output: Output) -> BenchResult:
-    """What the bench there printed.
+    """Return the result that the bench on the device printed.
 
     Raises:
         DeviceError: it failed.

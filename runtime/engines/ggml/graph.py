@@ -28,7 +28,7 @@ _DTYPES = {
     "mask": ("F16", np.float16),
     "window_mask": ("F16", np.float16),
 }
-"""Of the inputs, for ggml and for numpy."""
+"""Types of the inputs, for ggml and for numpy."""
 
 
 class DecoderGraph:

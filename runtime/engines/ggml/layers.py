@@ -59,7 +59,7 @@ class KeyValues:
 
 @dataclass(frozen=True)
 class GraphShape:
-    """What a graph is made for."""
+    """Sizes that a graph is built for."""
 
     length: int
     """Positions that come in."""
@@ -71,7 +71,7 @@ class GraphShape:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a graph is given each time."""
+    """Inputs of a run of a graph."""
 
     embeds: TensorPointer
     """``(length, hidden_size)``"""
@@ -92,7 +92,7 @@ they are used; the array is valid during the call."""
 
 @dataclass(frozen=True)
 class Layers:
-    """What the layers of one graph are made of and in."""
+    """Builder of the layers of one graph."""
 
     spec: DecoderSpec
     weights: Mapping[str, TensorPointer]
@@ -199,7 +199,8 @@ class Layers:
     def _with_residual(
         self, layer: int, states: TensorPointer, made: TensorPointer
     ) -> TensorPointer:
-        """What the experts made and the dense MLP beside them, by a softmax of two."""
+        """Add the experts' output ``made`` and a dense MLP's beside them, weighted by a softmax of
+        two."""
         apply = self.context.apply
         length = self._length_of(layer)
         shares = apply("soft_max", self._linear(f"blk.{layer}.ffn_gate_inp_shexp", states))

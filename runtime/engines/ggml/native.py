@@ -240,7 +240,8 @@ class Workspace:
             raise out_of_memory("intermediate results")
 
     def values(self, tensor: TensorPointer, dtype: Any, *shape: int) -> NDArray[Any]:
-        """What an input or output of the graph holds, as an array that keeps the workspace."""
+        """Return the content of an input or output of the graph, as an array that keeps the
+        workspace."""
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
         content = (ctypes.c_uint8 * count).from_address(ggml().get_data(tensor))
         content.kept = self
@@ -248,5 +249,5 @@ class Workspace:
 
 
 def out_of_memory(what: str) -> MobileVLMError:
-    """What to raise where ggml could not allocate."""
+    """Return the error for an allocation that failed in ggml."""
     return MobileVLMError(f"ggml could not allocate {what}: there is too little memory")

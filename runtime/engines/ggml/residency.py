@@ -21,7 +21,7 @@ from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.names import decoder_entries
 
 _MEMORY = 0.95
-"""What a token leaves of the usage before it: an average over about twenty."""
+"""Factor of the earlier usage at each token: an average over about twenty."""
 
 
 @dataclass(frozen=True)

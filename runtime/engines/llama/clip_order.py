@@ -49,7 +49,7 @@ def class_token_order() -> Any:
     op_of = libggml.ggml_op_desc
     op_of.argtypes, op_of.restype = [ctypes.c_void_p], ctypes.c_char_p
     behind = False
-    """Whether the class token of the graph under evaluation stands behind the patches."""
+    """True if the class token of the graph under evaluation stands behind the patches."""
 
     def observe(pointer: int, ask: bool, data: object) -> bool:
         nonlocal behind

@@ -192,7 +192,7 @@ class LlamaDecoder(GgufDecoder):
 
     @property
     def model(self) -> NativeModel:
-        """What an image encoder needs to know its decoder."""
+        """Loaded decoder, as an image encoder of llama.cpp needs it."""
         return still_open(self._model)
 
     @property

@@ -1,7 +1,7 @@
-"""What must be in the GGUF files of a model.
+"""Checks of a model's GGUF files before a library opens them.
 
 llama.cpp aborts the process on absurd sizes, and mtmd takes a missing tensor for a null pointer and
-crashes on the first image. So headers are compared with the spec before a library opens the file.
+crashes on the first image. So headers are compared with the spec first.
 """
 
 from __future__ import annotations

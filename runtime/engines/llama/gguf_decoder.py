@@ -1,4 +1,4 @@
-"""What decoders of GGUF files share, whichever graph they run."""
+"""Base of the decoders of GGUF files, whichever graph they run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class GgufDecoder(ABC):
         tensors = header.tensors
         self._rows: EmbeddingRows | None = EmbeddingRows(tensors["token_embd.weight"])
         self._exact = {tensor.type for tensor in tensors.values()} == {"F32"}
-        """Whether keys and values are float32 too"""
+        """True if keys and values are float32 too"""
 
     @abstractmethod
     def _append(self, state: DecoderState, rows: Rows, count: int | None) -> Float32:

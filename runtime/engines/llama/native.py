@@ -65,8 +65,8 @@ def _write_log(level: int, text: bytes, _: Any) -> None:
 
 
 def load_error(path: Path) -> BundleError:
-    """What to raise where a library gave a null pointer for a file; quotes the first of the errors
-    that it logged (they go from the cause to its consequences)."""
+    """Return the error for a file that a library gave a null pointer for; it quotes the first of
+    the errors logged (they go from the cause to its consequences)."""
     reason = _errors[0] if _errors else "no reason given"
     return BundleError(
         f"{path}: llama.cpp cannot load it: {reason:.200} ({LOG_VARIABLE}=1 tells more)"

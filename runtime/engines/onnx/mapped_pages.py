@@ -35,8 +35,8 @@ def check_whole(mapped: NDArray[Any]) -> None:
 
 
 def small_pages(mapped: NDArray[Any]) -> None:
-    """Of a mapped file (``numpy.memmap``) that single rows are read of: a touch brings in the pages
-    around it, not as much as the system's cache has in one piece, which may be 2 MB."""
+    """Advise the system that single rows of a mapped file (``numpy.memmap``) are read: a touch then
+    brings in the pages around it, not a whole piece of the system's cache, which may be 2 MB."""
     _advise(mapped, "MADV_NOHUGEPAGE")
 
 

@@ -48,7 +48,7 @@ class Tensor:
 
 
 class MappedWeights:
-    """What the file beside an ONNX file has of its initializers."""
+    """Initializers of an ONNX file that are whole in the data file beside it, mapped."""
 
     def __init__(self, path: Path) -> None:
         self._mapped: np.memmap | None = None
@@ -159,7 +159,7 @@ def _utf8_name(path: Path) -> Iterator[str]:
 
 
 def _is_whole(tensor: Tensor, size: int) -> bool:
-    """Whether a file of so many bytes has all of it, as its shape says."""
+    """Return whether a file of ``size`` bytes has all of a tensor, as its shape says."""
     if tensor.type not in _TYPES or tensor.length <= 0 or tensor.offset < 0:
         return False
     item = np.dtype(_TYPES[tensor.type]).itemsize

@@ -40,7 +40,7 @@ def load(
     ``gguf`` (llama.cpp), ``hybrid`` (ONNX Runtime for the image, llama.cpp for the text) or
     ``auto``: the first of them that the bundle has artifacts for. ``threads``: for both stages, by
     default, and at most, as many as this process may use. ``cache_mb``: megabytes for what later
-    requests can take over from earlier ones (images, beginnings of prompts), besides the
+    requests can reuse from earlier ones (images, beginnings of prompts), besides the
     sequences themselves; 0: each request is computed from its first token. ``max_resident_mb``:
     megabytes of sparse experts that may be in memory at a time; it needs, and means, the engine
     ``ggml``. ``plan``: ``auto`` takes the one that ``mobilevlm tune`` measured for this processor,

@@ -54,7 +54,7 @@ def _check_audio(session: Session, spec: ModelSpec) -> None:
 
 
 def check_decoder(session: Session, spec: DecoderSpec, cache: CacheType) -> None:
-    """Check a decoder whose keys and values are bound, or its graph for prompts; errors as of
+    """Check a decoder whose keys and values are bound, or its prefill graph; errors as of
     :func:`check_vision`."""
     kind = "int8" if cache is np.int8 else "float"
     rows: Value = ("float", (1, None, spec.hidden_size))

@@ -209,9 +209,9 @@ def onnx_decoder(
     cache: CacheType | None = None,
     turns: Turns | None = None,
 ) -> OnnxDecoder:
-    """Opens the decoder stage from an ONNX or .ort file of the bundle, and the graph for prompts in
-    the same format where there is one. ``cache``: what it stores keys and values in, where that is
-    not what the bundle says; ``turns`` as of :func:`onnx_vision`."""
+    """Open the decoder stage from an ONNX or .ort file of the bundle, and the prefill graph in the
+    same format if there is one. ``cache``: type of stored keys and values, if not the bundle's;
+    ``turns`` as of :func:`onnx_vision`."""
     from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 
     spec, table = bundle.manifest.spec, _embedding_table(bundle)

@@ -1,14 +1,14 @@
-"""Fits a plan to the memory that there is, or refuses a model before anything of it is loaded.
+"""Fit a plan to the memory that there is, or refuse a model before anything of it is loaded.
 
-What is compared with what: a limit that a person asks for (``--max-memory``) with the whole peak; a
-control group's, and memory that is free, with what the process must have for itself, since pages of
-files can be taken back; RLIMIT_AS with the address space that is in use already and what comes on
-top; RLIMIT_DATA with data likewise, of which keys and values are none (they are shared pages).
+Each limit is compared with its own figure: a limit that a person asks for (``--max-memory``) with
+the whole peak; a control group's limit, and free memory, with the memory that the process must have
+for itself, since pages of files can be taken back; RLIMIT_AS with the address space in use and what
+comes on top; RLIMIT_DATA with data likewise, without keys and values (they are shared pages).
 
-A plan that needs more than a limit gives way to one that takes less; where ``tune`` wrote it, a
-line says so. Refused is only what needs more than :data:`DOUBT` allows by the plan that takes
-least: the estimate may err, and a model that would run must not be turned away. What a person asks
-for has no such margin.
+A plan that needs more than a limit is replaced by one that takes less; if ``tune`` wrote it, a line
+says so. A model is refused only if even the leanest plan exceeds the limit by more than the margin
+:data:`DOUBT`: the estimate may err, and a model that would run must not be turned away. A limit
+that a person asks for has no margin.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ DOUBT = 0.9
 
 
 def fit_plan(bundle: Bundle, plan: Plan, limits: list[Limit], others: Sequence[Plan] = ()) -> Plan:
-    """The first that all limits allow of what the plan can be made (mobilevlm.plan.lighter_plans),
-    then of what ``others`` can; or that which takes least, where they may do so. ``others``: where
-    the plan was measured, what there is besides it; if it gives way, a PlanWarning says to what.
+    """Return the first plan that all limits allow: of the lighter forms of ``plan``
+    (mobilevlm.plan.lighter_plans), then of those of ``others``; else the leanest, if it is within
+    the margin. ``others``: fallbacks of a measured plan; a PlanWarning names the one that is used.
 
     Raises:
         MemoryLimitError: the model needs more than a limit, whatever the plan.

@@ -10,8 +10,8 @@ from mobilevlm.runtime.sequence.session import Fill, Prompt, Session
 
 
 class EncodedSession(Session):
-    """As :class:`Session`. All positions of a prompt see each other, so nothing of another prompt
-    can be taken over but its images; of the same prompt everything is."""
+    """Session of an encoder-decoder. All positions of a prompt see each other, so only the images
+    of another prompt can be reused; the same prompt is reused as a whole."""
 
     _decoder: EncoderDecoderEngine
     _prompt: list[PositionKey] | None = None

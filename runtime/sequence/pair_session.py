@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 
 class PairSession(Session):
-    """As :class:`Session`. A run of an image's rows is computed as a whole or taken over as a
-    whole: its rows may see each other and share positions."""
+    """As :class:`Session`. A run of an image's rows is computed or reused as a whole: its rows may
+    see each other and share positions."""
 
     _decoder: PairDecoder
 

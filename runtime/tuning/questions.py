@@ -31,7 +31,7 @@ HOPELESS = 1.5
 ROUNDS = 2
 """Visits to each candidate that needs the engine opened anew, in turns."""
 LENGTHS = (8, 16, PREFILL_FROM, 32, 48, 96)
-"""Positions of the pieces by which the graph for prompts is compared with the other one."""
+"""Lengths of the pieces by which the prefill graph is compared with the decoder's."""
 CHUNKS = (PREFILL_CHUNK, 256, 128)
 TILES = (1, 2, 4)
 """Tiles of an image at the same time."""
@@ -66,7 +66,7 @@ class Probe(Protocol):
         """The engine opened by the plan."""
 
     def pieces(self, plan: Plan, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
-        """Pieces of a prompt by the decoder's graph, and by the graph for prompts."""
+        """Time pieces of a prompt by the decoder's graph, and by the prefill graph."""
 
     def chunks(self, plan: Plan, sizes: Sequence[int]) -> dict[int, float]:
         """A long prompt in chunks; of sizes beyond what fits into the context none."""
@@ -134,9 +134,9 @@ def tune(
     memory: Mapping[str, MemorySetting] = MappingProxyType({}),
     tiles: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> TunedPlan:
-    """Measures the engines and chooses. ``digest``: of the bundle's manifest; ``threads``: that
-    this process may use; ``prompts``: engines that have a graph for prompts; ``packing``: whether
-    memory suffices to copy weights that may stay in their file; ``memory``: setting of each engine,
+    """Measure the engines and choose. ``digest``: of the bundle's manifest; ``threads``: that this
+    process may use; ``prompts``: engines that have a prefill graph; ``packing``: whether memory
+    suffices to copy weights that may stay in their file; ``memory``: setting of each engine,
     where it is not ``fast``; ``tiles``: for engines that may encode several tiles of an image at
     the same time, how many memory allows. At least one engine is measured, whatever the budget."""
     state = _Tuning(probe, budget)
@@ -197,8 +197,8 @@ def fastest(times: Mapping[str, Sequence[float]]) -> str:
 
 
 def prefill_from(times: Mapping[int, tuple[float, float]]) -> int:
-    """The least length from which on the graph for prompts is faster for every length measured;
-    beyond the longest where it never is."""
+    """Return the least measured length at and above which the prefill graph is always faster; more
+    than the longest if it never is."""
     found = 1 << 20
     for length in sorted(times, reverse=True):
         by_decoder, by_prompts = times[length]
@@ -259,15 +259,15 @@ def _vision_weights(state: _Tuning, plan: Plan) -> Plan:
 def _prompt_graph(state: _Tuning, plan: Plan, packing: bool) -> Plan:
     if packing:
         packed = replace(plan, prefill_weights="packed")
-        plan = _whole(state, "weights of the graph for prompts", {"mapped": plan, "packed": packed})
-    question = f"{plan.engine}: positions from which on the graph for prompts is faster"
+        plan = _whole(state, "weights of the prefill graph", {"mapped": plan, "packed": packed})
+    question = f"{plan.engine}: least positions for the prefill graph"
     if not state.may(question):
         return plan
     times = state.probe.pieces(plan, LENGTHS)
     chosen = prefill_from(times)
     for length, (by_decoder, by_prompts) in times.items():
-        seconds = {"decoder's graph": [by_decoder], "graph for prompts": [by_prompts]}
-        faster = "graph for prompts" if length >= chosen else "decoder's graph"
+        seconds = {"decoder's graph": [by_decoder], "prefill graph": [by_prompts]}
+        faster = "prefill graph" if length >= chosen else "decoder's graph"
         state.note(f"{plan.engine}: {length} positions", seconds, faster)
     return replace(plan, prefill_from=chosen)
 

@@ -125,7 +125,7 @@ def test_the_engine_ort_gives_the_same_answer(
 def test_the_engine_ort_opens_nothing_but_ort_files_and_embeddings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = replace(find_target("android-xnnpack"), recipe="fast")  # with a graph for prompts
+    target = replace(find_target("android-xnnpack"), recipe="fast")  # with a prefill graph
     monkeypatch.setattr(settled, "find_target", lambda _: target)
     bundle = exported(tmp_path / "bundle", "android-xnnpack")
     prompt, answers = "What is in the picture? " * 3, []

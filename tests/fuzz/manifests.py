@@ -44,7 +44,7 @@ class Case:
 
 
 def prepare(folder: Path) -> None:
-    """Export a bundle for processors, with a graph for prompts, and one for accelerators."""
+    """Export a bundle for processors, with a prefill graph, and one for accelerators."""
     checkpoint, tower = CHECKPOINT / "checkpoint", CHECKPOINT / "vision_tower"
     for name, recipe, target in (("onnx", "fast", None), ("npu", None, "ios-coreml")):
         mobilevlm.export(

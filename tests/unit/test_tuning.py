@@ -171,7 +171,7 @@ def test_no_more_tiles_are_tried_at_the_same_time_than_the_stage_has_threads() -
 def test_all_is_measured_with_the_memory_that_there_is(
     memory: MemorySetting, positions: int
 ) -> None:
-    """Chunks are short then, and the graph for prompts is measured where it can be kept open."""
+    """Chunks are short then, and the prefill graph is measured where it can be kept open."""
     machine = Machine()
     found = tuned(machine, prompts=["onnx"], memory={"onnx": memory})
     assert {plan.memory for plan in machine.opened} == {memory}

@@ -59,7 +59,7 @@ NUM_SCENES = 3 * len(_TASKS)
 _HELD_OUT = TRAINING_SEEDS + 10**9
 """Far behind the seeds that ``mobilevlm eval`` comes to."""
 MAX_BYTES = 1 << 26
-"""Of a JSONL file."""
+"""Most bytes of a JSONL file."""
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ class _Line:
 
 
 def measuring_samples(name: str, inputs: Collection[str] = ("image",)) -> list[Sample]:
-    """What to measure on: for ``scenes`` others than those that calibrate, else the JSONL file.
-    ``inputs``: kinds of inputs beside text that the model takes.
+    """Return samples to measure on: for ``scenes`` others than those that calibrate, else the JSONL
+    file. ``inputs``: kinds of inputs beside text that the model takes.
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.
@@ -95,9 +95,9 @@ def measuring_samples(name: str, inputs: Collection[str] = ("image",)) -> list[S
 
 
 def held_out_samples(name: str, inputs: Collection[str] = ("image",)) -> list[Sample]:
-    """What to judge on: for ``scenes`` drawn ones that neither calibrate nor measure and that no
-    model was trained on, else the JSONL file. ``inputs``: kinds of inputs beside text that the
-    model takes.
+    """Return samples to judge on: for ``scenes`` drawn ones that neither calibrate nor measure and
+    that no model was trained on, else the JSONL file. ``inputs``: kinds of inputs beside text that
+    the model takes.
 
     Raises:
         MobileVLMError: no such file, or a line of it is wrong.

@@ -1,5 +1,5 @@
-"""What the calibrated methods of a recipe need for one stage: weights with factors moved between
-layers (AWQ, SmoothQuant), and Hessians (GPTQ)."""
+"""Data of a recipe's calibrated methods for one stage: weights with factors moved between layers
+(AWQ, SmoothQuant), and Hessians (GPTQ)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which experts a sparse model uses: shares of the choices by layer, expert and modality."""
+"""Use of experts in a sparse model: shares of the choices by layer, expert and modality."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ class LayerUsage:
 
     layer: int
     visual: tuple[int, ...]
-    """Of positions of images, by expert"""
+    """Choices at positions of images, by expert"""
     text: tuple[int, ...]
 
     @property
     def total(self) -> tuple[int, ...]:
-        """Of both."""
+        """Choices at all positions, by expert."""
         return tuple(seen + read for seen, read in zip(self.visual, self.text, strict=True))
 
 
 def shares(counts: Sequence[int]) -> tuple[float, ...]:
-    """Of the whole; zeros where nothing was counted."""
+    """Return the share of each count in the whole; zeros where nothing was counted."""
     whole = max(sum(counts), 1)
     return tuple(count / whole for count in counts)
 
@@ -50,8 +50,8 @@ def shares(counts: Sequence[int]) -> tuple[float, ...]:
 def checkpoint_usage(
     model: Model, samples: Sequence[Sample], advance: Advance = ignore
 ) -> tuple[LayerUsage, ...]:
-    """Of the float32 reference on the samples, answers included (needs torch). ``advance`` hears of
-    each sample.
+    """Count the choices of the float32 reference on the samples, answers included (needs torch).
+    ``advance`` hears of each sample.
 
     Raises:
         PromptError: a sample does not fit into the context.
@@ -92,7 +92,8 @@ def _counted(
 
 
 def _reference_choices(model: Model, samples: Sequence[Sample]) -> Iterator[PromptChoices]:
-    """Of one sample after the other; layers are read once for a group of samples."""
+    """Yield the reference's choices for one sample after the other; layers are read once for a
+    group of samples."""
     try:
         from mobilevlm.export.calibration.reference_states import decoder_states
         from mobilevlm.export.calibration.statistics import sample_groups
@@ -113,7 +114,7 @@ def _reference_choices(model: Model, samples: Sequence[Sample]) -> Iterator[Prom
 
 @contextmanager
 def _noted(reference: ReferenceModel) -> Iterator[dict[int, list[NDArray[np.int64]]]]:
-    """What each pass through a sparse layer chose ``(length, top_k)``, by layer."""
+    """Note the choices of each pass through a sparse layer ``(length, top_k)``, by layer."""
     found: dict[int, list[NDArray[np.int64]]] = {}
 
     def note(layer: int, sparse: SparseMLP, *_: object) -> None:

@@ -28,7 +28,8 @@ from mobilevlm.state_buffers import slot_buffers
 SAMPLES = 16
 """At most so many are run: a channel's range is that of a few thousand positions."""
 HEADROOM = 1.1
-"""What is beyond the scale is cut off, and other data go further."""
+"""Factor of the calibrated range: other data go further, and values beyond the scale are
+clipped."""
 _ATTENTION = "GroupQueryAttention"
 _SCALES = 12
 """Input of the keys' scales, which those of values follow"""
@@ -104,7 +105,7 @@ def _measure(model: Model, bundle: Bundle, samples: Sequence[Sample]) -> dict[st
 
 
 def _stored_scales(path: Path) -> dict[str, Float32] | None:
-    """What a graph has; none where it stores float32."""
+    """Return the scales that a graph has, by buffer; none where it stores float32."""
     graph = ir.load(path).graph
     found: dict[str, Float32] = {}
     for node in graph:

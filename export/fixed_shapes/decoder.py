@@ -93,7 +93,7 @@ def author_qdq_decoder(
 
 
 def _embeds(model: Model, samples: Sequence[Sample], folder: Path) -> Iterator[Float32]:
-    """What the float32 decoder is given ``(length, hidden_size)``, of each sample."""
+    """Yield the float32 decoder's input ``(length, hidden_size)`` for each sample."""
     spec, path = model.spec, folder / "vision.onnx"
     floats = LinearFormat("fp32")
     recipe = Recipe("", floats, floats, floats, floats, "fp32", None)  # type: ignore[arg-type]

@@ -164,9 +164,9 @@ def quantize_model(model: Any, layers: LinearFormat, ranges: Any, more: Override
 
 
 def _overrides(model: Any, layers: LinearFormat) -> Overrides:
-    """What NPU compilers want otherwise than onnxruntime would do it: factors of norms have one
-    scale, and of a product of two activations the second has 8 bits (where it has 16, Qualcomm's
-    HTP rounds it to 8 with a range of its own)."""
+    """Return the settings of NPU compilers that differ from onnxruntime's: factors of norms have
+    one scale, and of a product of two activations the second has 8 bits (where it has 16,
+    Qualcomm's HTP rounds it to 8 with a range of its own)."""
     from onnxruntime.quantization import QuantType
 
     wide = QuantType.QUInt16
@@ -218,7 +218,7 @@ def source_of(made: Mapping[str, Any], name: str, reader: Any) -> tuple[str, Any
 def watch_ranges(
     source: Path, calibrator: CalibratorName, model: Any, inputs: Iterable[Inputs]
 ) -> Any:
-    """What each activation reaches to, as onnxruntime's ``TensorsData``."""
+    """Return the range of each activation, as onnxruntime's ``TensorsData``."""
     from onnxruntime.quantization import calibrate
 
     kind, settings = CALIBRATORS[calibrator]
@@ -250,7 +250,7 @@ def silent() -> Iterator[None]:
 
 
 def stored_weights(exact: Weights, path: Path, spec: ModelSpec) -> Weights:
-    """What the integers of a graph stand for."""
+    """Return the weights that the integers of a graph stand for."""
     tensors = OnnxTensors(path, spec, exact)
     return Weights({name: TensorRef(tensors, name) for name in tensors.names})
 

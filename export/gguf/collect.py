@@ -17,7 +17,7 @@ from mobilevlm.gguf.names import decoder_entries
 from mobilevlm.model import Model
 
 TIED_HEAD = {"decoder.lm_head.weight": "token_embd.weight"}
-"""What llama.cpp calls a head that is the embedding table."""
+"""Name in llama.cpp of a head that is the embedding table."""
 
 
 def collect(

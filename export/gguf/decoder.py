@@ -82,7 +82,7 @@ def _write(
 
 
 def _importance(matrix: ImportanceMatrix | None) -> dict[str, Float32]:
-    """Of each matrix' columns, by the names of the file."""
+    """Return the importance of each matrix' columns, by the names of the file."""
     entries = matrix.entries if matrix is not None else {}
     return {name: entry.importance for name, entry in entries.items()}
 

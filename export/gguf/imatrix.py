@@ -37,7 +37,7 @@ LEAST = 1e-4
 
 @dataclass(frozen=True)
 class InputStatistics:
-    """What one matrix ``(out_size, in_size)`` was multiplied with."""
+    """Statistics of the inputs that one matrix ``(out_size, in_size)`` was multiplied with."""
 
     squares: Float32
     """``(in_size,)``: sum over tokens of the squared inputs."""

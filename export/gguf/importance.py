@@ -1,4 +1,4 @@
-"""Where the importance of weights comes from: a ready file, or calibration data."""
+"""Importance of weights, from a ready file or from calibration data."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Importance:
 
 
 def find_importance(model: Model, recipe: Recipe) -> Importance | None:
-    """What the recipe asks for. What can be known to be wrong before the model runs is found here.
+    """Return the importance that the recipe asks for, none if it asks for none. Mistakes that show
+    before the model runs are found here.
 
     Raises:
         BundleError, MobileVLMError, ImageError: the file or the data are wrong, or of no use for

@@ -1,4 +1,5 @@
-"""What llama.cpp's own quantizer makes (llama-cpp-python): K-quants, and rounding by importance."""
+"""Types that llama.cpp's own quantizer makes (llama-cpp-python): K-quants, and rounding by
+importance."""
 
 from __future__ import annotations
 

@@ -170,7 +170,7 @@ def _layer_scale(file: GgufFile, encoder: Encoder) -> dict[str, tuple[Rescaling,
 
 
 def _is_one_linear(file: GgufFile, spec: ConnectorSpec) -> bool:
-    """Whether the MLP is the one that our export writes for a single Linear."""
+    """Return whether the MLP is the one that our export writes for a single Linear."""
     size, name = spec.out_size, "mm.2.weight"
     if spec.kind != "mlp" or name not in file.tensors:
         return False
@@ -198,7 +198,8 @@ def _vision_entries(spec: ModelSpec, swapped: bool, class_last: bool) -> list[En
 
 
 def _projector_entries(spec: ConnectorSpec) -> list[Entry]:
-    """Of a single Linear: the first half of the first layer, scaled down."""
+    """Return the projector's entries; for a single Linear, the first half of the first layer,
+    scaled down."""
     if spec.kind != "mlp" or spec.depth > 1:
         return list(projector_entries(spec))
     size, ours = spec.out_size, "projector.mlp.0"

@@ -34,7 +34,7 @@ TYPES: dict[GGUFType, gguf.GGMLQuantizationType] = {
 """Types that are written here for every architecture; llama.cpp mixes the K-quants of its own."""
 
 TensorType: TypeAlias = GGUFType | Literal["q4_k", "q5_k"]
-"""Of one tensor: ``q6_k`` and these are made by ggml's own functions."""
+"""Type of one tensor: ``q6_k`` and these two are made by ggml's own functions."""
 _K_TYPES: dict[TensorType, gguf.GGMLQuantizationType] = {
     "q4_k": gguf.GGMLQuantizationType.Q4_K,
     "q5_k": gguf.GGMLQuantizationType.Q5_K,
@@ -42,7 +42,8 @@ _K_TYPES: dict[TensorType, gguf.GGMLQuantizationType] = {
 }
 _STORED = cast("dict[TensorType, gguf.GGMLQuantizationType]", TYPES) | _K_TYPES
 _SMALLER_BLOCKS: dict[TensorType, TensorType] = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
-"""What llama.cpp takes where rows do not divide into the 256 weights of a K-quant's block."""
+"""Fallbacks of llama.cpp for rows whose length is no multiple of a K-quant's block of 256
+weights."""
 
 FILE_TYPES: dict[GGUFType, gguf.LlamaFileType] = {
     "f32": gguf.LlamaFileType.ALL_F32,

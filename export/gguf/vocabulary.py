@@ -26,12 +26,12 @@ from mobilevlm.tokenizers.tokenizer import (
 )
 
 _ADDED_SCORE = -1000.0
-"""Of tokens that are matched as they stand, as llama.cpp's converter sets it."""
+"""Score of tokens that are matched as they stand, as llama.cpp's converter sets it."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What llama.cpp's tokenizer of type ``llama`` needs."""
+    """Vocabulary for llama.cpp's tokenizer of type ``llama``."""
 
     tokens: list[str]
     scores: list[float]

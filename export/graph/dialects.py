@@ -48,7 +48,7 @@ class Dialect:
     """Subtracted from pixels before the first product, and exact there: what they have in common
     would multiply the rounding of its weights."""
     joined_queries: bool = True
-    """Whether queries, keys and values of the tower are one product, whose result has one range"""
+    """True if queries, keys and values of the tower are one product, whose result has one range"""
 
     def product(self, op: Any, x: Any, weight: Any, bias: Any | None = None) -> Any:
         """Multiply ``x (1, length, in_size)`` by the constant ``weight (in_size, out_size)``, and

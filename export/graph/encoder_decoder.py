@@ -224,7 +224,7 @@ def relative_buckets(
 def _attention_products(
     weights: WeightFile, name: str, spec: DecoderSpec
 ) -> tuple[nn.Module, nn.Module]:
-    """Of self-attention: query, key and value at once, and what comes after."""
+    """Return the products of self-attention: query, key and value at once, and the output's."""
     width, hidden = spec.num_attention_heads * spec.head_dim, spec.hidden_size
     parts = [f"{name}.{part}_proj" for part in "qkv"]
     qkv = Linear(weights, parts, hidden, [width] * 3, bias=spec.qkv_bias)

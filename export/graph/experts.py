@@ -33,9 +33,9 @@ _ACTIVATIONS = {
     ("plain", "silu"): "silu",
     ("plain", "gelu_new"): "gelu",
 }
-"""What the fused operators call them; their GELU is the tanh approximation."""
+"""Names of activations in the fused operators; their GELU is the tanh approximation."""
 _TINY = 2.0**-24
-"""What probabilities are divided by where all are less: such experts add nothing either way."""
+"""Divisor of probabilities that are all less: such experts add nothing either way."""
 
 
 class SparseMLP(nn.Module):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from mobilevlm.recipe import BLOCK_BITS
 
 FLOAT = ir.DataType.FLOAT
 SMALLEST = float(np.finfo(np.float32).tiny)
-"""What a row of zeros is divided by."""
+"""Divisor of a row of zeros."""
 
 
 class Linear(nn.Module):  # type: ignore[misc]

@@ -23,7 +23,7 @@ from mobilevlm.whole_file import file_sha256
 
 _VISION = ("vision.", "audio.", "projector.")
 _FIXED = "_quantized"
-"""What onnxruntime's quantizer adds to a tensor's name."""
+"""Suffix that onnxruntime's quantizer adds to a tensor's name."""
 _STACKS = {
     "q_proj": "qkv",
     "q_down": "lora_down",
@@ -31,13 +31,13 @@ _STACKS = {
     "key_proj": "key_value",
     "qkv_proj": "qkv_gate",
 }
-"""What a stack of layers is called, by its first."""
+"""Name of a stack of layers, by its first layer."""
 _JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
            "qkv_proj": "qkv_gate", "z_proj": "qkv_gate"}  # fmt: skip
 """Stack of each layer that is a product of its own where formats differ."""
 _EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)")
 _FIRST = ("gate_proj", "fc1")
-"""What reads an expert's input."""
+"""Layers that read an expert's input."""
 _ROUTERS = (".router.weight", ".coefficient.weight")
 """Stored ``(in_size, out_size)`` and float in every recipe."""
 
@@ -246,8 +246,8 @@ class OnnxTensors:
         return next(filter(self._holds, single), stacked)
 
     def _expert_name(self, experts: str, index: str, leaf: str, kind: str) -> str:
-        """Of all experts in one operator the table, else the expert's own tensor. (Biases of the
-        former, which lose nothing, are not read.)"""
+        """Return the table of all experts in one operator, else the expert's own tensor. (Biases of
+        the former, which lose nothing, are not read.)"""
         table = f"{experts}.{'first' if leaf in _FIRST else 'second'}.table"
         if kind == "weight" and table in self._stored:
             return table

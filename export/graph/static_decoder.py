@@ -126,7 +126,7 @@ class StaticLayer(DecoderLayer):
 
 
 def chosen(op: Any, states: Any, position: Any) -> Any:
-    """Of ``(1, length, size)`` the positions that are wanted ``(1, positions, size)``.
+    """Select from ``(1, length, size)`` the wanted positions ``(1, positions, size)``.
     ``position``: their indices ``(positions,)``, or for graphs of elementary operators rows with a
     single 1 ``(1, positions, length)``, since Core ML takes no Gather."""
     if position.type.dtype == FLOAT:

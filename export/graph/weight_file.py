@@ -97,7 +97,7 @@ class WeightFile:
 
     @contextmanager
     def read_in_part(self, share: float) -> Iterator[None]:
-        """Of the parameters that are made inside, a token uses this share."""
+        """Set the share of the parameters made inside that one token uses."""
         self._share = share
         try:
             yield

@@ -88,8 +88,9 @@ def _is_onnx(refs: dict[str, TensorRef], place: Fold) -> bool:
 
 
 def _factors(exact: Weights, stored: Weights, place: Fold) -> Float32:
-    """What the inputs of a fold's consumers were multiplied by ``(in_size,)``: of a norm exactly,
-    of a linear layer, which was rounded, by least squares over the columns of its consumers."""
+    """Return the factors that the inputs of a fold's consumers were multiplied by ``(in_size,)``:
+    of a norm exactly; of a linear layer, which was rounded, by least squares over the columns of
+    its consumers."""
     norm, shape = f"{place.producer}.weight", (place.in_size,)
     if "norm" in place.producer:
         return exact.read(norm, shape) / stored.read(norm, shape)

@@ -1,4 +1,4 @@
-"""Which layer of an artifact hurts most: each one's weights put alone into the reference (needs
+"""Effect of each layer of an artifact: its weights alone are put into the reference (needs
 torch)."""
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from mobilevlm.reference.streaming import stream_step
 from mobilevlm.spec import ModelSpec
 
 ALL_WEIGHTS = 2e7
-"""Of a model whose layers are all tried; of a larger one only those that were rounded most."""
+"""Weights of a model whose layers are all tried; of a larger one only those that were rounded
+most."""
 TRIED = 8
 """Layers of each stage that are tried there."""
 
@@ -37,7 +38,7 @@ class LayerEffect:
     weight_error: float
     """Relative, of the weights"""
     effect: Effect | None
-    """Of these weights alone, all others being exact; none where that was not tried"""
+    """Effect of these weights alone, all others being exact; none where that was not tried"""
 
     @property
     def label(self) -> str:

@@ -1,4 +1,4 @@
-"""What a recipe allows, against what was measured."""
+"""Limits of a recipe, against the measured figures."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ _MEASURED_BY = dict.fromkeys(LIMITED, "give samples with images and answers (--d
 """Remedy that makes a verification measure the figure of a limit."""
 
 MTMD_ERROR = 2e-3
-"""What llama.cpp's vision stage may be off at least: whatever the type, its activations are
-tables in float16."""
+"""Least limit for the error of llama.cpp's vision stage: for every type, its activations are tables
+in float16."""
 
 
 def with_limits(recipe: Recipe, given: Mapping[str, float]) -> Recipe:

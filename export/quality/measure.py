@@ -64,12 +64,13 @@ PROMPTS = (
 )
 GREEDY_TOKENS = 16
 POSITIONS = 1 << 12
-"""Of a group's prompts and answers: their states stay in memory while the layers stream by."""
+"""Positions of a group's prompts and answers: their states stay in memory while the layers stream
+by."""
 
 
 _Seen: TypeAlias = tuple[tuple[VectorFigures, ...], tuple[VectorFigures, ...]]
-"""Of a sample's images: the tower's features (none where the engine keeps them inside), and the
-visual tokens."""
+"""Figures of a sample's images: the tower's features (none where the engine keeps them inside), and
+the visual tokens."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +88,13 @@ class _Answer:
 
 @dataclass(frozen=True)
 class SampleFigures:
-    """What one sample showed."""
+    """Metrics of one sample."""
 
     sample: Sample
     features: tuple[VectorFigures, ...]
-    """Of the tower's output, an image each; empty where the engine does not give it"""
+    """Figures of the tower's output, one per image; empty where the engine does not give it"""
     visual: tuple[VectorFigures, ...]
-    """Of the visual tokens, an image each"""
+    """Figures of the visual tokens, one per image"""
     decoder: TokenFigures
     """Given the reference's visual tokens, over the bundle's own answer and the sample's"""
     prefill: TokenFigures | None
@@ -101,7 +102,7 @@ class SampleFigures:
     whole: TokenFigures | None
     """Given the bundle's own visual tokens; where the sample has an answer"""
     text: TextFigures | None
-    """Of the sample's answer, given the bundle's own visual tokens"""
+    """Figures of the sample's answer, given the bundle's own visual tokens"""
     greedy: tuple[int, ...]
     """Tokens that the bundle answers with, up to the end-of-text token"""
     match: float | None

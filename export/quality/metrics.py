@@ -23,7 +23,7 @@ class VectorFigures:
     """Rows against rows."""
 
     cosine: Float64
-    """Of each row ``(rows,)``"""
+    """Cosine of each row ``(rows,)``"""
     squared_error: float
     """``‖found − exact‖²`` over all rows"""
     squared_norm: float
@@ -37,7 +37,7 @@ class TokenFigures:
     kl: Float64
     """Kullback–Leibler divergence from the reference's to the found one, in nats"""
     top1: NDArray[np.bool_]
-    """Whether both find the same token likeliest"""
+    """True where both find the same token likeliest"""
     top5: Float64
     """Share of the reference's five likeliest tokens that are among the five found"""
 
@@ -98,7 +98,7 @@ def joined(parts: Sequence[TokenFigures]) -> TokenFigures:
 
 
 def vision_figures(parts: Sequence[VectorFigures]) -> dict[str, float]:
-    """Of all images together: ``cosine`` (least over tokens), ``cosine_mean``,
+    """Return metrics of all images together: ``cosine`` (least over tokens), ``cosine_mean``,
     ``relative_error`` (a ratio of Euclidean norms)."""
     cosine = np.concatenate([part.cosine for part in parts])
     error = sum(part.squared_error for part in parts) / sum(part.squared_norm for part in parts)
@@ -112,8 +112,8 @@ def vision_figures(parts: Sequence[VectorFigures]) -> dict[str, float]:
 
 
 def token_figures(parts: Sequence[TokenFigures]) -> dict[str, float]:
-    """Of all positions together: ``kl`` (mean), ``kl_p99``, ``kl_max``, ``top1_agreement``,
-    ``top5_agreement``."""
+    """Return metrics of all positions together: ``kl`` (mean), ``kl_p99``, ``kl_max``,
+    ``top1_agreement``, ``top5_agreement``."""
     kl = np.concatenate([part.kl for part in parts])
     return _rounded(
         {
@@ -127,8 +127,8 @@ def token_figures(parts: Sequence[TokenFigures]) -> dict[str, float]:
 
 
 def perplexity_figures(parts: Sequence[TextFigures]) -> dict[str, float]:
-    """Of all texts together: ``perplexity`` of the artifact and ``perplexity_ratio`` (over that of
-    the reference: 1 where nothing is lost)."""
+    """Return metrics of all texts together: ``perplexity`` of the artifact and ``perplexity_ratio``
+    (over that of the reference: 1 where nothing is lost)."""
     tokens = sum(part.tokens for part in parts)
     found, exact = sum(part.found for part in parts), sum(part.exact for part in parts)
     return _rounded(

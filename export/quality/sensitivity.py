@@ -1,4 +1,4 @@
-"""What a change of weights does to a model's answers (needs torch).
+"""Effect of a change of weights on a model's answers (needs torch).
 
 All samples pass the float32 reference layer by layer. A change in a layer runs that layer and those
 after it, from the states that the samples reach unchanged. Memory holds the weights of two layers,
@@ -37,7 +37,7 @@ from mobilevlm.reference.streaming import stream_step
 
 STATE_BYTES = 1 << 28
 MAX_LOGITS = 1 << 26
-"""Of all samples together: positions times vocabulary."""
+"""Most logits of all samples together: positions times vocabulary."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Effect:
-    """What a change does, against the float32 model."""
+    """Effect of a change, against the float32 model."""
 
     kl: float
     """Mean Kullback–Leibler divergence of the next-token distributions where the model answers:

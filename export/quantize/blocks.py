@@ -1,4 +1,4 @@
-"""What all quantizers have in common: the integers that stand for weights, and how they are packed.
+"""Parts that all quantizers share: the integers that stand for weights, and how they are packed.
 
 A weight is ``scale · (code - zero point)``. A block of weights along the input shares a scale and a
 zero point; the bytes are those of ONNX Runtime's MatMulNBits.
@@ -57,7 +57,7 @@ class Quantized:
     zero_points: Codes | None
     """``(out_size, blocks * bits / 8)`` packed in the same way; none where symmetric"""
     relative_error: float
-    """Of the whole weight, as a ratio of Euclidean norms"""
+    """Error of the whole weight, as a ratio of Euclidean norms"""
 
 
 RowQuantizer: TypeAlias = Callable[[Float32], Rows]

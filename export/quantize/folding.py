@@ -30,8 +30,8 @@ class Fold:
     in_size: int
     out_sizes: tuple[int, ...]
     heads: tuple[int, int] = (1, 1)
-    """Where keys and values are shared: how many heads of them, and how many query heads read each.
-    All of these must get the same factors."""
+    """Number of heads of keys and values, and of query heads that read each of them. All of these
+    must get the same factors."""
 
     def tie(self, values: Float32, choose: Callable[..., Any]) -> Float32:
         """Values ``(in_size,)``, made equal where they must be; ``choose``: np.max or np.mean."""

@@ -71,7 +71,7 @@ def quantize(weight: Float32, scheme: Scheme, hessian: Float32, *, turns: int = 
 
 
 def no_hessian(name: str) -> Float32:
-    """Where no layer is quantized by GPTQ."""
+    """Raise LookupError; stands in for Hessians where no layer is quantized by GPTQ."""
     raise LookupError(name)
 
 

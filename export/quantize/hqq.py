@@ -25,7 +25,7 @@ from mobilevlm.recipe import Scheme
 EXPONENT = 0.7
 """The p of the norm."""
 SHARPNESS, GROWTH = 10.0, 1.01
-"""What a weight's distance to its shrunk error costs, and by how much that grows in each turn."""
+"""Weight of the distance between an error and its shrunk one, and its growth in each turn."""
 TURNS = 10
 """More of them lower the sum by a few percent, and raise the squared error."""
 

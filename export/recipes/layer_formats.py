@@ -209,7 +209,8 @@ def to_half(weight: NDArray[Any]) -> NDArray[np.float16]:
 
 
 def stored_bytes(layers: LinearFormat, group: LinearGroup) -> int:
-    """What the weights of a group take in an ONNX file, with scales and zero points."""
+    """Return the bytes that the weights of a group take in an ONNX file, with scales and zero
+    points."""
     scheme = layers.scheme
     if scheme is None:
         return group.size * (2 if layers.precision == "fp16" else 4)

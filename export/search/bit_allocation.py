@@ -1,4 +1,4 @@
-"""Which layers get how many bits: the least divergence within a size.
+"""Choice of bits for each layer: the least divergence within a size.
 
 Divergences of layers are taken to add up. Then the best choices for all sizes lie on the convex
 hulls of each layer's (size, divergence) points, and are found by always taking the step that saves
@@ -23,7 +23,7 @@ class Option:
     size: int
     """Bytes"""
     kl: float
-    """What it does to the answers alone, in nats"""
+    """Divergence of the answers by this option alone, in nats"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What losing bits in an expert costs, by how often the expert is used.
+"""Cost of fewer bits in an expert, by how often the expert is used.
 
 The effect of an expert's bits is measured on samples, few of which reach a rarely used one. What
 is measured is therefore taken as an effect per choice, and multiplied by the expert's share of the
@@ -22,12 +22,12 @@ PRIOR = 16
 
 @dataclass(frozen=True)
 class ExpertUse:
-    """Of one expert."""
+    """Number of times that one expert is chosen."""
 
     measured: int
     """Choices in the samples that effects are measured on"""
     layer_measured: int
-    """Of all experts of its layer"""
+    """Choices of all experts of its layer"""
     expected: float
     """Its share of the layer's choices, in calibration data too"""
 

@@ -43,7 +43,7 @@ TRIES = 6
 
 @dataclass(frozen=True)
 class Goal:
-    """What to reach: one of them.
+    """Goal of a search: a size or a divergence.
 
     Raises:
         MobileVLMError: none, or both.
@@ -53,7 +53,7 @@ class Goal:
     """Mean over the weights of the decoder's linear layers and its head, with scales and zero
     points"""
     max_kl: float | None = None
-    """Of all layers together, in nats"""
+    """Divergence of all layers together, in nats"""
 
     def __post_init__(self) -> None:
         if (self.bits_per_weight is None) == (self.max_kl is None):
@@ -67,7 +67,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Data:
-    """What a search runs the model on."""
+    """Samples that a search runs the model on."""
 
     calibration: Sequence[Sample]
     """For GPTQ"""
@@ -97,11 +97,11 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What formats do to the parts of a decoder, each alone."""
+    """Effects of formats on the parts of a decoder, each alone."""
 
     units: tuple[Unit, ...]
     choices: Sequence[Sequence[Option]]
-    """Of each unit"""
+    """Options of each unit"""
     probe: Probe
     usage: dict[str, float]
     """As in :class:`Found`"""
@@ -171,7 +171,8 @@ def measure(
     data: Data,
     experts: Literal["fused", "plain"] = "plain",
 ) -> Sensitivity:
-    """What each format does to each part of the decoder; several goals can be chosen for with it.
+    """Measure the effect of each format on each part of the decoder; the result serves several
+    goals.
 
     Raises:
         MobileVLMError: a sample is wrong.
@@ -242,7 +243,7 @@ def choose(model: Model, goal: Goal, measured: Sensitivity, data: Data) -> Found
 
 
 def _units(spec: ModelSpec, experts: str) -> Iterator[Unit]:
-    """Of the decoder, in the order of use."""
+    """Return the units of the decoder, in the order of use."""
     together: dict[str, list[LinearGroup]] = {}
     for group in linear_groups(spec):
         if group.name.startswith("decoder."):

@@ -41,9 +41,9 @@ class Target:
     """The most that a process with the model may have in use, without pages of the model's files,
     which the system can take back"""
     positions: int = 0
-    """Of a sequence, that this has room for; 0: the whole context"""
+    """Length of a sequence that the memory has room for; 0: the whole context"""
     weight_bits: WeightBits | None = None
-    """Of ``int8`` weights"""
+    """Bits of ``int8`` weights"""
     chunk_length: int = 64
     context_length: int = 1024
     """Shapes of graphs for NPUs, see :class:`mobilevlm.recipe.Recipe`"""
@@ -53,30 +53,31 @@ class Target:
     layer_norm: Literal["fused", "centred"] = "fused"
     operators: Literal["runtime", "elementary"] = "runtime"
     vision: Precision | None = None
-    """Of tower and projector, where not the recipe's"""
+    """Precision of tower and projector, if not the recipe's"""
     experts: Literal["fused", "plain", "dense"] = "fused"
     """Form of sparse experts, see :class:`mobilevlm.recipe.Recipe`"""
     htp: Chip | None = None
     """Chip to compile for"""
     share_weights: bool = False
-    """Whether the binary of the decoder's graphs has their weights once. It is half as large then,
+    """True if the binary of the decoder's graphs has their weights once. It is half as large then,
     but the emulator cannot load it."""
     provider: ProviderGoal | None = None
     """Accelerator; with one the bundle has .ort files too"""
     package: bool = False
-    """Whether the vision stage is a Core ML package too"""
+    """True if the vision stage is a Core ML package too"""
     runtime: Literal["transformers.js", "onnxruntime-genai"] | None = None
     """Another runtime that runs the bundle too (export/targets/other_runtimes.py)"""
     browser: bool = False
-    """Whether it is a page that runs the bundle (examples/web)"""
+    """True if it is a page that runs the bundle (examples/web)"""
     tested: str = ""
-    """What the project's own tests show of such a device, in a few words"""
+    """Behaviour of such a device that the project's own tests show, in a few words"""
     caveat: str = ""
-    """What is known not to be right, in a few words"""
+    """Known fault, in a few words"""
 
     @property
     def verified(self) -> str:
-        """What an export to it proves on the exporting machine, and what the tests do."""
+        """Summary of the checks of an export on the exporting machine, and of the project's
+        tests."""
         compiled = "compiled, no operator left to the CPU; " if self.htp is not None else ""
         if self.provider is not None:
             title = find_provider(self.provider.name).title

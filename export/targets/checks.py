@@ -1,4 +1,4 @@
-"""What an export proves about its target: memory, and for an NPU that its compiler takes all."""
+"""Checks of an export against its target: memory, and for an NPU that its compiler takes all."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mobilevlm.plan import Plan, memory_settings
 from mobilevlm.runtime.memory.estimate import estimate, estimate_web_mb
 
 BINARY = "_qnn.bin"
-"""What the compiler adds to the name of a graph."""
+"""Suffix that the compiler adds to the name of a graph."""
 
 
 def check_tools(target: Target) -> None:

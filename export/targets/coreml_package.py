@@ -32,7 +32,8 @@ from mobilevlm.model import Model
 
 PATH = "coreml/vision_encoder.mlpackage"
 MOST_ERROR = 2e-3
-"""Of a stored weight in 16 bits, relative to the tensor's largest value; rounding makes 5e-4."""
+"""Largest error of a stored weight in 16 bits, relative to the tensor's largest value; rounding
+makes 5e-4."""
 
 
 def package_vision(work: Workspace, draft: Manifest, model: Model) -> Manifest:

@@ -15,7 +15,7 @@ from mobilevlm.export.targets.providers.table import Node, Provider, Tensor, obs
 
 @dataclass(frozen=True)
 class GraphCoverage:
-    """What a provider takes of a graph."""
+    """Share of a graph that a provider runs."""
 
     nodes: int
     """Operators, after what onnxruntime simplifies before it asks providers"""
@@ -27,7 +27,8 @@ class GraphCoverage:
     multiplications: float
     """Share of those of all products (MatMul, Gemm, Conv) that are in the nodes taken"""
     checked: int | None
-    """What onnxruntime's checker would have it take; None where it knows no such provider"""
+    """Operators that onnxruntime's checker would give to it; None where it knows no such
+    provider"""
 
 
 def cover(path: Path, provider: Provider) -> GraphCoverage:
@@ -52,7 +53,7 @@ def cover(path: Path, provider: Provider) -> GraphCoverage:
 
 
 def multiplications(node: Node) -> int:
-    """Of a product whose shapes are known; 0 of everything else."""
+    """Return the multiplications of a product whose shapes are known; 0 for everything else."""
     weight, made = node.input(1), node.outputs[0]
     if node.operator not in ("MatMul", "Gemm", "Conv") or weight is None or made is None:
         return 0
@@ -98,7 +99,7 @@ def _as_providers_see_it(path: Path) -> Any:
 
 
 def _key(node: Any) -> str:
-    """What tells a node from all others: its first output."""
+    """Return the name that tells a node from all others: its first output."""
     name: str = next(name for name in node.output if name)
     return name
 

@@ -27,7 +27,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True)
 class Chip:
-    """What the compiler must know of a chip."""
+    """Properties of a chip that the compiler needs."""
 
     soc_model: int
     """Qualcomm's number of it (QnnTypes.h)"""
@@ -37,7 +37,7 @@ class Chip:
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the compiler made of a graph."""
+    """Result of compiling a graph."""
 
     nodes: int
     """Operators of the graph, QuantizeLinear and DequantizeLinear included"""

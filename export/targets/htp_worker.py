@@ -66,7 +66,7 @@ def _compile(job: dict[str, Any], chip: Chip) -> list[Coverage]:
 
 
 def _failure(graph: str, chip: Chip, message: str, seconds: float) -> Coverage:
-    """Which operators stay on the CPU where they may."""
+    """Return the result of a graph that failed: the operators that stay on the CPU, if allowed."""
     try:
         assigned = _assigned(_session(graph, chip, {}))
     except Exception:

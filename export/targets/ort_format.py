@@ -28,7 +28,7 @@ MOST_DISTANCE = 1e-5
 """Between results of a graph and of its .ort file, relative: the graph's operators may be fused."""
 _SIZES = {"capacity": 8}
 _MADE = ".with_runtime_opt"
-"""What the converter puts into names."""
+"""Part that the converter adds to names."""
 
 MINIMAL_BUILD = 1_186_880
 """Bytes of libonnxruntime.so for arm64 Android without any operator, ``--minimal_build``, as
@@ -40,7 +40,7 @@ of its mobile package and for one with none (its pull request 13208)."""
 
 @dataclass(frozen=True)
 class RequiredOperators:
-    """What a reduced build has to have."""
+    """Operators that a reduced build needs, and its size."""
 
     count: int
     estimated_mb: float
@@ -98,7 +98,8 @@ def convert(graphs: Mapping[Path, tuple[Path, ...]], folder: Path) -> RequiredOp
 
 
 def _environment() -> dict[str, str]:
-    """What finds programs and libraries; more would move things in the converter's memory."""
+    """Return the variables that find programs and libraries; more would move things in the
+    converter's memory."""
     kept = ("PATH", "LD_LIBRARY_PATH", "PYTHONPATH", "SYSTEMROOT", "ORT_DISABLE_TELEMETRY")
     found = {name: os.environ[name] for name in kept if name in os.environ}
     return {**found, "PYTHONHASHSEED": "0", "MALLOC_ARENA_MAX": "1"}
@@ -135,7 +136,8 @@ def _example(value: Any, random: np.random.Generator) -> NDArray[Any]:
 
 
 def _operators(line: str) -> list[str]:
-    """Of a line ``domain;opset;Add,Cast{…},…``, whose braces hold types as JSON."""
+    """Return the operators of a line ``domain;opset;Add,Cast{…},…``, whose braces hold types as
+    JSON."""
     names, depth, name = [], 0, ""
     for sign in line.split(";", 2)[2]:
         depth += {"{": 1, "}": -1}.get(sign, 0)

@@ -19,7 +19,7 @@ from typing import Any
 ISOLATED = ("-B", "-P", "-s")
 """Options of Python: writes no bytecode, looks neither into this file's folder nor the user's."""
 _ADDR_NO_RANDOMIZE = 0x0040000
-"""Of Linux' personality(2)"""
+"""Flag of Linux' personality(2)"""
 _QUERY = 0xFFFFFFFF
 
 

@@ -28,7 +28,7 @@ from mobilevlm.whole_file import written_whole
 
 TEMPLATE = "verification/report.html.jinja"
 WIDTH, HEIGHT = 900.0, 150.0
-"""Of a plot's area."""
+"""Size of a plot's area."""
 SMALLEST_KL = 1e-9
 """Nats; less is shown as this much."""
 PICTURE = 224

@@ -60,7 +60,7 @@ except ImportError as error:
 LONGEST_ANSWER = 32
 """Tokens of a greedy answer."""
 LAYER_SAMPLES = 8
-"""What single layers are measured on."""
+"""Samples that single layers are measured on."""
 WORST = 6
 FOREIGN = 0.8
 """Weights further off than this, every layer of them, were not made from the checkpoint: two bits
@@ -90,7 +90,7 @@ class WorstSample:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was measured."""
+    """Result of a verification."""
 
     bundle: Bundle
     engine: str
@@ -101,7 +101,8 @@ class Verification:
     error: QualityError | None
     """Says which limits were missed or not checked, a line each"""
     kl: Float64
-    """Of each token of the answers, as a person meets it: with the bundle's own visual tokens"""
+    """Divergence at each token of the answers, as a person meets it: with the bundle's own visual
+    tokens"""
     num_samples: int
     layers: tuple[LayerEffect, ...] = ()
     states: tuple[StateError, ...] = ()

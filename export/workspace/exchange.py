@@ -9,7 +9,7 @@ from pathlib import Path
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
-"""Of Linux' renameat2(2)"""
+"""Flag of Linux' renameat2(2)"""
 _UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP}
 """Errors of a file system, or of a system, that has no exchange."""
 

@@ -152,7 +152,7 @@ def _is_listed(path: Path, size: int, entry: dict[str, Any], hashed: bool) -> bo
 
 
 def _is_plan(path: Path, size: int) -> bool:
-    """Whether it has the form of what ``tune`` writes."""
+    """Return whether a file has the form of the plans that ``tune`` writes."""
     if size > _LARGEST_PLAN:
         return False
     try:

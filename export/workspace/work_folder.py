@@ -195,8 +195,8 @@ def _open_token(path: Path, target: Path) -> int | None:
 
 
 def _is_unfinished(folder: int, path: Path, target: Path) -> bool:
-    """Whether a folder is as mkdtemp makes it and has nothing but perhaps an empty token, so that
-    no data is in it."""
+    """Return whether a folder is as mkdtemp makes it and has nothing but perhaps an empty token, so
+    that no data is in it."""
     names = os.listdir(folder)
     is_ours = len(path.name) == len(work_folder_prefix(target)) + _RANDOM
     if not is_ours or stat.S_IMODE(os.fstat(folder).st_mode) != 0o700:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 @dataclass(frozen=True)
 class Tensor:
-    """What is known of an input or output before a graph runs."""
+    """Properties of an input or output that are known before a graph runs."""
 
     dtype: str
     """``float32``, ``uint8`` …"""
@@ -46,9 +46,9 @@ class Provider:
     name: str
     title: str
     source: str
-    """Where it is from"""
+    """Source of the table"""
     newest_opset: int
-    """Of operators' versions"""
+    """Newest version of operators that it takes"""
     operators: Mapping[str, tuple[Rule, ...]]
     rules: tuple[Rule, ...]
     """For all nodes"""

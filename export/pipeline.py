@@ -145,11 +145,11 @@ def export(
 
 
 def _make(job: Job, work: Workspace) -> Artifact:
-    """Takes a finished artifact over, or authors it."""
+    """Reuse a finished artifact, or author it."""
     stage = job.artifact.stage
     ready = take_over(work, job.artifact)
     if ready is not None:
-        progress.say(f"{stage:<12}{ready.path}  unchanged, taken over")
+        progress.say(f"{stage:<12}{ready.path}  unchanged, reused")
         return ready
     start = time.perf_counter()
     path = work.path(job.artifact.path)

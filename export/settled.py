@@ -251,8 +251,8 @@ def _as_named(layers: LinearFormat) -> LinearFormat:
 
 
 def in_stored_blocks(recipe: Recipe, model: Model) -> Recipe:
-    """The recipe; of a model in llama.cpp's Q4_0 a built-in one with 4 bits takes over its blocks,
-    so that nothing is rounded again."""
+    """Return the recipe; a built-in one with 4 bits reuses the blocks of a model in llama.cpp's
+    Q4_0, so that nothing is rounded again."""
     decoder = model.spec.decoder
     last = f"{decoder.mlp_names(0)[0]}.{decoder.mlp_linears[1]}.weight"
     is_built_in = recipe.name in RECIPES and recipe.decoder == RECIPES["int4"].decoder

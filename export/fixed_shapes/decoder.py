@@ -103,7 +103,7 @@ def _embeds(model: Model, samples: Sequence[Sample], folder: Path) -> Iterator[F
         table = table * np.float32(spec.decoder.embed_scale)
     author_vision(model.weights, spec, recipe, path)
     vision = OnnxVision(path, default_threads())
-    with progress.track("pictures", len(samples)) as advance:
+    with progress.track("images", len(samples)) as advance:
         for sample in samples:
             yield sample_rows(model, sample, vision, table.__getitem__).embeds[:LONGEST_SAMPLE]
             advance(1)

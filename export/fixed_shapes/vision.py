@@ -82,20 +82,20 @@ def author_qdq(
 
     if spec.image.connector.array_names:
         raise MobileVLMError(
-            f"a fixed-point recipe: the vision stage of {spec.name} reads text beside the picture, "
+            f"a fixed-point recipe: the vision stage of {spec.name} reads text beside the image, "
             f"which has no fixed shape: use int8 for tower and projector"
         )
     shown = (image for sample in samples for image in sample.images)
-    pictures = [image for image in shown if not isinstance(image, Sound)]
-    if not pictures:
+    images = [image for image in shown if not isinstance(image, Sound)]
+    if not images:
         raise MobileVLMError("calibration: no sample has an image, the tower needs some")
     floats = replace(recipe, tower=FLOAT, projector=FLOAT)
     dialect = STANDARD if recipe.layer_norm == "fused" else CENTRED
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         source = Path(folder) / "float.onnx"
         author_vision(weights, spec, floats, source, advance, hessian, dialect)
-        with progress.track("calibration", len(pictures)) as seen, silent():
-            inputs = _inputs(pictures, spec.image, seen)
+        with progress.track("calibration", len(images)) as seen, silent():
+            inputs = _inputs(images, spec.image, seen)
             model = float_model(source)
             ranges = watch_ranges(source, recipe.tower.calibrator, model, inputs)
             model = quantize_model(model, recipe.tower, ranges, {})

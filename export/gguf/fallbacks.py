@@ -1,4 +1,4 @@
-"""Matrices whose rows do not divide into the blocks of a GGUF type, which are stored in another."""
+"""Matrices that are stored in another GGUF type, as their rows are no multiple of its blocks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from mobilevlm.spec import GGUFType
 
 
 def fallback_note(path: Path, kind: GGUFType, matrices: Iterable[str]) -> str:
-    """Return how many of the matrices that ``kind`` was asked for are stored in another type since
-    their rows do not divide into its blocks, and in which; empty if none is. ``matrices``: names in
+    """Return how many of the matrices that ``kind`` was asked for are stored in another type, as
+    their rows are no multiple of its blocks, and in which; empty if none is. ``matrices``: names in
     the finished file."""
     if kind in ("f32", "f16", "bf16"):
         return ""
@@ -26,8 +26,8 @@ def fallback_note(path: Path, kind: GGUFType, matrices: Iterable[str]) -> str:
         return ""
     stored = ", ".join(f"{count} in {name}" for name, count in sorted(other.items()))
     return (
-        f"{kind}: the rows of {other.total()} of {len(tensors)} matrices do not divide into its "
-        f"blocks of {block} weights: {stored}"
+        f"{kind}: the rows of {other.total()} of {len(tensors)} matrices are no multiple of its "
+        f"blocks of {block} weights, other types are used: {stored}"
     )
 
 

@@ -35,7 +35,7 @@ def quantizer_version(purpose: str) -> str:
 def quantize_file(
     source: Path, target: Path, kind: GGUFType, importance: Mapping[str, Float32]
 ) -> None:
-    """Writes a float16 GGUF file again in a K-quant. Rows that do not divide into its blocks of 256
+    """Writes a float16 GGUF file again in a K-quant. Rows that are no multiple of its blocks of 256
     get a type with blocks of 32, as llama.cpp chooses.
 
     ``importance``: of each column ``(in_size,)``, by the names of the matrices; empty: none. It

@@ -86,7 +86,8 @@ class Tensor:
 
     @property
     def stored(self) -> TensorType:
-        """As llama.cpp's converter: what does not divide into blocks is kept in float16."""
+        """Type in the file, as llama.cpp's converter: rows that are no multiple of a block get
+        float16."""
         kind = self.type
         if kind in _K_TYPES and self.shape[-1] % K_BLOCK:
             kind = _SMALLER_BLOCKS[kind]

@@ -289,9 +289,9 @@ def _rows(part: Quantized) -> np.ndarray[Any, Any]:
 
 
 def _common_format(weights: WeightFile, name: str, spec: DecoderSpec, count: int) -> LinearFormat:
-    """The one format that the operator takes for all experts. With quantized activations
-    (``int8``) the operator has 8-bit weights in blocks. Where blocks do not divide the channels, as
-    it needs them to, they are halved until they do.
+    """Return the one format that the operator takes for all experts. With quantized activations
+    (``int8``) the operator has 8-bit weights in blocks. It needs channels that are a multiple of a
+    block, so blocks are halved until they are.
 
     Raises:
         MobileVLMError: the recipe has several, or sizes or activation do not fit the operator.

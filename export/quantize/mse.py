@@ -2,7 +2,7 @@
 importances of the inputs (their mean squares) it makes the least error in the layer's output, if
 inputs are independent.
 
-Each block tries ranges from that of all its weights down to a part of it, cut off at either side.
+Each block tries ranges from that of all its weights down to a part of it, clipped at either side.
 For the codes of a range, the best scale follows in closed form.
 """
 
@@ -27,11 +27,11 @@ from mobilevlm.plan import default_threads
 from mobilevlm.recipe import Scheme
 
 MOST_CLIPPED = {2: 0.66, 3: 0.48, 4: 0.36, 8: 0.12}
-"""Largest share of a block's range that is cut off, by the bits of codes."""
+"""Largest share of a block's range that is clipped, by the bits of codes."""
 STEPS = 6
 """Shares that are tried with zero points, besides none; twice as many without."""
 SIDES = (0.0, 0.5, 1.0)
-"""Share of that which is cut off below."""
+"""Share of the clipping that is below."""
 
 
 def quantize(weight: Float32, scheme: Scheme) -> Quantized:

@@ -119,7 +119,7 @@ def discard(home: WorkFolder) -> None:
 
 
 def restore_target(target: Path) -> None:
-    """Put back a bundle that a killed export left moved aside, where the system has no exchange."""
+    """Put back a bundle that a killed export moved away, where the system has no exchange."""
     if not target.parent.is_dir():
         return
     with ExitStack() as held, _parent_lock(target):

@@ -3,7 +3,7 @@
 It lies beside the bundle under a name of its own and holds a token (which folder this is, and which
 target it works for), records of finished artifacts, and the files of the bundle to be. Names decide
 nothing: a folder without the right token is never touched. What is finished there, or in the bundle
-that is replaced, is taken over when it was made of the same (its key) and has the digest that it
+that is replaced, is reused when it was made of the same (its key) and has the digest that it
 had.
 """
 
@@ -97,8 +97,8 @@ def check_target(target: Path) -> Path:
 
 @contextmanager
 def open_workspace(target: Path) -> Iterator[Workspace]:
-    """Make the work folder for a checked target, or take over what a killed export left, for one
-    export at a time.
+    """Make the work folder for a checked target, or reuse the one that a killed export left, for
+    one export at a time.
 
     Raises:
         BundleError: another export is at work there, or something is in the way.

@@ -35,7 +35,7 @@ from mobilevlm.synth.checkpoints import write_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 
-TAKEN_OVER = "unchanged, taken over"
+TAKEN_OVER = "unchanged, reused"
 
 HANGS = """\
 import sys, time

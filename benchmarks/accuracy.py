@@ -31,7 +31,8 @@ def score(bundle: Path, engine: str, examples: Sequence[Example]) -> SuiteResult
 
 
 def gguf_engines(bundle: Path) -> tuple[str, ...]:
-    """What runs the GGUF decoder of a bundle: llama.cpp, of experts our own graph."""
+    """Return the engines that run the GGUF decoder of a bundle: llama.cpp, for experts our own
+    graph."""
     sparse = open_bundle(bundle).manifest.spec.decoder.experts is not None
     return ("ggml",) if sparse else ("gguf", "hybrid")
 

@@ -38,7 +38,7 @@ HEAD = (
 
 
 def fair_target() -> str:
-    """What both processors compute with the same integers.
+    """Return a target that both processors compute with the same integers.
 
     Arm adds products of 8-bit weights exactly. So does x86 with VNNI; without, sums of two products
     saturate, and weights of 7 bits are what can be compared.
@@ -62,7 +62,7 @@ def installed_package(folder: Path) -> Path:
 def answers_on(
     processor: Processor, root: Path, package: Path, bundle: Path, questions: int
 ) -> dict[str, NDArray[Any]]:
-    """What ``emulation.answers.answers`` gives on that processor."""
+    """Return the results of ``emulation.answers.answers`` on that processor."""
     with machine(root, processor, package) as emulated, tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "answers.npz"
         emulated.python(program, bundle, questions, output)

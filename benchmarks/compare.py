@@ -194,8 +194,8 @@ def compare(arguments: argparse.Namespace) -> Comparison:
 
 
 def unfinished(path: Path, start: Comparison) -> Comparison | None:
-    """What an interrupted run left, if it was started as ``start``: same command, same machine,
-    candidates with the same files."""
+    """Return the result of an interrupted run, if it was started as ``start``: same command, same
+    machine, candidates with the same files."""
     if not path.exists():
         return None
     try:
@@ -221,7 +221,7 @@ def show(result: Comparison, folder: Path) -> None:
     (folder / "compare.md").write_text(text + "\n", encoding="utf-8")
     print(text)
     if importlib.util.find_spec("matplotlib") is None:
-        progress.say("pictures    need matplotlib (pip install 'mobilevlm-edge[plots]'): "
+        progress.say("plots       need matplotlib (pip install 'mobilevlm-edge[plots]'): "
                      f"then --plots {folder / 'compare.json'}")  # fmt: skip
         return
     from comparison.plots import write_plots

@@ -87,7 +87,8 @@ def _controllers(group: Path) -> list[str]:
 
 
 def measure(candidate: str, text_tokens: int, limit_mb: float | None) -> dict[str, Any] | str:
-    """What :func:`answer` found in a process of its own, or why it found nothing."""
+    """Return the result of :func:`answer` in a process of its own, or the reason why there is
+    none."""
     path, engine, memory = [*candidate.split(":"), "", ""][:3]
     memory = "auto" if limit_mb is not None else memory or "fast"
     command = [sys.executable, __file__, "--answer", path, engine, memory, str(text_tokens)]
@@ -106,7 +107,7 @@ def measure(candidate: str, text_tokens: int, limit_mb: float | None) -> dict[st
 
 
 def row(candidate: str, found: dict[str, Any]) -> str:
-    """Of the table: estimate and measurement."""
+    """Return a row of the table: estimate and measurement."""
     path = candidate.split(":")[0]
     manifest, _ = read_manifest(Path(path))
     plan = Plan(found["engine"], 1, 1, memory=found["memory"])

@@ -189,7 +189,7 @@ class Bench:
 
     @cached_property
     def sensitivity(self) -> Sensitivity:
-        """Of the decoder, rounded by GPTQ; the other quantizers get the same plan."""
+        """Measure the decoder, rounded by GPTQ; the other quantizers get the same plan."""
         return measure(self.model, candidates("gptq"), self.data)
 
     def run(self, case: Case, checkpoint: str, questions: int) -> dict[str, Any]:

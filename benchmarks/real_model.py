@@ -84,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--no-times", action="store_true", help="quality and size alone")
     parser.add_argument("--threads", type=int, default=default_threads())
     parser.add_argument("--reuse", action="store_true", help="keep bundles of an earlier run")
-    parser.add_argument("--show", type=Path, metavar="JSON", help="table and picture again")
+    parser.add_argument("--show", type=Path, metavar="JSON", help="table and plot again")
     parser.add_argument("-q", "--quiet", action="store_true")
     arguments = parser.parse_args()
     if arguments.rounds < 1 or arguments.threads < 1:
@@ -181,7 +181,7 @@ def present(result: Result, folder: Path) -> int:
     for name, reason in result.failed.items():
         print(f"failed: {name}: {reason}")
     if importlib.util.find_spec("matplotlib") is None:
-        progress.say("picture     needs matplotlib (pip install 'mobilevlm-edge[plots]')")
+        progress.say("plot        needs matplotlib (pip install 'mobilevlm-edge[plots]')")
     elif result.rows:
         draw(result, folder / "real_model.png")
         progress.say(f"written     {folder / 'real_model.png'}")

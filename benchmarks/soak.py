@@ -27,7 +27,7 @@ IMAGES, QUESTIONS = 7, ("What is it?", "Where?", "Is there a circle?", "Describe
 
 @dataclass(frozen=True)
 class Look:
-    """What the process has."""
+    """Resources that the process holds."""
 
     done: int
     resident: int

@@ -42,7 +42,7 @@ A target (export/targets/NAME.toml) settles recipe, kinds of artifacts, shapes a
 an export, and what its result is checked against: the memory that it takes, for an NPU that the
 vendor's compiler takes every operator, and for an accelerator behind ONNX Runtime that it takes the
 share of them that the target asks for. An export that fails a check leaves no bundle and ends with
-exit code 1 and one line. Memory is what a process has in use while it answers about one picture, in
+exit code 1 and one line. Memory is what a process has in use while it answers about one image, in
 the setting that [`load` would choose](../explanation/runtime.md#memory), without pages of the
 model's files. [npu.md](../explanation/npu.md) tells about the NPU's graphs,
 [mobile.md](../how-to/mobile.md) about Core ML, XNNPACK and .ort files.
@@ -148,7 +148,7 @@ def _model_lines(
 
 
 def _settings(target: Target) -> tuple[str | int | None, ...]:
-    """What the answers depend on."""
+    """Return the settings that the answers depend on."""
     precisions = target.recipe, target.vision, target.weight_bits
     return (*precisions, target.layer_norm, target.operators, target.experts)
 
@@ -237,7 +237,7 @@ def _vision_error(
 def _decoder_errors(
     bundle: Bundle, artifact: Artifact, compiled: Compiled, chip: Chip
 ) -> list[float]:
-    """Of the chunk graph, and of the graph for a token after that chunk."""
+    """Return the errors of the chunk graph, and of the graph for a token after that chunk."""
     spec = bundle.manifest.spec.decoder
     with mobilevlm.load(bundle.folder) as vlm:
         image = held_out_samples("scenes")[0].images[0]

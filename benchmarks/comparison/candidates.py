@@ -24,12 +24,12 @@ kernels behind our interface, so it counts as llama.cpp: what we are compared wi
 
 @dataclass(frozen=True)
 class PeerPackage:
-    """Where a peer comes from."""
+    """Worker and packages of a peer."""
 
     module: str
     """Worker module in comparison/peers."""
     package: str
-    """What must be importable."""
+    """Module that must be importable."""
     install: str
     """Distributions of the registry."""
 
@@ -52,13 +52,13 @@ class Candidate:
     module: str
     options: dict[str, Any]
     files: tuple[Path, ...]
-    """What it reads; their size is the artifact size."""
+    """Files that it reads; their size is the artifact size."""
     vision_bytes: int = 0
     """Weights read for one image."""
     decoder_bytes: int = 0
     """Weights read for one token."""
     kv_bytes: int = 4
-    """Of a stored key or value element."""
+    """Bytes of a stored key or value element."""
     python: str | None = None
     memory: float = 0.0
     """Bytes that it is expected to need, to refuse it in time."""

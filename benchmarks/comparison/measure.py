@@ -58,8 +58,8 @@ class Schedule:
 
 @dataclass
 class Samples:
-    """What was measured of one candidate: values by row (comparison/figures.py), curves by
-    prompt length, and what failed."""
+    """Measurements of one candidate: values by row (comparison/figures.py), curves by prompt
+    length, and failures."""
 
     rows: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     prefill: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -253,7 +253,7 @@ def _unless_unsupported() -> Iterator[None]:
 
 @contextmanager
 def _noted(found: Samples, where: str) -> Iterator[None]:
-    """What a peer cannot do leaves its row empty, and so does what fails: both are noted."""
+    """Note the stages that a peer does not support and those that fail; their rows stay empty."""
     try:
         yield
     except NotSupportedError as error:

@@ -1,4 +1,4 @@
-"""Where the time of our ONNX stages goes, by operator: onnxruntime's own profile, summed.
+"""Time of our ONNX stages by operator: onnxruntime's own profile, summed.
 
 Run in a process of its own (``python -m comparison.profiling BUNDLE THREADS``), since a profile
 covers a session's whole life. Prints JSON: stage → rows, each an operator's share.
@@ -36,7 +36,7 @@ class OperatorTime:
     count: int
     """Calls in one run of the stage."""
     milliseconds: float
-    """Of one run."""
+    """Time of one run."""
     share: float
 
 
@@ -95,7 +95,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
         def decoder_stage(
             run: Callable[[engine.OnnxDecoder, OnnxState], Any], runs: int, place: int
         ) -> list[OperatorTime]:
-            """``place`` of the session among those of the decoder: the graph for prompts, where
+            """``place`` of the session among those of the decoder: the prefill graph, where
             there is one, is opened after the other."""
             first = len(sessions)
             model = onnx_decoder(bundle, path, plan)

@@ -29,7 +29,7 @@ from mobilevlm.plain_types import from_dict
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured of one candidate."""
+    """Measurements of one candidate."""
 
     name: str
     group: str
@@ -40,12 +40,12 @@ class Entry:
     decode: dict[str, tuple[float, ...]]
     """Tokens per second by context length."""
     work: dict[str, Work]
-    """Of ``encode``, ``prefill`` and ``decode``, where it takes part in them."""
+    """Work of ``encode``, ``prefill`` and ``decode``, where it takes part in them."""
     notes: tuple[str, ...]
 
     @property
     def whole(self) -> bool:
-        """Whether it runs all stages: loads and memory of others are not comparable."""
+        """True if it runs all stages: loads and memory of others are not comparable."""
         return bool(self.rows.get("load_and_first"))
 
     def figure(self, key: str) -> Figure | None:
@@ -72,7 +72,7 @@ class Comparison:
     """The candidate of the profiles."""
     planned: Rounds | None = None
     done: Rounds | None = None
-    """What is complete of them; what an interrupted round gave is left out."""
+    """Rounds that are complete; results of an interrupted round are left out."""
     finished: bool = True
 
     def best(self, measure: Measure, group: str | None = None) -> Entry | None:
@@ -115,7 +115,7 @@ def write_result(result: Comparison, path: Path) -> None:
 
 
 def read_result(path: Path) -> Comparison:
-    """What :func:`write_result` wrote.
+    """Read a file of :func:`write_result`.
 
     Raises:
         MobileVLMError: it is something else, or not there.

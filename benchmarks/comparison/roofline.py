@@ -1,4 +1,4 @@
-"""What the machine can do at most, and what each stage asks of it at least.
+"""Upper limits of the machine, and the least work of each stage.
 
 Peaks are measured in the same run, on shapes like the model's: reading a gigabyte of memory, and
 ONNX Runtime's own matrix products, the fastest kernels at hand in each precision. A stage can be no
@@ -49,7 +49,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class Work:
-    """What a stage asks for."""
+    """Least work of a stage."""
 
     operations: float
     """Multiplications and additions."""

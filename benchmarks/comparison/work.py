@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a worker needs to know of the model."""
+    """Sizes of the model that a worker needs."""
 
     image_size: int
     visual_tokens: int

@@ -65,7 +65,7 @@ class Machine:
     def python(
         self, *arguments: object, environment: Mapping[str, str] = MappingProxyType({})
     ) -> str:
-        """What the root's Python prints.
+        """Return the output of the root's Python.
 
         Raises:
             MobileVLMError: it ends with another exit code than 0.
@@ -105,7 +105,7 @@ def machine(root: Path, processor: Processor, *path: Path) -> Iterator[Machine]:
 
 
 def _cpuinfo(processor: Processor, *words: int) -> str:
-    """What Linux would write."""
+    """Return the content of /proc/cpuinfo that Linux would write."""
     features = " ".join(
         name
         for word, names in zip(words, FEATURES, strict=True)

@@ -24,7 +24,7 @@ QEMU = "qemu-aarch64-static"
 PYTHON = "usr/bin/python3.11"
 """Debian bookworm's, inside the root"""
 INSTALLED = "usr/lib/python3/dist-packages"
-"""Where that looks for packages"""
+"""Folder in which that Python looks for packages"""
 PACKAGES = ("python3", "libstdc++6")
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014")
 """Names of wheels for Linux whose glibc is not newer than the root's 2.36"""
@@ -43,7 +43,7 @@ SOURCES = f"deb [signed-by={KEYRING}] http://deb.debian.org/debian bookworm main
 
 
 def missing_tools() -> str:
-    """What to install before a root can be made and used; empty if nothing."""
+    """Name the tools to install before a root can be made and used; empty if none."""
     if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
         return "a Debian or Ubuntu system is needed, for apt-get and dpkg-deb"
     if shutil.which(QEMU) is None or not KEYRING.is_file():
@@ -52,7 +52,7 @@ def missing_tools() -> str:
 
 
 def root_folder() -> Path:
-    """Where the root is, or will be: of a name that changes with what is installed."""
+    """Return the folder of the root, made or not; its name changes with what is installed."""
     constraints = (CHECKOUT / "constraints.txt").read_bytes()
     text = "\n".join((APT, SOURCES, PYTHON, *PACKAGES, *PLATFORMS, *_requirements()))
     digest = hashlib.sha256(text.encode() + constraints).hexdigest()
@@ -84,7 +84,7 @@ def make_root(root: Path) -> Path:
 
 
 def _requirements() -> list[str]:
-    """What a base install asks for."""
+    """Return the requirements of a base install."""
     setup = configparser.ConfigParser(interpolation=None)
     setup.read(CHECKOUT / "setup.cfg", encoding="utf-8")
     return setup["options"]["install_requires"].split("\n")[1:]

@@ -36,8 +36,8 @@ _Q4_1_BYTES = 20
 _ADDED = 128
 """Tokens for images behind the vocabulary, most of which are spare."""
 _EDGE, _PATCH, _LAYERS, _WIDTH, _WIDE, _FACTOR = 64, 16, 2, 64, 128, 2
-"""Of the tower: pixels, pixels of a patch, layers, channels, those inside the MLP; patches along
-each edge of what becomes one visual token."""
+"""Sizes of the tower: pixels, pixels of a patch, layers, channels, those inside the MLP; patches
+along each edge of what becomes one visual token."""
 _SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 _TEMPLATE = (
     "{% if messages[0].role != 'system' %}<|im_start|>system\n"

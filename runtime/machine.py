@@ -8,6 +8,7 @@ import platform
 import re
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +82,19 @@ def describe_machine() -> dict[str, Any]:
         "onnxruntime": onnxruntime.__version__,
         "providers": onnxruntime.get_available_providers(),
     }
+
+
+def machine_line(facts: Mapping[str, Any]) -> str:
+    """Return board, processor, memory, system and onnxruntime's version in one line."""
+    return ", ".join(
+        [
+            *([facts["board"]] if facts["board"] else []),
+            facts["processor"],
+            f"{facts['memory_gb']} GB",
+            facts["system"],
+            f"onnxruntime {facts['onnxruntime']}",
+        ]
+    )
 
 
 def processor_key() -> str:

@@ -8,23 +8,22 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from PIL import Image
 
-from mobilevlm._version import __version__
-from mobilevlm.errors import MobileVLMError
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.quality.layer_effects import LayerEffect
 from mobilevlm.export.verification.verify import Verification, WorstSample
 from mobilevlm.image import open_image
+from mobilevlm.page import Fact, file_link, page_facts, write_page
 from mobilevlm.prompt import Sound
-from mobilevlm.whole_file import written_whole
+from mobilevlm.runtime.machine import describe_machine, machine_line
 
 TEMPLATE = "verification/report.html.jinja"
 WIDTH, HEIGHT = 900.0, 150.0
@@ -67,23 +66,13 @@ class Plot:
     """Below the plot"""
 
 
-def check_report_target(path: Path) -> None:
-    """Raises MobileVLMError: the report could not be written there."""
-    if not path.parent.is_dir():
-        raise MobileVLMError(f"{path}: no such folder {path.parent}: make it first")
-
-
 def write_report(found: Verification, path: Path) -> None:
-    """Writes the HTML file, whole or not at all."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mobilevlm.export", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    text = environment.get_template(TEMPLATE).render(
-        version=__version__,
+    """Write the HTML file, whole or not at all."""
+    template = files("mobilevlm.export") / TEMPLATE
+    write_page(
+        path,
+        template.read_text(encoding="utf-8"),
+        facts=list(_facts(found, path)),
         found=found,
         checks={(check.stage, check.figure): check for check in found.checks},
         plots=_layer_plots(found),
@@ -95,8 +84,18 @@ def write_report(found: Verification, path: Path) -> None:
         width=WIDTH,
         height=HEIGHT,
     )
-    with written_whole(path) as draft:
-        draft.write_text(text, encoding="utf-8")
+
+
+def _facts(found: Verification, path: Path) -> Iterator[Fact]:
+    """Yield what was compared with what, where and when."""
+    measured = str(found.bundle.folder), found.checkpoint, found.recipe.name, found.engine
+    for fact in page_facts(path, machine_line(describe_machine()), [measured]):
+        if fact.name == "checkpoint" and found.checkpoint:
+            config = Path(found.checkpoint) / "config.json"
+            yield Fact(fact.name, fact.text, file_link(path, config))
+        else:
+            yield fact
+    yield Fact("samples", f"{found.num_samples} of {found.data}, beside the float32 reference")
 
 
 def _layer_plots(found: Verification) -> list[Plot]:

@@ -108,6 +108,8 @@ class Verification:
     states: tuple[StateError, ...] = ()
     worst: tuple[WorstSample, ...] = ()
     suite: SuiteComparison | None = None
+    checkpoint: str = ""
+    """Path or name as it was given"""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types. docs/explanation/quality.md specifies them."""
@@ -225,6 +227,7 @@ def verify(
         tuple(states),
         tuple(_worst(model, measured)) if layers else (),
         suite,
+        str(checkpoint),
     )
 
 

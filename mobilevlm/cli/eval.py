@@ -118,7 +118,7 @@ def command(model: ModelOptions, other: Path | None, as_json: bool, **options: A
     if task.name == "scenes" and other is None:
         _scenes(model, task.questions or 2000, task.no_blind, as_json)
         return
-    from mobilevlm.runtime.suites.page import check_page_target
+    from mobilevlm.page import check_page_target
     from mobilevlm.runtime.suites.report import write_report
 
     if task.html is not None:

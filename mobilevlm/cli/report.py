@@ -94,7 +94,7 @@ def command(
         described,
         measure_bench,
     )
-    from mobilevlm.runtime.suites.page import check_page_target
+    from mobilevlm.page import check_page_target
 
     if html is not None:
         check_page_target(html)

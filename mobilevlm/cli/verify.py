@@ -77,9 +77,10 @@ def command(
     from mobilevlm.export.verification.verify import verify
 
     if html is not None:
-        from mobilevlm.export.verification.report import check_report_target, write_report
+        from mobilevlm.export.verification.report import write_report
+        from mobilevlm.page import check_page_target
 
-        check_report_target(html)
+        check_page_target(html)
     found = verify(
         bundle,
         checkpoint,

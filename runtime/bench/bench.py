@@ -19,7 +19,7 @@ from mobilevlm.plan import engine_files, stage_formats
 from mobilevlm.prompt import Sound
 from mobilevlm.runtime.answer.generation import Generation
 from mobilevlm.runtime.bench.telemetry import Telemetry, describe, recorded
-from mobilevlm.runtime.machine import describe_machine, peak_memory_mb
+from mobilevlm.runtime.machine import describe_machine, machine_line, peak_memory_mb
 from mobilevlm.runtime.vlm import VLM
 
 LEAST_BEYOND = 0.5
@@ -219,17 +219,8 @@ def summary(result: BenchResult) -> str:
 
 def described_machine(result: BenchResult) -> str:
     """Return one line on the machine of a measurement, and whether it slowed down."""
-    facts = result.machine
-    where = f"Measured on {result.device or 'this machine'}: " + ", ".join(
-        [
-            *([facts["board"]] if facts["board"] else []),
-            facts["processor"],
-            f"{facts['memory_gb']} GB",
-            facts["system"],
-            f"onnxruntime {facts['onnxruntime']}",
-        ]
-    )
-    return f"{where}. {describe(result.telemetry)}"
+    where = f"{result.device or 'this machine'}: {machine_line(result.machine)}"
+    return f"Measured on {where}. {describe(result.telemetry)}"
 
 
 def as_markdown(result: BenchResult) -> str:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobilevlm.runtime.machine import machine_line
 from mobilevlm.runtime.suites.artifacts import MEASURES, Artifact, cells, described, titles
-from mobilevlm.runtime.suites.page import write_page
+from mobilevlm.page import page_facts, write_page
 
 COLORS = ("#2f6fd6", "#d97a1a", "#2f8f5b", "#8b54c4", "#c23a63", "#5b6678")
 TEMPLATE = """\
 {% extends "page" %}
+{% from "facts" import key_facts %}
 {% block title %}
 {{ suite.name }}: {{ artifacts | map(attribute="name") | join(", ") }}
 {% endblock %}
@@ -53,15 +55,19 @@ TEMPLATE = """\
 </div>
 {% endmacro %}
 <h1>{{ suite.name }}</h1>
+{{ key_facts(facts) }}
+<nav><a href="#table">Table</a>{% if points %}<a href="#speed">{{ suite.measure | capitalize }} and speed</a>{% endif %}
+<a href="#measures">Each measure</a>{% if kinds %}<a href="#kinds">By kind</a>{% endif %}</nav>
+<h2 id="table">{{ artifacts | length }} artifact{{ 's' if artifacts | length > 1 }}</h2>
 {% for line in described %}<p class="soft">{{ line }}</p>{% endfor %}
-<div class="wide"><table>
+<table class="cards">
   <tr>{% for title in titles %}<th>{{ title }}</th>{% endfor %}</tr>
   {% for row in rows %}
-  <tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+  <tr>{% for cell in row %}<td data-title="{{ titles[loop.index0] }}">{{ cell }}</td>{% endfor %}</tr>
   {% endfor %}
-</table></div>
+</table>
 {% if points %}
-<h2>{{ suite.measure }} and speed</h2>
+<h2 id="speed">{{ suite.measure }} and speed</h2>
 <p class="soft">Up is better, right is faster.</p>
 <div class="field">
   <span style="left: -34px; top: -8px">{{ top }}</span>
@@ -70,15 +76,15 @@ TEMPLATE = """\
   {% for point in points %}
   <i style="left: {{ point.x }}%; top: {{ point.y }}%; background: {{ point.color }}"></i>
   <span class="{{ 'left' if point.x > 60 else 'right' }}"
-        style="left: {{ point.x }}%; top: calc({{ point.y }}% - 11px)">{{ point.name }}</span>
+        style="left: {{ point.x }}%; top: calc({{ point.y }}% - {{ loop.cycle(24, -2) }}px)">{{ point.name }}</span>
   {% endfor %}
 </div>
 {% endif %}
-<h2>Each measure</h2>
+<h2 id="measures">Each measure</h2>
 <p class="soft">The line is the 95% interval; the marks are single runs.</p>
 <div class="plots">{% for chart in charts %}{{ plot(chart) }}{% endfor %}</div>
 {% if kinds %}
-<h2>{{ suite.measure }} by kind</h2>
+<h2 id="kinds">{{ suite.measure }} by kind</h2>
 <div class="plots">{% for chart in kinds %}{{ plot(chart) }}{% endfor %}</div>
 {% endif %}
 {% endblock %}
@@ -133,6 +139,9 @@ def write_artifact_page(path: Path, artifacts: Sequence[Artifact]) -> None:
         path,
         TEMPLATE,
         suite=first.suite,
+        facts=[*page_facts(path, machine_line(artifacts[0].bench.machine), [
+            (found.evaluation.bundle, found.evaluation.checkpoint, found.evaluation.recipe,
+             found.evaluation.engine) for found in artifacts])],
         artifacts=artifacts,
         described=described(artifacts),
         titles=titles(artifacts),

@@ -61,6 +61,9 @@ class Evaluation:
     engine: str
     judged: tuple[Judged, ...]
     tokens_per_second: float
+    checkpoint: str = ""
+    """Name of the model that the bundle was exported from"""
+    recipe: str = ""
 
     @property
     def units(self) -> list[Unit]:
@@ -177,7 +180,9 @@ def evaluate(
             if progress is not None:
                 progress(done, len(questions))
     rate = tokens / seconds if seconds else 0.0
-    return Evaluation(suite, str(vlm.bundle.folder), vlm.engine, tuple(judged), rate)
+    manifest = vlm.bundle.manifest
+    return Evaluation(suite, str(vlm.bundle.folder), vlm.engine, tuple(judged), rate,
+                      manifest.spec.name, manifest.recipe.name)  # fmt: skip
 
 
 def question_digest(question: Question) -> str:

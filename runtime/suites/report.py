@@ -15,8 +15,9 @@ from PIL import Image
 
 from mobilevlm.errors import ImageError
 from mobilevlm.image import open_image
+from mobilevlm.page import page_facts, write_page
+from mobilevlm.runtime.machine import describe_machine, machine_line
 from mobilevlm.runtime.suites.evaluate import Evaluation, compare
-from mobilevlm.runtime.suites.page import write_page
 from mobilevlm.runtime.suites.question import OpenImage, Question
 from mobilevlm.runtime.suites.tables import difference_line
 
@@ -26,6 +27,7 @@ SHOWN = 60
 """Questions that are shown at most, spread over the data."""
 TEMPLATE = """\
 {% extends "page" %}
+{% from "facts" import key_facts %}
 {% block title %}{{ first.suite.name }}: {{ first.bundle }}{% endblock %}
 {% block style %}
   .samples { display: grid; grid-template-columns: 1fr 1fr; gap: 16px; margin-top: 12px; }
@@ -39,33 +41,33 @@ TEMPLATE = """\
 {% endblock %}
 {% block body %}
 <h1>{{ first.suite.name }}</h1>
-<p class="soft">{{ first.suite.measure }};
-{% for found in bundles %}
-bundle {{ found.bundle }} in engine {{ found.engine }}{{ ' and ' if not loop.last }}
-{% endfor %}
-</p>
+{{ key_facts(facts) }}
+<nav><a href="#scores">Scores</a>{% if figures %}<a href="#figures">Figures</a>{% endif %}
+<a href="#answers">{{ 'Answers that differ' if difference else 'Wrong answers' }}</a></nav>
 {% if difference %}<p>{{ difference }}</p>{% endif %}
-<h2>Scores</h2>
-<table>
+<h2 id="scores">Scores</h2>
+<p class="soft">{{ first.suite.measure }}</p>
+<table{% if bundles | length > 1 %} class="cards"{% endif %}>
   <tr><th>kind</th><th>asked</th>
-  {% for found in bundles %}<th>score</th><th>95% interval</th>{% endfor %}</tr>
+  {% for number in numbers %}<th>{{ number }}score</th><th>{{ number }}95% interval</th>{% endfor %}</tr>
   {% for kind, scores in rows %}
-  <tr{% if loop.last %} class="total"{% endif %}><td>{{ kind }}</td><td>{{ scores[0].asked }}</td>
+  <tr{% if loop.last %} class="total"{% endif %}><td>{{ kind }}</td>
+    <td data-title="asked">{{ scores[0].asked }}</td>
   {% for score in scores %}
-    <td>{{ '%.1f%%' % (100 * score.accuracy) }}</td>
-    <td>{{ '%.1f–%.1f%%' % (100 * score.low, 100 * score.high) }}</td>
+    <td data-title="{{ numbers[loop.index0] }}score">{{ '%.1f%%' % (100 * score.accuracy) }}</td>
+    <td data-title="{{ numbers[loop.index0] }}95% interval">{{ '%.1f–%.1f%%' % (100 * score.low, 100 * score.high) }}</td>
   {% endfor %}</tr>
   {% endfor %}
 </table>
 {% if figures %}
-<h2>Figures</h2>
+<h2 id="figures">Figures</h2>
 <table>
   {% for name, values in figures %}
   <tr><td>{{ name }}</td>{% for value in values %}<td>{{ '%.4g' % value }}</td>{% endfor %}</tr>
   {% endfor %}
 </table>
 {% endif %}
-<h2>{{ 'Answers that differ in score' if difference else 'Wrong answers' }}</h2>
+<h2 id="answers">{{ 'Answers that differ in score' if difference else 'Wrong answers' }}</h2>
 <p class="soft">{{ failures | length }} of {{ total }} questions.</p>
 <div class="samples">
 {% for item in failures %}
@@ -111,6 +113,9 @@ def write_report(path: Path, bundles: Sequence[Evaluation]) -> None:
         path,
         TEMPLATE,
         bundles=bundles,
+        facts=[*page_facts(path, machine_line(describe_machine()), [
+            (found.bundle, found.checkpoint, found.recipe, found.engine) for found in bundles])],
+        numbers=["first: ", "second: "] if len(bundles) == 2 else [""],
         first=first,
         difference=difference_line(compare(*bundles)) if len(bundles) == 2 else "",
         rows=rows,

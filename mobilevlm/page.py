@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -88,7 +88,7 @@ def page_facts(
     path: Path, machine: str, bundles: Sequence[tuple[str, str, str, str]]
 ) -> Iterator[Fact]:
     """Yield the date, the machine, and of each bundle folder, checkpoint, recipe and engine."""
-    yield Fact("date", f"{datetime.now(timezone.utc):%Y-%m-%d %H:%M} UTC")
+    yield Fact("date", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
     yield Fact("machine", machine)
     for folder, checkpoint, recipe, engine in bundles:
         yield Fact("bundle", folder, file_link(path, Path(folder) / "manifest.json"))

@@ -73,7 +73,9 @@ def as_html(result: Comparison, pictures: Sequence[Path]) -> str:
     ]
     title = html.escape(f"{result.model}: side by side")
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>'
+        f'<!doctype html><html lang="en"><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{title}</title>"
         f"<style>{STYLE}</style><h1>{title}</h1>{''.join(images)}"
         f"{markdown_to_html(as_markdown(result))}</html>\n"
     )

@@ -85,6 +85,7 @@ def command(
     )  # fmt: skip
     check_usage(task)
     progress.enable()
+    from mobilevlm.page import check_page_target
     from mobilevlm.runtime.builtin_bundle import bundle_path
     from mobilevlm.runtime.suites.artifact_page import write_artifact_page
     from mobilevlm.runtime.suites.artifacts import (
@@ -94,7 +95,6 @@ def command(
         described,
         measure_bench,
     )
-    from mobilevlm.page import check_page_target
 
     if html is not None:
         check_page_target(html)

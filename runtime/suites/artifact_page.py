@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mobilevlm.page import page_facts, write_page
 from mobilevlm.runtime.machine import machine_line
 from mobilevlm.runtime.suites.artifacts import MEASURES, Artifact, cells, described, titles
-from mobilevlm.page import page_facts, write_page
 
 COLORS = ("#2f6fd6", "#d97a1a", "#2f8f5b", "#8b54c4", "#c23a63", "#5b6678")
 TEMPLATE = """\
@@ -28,7 +28,8 @@ TEMPLATE = """\
   .field { position: relative; height: 260px; margin: 12px 0 28px 34px;
            border-left: 1px solid #98a2b3; border-bottom: 1px solid #98a2b3; }
   .field i { position: absolute; width: 12px; height: 12px; margin: -6px; border-radius: 50%; }
-  .field span { position: absolute; font-size: 13px; white-space: nowrap; }
+  .field span { position: absolute; font-size: 13px; white-space: nowrap; max-width: 36%;
+                overflow: hidden; text-overflow: ellipsis; }
   .field .left { transform: translateX(calc(-100% - 11px)); }
   .field .right { transform: translateX(11px); }
   @media (max-width: 700px) { .plots { grid-template-columns: 1fr; } }
@@ -56,14 +57,17 @@ TEMPLATE = """\
 {% endmacro %}
 <h1>{{ suite.name }}</h1>
 {{ key_facts(facts) }}
-<nav><a href="#table">Table</a>{% if points %}<a href="#speed">{{ suite.measure | capitalize }} and speed</a>{% endif %}
+<nav><a href="#table">Table</a>
+{% if points %}<a href="#speed">{{ suite.measure | capitalize }} and speed</a>{% endif %}
 <a href="#measures">Each measure</a>{% if kinds %}<a href="#kinds">By kind</a>{% endif %}</nav>
 <h2 id="table">{{ artifacts | length }} artifact{{ 's' if artifacts | length > 1 }}</h2>
 {% for line in described %}<p class="soft">{{ line }}</p>{% endfor %}
 <table class="cards">
   <tr>{% for title in titles %}<th>{{ title }}</th>{% endfor %}</tr>
   {% for row in rows %}
-  <tr>{% for cell in row %}<td data-title="{{ titles[loop.index0] }}">{{ cell }}</td>{% endfor %}</tr>
+  <tr>{% for cell in row %}
+    <td data-title="{{ titles[loop.index0] }}">{{ cell }}</td>
+  {% endfor %}</tr>
   {% endfor %}
 </table>
 {% if points %}
@@ -76,7 +80,8 @@ TEMPLATE = """\
   {% for point in points %}
   <i style="left: {{ point.x }}%; top: {{ point.y }}%; background: {{ point.color }}"></i>
   <span class="{{ 'left' if point.x > 60 else 'right' }}"
-        style="left: {{ point.x }}%; top: calc({{ point.y }}% - {{ loop.cycle(24, -2) }}px)">{{ point.name }}</span>
+        style="left: {{ point.x }}%; top: calc({{ point.y }}% - {{ loop.cycle(24, -2) }}px)">
+    {{- point.name }}</span>
   {% endfor %}
 </div>
 {% endif %}
@@ -139,9 +144,21 @@ def write_artifact_page(path: Path, artifacts: Sequence[Artifact]) -> None:
         path,
         TEMPLATE,
         suite=first.suite,
-        facts=[*page_facts(path, machine_line(artifacts[0].bench.machine), [
-            (found.evaluation.bundle, found.evaluation.checkpoint, found.evaluation.recipe,
-             found.evaluation.engine) for found in artifacts])],
+        facts=[
+            *page_facts(
+                path,
+                machine_line(artifacts[0].bench.machine),
+                [
+                    (
+                        found.evaluation.bundle,
+                        found.evaluation.checkpoint,
+                        found.evaluation.recipe,
+                        found.evaluation.engine,
+                    )
+                    for found in artifacts
+                ],
+            )
+        ],
         artifacts=artifacts,
         described=described(artifacts),
         titles=titles(artifacts),

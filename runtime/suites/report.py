@@ -49,13 +49,16 @@ TEMPLATE = """\
 <p class="soft">{{ first.suite.measure }}</p>
 <table{% if bundles | length > 1 %} class="cards"{% endif %}>
   <tr><th>kind</th><th>asked</th>
-  {% for number in numbers %}<th>{{ number }}score</th><th>{{ number }}95% interval</th>{% endfor %}</tr>
+  {% for which in numbers %}<th>{{ which }}score</th><th>{{ which }}95% interval</th>{% endfor %}
+  </tr>
   {% for kind, scores in rows %}
   <tr{% if loop.last %} class="total"{% endif %}><td>{{ kind }}</td>
     <td data-title="asked">{{ scores[0].asked }}</td>
   {% for score in scores %}
-    <td data-title="{{ numbers[loop.index0] }}score">{{ '%.1f%%' % (100 * score.accuracy) }}</td>
-    <td data-title="{{ numbers[loop.index0] }}95% interval">{{ '%.1f–%.1f%%' % (100 * score.low, 100 * score.high) }}</td>
+    {% set which = numbers[loop.index0] %}
+    <td data-title="{{ which }}score">{{ '%.1f%%' % (100 * score.accuracy) }}</td>
+    <td data-title="{{ which }}95% interval">
+      {{- '%.1f–%.1f%%' % (100 * score.low, 100 * score.high) }}</td>
   {% endfor %}</tr>
   {% endfor %}
 </table>
@@ -113,8 +116,13 @@ def write_report(path: Path, bundles: Sequence[Evaluation]) -> None:
         path,
         TEMPLATE,
         bundles=bundles,
-        facts=[*page_facts(path, machine_line(describe_machine()), [
-            (found.bundle, found.checkpoint, found.recipe, found.engine) for found in bundles])],
+        facts=[
+            *page_facts(
+                path,
+                machine_line(describe_machine()),
+                [(found.bundle, found.checkpoint, found.recipe, found.engine) for found in bundles],
+            )
+        ],
         numbers=["first: ", "second: "] if len(bundles) == 2 else [""],
         first=first,
         difference=difference_line(compare(*bundles)) if len(bundles) == 2 else "",

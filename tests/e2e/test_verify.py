@@ -199,7 +199,7 @@ class _Resources(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__()
-        self.links: list[str] = []
+        self.links: list[tuple[str, str]] = []
         self.images = 0
         self.text: list[str] = []
 
@@ -208,7 +208,7 @@ class _Resources(HTMLParser):
         for name, value in attrs:
             if name in ("src", "href", "srcset", "data", "action", "poster", "xlink:href"):
                 self.images += tag == "img"
-                self.links.append(value or "")
+                self.links.append((name, value or ""))
 
     def handle_data(self, data: str) -> None:
         self.text.append(data)
@@ -222,10 +222,17 @@ def test_the_report_holds_all_that_it_shows(data: Path, tmp_path: Path, capsys: 
     page = html.read_text(encoding="utf-8")
     read = _Resources()
     read.feed(page)
-    assert all(link.startswith("data:image/png;base64,") for link in read.links)
+    for name, link in read.links:
+        if name == "href":
+            assert link.startswith("#") or (html.parent / link).is_file()
+        else:
+            assert link.startswith("data:image/png;base64,"), name
+    assert f"{bundle.name}/manifest.json" in {link for _, link in read.links}
     assert "url(" not in page and "@import" not in page
     assert read.images == 3, "each picture of the four samples"
     text = " ".join(" ".join(read.text).split())
+    for fact in ("date", "machine", "checkpoint nano", "recipe", "engine onnx"):
+        assert fact in text
     assert "limit missed" in text and "decoder.layers.0.mlp.down_proj" in text
     assert found["missed"][0] in text
     assert "What color is a ruby?" in text

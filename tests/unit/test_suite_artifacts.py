@@ -7,48 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from measured_artifacts import ARTIFACTS, artifact
 
-from mobilevlm.runtime.bench.bench import BenchResult, Row
-from mobilevlm.runtime.bench.telemetry import Telemetry
 from mobilevlm.runtime.suites.artifact_page import write_artifact_page
-from mobilevlm.runtime.suites.artifacts import Artifact, as_markdown
-from mobilevlm.runtime.suites.evaluate import Evaluation
-from mobilevlm.runtime.suites.question import Judged, Question, Suite
+from mobilevlm.runtime.suites.artifacts import as_markdown
 
 pytestmark = pytest.mark.pure
-SUITE = Suite("pope", lambda data, split: [], lambda question, answer: 0.0, 8)
-MACHINE = {"board": "Raspberry Pi 5", "processor": "Cortex-A76", "memory_gb": 8.0,
-           "system": "Linux", "onnxruntime": "1.32.0"}  # fmt: skip
-
-
-def row(name: str, unit: str, *samples: float) -> Row:
-    return Row(name, unit, sorted(samples)[len(samples) // 2], None, None, samples)
-
-
-def artifact(name: str, right: int, first: float, rate: float, watts: float | None) -> Artifact:
-    """A bundle that answers so many of 200 questions right."""
-    judged = tuple(
-        Judged(Question(str(n), "?", kind=("random", "popular")[n % 2]), "", float(n < right))
-        for n in range(200)
-    )
-    bench = BenchResult(
-        model="nano", recipe="int4", engine="onnx", plan="", runs=3, text_tokens=56,
-        visual_tokens=144, new_tokens=64, threads=4, load_seconds=0.1, peak_memory_mb=3000 / rate,
-        artifact_mb=5000 / rate, token_mb=None, machine=MACHINE,
-        rows=(row("first token", "ms", first, 1.1 * first, 0.9 * first),
-              row("next token", "ms", *([1e3 / rate] * 3)),
-              row("decode", "tokens/s", rate, 0.96 * rate, 1.02 * rate)),
-        telemetry=None if watts is None else Telemetry(
-            0.5, False, "no event counted", {}, None, None, {}, watts, ()),
-    )  # fmt: skip
-    return Artifact(name, Evaluation(SUITE, name, "onnx", judged, rate), bench)
-
-
-ARTIFACTS = [
-    artifact("float32", 172, 900, 10.0, 6.0),
-    artifact("int8-vision-int4", 170, 420, 31.0, 5.0),
-    artifact("int4", 151, 390, 34.0, 4.8),
-]
 
 
 def test_energy_of_an_answer_is_its_time_by_the_mean_power() -> None:
@@ -76,6 +40,9 @@ def test_the_page_has_plots_of_each_measure_and_loads_nothing(tmp_path: Path) ->
     page = tmp_path / "report.html"
     write_artifact_page(page, ARTIFACTS)
     html = page.read_text()
+    for fact in ("date", "machine", "bundle", "checkpoint", "recipe", "engine"):
+        assert f"<dt>{fact}</dt>" in html
+    assert "Raspberry Pi 5" in html
     for title in ("accuracy and speed", "first token, ms", "peak memory, MB", "energy, J/answer"):
         assert title in html
     assert html.count("<svg") == 3 * (6 + 2), "of six measures and two kinds"

@@ -3,6 +3,7 @@
 # make dist: sdist and wheel in dist/, checked; the wheel in a fresh environment answers a question.
 # make oldest: tests with the oldest versions that setup.cfg allows (PYTHON: Python 3.11).
 # make container: the Dockerfile's steps in a chroot (as root, on Debian with debootstrap; 10 minutes).
+# make docs: the documentation as a site in build/site, without network; a warning is an error.
 # make fuzz MINUTES=30: the fuzzers of tests/fuzz, with a new seed.
 # make test: style, types, all tests. LLAMA=1 installs llama.cpp for the tests of its engines, as CI
 # does (compiled once, about 10 minutes; needs cmake and a C++ compiler). NPU=1 installs Qualcomm's
@@ -24,7 +25,7 @@ SOURCES := setup.cfg pyproject.toml constraints.txt $(shell find mobilevlm expor
 MINUTES ?= 10
 PURE := $(shell grep -rl --include='test_*.py' '^pytestmark = pytest.mark.pure$$' tests)
 
-.PHONY: demo test quick oldest container fuzz lint types dist clean
+.PHONY: demo test quick oldest container docs fuzz lint types dist clean
 
 demo: $(VENV)/.export
 	$(VENV)/bin/mobilevlm demo
@@ -62,6 +63,10 @@ oldest:
 container: $(VENV)/.dev
 	MOBILEVLM_CONTAINER=1 $(VENV)/bin/pytest -q tests/e2e/test_container.py
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+	@echo "build/site/index.html"
+
 fuzz: $(VENV)/.dev
 	cd tests && ../$(VENV)/bin/python -m fuzz --minutes $(MINUTES) $(FUZZERS)
 
@@ -75,7 +80,7 @@ types: $(VENV)/.dev
 	ln -s $(CURDIR)/mobilevlm/* $(CURDIR)/export $(CURDIR)/runtime $(VENV)/types/mobilevlm/
 	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/setup.cfg -p mobilevlm
 	cd $(VENV)/types && ../bin/mypy --config-file $(CURDIR)/setup.cfg \
-		$(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/examples
+		$(CURDIR)/tests $(CURDIR)/benchmarks $(CURDIR)/examples $(CURDIR)/docs/pages.py
 
 # build and twine have an environment of their own: the one of the tests stays as it is.
 dist:
@@ -102,6 +107,10 @@ $(VENV)/.export: $(VENV)/bin/pip $(SOURCES)
 
 $(VENV)/.dev: $(VENV)/bin/pip $(SOURCES)
 	$(INSTALL) '.[reference,dev]'
+	@touch $@ $(VENV)/.export
+
+$(VENV)/.docs: $(VENV)/bin/pip $(SOURCES)
+	$(INSTALL) '.[export,docs]'
 	@touch $@ $(VENV)/.export
 
 $(VENV)/.llama: $(VENV)/.dev

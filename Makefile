@@ -64,7 +64,7 @@ container: $(VENV)/.dev
 	MOBILEVLM_CONTAINER=1 $(VENV)/bin/pytest -q tests/e2e/test_container.py
 
 docs: $(VENV)/.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
 	@echo "build/site/index.html"
 
 fuzz: $(VENV)/.dev

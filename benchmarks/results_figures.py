@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,11 +125,11 @@ def draw_speed(figure: Any) -> None:
     panel.spines[["top", "right"]].set_visible(False)
 
 
-def write(path: Path, draw: Any, size: Sequence[float]) -> None:
+def write(path: Path, draw: Any, size: tuple[float, float]) -> None:
     """Save a figure as a small PNG file."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=tuple(size), layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")
     draw(figure)
     figure.savefig(path, dpi=100, metadata={"Software": None})
     shrink(path)

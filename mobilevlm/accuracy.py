@@ -75,7 +75,7 @@ def difference(first: Sequence[float], second: Sequence[float]) -> Difference:
         ValueError: not as many of both.
     """
     if len(first) != len(second):
-        raise ValueError(f"{len(first)} scores and {len(second)}: of other questions")
+        raise ValueError(f"{len(first)} and {len(second)} scores: expected the same questions")
     change = np.asarray(second, float) - np.asarray(first, float)
     total, asked = float(change.sum()), len(change)
     low, high = difference_interval(total, float((change**2).sum()), asked)

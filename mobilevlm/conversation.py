@@ -180,10 +180,7 @@ def user_message(
     """
     marks = prompt.count(IMAGE_PLACEHOLDER) if marks_in_text else 0
     if marks and marks != num_images:
-        raise PromptError(
-            f"the prompt holds {marks} {IMAGE_PLACEHOLDER} but {num_images} images were given: "
-            f"give one image for each mark"
-        )
+        raise PromptError(_other_number(marks, IMAGE_PLACEHOLDER, num_images, "image"))
     if not prompt.strip():
         raise PromptError("the prompt is empty: ask a question")
     if marks:
@@ -249,7 +246,7 @@ def tokenize(
         text.encode()
     except UnicodeEncodeError as error:
         raise PromptError(
-            f"the prompt holds {text[error.start]!r} at character {error.start}, which is not "
+            f"the prompt has {text[error.start]!r} at character {error.start}, which is not "
             f"text: give it in UTF-8"
         ) from None
     if conversation is not None and conversation.tokenization == "joined":
@@ -326,14 +323,20 @@ def read_text(
     beyond = [token for token in tokens if isinstance(token, int) and token >= vocab_size]
     if beyond:
         raise PromptError(
-            f"the prompt holds {tokenizer.id_to_token(beyond[0])!r}, a token that the "
+            f"the prompt has {tokenizer.id_to_token(beyond[0])!r}, a token that the "
             f"model has no embedding for: leave it out"
         )
     marks = tokens.count(Mark())
     if marks != images:
         what = "sound" if conversation.shows == "audio" else "image"
-        raise PromptError(
-            f"the prompt holds {marks} {conversation.image_mark} but {images} {what}s were given: "
-            f"give one {what} for each mark"
-        )
+        raise PromptError(_other_number(marks, conversation.image_mark, images, what))
     return tokens
+
+
+def _other_number(marks: int, mark: str, given: int, what: str) -> str:
+    """Return the message for another number of images or sounds than of their marks."""
+    said = f"{given} {what}s were" if given > 1 else f"{'one' if given else 'no'} {what} was"
+    return (
+        f"the prompt has {marks} {mark} mark{'s' * (marks != 1)}, but {said} given: give one "
+        f"{what} for each mark"
+    )

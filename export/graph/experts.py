@@ -317,7 +317,8 @@ def _common_format(weights: WeightFile, name: str, spec: DecoderSpec, count: int
     fitting = math.gcd(common.block_size, spec.hidden_size, spec.intermediate_size)
     if common.scheme is not None and fitting < min(BLOCK_SIZES):
         raise MobileVLMError(
-            f"{name}: no blocks divide {spec.hidden_size} and {spec.intermediate_size} channels, "
-            f"as the operator for all experts needs it: {remedy}"
+            f"{name}: the operator for all experts needs channels that are multiples of a block of "
+            f"{min(BLOCK_SIZES)} or more: found {spec.hidden_size} and {spec.intermediate_size}: "
+            f"{remedy}"
         )
     return replace(common, block_size=fitting)

@@ -265,8 +265,8 @@ def _allowed(unit: Unit, formats: Sequence[LinearFormat]) -> list[LinearFormat]:
     found = [layers for layers in formats if not any(size % layers.block_size for size in sizes)]
     if not found:
         raise MobileVLMError(
-            f"{unit.name}: no candidate's blocks divide {sizes} channels, as the operator for all "
-            f"experts needs it: search with --experts plain"
+            f"{unit.name}: the operator for all experts needs channels that are multiples of a "
+            f"candidate's block: found {sorted(sizes)}: search with --experts plain"
         )
     return found
 

@@ -71,7 +71,7 @@ def read_lora_config(path: Path) -> LoraConfig:
     """Read adapter_config.json.
 
     Raises:
-        CheckpointError: it is missing or damaged, or asks for arithmetic that is not known here.
+        CheckpointError: it is missing or damaged, or asks for arithmetic that is not supported.
     """
     config = read_json(path, required_for="it says how a LoRA adapter is scaled")
     kind = config.get("peft_type")
@@ -123,7 +123,7 @@ def _patterns(path: Path, config: dict[str, Any], key: str) -> list[tuple[str, A
     for pattern in patterns:
         if not _is_simple(pattern):
             raise CheckpointError(
-                f"{path}: the pattern {pattern!r:.60} in {key!r} is not known here (names and "
+                f"{path}: the pattern {pattern!r:.60} in {key!r} is not supported (names and "
                 f"simple expressions are): {_MERGE}"
             )
     return list(patterns.items())

@@ -45,8 +45,8 @@ Examples:
     "--prompt",
     required=True,
     metavar="TEXT",
-    help="What is asked about each row: {column} stands for what it has there, of a column of "
-    "images for the image, {{ for a brace. @FILE reads it from a file.",
+    help="Question about each row: {column} stands for the row's text there, or for its image, "
+    "{{ for a brace. @FILE reads it from a file.",
 )
 @click.option(
     "--image-column",
@@ -63,7 +63,7 @@ Examples:
     "--processes",
     type=click.IntRange(1),
     metavar="N",
-    help="Rows that are answered at a time. Default: as many as cores and memory allow.",
+    help="Rows to answer at a time. Default: as many as cores and memory allow.",
 )
 @click.option(
     "--ray",

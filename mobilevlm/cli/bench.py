@@ -29,7 +29,7 @@ _SOUND_SECONDS = 5
     "  mobilevlm bench bundle/ --device ssh://pi@raspberrypi.local --format md",
 )
 @model_options
-@click.option("--image", metavar="FILE", help="Default: a grey image (the work is the same).")
+@click.option("--image", metavar="FILE", help="Image to ask about; default: a grey one.")
 @click.option("--no-image", is_flag=True, help="Text only, without an image or a sound.")
 @click.option(
     "--text-tokens",
@@ -51,7 +51,7 @@ _SOUND_SECONDS = 5
     type=click.IntRange(0),
     default=16,
     show_default=True,
-    help="Codes of an image that is begun in each run, and decoded, where the model makes images.",
+    help="Codes of an image to draw and decode in each run, where the model makes images.",
 )
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
@@ -70,16 +70,18 @@ _SOUND_SECONDS = 5
 @click.option(
     "--device",
     metavar="DEVICE",
-    help="Measure there: ssh://[user@]host[:port], or adb[:serial] of an Android device. What is "
-    "needed is copied.",
+    help="Measure on a device: ssh://[user@]host[:port], or adb[:serial] for Android. "
+    "Missing files are copied there.",
 )
 @click.option(
-    "--device-python", metavar="COMMAND", help="Starts Python on the device. Default: python3."
+    "--device-python",
+    metavar="COMMAND",
+    help="Command that starts Python on the device. Default: python3.",
 )
 @click.option(
     "--device-folder",
     metavar="FOLDER",
-    help="Where files go on the device. Default: ~/.cache/mobilevlm/device; of Android "
+    help="Folder for files on the device. Default: ~/.cache/mobilevlm/device; on Android "
     "/data/local/tmp/mobilevlm.",
 )
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json.")

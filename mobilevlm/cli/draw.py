@@ -26,11 +26,16 @@ Examples:
     "--prompt",
     required=True,
     metavar="TEXT",
-    help="What the image shows; @FILE reads it from a file, - from standard input.",
+    help="Description of the image; @FILE reads it from a file, - from standard input.",
 )
 @output_option("output", "Where the image goes; of several, FILE-1.png, FILE-2.png …", "FILE.png")
 @click.option(
-    "--n", "count", type=click.IntRange(1, 64), default=1, show_default=True, help="Images."
+    "--n",
+    "count",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Number of images.",
 )
 @click.option(
     "--guidance",
@@ -42,7 +47,7 @@ Examples:
 @click.option(
     "--seed",
     type=click.IntRange(0),
-    help="The same one draws the same images; each further image has the next number.",
+    help="The same seed draws the same images; each further image has the next number.",
 )
 @click.option(
     "--temperature",

@@ -72,7 +72,10 @@ class Task:
 )
 @click.option("--split", help="Part of the data.  [default: the one that papers report]")
 @click.option(
-    "--limit", type=click.IntRange(1), metavar="N", help="Ask so many, spread over the data."
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of questions, spread over the data.",
 )
 @click.option(
     "--shots",
@@ -95,7 +98,9 @@ class Task:
     help="Fail with exit code 1 if OTHER scores lower than BUNDLE by more.",
 )
 @click.option(
-    "--questions", type=click.IntRange(12), help="How many about scenes.  [default: 2000]"
+    "--questions",
+    type=click.IntRange(12),
+    help="Number of questions about scenes.  [default: 2000]",
 )
 @click.option(
     "--no-blind", is_flag=True, help="Do not ask again with noise for images (twice as fast)."

@@ -80,7 +80,7 @@ _PHOTO = '--image PHOTO --prompt "What is this?"'
     type=click.Choice(["auto", "7", "8"]),
     default="auto",
     show_default=True,
-    help="Of int8 weights: 7 for x86 without VNNI, where 8 saturate, 8 for other devices; "
+    help="Bits of int8 weights: 7 for x86 without VNNI, where 8 saturate, 8 for other devices; "
     "auto: what the recipe says, else what is right on this machine.",
 )
 @click.option(

@@ -30,7 +30,7 @@ A line of samples.jsonl ("answer" may be left out):
     default="own",
     show_default=True,
     metavar="own|scenes|FILE.jsonl",
-    help="What to run the model on: its own answers, drawn scenes, or a file of samples.",
+    help="Data to run the model on: its own answers, drawn scenes, or a file of samples.",
 )
 @checkpoint_options
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     default="scenes",
     show_default=True,
     metavar="scenes|FILE.jsonl",
-    help="What to run for --experts.",
+    help="Samples to run for --experts.",
 )
 @engine_option("What runs a bundle for --experts.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")

@@ -64,7 +64,7 @@ def checkpoint_options(function: F) -> F:
     for decorate in (
         base_option,
         click.option("--variant", metavar="NAME",
-                     help="Which official behaviour, where a family has several (VILA: vila1.5, "
+                     help="Official behaviour, where a family has several (VILA: vila1.5, "
                      "current), if the checkpoint does not tell the right one."),
         click.option("--conversation", metavar="NAME",
                      help="Conversation: v1, llava_v1, phi …, if the family's default is wrong."),
@@ -106,7 +106,9 @@ def max_memory_option(text: str) -> Callable[[F], F]:
 
 
 threads_option = click.option(
-    "--threads", type=click.IntRange(1), help="Default: all of this process."
+    "--threads",
+    type=click.IntRange(1),
+    help="Threads to use. Default: all that this process may use.",
 )
 
 
@@ -174,7 +176,7 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--no-plan", "plan", flag_value="none", default="auto",
                      help="Do without the settings that 'mobilevlm tune' found."),
         click.option("--max-resident", "max_resident_mb", callback=_megabytes, metavar="800MB",
-                     help="Of sparse experts, in memory at a time: the others stay on the disk "
+                     help="Memory for sparse experts: the others stay on the disk "
                      "(engine ggml)."),
         max_memory_option("The most that may be resident: slower settings that take less are "
                           "chosen, or the model is refused before it is loaded."),
@@ -207,9 +209,10 @@ def sampling_options(function: F) -> F:
         click.option("--draft-tokens", type=int, metavar="N",
                      help="Tokens to guess from the text so far and to check at once; the answer "
                      "stays the same. 0: none. Default: 4 with llama.cpp and --temperature 0."),
-        click.option("--stop", multiple=True, metavar="TEXT", help="End the answer here.",
+        click.option("--stop", multiple=True, metavar="TEXT",
+                     help="Text that ends the answer; repeatable.",
                      callback=lambda context, option, texts: tuple(map(typed, texts))),
-        click.option("--seed", type=int, help="Makes drawing repeatable."),
+        click.option("--seed", type=int, help="Seed of sampling: the same one repeats an answer."),
         click.option("--repetition-penalty", type=float, default=1.0, show_default=True),
         click.option("--min-p", type=float, default=0.0, show_default=True,
                      help="Least probability, as a share of the likeliest token's."),
@@ -220,7 +223,7 @@ def sampling_options(function: F) -> F:
         click.option("--temperature", type=float, default=0.0, show_default=True,
                      help="0: always the likeliest token."),
         click.option("-n", "--max-new-tokens", type=int, default=256, show_default=True,
-                     help="Longest answer."),
+                     help="Most tokens of an answer."),
     ):  # fmt: skip
         function = decorate(function)
     return function

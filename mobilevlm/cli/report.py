@@ -32,7 +32,10 @@ Examples:
 )
 @click.option("--split", help="Part of the data.  [default: the one that papers report]")
 @click.option(
-    "--limit", type=click.IntRange(1), metavar="N", help="Ask so many, spread over the data."
+    "--limit",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Number of questions, spread over the data.",
 )
 @click.option(
     "--shots", type=click.IntRange(0), default=0, metavar="N", help="Examples before each question."
@@ -43,8 +46,12 @@ Examples:
     metavar="DIR",
     help="Keep answers here, as 'mobilevlm eval' does; its answers are used too.",
 )
-@click.option("--questions", type=click.IntRange(12), help="How many about scenes.  [default: 500]")
-@click.option("--runs", type=click.IntRange(1), default=5, show_default=True, help="Of the bench.")
+@click.option(
+    "--questions", type=click.IntRange(12), help="Number of questions about scenes.  [default: 500]"
+)
+@click.option(
+    "--runs", type=click.IntRange(1), default=5, show_default=True, help="Runs of the bench."
+)
 @click.option("--new-tokens", type=click.IntRange(2), default=64, show_default=True)
 @click.option("--text-tokens", type=click.IntRange(1), default=56, show_default=True)
 @click.option(

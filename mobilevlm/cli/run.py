@@ -70,7 +70,7 @@ Examples:
 @click.option(
     "--frames",
     type=click.IntRange(1, 768),
-    help="How many: 8 by default, of a clip two a second.",
+    help="Number of frames: 8 by default, of a clip two a second.",
 )
 @click.option(
     "-p",

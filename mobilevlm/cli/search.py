@@ -26,7 +26,7 @@ Examples:
     default="int4",
     show_default=True,
     metavar="NAME|FILE.toml",
-    help="What everything but the decoder's layers is taken from.",
+    help="Recipe for everything but the decoder's layers.",
 )
 @goal_options
 @click.option(
@@ -34,7 +34,7 @@ Examples:
     type=click.Choice(["rtn", "mse", "hqq", "gptq"]),
     default="gptq",
     show_default=True,
-    help="What rounds weights to 2 and 4 bits.",
+    help="Method that rounds weights to 2 and 4 bits.",
 )
 @click.option(
     "--experts",
@@ -53,7 +53,7 @@ Examples:
     default="scenes",
     show_default=True,
     metavar="scenes|FILE.jsonl",
-    help="What to measure on; answers in it are what counts.",
+    help="Samples to measure on; their answers count.",
 )
 @checkpoint_options
 @click.option(

@@ -37,7 +37,7 @@ Examples:
     type=click.IntRange(0, 65535),
     default=8080,
     show_default=True,
-    help="0: one that is free.",
+    help="Port to listen at; 0: a free one.",
 )
 @click.option(
     "--api-key",
@@ -45,7 +45,7 @@ Examples:
     multiple=True,
     metavar="KEY",
     envvar="MOBILEVLM_API_KEY",
-    help="Answer only those who send it; repeatable. Or the "
+    help="Key that clients must send; repeatable. Or the "
     "variable MOBILEVLM_API_KEY, which other programs do not see.",
 )
 @click.option("--no-auth", is_flag=True, help="Answer everybody, at any address.")

@@ -39,7 +39,7 @@ def _seconds(context: Any, option: Any, value: str) -> float:
     default="60s",
     show_default=True,
     metavar="TIME",
-    help="How long to measure; what has begun is finished.",
+    help="Time to measure for; a measurement under way is finished.",
 )
 @engine_option("Measure this one only.")
 @max_memory_option("The most that may be resident: what needs more is not tried.")

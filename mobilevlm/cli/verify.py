@@ -34,7 +34,11 @@ Examples:
     help="Images, prompts and answers to measure on.",
 )
 @click.option("--suite", type=click.Choice(["scenes"]), help="Ask its questions too.")
-@click.option("--questions", type=click.IntRange(12), help="How many of a suite.  [default: 2000]")
+@click.option(
+    "--questions",
+    type=click.IntRange(12),
+    help="Number of questions of the suite.  [default: 2000]",
+)
 @engine_option("What runs the stages.")
 @threads_option
 @click.option(

@@ -365,7 +365,7 @@ def _read_phi(path: Path, config: dict[str, Any]) -> DecoderSpec:
     """``PhiConfig`` as of Phi-2; MoE-LLaVA's class leaves the bias of ``lm_head`` out."""
     if config.get("qk_layernorm"):
         raise CheckpointError(
-            f"{path}: norms of queries and keys ('qk_layernorm') are not known here"
+            f"{path}: norms of queries and keys ('qk_layernorm') are not supported"
         )
     common = common_values(path, config, "gelu_new")
     joined = with_rope_parameters(path, config)

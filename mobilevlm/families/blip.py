@@ -213,7 +213,9 @@ def _qformer_spec(path: Path, config: dict[str, Any], vision: TransformerEncoder
             )
     reads_text = config["model_type"] == "instructblip"
     if settings.get("use_qformer_text_input") and not reads_text:
-        raise CheckpointError(f"{path}: BLIP-2 for retrieval ('use_qformer_text_input')")
+        raise CheckpointError(
+            f"{path}: BLIP-2 for retrieval ('use_qformer_text_input') is not supported"
+        )
     return QFormerSpec(
         **sizes,
         num_queries=config_value(path, config, "num_query_tokens", int, _QUERIES),

@@ -122,7 +122,7 @@ def rope_scaling(path: Path, config: dict[str, Any]) -> float:
     ``default``).
 
     Raises:
-        CheckpointError: another type of scaling, or a setting that is not known here.
+        CheckpointError: another type of scaling, or a setting that is not supported.
     """
     scaling = config_value(path, config, "rope_scaling", dict, {})
     kind = scaling.get("rope_type", scaling.get("type"))

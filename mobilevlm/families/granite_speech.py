@@ -151,7 +151,7 @@ def _mel(hub: HubCheckpoint, encoder: ConformerEncoder) -> Mel:
     given = config_value(path, settings, "melspec_kwargs", dict, {})
     unknown = [key for key in given if key not in _MEL]
     if unknown:
-        raise CheckpointError(f"{path}: {unknown[0]!r:.60} in 'melspec_kwargs' is not known here")
+        raise CheckpointError(f"{path}: {unknown[0]!r:.60} in 'melspec_kwargs' is not supported")
     sizes = {key: config_value(path, {**_MEL, **given}, key, int) for key in _MEL}
     bins, fft = sizes["n_mels"], sizes["n_fft"]
     if bins * _JOINED != encoder.bins or sizes["win_length"] > fft:
@@ -181,12 +181,15 @@ def _qformer(hub: HubCheckpoint, encoder: ConformerEncoder) -> QFormerSpec:
     if window % rate or width != encoder.hidden_size:
         raise CheckpointError(
             f"{path}: 'window_size' {window} must be a multiple of 'downsample_rate' {rate}, and "
-            f"'encoder_hidden_size' {width} the encoder's {encoder.hidden_size}"
+            f"'encoder_hidden_size' {width} must be the encoder's {encoder.hidden_size}"
         )
     size = config_value(path, config, "hidden_size", int)
     heads = config_value(path, config, "num_attention_heads", int)
     if size % heads:
-        raise CheckpointError(f"{path}: the Q-Former's {size} channels must divide by {heads}")
+        raise CheckpointError(
+            f"{path}: the Q-Former's 'hidden_size' must be a multiple of 'num_attention_heads': "
+            f"found {size} and {heads}"
+        )
     return QFormerSpec(
         size,
         config_value(path, config, "intermediate_size", int),
@@ -265,7 +268,7 @@ def _lora(hub: HubCheckpoint, decoder: DecoderSpec) -> tuple[DecoderSpec, dict[s
             f"{path}: 'target_modules' is {targets!r:.60}, expected 'q_proj' and 'v_proj'"
         )
     if settings.get("rank_pattern") or settings.get("alpha_pattern"):
-        raise CheckpointError(f"{path}: ranks of single layers ('rank_pattern') are not known here")
+        raise CheckpointError(f"{path}: ranks of single layers ('rank_pattern') are not supported")
     rank = config_value(path, settings, "r", int)
     scale = config_value(path, settings, "lora_alpha", float) / rank
     if not (folder / _ADAPTER).is_file():

@@ -77,7 +77,7 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> AspectTiles:
     """Return the tiles of the image processor's settings.
 
     Raises:
-        CheckpointError: a value is wrong, or asks for what is not known here.
+        CheckpointError: a value is wrong, or asks for what is not supported.
     """
     where, settings = hub.processor_path, hub.processor
     check_only(where, settings, {"resample": 3})  # crop_to_patches: the processor sets it

@@ -121,13 +121,13 @@ def _conversation(hub: HubCheckpoint) -> ConversationSpec:
     """Return the conversation that ``template`` names, or the one that a person asks for.
 
     Raises:
-        CheckpointError: it is not known here.
+        CheckpointError: it is not supported.
     """
     name = hub.source.options.conversation
     name = name or config_value(hub.path, hub.source.config, "template", str)
     if name not in _SYSTEM:
         raise CheckpointError(
-            f"{hub.path}: conversation template {name!r:.60} is not known here: expected "
+            f"{hub.path}: conversation template {name!r:.60} is not supported: expected "
             f"{' or '.join(_SYSTEM)}"
         )
     template = _TEMPLATE.replace("SYSTEM", _SYSTEM[name])

@@ -109,7 +109,7 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> FixedImage:
     """Return how images are prepared: resized by the longer edge, then padded.
 
     Raises:
-        CheckpointError: a setting is wrong, or not known here.
+        CheckpointError: a setting is wrong, or not supported.
     """
     where, settings = hub.processor_path, hub.processor
     check_only(where, settings, {"do_pad": True})

@@ -128,7 +128,7 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> FixedImage |
     """Return how images are prepared: LLaVA-1.5 crops them to one square, the others tile them.
 
     Raises:
-        CheckpointError: a setting is missing or wrong, or not known here.
+        CheckpointError: a setting is missing or wrong, or not supported.
     """
     config, model = hub.source.config, hub.source.config["model_type"]
     tower = Tower(str(hub.path), hub.vision, hub.processor, hub.source.folder)

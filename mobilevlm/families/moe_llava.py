@@ -79,7 +79,7 @@ def _projector(
         return mlp_layout(config, vision, 1, "")
     if match is None:
         raise CheckpointError(
-            f"{source.folder / 'config.json'}: image_projector_type {kind!r:.60} is not known here "
+            f"{source.folder / 'config.json'}: image_projector_type {kind!r:.60} is not supported "
             f"(nor are Q-Former, simple and cheap projectors): expected linear, mlp2x_gelu or "
             f"pool_mlp2x_gelu (any depth)"
         )

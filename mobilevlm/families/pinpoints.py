@@ -56,7 +56,7 @@ def any_resolution(path: Path, config: dict[str, Any], square: FixedImage) -> An
     width of a size comes first. ``square``: how one tile is prepared.
 
     Raises:
-        CheckpointError: they are put together in a way that is not known here, or a size is wrong.
+        CheckpointError: they are put together in a way that is not supported, or a size is wrong.
     """
     aspect = config.get("image_aspect_ratio")
     if not isinstance(aspect, str) or not aspect.startswith("anyres"):

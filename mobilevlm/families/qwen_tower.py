@@ -53,7 +53,7 @@ def read_tower(hub: HubCheckpoint, kind: str) -> NativeEncoder:
     """Return the tower.
 
     Raises:
-        CheckpointError: a value is missing or wrong, does not fit the others, or is not known here.
+        CheckpointError: a value is missing or wrong, does not fit the others, or is not supported.
     """
     path, (defaults, traits) = hub.path, KINDS[kind]
     given = {key: value for key, value in hub.vision.items() if value is not None}

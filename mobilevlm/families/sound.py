@@ -60,7 +60,7 @@ def whisper_mel(hub: HubCheckpoint, encoder: WhisperEncoder, **traits: Any) -> M
     """Return how Whisper's feature extractor prepares sound. ``traits``: fields of :class:`Mel`.
 
     Raises:
-        CheckpointError: a setting is wrong, not known here, or does not fit the encoder.
+        CheckpointError: a setting is wrong, not supported, or does not fit the encoder.
     """
     path, given = sound_settings(hub)
     settings = {**_WHISPER, **{key: value for key, value in given.items() if value is not None}}

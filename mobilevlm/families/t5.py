@@ -41,7 +41,7 @@ def read_t5(path: Path, config: dict[str, Any]) -> DecoderSpec:
     """``T5Config``.
 
     Raises:
-        CheckpointError: a value is missing, wrong or not known here.
+        CheckpointError: a value is missing, wrong or not supported.
     """
     kind = config_value(path, config, "feed_forward_proj", str, "relu")
     if kind not in _KINDS:

@@ -183,7 +183,7 @@ def image_spec(
     """Preprocessing as preprocessor_config.json has it; CLIP's where it says nothing.
 
     Raises:
-        CheckpointError: a value is wrong, or asks for what is not known here.
+        CheckpointError: a value is wrong, or asks for what is not supported.
     """
     where = f"{tower.where} (preprocessor_config.json)"
     settings = tower.preprocessor
@@ -211,7 +211,7 @@ def tiles_spec(tower: Tower, vision: TransformerEncoder) -> Tiles:
     defaults where they say nothing.
 
     Raises:
-        CheckpointError: a value is wrong, or asks for what is not known here.
+        CheckpointError: a value is wrong, or asks for what is not supported.
     """
     where, settings = tower.where, tower.preprocessor
     _check_resample(where, settings, "lanczos")

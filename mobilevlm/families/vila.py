@@ -210,7 +210,7 @@ def _conversation(source: Source, language: Path, variant: _Variant) -> Conversa
     if tokenizer.token_to_id(style.end) is None:
         raise CheckpointError(
             f"{language}: the tokenizer has no {style.end!r}, which ends an answer in conversation "
-            f"{name!r}: the conversation of this language model (Llama 3?) is not known here"
+            f"{name!r}: the conversation of this language model (Llama 3?) is not supported"
         )
     if variant.tokenization == "joined":
         tokens = [AddedToken(text, normalized=False, special=True) for text in _MEDIA_TOKENS]

@@ -90,7 +90,8 @@ def check_key_values(file: GgufFile, spec: DecoderSpec) -> None:
     if needed > KEY_VALUE_SHARE * file.size + KEY_VALUE_ALLOWANCE:
         raise BundleError(
             f"{file.path}: keys and values of {spec.context_length} positions take "
-            f"{needed / 1e6:.0f} MB, the file has {file.size / 1e6:.0f} MB: no model is like that"
+            f"{needed / 1e6:.0f} MB, more than a model of {file.size / 1e6:.0f} MB has: the file "
+            f"is damaged, convert the model again"
         )
 
 
@@ -128,8 +129,8 @@ def check_exact_encoder_file(file: GgufFile, image: InputSpec) -> None:
     for key in file.metadata:
         if key.startswith("clip.") and key not in keys:
             raise BundleError(
-                f"{file.path}: key {key[:80]!r} is not known to this version: what it changes "
-                f"cannot be heeded: take the file without it, or update mobilevlm"
+                f"{file.path}: key {key[:80]!r} is not known to this version: its effect "
+                f"would be missing: take the file without it, or update mobilevlm"
             )
     count = file.metadata["clip.vision.block_count"]
     _check_layers(file, "v.blk", count)
@@ -249,8 +250,8 @@ def _check_tensors(
     if left:
         more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
         raise BundleError(
-            f"{file.path}: tensor {min(left)[:80]!r}{more} is of no use to this version: what it "
-            f"changes cannot be heeded: take a file without it"
+            f"{file.path}: tensor {min(left)[:80]!r}{more} is not read by this version: its "
+            f"effect would be missing: take a file without it, or update mobilevlm"
         )
 
 

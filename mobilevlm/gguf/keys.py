@@ -330,8 +330,8 @@ def check_keys(file: GgufFile, role: Role) -> None:
         rule, kind = rule_of(name, role), file.kinds[key]
         if rule is None:
             raise BundleError(
-                f"{file.path}: key {key[:80]!r} is not known to this version: what it changes "
-                f"cannot be heeded: take the file without it, or update mobilevlm"
+                f"{file.path}: key {key[:80]!r} is not known to this version: its effect "
+                f"would be missing: take the file without it, or update mobilevlm"
             )
         if rule.use == "refused" and value not in rule.neutral:
             raise BundleError(

@@ -59,7 +59,7 @@ def is_ours(decoder: GgufFile, vision: GgufFile) -> bool:
 
 
 def known_to_llama_alone(file: GgufFile) -> bool:
-    """Return whether a file calls itself of a family that is not known here. A file that calls
+    """Return whether a file calls itself of a family that is not supported. A file that calls
     itself nothing does not."""
     if file.architecture == "clip":
         is_tiled = bool(file.metadata.get(_TILES))

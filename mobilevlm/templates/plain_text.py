@@ -39,7 +39,7 @@ def check_text(text: str) -> None:
     """
     for mark in (_BREAK, _OPEN, _CLOSE):
         if mark in text:
-            raise PromptError(f"the prompt holds U+{ord(mark):04X}, which is no character")
+            raise PromptError(f"the prompt has U+{ord(mark):04X}, which is no character")
 
 
 def protect(

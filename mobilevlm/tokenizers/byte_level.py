@@ -128,7 +128,7 @@ def from_vocab_and_merges(folder: Path, settings: dict[str, Any]) -> Tokenizer:
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix)
     else:
         raise CheckpointError(
-            f"{folder / 'tokenizer_config.json'}: how {kind!r:.60} splits text is not known here: "
+            f"{folder / 'tokenizer_config.json'}: how {kind!r:.60} splits text is not supported: "
             f"save the tokenizer as tokenizer.json beside it"
         )
     tokenizer.decoder = decoders.ByteLevel()

@@ -75,13 +75,13 @@ def run_batch(batch: Batch) -> Done:
     """Answer all rows that are not done yet, and write the output.
 
     Raises:
-        MobileVLMError: the output is there already, or the journal of another run; the bundle or an
+        MobileVLMError: the output exists already, or the journal of another run; the bundle or an
             option is wrong; workers end again and again. What is done stays in the journal.
     """
     check_output(batch.output)
     if batch.output.exists() and not batch.restart and not batch.journal.exists():
         raise MobileVLMError(
-            f"-o {shown(batch.output)}: it is there already: give --restart to make it anew, or "
+            f"-o {shown(batch.output)}: exists already: give --restart to replace it, or "
             f"another name"
         )
     count = batch.source.count

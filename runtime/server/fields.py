@@ -231,7 +231,7 @@ def read_fields(body: Any, fields: Mapping[str, Field]) -> dict[str, Any]:
         raise refuse("body", "expected a JSON object")
     for name, value in body.items():
         if name not in fields:
-            raise refuse(shown_key(name), "not known here: leave it out (/docs lists all fields)")
+            raise refuse(shown_key(name), "unknown field: leave it out (/docs lists all fields)")
         if value is not None:
             _check(name, value, fields[name])
     for name, field in fields.items():

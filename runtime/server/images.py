@@ -77,7 +77,7 @@ def _taken(place: str, part: Any, allow_urls: bool, images: list[ImageRef]) -> A
         return {"type": "audio"}
     unknown = [key for key in part if key not in ("type", "image_url")]
     if unknown:
-        raise refuse(f"{place}.{shown_key(unknown[0])}", "not known here, expected image_url")
+        raise refuse(f"{place}.{shown_key(unknown[0])}", "unknown field, expected image_url")
     images.append(_read_image_url(f"{place}.image_url", part.get("image_url"), allow_urls))
     if images[-1].url and sum(bool(image.url) for image in images) > MAX_ADDRESSES:
         raise refuse(place, f"more than {MAX_ADDRESSES} addresses in a request: send data: URIs")
@@ -87,14 +87,14 @@ def _taken(place: str, part: Any, allow_urls: bool, images: list[ImageRef]) -> A
 def _read_sound(place: str, part: dict[str, Any]) -> ImageRef:
     unknown = [key for key in part if key not in ("type", "input_audio")]
     if unknown:
-        told = "not known here, expected input_audio"
+        told = "unknown field, expected input_audio"
         raise refuse(f"{place.removesuffix('.input_audio')}.{shown_key(unknown[0])}", told)
     value = part.get("input_audio")
     if not isinstance(value, dict):
         raise refuse(place, "expected data in base64, and its format: wav or mp3")
     unknown = [key for key in value if key not in ("data", "format")]
     if unknown:
-        told = "not known here, expected data and format"
+        told = "unknown field, expected data and format"
         raise refuse(f"{place}.{shown_key(unknown[0])}", told)
     if value.get("format") not in ("wav", "mp3"):
         raise refuse(f"{place}.format", f"expected wav or mp3, found {value.get('format')!r:.60}")
@@ -110,7 +110,7 @@ def _read_image_url(place: str, value: Any, allow_urls: bool) -> ImageRef:
         unknown = [key for key in value if key not in ("url", "detail")]
         if unknown:
             raise refuse(
-                f"{place}.{shown_key(unknown[0])}", "not known here, expected url and detail"
+                f"{place}.{shown_key(unknown[0])}", "unknown field, expected url and detail"
             )
         detail = value.get("detail") or "auto"
         if detail not in ("auto", "low", "high"):

@@ -78,7 +78,7 @@ def _check_object(place: str, value: Mapping[str, Any], schema: Schema) -> None:
     for name, item in value.items():
         if name not in schema["properties"]:
             known = ", ".join(schema["properties"])
-            raise refuse(f"{place}.{shown_key(name)}", f"not known here, expected {known}")
+            raise refuse(f"{place}.{shown_key(name)}", f"unknown field, expected {known}")
         if item is None and name not in schema.get("required", ()):
             continue  # as if it were left out
         check_value(f"{place}.{name}", item, schema["properties"][name])

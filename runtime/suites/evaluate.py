@@ -227,5 +227,5 @@ def compare(first: Evaluation, second: Evaluation) -> Difference:
         ValueError: they were asked other questions.
     """
     if [item.question.id for item in first.judged] != [item.question.id for item in second.judged]:
-        raise ValueError("evaluations of other questions")
+        raise ValueError("two evaluations of different questions: expected the same ones")
     return difference([unit.score for unit in first.units], [unit.score for unit in second.units])

@@ -183,7 +183,7 @@ def test_chat_ends_with_its_input_and_goes_on_after_a_refused_question(bundle: P
     text = b"what <image>\nWho?\n"
     done = run_program("chat", bundle, "--max-new-tokens", 3, stdin=text)
     assert done.returncode == 0
-    assert "holds 1 <image> but 0 images were given" in done.stderr
+    assert "has 1 <image> mark, but no image was given" in done.stderr
     assert "(/reset begins anew)" in done.stderr
     assert done.stdout.strip()
     assert "Traceback" not in done.stderr

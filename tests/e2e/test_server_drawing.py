@@ -74,7 +74,7 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(bundle_of: BundleOf) -> Non
         ({"response_format": "url"}, "response_format: this server cannot do that: leave it out"),
         ({"prompt": ""}, "prompt: expected 1 characters or more"),
         ({"prompt": "  "}, "the prompt is empty"),
-        ({"strange": 1}, "strange: not known here"),
+        ({"strange": 1}, "strange: unknown field"),
     ]
     answers = asked(bundle_of("janus", "fp32"), *({"prompt": PROMPT} | body for body, _ in wrong))
     for answer, (_, told) in zip(answers, wrong, strict=False):

@@ -129,7 +129,8 @@ def test_a_wrong_number_of_marks_gives_one_clear_line(
     bundle = bundle_of(fixture.name, "fp32")
     message = refusal(capsys, "run", bundle, *given, "--prompt", text)
     marks = text.count("<image>")
-    assert f"the prompt holds {marks} <image> but {count} images were given" in message
+    assert f"the prompt has {marks} <image> mark" in message
+    assert "give one image for each mark" in message
 
 
 def test_visual_tokens_of_the_variants_are_the_same_in_another_order(bundle_of: BundleOf) -> None:
@@ -193,7 +194,7 @@ def test_the_variant_of_an_export_is_recorded_and_verified_with(
     assert "variant 'current' is not known for llava: leave it out" in line
 
 
-# What is not known here, one line each.
+# What is not supported, one line each.
 
 
 def _rename_end(copy: Path) -> None:

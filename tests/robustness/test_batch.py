@@ -304,7 +304,7 @@ def test_inputs_and_outputs_that_cannot_be_used_are_said_in_one_line(
         assert told in refusal(capsys, "batch", BUNDLE, tmp_path / name, "-o", output, "-p", "a")
     output.write_text("precious")
     command = ["batch", BUNDLE, data / "rows.jsonl", "-o", output, "-p", "a"]
-    assert "it is there already: give --restart" in refusal(capsys, *command)
+    assert "exists already: give --restart" in refusal(capsys, *command)
     assert output.read_text() == "precious"
 
 

@@ -501,7 +501,7 @@ PICTURE = fixture_named("llava_v1").image
         (["--prompt", "", "--image", PICTURE], "the prompt is empty"),
         (["--prompt", "a" + " a" * 2048], "the context holds 2048 with the answer: shorten it"),
         (["--prompt", "<image>" * 15, *["--image", PICTURE] * 15], "144 for each image"),
-        (["--prompt", "<image>?"], "holds 1 <image> but 0 images were given"),
+        (["--prompt", "<image>?"], "has 1 <image> mark, but no image was given"),
         (["--prompt", "<image><image>", "--image", PICTURE], "holds 2 <image> but 1 images"),
         (["--prompt", "<image>", *["--image", PICTURE] * 2], "holds 1 <image> but 2 images"),
         (["--prompt", "a", "--raw", "--image", PICTURE], "holds 0 <image> but 1 images"),
@@ -543,7 +543,7 @@ def test_bytes_in_the_prompt_that_are_no_text_are_named(bundle: Path) -> None:
     command = [sys.executable, "-m", "mobilevlm", "run", str(bundle), "--prompt"]
     done = subprocess.run([*command, b"a\xff"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("mobilevlm: error: the prompt holds '\\udcff' at character ")
+    assert done.stderr.startswith("mobilevlm: error: the prompt has '\\udcff' at character ")
     assert done.stderr.count("\n") == 1
 
 

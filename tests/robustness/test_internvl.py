@@ -96,7 +96,7 @@ def test_settings_that_do_not_fit_are_named(
         ("vision_config", {"qk_normalization": None}, ("'qk_normalization' is True",)),
         ("vision_config", {"norm_type": "rms_norm"}, ("'norm_type' is 'rms_norm'",)),
         ("llm_config", {"model_type": "internlm2"}, ("'llm_config' has model_type 'internlm2'",)),
-        ("", {"template": "Hermes-2"}, ("template 'Hermes-2' is not known", "internvl2_5")),
+        ("", {"template": "Hermes-2"}, ("template 'Hermes-2' is not supported", "internvl2_5")),
         ("", {"template": None}, ("'template' is missing",)),
         ("", {"ps_version": "v3"}, ("'ps_version' is 'v3', expected v1 or v2",)),
         ("", {"force_image_size": 448}, ("'force_image_size' is 448", "56 pixels")),

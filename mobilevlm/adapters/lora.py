@@ -101,8 +101,8 @@ def _refuse_variants(path: Path, config: dict[str, Any]) -> None:
     for key in sorted(config.keys() - _READ - _NO_EFFECT):
         if config[key] not in (None, False, [], {}):
             raise CheckpointError(
-                f"{path}: {key!r:.60} is {config[key]!r:.60}, a variant of LoRA that is not known "
-                f"here: {_MERGE}"
+                f"{path}: {key!r:.60} is {config[key]!r:.60}, a variant of LoRA that is not "
+                f"supported: {_MERGE}"
             )
     start = config.get("init_lora_weights")
     if not isinstance(start, bool) and start not in _KINDS_OF_START:
@@ -196,8 +196,8 @@ def lora_tensors(config: LoraConfig, files: TensorFiles) -> LoraTensors:
         found, stored = _LORA.fullmatch(name), Stored(files, name)
         if len(name) > _LONGEST_NAME or (found is None and "lora_" in name):
             raise CheckpointError(
-                f"{files.folder}: tensor {name!r:.120} is of a variant of LoRA that is not known "
-                f"here: {_MERGE}"
+                f"{files.folder}: tensor {name!r:.120} is of a variant of LoRA that is not "
+                f"supported: {_MERGE}"
             )
         if found is None:
             place: dict[str, Stored] = replacements

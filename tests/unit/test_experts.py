@@ -57,7 +57,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"moe": {"num_experts": [4, 1]}}, "none below 2 ('top_k_experts')"),
     ({"moe": {"top_k_experts": 0}}, "'top_k_experts' is 0"),
     ({"moe": {"num_experts": [5]}}, "deepspeed_experts.4"),
-    ({"image_projector_type": "qformer4_36"}, "image_projector_type 'qformer4_36' is not supported"),
+    ({"image_projector_type": "qformer4_36"}, "type 'qformer4_36' is not supported"),
     ({"image_projector_type": "cheap_simple_in1_out1"}, "expected linear, mlp2x_gelu"),
     ({"image_projector_type": "mlp3x_gelu"}, "image_spatial_proj.4"),
     ({"rope_pct": 0.2}, "'rope_pct' 0.2 of 16 channels are 3, expected an even number"),

@@ -405,25 +405,29 @@ def outside_documents() -> dict[str, Path]:
             if target is None or target.is_relative_to(DOCS) or _place(target) in found:
                 continue
             found[_place(target)] = target
-            if target.suffix == ".md":
-                waiting.append(target)
+            for inside in sorted(target.glob("*.md")) if target.is_dir() else [target]:
+                if inside.suffix == ".md":
+                    found.setdefault(_place(inside), inside)
+                    waiting.append(inside)
     return found
 
 
 def _target(document: Path, link: str) -> Path | None:
-    """Return the file of the checkout that a link leads to; none for addresses."""
+    """Return the file or folder of the checkout that a link leads to; none for addresses."""
     path = link.partition("#")[0]
     if not path or re.match(r"[a-z]+:", path):
         return None
     target = (document.parent / path).resolve()
     if target.is_dir() and (target / "README.md").is_file():
         target /= "README.md"
-    return target if target.is_file() and target.is_relative_to(ROOT) else None
+    return target if target.exists() and target.is_relative_to(ROOT) else None
 
 
 def _place(target: Path) -> str:
     """Return the place in the site: program text becomes a page."""
     name = f"{OUTSIDE}/{target.relative_to(ROOT).as_posix()}"
+    if target.is_dir():
+        return f"{name}/index.md"
     return f"{name}.md" if target.suffix in (".py", ".c", ".toml", "") else name
 
 
@@ -452,7 +456,11 @@ def on_files(files: Any, config: Any) -> Any:
     for place, content in generated().items():
         files.append(File.generated(config, place, content=content))
     for place, path in outside_documents().items():
-        if path.suffix == ".md":
+        if path.is_dir():
+            names = sorted(one.name for one in path.glob("*.md"))
+            lines = [f"# {path.relative_to(ROOT)}", "", *(f"- [{name}]({name})" for name in names)]
+            files.append(File.generated(config, place, content="\n".join(lines) + "\n"))
+        elif path.suffix == ".md":
             text = relinked(path.read_text(encoding="utf-8"), path, place)
             files.append(File.generated(config, place, content=text))
         elif place.endswith(".md"):

@@ -179,7 +179,7 @@ def commands_page() -> str:
             *_help(command.help or ""),
         ]
         rows = [
-            f"| {_cell(record[0])} | {_cell(record[1], code=False)} |"
+            f"| {_cell(record[0])} | {_cell(record[1])} |"
             for option in command.get_params(inner)
             if (record := option.get_help_record(inner)) is not None
         ]
@@ -189,12 +189,14 @@ def commands_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _cell(text: str, code: bool = True) -> str:
-    """Return text of the help for a cell of a table; only backticks keep marks as they are."""
+def _cell(text: str) -> str:
+    """Return text of the help for a cell of a table: names of options are code."""
     text = " ".join(text.split())
-    if code:
-        return "`" + text.replace("|", "\\|") + "`"
-    return re.sub(r"([|<>\[\]*_])", r"\\\1", text)
+    names = (
+        found[0].rstrip() if (found := re.match(r"--?[\w-]+(?:(?:, | / )--?[\w-]+)*", text)) else ""
+    )
+    rest = re.sub(r"([|<>\[\]*_])", r"\\\1", text[len(names) :])
+    return f"`{names}`{rest}" if names else rest
 
 
 def _help(text: str) -> Iterator[str]:
@@ -316,8 +318,11 @@ def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
         properties = {}
         for one in dataclasses.fields(hint):
             properties[one.name] = _schema_of(hints[one.name], definitions)
-            if text := one_line(texts.get(one.name)).replace("\\|", "|"):
-                properties[one.name]["description"] = text
+            text = texts.get(one.name)
+            if text is None and dataclasses.is_dataclass(kind := hints[one.name]):
+                text = kind.__doc__
+            if text:
+                properties[one.name]["description"] = one_line(text).replace("\\|", "|")
         definitions[name] = {
             "type": "object",
             "description": one_line(hint.__doc__).replace("\\|", "|"),
@@ -478,3 +483,8 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     if place.startswith(f"{OUTSIDE}/") or page.file.generated_by:
         return markdown
     return relinked(markdown, DOCS / place, place)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Show ``|`` in code of tables, where Markdown wants a backslash before it."""
+    return re.sub(r"<code>[^<]*</code>", lambda found: found[0].replace("\\|", "|"), html)

@@ -21,6 +21,7 @@ from mobilevlm.bundle import (
     SystemPrompt,
     WeightError,
     describe_files,
+    layer_table,
     named_files,
     write_manifest,
 )
@@ -205,12 +206,14 @@ def _system_prompt(model: Model, work: Workspace, draft: Manifest) -> SystemProm
 
 def _manifest(model: Model, recipe: Recipe, artifacts: tuple[Artifact, ...]) -> Manifest:
     """Without the quality, which is measured next, and the files, which are hashed last."""
+    table = _embedding_table(model, artifacts)
     return Manifest(
         schema_version=SCHEMA_VERSION,
         spec=model.spec,
         recipe=recipe.for_manifest(),
         artifacts=artifacts,
-        embeddings=_embedding_table(model, artifacts),
+        embeddings=table,
+        layer_embeddings=None if table is None else layer_table(table, model.spec.decoder),
         quality=Quality(False),
         files={},
         tools=tool_versions(formats_of(artifacts)),

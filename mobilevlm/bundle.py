@@ -11,12 +11,13 @@ import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal, TypeAlias, TypeVar
 
 from mobilevlm.bundle_checks import check_file, check_graph, check_manifest
 from mobilevlm.bundle_identity import Identity, identity_of, replaced_error, steadily, unchanged
+from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError, MobileVLMError
 from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.recipe import Recipe
@@ -24,6 +25,8 @@ from mobilevlm.regular_file import read_regular
 from mobilevlm.spec import ModelSpec
 from mobilevlm.whole_file import file_sha256
 
+PAGE = 4096
+"""Large tensors of a file begin at multiples of so many bytes, so that they can be mapped alone."""
 SCHEMA_VERSION = 2
 """1: one image input, whose parts were keys of the spec (schema_1.py)."""
 MANIFEST = "manifest.json"
@@ -105,6 +108,15 @@ class EmbeddingTable:
     dtype: Literal["float16", "float32"]
     rows: int
     columns: int
+
+
+def layer_table(first: EmbeddingTable, spec: DecoderSpec) -> EmbeddingTable | None:
+    """Return where the table of layers' own inputs lies, behind that of embeddings; none where
+    layers have no such inputs."""
+    if not spec.layer_input_size:
+        return None
+    size = first.rows * first.columns * (int(first.dtype[-2:]) // 8)
+    return replace(first, offset=-(-size // PAGE) * PAGE, columns=spec.layer_input_width)
 
 
 @dataclass(frozen=True)
@@ -217,6 +229,8 @@ class Manifest:
     compiled: tuple[Compiled, ...] = ()
     coverage: tuple[Coverage, ...] = ()
     reduced_build: ReducedBuild | None = None
+    layer_embeddings: EmbeddingTable | None = None
+    """Of the inputs that each layer has for itself; all layers of a token are one row"""
     packages: tuple[Package, ...] = ()
     other_runtime: ForOtherRuntime | None = None
 

@@ -157,14 +157,24 @@ def _artifacts(artifacts: tuple[Artifact, ...]) -> Iterator[Check]:
 
 
 def _stored(manifest: Manifest) -> Iterator[Check]:
-    decoder, table, system = manifest.spec.decoder, manifest.embeddings, manifest.system_prompt
+    decoder, system = manifest.spec.decoder, manifest.system_prompt
+    table, layers = manifest.embeddings, manifest.layer_embeddings
+    for name, part, width in (
+        ("embeddings", table, decoder.hidden_size),
+        ("layer_embeddings", layers, decoder.layer_input_width),
+    ):
+        if part is None:
+            continue
+        shape, expected = (part.rows, part.columns), (decoder.vocab_size, width)
+        yield f"{name}.rows and columns", shape, shape == expected and width > 0, str(expected)
+        size, item = manifest.files[part.path].size, int(part.dtype[-2:]) // 8
+        end = part.offset + part.rows * part.columns * item
+        is_right = part.offset >= 0 and part.offset % item == 0 and end <= size
+        yield f"{name}.offset", part.offset, is_right, f"rows within {size} bytes"
     if table is not None:
-        shape, expected = (table.rows, table.columns), (decoder.vocab_size, decoder.hidden_size)
-        yield "embeddings.rows and columns", shape, shape == expected, str(expected)
-        size, item = manifest.files[table.path].size, int(table.dtype[-2:]) // 8
-        end = table.offset + table.rows * table.columns * item
-        is_right = table.offset >= 0 and table.offset % item == 0 and end <= size
-        yield "embeddings.offset", table.offset, is_right, f"rows within {size} bytes"
+        place, expected_place = layers and layers.path, table.path
+        is_right = (place == expected_place) if decoder.layer_input_size else layers is None
+        yield "layer_embeddings", place, is_right, "in the file of embeddings, if layers have some"
     if system is not None:
         ids = system.ids
         is_right = all(0 <= item < decoder.vocab_size for item in ids)

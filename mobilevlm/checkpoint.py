@@ -90,7 +90,14 @@ class TensorFiles:
 
     def read(self, name: str) -> Float32:
         """The tensor as float32, in its stored shape."""
-        array = self._shard(name).read(name)
+        return self._counted(name, self._shard(name).read(name))
+
+    def read_rows(self, name: str, start: int, stop: int) -> Float32:
+        """Some rows of a tensor as float32."""
+        return self._counted(name, self._shard(name).read_rows(name, start, stop))
+
+    def _counted(self, name: str, array: Float32) -> Float32:
+        """Return what was just read."""
         self._touched.add(self._index[name])
         self._bytes_read += array.nbytes
         if self._bytes_read > REMAP_BYTES:
@@ -236,12 +243,18 @@ class TensorRef:
     """Rows of a stored matrix are our columns."""
     joined: tuple[int, ...] = ()
     """Order in which its dimensions after the first are stored, where they are stored as one."""
+    order: tuple[int, ...] = ()
+    """Stored rows in our order, where it is another."""
+    scalar: bool = False
+    """Our one number is stored without dimensions. An infinite one becomes the largest finite."""
     inner: int = 0
     """Dimensions of 1 behind the stored ones that are not ours: kernels of pointwise
     convolutions."""
 
     def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """Return the shape of the whole stored tensor, given the shape of this one."""
+        if self.scalar:
+            return ()
         rows, *rest = shape[::-1] if self.transposed else shape
         if self.joined:
             rest = [math.prod(rest)]
@@ -250,8 +263,12 @@ class TensorRef:
 
     def cut(self, stored: Float32, shape: tuple[int, ...]) -> Float32:
         """This tensor, which has this shape, given the whole stored one."""
+        if self.scalar:
+            largest = np.finfo(np.float32).max
+            return np.clip(stored, -largest, largest).reshape(shape)
         stored = stored.reshape(stored.shape[self.outer : stored.ndim - self.inner])
         part = stored if self.rows is None else stored[self.rows.start : self.rows.stop]
+        part = part[list(self.order)] if self.order else part
         part = part.T if self.transposed else part
         if self.joined:
             part = part.reshape(shape[0], *(shape[axis] for axis in self.joined))
@@ -329,6 +346,31 @@ class Weights:
         Raises:
             CheckpointError: it is missing, of another shape, not of floats, or not finite.
         """
+        ref = self._checked(name, shape)
+        array = _finite(ref, ref.cut(ref.files.read(ref.name), shape))
+        for change in self._changes.get(name, ()):
+            array = change.apply(array)
+        return array
+
+    def read_rows(self, name: str, shape: tuple[int, ...], start: int, stop: int) -> Float32:
+        """Return some rows of the tensor ``name``; errors as of :meth:`read`. Of one that is not
+        changed as it is read, the others are not read."""
+        ref = self._refs[name]
+        if ref != TensorRef(ref.files, ref.name) or not isinstance(ref.files, TensorFiles):
+            return self.read(name, shape)[start:stop]
+        if name in self._changes:
+            return self.read(name, shape)[start:stop]
+        self._checked(name, shape)
+        return _finite(ref, ref.files.read_rows(ref.name, start, stop))
+
+    def rows_at(self, name: str, shape: tuple[int, ...], ids: NDArray[np.int64]) -> Float32:
+        """Return the rows with these numbers ``(…, columns)``; see :meth:`read_rows`."""
+        wanted = ids.flatten().tolist()
+        known = {index: self.read_rows(name, shape, index, index + 1) for index in set(wanted)}
+        rows = [known[index] for index in wanted]
+        return np.concatenate(rows).reshape(*ids.shape, *shape[1:])
+
+    def _checked(self, name: str, shape: tuple[int, ...]) -> TensorRef:
         ref = self._refs[name]
         self.check(name, shape)
         if (kind := ref.files.dtype(ref.name)) not in FLOATS:
@@ -336,16 +378,7 @@ class Weights:
                 f"{ref.files.folder}: tensor {ref.name!r} is stored as {kind}, expected floats: "
                 f"give the checkpoint as it was before quantization"
             )
-        array = ref.cut(ref.files.read(ref.name), shape)
-        with np.errstate(invalid="ignore"):  # infinities of both signs
-            total = np.sum(array, dtype=np.float64)
-        if not np.isfinite(total):
-            raise CheckpointError(
-                f"{ref.files.folder}: tensor {ref.name!r} holds values that are not finite"
-            )
-        for change in self._changes.get(name, ()):
-            array = change.apply(array)
-        return array
+        return ref
 
     def check(self, name: str, shape: tuple[int, ...]) -> None:
         """Raise CheckpointError where a tensor has another shape."""
@@ -360,7 +393,8 @@ class Weights:
     def q4_0(self, name: str) -> NDArray[np.uint8] | None:
         """The bytes of a tensor that is stored in llama.cpp's Q4_0, else none."""
         ref = self._refs[name]
-        return None if name in self._changes or ref.rows or ref.joined else ref.files.q4_0(ref.name)
+        changed = name in self._changes or ref.rows or ref.joined or ref.order
+        return None if changed else ref.files.q4_0(ref.name)
 
     @property
     def stored_bytes(self) -> int:
@@ -371,7 +405,7 @@ class Weights:
     def size(self, name: str) -> int:
         """How many numbers the tensor holds."""
         ref = self._refs[name]
-        rows, *rest = ref.files.shape(ref.name)
+        rows, *rest = ref.files.shape(ref.name) or (1,)
         return math.prod(rest) * (ref.rows.stop - ref.rows.start if ref.rows else rows)
 
     def sha256(self, prefix: str) -> str:
@@ -382,6 +416,16 @@ class Weights:
                 ref = self._refs[name]
                 digest.update(f"{name} {ref.name} {ref.files.sha256}\n".encode())
         return digest.hexdigest()
+
+
+def _finite(ref: TensorRef, array: Float32) -> Float32:
+    with np.errstate(invalid="ignore"):  # infinities of both signs
+        total = np.sum(array, dtype=np.float64)
+    if not np.isfinite(total):
+        raise CheckpointError(
+            f"{ref.files.folder}: tensor {ref.name!r} holds values that are not finite"
+        )
+    return array
 
 
 def check_presence(refs: Mapping[str, TensorRef]) -> None:

@@ -105,6 +105,7 @@ def _blocks(decoder: DecoderSpec) -> Iterator[Check]:
     is_right = 2 <= kernel <= MOST_KERNEL if layers else kernel == 0
     yield "decoder.conv_kernel", kernel, is_right, f"2 to {MOST_KERNEL} where there are conv_layers"
     yield from _delta(decoder)
+    yield from _own_sizes(decoder)
     is_right = _ascending(decoder.deep_layers, decoder)
     yield "decoder.deep_layers", decoder.deep_layers, is_right, "layers of the decoder"
     for name in (
@@ -119,10 +120,41 @@ def _blocks(decoder: DecoderSpec) -> Iterator[Check]:
         "image_blocks",
         "attention_gate",
         "delta",
+        "value_norm",
+        "shared_kv_layers",
+        "layer_input_size",
+        "layer_scale",
     ):
         value = getattr(decoder, name)
         is_right = not (value and decoder.encoder_layers)
         yield f"decoder.{name}", value, is_right, "none beside an encoder (encoder_layers)"
+
+
+def _own_sizes(decoder: DecoderSpec) -> Iterator[Check]:
+    """Check sizes that some layers have for themselves, and inputs of layers."""
+    names = ("global_head_dim", "shared_kv_layers", "shared_intermediate_size", "layer_input_size")
+    yield from check_whole("decoder", {name: getattr(decoder, name) for name in names}, 0)
+    head = decoder.global_head_dim
+    is_right = head % 2 == 0 and (head == 0 or decoder.rotary_dim is None)
+    yield "decoder.global_head_dim", head, is_right, "an even number, without rotary_dim"
+    pairs, most = decoder.turned_pairs, (head or decoder.rotary_channels) // 2
+    is_right = pairs is None or (0 <= pairs <= most and not decoder.rope_sections)
+    yield "decoder.turned_pairs", pairs, is_right, f"up to {shortened(most)}, and one axis"
+    count, shared = decoder.num_hidden_layers, decoder.shared_kv_layers
+    kinds = [decoder.window(layer) for layer in range(count)]
+    is_right = shared < count and set(kinds[count - shared :]) <= set(kinds[: count - shared])
+    others = decoder.conv_layers or decoder.delta or decoder.attention_gate or decoder.image_blocks
+    is_right = is_right and not (shared and (others or not decoder.qk_norm or decoder.sound_rank))
+    expected = "layers behind others of their kinds, with norms of queries, of attention alone"
+    yield "decoder.shared_kv_layers", shared, is_right, expected
+    is_right = not decoder.value_norm or decoder.qk_norm
+    yield "decoder.value_norm", decoder.value_norm, is_right, "none without qk_norm"
+    width = decoder.layer_input_width
+    yield "the inputs of all layers", width, width <= MOST_STATE, f"at most {MOST_STATE} numbers"
+    index = decoder.layer_input_id
+    yield "decoder.layer_input_id", index, 0 <= index < decoder.vocab_size, "an id"
+    is_right = not (decoder.layer_scale or decoder.layer_input_size) or not decoder.deep_layers
+    yield "decoder.deep_layers", decoder.deep_layers, is_right, "none beside inputs of layers"
 
 
 def _delta(decoder: DecoderSpec) -> Iterator[Check]:

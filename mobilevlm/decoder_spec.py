@@ -164,6 +164,28 @@ class DecoderSpec:
     attention gives (Qwen3.5)."""
     delta: DeltaSpec | None = None
 
+    global_head_dim: int = 0
+    """Channels of each head in the layers that see the whole past, where sliding layers have others
+    (Gemma 4); 0: ``head_dim``."""
+    turned_pairs: int | None = None
+    """Pairs of rotary channels that turn in the layers that see the whole past, the first ones; the
+    angle of the others is 0, and all count as channels of the base (Gemma 4's ``proportional``)."""
+    value_norm: bool = False
+    """RMS norms without weight over the channels of each value head (Gemma 4)."""
+    shared_kv_layers: int = 0
+    """Last layers that read the keys and values of the last layer of their kind, sliding or not,
+    before them all (Gemma 3n, Gemma 4)."""
+    shared_intermediate_size: int = 0
+    """Inner size of the MLPs in these layers; 0: ``intermediate_size``."""
+    layer_input_size: int = 0
+    """Channels of an input of its own that each layer has: a row of a table by token beside a
+    projection of the embedding, which gates the residual stream behind the MLP (per-layer
+    embeddings of Gemma 3n and Gemma 4). 0: there is none."""
+    layer_input_id: int = 0
+    """Token whose rows of that table stand for visual tokens."""
+    layer_scale: bool = False
+    """The output of each layer is multiplied by a learned number (Gemma 4)."""
+
     sound_rank: int = 0
     """Rank of products that are added to queries and values where a prompt has sound:
     ``attn.q_down`` and ``attn.q_up``, ``attn.v_down`` and ``attn.v_up`` (Granite Speech's LoRA); 0:
@@ -179,6 +201,9 @@ class DecoderSpec:
             "gated delta layers": self.delta,
             "gates behind attention": self.attention_gate,
             "products that act where a prompt has sound": self.sound_rank,
+            "heads of two sizes": self.global_head_dim,
+            "keys and values that layers share": self.shared_kv_layers,
+            "per-layer embeddings": self.layer_input_size,
         }
         return tuple(name for name, layers in parts.items() if layers)
 
@@ -187,6 +212,33 @@ class DecoderSpec:
         if layer in self.conv_layers:
             return "short_conv"
         return "delta" if self.delta is not None and layer in self.delta.layers else "attn"
+
+    def kv_layer(self, layer: int) -> int:
+        """Return the layer whose keys and values a layer reads."""
+        first = self.num_hidden_layers - self.shared_kv_layers
+        if layer < first:
+            return layer
+        kind = self.window(layer)
+        return next(index for index in reversed(range(first)) if self.window(index) == kind)
+
+    @property
+    def kv_sources(self) -> set[int]:
+        """Layers whose keys and values others read."""
+        layers = range(self.num_hidden_layers)
+        return {source for layer in layers if (source := self.kv_layer(layer)) != layer}
+
+    def at(self, layer: int) -> DecoderSpec:
+        """Return the decoder with the sizes that one layer has."""
+        if not (self.global_head_dim or self.shared_intermediate_size or self.turned_pairs):
+            return self
+        sizes: dict[str, int | None] = {"global_head_dim": 0, "shared_intermediate_size": 0}
+        if self.window(layer):
+            sizes["turned_pairs"] = None
+        elif self.global_head_dim:
+            sizes["head_dim"] = self.global_head_dim
+        if self.shared_intermediate_size and self.kv_layer(layer) != layer:
+            sizes["intermediate_size"] = self.shared_intermediate_size
+        return dataclasses.replace(self, **sizes)  # type: ignore[arg-type]
 
     @property
     def attention_layers(self) -> int:
@@ -223,6 +275,11 @@ class DecoderSpec:
         """Channels of each head in the keys and values of an ONNX decoder on the CPU, whose
         attention takes multiples of 8: those beyond ``head_dim`` are 0."""
         return -(-self.head_dim // 8) * 8
+
+    @property
+    def layer_input_width(self) -> int:
+        """Channels of the inputs that all layers have together."""
+        return self.num_hidden_layers * self.layer_input_size
 
     @property
     def mlp_linears(self) -> tuple[tuple[str, ...], str]:

@@ -221,9 +221,8 @@ def _native_encoder(vision: NativeEncoder, total: int) -> Iterator[Check]:
         "frames": vision.frames,
     }
     yield from check_whole("vision", numbers)
-    yield from check_whole(
-        "vision", {"position_grid": vision.position_grid, "window": vision.window}, 0
-    )
+    sizes = ("position_grid", "axis_positions", "window")
+    yield from check_whole("vision", {name: getattr(vision, name) for name in sizes}, 0)
     numbers_above_0 = {"norm_eps": vision.norm_eps, "rope_theta": vision.rope_theta}
     yield from check_positive("vision", numbers_above_0)
     layers = vision.num_hidden_layers
@@ -235,7 +234,8 @@ def _native_encoder(vision: NativeEncoder, total: int) -> Iterator[Check]:
         is_right = list(value) == sorted(set(value)) and all(0 <= one < layers for one in value)
         yield f"vision.{name}", value, is_right, "layers, in order"
     weights = size_of(tower_groups(vision)) + hidden * vision.patch_values
-    yield check_weights("vision", weights + hidden * vision.position_grid**2, total)
+    rows = vision.position_grid**2 + 2 * vision.axis_positions
+    yield check_weights("vision", weights + hidden * rows, total)
 
 
 def _conv_encoder(vision: ConvEncoder, total: int) -> Iterator[Check]:
@@ -293,8 +293,9 @@ def check_projector(spec: ModelSpec, total: int) -> Iterator[Check]:
         yield "projector.deep", projector.deep, projector.deep == layers, f"{layers}"
         added = len(spec.decoder.deep_layers)
         yield "decoder.deep_layers", added, added == layers, f"{layers} of them"
-    is_right = is_native == (projector.kind == "merger")
-    yield "projector.kind", projector.kind, is_right, "merger behind a native encoder, no other"
+    is_right = is_native == (projector.kind in ("merger", "pool"))
+    behind = "merger or pool behind a native encoder, no other"
+    yield "projector.kind", projector.kind, is_right, behind
     for name, value, expected in (
         ("in_size", projector.in_size, vision.hidden_size),
         ("grid", projector.grid, grid),

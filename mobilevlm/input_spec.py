@@ -145,6 +145,9 @@ class DynamicImage:
     resample: FreeResampling = "bicubic"
     least_edge: bool = False
     """An edge is ``factor`` pixels at least before the pixels are counted (LFM2-VL)."""
+    fill_edge: int = 0
+    """Pixels of an edge at most, where every image is brought to ``max_pixels`` in its own shape,
+    both edges rounded down (Gemma 4); 0: images stay near their own size."""
     clip: ClipSpec | None = None
     """How videos become clips; none: their frames are images."""
     kind: Literal["dynamic_image"] = "dynamic_image"
@@ -408,15 +411,16 @@ class ConnectorSpec:
     """Tower features ``(num_features, in_size)`` to visual tokens ``(num_rows, out_size)``."""
 
     kind: Literal[
-        "mlp", "ldp", "ldpv2", "mlp_downsample", "qformer", "merger", "stack", "llama.cpp"
+        "mlp", "ldp", "ldpv2", "mlp_downsample", "qformer", "merger", "pool", "stack", "llama.cpp"
     ]
     """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
     it averages squares of them first. ``mlp_downsample`` (VILA; pixel shuffle in Idefics3 and
     InternVL) joins the patches of such a square in one vector, which a norm and the MLP follow.
     ``qformer`` has an MLP of depth 1 behind the Q-Former. ``merger`` (Qwen2-VL) normalises patches,
-    joins those of a square, as a :class:`NativeEncoder` has them, and has an MLP. ``stack``, of
-    sound, joins ``factor`` neighbouring features before its MLP. ``llama.cpp``: any that llama.cpp
-    alone knows."""
+    joins those of a square, as a :class:`NativeEncoder` has them, and has an MLP. ``pool`` (Gemma
+    4) averages the patches of such a square, and has an RMS norm without weight and an MLP.
+    ``stack``, of sound, joins ``factor`` neighbouring features before its MLP. ``llama.cpp``: any
+    that llama.cpp alone knows."""
     in_size: int
     out_size: int
     depth: int

@@ -89,10 +89,16 @@ def tower_layer(
     """Yield the layers of one layer of an encoder, attention first."""
     part = "audio" if isinstance(spec, WhisperEncoder) else "vision"
     size, name, wide = spec.hidden_size, f"{part}.layers.{index}", spec.intermediate_size
-    yield LinearGroup(_qkv(f"{name}.attn"), size, (size,) * 3, True)
-    yield LinearGroup((f"{name}.attn.out_proj",), size, (size,), True)
+    clipped = isinstance(spec, NativeEncoder) and spec.clipped
     linears = spec.mlp_linears if isinstance(spec, NativeEncoder) else MLP_LINEARS["plain"]
-    yield from _mlp(f"{name}.mlp", linears, size, wide, True)
+    biased = spec.bias if isinstance(spec, NativeEncoder) else True
+    groups = [
+        LinearGroup(_qkv(f"{name}.attn"), size, (size,) * 3, biased),
+        LinearGroup((f"{name}.attn.out_proj",), size, (size,), biased),
+        *_mlp(f"{name}.mlp", linears, size, wide, biased),
+    ]
+    for group in groups:  # layers with bounds of their own have inputs of their own
+        yield from group.layers if clipped else [group]
 
 
 def _conformer_groups(spec: ConformerEncoder) -> Iterator[LinearGroup]:
@@ -145,6 +151,8 @@ def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
     if spec.encoder_layers:
         yield from _encoder_groups(spec)
     size, queries = spec.hidden_size, spec.num_attention_heads * spec.head_dim
+    if spec.layer_input_size:
+        yield layer_inputs_group(spec)
     for index in range(spec.num_hidden_layers):
         name = f"decoder.layers.{index}"
         yield from mixer_groups(spec, index, name)
@@ -154,23 +162,31 @@ def decoder_groups(spec: DecoderSpec) -> Iterator[LinearGroup]:
             yield LinearGroup((f"{name}.cross.query_proj",), size, (queries,), spec.qkv_bias)
             yield LinearGroup((f"{name}.cross.o_proj",), queries, (size,), spec.o_bias)
         for mlp in spec.mlp_names(index):
-            yield from mlp_groups(spec, mlp)
+            yield from mlp_groups(spec.at(index), mlp)
+        if spec.layer_input_size:
+            yield from layer_input_groups(spec, f"{name}.layer_input")
     yield head_group(spec)
 
 
 def mixer_groups(spec: DecoderSpec, index: int, layer: str) -> Iterator[LinearGroup]:
     """Yield the layers of what mixes positions in a decoder layer. ``layer``: its name."""
     mixer = spec.mixer(index)
-    groups = {"attn": attention_groups, "short_conv": convolution_groups, "delta": delta_groups}
+    if mixer == "attn":
+        reads = spec.kv_layer(index) != index
+        yield from attention_groups(spec.at(index), f"{layer}.attn", reads)
+        return
+    groups = {"short_conv": convolution_groups, "delta": delta_groups}
     yield from groups[mixer](spec, f"{layer}.{mixer}")
 
 
-def attention_groups(spec: DecoderSpec, attn: str) -> Iterator[LinearGroup]:
-    """Yield the layers of one self-attention of a decoder. ``attn``: its canonical name."""
+def attention_groups(spec: DecoderSpec, attn: str, reads: bool = False) -> Iterator[LinearGroup]:
+    """Yield the layers of one self-attention of a decoder. ``attn``: its canonical name;
+    ``reads``: its keys and values are those of another layer."""
     queries = spec.num_attention_heads * spec.head_dim
     keys = spec.num_key_value_heads * spec.head_dim
     asked = queries * (1 + spec.attention_gate)
-    yield LinearGroup(_qkv(attn), spec.hidden_size, (asked, keys, keys), spec.qkv_bias)
+    whole = LinearGroup(_qkv(attn), spec.hidden_size, (asked, keys, keys), spec.qkv_bias)
+    yield whole.layers[0] if reads else whole
     yield LinearGroup((f"{attn}.o_proj",), queries, (spec.hidden_size,), spec.o_bias)
 
 
@@ -211,6 +227,18 @@ def mlp_groups(spec: DecoderSpec, mlp: str) -> Iterator[LinearGroup]:
     """Yield the layers of one MLP of a decoder. ``mlp``: its canonical name."""
     sizes = spec.hidden_size, spec.intermediate_size
     yield from _mlp(mlp, spec.mlp_linears, *sizes, spec.mlp_bias)
+
+
+def layer_inputs_group(spec: DecoderSpec) -> LinearGroup:
+    """Return the layer that makes a part of all layers' own inputs of the embeddings."""
+    return LinearGroup(("decoder.layer_inputs.proj",), spec.hidden_size, (spec.layer_input_width,))
+
+
+def layer_input_groups(spec: DecoderSpec, name: str) -> Iterator[LinearGroup]:
+    """Yield the layers around the own input of a decoder layer. ``name``: their module's."""
+    size, inner = spec.hidden_size, spec.layer_input_size
+    yield LinearGroup((f"{name}.gate",), size, (inner,))
+    yield LinearGroup((f"{name}.proj",), inner, (size,))
 
 
 def head_group(spec: DecoderSpec) -> LinearGroup:

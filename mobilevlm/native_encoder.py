@@ -8,6 +8,8 @@ from typing import Literal
 
 from mobilevlm.decoder_spec import MLP_LINEARS
 
+BOUNDS = ("input_min", "input_max", "output_min", "output_max")
+"""Numbers that a clipped linear layer has beside its weight."""
 MOST_FRAMES = 1 << 16
 """Frames of a clip."""
 
@@ -47,6 +49,18 @@ class NativeEncoder:
     """Layers whose output the connector reads beside the features (DeepStack), in ascending
     order."""
     rope_theta: float = 10000.0
+    bias: bool = True
+    """Linear layers have biases."""
+    head_norms: bool = False
+    """RMS norms over the channels of each head: of queries and keys, and, without weight, of
+    values. Products of query and key are not divided then (Gemma 4)."""
+    post_norms: bool = False
+    """Outputs of attention and MLP are normalised too before they are added."""
+    clipped: bool = False
+    """Inputs and outputs of linear layers are clipped to bounds that each has (Gemma 4)."""
+    axis_positions: int = 0
+    """Rows of each of two tables of learned positions, by row and by column of a patch, which are
+    added as they are (Gemma 4); 0: there are none."""
     kind: Literal["native"] = "native"
 
     @property

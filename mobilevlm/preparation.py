@@ -34,7 +34,12 @@ from mobilevlm.media.any_resolution import (
     prepare_any_resolution,
 )
 from mobilevlm.media.aspect_tiles import aspect_pieces, prepare_aspect_tiles
-from mobilevlm.media.dynamic_image import dynamic_pieces, most_dynamic_pixels, prepare_dynamic
+from mobilevlm.media.dynamic_image import (
+    dynamic_pieces,
+    filling_shapes,
+    most_dynamic_pixels,
+    prepare_dynamic,
+)
 from mobilevlm.media.dynamic_tiles import (
     dynamic_tile_pieces,
     dynamic_tile_shapes,
@@ -278,6 +283,8 @@ def _extremes(spec: InputSpec) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
         shapes = ((spec.preparation.min_tiles, 1), (spec.preparation.max_tiles * _LARGE, _LARGE))
     elif isinstance(spec.preparation, DynamicTiles):
         shapes = dynamic_tile_shapes(spec.preparation)
+    elif isinstance(spec.preparation, DynamicImage) and spec.preparation.fill_edge:
+        shapes = filling_shapes(spec.preparation)
     found = [_pieces(shape, spec) for shape in shapes]
     return min(found, key=count_positions), max(found, key=count_positions)
 

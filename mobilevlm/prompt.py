@@ -62,6 +62,9 @@ class Rows:
     heard: bool | None = None
     """They belong to a prompt with sound, for decoders with a ``sound_rank``; none: as the rows
     before them"""
+    ids: NDArray[np.int64] | None = None
+    """Tokens (rows,), -1 for rows of an encoder, which decoders with inputs of their own for each
+    layer look these up by"""
 
     def __len__(self) -> int:
         return len(self.embeds)
@@ -73,6 +76,7 @@ class Rows:
             None if self.positions is None else self.positions[:, span],
             self._blocks_in(*span.indices(len(self))[:2]),
             self.heard,
+            None if self.ids is None else self.ids[span],
         )
 
     def _blocks_in(self, start: int, end: int) -> tuple[tuple[int, int], ...]:
@@ -225,6 +229,12 @@ def visual_positions(pieces: Iterable[Piece]) -> NDArray[np.bool_]:
     """Return which positions of a prompt encoders fill ``(length,)``."""
     counts = [(piece.rows, True) if isinstance(piece, Run) else (1, False) for piece in pieces]
     return np.repeat([is_run for _, is_run in counts], [rows for rows, _ in counts])
+
+
+def token_ids(pieces: Iterable[Piece]) -> NDArray[np.int64]:
+    """Return the ids of a prompt ``(length,)``, -1 for rows that encoders fill."""
+    parts = [[piece] if isinstance(piece, int) else [-1] * piece.rows for piece in pieces]
+    return np.array([index for part in parts for index in part], np.int64)
 
 
 def grid_positions(pieces: Iterable[Piece], axes: int) -> NDArray[np.int64]:

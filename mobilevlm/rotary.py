@@ -14,7 +14,8 @@ Float32: TypeAlias = NDArray[np.float32]
 
 def rotary_tables(spec: DecoderSpec, sliding: bool = False) -> tuple[Float32, Float32]:
     """Cosine and sine ``(context_length, rotary_channels / 2)``, in float32 as in the reference
-    code. ``sliding``: of the sliding layers' own base."""
+    code. ``spec``: that of a layer (:meth:`DecoderSpec.at`) where they differ; ``sliding``: of the
+    sliding layers' own base."""
     theta, scaling = spec.rope(sliding)
     positions = np.arange(spec.context_length, dtype=np.float32) / np.float32(scaling)
     angle = np.outer(positions, _frequencies(spec, theta)).astype(np.float32)
@@ -43,4 +44,7 @@ def _frequencies(spec: DecoderSpec, theta: float) -> Float32:
     """Radians of each pair of channels for a step of 1 ``(rotary_channels / 2,)``."""
     channels = spec.rotary_channels
     exponent = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
-    return (np.float32(1) / np.float32(theta) ** exponent).astype(np.float32)
+    frequencies: Float32 = (np.float32(1) / np.float32(theta) ** exponent).astype(np.float32)
+    if spec.turned_pairs is not None:
+        frequencies[spec.turned_pairs :] = 0
+    return frequencies

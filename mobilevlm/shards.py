@@ -39,6 +39,7 @@ class Shard(Protocol):
     def shape(self, name: str) -> tuple[int, ...]: ...
     def dtype(self, name: str) -> str: ...
     def read(self, name: str) -> Float32: ...
+    def read_rows(self, name: str, start: int, stop: int) -> Float32: ...
 
 
 def open_shard(path: Path) -> Shard:
@@ -102,6 +103,13 @@ class _SafetensorsShard:
         except self._errors as error:  # numpy has no such type
             raise _damaged(self._path, error) from None
         return array
+
+    def read_rows(self, name: str, start: int, stop: int) -> Float32:
+        try:
+            rows: Float32 = self._file.get_slice(name)[start:stop].astype(np.float32)
+        except self._errors as error:
+            raise _damaged(self._path, error) from None
+        return rows
 
 
 def _check_length(path: Path) -> None:
@@ -171,6 +179,13 @@ class _PickleShard:
         except (RuntimeError, TypeError) as error:  # of a kind that is not plain numbers
             raise _damaged(self._path, error) from None
         return array
+
+    def read_rows(self, name: str, start: int, stop: int) -> Float32:
+        try:
+            rows: Float32 = self._tensors[name][start:stop].detach().float().numpy()
+        except (RuntimeError, TypeError) as error:
+            raise _damaged(self._path, error) from None
+        return rows
 
 
 def _check_members(path: Path) -> None:

@@ -15,6 +15,9 @@ from typing import Literal, TypeAlias
 
 from mobilevlm.decoder_spec import DecoderSpec
 
+LAYER_ROWS = "per_layer_inputs"
+"""A graph's input for rows of the table of layers' own inputs, as the hub's ONNX community names it
+"""
 KEPT_ROWS = 96
 """Last slots that a sequence can go back to where its layers forget what they do not need: more
 than a draft has."""
@@ -63,10 +66,10 @@ class StateBuffer:
         return tuple(slots if size is None else size for size in self.shape)
 
 
-def state_buffers(spec: DecoderSpec, channels: int | None = None) -> list[StateBuffer]:
-    """Return the buffers of a decoder in the order of its layers, keys before values. ``channels``:
-    of each head, ``cache_head_dim`` when not given."""
-    shape = (1, spec.num_key_value_heads, None, channels or spec.cache_head_dim)
+def state_buffers(spec: DecoderSpec, exact: bool = False) -> list[StateBuffer]:
+    """Return the buffers of a decoder in the order of its layers, keys before values; layers that
+    read those of others have none. ``exact``: each head has ``head_dim`` channels, else
+    ``cache_head_dim``."""
     found = []
     for layer in range(spec.num_hidden_layers):
         if layer in spec.conv_layers:
@@ -79,14 +82,23 @@ def state_buffers(spec: DecoderSpec, channels: int | None = None) -> list[StateB
             found.append(StateBuffer(layer, "conv", "recurrent", inputs))
             found.append(StateBuffer(layer, "state", "recurrent", states))
             continue
+        if spec.kv_layer(layer) != layer:
+            continue
+        own = spec.at(layer)
+        width = own.head_dim if exact else own.cache_head_dim
+        shape = (1, spec.num_key_value_heads, None, width)
         kind: Kind = "sliding" if spec.window(layer) else "kv"
         found += [StateBuffer(layer, part, kind, shape) for part in ("key", "value")]
     return found
 
 
-def slot_buffers(spec: DecoderSpec, channels: int | None = None) -> list[StateBuffer]:
-    """Return the buffers of keys and values, of all slots or of a window."""
-    return [buffer for buffer in state_buffers(spec, channels) if None in buffer.shape]
+def slot_buffers(
+    spec: DecoderSpec, exact: bool = False, layer: int | None = None
+) -> list[StateBuffer]:
+    """Return the buffers of keys and values, of all slots or of a window; of one ``layer``, or of
+    all."""
+    found = [buffer for buffer in state_buffers(spec, exact) if None in buffer.shape]
+    return [buffer for buffer in found if layer in (None, buffer.layer)]
 
 
 def window_rows(spec: DecoderSpec) -> int:

@@ -76,6 +76,7 @@ HUB_FIXTURES = (
     "lfm2_vl",
     *QWEN_FIXTURES,
     "gemma3",
+    "gemma4",
     "janus",
     "qwen3_5",
 )

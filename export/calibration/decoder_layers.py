@@ -37,9 +37,10 @@ from mobilevlm.rotary import rotary_at
 from mobilevlm.runtime.engines import EncoderEngine, NoImages
 from mobilevlm.runtime.engines.onnx.engine import OnnxVision, open_session
 from mobilevlm.runtime.engines.onnx.onnx_state import image_inputs
-from mobilevlm.state_buffers import state_buffers
+from mobilevlm.state_buffers import LAYER_ROWS, state_buffers
 
 HEAD = "decoder.lm_head"
+LAYER_INPUTS = "decoder.layer_inputs.proj"
 
 
 def watch_decoder(
@@ -71,10 +72,23 @@ def watch_decoder(
         sizes = (spec.context_length, spec.hidden_size)
         table = model.weights.read("decoder.position_embedding.weight", sizes)
         states = [rows + table[: rows.shape[1]] for rows in states]
+    own: list[Float32 | None] = [None] * len(states)
+    if spec.layer_input_size:
+        if wanted(LAYER_INPUTS):
+            sums = Sums(hessian)
+            for rows in states:
+                sums.add(rows)
+            yield finished({LAYER_INPUTS: sums})
+        own = [_layer_inputs(model, rows) for rows in given]
+    kept: list[dict[str, Float32]] = [{} for _ in states]
+    """Keys and values that later layers read, of each sample"""
     head = Sums(hessian)
     for index in range(spec.num_hidden_layers):
         last = index == spec.num_hidden_layers - 1
-        block = _watch_layer(model, index, given, states, wanted, hessian, head if last else None)
+        inputs = [None if rows is None else rows[:, :, index] for rows in own]
+        block = _watch_layer(
+            model, index, given, states, wanted, hessian, head if last else None, inputs, kept
+        )
         if block:
             yield block
     if wanted(HEAD):
@@ -89,11 +103,15 @@ def _watch_layer(
     wanted: Wanted,
     hessian: bool,
     head: Sums | None,
+    own: Sequence[Float32 | None],
+    kept: Sequence[dict[str, Float32]],
 ) -> Block:
     """Run a layer on all samples, whose states are replaced, and watch its linear layers. ``head``
-    adds up the norm behind it."""
+    adds up the norm behind it; ``own``: the layer's own input for each sample; ``kept``: keys and
+    values that later layers read, to which its own are added."""
     spec = model.spec.decoder
     past = [buffer for buffer in state_buffers(spec) if buffer.layer == index]
+    read_later = past if index in spec.kv_sources else []
     with tempfile.TemporaryDirectory(prefix="mobilevlm-") as folder:
         path = Path(folder) / "layer.onnx"
         watched = author_watched_layer(model.weights, spec, index, path)
@@ -105,6 +123,7 @@ def _watch_layer(
         sums = {output: Sums(hessian) for output in names}
         session = open_session(path, Plan().threads_of("decoder"))
         outputs = ["after", *(["normed"] if head is not None else []), *names]
+        outputs += [buffer.present for buffer in read_later]
         for place, hidden in enumerate(states):
             length = hidden.shape[1]
             inputs: dict[str, NDArray[Any]] = {
@@ -122,6 +141,9 @@ def _watch_layer(
                 deep = given[place].deep
                 added = deep[spec.deep_layers.index(index)][None] if deep else 0 * hidden
                 inputs[f"deep.{index}"] = added
+            if (rows := own[place]) is not None:
+                inputs[LAYER_ROWS] = np.ascontiguousarray(rows)
+            inputs |= kept[place]
             known = {item.name for item in session.get_inputs()}
             inputs = {name: array for name, array in inputs.items() if name in known}
             made = dict(zip(outputs, session.run(outputs, inputs), strict=True))
@@ -130,7 +152,27 @@ def _watch_layer(
                 head.add(made["normed"])
             for output, item in sums.items():
                 item.add(made[output])
+            for buffer in read_later:
+                kept[place][buffer.past] = made[buffer.present]
     return finished({name: sums[output] for output, readers in names.items() for name in readers})
+
+
+def _layer_inputs(model: Model, rows: Rows) -> Float32:
+    """Return the inputs of all layers ``(1, length, layers, layer_input_size)``, as
+    :class:`mobilevlm.export.graph.decoder.LayerInputs` makes them."""
+    spec, weights = model.spec.decoder, model.weights
+    width, size = spec.layer_input_width, spec.layer_input_size
+    matrix = weights.read(f"{LAYER_INPUTS}.weight", (width, spec.hidden_size))
+    gains = weights.read("decoder.layer_inputs.norm.weight", (size,))
+    shape = (1, len(rows), spec.num_hidden_layers, size)
+    made = ((rows.embeds @ matrix.T) * np.float32(spec.hidden_size**-0.5)).reshape(shape)
+    made /= np.sqrt(np.square(made).mean(-1, keepdims=True) + np.float32(spec.norm_eps))
+    assert rows.ids is not None
+    ids = np.where(rows.ids < 0, spec.layer_input_id, rows.ids)
+    table = (spec.vocab_size, width)
+    stored = weights.rows_at("decoder.embed_layers.weight", table, ids).reshape(shape)
+    whole: Float32 = (made * gains + stored * np.float32(size**0.5)) * np.float32(2**-0.5)
+    return whole
 
 
 def _turned(rows: Rows, stream: Rotation) -> Rows:

@@ -46,6 +46,7 @@ from mobilevlm.prompt import (
     grid_positions,
     in_runs,
     run_spans,
+    token_ids,
     visual_positions,
 )
 from mobilevlm.recipe import OWN
@@ -271,6 +272,7 @@ def sample_rows(
         placed,
         tuple(blocks) if decoder.image_blocks else (),
         bool(encoded),
+        token_ids(pieces)[:context],
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import onnx_ir as ir
 
-from mobilevlm.bundle import EmbeddingTable
+from mobilevlm.bundle import EmbeddingTable, layer_table
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.graph import author
 from mobilevlm.export.graph.decoder import has_fused_rotary
@@ -85,8 +85,11 @@ def open_talking(model: Model) -> Iterator[Talking]:
         rows = EmbeddingTable(
             f"{table.name}_data", 0, "float16", spec.decoder.vocab_size, spec.decoder.hidden_size
         )
-        kind = _Together if _has_batches(spec.decoder) else _OneByOne
-        decoder = kind(language, table.with_name(rows.path), rows, spec.decoder, plan)
+        place, layers = table.with_name(rows.path), layer_table(rows, spec.decoder)
+        if _has_batches(spec.decoder):
+            decoder: Sequences = _Together(language, place, rows, spec.decoder, plan)
+        else:
+            decoder = _OneByOne(language, place, rows, spec.decoder, plan, layers)
         vision: EncoderEngine = NoImages()
         if spec.encoded is not None:
             vision = OnnxVision(tower, THREADS, plan.spinning, compact=True, spec=spec)
@@ -128,8 +131,16 @@ class _OneByOne:
 
     batch = 1
 
-    def __init__(self, *given: Any) -> None:
-        self._engine = OnnxDecoder(*given)
+    def __init__(
+        self,
+        path: Path,
+        table: Path,
+        embeddings: EmbeddingTable,
+        spec: DecoderSpec,
+        plan: Plan,
+        layers: EmbeddingTable | None,
+    ) -> None:
+        self._engine = OnnxDecoder(path, table, embeddings, spec, plan, layers=layers)
         self._state = self._engine.new_state()
         self.embed, self.close = self._engine.embed, self._engine.close
 

@@ -44,6 +44,11 @@ def check_cache(model: Model) -> None:
             f"kv_cache int8: the decoder of {model.spec.name} has an encoder, whose keys and "
             f"values are float: leave it out"
         )
+    if model.spec.decoder.shared_kv_layers:
+        raise MobileVLMError(
+            f"kv_cache int8: layers of {model.spec.name} read keys and values of others, which "
+            f"ONNX Runtime's attention has for float32 only: leave it out"
+        )
 
 
 def quantize_cache(model: Model, bundle: Bundle, calibration: str) -> bool:

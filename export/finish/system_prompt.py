@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from mobilevlm.bundle import Bundle, SystemPrompt
 from mobilevlm.plan import Plan
-from mobilevlm.prompt import Rows
+from mobilevlm.runtime.engines import token_rows
 from mobilevlm.runtime.engines.onnx.stored_segment import write_segment
 from mobilevlm.runtime.engines.opening import onnx_decoder
 
@@ -20,7 +20,7 @@ def write_system_prompt(bundle: Bundle, ids: Sequence[int]) -> SystemPrompt:
     path = bundle.path(bundle.artifact("decoder", "onnx").path)
     decoder = onnx_decoder(bundle, path, Plan())
     state = decoder.new_state()
-    decoder.extend(state, Rows(decoder.embed(ids)))
+    decoder.extend(state, token_rows(decoder, ids))
     write_segment(bundle.path(PATH), decoder.save(state, 0))
     decoder.close()
     return SystemPrompt(PATH, tuple(ids))

@@ -34,7 +34,7 @@ TOOLS = {
 """Packages that write the artifacts of a format."""
 ENCODED = ("vision.", "audio.", "projector.")
 """Prefixes of the tensors of an encoder's stage."""
-EMBEDDINGS = ("decoder.embed_tokens.",)
+EMBEDDINGS = ("decoder.embed_tokens.", "decoder.embed_layers.")
 _SHARED_CODE = (
     "assembly.py", "audio.py", "checkpoint.py", "conversation.py", "gguf/names.py", "image.py",
     "instruction.py", "linear_groups.py", "media/*.py", "preparation.py", "prompt.py", "recipe.py",

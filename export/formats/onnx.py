@@ -33,7 +33,7 @@ from mobilevlm.plain_types import to_dict
 from mobilevlm.recipe import QDQ, Recipe
 from mobilevlm.spec import ModelSpec
 
-DECODER = ("decoder.layers.", "decoder.norm.", "decoder.lm_head.")
+DECODER = ("decoder.layers.", "decoder.layer_inputs.", "decoder.norm.", "decoder.lm_head.")
 ENCODER = ("decoder.encoder.",)
 HEAD = ("image_head.", "decoder.norm.")  # of a rotated decoder the norm is in the head
 CODES, IMAGE_DECODER = ("codes.",), ("image_decoder.",)

@@ -34,7 +34,7 @@ from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.linear_groups import linear_groups
 from mobilevlm.recipe import Recipe
 from mobilevlm.spec import ModelSpec
-from mobilevlm.state_buffers import state_buffers
+from mobilevlm.state_buffers import LAYER_ROWS, slot_buffers, state_buffers
 
 IR_VERSION = 10
 
@@ -137,7 +137,7 @@ def author_decoder(
             if decoder.sliding_layers:
                 window = _input(builder, "window_length", ir.DataType.INT32, [1])
             further = [*(further or [(), {}]), window, _image_inputs(builder, decoder)]
-        named = _sound_input(builder, decoder)
+        named = _sound_input(builder, decoder) | _layer_input(builder, decoder)
         given = (embeds, total, positions, past, *further)
         logits, presents, routers = stage(builder.op, *given, **named)
         _output(builder, logits, "logits", [count, "positions", decoder.vocab_size])
@@ -168,7 +168,8 @@ def author_watched_layer(
         stage = WatchedLayer(file, index, spec)
         hidden = _input(builder, "hidden", FLOAT, rows)
         total = _input(builder, "total_length", ir.DataType.INT32, [1])
-        past = _state_inputs(builder, spec, index)[index]
+        source = spec.kv_layer(index)
+        past = _state_inputs(builder, spec, source)[source]
         tables: tuple[Any, ...] = ()
         if spec.rope_sections:
             table: Shape = ["length", spec.rotary_channels // 2]
@@ -180,7 +181,16 @@ def author_watched_layer(
         if index in spec.deep_layers:
             deep = _input(builder, f"deep.{index}", FLOAT, rows)
         named = _sound_input(builder, spec)
-        after, normed = stage(builder.op, hidden, total, past, tables, image, deep, **named)
+        if spec.layer_input_size:
+            own: Shape = [1, "length", spec.layer_input_size]
+            named["own"] = _input(builder, LAYER_ROWS, FLOAT, own)
+        after, normed, present = stage(
+            builder.op, hidden, total, past, tables, image, deep, **named
+        )
+        if index in spec.kv_sources:
+            for buffer, value in zip(slot_buffers(spec, layer=index), present, strict=True):
+                sizes: Shape = ["slots" if size is None else size for size in buffer.shape]
+                _output(builder, value, buffer.present, sizes)
         _output(builder, after, "after", rows)
         _output(builder, normed, "normed", rows)
         for value, readers in _watched(stage, dialect):
@@ -369,9 +379,25 @@ def author_embeddings(
         if decoder.embed_scale != 1:
             embeds = builder.op.Mul(embeds, decoder.embed_scale)
         _output(builder, embeds, "inputs_embeds", [1, "length", decoder.hidden_size])
+        if decoder.layer_input_size:
+            _output_layer_rows(builder, file, decoder, ids, half)
 
     file = WeightFile(weights, data_path(path), recipe, advance)
     return _author("embed_tokens", path, file, build)
+
+
+def _output_layer_rows(
+    builder: GraphBuilder, file: WeightFile, spec: DecoderSpec, ids: Any, half: bool
+) -> None:
+    """Write the table of layers' own inputs behind the other one, and look up its rows."""
+    sizes, dtype = (spec.vocab_size, spec.layer_input_width), np.float16 if half else np.float32
+    weight = file.table("decoder.embed_layers.weight", *sizes, dtype)
+    builder.graph.initializers["embed_layers.weight"] = weight
+    rows = builder.op.Gather(weight, ids)
+    rows = builder.op.Cast(rows, to=FLOAT) if half else rows
+    shape = [1, -1, spec.num_hidden_layers, spec.layer_input_size]
+    rows = builder.op.Mul(builder.op.Reshape(rows, shape), spec.layer_input_size**0.5)
+    _output(builder, rows, LAYER_ROWS, [1, "length", *shape[2:]])
 
 
 def _author(
@@ -455,6 +481,12 @@ def _output(builder: GraphBuilder, value: Any, name: str, shape: Shape) -> None:
 def _sound_input(builder: GraphBuilder, spec: DecoderSpec) -> dict[str, Any]:
     """Return the input that tells a decoder with products for sound whether a prompt has some."""
     return {"sound": _input(builder, "sound", FLOAT, [1])} if spec.sound_rank else {}
+
+
+def _layer_input(builder: GraphBuilder, spec: DecoderSpec) -> dict[str, Any]:
+    """Return the input with the rows of the table of layers' own inputs."""
+    shape: Shape = [1, "length", spec.num_hidden_layers, spec.layer_input_size]
+    return {"stored": _input(builder, LAYER_ROWS, FLOAT, shape)} if spec.layer_input_size else {}
 
 
 def _image_inputs(builder: GraphBuilder, spec: DecoderSpec) -> tuple[Any, Any] | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
@@ -21,7 +22,7 @@ from mobilevlm.export.graph.experts import SparseMLP
 from mobilevlm.export.graph.head_padding import cut_heads, pad_heads
 from mobilevlm.export.graph.image_blocks import Blocks, attend_blocks, read_blocks
 from mobilevlm.export.graph.layers import Linear, joined
-from mobilevlm.export.graph.mlp import build_mlp
+from mobilevlm.export.graph.mlp import activate, build_mlp
 from mobilevlm.export.graph.rotation import StreamRotation
 from mobilevlm.export.graph.short_convolution import ShortConvolution
 from mobilevlm.export.graph.weight_file import WeightFile
@@ -87,16 +88,18 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         self.sliding = [spec.has_sliding_rope(index) for index in layers]
         if self.has_tables and spec.rotary_channels and not spec.rope_sections:
             if not all(self.sliding):
-                cos, sin = rotary_tables(spec)
+                cos, sin = rotary_tables(spec.at(self.sliding.index(False)))
                 self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
             if any(self.sliding):
-                cos, sin = rotary_tables(spec, sliding=True)
+                cos, sin = rotary_tables(spec.at(self.sliding.index(True)), sliding=True)
                 self.sliding_cos, self.sliding_sin = weights.parameter(cos), weights.parameter(sin)
         if spec.learned_positions:
             sizes = (spec.context_length, spec.hidden_size)
             table = weights.read("decoder.position_embedding.weight", *sizes)
             with weights.read_in_part(1 / spec.context_length):
                 self.positions = weights.parameter(table)
+        self.sources = [spec.kv_layer(index) for index in layers]
+        self.layer_inputs = LayerInputs(weights, spec) if spec.layer_input_size else None
         self.rotation = None
         if weights.recipe.is_rotated:
             self.rotation = StreamRotation(weights, spec.hidden_size)
@@ -129,11 +132,13 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         window_length: Any | None = None,
         image: tuple[Any, Any] | None = None,
         sound: Any | None = None,
+        stored: Any | None = None,
     ) -> tuple[Any, list[tuple[Any, ...]], dict[int, Any]]:
         """``tables``: cosine and sine of this run ``(length, rotary_channels / 2)``, for positions
         of several axes; ``deep``: what is added after some layers; ``window_length``: slots in the
         buffers of sliding layers after this run; ``image``: as of :func:`read_blocks`; ``sound``: 1
-        where the prompt has sound, else 0."""
+        where the prompt has sound, else 0; ``stored``: rows of the table of layers' own inputs
+        ``(1, length, layers, layer_input_size)``."""
         lengths = (total_length, window_length)
         reach = _Reach.of(op, embeds, lengths, image, self.windows, self.several, sound)
         if self.rotation is not None:
@@ -152,9 +157,13 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         if tables:
             rotary[False] = (*tables, op.Constant(value_ints=[0]))
         residual, normed = embeds, self.input_norm(op, embeds)
-        presents, routers = [], {}
+        own = None if self.layer_inputs is None else self.layer_inputs(op, embeds, stored)
+        presents: list[tuple[Any, ...]] = []
+        routers = {}
         for index, (layer, key_value) in enumerate(zip(self.layers, past, strict=True)):
             positions = logits_positions if index == len(past) - 1 else None
+            if self.sources[index] != index:
+                key_value = presents[self.sources[index]]
             residual, normed, present, router = layer(
                 op,
                 residual,
@@ -164,6 +173,7 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
                 key_value,
                 positions,
                 deep.get(index),
+                None if own is None else op.Gather(own, op.Constant(value_int=index), axis=2),
             )
             presents.append(present)
             if router is not None:
@@ -184,6 +194,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
 
     def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__()
+        self.reads, spec = spec.kv_layer(index) != index, spec.at(index)
         name = f"decoder.layers.{index}"
         last = index == spec.num_hidden_layers - 1
         next_norm = "decoder.norm" if last else f"decoder.layers.{index + 1}.input_norm"
@@ -192,10 +203,11 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         heads, kv_heads = self.num_heads * spec.head_dim, self.num_kv_heads * spec.head_dim
         hidden = spec.hidden_size
         qkv = [f"{name}.attn.{part}_proj" for part in "qkv"]
-        self.qkv_sizes = (heads * (1 + spec.attention_gate), kv_heads, kv_heads)
+        self.qkv_sizes: tuple[int, ...] = (heads * (1 + spec.attention_gate), kv_heads, kv_heads)
         self.fused_rotary = has_fused_rotary(spec, index)
         self.rotary_channels = spec.rotary_channels
         self.short_conv = self.delta = self.q_norm = self.k_norm = None
+        self.v_norm = None
         if spec.mixer(index) == "delta" and spec.delta is not None:
             self.delta, wide = GatedDelta(weights, f"{name}.delta", spec), spec.delta.value_size
             self.o_proj = Linear(weights, f"{name}.delta.out_proj", wide, hidden, bias=False)
@@ -204,6 +216,10 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             self.short_conv = ShortConvolution(weights, conv, spec)
             self.o_proj = Linear(weights, f"{conv}.out_proj", hidden, hidden, bias=spec.conv_bias)
         else:
+            if self.reads:
+                qkv, self.qkv_sizes = qkv[:1], self.qkv_sizes[:1]
+                empty = np.zeros((1, 0, self.num_kv_heads * spec.cache_head_dim), np.float32)
+                self.no_rows = weights.parameter(empty)
             self.qkv = joined(weights, qkv, hidden, self.qkv_sizes, bias=spec.qkv_bias)
             if spec.sound_rank:
                 rank, attn = spec.sound_rank, f"{name}.attn"
@@ -214,7 +230,10 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             self.o_proj = Linear(weights, f"{name}.attn.o_proj", heads, hidden, bias=spec.o_bias)
             if spec.qk_norm:
                 self.q_norm = Norm(weights, f"{name}.attn.q_norm", spec, spec.head_dim)
+            if spec.qk_norm and not self.reads:
                 self.k_norm = Norm(weights, f"{name}.attn.k_norm", spec, spec.head_dim)
+            if spec.value_norm:
+                self.v_norm = Norm(weights, "", spec, spec.head_dim)
         self.post_attention_norm = None
         if not spec.parallel_residual:
             self.post_attention_norm = self.norm(weights, f"{name}.post_attention_norm", spec)
@@ -223,7 +242,18 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             self.mlp = SparseMLP(weights, f"{name}.mlp", spec, index)
         else:
             self.mlp = build_mlp(weights, f"{name}.mlp", spec)
-        self.next_norm = self.norm(weights, next_norm, spec)
+        self.layer_input = None
+        if spec.layer_input_size:
+            self.layer_input = LayerInput(weights, f"{name}.layer_input", spec)
+        self.scale = None
+        if spec.layer_scale:
+            self.scale = weights.parameter(weights.read(f"{name}.scale.weight", 1))
+        self.ends_with_sum = self.layer_input is None and self.scale is None
+        self.next_norm = (
+            self.norm(weights, next_norm, spec)
+            if self.ends_with_sum
+            else Norm(weights, next_norm, spec)
+        )
         self.attn_output_norm = self.mlp_output_norm = None
         if spec.post_norms:
             self.attn_output_norm = Norm(weights, f"{name}.attn_output_norm", spec)
@@ -243,6 +273,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         past: tuple[Any, ...],
         positions: Any | None,
         deep: Any | None,
+        own: Any | None = None,
     ) -> tuple[Any, Any, tuple[Any, ...], Any | None]:
         apart, gate = self.delta or self.short_conv, None
         if apart is not None:
@@ -254,6 +285,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             residual = op.Gather(residual, positions, axis=1)
             deep = None if deep is None else op.Gather(deep, positions, axis=1)
             gate = None if gate is None else op.Gather(gate, positions, axis=1)
+            own = None if own is None else op.Gather(own, positions, axis=1)
         if apart is None:
             mixed = cut_heads(op, mixed, self.num_heads, self.spec)
         if gate is not None:
@@ -275,8 +307,15 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             made = self.mlp_output_norm(op, made)
         if deep is not None:
             made = op.Add(made, deep)
-        residual, normed = self.next_norm(op, made, residual)
-        return residual, normed, present, router
+        if self.ends_with_sum:
+            residual, normed = self.next_norm(op, made, residual)
+            return residual, normed, present, router
+        residual = op.Add(residual, made)
+        if self.layer_input is not None:
+            residual = op.Add(residual, self.layer_input(op, residual, own))
+        if self.scale is not None:
+            residual = op.Mul(residual, self.scale)
+        return residual, self.next_norm(op, residual), present, router
 
     def _mixed(
         self,
@@ -285,7 +324,7 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         reach: _Reach,
         rotary: tuple[Any, Any, Any],
         past: tuple[Any, ...],
-    ) -> tuple[Any, tuple[Any, Any], Any | None]:
+    ) -> tuple[Any, tuple[Any, ...], Any | None]:
         """Mixed values ``(1, length, heads · cache_head_dim)``, the buffers, and the gate ``(1,
         length, heads · head_dim)`` where there is one."""
         qkv, gate = self.qkv(op, normed), None
@@ -293,8 +332,8 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             qkv = self._with_sound(op, qkv, normed, reach.sound)
         if self.spec.attention_gate:
             qkv, gate = self._without_gate(op, qkv)
-        parts = self._rotated(op, qkv, rotary)
-        mixed, key, value = op.GroupQueryAttention(
+        parts = self._query(op, qkv, rotary) if self.reads else self._rotated(op, qkv, rotary)
+        made = op.GroupQueryAttention(
             *parts,
             *past,
             *(reach.seqlens, reach.total),
@@ -304,14 +343,25 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             do_rotary=int(self.fused_rotary and self.rotary_channels > 0),
             **self.settings,
             _domain=CONTRIB,
-            _outputs=3,
+            _outputs=1 if self.reads else 3,
         )
+        mixed, key, value = (made, *past) if self.reads else made
         if reach.blocks is not None:
             buffers = key, value
             mixed = attend_blocks(
                 op, reach.blocks, parts[0], buffers, mixed, self.spec, self._capped
             )
-        return mixed, (key, value), gate
+        return mixed, () if self.reads else (key, value), gate
+
+    def _query(self, op: Any, query: Any, rotary: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """Query, and no rows of keys and values, as attention takes them that reads the buffers of
+        another layer."""
+        if self.q_norm is not None:
+            query = self._normed_heads(op, self.q_norm, query, self.num_heads)
+        query = pad_heads(op, query, self.num_heads, self.spec)
+        if not self.fused_rotary:
+            query = self._turned(op, query, self.num_heads, rotary)
+        return query, self.no_rows, self.no_rows
 
     def _with_sound(self, op: Any, qkv: Any, normed: Any, sound: Any) -> Any:
         """Add the products that act where the prompt has sound; 0 times them changes nothing."""
@@ -344,6 +394,8 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
             query, key, value = op.Split(qkv, sizes, axis=-1, _outputs=3)
             query = self._normed_heads(op, self.q_norm, query, self.num_heads)
             key = self._normed_heads(op, self.k_norm, key, self.num_kv_heads)
+            if self.v_norm is not None:
+                value = self._normed_heads(op, self.v_norm, value, self.num_kv_heads)
             parts = zip((query, key, value), counts, strict=True)
             query, key, value = (pad_heads(op, part, count, self.spec) for part, count in parts)
             if self.fused_rotary:
@@ -354,13 +406,13 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
                 return qkv, None, None
             sizes = [count * self.spec.cache_head_dim for count in counts]
             query, key, value = op.Split(qkv, sizes, axis=-1, _outputs=3)
+        query = self._turned(op, query, self.num_heads, rotary)
+        return query, self._turned(op, key, self.num_kv_heads, rotary), value
+
+    def _turned(self, op: Any, states: Any, heads: int, rotary: tuple[Any, Any, Any]) -> Any:
         cos, sin, start = rotary
         settings = {"rotary_embedding_dim": self.rotary_channels, "_domain": CONTRIB}
-        query, key = (
-            op.RotaryEmbedding(states, start, cos, sin, num_heads=heads, **settings)
-            for states, heads in ((query, self.num_heads), (key, self.num_kv_heads))
-        )
-        return query, key, value
+        return op.RotaryEmbedding(states, start, cos, sin, num_heads=heads, **settings)
 
     def _normed_heads(self, op: Any, norm: nn.Module, states: Any, heads: int) -> Any:
         """``(1, length, heads * head_dim)`` with each head normalised."""
@@ -368,9 +420,46 @@ class DecoderLayer(nn.Module):  # type: ignore[misc]
         return op.Reshape(norm(op, split), [1, -1, heads * self.spec.head_dim])
 
 
+class LayerInputs(nn.Module):  # type: ignore[misc]
+    """Own inputs of all layers ``(1, length, layers, layer_input_size)``, of the embeddings and of
+    the rows of a table, which are scaled already."""
+
+    def __init__(self, weights: WeightFile, spec: DecoderSpec) -> None:
+        super().__init__()
+        name, self.dialect = "decoder.layer_inputs", weights.dialect
+        self.shape = [1, -1, spec.num_hidden_layers, spec.layer_input_size]
+        width = spec.layer_input_width
+        self.proj = Linear(weights, f"{name}.proj", spec.hidden_size, width, bias=False)
+        # The factor 1 / sqrt(hidden_size) before a norm changes its epsilon only.
+        self.epsilon = spec.norm_eps * spec.hidden_size
+        norm = weights.read(f"{name}.norm.weight", spec.layer_input_size)
+        self.weight = weights.parameter(norm * np.float32(2**-0.5))
+
+    def forward(self, op: Any, embeds: Any, stored: Any) -> Any:
+        made = op.Reshape(self.proj(op, embeds), self.shape)
+        made = self.dialect.rms_norm(op, made, self.weight, self.epsilon)
+        return op.Add(made, op.Mul(stored, 2**-0.5))
+
+
+class LayerInput(nn.Module):  # type: ignore[misc]
+    """What a layer's own input makes of the residual stream, and is added to it."""
+
+    def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
+        super().__init__()
+        hidden, inner = spec.hidden_size, spec.layer_input_size
+        self.activation, self.dialect = spec.hidden_act, weights.dialect
+        self.gate = Linear(weights, f"{name}.gate", hidden, inner, bias=False)
+        self.proj = Linear(weights, f"{name}.proj", inner, hidden, bias=False)
+        self.norm = Norm(weights, f"{name}.norm", spec)
+
+    def forward(self, op: Any, hidden: Any, own: Any) -> Any:
+        wide = activate(op, self.activation, self.gate(op, hidden), self.dialect)
+        return self.norm(op, self.proj(op, op.Mul(wide, own)))
+
+
 class WatchedLayer(nn.Module):  # type: ignore[misc]
-    """One layer by itself: ``hidden (1, length, hidden_size)`` to the residual stream after it, and
-    the norm that is next. Positions begin with 0, nothing came before."""
+    """One layer by itself: ``hidden (1, length, hidden_size)`` to the residual stream after it.
+    Positions begin with 0, nothing came before."""
 
     def __init__(self, weights: WeightFile, index: int, spec: DecoderSpec) -> None:
         super().__init__("layer")
@@ -379,7 +468,7 @@ class WatchedLayer(nn.Module):  # type: ignore[misc]
         self.layer = DecoderLayer(weights, index, spec)
         self.cos_cache = self.sin_cache = None
         if spec.rotary_channels and not spec.rope_sections and spec.mixer(index) == "attn":
-            cos, sin = rotary_tables(spec, spec.has_sliding_rope(index))
+            cos, sin = rotary_tables(spec.at(index), spec.has_sliding_rope(index))
             self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
 
     def forward(
@@ -392,22 +481,26 @@ class WatchedLayer(nn.Module):  # type: ignore[misc]
         image: tuple[Any, Any] | None = None,
         deep: Any | None = None,
         sound: Any | None = None,
-    ) -> tuple[Any, Any]:
-        """``tables``, ``image`` and ``sound`` as of :class:`DecoderStage`; ``deep``: what is added
-        after the layer."""
+        own: Any | None = None,
+    ) -> tuple[Any, Any, tuple[Any, ...]]:
+        """Return the residual stream, the norm that is next, and the buffers. ``tables``, ``image``
+        and ``sound`` as of :class:`DecoderStage`; ``deep``: what is added after the layer; ``own``:
+        the layer's own input ``(1, length, layer_input_size)``."""
         turned = tables or (self.cos_cache, self.sin_cache)
         rotary = (*turned, op.Constant(value_ints=[0]))
         window = self.layer.spec.window(self.index)
         lengths = (total_length, total_length)
         [reach] = _Reach.of(op, hidden, lengths, image, [window], sound=sound).values()
         normed = self.input_norm(op, hidden)
-        after, following, _, _ = self.layer(op, hidden, normed, reach, rotary, past, None, deep)
-        return after, following
+        after, following, present, _ = self.layer(
+            op, hidden, normed, reach, rotary, past, None, deep, own
+        )
+        return after, following, present
 
 
 class Norm(nn.Module):  # type: ignore[misc]
     """``size``: channels of a head, over which norms have no bias; ``hidden_size`` when not
-    given."""
+    given. Without a ``name`` it has no weight."""
 
     def __init__(
         self, weights: WeightFile, name: str, spec: DecoderSpec, size: int | None = None
@@ -417,7 +510,8 @@ class Norm(nn.Module):  # type: ignore[misc]
         if size is None:
             self.weight, self.bias = _norm_parameters(weights, name, spec)
         else:
-            self.weight, self.bias = weights.parameter(weights.read(f"{name}.weight", size)), None
+            weight = weights.read(f"{name}.weight", size) if name else np.ones(size, np.float32)
+            self.weight, self.bias = weights.parameter(weight), None
 
     def forward(self, op: Any, x: Any) -> Any:
         if self.bias is None:
@@ -477,5 +571,6 @@ def has_fused_rotary(spec: DecoderSpec, index: int) -> bool:
     rotate."""
     if spec.rope_sections or spec.window(index) or spec.image_blocks:
         return False
+    spec = spec.at(index)
     whole_heads = spec.cache_head_dim % 16 == 0
     return spec.rotary_channels == 0 or (whole_heads and spec.rotary_channels % 16 == 0)

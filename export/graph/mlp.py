@@ -25,7 +25,7 @@ class GatedMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         gate, up = op.Split(self.gate_up(op, x), axis=-1, num_outputs=2, _outputs=2)
-        return self.down_proj(op, op.Mul(_activate(op, self.activation, gate, self.dialect), up))
+        return self.down_proj(op, op.Mul(activate(op, self.activation, gate, self.dialect), up))
 
 
 class PlainMLP(nn.Module):  # type: ignore[misc]
@@ -41,7 +41,7 @@ class PlainMLP(nn.Module):  # type: ignore[misc]
 
     def forward(self, op: Any, x: Any) -> Any:
         wide = self.fc1(op, x)
-        return self.fc2(op, _activate(op, self.activation, wide, self.dialect))
+        return self.fc2(op, activate(op, self.activation, wide, self.dialect))
 
 
 def build_mlp(weights: WeightFile, name: str, spec: DecoderSpec) -> nn.Module:
@@ -55,7 +55,8 @@ def linear_names(name: str, spec: DecoderSpec) -> tuple[list[str], str]:
     return [f"{name}.{reader}" for reader in readers], f"{name}.{maker}"
 
 
-def _activate(op: Any, name: str, x: Any, dialect: Dialect) -> Any:
+def activate(op: Any, name: str, x: Any, dialect: Dialect) -> Any:
+    """Return the activation function that the spec names, of ``x``."""
     if name == "relu":
         return op.Relu(x)
     return op.Mul(x, op.Sigmoid(x)) if name == "silu" else dialect.gelu(op, x, approximate="tanh")

@@ -21,7 +21,7 @@ from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import mlp_linears, run_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.input_spec import ConnectorSpec, InputSpec
-from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.native_encoder import BOUNDS, NativeEncoder
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,10 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         self.weight = weights.parameter(kernel.astype(np.float32))
         self.bias = weights.parameter(bias.astype(np.float32))
         self.positions = None
+        if spec.axis_positions:
+            sizes = (2, spec.axis_positions, hidden)
+            columns, rows = weights.read("vision.position_embedding.weight", *sizes)
+            self.by_row, self.by_column = weights.parameter(rows), weights.parameter(columns)
         if side := spec.position_grid:
             table = weights.read("vision.position_embedding.weight", side * side, hidden)
             planes = table.T.reshape(1, hidden, side, side)
@@ -175,9 +179,16 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         patches = op.Transpose(patches, perm=[0, 3, 1, 4, 2, 5, 6, 7])
         patches = op.Cast(op.Reshape(patches, [1, -1, spec.patch_values]), to=FLOAT)
         hidden = self.dialect.product(op, patches, self.weight, self.bias)
+        counts = [op.Mul(count, [spec.merge_size]) for count in (rows, columns)]
+        if spec.axis_positions:
+            down, across = (
+                op.Slice(table, [0], count, [0])
+                for table, count in zip((self.by_row, self.by_column), counts, strict=True)
+            )
+            planes = op.Add(op.Unsqueeze(down, [1]), op.Unsqueeze(across, [0]))
+            return op.Add(hidden, grid.in_squares(op, planes, spec.hidden_size)), grid
         if self.positions is None:
             return hidden, grid
-        counts = [op.Mul(count, [spec.merge_size]) for count in (rows, columns)]
         sizes = op.Concat([1, spec.hidden_size], *counts, axis=0)
         resized = op.Resize(
             self.positions,
@@ -191,31 +202,98 @@ class PatchEmbedding(nn.Module):  # type: ignore[misc]
         return op.Add(hidden, grid.in_squares(op, planes, spec.hidden_size)), grid
 
 
+class ClippedLinear(Linear):
+    """A linear layer whose inputs and outputs are clipped to bounds of the checkpoint."""
+
+    def __init__(self, weights: WeightFile, name: str, in_size: int, out_size: int) -> None:
+        super().__init__(weights, name, in_size, out_size, bias=False)
+        self.bounds = [float(weights.read(f"{name}.{bound}", 1)[0]) for bound in BOUNDS]
+
+    def forward(self, op: Any, x: Any) -> Any:
+        least, greatest, lowest, highest = self.bounds
+        return op.Clip(super().forward(op, op.Clip(x, least, greatest)), lowest, highest)
+
+
+class Readers(nn.Module):  # type: ignore[misc]
+    """Clipped layers that read the same input, each clipped by itself; outputs follow each
+    other."""
+
+    def __init__(self, weights: WeightFile, names: list[str], in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.leaves = [name.rpartition(".")[2] for name in names]
+        for leaf, name in zip(self.leaves, names, strict=True):
+            setattr(self, leaf, ClippedLinear(weights, name, in_size, out_size))
+
+    def forward(self, op: Any, x: Any) -> Any:
+        return op.Concat(*(getattr(self, leaf)(op, x) for leaf in self.leaves), axis=-1)
+
+
+def _layers(
+    weights: WeightFile, names: list[str], sizes: tuple[int, int], spec: NativeEncoder
+) -> nn.Module:
+    """Layers that read the same input; ``sizes``: of it, and of what each gives."""
+    if spec.clipped and len(names) > 1:
+        return Readers(weights, names, *sizes)
+    if spec.clipped:
+        return ClippedLinear(weights, names[0], *sizes)
+    return Linear(weights, names, sizes[0], [sizes[1]] * len(names), bias=spec.bias)
+
+
 class NativeLayer(nn.Module):  # type: ignore[misc]
     def __init__(self, weights: WeightFile, name: str, spec: NativeEncoder) -> None:
         super().__init__()
         size, wide, norm = spec.hidden_size, spec.intermediate_size, (spec.norm, spec.norm_eps)
         self.spec, self.dialect = spec, weights.dialect
         self.norm1 = build_norm(weights, f"{name}.norm1", size, *norm)
-        self.qkv = Linear(weights, [f"{name}.attn.{part}_proj" for part in "qkv"], size, [size] * 3)
-        self.out_proj = Linear(weights, f"{name}.attn.out_proj", size, size)
+        qkv = [f"{name}.attn.{part}_proj" for part in "qkv"]
+        self.qkv = _layers(weights, qkv, (size, size), spec)
+        self.out_proj = _layers(weights, [f"{name}.attn.out_proj"], (size, size), spec)
+        self.q_norm = self.k_norm = self.v_norm = None
+        if spec.head_norms:
+            head = spec.head_dim, spec.norm_eps
+            self.q_norm = RMSNorm(weights, f"{name}.attn.q_norm", *head)
+            self.k_norm = RMSNorm(weights, f"{name}.attn.k_norm", *head)
+            self.v_norm = RMSNorm(weights, "", *head)
         self.norm2 = build_norm(weights, f"{name}.norm2", size, *norm)
         readers, maker = spec.mlp_linears
         names = [f"{name}.mlp.{reader}" for reader in readers]
         # Their names in the graph are those that export/graph/reading.py looks for.
         self.readers, self.maker = "gate_up" if len(names) > 1 else "fc1", maker
-        setattr(self, self.readers, Linear(weights, names, size, [wide] * len(names)))
-        setattr(self, maker, Linear(weights, f"{name}.mlp.{maker}", wide, size))
+        setattr(self, self.readers, _layers(weights, names, (size, wide), spec))
+        setattr(self, maker, _layers(weights, [f"{name}.mlp.{maker}"], (wide, size), spec))
+        self.attn_output_norm = self.mlp_output_norm = None
+        if spec.post_norms:
+            self.attn_output_norm = build_norm(weights, f"{name}.attn_output_norm", size, *norm)
+            self.mlp_output_norm = build_norm(weights, f"{name}.mlp_output_norm", size, *norm)
 
     def forward(self, op: Any, hidden: Any, rotary: Any, windows: Windows | None) -> Any:
         mixed = self._mixed(op, self.norm1(op, hidden), rotary, windows)
-        hidden = op.Add(hidden, self.out_proj(op, mixed))
-        return op.Add(hidden, getattr(self, self.maker)(op, self._wide(op, self.norm2(op, hidden))))
+        attended = self.out_proj(op, mixed)
+        if self.attn_output_norm is not None:
+            attended = self.attn_output_norm(op, attended)
+        hidden = op.Add(hidden, attended)
+        made = getattr(self, self.maker)(op, self._wide(op, self.norm2(op, hidden)))
+        if self.mlp_output_norm is not None:
+            made = self.mlp_output_norm(op, made)
+        return op.Add(hidden, made)
+
+    def _normed(self, op: Any, norm: RMSNorm | None, states: Any) -> Any:
+        """``(1, patches, hidden_size)`` with each head normalised."""
+        if norm is None:
+            return states
+        heads = self.spec.num_attention_heads
+        split = op.Reshape(states, [1, -1, heads, self.spec.head_dim])
+        return op.Reshape(norm(op, split), [1, -1, self.spec.hidden_size])
 
     def _mixed(self, op: Any, normed: Any, rotary: Any, windows: Windows | None) -> Any:
         """Values ``(1, patches, hidden_size)`` mixed by attention."""
-        heads = {"num_heads": self.spec.num_attention_heads, "_domain": CONTRIB}
+        heads: dict[str, Any] = {"num_heads": self.spec.num_attention_heads, "_domain": CONTRIB}
         query, key, value = op.Split(self.qkv(op, normed), axis=-1, num_outputs=3, _outputs=3)
+        norms = (self.q_norm, self.k_norm, self.v_norm)
+        query, key, value = (
+            self._normed(op, norm, part)
+            for norm, part in zip(norms, (query, key, value), strict=True)
+        )
         query, key = (
             op.RotaryEmbedding(
                 part,
@@ -226,6 +304,8 @@ class NativeLayer(nn.Module):  # type: ignore[misc]
             )
             for part in (query, key)
         )
+        if self.spec.head_norms:
+            heads["scale"] = 1.0
         if windows is None:
             return op.MultiHeadAttention(query, key, value, **heads)
         size, square = self.spec.hidden_size, self.spec.square * self.spec.hidden_size
@@ -291,11 +371,28 @@ class MergerProjector(Merger):
         return super().forward(op, features), added
 
 
+class PoolProjector(nn.Module):  # type: ignore[misc]
+    """Averages of the patches of a square, an RMS norm without weight, and an MLP."""
+
+    def __init__(self, weights: WeightFile, spec: ConnectorSpec) -> None:
+        super().__init__()
+        self.shape, self.dialect = [1, -1, spec.factor**2, spec.in_size], weights.dialect
+        self.norm = RMSNorm(weights, "", spec.in_size, spec.norm_eps)
+        self.mlp = mlp_linears(weights, spec, "projector")
+
+    def forward(self, op: Any, features: Any, deep: list[Any]) -> tuple[Any, list[Any]]:
+        pooled = op.ReduceMean(op.Reshape(features, self.shape), [2], keepdims=0)
+        return run_mlp(op, self.mlp, self.norm(op, pooled), self.dialect), deep
+
+
 class RMSNorm(nn.Module):  # type: ignore[misc]
+    """Without a ``name`` it has no weight."""
+
     def __init__(self, weights: WeightFile, name: str, size: int, epsilon: float) -> None:
         super().__init__()
         self.epsilon, self.dialect = epsilon, weights.dialect
-        self.weight = weights.parameter(weights.read(f"{name}.weight", size))
+        weight = weights.read(f"{name}.weight", size) if name else np.ones(size, np.float32)
+        self.weight = weights.parameter(weight)
 
     def forward(self, op: Any, x: Any) -> Any:
         return self.dialect.rms_norm(op, x, self.weight, self.epsilon)

@@ -33,8 +33,9 @@ _STACKS = {
 }
 """Name of a stack of layers, by its first layer."""
 _JOINED = {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv",
+           "gate_proj": "gate_up", "up_proj": "gate_up",
            "qkv_proj": "qkv_gate", "z_proj": "qkv_gate"}  # fmt: skip
-"""Stack of each layer that is a product of its own where formats differ."""
+"""Stack of each layer that is a product of its own where formats or bounds differ."""
 _EXPERT = re.compile(r"(decoder\.layers\.\d+\.mlp\.experts)\.(\d+)\.(\w+)")
 _FIRST = ("gate_proj", "fc1")
 """Layers that read an expert's input."""

@@ -14,7 +14,7 @@ from onnxscript import nn
 from mobilevlm.audio_encoder import WhisperEncoder
 from mobilevlm.export.graph.fastvit import FastVit
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
-from mobilevlm.export.graph.native import MergerProjector, NativeTower
+from mobilevlm.export.graph.native import MergerProjector, NativeTower, PoolProjector
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.input_spec import ConvEncoder, InputSpec, PixelImages, TransformerEncoder
@@ -33,7 +33,8 @@ class VisionStage(nn.Module):  # type: ignore[misc]
         self.is_native, self.patch = isinstance(image.encoder, NativeEncoder), None
         self.tower = build_tower(weights, image)
         if self.is_native:
-            self.projector = MergerProjector(weights, image.connector)
+            kind = PoolProjector if image.connector.kind == "pool" else MergerProjector
+            self.projector = kind(weights, image.connector)
             return
         self.projector = build_projector(weights, image.connector)
         if image.edge is None:

@@ -17,6 +17,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
+from mobilevlm.bundle import PAGE
 from mobilevlm.checkpoint import Weights
 from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.export.graph.dialects import CPU, Dialect
@@ -25,8 +26,8 @@ from mobilevlm.export.quantize.blocks import Quantized
 from mobilevlm.export.quantize.gptq import HessianOf, no_hessian
 from mobilevlm.recipe import Recipe
 
-_ALIGNMENT = 4096
-"""Large tensors begin on a page, so that they can be mapped alone."""
+_TABLE_PART = 1 << 24
+"""Numbers of a large table that are read at a time."""
 INLINE_BYTES = 1024
 """Smaller tensors are kept inside the .onnx file."""
 
@@ -71,6 +72,18 @@ class WeightFile:
         first = next(parts)
         return self._external(chain([first], parts), (count, *first.shape), first.dtype, None)
 
+    def table(self, name: str, rows: int, columns: int, dtype: type) -> nn.Parameter:
+        """A parameter of the canonical tensor ``name``, read in parts: memory holds one."""
+        step = max(1, _TABLE_PART // columns)
+
+        def parts() -> Iterator[np.ndarray[Any, Any]]:
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                self._advance((stop - start) * columns)
+                yield self.source.read_rows(name, (rows, columns), start, stop).astype(dtype)
+
+        return self._external(parts(), (rows, columns), np.dtype(dtype), None)
+
     def _external(
         self,
         parts: Iterable[np.ndarray[Any, Any]],
@@ -78,7 +91,7 @@ class WeightFile:
         dtype: np.dtype[Any],
         name: str | None,
     ) -> nn.Parameter:
-        self._file.write(b"\0" * (-self._file.tell() % _ALIGNMENT))
+        self._file.write(b"\0" * (-self._file.tell() % PAGE))
         offset = self._file.tell()
         for part in parts:
             self._file.write(np.ascontiguousarray(part).data.cast("B"))

@@ -48,7 +48,7 @@ from mobilevlm.export.quality.metrics import (
 from mobilevlm.export.quality.passages import EXPECTED
 from mobilevlm.model import Model
 from mobilevlm.plan import Plan, stage_formats, stage_names
-from mobilevlm.prompt import Piece, Rows, grid_positions, run_spans
+from mobilevlm.prompt import Piece, Rows, grid_positions, run_spans, token_ids
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.model import ImageRows, held
 from mobilevlm.reference.steps import State
@@ -416,7 +416,7 @@ def _rows(model: Model, pieces: Sequence[Piece], prompt: State) -> Rows:
     names = [f"deep.{layer}" for layer in decoder.deep_layers]
     deep = tuple(prompt.given[name][0].numpy() for name in names if name in prompt.given)
     heard = "heard" in prompt.given
-    return Rows(prompt.hidden[0].numpy(), deep, placed, blocks, heard)
+    return Rows(prompt.hidden[0].numpy(), deep, placed, blocks, heard, token_ids(pieces))
 
 
 def _last_states(

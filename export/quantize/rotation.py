@@ -98,6 +98,7 @@ def rotation_obstacle(spec: DecoderSpec) -> str | None:
         "norms that subtract the mean": spec.norm != "rms",
         "norms between linear layers and the residual stream": spec.post_norms,
         "an encoder": spec.encoder_layers > 0,
+        "inputs of layers": spec.layer_input_size > 0,
     }
     return next((obstacle for obstacle, there in obstacles.items() if there), None)
 

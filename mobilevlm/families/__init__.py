@@ -17,6 +17,7 @@ from mobilevlm.families import (  # they register themselves
     blip,  # noqa: F401
     fastvlm,  # noqa: F401
     gemma3,  # noqa: F401
+    gemma4,  # noqa: F401
     granite_speech,  # noqa: F401
     internvl,  # noqa: F401
     internvl_chat,  # noqa: F401

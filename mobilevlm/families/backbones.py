@@ -19,6 +19,7 @@ from mobilevlm.families.config import config_value, rope_scaling
 from mobilevlm.linear_groups import (
     delta_gates,
     head_group,
+    layer_input_groups,
     mixer_groups,
     mlp_groups,
 )
@@ -37,12 +38,21 @@ LLAMA_DEFAULTS: dict[str, Any] = {
 }
 """Defaults of ``LlamaConfig``: published files leave them out."""
 
+LAYER_INPUTS = {
+    "embed_layers": "embed_tokens_per_layer",
+    "layer_inputs.proj": "per_layer_model_projection",
+    "layer_inputs.norm": "per_layer_projection_norm",
+}
+"""What makes the own inputs of layers, with the names in checkpoints of Gemma."""
+
 ReadDecoder = Callable[[Path, dict[str, Any]], DecoderSpec]
 
 _ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_new"}
 """Names of one function."""
 DELTA_HEADS = ("decay_log", "time_bias")
 """Numbers of a gated delta layer, one for each head, which are no modules in checkpoints."""
+LAYER_SCALE = ".scale"
+"""A number of a layer, which is no module in checkpoints either."""
 PARTIAL = "partial_rotary_factor"
 """Key of the share of a head that rotates."""
 _MOE_LAYERS: dict[str, Callable[[int], range]] = {
@@ -130,6 +140,8 @@ def modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
     yield "embed_tokens", False
     if spec.learned_positions:
         yield "position_embedding", False
+    if spec.layer_input_size:
+        yield from ((name, False) for name in LAYER_INPUTS)
     yield "norm", normed
     yield "lm_head", head_group(spec).biased
     for index in range(spec.num_hidden_layers):
@@ -148,7 +160,8 @@ def modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
             mixing.append(delta_gates(spec, f"{layer}.delta"))
         if spec.qk_norm and mixer == "attn":
             yield f"{layer}.attn.q_norm", False
-            yield f"{layer}.attn.k_norm", False
+            if spec.kv_layer(index) == index:
+                yield f"{layer}.attn.k_norm", False
         for group in mixing:
             yield from ((name, group.biased) for name in group.names)
         if spec.num_experts(index):
@@ -158,11 +171,18 @@ def modules(spec: DecoderSpec) -> Iterator[tuple[str, bool]]:
         for mlp in spec.mlp_names(index):
             for group in mlp_groups(spec, mlp.removeprefix("decoder.")):
                 yield from ((name, group.biased) for name in group.names)
+        if spec.layer_input_size:
+            own = f"{layer}.layer_input"
+            yield f"{own}.norm", normed
+            yield from ((group.name, False) for group in layer_input_groups(spec, own))
+        if spec.layer_scale:
+            yield f"{layer}{LAYER_SCALE}", False
 
 
 def stored_tensor(module: str, name: str, part: str) -> str:
     """Return the checkpoint's name of a module's weight or bias. ``name``: that of the module."""
-    return name if module.endswith(DELTA_HEADS) else f"{name}.{part}"
+    plain = module.endswith((*DELTA_HEADS, LAYER_SCALE))
+    return name if plain else f"{name}.{part}"
 
 
 def stored_name(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str, RowRange | None]:
@@ -173,6 +193,8 @@ def stored_name(module: str, spec: DecoderSpec, backbone: Backbone) -> tuple[str
         first = backbone.position_offset
         stop = first + spec.context_length
         return f"{backbone.root}.{backbone.position_embedding}", RowRange(first, stop, stop)
+    if module in LAYER_INPUTS:
+        return f"{backbone.root}.{LAYER_INPUTS[module]}", None
     if not module.startswith("layers."):
         return f"{backbone.root}.{getattr(backbone, module)}", None
     _, index, part = module.split(".", 2)

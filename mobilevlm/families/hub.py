@@ -20,7 +20,8 @@ from mobilevlm.conversation import render, user_message
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError, PromptError
 from mobilevlm.families.backbones import LLAMA, LLAMA_DEFAULTS, Backbone, skipped_names
-from mobilevlm.families.config import config_value, end_ids
+from mobilevlm.families.config import check_only, config_value, end_ids
+from mobilevlm.families.gemma4_text import GEMMA4
 from mobilevlm.families.lfm2 import LFM2
 from mobilevlm.families.qwen3_5 import QWEN3_5
 from mobilevlm.families.qwen_gemma import (
@@ -62,6 +63,7 @@ BACKBONES: dict[str, tuple[Backbone, dict[str, Any]]] = {
     "qwen3_vl_text": (QWEN3_VL, _QWEN),
     "qwen3_5_text": (QWEN3_5, {}),
     "gemma3_text": (GEMMA3, {}),
+    "gemma4_text": (GEMMA4, {}),
     "lfm2": (LFM2, {}),
 }
 """Language models by ``model_type`` of ``text_config``, with the defaults of their keys."""
@@ -122,7 +124,15 @@ class HubCheckpoint:
         Raises:
             CheckpointError: the checkpoint has none, or leaves out a step that is always done here.
         """
+        return self.processor_that(normalizes=True)
+
+    def processor_that(self, normalizes: bool) -> dict[str, Any]:
+        """Return the settings of an image processor that normalises pixels, or one that leaves it
+        to the tower; errors as of :attr:`processor`."""
         settings = self._processor_settings()
+        if not normalizes:
+            check_only(self.processor_path, settings, {"do_normalize": False})
+            settings = {**settings, "do_normalize": True}
         check_steps(self.processor_path, settings)
         return settings
 

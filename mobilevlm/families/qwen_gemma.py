@@ -13,7 +13,7 @@ from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import LLAMA_PARTS, Backbone, common_values, read_llama
 from mobilevlm.families.config import check_only, config_value, rope_scaling
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
 _GEMMA3: dict[str, Any] = {
     "vocab_size": 262208,
     "hidden_size": 2304,
@@ -132,22 +132,22 @@ def _windows(path: Path, config: dict[str, Any]) -> dict[str, Any]:
             f"{path}: 'max_window_layers' is {first!r:.60}, expected a number of layers"
         )
     window = config_value(path, config, "sliding_window", int)
-    layers = _sliding_layers(path, config, range(first, count))
+    layers = sliding_layers(path, config, range(first, count))
     return {"sliding_window": window, "sliding_layers": layers} if layers else {}
 
 
-def _sliding_layers(path: Path, config: dict[str, Any], default: Iterable[int]) -> tuple[int, ...]:
+def sliding_layers(path: Path, config: dict[str, Any], default: Iterable[int]) -> tuple[int, ...]:
     """Return the layers that ``layer_types`` calls sliding."""
     types = config.get("layer_types")
     if types is None:
         return tuple(default)
     count = config_value(path, config, "num_hidden_layers", int)
-    if not isinstance(types, list) or len(types) != count or set(types) - {_FULL, _SLIDING}:
+    if not isinstance(types, list) or len(types) != count or set(types) - {FULL, SLIDING}:
         raise CheckpointError(
-            f"{path}: 'layer_types' is {types!r:.60}, expected {_FULL!r} or {_SLIDING!r} for each "
+            f"{path}: 'layer_types' is {types!r:.60}, expected {FULL!r} or {SLIDING!r} for each "
             f"of {count} layers"
         )
-    return tuple(index for index, name in enumerate(types) if name == _SLIDING)
+    return tuple(index for index, name in enumerate(types) if name == SLIDING)
 
 
 def _read_gemma3(path: Path, config: dict[str, Any]) -> DecoderSpec:
@@ -155,8 +155,8 @@ def _read_gemma3(path: Path, config: dict[str, Any]) -> DecoderSpec:
     given = {key: value for key, value in config.items() if value is not None}
     given = {**_GEMMA3, **given}
     joined = given.get("rope_parameters")
-    if isinstance(joined, dict) and _FULL in joined:  # transformers 5: for each kind of layer
-        full, sliding = (config_value(path, joined, kind, dict) for kind in (_FULL, _SLIDING))
+    if isinstance(joined, dict) and FULL in joined:  # transformers 5: for each kind of layer
+        full, sliding = (config_value(path, joined, kind, dict) for kind in (FULL, SLIDING))
         given["rope_theta"] = full.get("rope_theta", _GEMMA3["rope_theta"])
         given |= {"rope_parameters": None, "rope_scaling": full}
         given["rope_local_base_freq"] = sliding.get("rope_theta", _GEMMA3["rope_local_base_freq"])
@@ -171,7 +171,7 @@ def _read_gemma3(path: Path, config: dict[str, Any]) -> DecoderSpec:
     pattern = config_value(path, given, "sliding_window_pattern", int)
     count = common["num_hidden_layers"]
     default = (index for index in range(count) if (index + 1) % pattern)
-    sliding_layers = _sliding_layers(path, given, default)
+    near = sliding_layers(path, given, default)
     caps = {
         ours: config_value(path, given, theirs, float)
         for ours, theirs in _SOFT_CAPS.items()
@@ -185,8 +185,8 @@ def _read_gemma3(path: Path, config: dict[str, Any]) -> DecoderSpec:
         qk_norm=True,
         post_norms=True,
         embed_scale=common["hidden_size"] ** 0.5,
-        sliding_window=config_value(path, given, "sliding_window", int) if sliding_layers else 0,
-        sliding_layers=sliding_layers,
+        sliding_window=config_value(path, given, "sliding_window", int) if near else 0,
+        sliding_layers=near,
         sliding_rope_theta=config_value(path, given, "rope_local_base_freq", float),
     )
 

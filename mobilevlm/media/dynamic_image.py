@@ -12,6 +12,8 @@ from mobilevlm.image import ImageInput, RoomFor, filter_of, read_resized
 from mobilevlm.input_spec import DynamicImage, InputSpec
 from mobilevlm.prompt import Piece, Prepared, Run
 
+_FINE = 1000
+"""Edges of shapes in parts of a visual token"""
 LONGEST_SHAPE = 200
 """Longer edge over the shorter one, at most, as in the official code."""
 
@@ -50,6 +52,8 @@ def _pieces(size: tuple[int, int], dynamic: DynamicImage, spec: InputSpec) -> tu
 def most_dynamic_pixels(dynamic: DynamicImage) -> int:
     """Return the most pixels of an image or a frame: of long ones, which are never narrower than
     ``factor``, more than ``max_pixels``."""
+    if dynamic.fill_edge:
+        return dynamic.max_pixels
     most = max(dynamic.max_pixels, dynamic.clip.max_pixels if dynamic.clip else 0)
     return max(most, math.isqrt(most * LONGEST_SHAPE) * dynamic.factor)
 
@@ -69,12 +73,48 @@ def resized(size: tuple[int, int], dynamic: DynamicImage) -> tuple[int, int]:
         ImageError: it is too long.
     """
     width, height = size
+    if dynamic.fill_edge:
+        return _filling(size, dynamic)
     if max(size) > LONGEST_SHAPE * min(size):
         raise ImageError(
             f"image of {width} × {height} pixels: this model takes images up to {LONGEST_SHAPE} "
             f"times as long as wide: cut it first"
         )
     return fitted(size, dynamic, (dynamic.min_pixels, dynamic.max_pixels))
+
+
+def _filling(size: tuple[int, int], dynamic: DynamicImage) -> tuple[int, int]:
+    """Return the width and height in multiples of ``factor`` that fill ``max_pixels`` in the shape
+    of an image (``get_aspect_ratio_preserving_size`` of Gemma 4's official code). An image that
+    would be narrower than ``factor`` keeps whole multiples of its shape.
+
+    Raises:
+        ImageError: it is too long.
+    """
+    factor, most = dynamic.factor, dynamic.max_pixels // dynamic.factor**2
+    scale = math.sqrt(dynamic.max_pixels / math.prod(size))
+    counts = [math.floor(scale * edge / factor) for edge in size]
+    if 0 in counts:
+        longest = min(max(size) // min(size), most)
+        counts = [longest if count else 1 for count in counts]
+    if max(counts) * factor > dynamic.fill_edge:
+        raise ImageError(
+            f"image of {size[0]} × {size[1]} pixels: this model takes images whose longer edge "
+            f"becomes up to {dynamic.fill_edge} pixels, of this one {max(counts) * factor}: cut it "
+            f"first"
+        )
+    return counts[0] * factor, counts[1] * factor
+
+
+def filling_shapes(dynamic: DynamicImage) -> list[tuple[int, int]]:
+    """Return shapes of images among which are those that take the fewest and the most visual
+    tokens: just narrower than so many tokens, and as long as that leaves room for."""
+    most = dynamic.max_pixels // dynamic.factor**2
+    edges = range(1, math.isqrt(most) + 1)
+    narrow = [(most * _FINE**2 + 1, (edge * _FINE) ** 2) for edge in edges]
+    fitting = [(most // edge, edge) for edge in edges]
+    longest = dynamic.fill_edge // dynamic.factor
+    return [(a, b) for a, b in (*narrow, *fitting) if math.sqrt(most * a / b) < longest]
 
 
 def fitted(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from mobilevlm.prompt import (
     grid_positions,
     in_runs,
     run_spans,
+    token_ids,
     visual_positions,
 )
 from mobilevlm.reference.assembly import assemble_rows
@@ -166,6 +168,9 @@ class ReferenceModel(nn.Module):
             further["positions"] = torch.from_numpy(grid_positions(pieces, spec.position_axes))
         if spec.sound_rank and images:
             further["heard"] = True
+        if spec.layer_input_size:
+            ids = token_ids(pieces)
+            further["ids"] = torch.from_numpy(np.where(ids < 0, spec.layer_input_id, ids))[None]
         if spec.image_blocks and images:
             further["mask"] = block_mask(embeds.shape[1], run_spans(pieces))
         if any(image.deep for image in shown):
@@ -288,6 +293,11 @@ def load_reference(
     for name, module in reference.named_modules():
         if not _is_inside(name, blocks):  # a class token, the queries of a Q-Former
             fill_block(module, model.weights, name, recurse=False)
+    decoder = model.spec.decoder
+    if decoder.layer_input_size:
+        shape = (decoder.vocab_size, decoder.layer_input_width)
+        rows_at = partial(model.weights.rows_at, "decoder.embed_layers.weight", shape)
+        reference.decoder.embed_layers.rows_at = rows_at
     return reference.eval()
 
 

@@ -12,30 +12,53 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.input_spec import ConnectorSpec
-from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.native_encoder import BOUNDS, NativeEncoder
 from mobilevlm.reference.decoder import rotate
 from mobilevlm.reference.mlp import MLP, activate
 from mobilevlm.reference.norms import RMSNorm
 from mobilevlm.reference.steps import State, Step, Stepped
 
 
+class ClippedLinear(nn.Linear):
+    """A linear layer whose inputs and outputs are clipped to bounds that are learned (Gemma 4)."""
+
+    def __init__(self, in_size: int, out_size: int, bias: bool) -> None:
+        super().__init__(in_size, out_size, bias)
+        for name in BOUNDS:
+            self.register_parameter(name, nn.Parameter(torch.zeros(1)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        least, greatest, lowest, highest = (self.get_parameter(name) for name in BOUNDS)
+        return super().forward(hidden.clamp(least, greatest)).clamp(lowest, highest)
+
+
+def _linear(spec: NativeEncoder, in_size: int, out_size: int) -> nn.Linear:
+    return (ClippedLinear if spec.clipped else nn.Linear)(in_size, out_size, bias=spec.bias)
+
+
 class NativeAttention(nn.Module):
     def __init__(self, spec: NativeEncoder) -> None:
         super().__init__()
-        self.heads = spec.num_attention_heads
-        self.q_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
-        self.k_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
-        self.v_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
-        self.out_proj = nn.Linear(spec.hidden_size, spec.hidden_size)
+        self.heads, size = spec.num_attention_heads, spec.hidden_size
+        self.q_proj, self.k_proj = _linear(spec, size, size), _linear(spec, size, size)
+        self.v_proj, self.out_proj = _linear(spec, size, size), _linear(spec, size, size)
+        self.norm_eps = spec.norm_eps if spec.head_norms else None
+        if spec.head_norms:
+            self.q_norm = RMSNorm(spec.head_dim, spec.norm_eps)
+            self.k_norm = RMSNorm(spec.head_dim, spec.norm_eps)
 
     def forward(self, hidden: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
         query, key, value = (
             proj(hidden).unflatten(2, (self.heads, -1)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
+        scale = None
+        if self.norm_eps is not None:
+            query, key, scale = self.q_norm(query), self.k_norm(key), 1.0
+            value = F.rms_norm(value, value.shape[-1:], eps=self.norm_eps)
         cos, sin = angles.cos(), angles.sin()
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         out: Tensor = self.out_proj(mixed.transpose(1, 2).flatten(2))
         return out
 
@@ -46,8 +69,8 @@ class NativeMLP(nn.Module):
         self.activation = spec.hidden_act
         self.readers, self.maker = spec.mlp_linears
         for name in self.readers:
-            self.add_module(name, nn.Linear(spec.hidden_size, spec.intermediate_size))
-        self.add_module(self.maker, nn.Linear(spec.intermediate_size, spec.hidden_size))
+            self.add_module(name, _linear(spec, spec.hidden_size, spec.intermediate_size))
+        self.add_module(self.maker, _linear(spec, spec.intermediate_size, spec.hidden_size))
 
     def forward(self, hidden: Tensor) -> Tensor:
         first, *others = (self.get_submodule(name)(hidden) for name in self.readers)
@@ -68,11 +91,29 @@ class NativeLayer(nn.Module):
         self.attn = NativeAttention(spec)
         self.norm2 = _norm(spec.norm, spec.hidden_size, spec.norm_eps)
         self.mlp = NativeMLP(spec)
+        self.attn_output_norm = self.mlp_output_norm = None
+        if spec.post_norms:
+            self.attn_output_norm = _norm(spec.norm, spec.hidden_size, spec.norm_eps)
+            self.mlp_output_norm = _norm(spec.norm, spec.hidden_size, spec.norm_eps)
 
     def forward(self, hidden: Tensor, angles: Tensor, mask: Tensor | None) -> Tensor:
-        hidden = hidden + self.attn(self.norm1(hidden), angles, mask)
-        out: Tensor = hidden + self.mlp(self.norm2(hidden))
-        return out
+        mixed = self.attn(self.norm1(hidden), angles, mask)
+        hidden = hidden + (mixed if self.attn_output_norm is None else self.attn_output_norm(mixed))
+        made: Tensor = self.mlp(self.norm2(hidden))
+        return hidden + (made if self.mlp_output_norm is None else self.mlp_output_norm(made))
+
+
+class AxisPositions(nn.Module):
+    """Row and column of patches ``(patches, 2)`` to the sum of what two tables have for each
+    (Gemma 4)."""
+
+    def __init__(self, spec: NativeEncoder) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(2, spec.axis_positions, spec.hidden_size))
+        """That of columns first"""
+
+    def forward(self, places: Tensor) -> Tensor:
+        return self.weight[0, places[:, 1]] + self.weight[1, places[:, 0]]
 
 
 class NativeTower(Stepped):
@@ -87,7 +128,10 @@ class NativeTower(Stepped):
             3, spec.hidden_size, patch, stride=patch, bias=spec.patch_bias
         )
         if spec.position_grid:
-            self.position_embedding = nn.Embedding(spec.position_grid**2, spec.hidden_size)
+            count = spec.position_grid**2
+            self.position_embedding: nn.Module = nn.Embedding(count, spec.hidden_size)
+        if spec.axis_positions:
+            self.position_embedding = AxisPositions(spec)
         self.layers = nn.ModuleList(NativeLayer(spec) for _ in range(spec.num_hidden_layers))
 
     def steps(self) -> Iterator[Step]:
@@ -95,6 +139,8 @@ class NativeTower(Stepped):
         yield Step("patch_embedding", self.patch_embedding, self._embed)
         if self.spec.position_grid:
             yield Step("position_embedding", self.position_embedding, self._add_positions)
+        if self.spec.axis_positions:
+            yield Step("position_embedding", self.position_embedding, self._add_by_axis)
         for index, layer in enumerate(self.layers):
             yield Step(f"layers.{index}", layer, partial(self._run_layer, index))
 
@@ -127,6 +173,9 @@ class NativeTower(Stepped):
             table.permute(2, 0, 1)[None], size=size, mode="bilinear", align_corners=True
         )
         return state.then(state.hidden + self._in_squares(resized[0].permute(1, 2, 0)))
+
+    def _add_by_axis(self, state: State) -> State:
+        return state.then(state.hidden + self.position_embedding(self._places(state)))
 
     def _run_layer(self, index: int, state: State) -> State:
         places = self._places(state)
@@ -193,6 +242,24 @@ class MergerProjector(Stepped):
 
     def _join(self, hidden: Tensor) -> Tensor:
         out: Tensor = self.mlp(hidden.reshape(len(hidden), -1, self.joined))
+        return out
+
+
+class PoolProjector(Stepped):
+    """Averages of the patches of a square, an RMS norm without weight, and an MLP (Gemma 4)."""
+
+    def __init__(self, spec: ConnectorSpec) -> None:
+        super().__init__()
+        self.square, self.eps = spec.factor**2, spec.norm_eps
+        self.mlp = MLP(spec)
+
+    def steps(self) -> Iterator[Step]:
+        """Yield the MLP, behind averages and norm."""
+        yield Step.of("mlp", self.mlp, self._pool)
+
+    def _pool(self, hidden: Tensor) -> Tensor:
+        pooled = hidden.reshape(len(hidden), -1, self.square, hidden.shape[2]).mean(2)
+        out: Tensor = self.mlp(F.rms_norm(pooled, pooled.shape[-1:], eps=self.eps))
         return out
 
 

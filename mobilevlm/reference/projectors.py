@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.reference.mlp import MLP
-from mobilevlm.reference.native import MergerProjector
+from mobilevlm.reference.native import MergerProjector, PoolProjector
 from mobilevlm.reference.norms import RMSNorm
 from mobilevlm.reference.qformer import QFormer
 from mobilevlm.reference.steps import State, Step, Stepped
@@ -183,6 +183,7 @@ def build_projector(spec: ConnectorSpec) -> nn.Module:
         "mlp_downsample": DownsampleProjector,
         "qformer": QFormerProjector,
         "merger": MergerProjector,
+        "pool": PoolProjector,
         "stack": StackProjector,
     }
     return kinds[spec.kind](spec)

@@ -157,6 +157,11 @@ class EncoderDecoderEngine(DecoderEngine, Protocol):
         append the answer to."""
 
 
+def token_rows(decoder: DecoderEngine, ids: Sequence[int]) -> Rows:
+    """Return the rows of tokens."""
+    return Rows(decoder.embed(ids), ids=np.asarray(ids, np.int64))
+
+
 def in_chunks(
     append: Callable[[Rows, int], Float32], rows: Rows, count: int | None, size: int = PREFILL_CHUNK
 ) -> Float32:

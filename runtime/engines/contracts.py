@@ -13,7 +13,7 @@ from mobilevlm.errors import BundleError
 from mobilevlm.runtime.engines import CacheType
 from mobilevlm.runtime.engines.onnx.mapped_weights import Session
 from mobilevlm.spec import ModelSpec
-from mobilevlm.state_buffers import state_buffers
+from mobilevlm.state_buffers import LAYER_ROWS, state_buffers
 
 Value: TypeAlias = tuple[str, tuple[int | None, ...]]
 """Element type and shape; none where any size will do"""
@@ -80,6 +80,9 @@ def check_decoder(session: Session, spec: DecoderSpec, cache: CacheType) -> None
         inputs |= dict.fromkeys(("image_rows", "image_ends"), ("int64", (None,)))
     if spec.encoder_layers:
         inputs |= _by_layer("cross", spec, _crossed(spec))
+    if spec.layer_input_size:
+        shape = (1, None, spec.num_hidden_layers, spec.layer_input_size)
+        inputs[LAYER_ROWS] = ("float", shape)
     if spec.sound_rank:
         inputs["sound"] = ("float", (1,))
     _check(session, inputs, outputs)

@@ -227,8 +227,9 @@ def onnx_decoder(
         prompts = bundle.path(parts[-1].path)
     rows, stored, entries = bundle.path(table.path), cache or cache_type(bundle), _products(*parts)
     return OnnxDecoder(
-        path, rows, table, spec.decoder, plan, prompts, encoder, stored, entries, turns
-    )
+        path, rows, table, spec.decoder, plan, prompts, encoder, stored, entries, turns,
+        bundle.manifest.layer_embeddings,
+    )  # fmt: skip
 
 
 _OPENERS: Mapping[str, Callable[[Bundle, Path, Plan], DecoderEngine]] = {

@@ -150,12 +150,12 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     elif plan.engine in LLAMA_ENGINES:
         pages += LLAMA_FILES
     stored = artifacts["decoder"]
-    channels = decoder.head_dim if stored.format == "gguf" else decoder.cache_head_dim
+    exact = stored.format == "gguf"
     # llama.cpp's keys and values are there for the whole context at once.
     held = decoder.context_length if plan.engine in LLAMA_ENGINES[:2] else positions
     most = window_rows(decoder) if stored.format == "onnx" else decoder.context_length
     value = _value_size(manifest, stored)
-    states = _slots_size(decoder, channels, value, held, min(held, most))
+    states = _slots_size(decoder, exact, value, held, min(held, most))
     states += _fixed_size(decoder)
     libraries = own + TOKENIZER_FACTOR * _size(manifest, [TOKENIZER])
     if plan.engine == "npu" and manifest.compiled:
@@ -166,7 +166,8 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     for name, artifact in artifacts.items():
         size = _size(manifest, artifact.files)
         if name == "embeddings":
-            mapped += min(size, max(min(positions - image_rows, ROWS), 0) * ROW)
+            tables = 1 + (decoder.layer_input_size > 0)  # a row of each is read
+            mapped += min(size, max(min(positions - image_rows, ROWS), 0) * tables * ROW)
         elif artifact.format == "gguf":
             read = size * _read_share(decoder) if name == "decoder" else size
             stages.append(_gguf_stage(manifest, name, artifact, read, plan, positions))
@@ -190,7 +191,7 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     weights, filled, working, read = _peak(stages, states, plan)
     working += 0.0 if encoded is None else image_bytes(encoded)
     files = sum(_size(manifest, part.files) for part in artifacts.values())
-    reserved = files + _slots_size(decoder, channels, value, decoder.context_length, most) - filled
+    reserved = files + _slots_size(decoder, exact, value, decoder.context_length, most) - filled
     return Memory(libraries, weights, working, filled, pages, mapped + read, reserved)
 
 
@@ -206,7 +207,7 @@ def drawing_bytes(manifest: Manifest, prompt: int = TEXT_POSITIONS) -> float:
     weights += sum(_size(manifest, part.files) for part in stored) * _IMAGE_DECODER_COPIES
     value = _BYTE if manifest.recipe.kv_cache == "int8" else _FLOAT
     slots = 2 * (2 * prompt + output.num_tokens)
-    states = _slots_size(decoder, decoder.cache_head_dim, value, slots, slots)
+    states = _slots_size(decoder, False, value, slots, slots)
     maps = _MAPS * _FLOAT * output.edge**2 * max(output.decoder.widths[-2:])
     return weights + len(DRAWING) * SESSION + states + maps
 
@@ -369,8 +370,12 @@ def _vision_buffers(image: InputSpec) -> float:
 
 def _decoder_buffers(spec: DecoderSpec, chunk: int, total: int) -> float:
     """Return the bytes of one layer's buffers over a chunk, with the scores of its attention."""
-    products = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * spec.head_dim
-    states = chunk * (4 * spec.hidden_size + 2 * products + 4 * spec.intermediate_size)
+    layers = [spec.at(index) for index in range(spec.num_hidden_layers)]
+    products = (spec.num_attention_heads + 2 * spec.num_key_value_heads) * max(
+        layer.head_dim for layer in layers
+    )
+    wide = max(layer.intermediate_size for layer in layers)
+    states = chunk * (4 * spec.hidden_size + 2 * products + 4 * wide + 3 * spec.layer_input_width)
     return _FLOAT * (states + spec.num_attention_heads * chunk * total + 2 * spec.vocab_size)
 
 
@@ -382,10 +387,10 @@ def _value_size(manifest: Manifest, decoder: Artifact) -> int:
     return _BYTE if is_integer else _FLOAT
 
 
-def _slots_size(spec: DecoderSpec, channels: int, value: int, filled: int, near: int) -> float:
-    """Bytes of the keys and values of so many positions, each head with so many channels; ``near``:
-    positions of sliding layers."""
-    buffers = slot_buffers(spec, channels)
+def _slots_size(spec: DecoderSpec, exact: bool, value: int, filled: int, near: int) -> float:
+    """Bytes of the keys and values of so many positions; ``exact``: without padding of heads;
+    ``near``: positions of sliding layers."""
+    buffers = slot_buffers(spec, exact)
     counts = {"kv": filled, "sliding": near}
     return float(sum(math.prod(part.sized(counts[part.kind])) for part in buffers) * value)
 
@@ -412,7 +417,7 @@ def estimate_web_mb(manifest: Manifest) -> float:
     weights = {stage: sum(manifest.files[name].size for name in files[stage]) for stage in files}
     decoder = manifest.spec.decoder
     filled, near = decoder.context_length, window_rows(decoder)
-    slots = _slots_size(decoder, decoder.cache_head_dim, _FLOAT, filled, near)
+    slots = _slots_size(decoder, False, _FLOAT, filled, near)
     states = STATE_COPIES * slots
     model = RESIDENT_WEB * (weights["vision"] + weights["decoder"]) + weights["embeddings"]
     return PAGE_MB + (model + states) / 1e6

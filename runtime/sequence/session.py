@@ -23,6 +23,7 @@ from mobilevlm.runtime.engines import (
     EncoderEngine,
     ExpertChoices,
     Float32,
+    token_rows,
     wanted_of,
 )
 from mobilevlm.runtime.sequence.cache import Border, PositionKey, PromptCache, borders, pieces
@@ -376,7 +377,7 @@ class Session:
             return self._extend(tokens)
 
     def _extend(self, tokens: Sequence[int]) -> Float32:
-        logits = self._decoder.answer(self._state, Rows(self._decoder.embed(tokens)))
+        logits = self._decoder.answer(self._state, token_rows(self._decoder, tokens))
         self._keys += tokens
         return logits
 
@@ -507,10 +508,10 @@ class Session:
         images = self._encode(keys, prompt, note)
         with note.prefill:
             embeds = np.empty((len(keys), self._hidden_size), np.float32)
-            tokens = [index for index, key in enumerate(keys) if isinstance(key, int)]
-            if tokens:
-                ids = [key & ~HEARD for key in keys if isinstance(key, int)]
-                embeds[tokens] = self._decoder.embed(ids)
+            ids = np.array([key & ~HEARD if isinstance(key, int) else -1 for key in keys], np.int64)
+            is_text = ids >= 0
+            if is_text.any():
+                embeds[is_text] = self._decoder.embed(ids[is_text].tolist())
             for index, key in enumerate(keys):
                 if isinstance(key, tuple):
                     embeds[index] = images[key[0]].embeds[-1 - key[1]]
@@ -523,7 +524,7 @@ class Session:
             if self._axes > 1:
                 placed = grid_positions(prompt.pieces, self._axes)[:, start:]
         blocks = _blocks(keys) if self._sees_images else ()
-        return Rows(embeds, tuple(deep), placed, blocks, prompt.heard)
+        return Rows(embeds, tuple(deep), placed, blocks, prompt.heard, ids)
 
 
 def _blocks(keys: Sequence[PositionKey]) -> tuple[tuple[int, int], ...]:

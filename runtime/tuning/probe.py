@@ -13,7 +13,7 @@ from mobilevlm.bundle import Bundle
 from mobilevlm.plan import Plan
 from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Prepared, Rows, Sound, count_rows
-from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine
+from mobilevlm.runtime.engines import DecoderEngine, EncoderEngine, token_rows
 from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
 from mobilevlm.runtime.engines.opening import open_engines
 from mobilevlm.runtime.sequence.encoding import encode_runs
@@ -108,7 +108,7 @@ class EngineProbe:
             return {}
 
         def run(count: int) -> Callable[[], None]:
-            tokens = Rows(decoder.embed([1] * (count + 1)))
+            tokens = token_rows(decoder, [1] * (count + 1))
 
             def once() -> None:
                 state.rewind(start)
@@ -146,7 +146,7 @@ class EngineProbe:
 
     def _rows(self, decoder: DecoderEngine, length: int) -> Rows:
         """Return rows of any tokens: the work is the same."""
-        return Rows(decoder.embed([index % 7 + 1 for index in range(length)]))
+        return token_rows(decoder, [index % 7 + 1 for index in range(length)])
 
 
 def _usual(spec: ModelSpec) -> Prepared:

@@ -170,7 +170,7 @@ def test_the_decoder_has_windows_over_buffers_of_all_positions(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "name", ["blip2_t5", "instructblip", "qwen2_5_vl", "qwen3_vl", "gemma3", "lfm2_vl"]
+    "name", ["blip2_t5", "instructblip", "qwen2_5_vl", "qwen3_vl", "gemma3", "gemma4", "lfm2_vl"]
 )
 def test_a_model_that_its_pipeline_has_no_place_for_is_refused_before_work(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

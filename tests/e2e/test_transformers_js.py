@@ -251,7 +251,8 @@ def test_exporting_again_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["llava_next", "internvl3", "fast_vlm", "nano", "gemma3", "qwen3_vl", "lfm2_vl"]
+    "name",
+    ["llava_next", "internvl3", "fast_vlm", "nano", "gemma3", "gemma4", "qwen3_vl", "lfm2_vl"],
 )
 def test_a_family_that_it_does_not_have_is_refused_before_work(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -63,6 +63,7 @@ NOT_KNOWN = {
     "qwen2_5_vl": "images prepared as 'dynamic_image'",
     "qwen3_5": "images prepared as 'dynamic_image'",
     "gemma3": "'image_margin' in its conversation",
+    "gemma4": "images prepared as 'dynamic_image'",
     "janus": "images of aspect 'fit'",
 }
 """Those that the page refuses, with what it says. Qwen3-VL is too big for the target already."""

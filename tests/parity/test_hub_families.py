@@ -103,7 +103,18 @@ def in_patches(pixels: NDArray[Any], spec: NativeEncoder) -> NDArray[Any]:
 
 
 def features_of(fixture: Fixture) -> NDArray[Any]:
-    """The official features, those of Qwen2.5-VL's windows put in the order of patches."""
+    """The official features, those of Qwen2.5-VL's windows put in the order of patches, and those
+    of Gemma 4's before pooling in the order of squares."""
+    encoder = fixture.model.spec.image.encoder
+    if isinstance(encoder, NativeEncoder) and encoder.axis_positions:
+        parts, side = [], encoder.merge_size
+        flat_rows, start = fixture.arrays["encoder_output"], 0
+        for rows, columns in fixture.expected["patch_grid_rows_cols"]:
+            grid = flat_rows[start : start + rows * columns]
+            grid = grid.reshape(rows // side, side, columns // side, side, -1)
+            parts.append(grid.swapaxes(1, 2).reshape(rows * columns, -1))
+            start += rows * columns
+        return np.concatenate(parts)
     features = flat(fixture.arrays["vision_features"], 2)
     if "window_index" not in fixture.arrays:
         return features
@@ -116,6 +127,17 @@ def test_pixel_values_equal_the_official_preprocessing(
 ) -> None:
     preparation, encoder = fixture.model.spec.image.pixels, fixture.model.spec.image.encoder
     found = [normalize(item["pixels"], preparation) for image in images for item in image.arrays]
+    if isinstance(encoder, NativeEncoder) and encoder.axis_positions:  # which the tower normalises
+        edge, places = encoder.patch_size, fixture.arrays["image_position_ids"]
+        for values, expected, known in zip(
+            found, fixture.arrays["pixel_values"], places, strict=True
+        ):
+            _, height, width = values.shape
+            parts = values.reshape(3, height // edge, edge, width // edge, edge)
+            patches = parts.transpose(1, 3, 2, 4, 0).reshape(-1, 3 * edge**2)
+            assert (known[: len(patches)] >= 0).all() and (known[len(patches) :] < 0).all()
+            assert np.abs((patches + 1) / 2 - expected[: len(patches)]).max() <= 1e-6
+        return
     if isinstance(encoder, NativeEncoder):
         patches = np.concatenate([in_patches(values, encoder) for values in found])
         assert np.abs(patches - fixture.arrays["pixel_values"]).max() <= 1e-6

@@ -77,6 +77,7 @@ REFUSED = {
     "lfm2_vl": "short convolutions",
     **dict.fromkeys([*QWEN_FIXTURES, "qwen3_5"], "images prepared as 'dynamic_image'"),
     "gemma3": "images whose rows see each other",
+    "gemma4": "images prepared as 'dynamic_image'",
 }
 WITH_GRAPHS = [
     name

@@ -118,7 +118,9 @@ def test_weights_of_a_layer_are_gone_when_the_next_is_at_work(
     assert len(opened) == mobilevlm_v2.model.spec.decoder.num_hidden_layers
 
 
-@pytest.mark.parametrize("name", ["moe_llava_phi2", "moe_llava_qwen", "blip2", "fast_vlm"])
+@pytest.mark.parametrize(
+    "name", ["moe_llava_phi2", "moe_llava_qwen", "blip2", "fast_vlm", "gemma4"]
+)
 def test_statistics_of_other_decoders_are_those_of_the_reference(name: str) -> None:
     """Experts, biases, partial rotary, learned positions, heads of odd sizes."""
     fixture = fixture_named(name)

@@ -72,9 +72,10 @@ class PackedAttention(Attention):
         rotary: tuple[Tensor, Tensor],
         mask: Tensor | Packing | None,
         heard: bool = False,
+        shared: list[Tensor] | None = None,
     ) -> Tensor:
         if not isinstance(mask, Packing):
-            return super().forward(hidden, rotary, mask, heard)
+            return super().forward(hidden, rotary, mask, heard, shared)
         query, key, value = (
             proj(hidden).unflatten(2, (-1, self.head_dim)).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)

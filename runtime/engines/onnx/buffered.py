@@ -109,7 +109,17 @@ class BufferedDecoder:
     """The part of :class:`mobilevlm.runtime.engines.DecoderEngine` that needs no session. States
     are :class:`BufferedState`."""
 
-    def __init__(self, table: Path, embeddings: EmbeddingTable, spec: DecoderSpec) -> None:
+    def __init__(
+        self,
+        table: Path,
+        embeddings: EmbeddingTable,
+        spec: DecoderSpec,
+        layers: EmbeddingTable | None = None,
+    ) -> None:
+        """``layers``: the table of layers' own inputs, in the same file, if there is one."""
+        self._mapped_layers = None if layers is None else map_table(table, layers)
+        self._layer_shape = (-1, spec.num_hidden_layers, spec.layer_input_size)
+        self._visual_id = spec.layer_input_id
         mapped = map_table(table, embeddings)
         self._mapped: np.memmap[Any, Any] | None = mapped
         self._table: NDArray[Any] | None = mapped.view(np.ndarray)  # indexing in a tenth of time
@@ -126,6 +136,19 @@ class BufferedDecoder:
         check_whole(still_open(self._mapped))
         rows: Float32 = table[np.asarray(ids, np.int64)].astype(np.float32)
         return rows if self._embed_scale == 1 else rows * np.float32(self._embed_scale)
+
+    def layer_rows(self, ids: Sequence[int] | NDArray[np.int64] | None) -> Float32 | None:
+        """Return the rows of the table of layers' own inputs ``(length, layers, layer_input_size)``
+        of tokens, -1 for visual ones; none where there is no table."""
+        table = self._mapped_layers
+        if table is None:
+            return None
+        assert ids is not None, "ids of the rows, which layers look their own inputs up by"
+        known = np.asarray(ids, np.int64)
+        check_whole(table)
+        rows = table[np.where(known < 0, self._visual_id, known)].astype(np.float32)
+        made: Float32 = rows.reshape(self._layer_shape)
+        return made * np.float32(self._layer_shape[2] ** 0.5)
 
     def _row(self, token: int) -> NDArray[Any]:
         """The embedding of one token ``(hidden_size,)``."""

@@ -55,6 +55,8 @@ EMPTY_PRODUCTS = (1, 32)
 """The first version whose DynamicQuantizeMatMul gives no rows for no rows."""
 INTEGER_EXPERTS = (1, 31)
 """The first version whose QMoE has the attributes that it is exported with."""
+SHARED_KEYS = (1, 32)
+"""The first version tried whose attention reads the buffers of another layer."""
 LINEAR_ATTENTION = (1, 25)
 """The first version with it on CPUs."""
 _SINCE = {
@@ -178,7 +180,7 @@ class OnnxDecoder(BufferedDecoder):
     """The decoder stage; embedding rows are read from a mapped file. ``prompts``: the file of a
     second graph that computes pieces of prompts from ``plan.prefill_from`` positions on; ``cache``:
     what both store keys and values in; ``entries`` as of :func:`open_session`; ``turns`` as of
-    :class:`OnnxVision`."""
+    :class:`OnnxVision`; ``layers``: the table of layers' own inputs, if there is one."""
 
     def __init__(
         self,
@@ -192,10 +194,13 @@ class OnnxDecoder(BufferedDecoder):
         cache: CacheType = np.float32,
         entries: Mapping[str, str] = MappingProxyType({}),
         turns: Turns | None = None,
+        layers: EmbeddingTable | None = None,
     ) -> None:
         if cache is np.int8:
             _check_version(path)
-        super().__init__(table, embeddings, spec)
+        if spec.shared_kv_layers and _version() < SHARED_KEYS:
+            raise _too_old(path, "keys and values that layers share", SHARED_KEYS)
+        super().__init__(table, embeddings, spec, layers)
         self._spec, self._plan, self._cache = spec, plan, cache
 
         def opened() -> DecoderSessions:
@@ -309,7 +314,7 @@ class OnnxDecoder(BufferedDecoder):
         """Appends a chunk; logits of its last ``count`` positions. ``also``: further outputs, to be
         filled."""
         computed = max(count, 0 if _version() >= EMPTY_PRODUCTS else 1)
-        arrays = state.run_of(rows, computed)
+        arrays = state.run_of(rows, computed, self.layer_rows(rows.ids))
         state.run(session, arrays, self._run_options, also)
         result: Float32 = arrays.logits[0, computed - count :]
         return result
@@ -384,13 +389,13 @@ class OnnxDecoder(BufferedDecoder):
         assert isinstance(state, OnnxState)
         row = self._row(token)
         with self._open() as sessions:
-            return state.step(sessions.answers, row)
+            return state.step(sessions.answers, row, self.layer_rows([token]))
 
     def close(self) -> None:
         """See :class:`mobilevlm.runtime.engines.DecoderEngine`."""
         if self._stage is not None:
             self._stage.close()
-        self._stage = self._table = self._mapped = None
+        self._stage = self._table = self._mapped = self._mapped_layers = None
 
 
 def exact_products() -> Mapping[str, str]:

@@ -24,7 +24,7 @@ from mobilevlm.runtime.engines.state import (
     RecurrentState,
     WindowBuffers,
 )
-from mobilevlm.state_buffers import fixed_buffers, slot_buffers, window_rows
+from mobilevlm.state_buffers import LAYER_ROWS, fixed_buffers, slot_buffers, window_rows
 
 
 @dataclass(frozen=True)
@@ -89,9 +89,9 @@ class OnnxState(BufferedState):
         self.rewind(0)
         self.cross, self._step = cross, None
 
-    def run_of(self, rows: Rows, computed: int) -> RunArrays:
+    def run_of(self, rows: Rows, computed: int, stored: Float32 | None = None) -> RunArrays:
         """Return the arrays of a run that appends rows, with room for the logits of the last
-        ``computed``."""
+        ``computed``. ``stored``: rows of the table of layers' own inputs, where there is one."""
         spec, length = self._spec, len(rows)
         positions = self._text_positions(length) if rows.positions is None else rows.positions
         inputs: dict[str, NDArray[Any]] = {
@@ -104,6 +104,8 @@ class OnnxState(BufferedState):
             inputs["rotary_cos"], inputs["rotary_sin"] = rotary_at(spec, positions)
         if spec.sliding_layers:
             inputs["window_length"] = self._window_length
+        if stored is not None:
+            inputs[LAYER_ROWS] = stored[None]
         if spec.image_blocks:
             inputs |= image_inputs(rows.blocks, self.slots)
         if spec.sound_rank:
@@ -126,14 +128,16 @@ class OnnxState(BufferedState):
             _bind_output(binding, name, values)
         self._advance(session, run, binding, options)
 
-    def step(self, session: Session, row: Float32) -> Float32:
+    def step(self, session: Session, row: Float32, stored: Float32 | None = None) -> Float32:
         """Append one row ``(hidden_size,)`` of text; logits ``(vocab_size,)``, valid until the next
-        call. The arrays of a step are bound once for a session."""
+        call. The arrays of a step are bound once for a session. ``stored`` as of :meth:`run_of`."""
         if self._step is None or self._step[0] is not session:
-            run = self.run_of(Rows(row[None].astype(np.float32)), 1)
+            run = self.run_of(Rows(row[None].astype(np.float32)), 1, stored)
             self._step = session, run, self._bind(session, run)
         _, run, binding = self._step
         run.inputs["inputs_embeds"][0, 0] = row
+        if stored is not None:
+            run.inputs[LAYER_ROWS][0] = stored
         if self._spec.rope_sections:
             run.positions[:] = self._text_positions(1)
             tables = rotary_at(self._spec, run.positions)

@@ -35,9 +35,9 @@ def test_a_prompts_first_piece_is_computed_without_empty_products(
     asked: list[int] = []
     run_of = OnnxState.run_of
 
-    def counted(state: OnnxState, rows: Rows, computed: int) -> Any:
+    def counted(state: OnnxState, rows: Rows, computed: int, *further: Any) -> Any:
         asked.append(computed)
-        return run_of(state, rows, computed)
+        return run_of(state, rows, computed, *further)
 
     monkeypatch.setattr(OnnxState, "run_of", counted)
     found = []

@@ -1,4 +1,4 @@
-// The picture of the page: a scene that is drawn with the tools, or a file that was opened.
+// The image of the page: a scene that is drawn with the tools, or a file that was opened.
 
 import {
   COLORS,
@@ -26,7 +26,7 @@ const QUESTIONS = [
 const ARROWS = { ArrowLeft: -1, ArrowRight: 1, ArrowUp: -3, ArrowDown: 3 };
 
 export class Board {
-  /** What the model is asked about; another picture has another id. */
+  /** What the model is asked about; another image has another id. */
   id = 0;
   #scene = randomScene();
   #earlier = [];
@@ -37,7 +37,7 @@ export class Board {
 
   #onChange;
 
-  /** @param {(questions: string[]) => void} onChange called after each change of the picture with
+  /** @param {(questions: string[]) => void} onChange called after each change of the image with
    * questions that fit it */
   constructor(onChange) {
     this.#onChange = onChange;
@@ -56,7 +56,7 @@ export class Board {
 
   /**
    * Shows an image file instead of a scene.
-   * @returns {Promise<boolean>} false where the browser cannot read it: the picture stays
+   * @returns {Promise<boolean>} false where the browser cannot read it: the image stays
    */
   async open(file) {
     const url = URL.createObjectURL(file);
@@ -76,7 +76,7 @@ export class Board {
   }
 
   /** { source, id }: a file, or the pixels of the scene. */
-  picture() {
+  image() {
     if (this.#file) return { source: this.#file, id: this.id };
     const canvas = document.createElement("canvas");
     canvas.width = canvas.height = EDGE;
@@ -85,7 +85,7 @@ export class Board {
     return { source: context.getImageData(0, 0, EDGE, EDGE), id: this.id };
   }
 
-  /** The picture in small, for the list of answers. */
+  /** The image in small, for the list of answers. */
   thumbnail() {
     const canvas = document.createElement("canvas");
     canvas.className = "thumbnail";
@@ -178,7 +178,7 @@ function moved(cell, step) {
   return next < 0 || next > 8 || leavesRow ? cell : next;
 }
 
-/** Radio buttons with pictures. */
+/** Radio buttons with images. */
 function addChoices(id, names, icon) {
   const group = document.getElementById(id);
   names.forEach((name, index) => {

@@ -1,10 +1,10 @@
-// A bundle that answers questions about pictures: the course of runtime/sequence/session.py and
+// A bundle that answers questions about images: the course of runtime/sequence/session.py and
 // runtime/answer/generation.py, with greedy decoding.
 
 import { Tokenizer } from "./vendor/tokenizers.min.mjs";
 import { readBundle, tokenizerDescription } from "./bundle.js";
 import { Decoder, Vision, prepareRuntime } from "./engine.js";
-import { decodePicture } from "./picture.js";
+import { decodeImage } from "./image.js";
 import { preprocess } from "./pixels.js";
 import { IMAGE_TOKEN_ID, promptIds } from "./prompt.js";
 import { Detokenizer, StopStrings } from "./text.js";
@@ -35,7 +35,7 @@ export async function openModel(url, wantedThreads, onProgress) {
 }
 
 class Model {
-  /** { pictureId, ids, past }: the last prompt up to its picture, with keys and values of it. */
+  /** { imageId, ids, past }: the last prompt up to its image, with keys and values of it. */
   #known = null;
 
   constructor(parts) {
@@ -43,25 +43,25 @@ class Model {
   }
 
   /**
-   * Answers a question about a picture. What an earlier question about the same picture has
-   * computed up to the picture's end is taken over.
-   * @param picture { source, id }: what decodePicture takes; another picture has another id
+   * Answers a question about an image. What an earlier question about the same image has
+   * computed up to the image's end is reused.
+   * @param image { source, id }: what decodeImage takes; another image has another id
    * @param {(text: string) => void} onText pieces of the answer as they come
    * @param {() => Promise<boolean>} isStopped asked after each token
    * @returns {Promise<{text, tokens, finishReason, promptTokens, timings}>} finishReason: `stop`,
    *   `length` or `asked`; timings as Stopwatch has them
    * @throws {Error} the question is wrong, or too long for the context
    */
-  async answer(picture, question, maxNewTokens, onText, isStopped) {
+  async answer(image, question, maxNewTokens, onText, isStopped) {
     const watch = new Stopwatch();
     const ids = promptIds(this.tokenizer, this.spec, question);
-    const begun = await this.#readPicture(picture, ids, watch);
+    const begun = await this.#readImage(image, ids, watch);
     const rest = ids.slice(begun.ids.length);
     const promptTokens = begun.past.length + rest.length;
     const room = this.spec.decoder.context_length;
     if (promptTokens >= room) {
       throw new Error(
-        `the prompt takes ${promptTokens} tokens with the picture, the context holds ${room} ` +
+        `the prompt takes ${promptTokens} tokens with the image, the context holds ${room} ` +
           `with the answer: shorten it`,
       );
     }
@@ -70,14 +70,14 @@ class Model {
     return { ...answer, promptTokens, timings: watch.timings() };
   }
 
-  /** The prompt up to its picture, with keys and values. */
-  async #readPicture(picture, ids, watch) {
+  /** The prompt up to its image, with keys and values. */
+  async #readImage(image, ids, watch) {
     const begin = ids.slice(0, ids.indexOf(IMAGE_TOKEN_ID) + 1);
-    if (this.#known?.pictureId === picture.id && startsWith(begin, this.#known.ids)) {
+    if (this.#known?.imageId === image.id && startsWith(begin, this.#known.ids)) {
       return this.#known;
     }
     const pixels = preprocess(
-      await decodePicture(picture.source),
+      await decodeImage(image.source),
       this.spec.inputs.image.preparation,
     );
     watch.lap("preprocess");
@@ -91,7 +91,7 @@ class Model {
     embeds.set(visual, text.length);
     const before = start ? systemPast : this.decoder.emptyPast;
     const { past } = await this.decoder.append(before, embeds);
-    this.#known = { pictureId: picture.id, ids: begin, past };
+    this.#known = { imageId: image.id, ids: begin, past };
     return this.#known;
   }
 

@@ -1,4 +1,4 @@
-// The page: picture and question go to the worker, its answers are shown as they come.
+// The page: image and question go to the worker, its answers are shown as they come.
 
 import { Board } from "./board.js";
 
@@ -71,7 +71,7 @@ const HANDLERS = {
   answer({ tokens, timings }) {
     const { preprocess, vision, firstToken, tokensPerSecond } = timings;
     const parts = [
-      vision ? `picture ${seconds(preprocess + vision)}` : "picture known",
+      vision ? `image ${seconds(preprocess + vision)}` : "image known",
       `first token ${seconds(firstToken)}`,
       `${tokens.length}\u00a0tokens`,
     ];
@@ -105,7 +105,7 @@ function ask(question) {
   document.body.dataset.state = "answering";
   worker.postMessage({
     type: "ask",
-    picture: board.picture(),
+    image: board.image(),
     question,
     maxNewTokens: MAX_NEW_TOKENS,
   });
@@ -135,7 +135,7 @@ function warn(message) {
   elements.warning.textContent = message;
 }
 
-/** Offers questions that fit the picture. */
+/** Offers questions that fit the image. */
 function suggest(questions) {
   const buttons = questions.map((question) => {
     const item = document.createElement("li");

@@ -1,31 +1,31 @@
-// A picture to the uint8 pixels that the vision stage takes: the same values as mobilevlm/image.py
+// An image to the uint8 pixels that the vision stage takes: the same values as mobilevlm/image.py
 // and mobilevlm/media, and so as the reference code, which pads or not and resizes with Pillow's
-// filters. A picture that other settings would split is one tile.
+// filters. An image that other settings would split is one tile.
 //
-// A picture is { data, width, height }: RGB bytes, row by row.
+// An image is { data, width, height }: RGB bytes, row by row.
 
-/** Longer pictures are not padded to a square. */
+/** Longer images are not padded to a square. */
 const MAX_PADDED_EDGE = 32768;
 /** Fractional bits of the filter's weights (Pillow, Resample.c: 32 bits hold 8 of the value, 2 of
  * the overshoot). */
 const PRECISION_BITS = 22;
 
 /**
- * RGB pixels (size, size, 3) of a picture, before mean and standard deviation.
- * @param picture { data, width, height }
+ * RGB pixels (size, size, 3) of an image, before mean and standard deviation.
+ * @param image { data, width, height }
  * @param spec the image input's `preparation`
- * @throws {Error} the picture is too long to be padded to a square
+ * @throws {Error} the image is too long to be padded to a square
  */
-export function preprocess(picture, spec) {
+export function preprocess(image, spec) {
   const { kind = "fixed_image", size } = spec;
   const filter = FILTERS[spec.resample ?? "bicubic"];
   if (kind === "tiles") {
-    const [width, height] = scaled(picture, spec.longest_edge);
-    return resize(resize(picture, width, height, filter), size, size, filter).data;
+    const [width, height] = scaled(image, spec.longest_edge);
+    return resize(resize(image, width, height, filter), size, size, filter).data;
   }
-  if (kind === "aspect_tiles") return resize(picture, size, size, filter).data;
-  if (kind === "any_resolution") return padAndResize(picture, padColor(spec), size, filter).data;
-  return centerCrop(resized(picture, spec, filter), size);
+  if (kind === "aspect_tiles") return resize(image, size, size, filter).data;
+  if (kind === "any_resolution") return padAndResize(image, padColor(spec), size, filter).data;
+  return centerCrop(resized(image, spec, filter), size);
 }
 
 /** Width and height with a longer edge of `longest` and an even shorter one. */
@@ -36,24 +36,24 @@ function scaled({ width, height }, longest) {
   return width >= height ? [longest, even] : [even, longest];
 }
 
-function resized(picture, spec, filter) {
+function resized(image, spec, filter) {
   const { aspect, size, shortest_edge: edge } = spec;
-  if (aspect === "resize") return resize(picture, size, size, filter);
-  if (aspect === "pad") return padAndResize(picture, padColor(spec), edge, filter);
-  return resizeShortestEdge(picture, edge, filter);
+  if (aspect === "resize") return resize(image, size, size, filter);
+  if (aspect === "pad") return padAndResize(image, padColor(spec), edge, filter);
+  return resizeShortestEdge(image, edge, filter);
 }
 
 function padColor(spec) {
   return spec.mean.map((value) => Math.trunc(value * 255));
 }
 
-/** Pads to a square, the picture at half of what is added, and resizes it to `edge`. Rows that are
- * all padding come out as padding, so only the picture's own are resized. */
+/** Pads to a square, the image at half of what is added, and resizes it to `edge`. Rows that are
+ * all padding come out as padding, so only the image's own are resized. */
 function padAndResize({ data, width, height }, color, edge, filter) {
   const long = Math.max(width, height);
   if (long > MAX_PADDED_EDGE) {
     throw new Error(
-      `picture of ${width} × ${height} pixels: longer than ${MAX_PADDED_EDGE}: scale it down or ` +
+      `image of ${width} × ${height} pixels: longer than ${MAX_PADDED_EDGE}: scale it down or ` +
         `cut it first`,
     );
   }
@@ -68,8 +68,8 @@ function padAndResize({ data, width, height }, color, edge, filter) {
   return resizeColumns(narrow, edge, filter);
 }
 
-function resizeShortestEdge(picture, edge, filter) {
-  const { width, height } = picture;
+function resizeShortestEdge(image, edge, filter) {
+  const { width, height } = image;
   const short = Math.min(width, height);
   const long = Math.max(width, height);
   const longEdge = Math.trunc((edge * long) / short);
@@ -79,35 +79,35 @@ function resizeShortestEdge(picture, edge, filter) {
     const keep = 4 * short + ((long - 4 * short) % 2);
     const start = (long - keep) / 2;
     const [x, y, w, h] = width <= height ? [0, start, width, keep] : [start, 0, keep, height];
-    return resizeShortestEdge(cut(picture, x, y, w, h), edge, filter);
+    return resizeShortestEdge(cut(image, x, y, w, h), edge, filter);
   }
-  return resize(picture, newWidth, newHeight, filter);
+  return resize(image, newWidth, newHeight, filter);
 }
 
 /** The centre; an edge shorter than `size` is padded with black, as in the reference. */
-function centerCrop(picture, size) {
-  const wide = Math.max(picture.width, size);
-  const high = Math.max(picture.height, size);
-  if (wide !== picture.width || high !== picture.height) {
+function centerCrop(image, size) {
+  const wide = Math.max(image.width, size);
+  const high = Math.max(image.height, size);
+  if (wide !== image.width || high !== image.height) {
     const canvas = filled(wide, high, [0, 0, 0]);
-    const left = Math.ceil((wide - picture.width) / 2);
-    const top = Math.ceil((high - picture.height) / 2);
-    for (let y = 0; y < picture.height; y++) {
-      const row = picture.data.subarray(y * picture.width * 3, (y + 1) * picture.width * 3);
+    const left = Math.ceil((wide - image.width) / 2);
+    const top = Math.ceil((high - image.height) / 2);
+    for (let y = 0; y < image.height; y++) {
+      const row = image.data.subarray(y * image.width * 3, (y + 1) * image.width * 3);
       canvas.data.set(row, ((top + y) * wide + left) * 3);
     }
-    picture = canvas;
+    image = canvas;
   }
-  return cut(picture, (wide - size) >> 1, (high - size) >> 1, size, size).data;
+  return cut(image, (wide - size) >> 1, (high - size) >> 1, size, size).data;
 }
 
 /** Pillow's resize of 8-bit channels: rows, then columns, rounded to bytes after each. Since
  * version 13 columns go first where that saves much (ImagingResampleInner of its Resample.c). */
-function resize(picture, width, height, filter) {
-  const columnsFirst = picture.height - height > Math.max(0, 2 * (picture.width - width));
+function resize(image, width, height, filter) {
+  const columnsFirst = image.height - height > Math.max(0, 2 * (image.width - width));
   return columnsFirst
-    ? resizeRows(resizeColumns(picture, height, filter), width, filter)
-    : resizeColumns(resizeRows(picture, width, filter), height, filter);
+    ? resizeRows(resizeColumns(image, height, filter), width, filter)
+    : resizeColumns(resizeRows(image, width, filter), height, filter);
 }
 
 function resizeRows({ data, width, height }, newWidth, filter) {

@@ -4,11 +4,11 @@ import { Template } from "./vendor/jinja.mjs";
 
 const IMAGE = "<image>";
 
-/** Stands in the ids where the visual tokens of the picture go. */
+/** Stands in the ids where the visual tokens of the image go. */
 export const IMAGE_TOKEN_ID = -200;
 
 /**
- * Input ids of a question about one picture, IMAGE_TOKEN_ID in the picture's place: where `<image>`
+ * Input ids of a question about one image, IMAGE_TOKEN_ID in the image's place: where `<image>`
  * stands in the question, else before it.
  * @param tokenizer a Tokenizer of @huggingface/tokenizers
  * @param spec the manifest's `spec`
@@ -25,7 +25,7 @@ export function promptIds(tokenizer, spec, question) {
   const ids = placed(tokenize(tokenizer, text, conversation), inputs.image);
   const marks = ids.filter((id) => id === IMAGE_TOKEN_ID).length;
   if (marks !== 1) {
-    throw new Error(`the prompt holds ${marks} marks of an image, there is one picture`);
+    throw new Error(`the prompt has ${marks} marks of an image, expected one for the one image`);
   }
   const beyond = ids.find((id) => id >= decoder.vocab_size);
   if (beyond !== undefined) {
@@ -40,7 +40,7 @@ export function promptIds(tokenizer, spec, question) {
 /** @param {boolean} [parts] whether contents are lists of parts only */
 function userMessage(question, parts) {
   const marks = question.split(IMAGE).length - 1;
-  if (marks > 1) throw new Error(`the question holds ${marks} ${IMAGE}, there is one picture`);
+  if (marks > 1) throw new Error(`the question has ${marks} ${IMAGE}, expected one for the one image`);
   if (!question.trim()) throw new Error("the question is empty: ask something");
   if (marks && parts) {
     const [before, after] = question.split(IMAGE).map((text) => (text ? [textPart(text)] : []));
@@ -54,7 +54,7 @@ function textPart(text) {
   return { type: "text", text };
 }
 
-/** Each piece of text beside the picture is tokenized alone, with the id that begins a text before
+/** Each piece of text beside the image is tokenized alone, with the id that begins a text before
  * the first only, unless the conversation says otherwise. */
 export function tokenize(tokenizer, text, conversation) {
   if (conversation.tokenization === "joined") {
@@ -70,7 +70,7 @@ export function tokenize(tokenizer, text, conversation) {
   });
 }
 
-/** The ids with those that stand around a picture of one tile (mobilevlm/media/tiles.py). */
+/** The ids with those that stand around an image of one tile (mobilevlm/media/tiles.py). */
 function placed(ids, { preparation, layout = {} }) {
   const { begin_ids = [], end_ids = [], thumbnail_ids = [], tile_ids = [] } = layout;
   const isTile = preparation.kind === "tiles" && preparation.thumbnail === "none";

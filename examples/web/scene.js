@@ -1,7 +1,7 @@
 // Scenes as the built-in models know them (mobilevlm/nano/scenes.py, drawing.py): flat shapes, each
 // in its own cell of a 3 × 3 grid, on a muted background.
 
-/** Pixels along an edge of the picture that the model sees. */
+/** Pixels along an edge of the image that the model sees. */
 export const EDGE = 192;
 const CELL = EDGE / 3;
 

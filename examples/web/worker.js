@@ -1,7 +1,7 @@
 // The model in a thread of its own, so that the page stays alive while it computes.
 //
 // In:  { type: "load", url, threads }, { type: "stop" },
-//      { type: "ask", picture: { source, id }, question, maxNewTokens }
+//      { type: "ask", image: { source, id }, question, maxNewTokens }
 // Out: { type: "progress", loaded, total }, { type: "ready", … }, { type: "text", text },
 //      { type: "answer", … }, { type: "error", during, message }
 
@@ -31,10 +31,11 @@ async function load({ url, threads: wanted }) {
   postMessage({ type: "ready", name: spec.name, threads, loadSeconds });
 }
 
-async function ask({ picture, question, maxNewTokens }) {
+/** `picture` is the former name of `image`, for one version. */
+async function ask({ image, picture, question, maxNewTokens }) {
   stopAsked = false;
   const onText = (text) => postMessage({ type: "text", text });
-  const answer = await model.answer(picture, question, maxNewTokens, onText, async () => {
+  const answer = await model.answer(image ?? picture, question, maxNewTokens, onText, async () => {
     await nextMessages();
     return stopAsked;
   });

@@ -344,7 +344,7 @@ def test_families_of_the_hub_answer_as_the_python_runtime(
     ]
     *answered, refused = found
     assert answered == expected
-    assert "there is one picture" in refused
+    assert "expected one for the one image" in refused
 
 
 def test_picture_files_are_decoded_as_by_pillow(
@@ -364,9 +364,9 @@ def test_picture_files_are_decoded_as_by_pillow(
     for path in (path for kind in ("jpg", "png", "webp") for path in folder.glob(f"*.{kind}")):
         data, width, height = browser.run(
             """
-            const { decodePicture } = await import("/picture.js");
+            const { decodeImage } = await import("/image.js");
             const file = await (await fetch(arguments[0])).blob();
-            const { data, width, height } = await decodePicture(file);
+            const { data, width, height } = await decodeImage(file);
             return [Array.from(data), width, height];
             """,
             f"/{path.name}",

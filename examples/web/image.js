@@ -1,27 +1,27 @@
-// Picture files to RGB bytes, by the browser's decoders.
+// Image files to RGB bytes, by the browser's decoders.
 
 /** The longest edge that canvases of all browsers have. */
 const LONGEST_EDGE = 16384;
 
 /**
- * The RGB bytes of a picture file, or of drawn pixels: turned upright by its EXIF orientation,
+ * The RGB bytes of an image file, or of drawn pixels: turned upright by its EXIF orientation,
  * alpha over white, colours as they are stored.
  * @param {Blob | ImageData} source
  * @returns {Promise<{data, width, height}>}
- * @throws {Error} no picture that this browser reads, or one that is too large
+ * @throws {Error} no image that this browser reads, or one that is too large
  */
-export async function decodePicture(source) {
+export async function decodeImage(source) {
   if (source instanceof ImageData) return withoutAlpha(source);
   let bitmap;
   try {
     bitmap = await createImageBitmap(source, { colorSpaceConversion: "none" });
   } catch {
-    throw new Error("not a picture that this browser reads: choose a PNG or JPEG file");
+    throw new Error("not an image that this browser reads: choose a PNG or JPEG file");
   }
   const { width, height } = bitmap;
   if (Math.max(width, height) > LONGEST_EDGE) {
     throw new Error(
-      `picture of ${width} × ${height} pixels: longer than ${LONGEST_EDGE}: scale it down`,
+      `image of ${width} × ${height} pixels: longer than ${LONGEST_EDGE}: scale it down`,
     );
   }
   const context = new OffscreenCanvas(width, height).getContext("2d", { willReadFrequently: true });

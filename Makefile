@@ -73,6 +73,7 @@ fuzz: $(VENV)/.dev
 lint: $(VENV)/.dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python .ci/prose
 
 # The checkout's files, for the training of the built-in models is not in the installed package.
 types: $(VENV)/.dev

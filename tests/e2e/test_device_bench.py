@@ -133,7 +133,7 @@ def test_a_picture_and_names_with_spaces_and_quotes_arrive(
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["visual_tokens"] == 144
-    sent = there / "pictures" / "picture.png"
+    sent = there / "images" / "image.png"
     assert sent.read_bytes() == image.read_bytes()
 
 
@@ -145,7 +145,7 @@ def test_an_error_of_the_bench_there_is_shown_as_its_one_line(
     done = bench(server, bundle, *OPTIONS, "--image", tmp_path / "no.png", *where)
     assert done.returncode == 2 and done.stdout == ""
     line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"mobilevlm: error: {server.address}: {there}/pictures/")
+    assert line.startswith(f"mobilevlm: error: {server.address}: {there}/images/")
     assert "not an image" in line and "Traceback" not in done.stderr
 
 

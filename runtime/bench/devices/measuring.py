@@ -73,9 +73,9 @@ def bench_on_device(
         copies[kept] = bundle_files(model)
         given = [kept]
     if image is not None:
-        picture = f"picture{image.suffix}"
-        copies["pictures"] = {picture: sent_file(image)}
-        given += ["--image", f"pictures/{picture}"]
+        name = f"image{image.suffix}"
+        copies["images"] = {name: sent_file(image)}
+        given += ["--image", f"images/{name}"]
     with DeviceSession(
         device, requirements(), pythons=pythons, folders=() if folder is None else (folder,)
     ) as session:

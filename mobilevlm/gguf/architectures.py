@@ -100,6 +100,11 @@ def gguf_architecture(spec: DecoderSpec) -> str:
     for name, stock in STOCK.items():
         if stock.required <= fields <= stock.required | stock.optional and _fits(name, spec):
             return name
+    if spec.layer_input_size:
+        raise MobileVLMError(
+            "GGUF files of decoders with per-layer embeddings are not written yet: use --format "
+            "onnx"
+        )
     if strange := sorted(fields - OURS):
         raise MobileVLMError(
             f"the GGUF writer knows no architecture for this decoder: none has its {strange[0]}: "

@@ -10,6 +10,7 @@ from typing import Any
 from mobilevlm.families.backbones import LLAMA, OPT, inside
 from mobilevlm.synth.fastvlm import fastvlm
 from mobilevlm.synth.gemma3 import gemma3
+from mobilevlm.synth.gemma4 import gemma4
 from mobilevlm.synth.internvl import internvl
 from mobilevlm.synth.janus import janus
 from mobilevlm.synth.lfm2_vl import lfm2_vl
@@ -148,6 +149,7 @@ LAYOUTS: dict[str, Callable[[], Layout]] = {
     "blip2_opt_2.7b": _blip2_opt,
     "fastvlm_0.5b": fastvlm,
     "gemma3_4b": gemma3,
+    "gemma4_e2b": gemma4,
     "internvl3.5_1b": internvl,
     "janus_pro_1b": janus,
     "lfm2_vl_450m": partial(lfm2_vl, "lfm2_vl_450m"),

@@ -53,6 +53,8 @@ def decoder_shapes(spec: DecoderSpec, backbone: Backbone) -> Shapes:
     """Return the tensors of a language model by their names in a checkpoint."""
     size = spec.hidden_size
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (spec.vocab_size, size)}
+    shapes["embed_layers"] = (spec.vocab_size, spec.layer_input_width)
+    shapes["layer_inputs.norm"] = (spec.layer_input_size,)
     for group in decoder_groups(spec):
         shapes |= {name.removeprefix("decoder."): item for name, item in group.shapes.items()}
     found: Shapes = {}
@@ -68,8 +70,10 @@ def decoder_shapes(spec: DecoderSpec, backbone: Backbone) -> Shapes:
         elif part == "conv":
             shapes[module] = (size, 1, spec.conv_kernel)
         elif part in ("q_norm", "k_norm"):
-            shapes[module] = (spec.head_dim,)
-        elif part.endswith("norm"):
+            shapes[module] = (spec.at(int(module.split(".")[1])).head_dim,)
+        elif part == "scale":
+            shapes[module] = (1,)
+        elif part.endswith("norm") and module not in shapes:
             shapes[module] = (size,)
         if module != "lm_head" or not spec.tie_word_embeddings:
             found[stored_tensor(module, name, "weight")] = shapes[module]

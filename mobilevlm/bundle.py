@@ -230,7 +230,7 @@ class Manifest:
     coverage: tuple[Coverage, ...] = ()
     reduced_build: ReducedBuild | None = None
     layer_embeddings: EmbeddingTable | None = None
-    """Of the inputs that each layer has for itself; all layers of a token are one row"""
+    """Table of the inputs that each layer has for itself; all layers of a token are one row"""
     packages: tuple[Package, ...] = ()
     other_runtime: ForOtherRuntime | None = None
 

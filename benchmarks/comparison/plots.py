@@ -42,7 +42,7 @@ def write_plots(result: Comparison, folder: Path) -> list[Path]:
     """``stages.png``, ``prompt_length.png``, ``context_length.png`` and ``index.html``."""
     rows = -(-len(BARS) // COLUMNS)
     height = rows * (0.9 + 0.21 * len(result.entries)) + 0.6
-    pictures = [
+    plots = [
         _save(folder / "stages.png", lambda figure: _bars(figure, result, rows), (14, height)),
         _save(
             folder / "prompt_length.png",
@@ -60,16 +60,16 @@ def write_plots(result: Comparison, folder: Path) -> list[Path]:
         ),
     ]
     page = folder / "index.html"
-    page.write_text(as_html(result, pictures), encoding="utf-8")
-    return [*pictures, page]
+    page.write_text(as_html(result, plots), encoding="utf-8")
+    return [*plots, page]
 
 
-def as_html(result: Comparison, pictures: Sequence[Path]) -> str:
+def as_html(result: Comparison, plots: Sequence[Path]) -> str:
     """Plots and tables in one page."""
     images = [
         f'<p><img alt="{path.stem}" src="data:image/png;base64,'
         f'{base64.b64encode(path.read_bytes()).decode("ascii")}"></p>'
-        for path in pictures
+        for path in plots
     ]
     title = html.escape(f"{result.model}: side by side")
     return (

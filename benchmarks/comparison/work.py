@@ -56,7 +56,7 @@ class NotSupportedError(Exception):
     """This peer has no such stage."""
 
 
-def picture(size: int, variation: int) -> NDArray[np.uint8]:
+def drawn_image(size: int, variation: int) -> NDArray[np.uint8]:
     """Noise ``(size, size, 3)``."""
     return np.random.default_rng(variation).integers(0, 256, (size, size, 3), np.uint8)
 

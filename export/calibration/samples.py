@@ -303,8 +303,8 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     """Digest of all texts and images."""
     digest = hashlib.sha256()
     for sample in samples:
-        pictures = [_digest(image) for image in sample.images]
-        digest.update(json.dumps([sample.prompt, sample.answer, pictures]).encode())
+        digests = [_digest(image) for image in sample.images]
+        digest.update(json.dumps([sample.prompt, sample.answer, digests]).encode())
     return digest.hexdigest()
 
 

@@ -131,9 +131,9 @@ def open_gguf(path: Path, mmproj: Path | None) -> Model:
     if _is_one_linear(vision, spec.image.connector):
         spec = with_image(spec, connector=dataclasses.replace(spec.image.connector, depth=1))
     encoder = read_encoder(vision, spec.image.connector.out_size)
-    picture = _vision_entries(spec, encoder.swapped, encoder.class_last)
+    entries = _vision_entries(spec, encoder.swapped, encoder.class_last)
     scales = _layer_scale(vision, encoder)
-    weights = _weights(spec, decoder, [(GgufTensors(vision, picture), picture)], scales)
+    weights = _weights(spec, decoder, [(GgufTensors(vision, entries), entries)], scales)
     return Model(path.parent, spec, weights, gguf_tokenizer(decoder))
 
 

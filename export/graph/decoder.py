@@ -442,7 +442,7 @@ class LayerInputs(nn.Module):  # type: ignore[misc]
 
 
 class LayerInput(nn.Module):  # type: ignore[misc]
-    """What a layer's own input makes of the residual stream, and is added to it."""
+    """Residual branch of a layer's own input: a gate of the stream times that input, projected."""
 
     def __init__(self, weights: WeightFile, name: str, spec: DecoderSpec) -> None:
         super().__init__()

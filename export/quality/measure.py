@@ -217,17 +217,17 @@ def calibration_image(seed: int, size: int) -> NDArray[np.uint8]:
     """An image ``(size, size, 3)`` of smooth colours, edges and noise, fixed by the seed."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / np.float32(size)
-    picture = np.zeros((size, size, 3), np.float32)
+    pixels = np.zeros((size, size, 3), np.float32)
     for channel in range(3):
         a, b, phase = random.uniform(1, 8, 3)
-        picture[..., channel] = 0.5 + 0.3 * np.sin(a * x + b * y + phase)
+        pixels[..., channel] = 0.5 + 0.3 * np.sin(a * x + b * y + phase)
     for _ in range(6):
         left, top = random.uniform(0, 0.8, 2)
         width, height = random.uniform(0.05, 0.3, 2)
         inside = (x > left) & (x < left + width) & (y > top) & (y < top + height)
-        picture[inside] = random.uniform(0, 1, 3)
-    picture += random.normal(0, 0.02, picture.shape)
-    return (picture.clip(0, 1) * 255).astype(np.uint8)
+        pixels[inside] = random.uniform(0, 1, 3)
+    pixels += random.normal(0, 0.02, pixels.shape)
+    return (pixels.clip(0, 1) * 255).astype(np.uint8)
 
 
 def reference_answers(
@@ -266,7 +266,7 @@ def _measure_group(
     advance: Advance,
 ) -> list[SampleFigures]:
     """``asked``: the samples that the bundle answers itself; all others have an answer."""
-    visual, seen = _measure_pictures(model, reference, vlm, samples)
+    visual, seen = _measure_images(model, reference, vlm, samples)
     if model.spec.decoder.encoder_layers:
         return _measure_encoded(model, reference, vlm, samples, visual, seen, advance)
     greedy = [
@@ -365,7 +365,7 @@ def _measure_encoded(
     return found
 
 
-def _measure_pictures(
+def _measure_images(
     model: Model, reference: ReferenceModel, vlm: VLM, samples: Sequence[Sample]
 ) -> tuple[list[list[ImageRows]], list[_Seen]]:
     """The reference's visual tokens of each sample's images, and how the bundle sees them."""

@@ -30,7 +30,7 @@ WIDTH, HEIGHT = 900.0, 150.0
 """Size of a plot's area."""
 SMALLEST_KL = 1e-9
 """Nats; less is shown as this much."""
-PICTURE = 224
+IMAGE_EDGE = 224
 """Longest edge of a sample's image."""
 
 
@@ -79,7 +79,7 @@ def write_report(found: Verification, path: Path) -> None:
         kl=_kl_plot(found.kl),
         kl_mean=float(found.kl.mean()),
         layers=_most_harmful(found.layers),
-        worst=[(item, _pictures(item.figures.sample)) for item in found.worst],
+        worst=[(item, _images(item.figures.sample)) for item in found.worst],
         differs=_differs,
         width=WIDTH,
         height=HEIGHT,
@@ -181,15 +181,15 @@ def _differs(item: WorstSample) -> bool:
     return item.found != item.expected
 
 
-def _pictures(sample: Sample) -> list[str]:
+def _images(sample: Sample) -> list[str]:
     """As data URIs."""
     uris = []
     for image in sample.images:
         if isinstance(image, Sound):
             continue
-        picture = open_image(image)
-        picture.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
+        opened = open_image(image)
+        opened.thumbnail((IMAGE_EDGE, IMAGE_EDGE), Image.Resampling.LANCZOS)
         data = io.BytesIO()
-        picture.save(data, "PNG")
+        opened.save(data, "PNG")
         uris.append(f"data:image/png;base64,{base64.b64encode(data.getvalue()).decode()}")
     return uris

@@ -43,7 +43,7 @@ LAYER_INPUTS = {
     "layer_inputs.proj": "per_layer_model_projection",
     "layer_inputs.norm": "per_layer_projection_norm",
 }
-"""What makes the own inputs of layers, with the names in checkpoints of Gemma."""
+"""Modules that make the own inputs of layers, with the names in checkpoints of Gemma."""
 
 ReadDecoder = Callable[[Path, dict[str, Any]], DecoderSpec]
 

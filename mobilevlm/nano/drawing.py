@@ -133,8 +133,8 @@ def glyphs(label: Label) -> tuple[tuple[str, Floats, float], ...]:
     for character, mask in zip(text, masks, strict=True):
         if scale < 1:
             size = (max(1, round(mask.shape[1] * scale)), max(1, round(mask.shape[0] * scale)))
-            picture = Image.fromarray((mask * 255).astype(np.uint8))
-            mask = _coverage(picture.resize(size, Image.Resampling.BICUBIC))
+            resized = Image.fromarray((mask * 255).astype(np.uint8))
+            mask = _coverage(resized.resize(size, Image.Resampling.BICUBIC))
         placed.append((character, mask, left))
         left += mask.shape[1] + gap * scale
     return tuple(placed)

@@ -60,8 +60,8 @@ class EngineProbe:
             for _ in range(STEPS):
                 decoder.step(state, 1)
 
-        picture = _seconds(lambda: list(encode_runs(vision, image.arrays, plan.parallel_tiles)))
-        return StageTimes(picture, _seconds(prefill), _seconds(steps) / STEPS)
+        encoding = _seconds(lambda: list(encode_runs(vision, image.arrays, plan.parallel_tiles)))
+        return StageTimes(encoding, _seconds(prefill), _seconds(steps) / STEPS)
 
     def pieces(self, plan: Plan, lengths: Sequence[int]) -> dict[int, tuple[float, float]]:
         """See :class:`mobilevlm.runtime.tuning.questions.Probe`."""

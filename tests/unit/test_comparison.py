@@ -24,7 +24,7 @@ from comparison.roofline import (
     token_operations,
     tower_operations,
 )
-from comparison.work import BOS, picture, token_ids
+from comparison.work import BOS, drawn_image, token_ids
 
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
@@ -176,7 +176,7 @@ def test_variations_differ_and_repeat() -> None:
     assert token_ids(20, 1000, 1) == token_ids(20, 1000, 1) != token_ids(20, 1000, 2)
     ids = token_ids(20, 1000, 1)
     assert len(ids) == 20 and ids[0] == BOS and max(ids) < 1000
-    assert not np.array_equal(picture(8, 1), picture(8, 2))
+    assert not np.array_equal(drawn_image(8, 1), drawn_image(8, 2))
 
 
 def test_dropped_files_are_known_to_be_dropped(tmp_path: Path) -> None:

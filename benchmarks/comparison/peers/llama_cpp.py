@@ -11,7 +11,7 @@ import llama_cpp
 import numpy as np
 from llama_cpp import mtmd_cpp
 
-from comparison.work import NotSupportedError, Shapes, picture, questions, timed, token_ids
+from comparison.work import NotSupportedError, Shapes, drawn_image, questions, timed, token_ids
 
 BATCH = 512
 """n_batch and n_ubatch: llama.cpp's default of the second."""
@@ -51,7 +51,7 @@ class LlamaCpp:
             )
 
     def encode(self, variation: int) -> float:
-        chunks = self._picture_chunks(variation)
+        chunks = self._image_chunks(variation)
         seconds, code = timed(mtmd_cpp.mtmd_encode_chunk, self._vision, _image(chunks))
         mtmd_cpp.mtmd_input_chunks_free(chunks)
         _check(code)
@@ -71,13 +71,13 @@ class LlamaCpp:
     def ask(self, variation: int) -> tuple[float, float]:
         first, second = questions(self._shapes.vocab_size, variation)
         self._rewind(0)
-        chunks = self._picture_chunks(variation)
+        chunks = self._image_chunks(variation)
 
-        def about_picture() -> int:
+        def about_image() -> int:
             self._append_image(_image(chunks))
             return self._next(first)
 
-        seconds = timed(about_picture)[0]
+        seconds = timed(about_image)[0]
         mtmd_cpp.mtmd_input_chunks_free(chunks)
 
         def again() -> int:
@@ -86,12 +86,12 @@ class LlamaCpp:
 
         return seconds, timed(again)[0]
 
-    def _picture_chunks(self, variation: int) -> Any:
+    def _image_chunks(self, variation: int) -> Any:
         """The image prepared for the encoder; not part of any measured time."""
         if self._vision is None:
             raise NotSupportedError("no image encoder in this combination")
         size = self._shapes.image_size
-        pixels = picture(size, variation)
+        pixels = drawn_image(size, variation)
         bitmap = mtmd_cpp.mtmd_bitmap_init(
             size, size, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         )

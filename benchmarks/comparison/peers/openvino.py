@@ -9,7 +9,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from comparison.work import NotSupportedError, Shapes, picture, questions, timed, token_ids
+from comparison.work import NotSupportedError, Shapes, drawn_image, questions, timed, token_ids
 
 
 def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> OpenVino:
@@ -62,17 +62,17 @@ class OpenVino:
             raise NotSupportedError("image encoder only")
         first, second = questions(self._shapes.vocab_size, variation)
 
-        def about_picture() -> dict[str, Any]:
+        def about_image() -> dict[str, Any]:
             visual = self._encode(variation)
             return self._next(np.concatenate([visual, self._embed(first)]), self._empty)[1]
 
-        seconds, past = timed(about_picture)
+        seconds, past = timed(about_image)
         kept = self._shapes.visual_tokens
         past = {name: np.ascontiguousarray(value[:, :, :kept]) for name, value in past.items()}
         return seconds, timed(self._next, self._embed(second), past)[0]
 
     def _encode(self, variation: int) -> NDArray[np.float32]:
-        pixels = picture(self._shapes.image_size, variation)[None]
+        pixels = drawn_image(self._shapes.image_size, variation)[None]
         self._vision.infer({"pixels": pixels})
         visual: NDArray[np.float32] = self._vision.get_tensor("visual_tokens").data[0]
         return visual

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import mobilevlm.runtime
-from comparison.work import TEXT_TOKENS, Shapes, picture, timed
+from comparison.work import TEXT_TOKENS, Shapes, drawn_image, timed
 
 
 def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> Ours:
@@ -31,7 +31,7 @@ class Ours:
         ]
 
     def encode(self, variation: int) -> float:
-        pixels = picture(self._shapes.image_size, variation)
+        pixels = drawn_image(self._shapes.image_size, variation)
         return timed(self._vlm.encode_image, pixels)[0]
 
     def generate(self, length: int, count: int, variation: int) -> tuple[float, float]:
@@ -41,7 +41,7 @@ class Ours:
         return answer.timings.ttft, answer.timings.decode
 
     def ask(self, variation: int) -> tuple[float, float]:
-        pixels = picture(self._shapes.image_size, variation)
+        pixels = drawn_image(self._shapes.image_size, variation)
         first, second = (self._prompt(TEXT_TOKENS, 1, 2 * variation + turn) for turn in (0, 1))
         return self._first_token(first, pixels), self._first_token(second, pixels)
 

@@ -73,9 +73,9 @@ def bench_on_device(
         copies[kept] = bundle_files(model)
         given = [kept]
     if image is not None:
-        name = f"image{image.suffix}"
-        copies["images"] = {name: sent_file(image)}
-        given += ["--image", f"images/{name}"]
+        sent = f"image{image.suffix}"
+        copies["images"] = {sent: sent_file(image)}
+        given += ["--image", f"images/{sent}"]
     with DeviceSession(
         device, requirements(), pythons=pythons, folders=() if folder is None else (folder,)
     ) as session:

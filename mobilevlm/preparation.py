@@ -12,6 +12,7 @@ from mobilevlm.audio_encoder import SoundEncoder, WhisperEncoder
 from mobilevlm.errors import ImageError, MobileVLMError
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
 from mobilevlm.input_spec import (
+    MOST_TILES,
     AnyResolution,
     AspectTiles,
     DynamicImage,
@@ -138,6 +139,41 @@ def with_max_image_tokens(spec: InputSpec, most: int) -> InputSpec:
     return replace(spec, preparation=limited)
 
 
+def with_image_tokens(spec: InputSpec, most: int) -> InputSpec:
+    """Return an input whose images, in the tiles that it allows, take at most ``most`` visual
+    tokens each; where one tile takes more, its rows are to be made fewer
+    (:func:`mobilevlm.reduction.with_fewer_rows`).
+
+    Raises:
+        MobileVLMError: its visual tokens form no grid, have positions of several axes, or are fewer
+            by ``max_image_tokens``.
+    """
+    preparation, reason = spec.preparation, ""
+    if isinstance(preparation, DynamicImage):
+        reason = "encodes images near their own size: use max_image_tokens instead"
+    elif isinstance(preparation, LibraryImage):
+        reason = "is run by llama.cpp alone, which makes no rows fewer: leave it out"
+    elif isinstance(preparation, Mel):
+        reason = "takes no images: leave it out"
+    elif spec.connector.qformer is not None:
+        reason = f"has {spec.connector.num_tokens} queries in place of a grid: leave it out"
+    if not reason and count_rows(most_pieces(spec)) <= most:
+        return spec
+    if not reason and isinstance(preparation, Tiled):
+        for tiles in range(preparation.max_tiles or MOST_TILES, 0, -1):
+            limited = with_max_tiles(spec, tiles)
+            if count_rows(most_pieces(limited)) <= most:
+                return limited
+        spec = limited
+        if most_runs(spec) > 1:
+            reason = "encodes an image of one tile in several runs: leave it out"
+    if reason:
+        raise MobileVLMError(f"image_tokens is {most}, but this model {reason}")
+    if most <= spec.connector.newline:
+        raise MobileVLMError(f"image_tokens is {most}, expected 2 or more (one ends the image)")
+    return spec
+
+
 def _check_prepared(image: Prepared, spec: InputSpec, images: int) -> None:
     """Refuse an image that was prepared for an encoder of another size, or for a prompt in which
     images are prepared in another way.
@@ -159,7 +195,7 @@ def _check_prepared(image: Prepared, spec: InputSpec, images: int) -> None:
         is_known = is_known and assembly.runs == len(image.arrays)
     squares = [arrays["pixels"].shape for arrays in image.arrays if "pixels" in arrays]
     is_known = is_known and squares == [(size, size, 3)] * len(image.arrays)
-    if not is_known or count_rows(image.pieces) != rows:
+    if not is_known or image.encoded_rows != rows:
         raise ImageError(_OTHERS)
     is_one = isinstance(spec.preparation, AnyResolution) and is_square(spec.preparation, images)
     if is_one and len(image.arrays) > 1:
@@ -186,7 +222,7 @@ def _check_shapes(
         for shape in shapes
     )
     rows = sum(math.prod(shape[:2]) // whole.factor**2 for shape in shapes)
-    if not is_known or image.assembly is not None or count_rows(image.pieces) != rows:
+    if not is_known or image.assembly is not None or image.encoded_rows != rows:
         raise ImageError(_OTHERS)
 
 

@@ -118,6 +118,19 @@ class Assembly:
         return self.side**2 + self.size[0] * self.size[1] + newlines
 
 
+@dataclass(frozen=True)
+class Reduction:
+    """Way from the visual tokens of an image to fewer: means over a coarser grid
+    (mobilevlm/reduction.py)."""
+
+    grid: tuple[int, int]
+    """Rows and columns of visual tokens before"""
+    size: tuple[int, int]
+    """Rows and columns that are left"""
+    behind: int = 0
+    """Rows behind the grid, which stay"""
+
+
 @dataclass(frozen=True, eq=False)
 class Prepared:
     """An image, or another input, as a model takes it (``VLM.prepare_image``)."""
@@ -130,6 +143,16 @@ class Prepared:
     assembly: Assembly | None = None
     """How the rows of the encoder's runs become those of the image; one behind the other when none
     is given."""
+    reduction: Reduction | None = None
+    """How these become fewer, if they do."""
+
+    @property
+    def encoded_rows(self) -> int:
+        """Rows before they are made fewer."""
+        if self.reduction is None:
+            return count_rows(self.pieces)
+        down, across = self.reduction.grid
+        return down * across + self.reduction.behind
 
     @cached_property
     def digest(self) -> bytes:
@@ -140,6 +163,8 @@ class Prepared:
                 hasher.update(f"{piece.grid} {piece.times or ''}".encode())
         if self.assembly is not None:
             hasher.update(repr(self.assembly).encode())
+        if self.reduction is not None:
+            hasher.update(repr(self.reduction).encode())
         for arrays in self.arrays:
             for name, array in arrays.items():
                 hasher.update(f"{name} {array.dtype} {array.shape}".encode())

@@ -32,6 +32,7 @@ def load(
     max_image_tokens: int | None = None,
     cache_dir: str | PathLike[str] | None = None,
     cache_dir_mb: float | None = None,
+    image_tokens: int | None = None,
 ) -> VLM:
     """Opens a bundle for running.
 
@@ -53,13 +54,16 @@ def load(
     tokens that an image becomes at most, where the model encodes images near their own size.
     ``cache_dir``: a folder in which visual tokens of images and sounds stay for later processes,
     at most ``cache_dir_mb`` megabytes of them (1000 by default); answers are the same bit for bit.
+    ``image_tokens``: the most visual tokens of an image for the decoder: fewer tiles where the
+    model splits images, then fewer rows of the encoder. Answers become worse, text reading first
+    (docs/explanation/runtime.md).
 
     Raises:
         MemoryLimitError: the model needs more than a limit. Nothing was loaded.
         BundleError: no bundle there, damaged, or nothing in it that the engine can run.
         ReplacedError: exports replace the bundle again and again.
     """
-    limits = (max_resident_mb, max_memory_mb, max_tiles, max_image_tokens)
+    limits = (max_resident_mb, max_memory_mb, max_tiles, max_image_tokens, image_tokens)
     check_settings(bundle, engine, threads, plan, cache_mb, *limits)
     check_cache_dir(cache_dir, cache_dir_mb)
     engine = engine_for_limit(engine, max_resident_mb)
@@ -78,6 +82,7 @@ def load(
         max_image_tokens=max_image_tokens,
         cache_dir=cache_dir,
         cache_dir_mb=cache_dir_mb,
+        image_tokens=image_tokens,
     )
     if mmproj is not None:
         from mobilevlm.gguf.model import gguf_bundle

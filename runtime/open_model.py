@@ -16,7 +16,7 @@ from mobilevlm.conversation import system_ids
 from mobilevlm.errors import PromptError
 from mobilevlm.input_spec import InputSpec
 from mobilevlm.plan import Plan
-from mobilevlm.preparation import with_max_image_tokens, with_max_tiles
+from mobilevlm.preparation import with_image_tokens, with_max_image_tokens, with_max_tiles
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
 from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.memory.fitting import fit_plan
@@ -44,15 +44,18 @@ def open_model(
     max_image_tokens: int | None = None,
     cache_dir: str | PathLike[str] | None = None,
     cache_dir_mb: float | None = None,
+    image_tokens: int | None = None,
 ) -> VLM:
     """Opens a bundle that is already checked. ``start``: when loading began (``perf_counter``);
-    ``tokenizer``: instead of the bundle's; ``plan`` and what begins with ``max_`` or ``cache_`` as
-    in :func:`load`."""
+    ``tokenizer``: instead of the bundle's; ``plan``, ``image_tokens`` and what begins with
+    ``max_`` or ``cache_`` as in :func:`load`."""
     if max_tiles is not None:
         bundle = _with_image(bundle, with_max_tiles(bundle.manifest.spec.image, max_tiles))
     if max_image_tokens is not None:
         image = with_max_image_tokens(bundle.manifest.spec.image, max_image_tokens)
         bundle = _with_image(bundle, image)
+    if image_tokens is not None:
+        bundle = _with_image(bundle, with_image_tokens(bundle.manifest.spec.image, image_tokens))
     start = time.perf_counter() if start is None else start
     with unchanged(bundle.folder, bundle.identity):
         first, *others = settle_plans(bundle, engine, threads, plan, max_resident_mb)
@@ -76,7 +79,9 @@ def open_model(
             folder = open_token_folder(cache_dir, cache_dir_mb, bundle, settled)
         cache = _open_cache(bundle, tokenizer, settled, cache_mb, room, folder)
         seconds = time.perf_counter() - start
-        return VLM(bundle, tokenizer, vision, decoder, cache, settled, seconds, limits)
+        return VLM(
+            bundle, tokenizer, vision, decoder, cache, settled, seconds, limits, image_tokens
+        )
 
 
 def _with_image(bundle: Bundle, image: InputSpec) -> Bundle:

@@ -27,6 +27,7 @@ def check_settings(
     max_memory_mb: object,
     max_tiles: object,
     max_image_tokens: object,
+    image_tokens: object = None,
 ) -> None:
     """Refuse arguments of ``load`` that are no settings: a wrong type, name or range.
 
@@ -49,8 +50,10 @@ def check_settings(
         if size is not None:
             _check_size(name, size, 1)
     check_max_tiles(max_tiles)
-    if max_image_tokens is not None:
-        _check_count("max_image_tokens", max_image_tokens)
+    counts = {"max_image_tokens": max_image_tokens, "image_tokens": image_tokens}
+    for name, count in counts.items():
+        if count is not None:
+            _check_count(name, count)
 
 
 def check_cache_dir(folder: object, megabytes: object) -> None:

@@ -100,6 +100,7 @@ class VLM:
         plan: Plan,
         load_seconds: float,
         limits: Sequence[Limit] = (),
+        image_tokens: int | None = None,
     ) -> None:
         self.bundle = bundle
         self.plan = plan
@@ -116,7 +117,9 @@ class VLM:
         if self.spec.reads_instructions:
             asked = read_tokenizer(bundle, INSTRUCTION_TOKENIZER)
         prepare = getattr(vision, "prepare", None)  # of an engine that knows images best
-        self._prompts = PromptReader(self.spec, tokenizer, asked, self._room_for, prepare)
+        self._prompts = PromptReader(
+            self.spec, tokenizer, asked, self._room_for, prepare, image_tokens
+        )
         self._drafting = Drafting()
         self._drawing: OnnxDrawing | None = None
         """Opened when the first image is drawn."""

@@ -199,6 +199,8 @@ def evaluation(
     from mobilevlm.runtime.suites.evaluate import evaluate
 
     settings = {"max_tiles": model.max_tiles, "max_image_tokens": model.max_image_tokens}
+    if model.image_tokens is not None:  # answers of versions without it go on
+        settings["image_tokens"] = model.image_tokens
     with model.open() as vlm, progress.track_share("questions") as show:
         found = evaluate(vlm, suite, questions, answers, settings, show)
     if found.failed:

@@ -112,6 +112,15 @@ threads_option = click.option(
 )
 
 
+image_tokens_option = click.option(
+    "--image-tokens",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Visual tokens of an image for the decoder at most: fewer tiles, then fewer rows. Faster, "
+    "and less exact, reading text above all. Default: all.",
+)
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Options for a model and how it runs; as ``mobilevlm.load`` takes them."""
@@ -125,6 +134,7 @@ class ModelOptions:
     plan: PlanChoice
     max_tiles: int | None
     max_image_tokens: int | None
+    image_tokens: int | None
     cache_dir: Path | None = None
     cache_dir_mb: float | None = None
 
@@ -146,13 +156,15 @@ class ModelOptions:
             said.append(f"--max-tiles={self.max_tiles}")
         if self.max_image_tokens is not None:
             said.append(f"--max-image-tokens={self.max_image_tokens}")
+        if self.image_tokens is not None:
+            said.append(f"--image-tokens={self.image_tokens}")
         return [f"--engine={self.engine}", *said]
 
 
 def model_options(function: Callable[..., None]) -> Callable[..., None]:
     """BUNDLE, ``--mmproj``, ``--engine``, ``--threads``, ``--max-memory``, ``--max-resident``,
-    ``--no-plan``, ``--max-image-tokens``, ``--max-tiles`` and ``--no-tiles``, which the function
-    gets as ``model``."""
+    ``--no-plan``, ``--image-tokens``, ``--max-image-tokens``, ``--max-tiles`` and ``--no-tiles``,
+    which the function gets as ``model``."""
 
     @functools.wraps(function)
     def gathered(**given: Any) -> None:
@@ -173,6 +185,7 @@ def model_options(function: Callable[..., None]) -> Callable[..., None]:
         click.option("--max-image-tokens", type=click.IntRange(1), metavar="N",
                      help="Visual tokens that an image becomes at most, by models that encode "
                           "images near their own size. Default: as many as the checkpoint has."),
+        image_tokens_option,
         click.option("--no-plan", "plan", flag_value="none", default="auto",
                      help="Do without the settings that 'mobilevlm tune' found."),
         click.option("--max-resident", "max_resident_mb", callback=_megabytes, metavar="800MB",

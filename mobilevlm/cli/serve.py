@@ -11,6 +11,7 @@ import click
 from mobilevlm.cli.options import (
     cache_dir_options,
     engine_option,
+    image_tokens_option,
     max_memory_option,
     threads_option,
 )
@@ -100,6 +101,7 @@ Examples:
     metavar="N",
     help="Tiles that an image is split into at most, by models that do.",
 )
+@image_tokens_option
 @cache_dir_options
 @click.option(
     "--no-plan",
@@ -114,6 +116,7 @@ def command(
     threads: int | None,
     max_memory_mb: float | None,
     max_tiles: int | None,
+    image_tokens: int | None,
     cache_dir: Path | None,
     cache_dir_mb: float | None,
     plan: Any,
@@ -136,6 +139,7 @@ def command(
         mmproj=mmproj,
         max_memory_mb=max_memory_mb,
         at_once=settings.parallel,
+        image_tokens=image_tokens,
         cache_dir=cache_dir,
         cache_dir_mb=cache_dir_mb,
     )

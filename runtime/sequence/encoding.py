@@ -38,4 +38,9 @@ def encode_image(
             yield rows
             check()
 
-    return assemble(checked(), image.assembly)
+    rows = assemble(checked(), image.assembly)
+    if image.reduction is None:
+        return rows
+    from mobilevlm.reduction import reduced  # for who asks for fewer
+
+    return reduced(rows, image.reduction)

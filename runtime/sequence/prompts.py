@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
@@ -12,7 +13,7 @@ from tokenizers import Tokenizer
 from mobilevlm.conversation import official_ids, read_text, render, user_message
 from mobilevlm.errors import PromptError
 from mobilevlm.image import ImageInput, RoomFor
-from mobilevlm.input_spec import FixedImage
+from mobilevlm.input_spec import FixedImage, InputSpec
 from mobilevlm.instruction import with_instruction
 from mobilevlm.messages import (
     Conversation,
@@ -24,7 +25,17 @@ from mobilevlm.messages import (
     with_system,
 )
 from mobilevlm.preparation import fewest_pieces, prepare, with_max_tiles
-from mobilevlm.prompt import Clip, Mark, Prepared, Sound, Token, count_positions, expand
+from mobilevlm.prompt import (
+    Clip,
+    Mark,
+    Piece,
+    Prepared,
+    Sound,
+    Token,
+    count_positions,
+    count_rows,
+    expand,
+)
 from mobilevlm.runtime.sequence.session import Prompt, check_length
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ModelSpec
 from mobilevlm.templates.plain_text import check_text, protect, protect_data
@@ -45,7 +56,7 @@ Tools: TypeAlias = "Sequence[Mapping[str, Any]]"
 class PromptReader:
     """Reads prompts for one model. ``instruction_tokenizer``: of the text that the image encoder
     reads, if it reads any; ``room_for``: memory that an image may take; ``prepare``: what prepares
-    images in place of the spec."""
+    images in place of the spec; ``image_tokens``: visual tokens that an image is made at most."""
 
     def __init__(
         self,
@@ -54,8 +65,9 @@ class PromptReader:
         instruction_tokenizer: Tokenizer | None,
         room_for: RoomFor,
         prepare: Callable[[ImageInput, RoomFor], Prepared] | None = None,
+        image_tokens: int | None = None,
     ) -> None:
-        self._prepare = prepare
+        self._prepare, self._image_tokens = prepare, image_tokens
         self.spec, self.tokenizer = spec, tokenizer
         self._instruction_tokenizer, self._room_for = instruction_tokenizer, room_for
         self._longest_token: int | None = None
@@ -78,7 +90,24 @@ class PromptReader:
             spec = with_max_tiles(spec, max_tiles)
         if self._prepare is not None:
             return self._prepare(source, self._room_for)
-        return prepare(source, spec, self._room_for, images)
+        image = prepare(source, spec, self._room_for, images)
+        if self._image_tokens is None:
+            return image
+        from mobilevlm.reduction import with_fewer_rows  # for who asks for fewer
+
+        return with_fewer_rows(image, self._image_tokens)
+
+    def _fewest(self, spec: InputSpec) -> tuple[Piece, ...]:
+        """Return the pieces of the image or sound that takes the fewest positions."""
+        pieces, most = fewest_pieces(spec), self._image_tokens
+        if most is None or count_rows(pieces) <= most:
+            return pieces
+        from mobilevlm.reduction import pooled_size, with_rows
+
+        if not isinstance(spec.preparation, FixedImage):
+            return with_rows(pieces, 1)
+        grid = spec.connector.out_grid
+        return with_rows(pieces, math.prod(pooled_size((grid, grid), most)))
 
     def sound(self, source: Sound, positions: int | None = None) -> Prepared:
         """Return a sound as the model takes it. ``positions``: room in the prompt; that of the
@@ -208,7 +237,7 @@ class PromptReader:
                 "their number"
             )
         if fixed:
-            pieces = [fewest_pieces(image)] * len(shown)
+            pieces = [self._fewest(image)] * len(shown)
         else:
             pieces = [item.pieces for item in self._shown(shown, tokens)]
         return official_ids(tokens, image.layout, pieces)
@@ -223,7 +252,7 @@ class PromptReader:
         """Raise PromptError if the context has no room for a prompt; the message says how many
         images it has room for. A sound takes one position at least."""
         count, encoded = tokens.count(Mark()), self.spec.encoded
-        fewest = () if encoded is None else fewest_pieces(encoded)
+        fewest = () if encoded is None else self._fewest(encoded)
         images = [fewest] * count if count else []
         length = count_positions(expand(tokens, images))
         taken = [count_positions(pieces) for pieces in images]

@@ -36,6 +36,7 @@ class Loading:
     """For all models together"""
     at_once: int = 1
     """Answers that are made at the same time, each with keys and values of its own"""
+    image_tokens: int | None = None
     cache_dir: Path | None = None
     cache_dir_mb: float | None = None
     """For all models together"""
@@ -201,6 +202,7 @@ class Models:
             "threads": said.threads,
             "max_memory_mb": said.max_memory_mb,
             "max_tiles": said.max_tiles,
+            "image_tokens": said.image_tokens,
             "cache_dir": said.cache_dir,
             "cache_dir_mb": said.cache_dir_mb,
         }

@@ -13,7 +13,7 @@ from conftest import BundleOf
 from PIL import Image
 
 from mobilevlm.bundle import read_manifest
-from mobilevlm.plan import Plan
+from mobilevlm.plan import PREFILL_CHUNK, Plan
 from mobilevlm.runtime.memory.estimate import estimate
 
 pytestmark = pytest.mark.skipif(platform.system() != "Linux", reason="Linux only")
@@ -79,3 +79,40 @@ def test_photos_beyond_a_limit_are_made_smaller_or_refused(
     smaller, refused = answers(bundle, least(bundle) + 40, *photos.values())
     assert smaller == "4"
     assert "decoding 5472 × 3648 pixels takes" in refused and "(--max-memory)" in refused
+
+
+LONG = """
+import sys
+from mobilevlm.runtime import load
+from mobilevlm.runtime.engines.onnx.engine import OnnxDecoder
+from mobilevlm.runtime.machine import peak_memory_mb
+folder, photo, words = sys.argv[1:]
+chunks, tiles, append = [], [], OnnxDecoder._append_chunk
+def noted(self, state, session, rows, *further):
+    chunks.append(len(rows))
+    return append(self, state, session, rows, *further)
+OnnxDecoder._append_chunk = noted
+with load(folder, threads=1) as vlm:
+    encode = vlm._vision.encode
+    vlm._vision.encode = lambda arrays: tiles.append(arrays["pixels"].shape) or encode(arrays)
+    answer = vlm.generate("a " * int(words), [photo], max_new_tokens=1)
+print(answer.prompt_tokens, max(chunks), len(tiles), *set(tiles), peak_memory_mb(), sep="|")
+"""
+
+
+def test_a_prompt_of_17_tiles_and_8000_tokens_is_computed_in_chunks(
+    bundle_of: BundleOf, tmp_path: Path
+) -> None:
+    """Its attention scores as a whole would take 2.3 GB (9 heads)."""
+    Image.fromarray(np.zeros((256, 256, 3), np.uint8)).save(tmp_path / "square.png")
+    peaks = []
+    for words in (10, 7950):
+        command = [sys.executable, "-W", "ignore", "-c", LONG, bundle_of("smolvlm2", "fp32"),
+                   tmp_path / "square.png", words]  # fmt: skip
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        tokens, chunk, tiles, shape, peak = done.stdout.split("|")
+        assert int(chunk) <= PREFILL_CHUNK and (tiles, shape) == ("17", "(64, 64, 3)")
+        peaks.append(float(peak))
+    assert int(tokens) > 7900, tokens
+    assert peaks[1] - peaks[0] < 500, peaks

@@ -161,7 +161,7 @@ def test_every_option_of_bench_reaches_the_device_or_stays_here_on_purpose() -> 
     """The command passes on each by name: a new one must be added there and here."""
     passed = {"engine", "text_tokens", "new_tokens", "draft_tokens", "codes", "runs", "threads",
               "plan", "max_resident_mb", "max_memory_mb", "no_image", "bundle", "mmproj",
-              "image", "max_tiles", "no_tiles", "max_image_tokens"}  # fmt: skip
+              "image", "max_tiles", "no_tiles", "max_image_tokens", "image_tokens"}  # fmt: skip
     here = {"form", "as_json", "show_plan_only", "device", "device_python", "device_folder"}
     assert {parameter.name for parameter in bench_command.params} == passed | here
 
@@ -178,7 +178,7 @@ def test_the_options_arrive_as_they_were_given(
     monkeypatch.setattr(measuring, "bench_on_device", record)
     given = ["--engine=ggml", "--text-tokens=9", "--new-tokens=5", "--draft-tokens=2", "--runs=3",
              "--threads=1", "--max-resident=1.5GB", "--no-plan", "--no-image",
-             "--max-tiles=3", "--max-image-tokens=64"]  # fmt: skip
+             "--max-tiles=3", "--max-image-tokens=64", "--image-tokens=9"]  # fmt: skip
     refusal(capsys, "bench", tmp_path, "--device", "ssh://pi", *given)
     again = bench_command.make_context("bench", [str(tmp_path), *seen]).params
     assert again == bench_command.make_context("bench", [str(tmp_path), *given]).params

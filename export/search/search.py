@@ -299,6 +299,7 @@ def _measure(
 ) -> list[list[Option]]:
     """The options of each unit."""
     pairs = {unit.name: (unit, formats) for unit, formats in zip(units, allowed, strict=True)}
+    progress.step("calibration statistics of the inputs of each product")
     hessian = _hessians(model, [layers for formats in allowed for layers in formats], data)
     found: dict[str, list[Option]] = {name: [] for name in pairs}
     start, count = time.perf_counter(), sum(map(len, allowed))
@@ -315,6 +316,7 @@ def _measure(
             )
             yield Change(str(index), first, tuple(zip(unit.groups[1:], others, strict=True)))
 
+    progress.step(f"sensitivity {count} changes of {len(units)} products")
     with progress.track("sensitivity", count) as advance:
         for group, label, effect in probe.effects(changes):
             unit, formats = pairs[group.name]
@@ -339,6 +341,7 @@ def _joint_effect(
     chosen = {group.name: option.layers for unit, option in pairs for group in unit.groups}
     hessian = _hessians(model, list(chosen.values()), data)
 
+    progress.step(f"search      {len(chosen)} layers in their chosen formats, together")
     with progress.track("search", len(chosen)) as advance:
 
         def replacement(group: LinearGroup) -> Float32 | None:

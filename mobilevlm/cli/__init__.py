@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import click
 
 from mobilevlm._version import __version__
 from mobilevlm.console.standard_streams import open_closed_streams
-from mobilevlm.console.terminal import plain
+from mobilevlm.console.terminal import filled, plain
 from mobilevlm.errors import (
     AudioWarning,
     CacheWarning,
@@ -99,6 +100,30 @@ def program(debug: bool) -> None:
     """
 
 
+class HelpFormatter(click.HelpFormatter):
+    """Help texts whose lines are never broken at the hyphen of a name."""
+
+    def write_text(self, text: str) -> None:
+        """Write a paragraph."""
+        super().write_text(_HYPHEN.sub(_NO_BREAK, text))
+
+    def write_dl(
+        self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+    ) -> None:
+        """Write terms and their explanations."""
+        rows = [(term, _HYPHEN.sub(_NO_BREAK, text)) for term, text in rows]
+        super().write_dl(rows, col_max, col_spacing)
+
+    def getvalue(self) -> str:
+        """Return the text."""
+        return super().getvalue().replace(_NO_BREAK, "-")
+
+
+_HYPHEN = re.compile(r"-(?=[\w-])")
+_NO_BREAK = "\u2011"
+click.Context.formatter_class = HelpFormatter
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run the program and exit: 0 success, 1 a check or limit failed, 2 wrong input."""
     open_closed_streams()
@@ -137,7 +162,7 @@ def main(arguments: list[str] | None = None) -> None:
         error = missing or error
         lines = str(error).splitlines() if isinstance(error, QualityError) else [_describe(error)]
         for line in lines:
-            print(f"mobilevlm: error: {plain(line)}", file=sys.stderr)
+            print(filled(f"mobilevlm: error: {plain(line)}", sys.stderr), file=sys.stderr)
         sys.exit(error.exit_code if isinstance(error, MobileVLMError) else 2)
 
 
@@ -166,7 +191,7 @@ def _format_warning(
         category,
         (AudioWarning, CacheWarning, FileWarning, ImageWarning, PlanWarning, PrecisionWarning),
     ):
-        return f"mobilevlm: warning: {plain(message)}\n"
+        return filled(f"mobilevlm: warning: {plain(message)}", sys.stderr) + "\n"
     if category is UserWarning and "PIL" in Path(filename).parts:
         return ""  # about metadata that nobody asked for
     return f"{filename}:{lineno}: {category.__name__}: {plain(message)}\n"
@@ -179,7 +204,8 @@ def _show_usage_error(error: click.ClickException) -> None:
         return
     place = context.command_path if context else "mobilevlm"
     message = " ".join(error.format_message().split()).rstrip(".")
-    print(f"mobilevlm: error: {plain(message)} ('{place} --help' tells more)", file=sys.stderr)
+    line = f"mobilevlm: error: {plain(message)} ('{place} --help' tells more)"
+    print(filled(line, sys.stderr), file=sys.stderr)
 
 
 def _describe(error: Exception) -> str:

@@ -175,10 +175,10 @@ def _show(result: BenchResult, form: str) -> None:
     elif form == "md":
         print(as_markdown(result))
     else:
-        from mobilevlm.console.tables import Column, Table, show
+        from mobilevlm.console.tables import Column, Table, say, show
 
-        print(summary(result))
-        print(described_machine(result))
+        say(summary(result))
+        say(described_machine(result))
         columns = (Column(name, True, True) for name in ("p50", "p90", "p99"))
         table = Table((Column("stage", True), Column("unit", True), *columns))
         for row in result.rows:

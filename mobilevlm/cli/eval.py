@@ -181,6 +181,7 @@ def _scenes(model: ModelOptions, questions: int, no_blind: bool, as_json: bool) 
     from mobilevlm.nano.suite import evaluation_set
 
     examples = evaluation_set(questions)
+    progress.step(f"questions   {len(examples)} about scenes")
     with model.open() as vlm, progress.track_share("questions") as show:
         result, rate = evaluate_vlm(vlm, examples, not no_blind, show)
     if as_json:
@@ -201,6 +202,7 @@ def evaluation(
     settings = {"max_tiles": model.max_tiles, "max_image_tokens": model.max_image_tokens}
     if model.image_tokens is not None:  # answers of versions without it go on
         settings["image_tokens"] = model.image_tokens
+    progress.step(f"questions   {len(questions)} of {suite.name}, bundle {model.bundle}")
     with model.open() as vlm, progress.track_share("questions") as show:
         found = evaluate(vlm, suite, questions, answers, settings, show)
     if found.failed:
@@ -224,6 +226,7 @@ def _show_one(found: Evaluation, as_json: bool) -> None:
 
 
 def _show_two(first: Evaluation, second: Evaluation, max_drop: float | None, as_json: bool) -> None:
+    from mobilevlm.console.tables import say
     from mobilevlm.console.tables import show as show_table
     from mobilevlm.errors import QualityError
     from mobilevlm.runtime.suites.evaluate import compare
@@ -238,7 +241,7 @@ def _show_two(first: Evaluation, second: Evaluation, max_drop: float | None, as_
                    **gate})  # fmt: skip
     else:
         show_table(comparison_table(first, second))
-        print(difference_line(found))
+        say(difference_line(found))
     if missed:
         raise QualityError(
             f"{second.bundle}: {-100 * found.mean:.2f} points below {first.bundle} on "

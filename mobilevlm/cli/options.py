@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from mobilevlm.console.terminal import plain, typed
+from mobilevlm.console.terminal import filled, plain, typed
 from mobilevlm.plan import ENGINE_CHOICES
 
 if TYPE_CHECKING:
@@ -289,4 +290,5 @@ def show_timings(answer: Generation) -> None:
         parts.append(f"{drafts.accepted} of {drafts.proposed} guesses right")
     if drafts.note:
         parts.append(f"nothing guessed: {plain(drafts.note)}")
-    click.secho("; ".join(parts), err=True, dim=True)  # no colour codes but on a terminal
+    line = filled("; ".join(parts), sys.stderr)
+    click.secho(line, err=True, dim=True)  # no colour codes but on a terminal

@@ -127,8 +127,8 @@ def command(
     elif form == "md":
         print(as_markdown(artifacts))
     else:
-        from mobilevlm.console.tables import show
+        from mobilevlm.console.tables import say, show
 
         show(artifact_table(artifacts))
         for line in described(artifacts):
-            print(line)
+            say(line)

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeAlias
 
-from mobilevlm.console.terminal import plain
+from mobilevlm.console.terminal import filled, plain
 
-LINES_EVERY = 20.0
+LINES_EVERY = 10.0
 """Seconds between lines of progress in a pipe or a log."""
 
 Advance: TypeAlias = Callable[[int], None]
@@ -34,7 +34,13 @@ def enable(on: bool = True) -> None:
 def say(message: str) -> None:
     """One line about what was done, when progress is shown."""
     if _enabled:
-        print(plain(message), file=sys.stderr, flush=True)
+        print(filled(plain(message), sys.stderr, indent=12), file=sys.stderr, flush=True)
+
+
+def step(message: str) -> None:
+    """Print one line about a step that begins, when progress is shown and no bar shows it."""
+    if not sys.stderr.isatty():
+        say(message)
 
 
 @contextmanager
@@ -85,11 +91,12 @@ def _lines(label: str, total: int, done: int, unit: str) -> Advance:
         now = time.monotonic()
         if now - last >= LINES_EVERY and done < total:
             last = now
+            rate = _rate(done - before, now - start)
             line = f"{label:<12}{100 * done // total} %"
             if unit:
-                rate = _rate(done - before, now - start)
-                left = timedelta(seconds=round((total - done) / rate))
-                line += f", {rate:.3g} {unit}/s, {left} left"
+                line += f", {rate:.3g} {unit}/s"
+            if rate:
+                line += f", {timedelta(seconds=round((total - done) / rate))} left"
             say(line)
 
     return advance

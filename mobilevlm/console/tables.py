@@ -1,13 +1,18 @@
-"""Tables for people: drawn to fit a terminal, one plain line a row in pipes and files."""
+"""Tables for people: drawn to fit a terminal, one plain line a row in pipes and files.
+
+No word is broken. Where the words of a table do not fit beside each other, each row is drawn as a
+record: the first cell, and below it the others with their titles.
+"""
 
 from __future__ import annotations
 
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TextIO, TypeAlias
 
-from mobilevlm.console.terminal import plain
+from mobilevlm.console.terminal import columns, filled, plain
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,6 @@ class Styled:
 
 
 Cell: TypeAlias = "str | Styled"
-NARROWEST = 10
-"""Characters that a column whose cells may be broken has at least."""
 
 
 @dataclass
@@ -54,7 +57,10 @@ def show(table: Table, file: TextIO | None = None) -> None:
     """Print a table on ``file`` (stdout)."""
     file = file or sys.stdout
     if file.isatty():
-        _draw(table, file)
+        if any(column.title for column in table.columns) and _least_width(table) > columns():
+            print("\n".join(_records(table)), file=file)
+        else:
+            _draw(table, file)
     else:
         print("\n".join(_lines(table)), file=file)
 
@@ -84,6 +90,30 @@ def _lines(table: Table) -> list[str]:
     return lines
 
 
+def say(line: str, file: TextIO | None = None) -> None:
+    """Print a line of text on ``file`` (stdout); on a terminal broken between words alone."""
+    print(filled(line, file or sys.stdout), file=file or sys.stdout)
+
+
+def _records(table: Table) -> list[str]:
+    """Return a row as several lines: a table that is too wide for the terminal."""
+    width = max(len(column.title) for column in table.columns[1:])
+    lines = [_title(table), ""] if table.title else []
+    for row in table.rows:
+        if row is None:
+            continue
+        first, *others = map(_text, row)
+        lines.append(first)
+        for column, text in zip(table.columns[1:], others, strict=True):
+            if text:
+                begin = f"  {plain(column.title):<{width}}  "
+                room = max(columns() - len(begin), 20)
+                parts = textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)
+                lines += [begin + parts[0], *(" " * len(begin) + part for part in parts[1:])]
+        lines.append("")
+    return lines
+
+
 def _draw(table: Table, file: TextIO) -> None:
     from rich import box
     from rich.console import Console
@@ -98,10 +128,11 @@ def _draw(table: Table, file: TextIO) -> None:
         show_header=titled,
         pad_edge=False,
     )
-    for column in table.columns:
+    for index, column in enumerate(table.columns):
         drawing.add_column(
             Text(column.title),
             no_wrap=column.whole,
+            min_width=_longest(table, index, column.whole),
             overflow="fold",
             justify="right" if column.right else "left",
         )
@@ -115,10 +146,14 @@ def _draw(table: Table, file: TextIO) -> None:
 
 
 def _least_width(table: Table) -> int:
-    """Return the characters of a line in which no name is broken."""
-    total = 0
-    for index, column in enumerate(table.columns):
-        texts = [column.title, *(_text(row[index]) for row in table.rows if row is not None)]
-        longest = max(map(len, texts))
-        total += (longest if column.whole else min(longest, NARROWEST)) + 3
-    return total
+    """Return the width at which no word, and no cell of a whole column, is broken."""
+    longest = [_longest(table, index, item.whole) for index, item in enumerate(table.columns)]
+    return sum(longest) + 3 * (len(longest) - 1) + 2
+
+
+def _longest(table: Table, index: int, whole: bool) -> int:
+    """Return the characters of a column's longest cell (``whole``) or word."""
+    texts = [table.columns[index].title]
+    texts += [_text(row[index]) for row in table.rows if row is not None]
+    words = texts if whole else [word for text in texts for word in text.split()]
+    return max(map(len, words), default=0)

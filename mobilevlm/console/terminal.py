@@ -4,6 +4,8 @@ person typed there."""
 from __future__ import annotations
 
 import os
+import shutil
+import textwrap
 from typing import TextIO
 
 _CONTROLS = (*range(0x20), *range(0x7F, 0xA0))
@@ -46,3 +48,22 @@ def plain_answer(text: str, stream: TextIO) -> str:
     """Return a piece of an answer as it is written to ``stream``: on a terminal without control
     characters except line breaks and tabs, elsewhere unchanged."""
     return text.translate(_ANSWER) if stream.isatty() else text
+
+
+def columns() -> int:
+    """Return the characters of a line of the terminal (COLUMNS, if that is set)."""
+    return shutil.get_terminal_size().columns
+
+
+def filled(line: str, stream: TextIO, indent: int = 2) -> str:
+    """Return a line as lines that fit a terminal, broken between words alone and indented from the
+    second on; unchanged in pipes and files, and where it ends with a command to copy."""
+    if not stream.isatty() or len(line) <= columns() or line.startswith("next "):
+        return line
+    return textwrap.fill(
+        line,
+        columns(),
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

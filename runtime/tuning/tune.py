@@ -8,6 +8,7 @@ from os import PathLike
 from pathlib import Path
 
 from mobilevlm.bundle import Bundle, open_bundle
+from mobilevlm.console import progress
 from mobilevlm.errors import BundleError, MemoryLimitError, MissingExtraError
 from mobilevlm.plan import (
     ENGINES,
@@ -56,7 +57,16 @@ def tune_bundle(
     engines = list(memory)
     prompts = [name for name in engines if "prefill" in stage_formats(ready, name)]
     probe = EngineProbe(ready)
-    budget = Budget(budget_seconds, advance=lambda share, what: show(int(100 * share), 100))
+    last = ""
+
+    def advance(share: float, what: str) -> None:
+        nonlocal last
+        show(int(100 * share), 100)
+        if what != last:
+            last = what
+            progress.step(f"tuning      {int(100 * share)} %  {what}")
+
+    budget = Budget(budget_seconds, advance=advance)
     try:
         tuned = tune(
             probe,

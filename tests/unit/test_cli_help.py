@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
+import click
 import pytest
 from conftest import refusal
 
 from mobilevlm import __version__
-from mobilevlm.cli import VERBS
+from mobilevlm.cli import VERBS, program
 
 HEAVY = ("onnxruntime", "torch", "transformers", "onnx", "onnxscript", "onnx_ir", "numpy",
          "tokenizers", "safetensors", "sentencepiece", "PIL", "jinja2", "rich")  # fmt: skip
@@ -81,3 +83,14 @@ def test_wrong_usage_gives_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert message in refusal(capsys, *arguments)
+
+
+def test_no_help_text_is_broken_inside_a_name() -> None:
+    for name in program.list_commands(click.Context(program)):
+        command = program.get_command(click.Context(program), name)
+        assert command is not None
+        with click.Context(command, info_name=name, terminal_width=80) as context:
+            lines = command.get_help(context).splitlines()
+        for line in lines:
+            assert not re.search(r"[\w-]-$", line), f"{name}: {line}"
+            assert "\u2011" not in line

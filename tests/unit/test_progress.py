@@ -30,9 +30,9 @@ def test_a_log_gets_a_line_now_and_then(
             now += progress.LINES_EVERY / 2
             advance(1)
     assert capsys.readouterr().err.split("\n") == [
-        "search      25 %",
-        "search      50 %",
-        "search      75 %",
+        "search      25 %, 0:00:30 left",
+        "search      50 %, 0:00:20 left",
+        "search      75 %, 0:00:10 left",
         "",
     ]
 

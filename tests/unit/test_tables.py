@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from mobilevlm.console.tables import Column, Styled, Table, show
+from mobilevlm.console.tables import Column, Styled, Table, say, show
 
 pytestmark = pytest.mark.pure
 
@@ -59,6 +59,52 @@ def test_what_may_be_broken_fits_eighty_columns(monkeypatch: pytest.MonkeyPatch)
     lines = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue()).splitlines()
     assert max(map(len, lines)) <= 80
     assert any(NAME in line for line in lines)
+
+
+def test_a_table_whose_words_do_not_fit_is_drawn_as_records(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    view = Table((Column("target", whole=True), Column("device"), Column("MB", True, True)))
+    path = "docs/how-to/a-path-that-is-longer-than-others.md"
+    view.add("onnxruntime-genai", f"apps in C and Swift through onnxruntime-genai, {path}", "4000")
+    view.add(NAME, "", "1")
+    file = Terminal()
+    show(view, file)
+    lines = file.getvalue().splitlines()
+    assert lines[0] == "onnxruntime-genai"
+    assert lines[1].startswith("  device  apps in C")
+    assert "  MB      4000" in lines
+    assert max(map(len, lines)) <= 80
+    for name in ("onnxruntime-genai,", path, NAME):
+        assert any(name in line for line in lines[1:]), name
+
+
+def test_no_word_of_a_column_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("TERM", "xterm")
+    words = ("android-qnn-qcs6490", "Dragonwing-on-a-board", "one two three four five " * 9)
+    view = Table(tuple(map(Column, ("target", "device", "notes"))))
+    view.add(*words)
+    file = Terminal()
+    show(view, file)
+    text = re.sub(r"\x1b\[[0-9;]*m", "", file.getvalue())
+    assert all(word in text for word in words[:2])
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_line_is_broken_between_words_on_a_terminal_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    line = "Measured on this machine with onnxruntime-genai and --max-image-tokens set"
+    file, pipe = Terminal(), io.StringIO()
+    say(line, file)
+    say(line, pipe)
+    assert pipe.getvalue() == f"{line}\n"
+    assert max(map(len, file.getvalue().splitlines())) <= 40
+    assert file.getvalue().split() == line.split()
 
 
 def test_a_table_without_titles_has_no_head() -> None:

@@ -11,7 +11,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ class HelpFormatter(click.HelpFormatter):
         super().write_text(_HYPHEN.sub(_NO_BREAK, text))
 
     def write_dl(
-        self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
+        self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2
     ) -> None:
         """Write terms and their explanations."""
         rows = [(term, _HYPHEN.sub(_NO_BREAK, text)) for term, text in rows]

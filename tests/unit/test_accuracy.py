@@ -40,7 +40,7 @@ def test_the_difference_is_of_the_second_model_and_counts_unlike_answers() -> No
     assert (found.asked, found.first_better, found.second_better) == (6, 2, 1)
     assert found.mean == pytest.approx(-1 / 6)
     assert found.low < found.mean < found.high and found.p == 1.0
-    with pytest.raises(ValueError, match="other questions"):
+    with pytest.raises(ValueError, match="expected the same questions"):
         difference([1], [1, 0])
 
 

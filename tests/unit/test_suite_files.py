@@ -169,7 +169,9 @@ class Parrot:
     """In place of a model: answers with the question's last word, and counts."""
 
     def __init__(self, digest: str = "0" * 64, dies_after: int = 10**9) -> None:
-        self.bundle = SimpleNamespace(digest=digest, folder=Path("parrot"))
+        named = SimpleNamespace(name="parrot")
+        manifest = SimpleNamespace(spec=named, recipe=named)
+        self.bundle = SimpleNamespace(digest=digest, folder=Path("parrot"), manifest=manifest)
         self.engine = "onnx"
         self.asked: list[str] = []
         self._dies_after = dies_after

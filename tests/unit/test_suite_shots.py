@@ -84,7 +84,9 @@ class Model:
     """In place of a model: a context of so many turns."""
 
     def __init__(self, turns: int) -> None:
-        self.bundle = SimpleNamespace(digest="0" * 64, folder=Path("model"))
+        named = SimpleNamespace(name="model")
+        manifest = SimpleNamespace(spec=named, recipe=named)
+        self.bundle = SimpleNamespace(digest="0" * 64, folder=Path("model"), manifest=manifest)
         self.engine, self.asked, self._turns = "onnx", 0, turns
 
     def generate(self, prompt: Any, max_new_tokens: int) -> Any:

@@ -259,7 +259,7 @@ def test_a_broken_image_is_one_wrong_answer_with_its_error() -> None:
 def test_two_bundles_are_compared_question_by_question() -> None:
     first, second = ask(Parrot(), QUESTIONS), ask(Parrot(), QUESTIONS)
     assert compare(first, second).mean == 0
-    with pytest.raises(ValueError, match="other questions"):
+    with pytest.raises(ValueError, match="different questions"):
         compare(first, ask(Parrot(), QUESTIONS[1:]))
 
 

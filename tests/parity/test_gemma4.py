@@ -105,6 +105,11 @@ def test_going_back_into_a_window_gives_the_logits_of_a_fresh_sequence(vlm: VLM)
             assert np.array_equal(decoder.step(state, tokens[place]), expected[place])
 
 
+def test_rows_without_ids_are_refused(vlm: VLM) -> None:
+    with pytest.raises(MobileVLMError, match="rows without ids"):
+        vlm.embeds_logits(np.zeros((3, 48), np.float32))
+
+
 def test_keys_and_values_in_8_bits_are_refused(fixture: Fixture, tmp_path: Path) -> None:
     with pytest.raises(MobileVLMError, match="read keys and values of others"):
         mobilevlm.export(fixture.checkpoint, tmp_path / "b", recipe="fp32", kv_cache="int8")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.bundle import EmbeddingTable
 from mobilevlm.decoder_spec import DecoderSpec
+from mobilevlm.errors import MobileVLMError
 from mobilevlm.runtime.engines import DecoderState, Float32, Segment, still_open
 from mobilevlm.runtime.engines.onnx.mapped_pages import check_whole, small_pages
 from mobilevlm.runtime.engines.state import (
@@ -139,11 +140,19 @@ class BufferedDecoder:
 
     def layer_rows(self, ids: Sequence[int] | NDArray[np.int64] | None) -> Float32 | None:
         """Return the rows of the table of layers' own inputs ``(length, layers, layer_input_size)``
-        of tokens, -1 for visual ones; none where there is no table."""
+        of tokens, -1 for visual ones; none where there is no table.
+
+        Raises:
+            MobileVLMError: there is a table and no ids.
+        """
         table = self._mapped_layers
         if table is None:
             return None
-        assert ids is not None, "ids of the rows, which layers look their own inputs up by"
+        if ids is None:
+            raise MobileVLMError(
+                "rows without ids, by which this decoder looks up per-layer embeddings: give Rows "
+                "with ids, -1 for visual tokens"
+            )
         known = np.asarray(ids, np.int64)
         check_whole(table)
         rows = table[np.where(known < 0, self._visual_id, known)].astype(np.float32)

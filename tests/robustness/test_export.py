@@ -502,9 +502,15 @@ PICTURE = fixture_named("llava_v1").image
         (["--prompt", "a" + " a" * 2048], "the context holds 2048 with the answer: shorten it"),
         (["--prompt", "<image>" * 15, *["--image", PICTURE] * 15], "144 for each image"),
         (["--prompt", "<image>?"], "has 1 <image> mark, but no image was given"),
-        (["--prompt", "<image><image>", "--image", PICTURE], "holds 2 <image> but 1 images"),
-        (["--prompt", "<image>", *["--image", PICTURE] * 2], "holds 1 <image> but 2 images"),
-        (["--prompt", "a", "--raw", "--image", PICTURE], "holds 0 <image> but 1 images"),
+        (
+            ["--prompt", "<image><image>", "--image", PICTURE],
+            "has 2 <image> marks, but one image was",
+        ),
+        (
+            ["--prompt", "<image>", *["--image", PICTURE] * 2],
+            "has 1 <image> mark, but 2 images were",
+        ),
+        (["--prompt", "a", "--raw", "--image", PICTURE], "has 0 <image> marks, but one image was"),
         (["--prompt", "a", "--image", "none.png"], "none.png: no such image file"),
         (["--prompt", "a", "--image", "."], ".: not a regular file"),
         (["--prompt", "a", "--image", ""], "not a regular file"),

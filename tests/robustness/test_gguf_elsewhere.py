@@ -196,10 +196,10 @@ def test_a_key_of_the_image_encoder_is_refused_by_name(
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("blk.0.attn_q.bias", (32,), "tensor 'blk.0.attn_q.bias' is of no use"),
-        ("blk.1.ffn_down.bias", (32,), "tensor 'blk.1.ffn_down.bias' is of no use"),
+        ("blk.0.attn_q.bias", (32,), "tensor 'blk.0.attn_q.bias' is not read by"),
+        ("blk.1.ffn_down.bias", (32,), "tensor 'blk.1.ffn_down.bias' is not read by"),
         ("rope_freqs.weight", (8,), "'rope_freqs.weight': rotary scaling other than linear"),
-        ("output_norm.bias", (32,), "tensor 'output_norm.bias' is of no use"),
+        ("output_norm.bias", (32,), "tensor 'output_norm.bias' is not read by"),
         ("blk.2.attn_norm.weight", (32,), "block_count is 2, the file has tensors of 3 layers"),
     ],
 )
@@ -214,8 +214,8 @@ def test_a_tensor_of_the_language_model_that_is_not_read_is_named(
     ("name", "message"),
     [
         ("model.image_newline", "'model.image_newline': images cut into tiles (LLaVA-1.6)"),
-        ("v.post_ln.weight", "tensor 'v.post_ln.weight' is of no use"),
-        ("mm.4.weight", "tensor 'mm.4.weight' is of no use"),
+        ("v.post_ln.weight", "tensor 'v.post_ln.weight' is not read by"),
+        ("mm.4.weight", "tensor 'mm.4.weight' is not read by"),
         ("v.blk.2.ln1.weight", "block_count is 2, the file has tensors of 3 layers"),
     ],
 )

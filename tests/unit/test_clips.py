@@ -162,7 +162,7 @@ def test_a_mark_places_a_video_beside_images(vlm: VLM, video: Path) -> None:
     ]
     found = vlm.prompt_logits(marked, [image, clip], count=1)
     assert np.array_equal(found, vlm.prompt_logits([{"role": "user", "content": parts}], count=1))
-    with pytest.raises(PromptError, match="holds 2 <image> but 1"):
+    with pytest.raises(PromptError, match="has 2 <image> marks, but one"):
         vlm.generate(marked, [clip])
 
 

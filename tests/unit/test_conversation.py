@@ -81,7 +81,8 @@ def test_image_marks_are_wrapped_where_the_checkpoint_was_trained_so() -> None:
     [("<image> and <image>", 1), ("<image>", 0), ("<image>", 2), ("<image>" * 5, 4)],
 )
 def test_a_wrong_number_of_marks_is_refused(prompt: str, images: int) -> None:
-    with pytest.raises(PromptError, match=f"{prompt.count('<image>')} <image> but {images} image"):
+    given = {0: "no image was", 1: "one image was"}.get(images, f"{images} images were")
+    with pytest.raises(PromptError, match=f"{prompt.count('<image>')} <image> marks?, but {given}"):
         user_message(prompt, images)
 
 

@@ -198,7 +198,7 @@ def test_a_jsonl_file_names_its_pictures_from_its_own_folder(tmp_path: Path) -> 
         ({"prompt": "What?", "picture": "a.png"}, "line 2: key 'picture' is not known"),
         ({"prompt": "What?", "image": "a.png", "images": ["a.png"]}, "leave one of them out"),
         ({"prompt": "What?", "image": "gone.png"}, "gone.png: no such image file"),
-        ({"prompt": "<image> <image>", "image": "a.png"}, "holds 2 <image> but 1 images"),
+        ({"prompt": "<image> <image>", "image": "a.png"}, "has 2 <image> marks, but one image"),
         ({"prompt": " "}, "the prompt is empty"),
     ],
 )

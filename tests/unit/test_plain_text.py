@@ -64,7 +64,7 @@ def test_the_templates_own_special_tokens_stay(vlm: VLM) -> None:
 
 
 def test_the_word_image_is_plain_text_where_that_is_asked_for(vlm: VLM) -> None:
-    with pytest.raises(PromptError, match="1 <image> but 0 images"):
+    with pytest.raises(PromptError, match="1 <image> mark, but no image"):
         vlm.prompt_ids("Is <image> a word?")
     assert -200 not in vlm.prompt_ids("Is <image> a word?", special_tokens=False)
     ids = vlm.prompt_ids("Is <image> a word?", 1, special_tokens=False)

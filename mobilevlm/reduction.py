@@ -53,7 +53,7 @@ def reduced(rows: Rows, reduction: Reduction) -> Rows:
 
 
 def pooled(rows: Float32, grid: tuple[int, int], size: tuple[int, int]) -> Float32:
-    """Return means over the cells of a coarser grid; the cells overlap where sizes do not divide
+    """Return means over the cells of a coarser grid; the cells overlap where a size is no multiple
     (adaptive average pooling)."""
     cells = rows.reshape(*grid, -1)
     for axis, (before, after) in enumerate(zip(grid, size, strict=True)):

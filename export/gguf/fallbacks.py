@@ -27,7 +27,7 @@ def fallback_note(path: Path, kind: GGUFType, matrices: Iterable[str]) -> str:
     stored = ", ".join(f"{count} in {name}" for name, count in sorted(other.items()))
     return (
         f"{kind}: the rows of {other.total()} of {len(tensors)} matrices are no multiple of its "
-        f"blocks of {block} weights, other types are used: {stored}"
+        f"blocks of {block} weights: {stored}"
     )
 
 

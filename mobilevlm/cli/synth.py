@@ -17,9 +17,19 @@ from mobilevlm.console import progress
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(name: str, folder: Path, seed: int, quiet: bool) -> None:
     """Write a checkpoint with random weights in the official format, to measure latency without
-    downloads. NAME: mobilevlm_v2_0.5b, mobilevlm_v2_1.7b, mobilevlm_v2_3b, llava_v1.5_7b,
-    moe_llava_stablelm_1.6b_4e, vila_1.5_3b, blip2_opt_2.7b, fastvlm_0.5b, internvl3.5_1b,
-    llava_onevision_0.5b, llava_2b or tiny."""
+    downloads.
+
+    \b
+    NAME:
+      blip2_opt_2.7b            lfm2_vl_450m                 qwen2.5_vl_3b
+      fastvlm_0.5b              lfm2_vl_1.6b                 qwen3_vl_2b
+      gemma3_4b                 moe_llava_stablelm_1.6b_4e   qwen3_5_0.8b
+      internvl3.5_1b            mobilevlm_v2_0.5b            qwen3_5_2b
+      janus_pro_1b              mobilevlm_v2_1.7b            smolvlm_256m
+      llava_v1.5_7b             mobilevlm_v2_3b              smolvlm_500m
+      llava_onevision_0.5b      tiny                         vila_1.5_3b
+      llava_2b                                               voxtral_mini_3b
+    """
     progress.enable(not quiet)
     from mobilevlm.synth.checkpoints import write_checkpoint
 

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
+from click.testing import CliRunner
 from safetensors import safe_open
 
+from mobilevlm.cli.synth import command as synth_command
 from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import open_checkpoint
 from mobilevlm.prompt import Run
@@ -274,3 +276,8 @@ def test_tokenizer_of_a_synth_checkpoint_agrees_with_sentencepiece(tiny: Path) -
         assert tokenizer.encode(text).ids == [1, *processor.EncodeAsIds(text)]
     text = "A dog and two people stand near the water."
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_the_help_names_every_configuration() -> None:
+    help_text = CliRunner().invoke(synth_command, ["--help"]).output
+    assert set(NAMES) <= set(help_text.split())

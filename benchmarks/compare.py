@@ -2,6 +2,7 @@
 
     python benchmarks/compare.py nano --quick
     python benchmarks/compare.py mobilevlm_v2_1.7b --threads 2 --rounds 5 -o results/
+    python benchmarks/compare.py smolvlm_500m --photo 1024x768 --recipes fast int4 -o results/
     python benchmarks/compare.py synth17 --python openvino=/venvs/ov/bin/python --only openvino
     python benchmarks/compare.py --plots results/compare.json
     python benchmarks/compare.py --targets results/compare.json
@@ -23,7 +24,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +32,37 @@ from comparison.artifacts import Artifacts
 from comparison.candidates import OURS, PACKAGES, Candidate, LineUp, line_up
 from comparison.measure import LENGTHS, Rounds, Samples, Schedule, measure
 from comparison.profiling import profile
+from comparison.quality import kl_rows
 from comparison.report import as_markdown, rounds_in_words, targets
 from comparison.results import Comparison, Entry, read_result, write_result
 from comparison.roofline import Peaks, Work, decode_work, measure_peaks, prefill_work, vision_work
 from comparison.work import PROMPT_TOKENS, Shapes
+from PIL import Image
 
 from mobilevlm.console import progress
 from mobilevlm.errors import MobileVLMError
+from mobilevlm.input_spec import FixedImage, SquareImages
 from mobilevlm.plan import default_threads
+from mobilevlm.preparation import positions_of, prepare
+from mobilevlm.prompt import count_positions
 from mobilevlm.runtime.machine import describe_machine
 from mobilevlm.spec import ModelSpec
 
 QUICK = Schedule(rounds=1, load_rounds=1, curve_rounds=1, lengths=(64, 256), new_tokens=16)
+PHOTO = (1024, 768)
+"""Width and height of the photo for models that do not make every image one square."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """The photo that is asked about, as the model takes it."""
+
+    size: tuple[int, int]
+    """Width and height in pixels."""
+    runs: tuple[int, ...]
+    """Positions inside the encoder in each of its runs: one run for each tile."""
+    positions: int
+    """In a prompt, marks between tiles included."""
 
 
 def main() -> int:
@@ -112,6 +132,11 @@ def parse_arguments() -> argparse.Namespace:
         "--memory", type=float, default=8.0, metavar="GB",
         help="for all processes together; larger candidates are left out (8)",
     )  # fmt: skip
+    parser.add_argument(
+        "--photo", type=photo_size, metavar="WxH",
+        help="pixels of the photo that is asked about (the tower's size; 1024x768 for models that "
+        "split images or take them as they are)",
+    )  # fmt: skip
     parser.add_argument("--cache", type=Path, metavar="FOLDER", help="for the files that are made")
     parser.add_argument(
         "--plots", type=Path, metavar="JSON", help="only draw again what an earlier run measured"
@@ -124,6 +149,14 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def photo_size(text: str) -> tuple[int, int]:
+    """Read ``1024x768``."""
+    width, mark, height = text.partition("x")
+    if not (mark and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size: expected WxH, as 1024x768")
+    return int(width), int(height)
+
+
 def compare(arguments: argparse.Namespace) -> Comparison:
     """Makes the files, measures everything. An interruption ends it with the rounds that are
     complete; without one it goes on.
@@ -134,6 +167,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     schedule = _schedule(arguments)
     artifacts = Artifacts(arguments.checkpoint, arguments.cache)
     spec = artifacts.spec
+    photo = _asked_about(spec, arguments.photo)
     lined = line_up(
         artifacts,
         arguments.recipes,
@@ -151,7 +185,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     samples = {candidate.name: Samples() for candidate in lined.present}
 
     def entries() -> tuple[Entry, ...]:
-        return tuple(_entry(c, samples[c.name], spec, schedule) for c in lined.present)
+        return tuple(_entry(c, samples[c.name], spec, photo, schedule) for c in lined.present)
 
     result = Comparison(
         model=artifacts.name,
@@ -175,13 +209,13 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     assert result.done is not None
     try:
         with closing(
-            measure(lined.present, _shapes(spec), schedule, samples, result.done)
+            measure(lined.present, _shapes(spec, photo), schedule, samples, result.done)
         ) as rounds:
             for done in rounds:
                 result = replace(result, rounds=done.stages, done=done, entries=entries())
                 write_result(result, path)
         profiled = f"mobilevlm onnx {Path(arguments.recipes[0]).stem}"
-        if profiled in samples:
+        if profiled in samples and isinstance(spec.image.preparation, SquareImages):
             bundle = artifacts.onnx(arguments.recipes[0]).folder
             profiles = profile(bundle, arguments.threads)
             result = replace(result, profiles=profiles, profiled=profiled)
@@ -270,21 +304,36 @@ def _announce(lined: LineUp) -> None:
         progress.say(f"absent      {absent.name}: {absent.reason}")
 
 
-def _shapes(spec: ModelSpec) -> Shapes:
+def _asked_about(spec: ModelSpec, photo: tuple[int, int] | None) -> Photo:
+    """The photo of a run: as wanted, else of the tower's size where all images have one, else
+    :data:`PHOTO`."""
+    if photo is None:
+        fixed = isinstance(spec.image.preparation, FixedImage)
+        photo = (spec.image.square.size,) * 2 if fixed else PHOTO
+    prepared = prepare(Image.new("RGB", photo), spec.image)
+    runs = tuple(positions_of(arrays, spec.image) for arrays in prepared.arrays)
+    return Photo(photo, runs, count_positions(prepared.pieces))
+
+
+def _shapes(spec: ModelSpec, photo: Photo) -> Shapes:
     return Shapes(
-        image_size=spec.image.square.size,
-        visual_tokens=spec.image.connector.num_tokens,
+        photo=photo.size,
+        tiles=len(photo.runs),
+        image_size=spec.image.usual_edge,
+        visual_tokens=photo.positions,
         hidden_size=spec.decoder.hidden_size,
         vocab_size=spec.decoder.vocab_size,
         context_length=spec.decoder.context_length,
     )
 
 
-def _entry(candidate: Candidate, found: Samples, spec: ModelSpec, schedule: Schedule) -> Entry:
+def _entry(
+    candidate: Candidate, found: Samples, spec: ModelSpec, photo: Photo, schedule: Schedule
+) -> Entry:
     middle = PROMPT_TOKENS + schedule.new_tokens // 2
     work: dict[str, Work] = {}
     if candidate.vision_bytes:
-        work["encode"] = vision_work(spec, candidate.vision_bytes)
+        work["encode"] = vision_work(spec, candidate.vision_bytes, photo.runs)
     if candidate.decoder_bytes:
         work["prefill"] = prefill_work(spec.decoder, PROMPT_TOKENS, candidate.decoder_bytes)
         work["decode"] = decode_work(
@@ -293,7 +342,7 @@ def _entry(candidate: Candidate, found: Samples, spec: ModelSpec, schedule: Sche
     return Entry(
         name=candidate.name,
         group=candidate.group,
-        rows=_fixed({**found.rows, "size": [candidate.size / 1e6]}),
+        rows=_fixed({**found.rows, "size": [candidate.size / 1e6], **kl_rows(candidate.weights)}),
         prefill=_fixed(found.prefill),
         decode=_fixed(found.decode),
         work=work,
@@ -303,7 +352,8 @@ def _entry(candidate: Candidate, found: Samples, spec: ModelSpec, schedule: Sche
 
 def _samples(entry: Entry) -> Samples:
     """As they are measured: what :func:`_entry` made an entry of."""
-    rows = {key: list(values) for key, values in entry.rows.items() if key != "size"}
+    measured = entry.rows.keys() - {"size", "kl_prefill", "kl_decode"}
+    rows = {key: list(values) for key, values in entry.rows.items() if key in measured}
     prefill, decode = (
         defaultdict(list, {int(length): list(values) for length, values in curve.items()})
         for curve in (entry.prefill, entry.decode)

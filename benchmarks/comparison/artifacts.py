@@ -19,7 +19,7 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.families import open_checkpoint
 from mobilevlm.model import Model, OpenOptions
 from mobilevlm.spec import GGUFType
-from mobilevlm.synth.checkpoints import CONFIGURATIONS, write_checkpoint
+from mobilevlm.synth.checkpoints import NAMES, write_checkpoint
 
 TUNING = 240.0
 """Seconds that ``mobilevlm tune`` is given"""
@@ -32,7 +32,7 @@ class Artifacts:
         self.name = checkpoint.name
         self.folder = folder or cache_folder() / "compare" / checkpoint.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        if str(checkpoint) in CONFIGURATIONS and not checkpoint.exists():
+        if str(checkpoint) in NAMES and not checkpoint.exists():
             progress.say(f"weights     random, of {checkpoint}")
             checkpoint = self._made(
                 "checkpoint", lambda path: write_checkpoint(str(checkpoint), path)

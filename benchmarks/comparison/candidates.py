@@ -60,6 +60,8 @@ class Candidate:
     kv_bytes: int = 4
     """Bytes of a stored key or value element."""
     python: str | None = None
+    weights: str = ""
+    """Recipe or GGUF type of the decoder, by which its quality is found"""
     memory: float = 0.0
     """Bytes that it is expected to need, to refuse it in time."""
 
@@ -123,11 +125,13 @@ def line_up(
 
     if wanted(OURS):
         add(
-            _engine(f"onnx {Path(recipe).stem}", OURS, artifacts.onnx(recipe), "onnx")
+            _engine(f"onnx {Path(recipe).stem}", OURS, artifacts.onnx(recipe), "onnx", recipe)
             for recipe in recipes
         )
         add(
-            _engine(f"onnx {Path(recipe).stem} tuned", OURS, artifacts.tuned(recipe), "onnx")
+            _engine(
+                f"onnx {Path(recipe).stem} tuned", OURS, artifacts.tuned(recipe), "onnx", recipe
+            )
             for recipe in tuned
         )
         if versions(sys.executable, PACKAGES[LLAMA]):
@@ -160,11 +164,11 @@ print(", ".join(f"{n} {installed.get(n.lower(), '(version unknown)')}" for n in 
 
 def _ours_of_gguf(artifacts: Artifacts) -> Iterator[Candidate]:
     bundle = artifacts.both("q4_0")
-    yield _engine("hybrid q4_0", OURS, bundle, "hybrid")
-    yield _engine("gguf q4_0", LLAMA, bundle, "gguf")
+    yield _engine("hybrid q4_0", OURS, bundle, "hybrid", "q4_0")
+    yield _engine("gguf q4_0", LLAMA, bundle, "gguf", "q4_0")
 
 
-def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
+def _engine(name: str, group: str, bundle: Bundle, engine: str, weights: str) -> Candidate:
     onnx_kv_bytes = 1 if bundle.manifest.recipe.kv_cache == "int8" else 4
     files = tuple(bundle.path(file) for file in engine_files(bundle, engine))
     return Candidate(
@@ -176,6 +180,7 @@ def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
         vision_bytes=stage_bytes(bundle, "vision", "gguf" if engine == "gguf" else "onnx"),
         decoder_bytes=stage_bytes(bundle, "decoder", "onnx" if engine == "onnx" else "gguf"),
         kv_bytes=onnx_kv_bytes if engine == "onnx" else 2,
+        weights=weights,
         memory=2.2 * sum(file.stat().st_size for file in files),
     )
 
@@ -183,8 +188,8 @@ def _engine(name: str, group: str, bundle: Bundle, engine: str) -> Candidate:
 def _llama(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
     q4_0, q4_k_m = artifacts.both("q4_0"), artifacts.gguf("q4_k_m")
     for bundle, decoder, encoder in (
-        (q4_0, "q4_0", "f16"),
         (q4_0, "q4_0", "q8_0"),
+        (q4_k_m, "q4_k_m", "q8_0"),
         (q4_k_m, "q4_k_m", "f16"),
     ):
         model = bundle.path(bundle.artifact("decoder", "gguf").path)
@@ -202,6 +207,7 @@ def _llama(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
             vision_bytes=mmproj.stat().st_size,
             decoder_bytes=stage_bytes(bundle, "decoder", "gguf"),
             kv_bytes=2,
+            weights=decoder,
             python=python,
             memory=2.2 * (model.stat().st_size + mmproj.stat().st_size),
         )
@@ -217,6 +223,7 @@ def _genai(artifacts: Artifacts, threads: int, python: str) -> Iterator[Candidat
         options={"folder": str(folder)},
         files=files,
         decoder_bytes=stage_bytes(bundle, "decoder", "onnx"),
+        weights="int4",
         python=python,
         memory=2.2 * sum(file.stat().st_size for file in files),
     )
@@ -260,6 +267,7 @@ def _openvino(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
         files=files,
         vision_bytes=stage_bytes(bundle, "vision", "onnx"),
         decoder_bytes=stage_bytes(bundle, "decoder", "onnx"),
+        weights="int4",
         python=python,
         memory=3.0 * sum(file.stat().st_size for file in files),
     )

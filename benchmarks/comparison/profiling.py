@@ -60,7 +60,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
     """Runs vision, prefill and decode in sessions that keep a profile."""
     import onnxruntime as ort
 
-    from comparison.work import PROMPT_TOKENS, drawn_image
+    from comparison.work import PROMPT_TOKENS, photo
     from mobilevlm.bundle import open_bundle
     from mobilevlm.runtime.engines.onnx import engine
     from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
@@ -119,7 +119,7 @@ def profile_here(folder: Path, threads: int) -> dict[str, list[OperatorTime]]:
         prompt = Rows(random.standard_normal(shape, np.float32) * 0.1)
         path = bundle.path(bundle.artifact("vision", "onnx").path)
         vision = onnx_vision(bundle, path, plan)
-        pixels = drawn_image(spec.image.square.size, 0)
+        pixels = photo((spec.image.square.size,) * 2, 0)
         found = {"image encode": stage(-1, lambda: vision.encode({"pixels": pixels}), RUNS)}
         vision.close()
         path = bundle.path(bundle.artifact("decoder", "onnx").path)

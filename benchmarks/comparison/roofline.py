@@ -8,7 +8,7 @@ faster than its floating-point operations at the peak, nor than its weights at t
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -124,15 +124,17 @@ def _product(operator: str, threads: int) -> Callable[[], object]:
     return lambda: session.run(None, {"x": rows})
 
 
-def vision_work(spec: ModelSpec, weight_bytes: int) -> Work:
-    """One image through tower and projector."""
+def vision_work(spec: ModelSpec, weight_bytes: int, runs: Sequence[int]) -> Work:
+    """One photo through tower and projector. ``runs``: positions inside the encoder in each of its
+    runs, as one for each tile."""
     encoder = spec.image.encoder
     if isinstance(encoder, NativeEncoder):
-        return Work(_native_operations(encoder, spec.image), weight_bytes)
-    assert isinstance(encoder, SquareEncoder)
-    return Work(
-        tower_operations(encoder) + projector_operations(spec.image.connector), weight_bytes
-    )
+        operations = sum(_native_operations(encoder, spec.image, patches) for patches in runs)
+    else:
+        assert isinstance(encoder, SquareEncoder)
+        tile = tower_operations(encoder) + projector_operations(spec.image.connector)
+        operations = len(runs) * tile
+    return Work(operations, weight_bytes)
 
 
 def prefill_work(spec: DecoderSpec, length: int, weight_bytes: int) -> Work:
@@ -174,9 +176,9 @@ def _share(spec: DecoderSpec, group: LinearGroup) -> float:
     return spec.experts.top_k / spec.num_experts(int(group.name.split(".")[2]))
 
 
-def _native_operations(spec: NativeEncoder, image: InputSpec) -> float:
-    """Tower and mergers, for an image of the usual size."""
-    patches, size = (image.usual_edge // spec.patch_size) ** 2, spec.hidden_size
+def _native_operations(spec: NativeEncoder, image: InputSpec, patches: int) -> float:
+    """Tower and mergers."""
+    size = spec.hidden_size
     operations = 2.0 * patches * spec.patch_values * size
     operations += 2.0 * patches * sum(group.size for group in tower_groups(spec))
     for layer in range(spec.num_hidden_layers):

@@ -7,7 +7,7 @@ own package: nothing else is imported here.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -27,8 +27,14 @@ T = TypeVar("T")
 class Shapes:
     """Sizes of the model that a worker needs."""
 
+    photo: tuple[int, int]
+    """Width and height of the photo that is asked about, in pixels."""
+    tiles: int
+    """Images that the encoder takes for it: 1 where a photo is not split."""
     image_size: int
+    """Width and height of one of them."""
     visual_tokens: int
+    """Positions of the photo in a prompt, marks between tiles included."""
     hidden_size: int
     vocab_size: int
     context_length: int
@@ -42,7 +48,7 @@ class Peer(Protocol):
     """
 
     def encode(self, variation: int) -> float:
-        """One image, as uint8 pixels of the tower's size, to visual tokens."""
+        """One photo, as uint8 pixels, to visual tokens: all of its tiles."""
 
     def generate(self, length: int, count: int, variation: int) -> tuple[float, float]:
         """A prompt of ``length`` tokens up to its first greedy token, then ``count`` more."""
@@ -56,9 +62,10 @@ class NotSupportedError(Exception):
     """This peer has no such stage."""
 
 
-def drawn_image(size: int, variation: int) -> NDArray[np.uint8]:
-    """Noise ``(size, size, 3)``."""
-    return np.random.default_rng(variation).integers(0, 256, (size, size, 3), np.uint8)
+def photo(size: Sequence[int], variation: int) -> NDArray[np.uint8]:
+    """Noise ``(height, width, 3)``. ``size``: width and height."""
+    width, height = size
+    return np.random.default_rng(variation).integers(0, 256, (height, width, 3), np.uint8)
 
 
 def token_ids(length: int, vocab_size: int, variation: int) -> list[int]:

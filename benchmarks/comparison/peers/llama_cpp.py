@@ -1,5 +1,5 @@
-"""llama.cpp through llama-cpp-python's own bindings, without this runtime: mtmd for the image,
-flash attention on, batches as its command-line tools make them."""
+"""llama.cpp through llama-cpp-python's own bindings, without this runtime: mtmd for the photo,
+its tiles in batches, flash attention on, batches of tokens as its command-line tools make them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import llama_cpp
 import numpy as np
 from llama_cpp import mtmd_cpp
 
-from comparison.work import NotSupportedError, Shapes, drawn_image, questions, timed, token_ids
+from comparison.work import NotSupportedError, Shapes, photo, questions, timed, token_ids
 
+NO_CALLBACK = mtmd_cpp.mtmd_helper_post_decode_callback()
 BATCH = 512
 """n_batch and n_ubatch: llama.cpp's default of the second."""
 
@@ -51,10 +52,10 @@ class LlamaCpp:
             )
 
     def encode(self, variation: int) -> float:
-        chunks = self._image_chunks(variation)
-        seconds, code = timed(mtmd_cpp.mtmd_encode_chunk, self._vision, _image(chunks))
+        chunks = self._photo_chunks(variation)
+        seconds, encoded = timed(self._encode, chunks)
+        self._free(encoded)
         mtmd_cpp.mtmd_input_chunks_free(chunks)
-        _check(code)
         return seconds
 
     def generate(self, length: int, count: int, variation: int) -> tuple[float, float]:
@@ -71,29 +72,32 @@ class LlamaCpp:
     def ask(self, variation: int) -> tuple[float, float]:
         first, second = questions(self._shapes.vocab_size, variation)
         self._rewind(0)
-        chunks = self._image_chunks(variation)
+        chunks = self._photo_chunks(variation)
 
-        def about_image() -> int:
-            self._append_image(_image(chunks))
-            return self._next(first)
+        def about_photo() -> tuple[int, list[Any]]:
+            encoded = self._encode(chunks)
+            end = self._append(chunks, encoded)
+            self._next(first)
+            return end, encoded
 
-        seconds = timed(about_image)[0]
+        seconds, (end, encoded) = timed(about_photo)
+        self._free(encoded)
         mtmd_cpp.mtmd_input_chunks_free(chunks)
 
         def again() -> int:
-            self._rewind(self._shapes.visual_tokens)
+            self._rewind(end)
             return self._next(second)
 
         return seconds, timed(again)[0]
 
-    def _image_chunks(self, variation: int) -> Any:
-        """The image prepared for the encoder; not part of any measured time."""
+    def _photo_chunks(self, variation: int) -> Any:
+        """The photo prepared for the encoder; not part of any measured time."""
         if self._vision is None:
             raise NotSupportedError("no image encoder in this combination")
-        size = self._shapes.image_size
-        pixels = drawn_image(size, variation)
+        width, height = self._shapes.photo
+        pixels = photo(self._shapes.photo, variation)
         bitmap = mtmd_cpp.mtmd_bitmap_init(
-            size, size, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
+            width, height, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8))
         )
         chunks = mtmd_cpp.mtmd_input_chunks_init()
         marker = mtmd_cpp.mtmd_default_marker()
@@ -104,18 +108,51 @@ class LlamaCpp:
             )
         )
         mtmd_cpp.mtmd_bitmap_free(bitmap)
-        assert mtmd_cpp.mtmd_input_chunk_get_n_tokens(_image(chunks)) == self._shapes.visual_tokens
+        found = sum(mtmd_cpp.mtmd_input_chunk_get_n_tokens(chunk) for chunk in _each(chunks))
+        if found != self._shapes.visual_tokens:
+            raise NotSupportedError(
+                f"takes {found} positions for the photo, the official code "
+                f"{self._shapes.visual_tokens}"
+            )
         return chunks
 
-    def _append_image(self, chunk: Any) -> None:
-        """Encodes the image and puts its tokens into the sequence."""
-        length = ctypes.c_int32()
-        _check(
-            mtmd_cpp.mtmd_helper_eval_chunk_single(
-                self._vision, self._context, chunk, 0, 0, BATCH, False, ctypes.byref(length)
-            )
-        )
-        assert length.value == self._shapes.visual_tokens
+    def _encode(self, chunks: Any) -> list[Any]:
+        """Batches that hold the visual tokens of all tiles, each of as many as llama.cpp takes into
+        one."""
+        batches: list[Any] = []
+        for chunk in (each for each in _each(chunks) if _is_image(each)):
+            if batches and mtmd_cpp.mtmd_batch_add_chunk(batches[-1], chunk) == 0:
+                continue
+            if batches:
+                _check(mtmd_cpp.mtmd_batch_encode(batches[-1]))
+            batches.append(mtmd_cpp.mtmd_batch_init(self._vision))
+            _check(mtmd_cpp.mtmd_batch_add_chunk(batches[-1], chunk))
+        _check(mtmd_cpp.mtmd_batch_encode(batches[-1]))
+        return batches
+
+    def _append(self, chunks: Any, encoded: list[Any]) -> int:
+        """Put the photo into the sequence, its visual tokens and the marks between them; return the
+        position behind it."""
+        end = ctypes.c_int32(0)
+        for chunk in _each(chunks):
+            target = self._vision, self._context, chunk
+            start = end.value
+            if _is_image(chunk):
+                found = (mtmd_cpp.mtmd_batch_get_output_embd(batch, chunk) for batch in encoded)
+                rows = next(filter(None, found))
+                code = mtmd_cpp.mtmd_helper_decode_image_chunk(
+                    *target, rows, start, 0, BATCH, ctypes.byref(end), NO_CALLBACK, None
+                )
+            else:
+                code = mtmd_cpp.mtmd_helper_eval_chunk_single(
+                    *target, start, 0, BATCH, False, ctypes.byref(end)
+                )
+            _check(code)
+        return end.value
+
+    def _free(self, encoded: list[Any]) -> None:
+        for batch in encoded:
+            mtmd_cpp.mtmd_batch_free(batch)
 
     def _next(self, ids: list[int]) -> int:
         """Appends tokens; the greedy choice after them."""
@@ -134,16 +171,14 @@ class LlamaCpp:
         assert llama_cpp.llama_memory_seq_rm(self._memory, 0, length, -1)
 
 
-def _image(chunks: Any) -> Any:
-    """The only image among chunks."""
-    return next(
-        chunk
-        for index in range(mtmd_cpp.mtmd_input_chunks_size(chunks))
-        if mtmd_cpp.mtmd_input_chunk_get_type(
-            chunk := mtmd_cpp.mtmd_input_chunks_get(chunks, index)
-        )
-        == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE
-    )
+def _each(chunks: Any) -> list[Any]:
+    count = mtmd_cpp.mtmd_input_chunks_size(chunks)
+    return [mtmd_cpp.mtmd_input_chunks_get(chunks, index) for index in range(count)]
+
+
+def _is_image(chunk: Any) -> bool:
+    kind = mtmd_cpp.mtmd_input_chunk_get_type(chunk)
+    return bool(kind == mtmd_cpp.MTMD_INPUT_CHUNK_TYPE_IMAGE)
 
 
 def _loaded(pointer: Any, path: str) -> Any:

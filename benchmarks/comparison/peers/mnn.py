@@ -7,7 +7,7 @@ from typing import Any
 import MNN
 import numpy as np
 
-from comparison.work import NotSupportedError, Shapes, drawn_image, timed
+from comparison.work import NotSupportedError, Shapes, photo, timed
 
 
 def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> Mnn:
@@ -33,7 +33,7 @@ class Mnn:
         self._input = MNN.expr.placeholder([1, 3, size, size], MNN.expr.NCHW)
 
     def encode(self, variation: int) -> float:
-        pixels = drawn_image(self._shapes.image_size, variation)
+        pixels = photo(self._shapes.photo, variation)
 
         def run() -> None:
             values = pixels * self._scale + self._shift

@@ -9,7 +9,7 @@ import numpy as np
 import openvino
 from numpy.typing import NDArray
 
-from comparison.work import NotSupportedError, Shapes, drawn_image, questions, timed, token_ids
+from comparison.work import NotSupportedError, Shapes, photo, questions, timed, token_ids
 
 
 def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> OpenVino:
@@ -62,20 +62,25 @@ class OpenVino:
             raise NotSupportedError("image encoder only")
         first, second = questions(self._shapes.vocab_size, variation)
 
-        def about_image() -> dict[str, Any]:
+        def about_photo() -> dict[str, Any]:
             visual = self._encode(variation)
-            return self._next(np.concatenate([visual, self._embed(first)]), self._empty)[1]
+            marks = token_ids(self._shapes.visual_tokens, self._shapes.vocab_size, variation)
+            text = self._embed(marks[len(visual) :] + first)
+            return self._next(np.concatenate([visual, text]), self._empty)[1]
 
-        seconds, past = timed(about_image)
+        seconds, past = timed(about_photo)
         kept = self._shapes.visual_tokens
         past = {name: np.ascontiguousarray(value[:, :, :kept]) for name, value in past.items()}
         return seconds, timed(self._next, self._embed(second), past)[0]
 
     def _encode(self, variation: int) -> NDArray[np.float32]:
-        pixels = drawn_image(self._shapes.image_size, variation)[None]
-        self._vision.infer({"pixels": pixels})
-        visual: NDArray[np.float32] = self._vision.get_tensor("visual_tokens").data[0]
-        return visual
+        """Visual tokens of all tiles, one tile after the other; of noise, not of a photo that was
+        cut into tiles, which takes no time here."""
+        size, found = (self._shapes.image_size,) * 2, []
+        for tile in range(self._shapes.tiles):
+            self._vision.infer({"pixels": photo(size, variation * self._shapes.tiles + tile)[None]})
+            found.append(self._vision.get_tensor("visual_tokens").data[0].copy())
+        return np.concatenate(found)
 
     def _embed(self, ids: list[int]) -> NDArray[np.float32]:
         return self._table[ids].astype(np.float32)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 import mobilevlm.runtime
-from comparison.work import TEXT_TOKENS, Shapes, drawn_image, timed
+from comparison.work import TEXT_TOKENS, Shapes, photo, timed
 
 
 def load(shapes: Shapes, threads: int, options: dict[str, Any]) -> Ours:
@@ -31,7 +31,7 @@ class Ours:
         ]
 
     def encode(self, variation: int) -> float:
-        pixels = drawn_image(self._shapes.image_size, variation)
+        pixels = photo(self._shapes.photo, variation)
         return timed(self._vlm.encode_image, pixels)[0]
 
     def generate(self, length: int, count: int, variation: int) -> tuple[float, float]:
@@ -41,7 +41,7 @@ class Ours:
         return answer.timings.ttft, answer.timings.decode
 
     def ask(self, variation: int) -> tuple[float, float]:
-        pixels = drawn_image(self._shapes.image_size, variation)
+        pixels = photo(self._shapes.photo, variation)
         first, second = (self._prompt(TEXT_TOKENS, 1, 2 * variation + turn) for turn in (0, 1))
         return self._first_token(first, pixels), self._first_token(second, pixels)
 
@@ -60,9 +60,10 @@ class Ours:
         return seconds
 
     def _prompt(self, text_tokens: int, images: int, variation: int) -> str:
-        """A raw prompt of exactly this many text tokens: words of one token each."""
+        """A raw prompt of exactly this many text tokens: words of one token each. Marks around an
+        image and its tiles count as the image's."""
         start = self._vlm.spec.conversation.image_mark * images
-        around = self._vlm.count_text_tokens(start + self._words[0], images, raw=True) - 1
+        around = self._length(self._words[0]) - 1
         words = np.random.default_rng(variation).choice(self._words, text_tokens - around)
         return start + "".join(words)
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from comparison.work import Shapes, drawn_image, questions, timed, token_ids
+from comparison.work import Shapes, photo, questions, timed, token_ids
 from mobilevlm.families import open_checkpoint
 from mobilevlm.image import normalize
 from mobilevlm.model import OpenOptions
@@ -55,7 +55,7 @@ class Transformers:
 
     @torch.inference_mode()
     def encode(self, variation: int) -> float:
-        return timed(self._encode, drawn_image(self._shapes.image_size, variation))[0]
+        return timed(self._encode, photo(self._shapes.photo, variation))[0]
 
     @torch.inference_mode()
     def generate(self, length: int, count: int, variation: int) -> tuple[float, float]:
@@ -73,16 +73,16 @@ class Transformers:
     def ask(self, variation: int) -> tuple[float, float]:
         first, second = questions(self._shapes.vocab_size, variation)
         cache = transformers.DynamicCache()
-        pixels = drawn_image(self._shapes.image_size, variation)
+        pixels = photo(self._shapes.photo, variation)
 
-        def about_image() -> int:
+        def about_photo() -> int:
             return self._next(torch.cat([self._encode(pixels), self._embed(first)], 1), cache)
 
         def again() -> int:
             cache.crop(self._shapes.visual_tokens - cache.get_seq_length())  # as many are cut
             return self._next(self._embed(second), cache)
 
-        return timed(about_image)[0], timed(again)[0]
+        return timed(about_photo)[0], timed(again)[0]
 
     def _encode(self, pixels: Any) -> torch.Tensor:
         values = torch.from_numpy(normalize(pixels, self._image))[None].to(self._dtype)

@@ -167,7 +167,7 @@ def compare(arguments: argparse.Namespace) -> Comparison:
     schedule = _schedule(arguments)
     artifacts = Artifacts(arguments.checkpoint, arguments.cache)
     spec = artifacts.spec
-    photo = _asked_about(spec, arguments.photo)
+    photo = asked_about(spec, arguments.photo)
     lined = line_up(
         artifacts,
         arguments.recipes,
@@ -175,9 +175,9 @@ def compare(arguments: argparse.Namespace) -> Comparison:
         arguments.threads,
         _pythons(arguments.python),
         lambda name: not arguments.only or name in arguments.only,
+        lambda name: re.search(arguments.match, name) is not None,
         schedule.memory,
     )
-    lined.present = [c for c in lined.present if re.search(arguments.match, c.name)]
     _announce(lined)
     if not lined.present:
         raise MobileVLMError("nobody takes part: " + "; ".join(a.reason for a in lined.absent))
@@ -304,9 +304,9 @@ def _announce(lined: LineUp) -> None:
         progress.say(f"absent      {absent.name}: {absent.reason}")
 
 
-def _asked_about(spec: ModelSpec, photo: tuple[int, int] | None) -> Photo:
-    """The photo of a run: as wanted, else of the tower's size where all images have one, else
-    :data:`PHOTO`."""
+def asked_about(spec: ModelSpec, photo: tuple[int, int] | None) -> Photo:
+    """Return the photo of a run: as wanted, else of the tower's size where all images are made one
+    square, else :data:`PHOTO`."""
     if photo is None:
         fixed = isinstance(spec.image.preparation, FixedImage)
         photo = (spec.image.square.size,) * 2 if fixed else PHOTO

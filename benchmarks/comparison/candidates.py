@@ -16,6 +16,7 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import read_gguf
 from mobilevlm.linear_groups import tower_groups
 from mobilevlm.plan import engine_files
+from mobilevlm.spec import GGUFType
 
 OURS, LLAMA = "mobilevlm", "llama.cpp"
 """Groups whose figures are set against each other. This runtime's ``gguf`` engine is llama.cpp's
@@ -95,13 +96,14 @@ def line_up(
     threads: int,
     pythons: dict[str, str],
     wanted: Callable[[str], bool],
+    matches: Callable[[str], bool],
     memory_limit: float,
 ) -> LineUp:
     """Makes the files of every candidate that is wanted and can run. ``tuned``: recipes whose
-    bundle takes part with the plan of ``mobilevlm tune``."""
+    bundle takes part with the plan of ``mobilevlm tune``; ``matches``: names that take part."""
     result = LineUp()
     makers: dict[str, Callable[[str], Iterator[Candidate]]] = {
-        "llama.cpp": lambda python: _llama(artifacts, python),
+        "llama.cpp": lambda python: _llama(artifacts, python, matches),
         "onnxruntime-genai": lambda python: _genai(artifacts, threads, python),
         "transformers": lambda python: _transformers(artifacts, python),
         "openvino": lambda python: _openvino(artifacts, python),
@@ -110,6 +112,8 @@ def line_up(
 
     def add(candidates: Iterable[Candidate]) -> None:
         for candidate in candidates:
+            if not matches(candidate.name):
+                continue
             if candidate.memory > memory_limit:
                 need, limit = candidate.memory / 1e9, memory_limit / 1e9
                 reason = f"needs about {need:.1f} GB, the limit is {limit:.1f} (--memory)"
@@ -127,14 +131,17 @@ def line_up(
         add(
             _engine(f"onnx {Path(recipe).stem}", OURS, artifacts.onnx(recipe), "onnx", recipe)
             for recipe in recipes
+            if matches(f"mobilevlm onnx {Path(recipe).stem}")
         )
         add(
             _engine(
                 f"onnx {Path(recipe).stem} tuned", OURS, artifacts.tuned(recipe), "onnx", recipe
             )
             for recipe in tuned
+            if matches(f"mobilevlm onnx {Path(recipe).stem} tuned")
         )
-        if versions(sys.executable, PACKAGES[LLAMA]):
+        of_gguf = ("mobilevlm hybrid q4_0", "mobilevlm gguf q4_0")
+        if any(map(matches, of_gguf)) and versions(sys.executable, PACKAGES[LLAMA]):
             add_if_possible("mobilevlm hybrid and gguf", _ours_of_gguf(artifacts))
     for name, make in makers.items():
         if not wanted(name):
@@ -185,13 +192,18 @@ def _engine(name: str, group: str, bundle: Bundle, engine: str, weights: str) ->
     )
 
 
-def _llama(artifacts: Artifacts, python: str) -> Iterator[Candidate]:
-    q4_0, q4_k_m = artifacts.both("q4_0"), artifacts.gguf("q4_k_m")
-    for bundle, decoder, encoder in (
-        (q4_0, "q4_0", "q8_0"),
-        (q4_k_m, "q4_k_m", "q8_0"),
-        (q4_k_m, "q4_k_m", "f16"),
-    ):
+def _llama(
+    artifacts: Artifacts, python: str, matches: Callable[[str], bool]
+) -> Iterator[Candidate]:
+    kinds: tuple[tuple[GGUFType, GGUFType], ...] = (
+        ("q4_0", "q8_0"),
+        ("q4_k_m", "q8_0"),
+        ("q4_k_m", "f16"),
+    )
+    for decoder, encoder in kinds:
+        if not matches(f"llama.cpp {decoder} + {encoder}"):
+            continue
+        bundle = artifacts.gguf(decoder)
         model = bundle.path(bundle.artifact("decoder", "gguf").path)
         mmproj = (
             bundle.path(bundle.artifact("vision", "gguf").path)

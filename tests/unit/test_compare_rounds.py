@@ -67,12 +67,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         return LineUp(present, [Absent("c", "cannot be made: why")], {"b": "b 1.0"})
 
     spec = SimpleNamespace(
-        image=SimpleNamespace(
-            square=SimpleNamespace(size=8), connector=SimpleNamespace(num_tokens=4)
-        ),
+        image=SimpleNamespace(usual_edge=8, preparation=None),
         decoder=SimpleNamespace(hidden_size=8, vocab_size=500, context_length=2048),
     )
     monkeypatch.setattr(compare, "Artifacts", lambda *_: SimpleNamespace(name="nano", spec=spec))
+    monkeypatch.setattr(compare, "asked_about", lambda *_: compare.Photo((8, 8), (16,), 4))
     monkeypatch.setattr(compare, "line_up", line_up)
     monkeypatch.setattr(compare, "measure_peaks", lambda threads: Peaks(1.0, 2.0, 3.0))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)  # no pictures

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from compare import PHOTO, asked_about
 from comparison.candidates import OURS
 from comparison.figures import MEASURES, TARGETS, Figure, memory_verdict, summarize, verdicts
 from comparison.measure import Rounds, drop_from_cache
@@ -23,8 +24,10 @@ from comparison.roofline import (
     share_of_roof,
     token_operations,
     tower_operations,
+    vision_work,
 )
-from comparison.work import BOS, drawn_image, token_ids
+from comparison.work import BOS, photo, token_ids
+from conftest import fixture_named
 
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
@@ -66,6 +69,30 @@ def test_targets_set_our_best_against_their_best() -> None:
     # more is better here: their best is the highest, and 23 / 20 is exactly the limit
     assert (decode.ours, decode.peer, decode.met) == ("ours a", "theirs a", True)
     assert decode.ratio == pytest.approx(1.15)
+
+
+def test_our_best_has_no_worse_quality_than_the_peer() -> None:
+    rows = {
+        "small": {"decode": [30.0], "kl_decode": [0.2]},
+        "good": {"decode": [24.0], "kl_decode": [0.096]},
+        "theirs": {"decode": [20.0], "kl_decode": [0.098]},
+    }
+    (equal,) = verdicts(rows, ["small", "good"], ["theirs"])
+    assert (equal.ours, equal.met) == ("good", True) and equal.ratio == pytest.approx(1.2)
+    (worse,) = verdicts(rows, ["small"], ["theirs"])
+    assert (worse.ours, worse.met) == ("small", False) and worse.ratio == pytest.approx(1.5)
+
+
+def test_a_photo_of_a_model_that_splits_is_counted_with_its_tiles_and_marks() -> None:
+    spec = fixture_named("smolvlm2").model.spec
+    split, whole = asked_about(spec, None), asked_about(spec, (64, 64))
+    assert split.size == PHOTO and len(split.runs) > 1
+    assert set(split.runs) == {spec.image.transformer.num_positions}
+    rows = len(split.runs) * spec.image.connector.num_tokens
+    assert split.positions > rows  # marks of rows and columns
+    assert whole.positions < split.positions
+    tile = vision_work(spec, 10, split.runs[:1]).operations
+    assert vision_work(spec, 10, split.runs).operations == len(split.runs) * tile
 
 
 def test_the_second_question_is_held_against_our_own_first() -> None:
@@ -176,7 +203,8 @@ def test_variations_differ_and_repeat() -> None:
     assert token_ids(20, 1000, 1) == token_ids(20, 1000, 1) != token_ids(20, 1000, 2)
     ids = token_ids(20, 1000, 1)
     assert len(ids) == 20 and ids[0] == BOS and max(ids) < 1000
-    assert not np.array_equal(drawn_image(8, 1), drawn_image(8, 2))
+    assert photo((8, 4), 1).shape == (4, 8, 3)
+    assert not np.array_equal(photo((8, 4), 1), photo((8, 4), 2))
 
 
 def test_dropped_files_are_known_to_be_dropped(tmp_path: Path) -> None:

@@ -41,8 +41,9 @@ _PHOTO = '--image PHOTO --prompt "What is this?"'
 @click.option(
     "--recipe",
     metavar="NAME|FILE.toml",
-    help="Precision: fp32, fp16-weights, int8, int8-calibrated (needs torch), int4, fast, for NPUs "
-    "a16w8 or a8w8, or a recipe file (default: int4).",
+    help="Precision: fp32, fp16-weights, int8, int8-portable (for other runtimes), int8-calibrated, "
+    "int4, int4-small, fast (int4, prefill in 8 bits), for NPUs a16w8 or a8w8, or a recipe file "
+    "(default: int4).",
 )
 @goal_options
 @click.option(
@@ -73,7 +74,7 @@ _PHOTO = '--image PHOTO --prompt "What is this?"'
     "--calibration",
     metavar="own|scenes|FILE.jsonl",
     help="Data for an importance matrix, and for gptq, awq and smoothquant: the model's own "
-    "answers (default), drawn scenes, or a file of samples (for the tower's layers needs torch).",
+    "answers (default), drawn scenes, or a file of samples.",
 )
 @click.option(
     "--weight-bits",

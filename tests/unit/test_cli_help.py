@@ -94,3 +94,10 @@ def test_no_help_text_is_broken_inside_a_name() -> None:
         for line in lines:
             assert not re.search(r"[\w-]-$", line), f"{name}: {line}"
             assert "\u2011" not in line
+
+
+def test_the_help_of_export_names_every_recipe() -> None:
+    from mobilevlm.export.recipes.named import RECIPES
+
+    named = set(re.findall(r"[a-z0-9-]+", run("export", "--help")))
+    assert set(RECIPES) <= named

@@ -76,9 +76,9 @@ def export(
     """Exports a checkpoint folder to a bundle folder, or a GGUF file with its ``mmproj``.
 
     ``recipe``: ``fp32``, ``fp16-weights``, ``int8``, ``int8-portable``, ``int8-calibrated``,
-    ``int4`` (the default), ``int4-small``, ``fast``, for NPUs ``a16w8`` or ``a8w8``, or a TOML file.
-    ``target``: a device (export/targets) which settles recipe, formats and bits, and which the
-    result is checked against.
+    ``int4`` (the default), ``int4-small``, ``fast``, for NPUs ``a16w8`` or ``a8w8``, or a TOML
+    file. ``target``: a device (export/targets) which settles recipe, formats and bits, and which
+    the result is checked against.
     ``vision_tower``: the tower's folder, where it is not found beside the checkpoint.
     ``conversation``: ``v1``, ``llava_v1``,
     ``phi`` …, where the family's default is wrong. ``variant``: which official behaviour, where

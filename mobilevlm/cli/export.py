@@ -42,8 +42,8 @@ _PHOTO = '--image PHOTO --prompt "What is this?"'
     "--recipe",
     metavar="NAME|FILE.toml",
     help="Precision: fp32, fp16-weights, int8, int8-portable (for other runtimes), "
-    "int8-calibrated, int4, int4-small, fast (int4, prefill in 8 bits), for NPUs a16w8 or a8w8, or a "
-    "recipe file (default: int4).",
+    "int8-calibrated, int4, int4-small, fast (int4, prefill in 8 bits), for NPUs a16w8 or a8w8, or "
+    "a recipe file (default: int4).",
 )
 @goal_options
 @click.option(

@@ -45,7 +45,7 @@ def measure(
 
 def _measure_once(candidate: Candidate, variation: int, threads: int) -> tuple[float, float]:
     spec = candidate.bundle.manifest.spec
-    shapes = Shapes(0, 0, spec.decoder.hidden_size, spec.decoder.vocab_size, CONTEXT)
+    shapes = Shapes((0, 0), 0, 0, 0, spec.decoder.hidden_size, spec.decoder.vocab_size, CONTEXT)
     with closing(Worker()) as worker:
         open_in(worker, _peer(candidate), shapes, threads)
         worker.ask("generate", PROMPT_TOKENS, 2, 0)

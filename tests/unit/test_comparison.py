@@ -85,14 +85,20 @@ def test_our_best_has_no_worse_quality_than_the_peer() -> None:
 
 def test_a_photo_of_a_model_that_splits_is_counted_with_its_tiles_and_marks() -> None:
     spec = fixture_named("smolvlm2").model.spec
-    split, whole = asked_about(spec, None), asked_about(spec, (64, 64))
-    assert split.size == PHOTO and len(split.runs) > 1
+    split = asked_about(spec, None)
+    assert split.size == PHOTO and len(split.runs) == 13  # 3 rows of 4, and the whole small
     assert set(split.runs) == {spec.image.transformer.num_positions}
-    rows = len(split.runs) * spec.image.connector.num_tokens
-    assert split.positions > rows  # marks of rows and columns
-    assert whole.positions < split.positions
+    assert split.positions > len(split.runs) * spec.image.connector.num_tokens  # marks of tiles
     tile = vision_work(spec, 10, split.runs[:1]).operations
     assert vision_work(spec, 10, split.runs).operations == len(split.runs) * tile
+
+
+def test_a_photo_of_a_model_with_one_square_has_its_size() -> None:
+    spec = fixture_named("llava_hf").model.spec
+    size = spec.image.square.size
+    found = asked_about(spec, None)
+    assert (found.size, found.positions) == ((size, size), spec.image.connector.num_tokens)
+    assert len(found.runs) == len(asked_about(spec, (1024, 768)).runs) == 1
 
 
 def test_the_second_question_is_held_against_our_own_first() -> None:

@@ -143,7 +143,8 @@ def test_what_is_copied_runs_bundles_and_nothing_else() -> None:
     assert {"mobilevlm/__init__.py", "mobilevlm/cli/bench.py", "mobilevlm/runtime/vlm.py",
             "mobilevlm/runtime/engines/onnx/engine.py"} <= names.keys()  # fmt: skip
     folders = {tuple(name.split("/")[:2]) for name in names}
-    assert not folders & {("mobilevlm", part) for part in ("export", "reference", "nano")}
+    assert not folders & {("mobilevlm", part) for part in ("export", "reference", "nano", "synth")}
+    assert not any(name.startswith("mobilevlm/runtime/suites/") for name in names)
     assert sum(file.size for file in names.values()) < 2e6
 
 

@@ -29,7 +29,10 @@ from mobilevlm.runtime.tuning.plan_file import PLAN
 DISTRIBUTION = "mobilevlm-edge"
 MODULES = {"pillow": "PIL"}
 """Modules of distributions with another name."""
-NOT_FOR_DEVICES = ("export", "reference", "nano", "runtime")
+NOT_FOR_DEVICES = {
+    "mobilevlm": ("export", "reference", "nano", "runtime", "synth"),
+    "mobilevlm/runtime": ("batch", "suites"),
+}
 """Folders of the package that bundles are not run by; the runtime comes from its own place."""
 
 
@@ -95,7 +98,7 @@ def runtime_files() -> Iterator[tuple[str, SentFile]]:
         root = Path(package.__file__).parent
         for path in sorted(root.rglob("*.py")):
             name = path.relative_to(root)
-            if place == "mobilevlm" and name.parts[0] in NOT_FOR_DEVICES:
+            if name.parts[0] in NOT_FOR_DEVICES[place]:
                 continue
             yield f"{place}/{name.as_posix()}", sent_file(path)
 

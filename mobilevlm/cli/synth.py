@@ -27,8 +27,8 @@ def command(name: str, folder: Path, seed: int, quiet: bool) -> None:
       internvl3.5_1b            mobilevlm_v2_0.5b            qwen3_5_2b
       janus_pro_1b              mobilevlm_v2_1.7b            smolvlm_256m
       llava_v1.5_7b             mobilevlm_v2_3b              smolvlm_500m
-      llava_onevision_0.5b      tiny                         vila_1.5_3b
-      llava_2b                                               voxtral_mini_3b
+      llava_onevision_0.5b      gemma4_e2b                   vila_1.5_3b
+      llava_2b                  tiny                         voxtral_mini_3b
     """
     progress.enable(not quiet)
     from mobilevlm.synth.checkpoints import write_checkpoint

@@ -475,7 +475,7 @@ def test_another_format_joins_what_is_there(
     main(["export", *arguments, "--no-measure", "--format", "gguf"])
     main(["export", *arguments, "--no-measure", "--format", "all", "--gguf-type", "q8_0"])
     lines = capsys.readouterr().err.splitlines()
-    assert [line.split()[1] for line in lines if "taken over" in line] == [
+    assert [line.split()[1] for line in lines if "unchanged, reused" in line] == [
         "gguf/mmproj-checkpoint-F16.gguf"
     ]
     data = json.loads((bundle / "manifest.json").read_text())

@@ -438,6 +438,28 @@ def run_program(
     )
 
 
+def killed_in_a_line(beginning: str) -> str:
+    """The program as a script, killed after so many lines of its journal, with the beginning of
+    another behind them. Arguments: the number of lines, then those of the program."""
+    return f"""\
+import os, signal, sys
+from mobilevlm.cli import main
+from mobilevlm.runtime.journal import Journal
+append, left = Journal.append, int(sys.argv[1])
+
+def append_and_be_killed(self, record):
+    global left
+    append(self, record)
+    left -= 1
+    if not left:
+        os.write(self._file.fileno(), {beginning.encode()!r})
+        os.kill(os.getpid(), signal.SIGKILL)
+
+Journal.append = append_and_be_killed
+main(sys.argv[2:])
+"""
+
+
 def refused_mutations(script: str, *arguments: object) -> int:
     """Runs a script that gives a library damaged files and prints ``refused N``, in a process of
     its own, which must end by itself."""

@@ -46,20 +46,24 @@ _NORMS = (
     *("post_feedforward_layernorm", "q_norm", "k_norm", "model.norm", "mm_soft_emb_norm"),
 )
 """Norms whose weights are stored without the 1 that is added to them."""
-_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-  {{- '<start_of_turn>' ~ ('model' if message['role'] == 'assistant' else message['role']) -}}
-  {{- '\\n' -}}
-  {%- if message['content'] is string -%}{{- message['content'] -}}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {{- '<start_of_image>' if part['type'] == 'image' else part['text'] -}}
-    {%- endfor -%}
-  {%- endif -%}
-  {{- '<end_of_turn>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<start_of_turn>model\\n' -}}{%- endif -%}
+
+
+def turns_template(begin: str, end: str, image: str) -> str:
+    """Return a chat template of Gemma's turns, given their marks and what an image becomes."""
+    return f"""\
+{{{{- bos_token -}}}}
+{{%- for message in messages -%}}
+  {{{{- '{begin}' ~ ('model' if message['role'] == 'assistant' else message['role']) -}}}}
+  {{{{- '\\n' -}}}}
+  {{%- if message['content'] is string -%}}{{{{- message['content'] -}}}}
+  {{%- else -%}}
+    {{%- for part in message['content'] -%}}
+      {{{{- '{image}' if part['type'] == 'image' else part['text'] -}}}}
+    {{%- endfor -%}}
+  {{%- endif -%}}
+  {{{{- '{end}\\n' -}}}}
+{{%- endfor -%}}
+{{%- if add_generation_prompt -%}}{{{{- '{begin}model\\n' -}}}}{{%- endif -%}}
 """
 
 
@@ -105,7 +109,8 @@ def _write_settings(folder: Path, name: str) -> None:
     }
     write_json(folder / "preprocessor_config.json", processor)
     write_json(folder / "processor_config.json", {"image_seq_length": _TOKENS})
-    write_json(folder / "chat_template.json", {"chat_template": _TEMPLATE})
+    template = turns_template("<start_of_turn>", "<end_of_turn>", "<start_of_image>")
+    write_json(folder / "chat_template.json", {"chat_template": template})
     settings = {
         "bos_token": "<bos>",
         "eos_token": "<eos>",

@@ -9,6 +9,7 @@ from typing import Any
 from mobilevlm.families.gemma4_text import GEMMA4
 from mobilevlm.families.qwen_gemma import FULL, SLIDING
 from mobilevlm.native_encoder import BOUNDS
+from mobilevlm.synth.gemma3 import turns_template
 from mobilevlm.synth.shapes import Layout, Part, Shapes, decoder_shapes, write_json
 from mobilevlm.synth.tokenizer import chat_tokenizer
 from mobilevlm.tokenizers.tokenizer import save_tokenizer
@@ -41,20 +42,6 @@ _VISION: dict[str, Any] = {
     "position_embedding_size": 10240,
     "use_clipped_linears": True,
 }
-_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-  {{- '<|turn>' ~ ('model' if message['role'] == 'assistant' else message['role']) ~ '\\n' -}}
-  {%- if message['content'] is string -%}{{- message['content'] -}}
-  {%- else -%}
-    {%- for part in message['content'] -%}
-      {{- '\\n\\n<|image|>\\n\\n' if part['type'] == 'image' else part['text'] -}}
-    {%- endfor -%}
-  {%- endif -%}
-  {{- '<turn|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|turn>model\\n' -}}{%- endif -%}
-"""
 
 
 def gemma4() -> Layout:
@@ -117,7 +104,8 @@ def _write_settings(folder: Path, name: str) -> None:
     write_json(
         folder / "processor_config.json", {"image_processor": image, "image_seq_length": _TOKENS}
     )
-    (folder / "chat_template.jinja").write_text(_TEMPLATE, encoding="utf-8")
+    template = turns_template("<|turn>", "<turn|>", "\\n\\n<|image|>\\n\\n")
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     settings = {
         "bos_token": "<bos>",
         "eos_token": "<eos>",

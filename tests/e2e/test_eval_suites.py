@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import refusal
+from conftest import killed_in_a_line, refusal
 
 from mobilevlm.cli import main
 from mobilevlm.nano.drawing import render
@@ -108,23 +108,7 @@ def test_a_report_refuses_options_that_do_not_go_together(
     assert "no such folder /nowhere" in refusal(capsys, "report", "nano", "--html", "/nowhere/x")
 
 
-KILLED = """\
-import os, signal, sys
-from mobilevlm.cli import main
-from mobilevlm.runtime.journal import Journal
-append, left = Journal.append, int(sys.argv[1])
-
-def append_and_be_killed(self, record):
-    global left
-    append(self, record)
-    left -= 1
-    if not left:
-        os.write(self._file.fileno(), b'{"id":"random/5","answer":')
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Journal.append = append_and_be_killed
-main(sys.argv[2:])
-"""
+KILLED = killed_in_a_line('{"id":"random/5","answer":')
 """The program, killed after so many answers in the middle of a line"""
 
 

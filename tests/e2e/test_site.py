@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 LOADED = re.compile(
     r"<(?:script|img|link|iframe)\b[^>]*?(?:src|href)=[\"']?((?:https?:)?//[^\"'> ]+)"
 )
-"""What a page fetches when it is opened, in contrast to links that a reader follows."""
+"""Files that a page fetches when it is opened, in contrast to links that a reader follows."""
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ pip() { :; }
 source() { :; }
 python3() { if [ "$2" != venv ]; then command python3 "$@"; fi; }
 """
-"""What the tests' environment has already, and the end at the first failure."""
+"""Commands that the tests' environment has already, and the end at the first failure."""
 
 
 def free_port() -> int:

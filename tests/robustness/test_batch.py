@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 import pytest
-from conftest import refusal
+from conftest import killed_in_a_line, refusal
 
 from mobilevlm.builtin import BUNDLES
 from mobilevlm.cli import main
@@ -34,23 +34,7 @@ BUNDLE = BUNDLES / "nano"
 ROWS = 12
 PROMPT = "Is there a {thing} in {image}?"
 SHORT = ("-n", 4, "--threads", 1, "--no-plan")
-KILLED = """\
-import os, signal, sys
-from mobilevlm.cli import main
-from mobilevlm.runtime.journal import Journal
-append, left = Journal.append, int(sys.argv[1])
-
-def append_and_be_killed(self, record):
-    global left
-    append(self, record)
-    left -= 1
-    if not left:
-        os.write(self._file.fileno(), b'{"index":3,"id":')
-        os.kill(os.getpid(), signal.SIGKILL)
-
-Journal.append = append_and_be_killed
-main(sys.argv[2:])
-"""
+KILLED = killed_in_a_line('{"index":3,"id":')
 """The program, killed after so many rows in the middle of a line"""
 
 

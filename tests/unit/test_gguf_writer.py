@@ -468,7 +468,7 @@ def test_a_gguf_bundle_has_no_embedding_table_and_opens(
 def test_another_format_joins_what_is_there(
     llava_v1: Fixture, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Artifacts of both formats are taken over by their keys."""
+    """Artifacts of both formats are reused by their keys."""
     bundle = tmp_path / "bundle"
     places = llava_v1.checkpoint, "--vision-tower", llava_v1.tower, "-o", bundle
     arguments = [str(place) for place in places]

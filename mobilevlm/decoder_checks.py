@@ -36,30 +36,17 @@ MOST_EXPERTS = 1 << 16
 
 def check_decoder(decoder: DecoderSpec, total: int) -> Iterator[Check]:
     """Check the language model. ``total``: bytes of the bundle's files."""
-    numbers = {
-        "vocab_size": decoder.vocab_size,
-        "hidden_size": decoder.hidden_size,
-        "intermediate_size": decoder.intermediate_size,
-        "num_hidden_layers": decoder.num_hidden_layers,
-        "num_attention_heads": decoder.num_attention_heads,
-        "num_key_value_heads": decoder.num_key_value_heads,
-        "head_dim": decoder.head_dim,
-        "context_length": decoder.context_length,
-    }
-    yield from check_whole("decoder", numbers)
-    yield from check_whole("decoder", {"encoder_layers": decoder.encoder_layers}, 0)
-    floats = {
-        "norm_eps": decoder.norm_eps,
-        "rope_theta": decoder.rope_theta,
-        "rope_scaling": decoder.rope_scaling,
-        "attention_scale": decoder.score_scale,
-        "embed_scale": decoder.embed_scale,
-        "sliding_rope_theta": decoder.sliding_rope_theta,
-        "attention_softcap": decoder.attention_softcap,
-        "logit_softcap": decoder.logit_softcap,
-    }
-    given = {name: value for name, value in floats.items() if value is not None}
-    yield from check_positive("decoder", given)
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "num_key_value_heads head_dim context_length"
+    )
+    yield from check_whole("decoder", decoder, names)
+    yield from check_whole("decoder", decoder, "encoder_layers", 0)
+    names = (
+        "norm_eps rope_theta rope_scaling attention_scale embed_scale sliding_rope_theta "
+        "attention_softcap logit_softcap"
+    )
+    yield from check_positive("decoder", decoder, names)
     for name in ("num_hidden_layers", "encoder_layers"):
         yield check_layers(f"decoder.{name}", getattr(decoder, name))
     length = decoder.context_length
@@ -76,15 +63,14 @@ def check_decoder(decoder: DecoderSpec, total: int) -> Iterator[Check]:
     yield from _blocks(decoder)
     buckets = decoder.relative_positions
     if buckets is not None:
-        values = {"num_buckets": buckets.num_buckets, "max_distance": buckets.max_distance}
-        yield from check_whole("decoder.relative_positions", values)
+        yield from check_whole("decoder.relative_positions", buckets, "num_buckets max_distance")
         yield check_weights("decoder.relative_positions", buckets.num_buckets * heads, total)
     yield from _experts(decoder)
     yield check_weights("decoder", size_of(decoder_groups(decoder)), total)
 
 
 def _blocks(decoder: DecoderSpec) -> Iterator[Check]:
-    yield from check_whole("decoder", {"sliding_window": decoder.sliding_window}, 0)
+    yield from check_whole("decoder", decoder, "sliding_window", 0)
     is_right = decoder.embed_scale == 1 or not decoder.encoder_layers
     yield "decoder.embed_scale", decoder.embed_scale, is_right, "1 beside an encoder"
     layers, window = decoder.sliding_layers, decoder.sliding_window
@@ -132,8 +118,8 @@ def _blocks(decoder: DecoderSpec) -> Iterator[Check]:
 
 def _own_sizes(decoder: DecoderSpec) -> Iterator[Check]:
     """Check sizes that some layers have for themselves, and inputs of layers."""
-    names = ("global_head_dim", "shared_kv_layers", "shared_intermediate_size", "layer_input_size")
-    yield from check_whole("decoder", {name: getattr(decoder, name) for name in names}, 0)
+    names = "global_head_dim shared_kv_layers shared_intermediate_size layer_input_size"
+    yield from check_whole("decoder", decoder, names, 0)
     head = decoder.global_head_dim
     is_right = head % 2 == 0 and (head == 0 or decoder.rotary_dim is None)
     yield "decoder.global_head_dim", head, is_right, "an even number, without rotary_dim"
@@ -161,8 +147,8 @@ def _delta(decoder: DecoderSpec) -> Iterator[Check]:
     delta = decoder.delta
     if delta is None:
         return
-    sizes = {field.name: getattr(delta, field.name) for field in dataclasses.fields(delta)[1:]}
-    yield from check_whole("decoder.delta", sizes)
+    names = " ".join(field.name for field in dataclasses.fields(delta)[1:])
+    yield from check_whole("decoder.delta", delta, names)
     is_right = _ascending(delta.layers, decoder) and len(delta.layers) > 0
     is_right = is_right and len(delta.layers) < decoder.num_hidden_layers
     yield "delta.layers", delta.layers, is_right, "layers of the decoder, and not all of them"
@@ -192,9 +178,5 @@ def _experts(decoder: DecoderSpec) -> Iterator[Check]:
     yield "experts.layers", layers, is_right, "layers of the decoder, each with its experts"
     is_right = all(1 <= experts.top_k <= count < 1 << 16 for count in counts)
     yield "experts.num_experts", counts, is_right, f"at least top_k {shortened(experts.top_k)}"
-    yield (
-        "the number of experts",
-        sum(counts),
-        sum(counts) <= MOST_EXPERTS,
-        f"at most {MOST_EXPERTS}",
-    )
+    count = sum(counts)
+    yield "the number of experts", count, count <= MOST_EXPERTS, f"at most {MOST_EXPERTS}"

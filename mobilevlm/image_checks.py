@@ -62,21 +62,19 @@ def check_image(spec: ModelSpec) -> Iterator[Check]:
     if not isinstance(image, SquareImages):
         yield "image.kind", image.kind, False, "one of squares, which this encoder takes"
         return
-    yield from check_whole("image", {"size": image.size})
+    yield from check_whole("image", image, "size")
     edge = encoder.image_size
     yield "image.size", image.size, image.size == edge, f"the tower's {shortened(edge)}"
     if isinstance(image, AspectTiles):
-        yield from check_whole(
-            "image", {"min_tiles": image.min_tiles, "max_tiles": image.max_tiles}
-        )
+        yield from check_whole("image", image, "min_tiles max_tiles")
         is_right = image.min_tiles <= image.max_tiles <= MOST_TILES
         yield "image.max_tiles", image.max_tiles, is_right, f"min_tiles to {MOST_TILES}"
     elif isinstance(image, AnyResolution):
         yield from _any_resolution(image)
     else:
-        longest = image.shortest_edge if isinstance(image, FixedImage) else image.longest_edge
         name = "shortest_edge" if isinstance(image, FixedImage) else "longest_edge"
-        yield from check_whole("image", {name: longest})
+        longest = getattr(image, name)
+        yield from check_whole("image", image, name)
         most = MAX_ENLARGED * image.size
         yield f"image.{name}", longest, longest <= most, f"at most {shortened(most)}"
     projector, is_assembled = spec.image.connector, isinstance(image, AnyResolution)
@@ -104,9 +102,7 @@ def _dynamic_image(
     for name in ("patch_size", "merge_size"):
         value, expected = getattr(image, name), getattr(encoder, name)
         yield f"image.{name}", value, value == expected, f"the tower's {shortened(expected)}"
-    yield from check_whole(
-        "image", {"min_pixels": image.min_pixels, "max_pixels": image.max_pixels}
-    )
+    yield from check_whole("image", image, "min_pixels max_pixels")
     least = max(image.min_pixels, image.factor**2)
     is_right = least <= image.max_pixels <= MOST_PIXELS
     yield "image.max_pixels", image.max_pixels, is_right, f"{shortened(least)} to {MOST_PIXELS}"
@@ -116,15 +112,9 @@ def _dynamic_image(
 
 
 def _clip(clip: ClipSpec) -> Iterator[Check]:
-    numbers = {
-        "min_pixels": clip.min_pixels,
-        "max_pixels": clip.max_pixels,
-        "min_frames": clip.min_frames,
-        "max_frames": clip.max_frames,
-    }
-    yield from check_whole("image.clip", numbers)
-    yield from check_whole("image.clip", {"total_pixels": clip.total_pixels}, 0)
-    yield from check_positive("image.clip", {"frames_per_second": clip.frames_per_second})
+    yield from check_whole("image.clip", clip, "min_pixels max_pixels min_frames max_frames")
+    yield from check_whole("image.clip", clip, "total_pixels", 0)
+    yield from check_positive("image.clip", clip, "frames_per_second")
     pace = clip.positions_per_second
     yield "image.clip.positions_per_second", pace, 0 <= pace < 1 << 16, "0 to 65535"
     most = clip.max_pixels
@@ -140,17 +130,8 @@ def _dynamic_tiles(image: DynamicTiles, spec: ModelSpec) -> Iterator[Check]:
     encoder, connector, whole = spec.image.encoder, spec.image.connector, image.whole
     is_right = encoder.kind == "transformer" and encoder.resized_positions
     yield "image.kind", image.kind, is_right, "one of squares, which this encoder takes"
-    numbers = {
-        "size": image.size,
-        "min_tiles": image.min_tiles,
-        "max_tiles": image.max_tiles,
-        "split_pixels": image.split_pixels,
-        "patch_size": whole.patch_size,
-        "merge_size": whole.merge_size,
-        "min_pixels": whole.min_pixels,
-        "max_pixels": whole.max_pixels,
-    }
-    yield from check_whole("image", numbers)
+    yield from check_whole("image", image, "size min_tiles max_tiles split_pixels")
+    yield from check_whole("image", whole, "patch_size merge_size min_pixels max_pixels")
     is_right = image.min_tiles <= image.max_tiles <= MOST_TILES
     yield "image.max_tiles", image.max_tiles, is_right, f"min_tiles to {MOST_TILES}"
     is_right = encoder.kind == "transformer" and whole.patch_size == encoder.patch_size
@@ -172,8 +153,7 @@ def _dynamic_tiles(image: DynamicTiles, spec: ModelSpec) -> Iterator[Check]:
 
 
 def _any_resolution(image: AnyResolution) -> Iterator[Check]:
-    counts = {"most_tiles": image.most_tiles, "max_tiles": image.max_tiles}
-    yield from check_whole("image", counts, 0)
+    yield from check_whole("image", image, "most_tiles max_tiles", 0)
     count = len(image.grids)
     yield "image.grids", count, 0 < count <= MOST_GRIDS, f"1 to {MOST_GRIDS}"
     is_right = all(
@@ -191,40 +171,27 @@ def check_vision(vision: ImageEncoder, total: int) -> Iterator[Check]:
     if vision.kind == "native":
         yield from _native_encoder(vision, total)
         return
-    numbers = {
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": vision.num_hidden_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "image_size": vision.image_size,
-        "patch_size": vision.patch_size,
-    }
-    yield from check_whole("vision", numbers)
-    yield from check_positive("vision", {"layer_norm_eps": vision.layer_norm_eps})
+    names = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads image_size patch_size"
+    )
+    yield from check_whole("vision", vision, names)
+    yield from check_positive("vision", vision, "layer_norm_eps")
     yield check_layers("vision.num_hidden_layers", vision.num_hidden_layers)
-    hidden, heads = vision.hidden_size, vision.num_attention_heads
-    yield check_heads("vision", hidden, heads)
+    yield check_heads("vision", vision)
     patch, edge = vision.patch_size, vision.image_size
     yield "vision.patch_size", patch, patch <= edge, f"at most the image's {shortened(edge)}"
-    positions = vision.num_positions + 3 * patch**2
-    yield check_weights("vision", size_of(tower_groups(vision)) + hidden * positions, total)
+    positions = vision.hidden_size * (vision.num_positions + 3 * patch**2)
+    yield check_weights("vision", size_of(tower_groups(vision)) + positions, total)
 
 
 def _native_encoder(vision: NativeEncoder, total: int) -> Iterator[Check]:
-    numbers = {
-        "hidden_size": vision.hidden_size,
-        "intermediate_size": vision.intermediate_size,
-        "num_hidden_layers": vision.num_hidden_layers,
-        "num_attention_heads": vision.num_attention_heads,
-        "patch_size": vision.patch_size,
-        "merge_size": vision.merge_size,
-        "frames": vision.frames,
-    }
-    yield from check_whole("vision", numbers)
-    sizes = ("position_grid", "axis_positions", "window")
-    yield from check_whole("vision", {name: getattr(vision, name) for name in sizes}, 0)
-    numbers_above_0 = {"norm_eps": vision.norm_eps, "rope_theta": vision.rope_theta}
-    yield from check_positive("vision", numbers_above_0)
+    names = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads patch_size "
+        "merge_size frames"
+    )
+    yield from check_whole("vision", vision, names)
+    yield from check_whole("vision", vision, "position_grid axis_positions window", 0)
+    yield from check_positive("vision", vision, "norm_eps rope_theta")
     layers = vision.num_hidden_layers
     yield check_layers("vision.num_hidden_layers", layers)
     hidden, unit = vision.hidden_size, 4 * vision.num_attention_heads
@@ -245,14 +212,8 @@ def _conv_encoder(vision: ConvEncoder, total: int) -> Iterator[Check]:
         values = getattr(vision, name)
         is_right = len(values) == stages and all(1 <= value < 1 << 31 for value in values)
         yield f"vision.{name}", values, is_right, f"{stages} numbers"
-    numbers = {
-        "image_size": vision.image_size,
-        "head_dim": vision.head_dim,
-        "expansion": vision.expansion,
-        "squeeze_ratio": vision.squeeze_ratio,
-    }
-    yield from check_whole("vision", numbers)
-    yield from check_positive("vision", {"layer_norm_eps": vision.layer_norm_eps})
+    yield from check_whole("vision", vision, "image_size head_dim expansion squeeze_ratio")
+    yield from check_positive("vision", vision, "layer_norm_eps")
     yield check_layers("vision.depths", sum(vision.depths))
     edge, stride = vision.image_size, vision.stride
     yield "vision.image_size", edge, edge % stride == 0, f"a multiple of {shortened(stride)}"
@@ -263,12 +224,8 @@ def _conv_encoder(vision: ConvEncoder, total: int) -> Iterator[Check]:
     for stage, (before, width) in enumerate(zip((1, *vision.widths), vision.widths, strict=False)):
         heads = vision.head_dim if stage in attending else 1
         is_right = width % before == 0 and width % heads == 0
-        yield (
-            "vision.widths",
-            width,
-            is_right,
-            f"multiples of {shortened(before)} and {shortened(heads)}",
-        )
+        expected = f"multiples of {shortened(before)} and {shortened(heads)}"
+        yield "vision.widths", width, is_right, expected
     yield "vision.squeeze_ratio", vision.squeeze_size, vision.squeeze_size > 0, "channels left over"
     yield check_weights("vision", size_of(tower_groups(vision)), total)
 
@@ -279,13 +236,8 @@ def check_projector(spec: ModelSpec, total: int) -> Iterator[Check]:
     projector, vision = spec.encoded.connector, spec.encoded.encoder
     is_native = isinstance(vision, NativeEncoder)
     grid = 0 if isinstance(vision, (NativeEncoder, SoundEncoder)) else vision.grid
-    whole = {
-        "depth": projector.depth,
-        "out_size": projector.out_size,
-        "factor": projector.factor,
-    }
-    yield from check_whole("projector", whole)
-    yield from check_whole("projector", {"inner_size": projector.inner_size}, 0)
+    yield from check_whole("projector", projector, "depth out_size factor")
+    yield from check_whole("projector", projector, "inner_size", 0)
     yield check_layers("projector.depth", projector.depth)
     if isinstance(vision, NativeEncoder):
         squares, layers = vision.merge_size, len(vision.deep_layers)
@@ -323,24 +275,14 @@ def _qformer(projector: ConnectorSpec, total: int) -> Iterator[Check]:
     queries = projector.qformer
     if queries is None:
         return
-    numbers = {
-        "hidden_size": queries.hidden_size,
-        "intermediate_size": queries.intermediate_size,
-        "num_hidden_layers": queries.num_hidden_layers,
-        "num_attention_heads": queries.num_attention_heads,
-        "cross_attention_frequency": queries.cross_attention_frequency,
-        "num_queries": queries.num_queries,
-    }
-    yield from check_whole("qformer", numbers)
-    texts = {
-        "vocab_size": queries.vocab_size,
-        "max_positions": queries.max_positions,
-        "window": queries.window,
-    }
-    yield from check_whole("qformer", texts, 0)
-    yield from check_positive("qformer", {"layer_norm_eps": queries.layer_norm_eps})
+    names = (
+        "hidden_size intermediate_size num_hidden_layers num_attention_heads "
+        "cross_attention_frequency num_queries"
+    )
+    yield from check_whole("qformer", queries, names)
+    yield from check_whole("qformer", queries, "vocab_size max_positions window", 0)
+    yield from check_positive("qformer", queries, "layer_norm_eps")
     yield check_layers("qformer.num_hidden_layers", queries.num_hidden_layers)
-    hidden, heads = queries.hidden_size, queries.num_attention_heads
-    yield check_heads("qformer", hidden, heads)
+    yield check_heads("qformer", queries)
     rows = queries.num_queries + queries.vocab_size + queries.max_positions
-    yield check_weights("qformer", hidden * rows, total)
+    yield check_weights("qformer", queries.hidden_size * rows, total)

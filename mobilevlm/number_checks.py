@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from mobilevlm.linear_groups import LinearGroup
 
@@ -22,16 +22,20 @@ def shortened(value: object) -> str:
     return f"{value!r:.80}"
 
 
-def check_whole(part: str, values: dict[str, int], least: int = 1) -> Iterator[Check]:
-    """Check that these are whole numbers of 31 bits, from ``least`` on."""
-    for name, value in values.items():
+def check_whole(part: str, spec: object, names: str, least: int = 1) -> Iterator[Check]:
+    """Check that these fields are whole numbers of 31 bits, from ``least`` on. ``names``: separated
+    by spaces."""
+    for name in names.split():
+        value = getattr(spec, name)
         yield f"{part}.{name}", value, least <= value < 1 << 31, f"{least} or more"
 
 
-def check_positive(part: str, values: dict[str, float]) -> Iterator[Check]:
-    """Check that these are finite and above 0."""
-    for name, value in values.items():
-        yield f"{part}.{name}", value, 0 < value < math.inf, "a positive number"
+def check_positive(part: str, spec: object, names: str) -> Iterator[Check]:
+    """Check that these fields are finite and above 0, where there are any."""
+    for name in names.split():
+        value = getattr(spec, name)
+        is_right = value is None or 0 < value < math.inf
+        yield f"{part}.{name}", value, is_right, "a positive number"
 
 
 def check_weights(part: str, count: int, total: int) -> Check:
@@ -50,7 +54,8 @@ def check_layers(name: str, count: int) -> Check:
     return name, count, count <= MOST_LAYERS, f"at most {MOST_LAYERS}"
 
 
-def check_heads(part: str, hidden: int, heads: int) -> Check:
+def check_heads(part: str, spec: Any) -> Check:
     """Check that a width is shared out among attention heads."""
-    name, remedy = f"{part}.hidden_size", f"a multiple of {shortened(heads)} heads"
-    return name, hidden, hidden % heads == 0, remedy
+    hidden, heads = spec.hidden_size, spec.num_attention_heads
+    remedy = f"a multiple of {shortened(heads)} heads"
+    return f"{part}.hidden_size", hidden, hidden % heads == 0, remedy

@@ -35,28 +35,20 @@ def check_output(spec: ModelSpec, total: int) -> Iterator[Check]:
         "delta": decoder.delta,
     }.items():
         yield f"decoder.{part}", layers, not layers, "none of a model that makes images"
-    numbers = {
-        "num_codes": output.num_codes,
-        "code_size": output.code_size,
-        "grid": output.grid,
-        "head_size": output.head_size,
-        "embed_depth": output.embed_depth,
-    }
-    yield from check_whole("output", numbers)
+    yield from check_whole("output", output, "num_codes code_size grid head_size embed_depth")
     yield check_layers("output.embed_depth", output.embed_depth)
     levels, most = len(output.decoder.widths), decoder.context_length
     yield "output.grid", output.grid, output.num_tokens < most, f"codes that fit into {most}"
     yield "output.widths", levels, 1 <= levels <= MOST_LEVELS, f"1 to {MOST_LEVELS} levels"
     edge = output.edge
     yield "the edge of an image", edge, edge <= LARGEST_EDGE, f"at most {LARGEST_EDGE} pixels"
-    sizes = {"latent_size": output.decoder.latent_size, "groups": output.decoder.groups}
-    yield from check_whole("output", {**sizes, "blocks": output.decoder.blocks})
+    yield from check_whole("output", output.decoder, "latent_size groups blocks")
     yield check_layers("output.blocks", output.decoder.blocks * levels)
     groups = output.decoder.groups
     for size in output.decoder.widths:
         is_right = 0 < size < 1 << 31 and size % groups == 0
         yield "output.widths", size, is_right, f"multiples of {shortened(groups)} groups"
-    yield from check_positive("output", {"norm_eps": output.decoder.norm_eps})
+    yield from check_positive("output", output.decoder, "norm_eps")
     scale = output.guidance
     yield "output.guidance", scale, 0 <= scale <= 1e6, "0 to 1e6"
     ids = (*output.begin_ids, output.empty_id, *output.kept_ids)

@@ -10,6 +10,7 @@ from mobilevlm.linear_groups import tower_groups
 from mobilevlm.media.sound_file import RATES
 from mobilevlm.number_checks import (
     Check,
+    check_heads,
     check_layers,
     check_positive,
     check_weights,
@@ -34,14 +35,8 @@ def check_sound(spec: InputSpec, total: int) -> Iterator[Check]:
     assert isinstance(mel, Mel) and isinstance(encoder, SoundEncoder)
     yield from _mel(mel)
     yield "audio.encoder.bins", encoder.bins, encoder.bins == mel.bins * mel.joined, "those of mel"
-    numbers = {
-        "bins": encoder.bins,
-        "hidden_size": encoder.hidden_size,
-        "intermediate_size": encoder.intermediate_size,
-        "num_hidden_layers": encoder.num_hidden_layers,
-        "num_attention_heads": encoder.num_attention_heads,
-    }
-    yield from check_whole("audio", numbers)
+    names = "bins hidden_size intermediate_size num_hidden_layers num_attention_heads"
+    yield from check_whole("audio", encoder, names)
     yield check_layers("audio.num_hidden_layers", encoder.num_hidden_layers)
     if isinstance(encoder, WhisperEncoder):
         yield from _whisper(spec, mel, encoder)
@@ -51,16 +46,7 @@ def check_sound(spec: InputSpec, total: int) -> Iterator[Check]:
 
 
 def _mel(mel: Mel) -> Iterator[Check]:
-    numbers = {
-        "bins": mel.bins,
-        "sampling_rate": mel.sampling_rate,
-        "window": mel.window,
-        "hop": mel.hop,
-        "frames": mel.frames,
-        "fft": mel.fft,
-        "joined": mel.joined,
-    }
-    yield from check_whole("audio.mel", numbers)
+    yield from check_whole("audio.mel", mel, "bins sampling_rate window hop frames fft joined")
     for name, most in (
         ("bins", MOST_BINS), ("fft", MOST_FFT), ("window", mel.fft), ("hop", mel.fft),
         ("frames", MOST_FRAMES), ("joined", MOST_BINS),
@@ -72,11 +58,9 @@ def _mel(mel: Mel) -> Iterator[Check]:
 
 
 def _whisper(spec: InputSpec, mel: Mel, encoder: WhisperEncoder) -> Iterator[Check]:
-    numbers = {"positions": encoder.positions, "pooling": encoder.pooling}
-    yield from check_whole("audio", numbers)
-    yield from check_positive("audio", {"layer_norm_eps": encoder.layer_norm_eps})
-    hidden, heads = encoder.hidden_size, encoder.num_attention_heads
-    yield "audio.hidden_size", hidden, hidden % heads == 0, f"a multiple of {heads} heads"
+    yield from check_whole("audio", encoder, "positions pooling")
+    yield from check_positive("audio", encoder, "layer_norm_eps")
+    yield check_heads("audio", encoder)
     frames, connector = encoder.frames, spec.connector
     yield "audio.mel.frames", mel.frames, mel.frames == frames, f"the encoder's {frames}"
     expected = "first" if encoder.cut else "all"
@@ -91,16 +75,9 @@ def _whisper(spec: InputSpec, mel: Mel, encoder: WhisperEncoder) -> Iterator[Che
 
 
 def _conformer(spec: InputSpec, mel: Mel, encoder: ConformerEncoder) -> Iterator[Check]:
-    numbers = {
-        "head_dim": encoder.head_dim,
-        "block": encoder.block,
-        "distances": encoder.distances,
-        "conv_kernel": encoder.conv_kernel,
-        "conv_size": encoder.conv_size,
-        "guesses": encoder.guesses,
-    }
-    yield from check_whole("audio", numbers)
-    yield from check_positive("audio", {"norm_eps": encoder.norm_eps})
+    sizes = "head_dim block distances conv_kernel conv_size guesses"
+    yield from check_whole("audio", encoder, sizes)
+    yield from check_positive("audio", encoder, "norm_eps")
     for name in ("block", "conv_kernel"):
         value = getattr(encoder, name)
         yield f"audio.{name}", value, value <= MOST_BLOCK, f"at most {MOST_BLOCK}"

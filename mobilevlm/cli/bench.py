@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import ModelOptions, model_options
+from mobilevlm.cli.options import ModelOptions, format_options, model_options
 from mobilevlm.console import progress
 from mobilevlm.plan import engine_for_limit
 
@@ -55,13 +55,6 @@ _SOUND_SECONDS = 5
 )
 @click.option("--runs", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
-    "--format",
-    "form",
-    type=click.Choice(["table", "md", "json"]),
-    default="table",
-    show_default=True,
-)
-@click.option(
     "--plan",
     "show_plan_only",
     is_flag=True,
@@ -84,7 +77,7 @@ _SOUND_SECONDS = 5
     help="Folder for files on the device. Default: ~/.cache/mobilevlm/device; on Android "
     "/data/local/tmp/mobilevlm.",
 )
-@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@format_options
 def command(
     model: ModelOptions,
     image: str | None,
@@ -99,7 +92,6 @@ def command(
     device: str | None,
     device_python: str | None,
     device_folder: str | None,
-    as_json: bool,
 ) -> None:
     """Measure latency per stage of BUNDLE on this machine, or on a device."""
     if device is None and (device_python or device_folder):
@@ -108,7 +100,7 @@ def command(
         raise click.UsageError("--plan shows what was chosen for this machine, not for --device")
     progress.enable()
     if show_plan_only:
-        _show_plan(model.bundle, model.engine, as_json or form == "json")
+        _show_plan(model.bundle, model.engine, form == "json")
         return
     if device is not None:
         from mobilevlm.runtime.bench.devices.measuring import bench_on_device
@@ -132,7 +124,7 @@ def command(
             python=device_python,
             folder=device_folder,
         )
-        _show(result, "json" if as_json else form)
+        _show(result, form)
         return
     import numpy as np
 
@@ -159,7 +151,7 @@ def command(
                 codes=codes,
                 advance=advance,
             )
-    _show(result, "json" if as_json else form)
+    _show(result, form)
 
 
 def _show(result: BenchResult, form: str) -> None:

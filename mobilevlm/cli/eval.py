@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import ModelOptions, model_options
+from mobilevlm.cli.options import F, ModelOptions, html_option, model_options
 from mobilevlm.console import progress
 
 if TYPE_CHECKING:
@@ -59,38 +59,41 @@ class Task:
     html: Path | None
 
 
+def suite_options(questions: int) -> Callable[[F], F]:
+    """Options for the questions that are asked; ``questions``: number of those about scenes."""
+
+    def decorate(function: F) -> F:
+        for option in (
+            click.option("--questions", type=click.IntRange(12),
+                         help=f"Number of questions about scenes.  [default: {questions}]"),
+            click.option("--answers", type=click.Path(path_type=Path, file_okay=False),
+                         metavar="DIR",
+                         help="Keep answers here as JSON lines: 'mobilevlm eval' and 'report' go "
+                         "on where one of them was stopped."),
+            click.option("--shots", type=click.IntRange(0), default=0, metavar="N",
+                         help="Examples before each question, as earlier turns, where the suite "
+                         "has some (mmmu, cmmmu, tmmlu+, scienceqa, textvqa)."),
+            click.option("--limit", type=click.IntRange(1), metavar="N",
+                         help="Number of questions, spread over the data."),
+            click.option("--split",
+                         help="Part of the data.  [default: the one that papers report]"),
+            click.option("--data", type=click.Path(path_type=Path), metavar="DIR|FILE",
+                         help="Files of the suite: parquet as the hub has them, JSON, JSONL, TSV "
+                         "or CSV. Nothing is downloaded; docs/how-to/evaluation.md tells where "
+                         "they come from."),
+            click.option("--suite", "name", type=click.Choice(SUITES), default="scenes",
+                         show_default=True),
+        ):  # fmt: skip
+            function = option(function)
+        return function
+
+    return decorate
+
+
 @click.command("eval", epilog=EXAMPLES)
 @model_options
 @click.argument("other", required=False, type=click.Path(path_type=Path))
-@click.option("--suite", "name", type=click.Choice(SUITES), default="scenes", show_default=True)
-@click.option(
-    "--data",
-    type=click.Path(path_type=Path),
-    metavar="DIR|FILE",
-    help="Files of the suite: parquet as the hub has them, JSON, JSONL, TSV or CSV. Nothing is "
-    "downloaded; docs/how-to/evaluation.md tells where they come from.",
-)
-@click.option("--split", help="Part of the data.  [default: the one that papers report]")
-@click.option(
-    "--limit",
-    type=click.IntRange(1),
-    metavar="N",
-    help="Number of questions, spread over the data.",
-)
-@click.option(
-    "--shots",
-    type=click.IntRange(0),
-    default=0,
-    metavar="N",
-    help="Examples before each question, as earlier turns, where the suite has some (mmmu, cmmmu, "
-    "tmmlu+, scienceqa, textvqa).",
-)
-@click.option(
-    "--answers",
-    type=click.Path(path_type=Path, file_okay=False),
-    metavar="DIR",
-    help="Keep answers here as JSON lines: the same command goes on where it was stopped.",
-)
+@suite_options(2000)
 @click.option(
     "--max-drop",
     type=click.FloatRange(0),
@@ -98,19 +101,9 @@ class Task:
     help="Fail with exit code 1 if OTHER scores lower than BUNDLE by more.",
 )
 @click.option(
-    "--questions",
-    type=click.IntRange(12),
-    help="Number of questions about scenes.  [default: 2000]",
-)
-@click.option(
     "--no-blind", is_flag=True, help="Do not ask again with noise for images (twice as fast)."
 )
-@click.option(
-    "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write a report with the images of wrong answers, or of those that differ.",
-)
+@html_option("Write a report with the images of wrong answers, or of those that differ.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(model: ModelOptions, other: Path | None, as_json: bool, **options: Any) -> None:
     """Measure how many questions BUNDLE answers right, per kind of question with 95% intervals.

@@ -94,6 +94,28 @@ def output_option(name: str, text: str, metavar: str | None = None) -> Callable[
                         metavar=metavar, help=text)  # fmt: skip
 
 
+def html_option(text: str) -> Callable[[F], F]:
+    """``--html``, with its help."""
+    return click.option("--html", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+                        help=text)  # fmt: skip
+
+
+def format_options(function: Callable[..., None]) -> Callable[..., None]:
+    """``--format`` and ``--json``, which the function gets as ``form``."""
+
+    @functools.wraps(function)
+    def gathered(form: str, as_json: bool, **given: Any) -> None:
+        function(form="json" if as_json else form, **given)
+
+    for decorate in (
+        click.option("--json", "as_json", is_flag=True, help="The same as --format json."),
+        click.option("--format", "form", type=click.Choice(["table", "md", "json"]),
+                     default="table", show_default=True),
+    ):  # fmt: skip
+        gathered = decorate(gathered)
+    return gathered
+
+
 def engine_option(text: str) -> Callable[[F], F]:
     """``--engine``, with its help."""
     return click.option("--engine", type=click.Choice(ENGINE_CHOICES), default="auto",

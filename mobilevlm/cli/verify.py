@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mobilevlm.cli import show_json
-from mobilevlm.cli.options import checkpoint_options, engine_option, threads_option
+from mobilevlm.cli.options import checkpoint_options, engine_option, html_option, threads_option
 from mobilevlm.console import progress
 
 if TYPE_CHECKING:
@@ -44,12 +44,7 @@ Examples:
 @click.option(
     "--layers", is_flag=True, help="Measure each layer alone too (--html does in any case)."
 )
-@click.option(
-    "--html",
-    type=click.Path(path_type=Path, dir_okay=False),
-    metavar="FILE",
-    help="Write a report with plots and the worst answers.",
-)
+@html_option("Write a report with plots and the worst answers.")
 @click.option(
     "--require-measured",
     is_flag=True,

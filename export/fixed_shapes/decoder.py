@@ -30,8 +30,8 @@ from mobilevlm.export.fixed_shapes.vision import (
 from mobilevlm.export.formats import Written
 from mobilevlm.export.graph.author import (
     ChunkShape,
+    author_encoded,
     author_static_decoder,
-    author_vision,
 )
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
 from mobilevlm.export.quantize.blocks import Float32
@@ -101,7 +101,7 @@ def _embeds(model: Model, samples: Sequence[Sample], folder: Path) -> Iterator[F
     table = model.weights.read("decoder.embed_tokens.weight", shape)
     if spec.decoder.embed_scale != 1:
         table = table * np.float32(spec.decoder.embed_scale)
-    author_vision(model.weights, spec, recipe, path)
+    author_encoded(model.weights, spec, recipe, path)
     vision = OnnxVision(path, default_threads())
     with progress.track("images", len(samples)) as advance:
         for sample in samples:

@@ -22,7 +22,7 @@ from mobilevlm.console.progress import Advance, ignore
 from mobilevlm.errors import MobileVLMError, require
 from mobilevlm.export.calibration.samples import Sample
 from mobilevlm.export.formats import Written
-from mobilevlm.export.graph.author import author_vision
+from mobilevlm.export.graph.author import author_encoded
 from mobilevlm.export.graph.dialects import CENTRED, STANDARD
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.graph.weight_file import INLINE_BYTES
@@ -93,7 +93,7 @@ def author_qdq(
     dialect = STANDARD if recipe.layer_norm == "fused" else CENTRED
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
         source = Path(folder) / "float.onnx"
-        author_vision(weights, spec, floats, source, advance, hessian, dialect)
+        author_encoded(weights, spec, floats, source, advance, hessian, dialect)
         with progress.track("calibration", len(images)) as seen, silent():
             inputs = _inputs(images, spec.image, seen)
             model = float_model(source)

@@ -61,7 +61,7 @@ def npu_jobs(model: Model, recipe: Recipe) -> list[Job]:
 
     def write_vision(path: Path, advance: Advance) -> Written:
         if recipe.is_float:
-            return author.author_vision(model.weights, spec, recipe, path, advance)
+            return author.author_encoded(model.weights, spec, recipe, path, advance)
         return author_qdq(samples, model.weights, spec, recipe, path, advance)
 
     def write_table(path: Path, advance: Advance) -> Written:

@@ -74,19 +74,13 @@ def onnx_jobs(model: Model, recipe: Recipe) -> list[Job]:
     spec, plain = to_dict(model.spec.decoder), replace(recipe, operators="runtime")
     cache = [] if recipe.kv_cache == "fp32" else _cache_settings(model, recipe, samples)
     stages = []
-    if model.spec.has_sound:
+    if model.spec.encoded is not None:
+        stage = model.spec.encoder_stage
         stages += [
             _Stage(
-                "audio", "audio_encoder", recipe.tower.precision, ENCODED, recipe,
-                encoder_settings(model.spec), author.author_audio,
-            ),
-        ]  # fmt: skip
-    if model.spec.has_images:
-        stages += [
-            _Stage(
-                "vision", "vision_encoder", recipe.tower.precision, ENCODED, recipe,
+                stage, f"{stage}_encoder", recipe.tower.precision, ENCODED, recipe,
                 encoder_settings(model.spec),
-                partial(author_qdq, shown) if in_fixed_point else author.author_vision,
+                partial(author_qdq, shown) if in_fixed_point else author.author_encoded,
             ),
         ]  # fmt: skip
     stages += [

@@ -53,7 +53,7 @@ class ChunkShape:
     """Positions whose logits it gives"""
 
 
-def author_vision(
+def author_encoded(
     weights: Weights,
     spec: ModelSpec,
     recipe: Recipe,
@@ -62,37 +62,15 @@ def author_vision(
     hessian: HessianOf = no_hessian,
     dialect: Dialect | None = None,
 ) -> Written:
-    """Writes the vision stage. ``dialect``: the recipe's when not given."""
+    """Writes the vision or the audio stage, whichever the model has. ``dialect``: the recipe's when
+    not given."""
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        _build_vision(builder, file, spec)
+        _build_encoded(builder, file, spec)
 
     dialect = dialect or (ELEMENTARY if recipe.elementary else CPU)
     file = WeightFile(weights, data_path(path), recipe, advance, hessian, dialect)
-    return _author("vision_encoder", path, file, build)
-
-
-def author_audio(
-    weights: Weights,
-    spec: ModelSpec,
-    recipe: Recipe,
-    path: Path,
-    advance: Advance = ignore,
-    hessian: HessianOf = no_hessian,
-) -> Written:
-    """Writes the audio stage."""
-
-    def build(builder: GraphBuilder, file: WeightFile) -> None:
-        _build_audio(builder, file, spec)
-
-    file = WeightFile(weights, data_path(path), recipe, advance, hessian)
-    return _author("audio_encoder", path, file, build)
-
-
-def author_encoded(weights: Weights, spec: ModelSpec, recipe: Recipe, path: Path) -> Written:
-    """Writes the vision or the audio stage, whichever the model has."""
-    write = author_audio if spec.has_sound else author_vision
-    return write(weights, spec, recipe, path)
+    return _author(f"{spec.encoder_stage}_encoder", path, file, build)
 
 
 def author_decoder(
@@ -215,8 +193,7 @@ def author_watched_encoder(
     in_sizes = {name: group.in_size for group in linear_groups(spec) for name in group.names}
 
     def build(builder: GraphBuilder, file: WeightFile) -> None:
-        build_stage = _build_audio if spec.has_sound else _build_vision
-        stage, op = build_stage(builder, file, spec), builder.op
+        stage, op = _build_encoded(builder, file, spec), builder.op
         builder.graph.outputs.clear()
         for value, readers in _watched(stage, dialect):
             found = tuple(filter(wanted, readers))
@@ -416,6 +393,13 @@ def _author(
         node.metadata_props.clear()  # where in the modules it was made: bytes a device never needs
     ir.save(ir.Model(graph, ir_version=IR_VERSION, producer_name="mobilevlm"), path)
     return Written(file.errors, round(file.bytes_per_token))
+
+
+def _build_encoded(
+    builder: GraphBuilder, file: WeightFile, spec: ModelSpec
+) -> VisionStage | AudioStage:
+    build = _build_audio if spec.has_sound else _build_vision
+    return build(builder, file, spec)
 
 
 def _build_vision(builder: GraphBuilder, file: WeightFile, spec: ModelSpec) -> VisionStage:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
 from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
-from mobilevlm.export.graph.author import author_decoder, author_embeddings, author_vision
+from mobilevlm.export.graph.author import author_decoder, author_embeddings, author_encoded
 from mobilevlm.export.graph.dialects import CENTRED, ELEMENTARY, STANDARD, Dialect
 from mobilevlm.export.quantize.gptq import no_hessian
 from mobilevlm.export.recipes.layer_formats import restored
@@ -146,7 +146,7 @@ def author(
     model = fixture.model
     recipe = RECIPES[recipe] if isinstance(recipe, str) else recipe
     settings = replace(recipe, experts=experts)
-    author_vision(model.weights, model.spec, settings, folder / "vision.onnx")
+    author_encoded(model.weights, model.spec, settings, folder / "vision.onnx")
     author_decoder(model.weights, model.spec, settings, folder / "decoder.onnx")
     author_embeddings(model.weights, model.spec, settings, folder / "embeddings.onnx")
     return Authored(fixture, settings, folder)
@@ -182,7 +182,7 @@ def test_the_vision_graph_in_standard_operators_gives_the_same(
 ) -> None:
     model = exact.model
     path = tmp_path / "vision.onnx"
-    author_vision(model.weights, model.spec, exact.recipe, path, dialect=dialect)
+    author_encoded(model.weights, model.spec, exact.recipe, path, dialect=dialect)
     assert {node.domain for node in ir.load(path).graph} == {""}
     pixels = prepare(exact.fixture.image, model.spec.image).arrays[0]["pixels"]
     # Float32 sums in another order.
@@ -421,7 +421,7 @@ def test_vision_graph_of_an_unusual_grid_equals_the_reference(
     spec: ModelSpec, tmp_path: Path
 ) -> None:
     model = in_memory(spec, tmp_path)
-    author_vision(model.weights, spec, RECIPES["fp32"], tmp_path / "vision.onnx")
+    author_encoded(model.weights, spec, RECIPES["fp32"], tmp_path / "vision.onnx")
     edge = spec.image.square.size
     pixels = np.random.default_rng(1).integers(0, 256, (edge, edge, 3), np.uint8)
     tokens, features = run_vision(tmp_path / "vision.onnx", pixels)

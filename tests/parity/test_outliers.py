@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mobilevlm.builtin import checkpoint_path
 from mobilevlm.export.calibration.samples import scene_samples
 from mobilevlm.export.calibration.stages import calibrate
-from mobilevlm.export.graph.author import author_decoder, author_vision
+from mobilevlm.export.graph.author import author_decoder, author_encoded
 from mobilevlm.export.quantize.folding import find_folds, fold
 from mobilevlm.export.recipes.layer_formats import expand_layers
 from mobilevlm.export.recipes.named import RECIPES
@@ -64,7 +64,7 @@ def features(
     recipe = expand_layers(tower, model.spec)
     ready = calibrate(model, recipe, scene_samples(4), "vision")
     file = folder / "vision.onnx"
-    author_vision(ready.weights, model.spec, recipe, file, hessian=ready.hessian)
+    author_encoded(ready.weights, model.spec, recipe, file, hessian=ready.hessian)
     tower_session = session(file)
     pixels = [prepare(image, model.spec.image).arrays[0]["pixels"][None] for image in images]
     return np.concatenate([tower_session.run(["features"], {"pixels": item})[0] for item in pixels])

@@ -24,7 +24,7 @@ from mobilevlm.export.calibration.encoder_layers import watch_encoder
 from mobilevlm.export.calibration.samples import scene_samples
 from mobilevlm.export.calibration.stages import calibrate
 from mobilevlm.export.fixed_shapes.vision import author_qdq
-from mobilevlm.export.graph.author import author_vision
+from mobilevlm.export.graph.author import author_encoded
 from mobilevlm.export.graph.dialects import CENTRED, CPU, ELEMENTARY, STANDARD, Dialect
 from mobilevlm.export.graph.reading import OnnxTensors
 from mobilevlm.export.quality.layer_effects import layer_effects, state_errors
@@ -145,7 +145,7 @@ def test_a_calibrated_recipe_makes_a_graph_whose_weights_are_read_back(
     layers = LinearFormat("q8", scaling="awq", quantizer="gptq")
     recipe = replace(RECIPES["int8"], tower=layers)
     ready = calibrate(model, recipe, SAMPLES, "vision")
-    author_vision(
+    author_encoded(
         ready.weights, model.spec, recipe, tmp_path / "vision.onnx", hessian=ready.hessian
     )
     stored = OnnxTensors(tmp_path / "vision.onnx", model.spec, model.weights)
@@ -168,7 +168,7 @@ def test_its_graph_gives_the_features_of_the_reference_whatever_the_pixels_mean(
     """The border of zeros is added after the mean is taken away."""
     square = replace(model.spec.image.square, mean=(0.48, 0.4, 0.3), std=(0.27, 0.3, 0.2))
     other = replace(model, spec=with_image(model.spec, preparation=square))
-    author_vision(
+    author_encoded(
         other.weights, other.spec, RECIPES["fp32"], tmp_path / "vision.onnx", dialect=dialect
     )
     pixels = prepare(FIXTURE.image, other.spec.image).arrays[0]["pixels"]

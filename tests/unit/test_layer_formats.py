@@ -35,11 +35,11 @@ def expanded(fixture: Fixture, **layers: LinearFormat) -> Recipe:
 @pytest.mark.parametrize("name", (*FIXTURES, *MOE_FIXTURES))
 def test_the_groups_are_the_products_of_the_graphs(name: str, tmp_path: Path) -> None:
     """Authoring a stage reports the error of each product by the names of its layers."""
-    from mobilevlm.export.graph.author import author_decoder, author_vision
+    from mobilevlm.export.graph.author import author_decoder, author_encoded
 
     model, recipe = fixture_named(name).model, PLAIN_INT4
     errors: dict[str, float] = {}
-    for author in (author_vision, author_decoder):
+    for author in (author_encoded, author_decoder):
         path = tmp_path / f"{author.__name__}.onnx"
         errors |= author(model.weights, model.spec, recipe, path).errors
     assert sorted(errors) == sorted(",".join(group.names) for group in linear_groups(model.spec))

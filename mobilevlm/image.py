@@ -27,7 +27,6 @@ from mobilevlm.errors import ImageError, ImageWarning
 from mobilevlm.input_spec import FixedImage, FreeResampling, PixelImages
 from mobilevlm.media.image_file import Room, RoomFor, check_size, read_image
 from mobilevlm.media.image_source import ImageInput, open_source
-from mobilevlm.media.torch_bilinear import resize_bilinear
 
 __all__ = [
     "ImageInput",
@@ -331,6 +330,8 @@ def _resize(stored: _Stored, size: tuple[int, int], resample: Filter) -> Image.I
     """Resize to a size strip by strip, in the order of Pillow's passes: the first pass of a strip
     does not depend on the others."""
     if resample == "torch_bilinear":
+        from mobilevlm.media.torch_bilinear import resize_bilinear  # for who needs it
+
         return resize_bilinear(stored.strips(), stored.size, size)
     width, height = size
     if _columns_first(stored.size, size):

@@ -8,12 +8,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from mobilevlm.audio_encoder import SoundEncoder
+from mobilevlm.image_encoder import NativeEncoder
 from mobilevlm.input_spec import (
+    MOST_FRAMES,
     MOST_GRIDS,
     MOST_PATCHES,
     MOST_TILES,
     AnyResolution,
     AspectTiles,
+    ClipSpec,
     DynamicImage,
     DynamicTiles,
     FixedImage,
@@ -22,7 +25,6 @@ from mobilevlm.input_spec import (
     Tiles,
 )
 from mobilevlm.linear_groups import projector_groups, tower_groups
-from mobilevlm.native_encoder import MOST_FRAMES, ClipSpec, NativeEncoder
 from mobilevlm.number_checks import (
     Check,
     check_heads,
@@ -36,7 +38,9 @@ from mobilevlm.number_checks import (
 from mobilevlm.state_buffers import LONGEST_RUN
 
 if TYPE_CHECKING:
-    from mobilevlm.input_spec import ConnectorSpec, ConvEncoder, ImageEncoder, LibraryImage, Mel
+    from mobilevlm.connector_spec import ConnectorSpec
+    from mobilevlm.image_encoder import ConvEncoder, ImageEncoder
+    from mobilevlm.input_spec import LibraryImage, Mel
     from mobilevlm.spec import ModelSpec
 
 MOST_PIXELS = 1 << 26

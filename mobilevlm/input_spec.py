@@ -10,8 +10,9 @@ from itertools import chain
 from typing import Literal, TypeAlias
 
 from mobilevlm.audio_encoder import ConformerEncoder, SoundEncoder, WhisperEncoder
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.native_encoder import ClipSpec, NativeEncoder
+from mobilevlm.image_encoder import ImageEncoder, NativeEncoder, TransformerEncoder
 
 Resampling: TypeAlias = Literal["bilinear", "bicubic", "lanczos"]
 FreeResampling: TypeAlias = Literal["bilinear", "bicubic", "lanczos", "torch_bilinear"]
@@ -22,6 +23,8 @@ MOST_TILES = 64
 """Tiles that the grid of an image may have."""
 MOST_PATCHES = 1 << 16
 """Patches that an encoder of images of any shape takes in one run."""
+MOST_FRAMES = 1 << 16
+"""Frames of a clip."""
 USUAL_EDGE = 448
 """Pixels of an image of no special size, where a model takes any."""
 MOST_TILES_PER_EDGE = 8
@@ -128,6 +131,28 @@ class AspectTiles:
 
 SquareImages: TypeAlias = FixedImage | Tiles | AspectTiles | AnyResolution
 """Preparations for encoders that take squares of one size."""
+
+
+@dataclass(frozen=True)
+class ClipSpec:
+    """Frames of a video, their size and their times (Qwen2-VL, section 2.1)."""
+
+    min_pixels: int
+    max_pixels: int
+    """Pixels of a frame at least."""
+    total_pixels: int = 0
+    """Pixels of all frames together at most; ``min_pixels`` is of all together then. 0: each frame
+    is resized by itself."""
+    frames_per_second: float = 2.0
+    min_frames: int = 4
+    max_frames: int = 768
+    sampling: Literal["parts", "ends"] = "ends"
+    """Places of the frames: ``ends``: the first, the last, and those between at equal distances;
+    ``parts``: the first of each of equal parts, as many as fill whole time steps."""
+    positions_per_second: float = 0.0
+    """Positions of a second (Qwen2.5-VL); 0: each time step has the next one."""
+    tells_times: bool = False
+    """Each time step is an image of its own, behind a text with its seconds (Qwen3-VL)."""
 
 
 @dataclass(frozen=True)
@@ -239,265 +264,8 @@ class LibraryImage:
     kind: Literal["llama.cpp"] = "llama.cpp"
 
 
-@dataclass(frozen=True)
-class TransformerEncoder:
-    """A vision transformer, cut after the layer whose features are used; with all defaults CLIP's.
-
-    SigLIP's (VILA) has no class token; BLIP-2's (of EVA's shape) gives its class token on, after
-    the final norm.
-    """
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    """Layers that are kept: those after the selected layer are dropped."""
-    num_attention_heads: int
-    image_size: int
-    patch_size: int
-    hidden_act: Literal["quick_gelu", "gelu", "gelu_tanh"]
-    """``gelu_tanh`` is GELU by its tanh approximation."""
-    layer_norm_eps: float
-    class_token: bool = True
-    """A learned token before those of the patches, with a position of its own."""
-    patch_bias: bool = False
-    """Presence of a bias in the patch embedding."""
-    pre_norm: bool = True
-    """A norm before the first layer."""
-    post_norm: bool = False
-    """The features are those after the tower's final norm."""
-    class_feature: bool = False
-    """The class token's state is among the features, first; else it is dropped."""
-    resized_positions: bool = False
-    """Learned positions are resized to the patches of each image, bilinear with antialiasing
-    (SigLIP 2, Tschannen et al. 2025, section 2.4); ``image_size`` is what their table is for."""
-    kind: Literal["transformer"] = "transformer"
-
-    @property
-    def key_bias(self) -> bool:
-        """Presence of a bias in the layers that make keys."""
-        return True
-
-    @property
-    def grid(self) -> int:
-        """Patches per edge."""
-        return self.image_size // self.patch_size
-
-    @property
-    def num_patches(self) -> int:
-        return self.grid * self.grid
-
-    @property
-    def num_positions(self) -> int:
-        """Tokens inside the tower."""
-        return self.num_patches + self.class_token
-
-    @property
-    def num_features(self) -> int:
-        """Tokens that come out of it."""
-        return self.num_patches + self.class_feature
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-
-@dataclass(frozen=True)
-class ConvEncoder:
-    """A hybrid of convolutions and attention in stages of halved resolution, with fused branches:
-    FastViTHD (FastVLM, Vasu et al. 2024, section 3.2). Its features are the last map, row by row.
-    """
-
-    image_size: int
-    widths: tuple[int, ...]
-    """Channels of each stage."""
-    depths: tuple[int, ...]
-    """Blocks of each stage."""
-    mlp_ratios: tuple[int, ...]
-    """Channels inside the MLPs of each stage, in multiples of its width."""
-    attention_stages: tuple[int, ...]
-    """Stages that mix positions by attention, in ascending order; the others by convolutions."""
-    head_dim: int = 32
-    expansion: int = 2
-    """Channels of the features, in multiples of the last width."""
-    squeeze_ratio: int = 16
-    """Channels of the features for each inside the squeeze-and-excitation."""
-    layer_norm_eps: float = 1e-5
-    kind: Literal["conv"] = "conv"
-
-    @property
-    def hidden_size(self) -> int:
-        """Channels of the features."""
-        return self.widths[-1] * self.expansion
-
-    @property
-    def squeeze_size(self) -> int:
-        """Channels inside the squeeze-and-excitation."""
-        return self.hidden_size // self.squeeze_ratio
-
-    @property
-    def stride(self) -> int:
-        """Pixels along each edge of what becomes one feature."""
-        return 4 << (len(self.widths) - 1)
-
-    @property
-    def grid(self) -> int:
-        """Features per edge."""
-        return self.stage_grid(len(self.widths) - 1)
-
-    @property
-    def num_features(self) -> int:
-        return self.grid * self.grid
-
-    @property
-    def num_positions(self) -> int:
-        """Vectors as wide as the features that the largest map between two steps would fill."""
-        sizes = (self.stage_grid(stage) ** 2 * width for stage, width in enumerate(self.widths))
-        return max(self.num_features, -(-max(sizes) // self.hidden_size))
-
-    def stage_grid(self, stage: int) -> int:
-        """Positions per edge of a stage's maps."""
-        return self.image_size // (4 << stage)
-
-    def mlp_size(self, stage: int) -> int:
-        """Channels inside the MLPs of a stage."""
-        return self.widths[stage] * self.mlp_ratios[stage]
-
-
-SquareEncoder: TypeAlias = TransformerEncoder | ConvEncoder
-"""An encoder with a grid of its own."""
-ImageEncoder: TypeAlias = TransformerEncoder | ConvEncoder | NativeEncoder
-"""An image encoder."""
 Encoder: TypeAlias = ImageEncoder | WhisperEncoder | ConformerEncoder
 """An encoder of images or of sound."""
-
-
-@dataclass(frozen=True)
-class QFormerSpec:
-    """Learned queries that read the tower's features by cross-attention (BLIP-2, section 3.1): a
-    BERT with norms behind the sums, of which only the queries' states come out."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    cross_attention_frequency: int
-    """Layers whose index is a multiple of this have cross-attention."""
-    num_queries: int
-    layer_norm_eps: float
-    vocab_size: int = 0
-    """Vocabulary of the instruction, which queries see by self-attention (InstructBLIP); 0: it
-    reads none."""
-    max_positions: int = 0
-    """Tokens that an instruction may have."""
-    window: int = 0
-    """Features that one set of queries reads; each window of them has the queries anew, the last
-    one is filled with zeros (Granite Speech). 0: one set reads all."""
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden_size // self.num_attention_heads
-
-    def has_cross_attention(self, layer: int) -> bool:
-        return layer % self.cross_attention_frequency == 0
-
-    def has_text(self, layer: int) -> bool:
-        """Return whether the instruction's states continue after a layer's self-attention: those of
-        the last layer are not read."""
-        return self.vocab_size > 0 and layer < self.num_hidden_layers - 1
-
-
-@dataclass(frozen=True)
-class ConnectorSpec:
-    """Tower features ``(num_features, in_size)`` to visual tokens ``(num_rows, out_size)``."""
-
-    kind: Literal[
-        "mlp", "ldp", "ldpv2", "mlp_downsample", "qformer", "merger", "pool", "stack", "llama.cpp"
-    ]
-    """``mlp`` with depth 1 is LLaVA's linear projector; with fewer patches going out than coming in
-    it averages squares of them first. ``mlp_downsample`` (VILA; pixel shuffle in Idefics3 and
-    InternVL) joins the patches of such a square in one vector, which a norm and the MLP follow.
-    ``qformer`` has an MLP of depth 1 behind the Q-Former. ``merger`` (Qwen2-VL) normalises patches,
-    joins those of a square, as a :class:`NativeEncoder` has them, and has an MLP. ``pool`` (Gemma
-    4) averages the patches of such a square, and has an RMS norm without weight and an MLP.
-    ``stack``, of sound, joins ``factor`` neighbouring features before its MLP. ``llama.cpp``: any
-    that llama.cpp alone knows."""
-    in_size: int
-    out_size: int
-    depth: int
-    """Linear layers of the MLP (LDP and LDPv2 begin with one of depth 2)."""
-    grid: int
-    """Patches per edge that come in; 0 where images have their own."""
-    out_grid: int
-    """Visual tokens per edge that go out; 0 where they form no grid, or images have their own."""
-    order: Literal["rows", "columns"] = "rows"
-    """How ``mlp_downsample`` gives its squares out: row by row or column by column."""
-    qformer: QFormerSpec | None = None
-    factor: int = 2
-    """Patches along each edge of the squares of ``mlp_downsample``; a grid that is no multiple is
-    padded with zeros below and on the right."""
-    norm: bool = True
-    """``mlp_downsample`` has a LayerNorm before its MLP."""
-    bias: bool = True
-    """The Linears of the MLP have biases."""
-    pool_norm_eps: float | None = None
-    """Epsilon of an RMS norm, ``projector.norm``, before the MLP of ``mlp``, behind its pooling
-    (Gemma 3); there is none when none is given."""
-    inner_size: int = 0
-    """Outputs of the MLP's Linears but the last; ``out_size`` when 0."""
-    newline: bool = False
-    """A learned row, ``projector.newline``, comes out behind the visual tokens. It ends the rows of
-    a grid that tiles are put together as (mobilevlm/assembly.py)."""
-    norm_kind: Literal["rms", "layer"] = "layer"
-    """Norm of a ``merger``."""
-    norm_eps: float = 1e-5
-    deep: int = 0
-    """Further mergers, each of the output of one of the encoder's ``deep_layers``. They normalise
-    behind the joining, by layer norms."""
-
-    @property
-    def mlp_sizes(self) -> list[int]:
-        """Sizes before, between and after the Linears of the MLP."""
-        joins = {"mlp_downsample": self.factor**2, "merger": self.factor**2, "stack": self.factor}
-        in_size = self.in_size * joins.get(self.kind, 1)
-        if self.qformer is not None:
-            in_size = self.qformer.hidden_size
-        inner = self.inner_size or self.out_size
-        return [in_size, *[inner] * (self.depth - 1), self.out_size]
-
-    @property
-    def num_tokens(self) -> int:
-        if self.qformer is not None:
-            return self.qformer.num_queries
-        return self.out_grid * self.out_grid
-
-    @property
-    def num_rows(self) -> int:
-        """Rows that come out: visual tokens, and the newline where there is one."""
-        return self.num_tokens + self.newline
-
-    @property
-    def reads_text(self) -> bool:
-        """True if the visual tokens depend on the question."""
-        return self.qformer is not None and self.qformer.vocab_size > 0
-
-    @property
-    def array_names(self) -> tuple[str, ...]:
-        """Named arrays that it reads beside the features."""
-        return ("instruction_ids",) if self.reads_text else ()
-
-    @property
-    def deep_names(self) -> tuple[str, ...]:
-        """Named outputs beside the visual tokens: what is added after the decoder's
-        ``deep_layers``."""
-        return tuple(f"deep.{index}" for index in range(self.deep))
-
-    @property
-    def squeeze_size(self) -> int:
-        """Channels inside LDP's squeeze-and-excitation: a quarter, rounded to a multiple of 8
-        without losing more than a tenth (``_make_divisible`` of MobileNetV3)."""
-        quarter = self.out_size / 4
-        rounded = max(8, int(quarter + 4) // 8 * 8)
-        return rounded + 8 if rounded < 0.9 * quarter else rounded
 
 
 @dataclass(frozen=True)

@@ -10,15 +10,10 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from mobilevlm.audio_encoder import ConformerEncoder, WhisperEncoder
+from mobilevlm.connector_spec import ConnectorSpec, QFormerSpec
 from mobilevlm.decoder_spec import MLP_LINEARS, DecoderSpec
-from mobilevlm.input_spec import (
-    ConnectorSpec,
-    ConvEncoder,
-    Encoder,
-    QFormerSpec,
-    TransformerEncoder,
-)
-from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.image_encoder import ConvEncoder, NativeEncoder, TransformerEncoder
+from mobilevlm.input_spec import Encoder
 from mobilevlm.output_spec import ImageOutput
 from mobilevlm.spec import ModelSpec
 

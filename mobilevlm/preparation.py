@@ -11,6 +11,7 @@ from functools import lru_cache
 from mobilevlm.audio_encoder import SoundEncoder, WhisperEncoder
 from mobilevlm.errors import ImageError, MobileVLMError
 from mobilevlm.image import ImageInput, RoomFor, read_pixels
+from mobilevlm.image_encoder import NativeEncoder, TransformerEncoder
 from mobilevlm.input_spec import (
     MOST_TILES,
     AnyResolution,
@@ -23,7 +24,6 @@ from mobilevlm.input_spec import (
     Mel,
     Tiled,
     Tiles,
-    TransformerEncoder,
 )
 from mobilevlm.media.any_resolution import (
     any_resolution_pieces,
@@ -47,7 +47,6 @@ from mobilevlm.media.dynamic_tiles import (
     prepare_dynamic_tiles,
 )
 from mobilevlm.media.tiles import prepare_tiles, tile_pieces, tile_shapes
-from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.prompt import Arrays, Piece, Prepared, Run, Sound, count_positions, count_rows
 
 _OTHERS = "an image that was prepared for another model: prepare it with this one"

@@ -15,8 +15,10 @@ from typing import Literal
 
 import numpy as np
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import ConnectorSpec, ConvEncoder, InputSpec, SquareEncoder
+from mobilevlm.image_encoder import ConvEncoder, NativeEncoder, SquareEncoder
+from mobilevlm.input_spec import InputSpec
 from mobilevlm.linear_groups import (
     LinearGroup,
     decoder_groups,
@@ -25,7 +27,6 @@ from mobilevlm.linear_groups import (
     stage_groups,
     tower_groups,
 )
-from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.spec import ModelSpec
 
 BYTES_READ = 2**30

@@ -26,9 +26,9 @@ from mobilevlm.export.formats import (
     refuse,
 )
 from mobilevlm.export.recipes.layer_formats import bits_per_weight
+from mobilevlm.image_encoder import NativeEncoder
 from mobilevlm.linear_groups import LinearGroup, linear_groups, output_groups
 from mobilevlm.model import Model
-from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.plain_types import to_dict
 from mobilevlm.recipe import QDQ, Recipe
 from mobilevlm.spec import ModelSpec

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.console.progress import Advance
 from mobilevlm.export.gguf.fallbacks import say_fallbacks
 from mobilevlm.export.gguf.support import check_support
@@ -22,7 +23,6 @@ from mobilevlm.export.gguf.tensors import FILE_TYPES, Tensor, write_file
 from mobilevlm.export.quantize.blocks import Float32
 from mobilevlm.gguf.mmproj import mmproj_entries, mmproj_keys, projector_name
 from mobilevlm.gguf.names import Entry, tower_entries
-from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.model import Model
 from mobilevlm.spec import GGUFType, ModelSpec
 

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Rescaling, TensorRef, Weights
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.export.gguf.decoder import by_member, half_split
 from mobilevlm.export.gguf.mmproj import LINEAR_SCALE, signed_difference
@@ -27,7 +28,6 @@ from mobilevlm.gguf.names import (
     tower_entries,
 )
 from mobilevlm.gguf.tokenizer import gguf_tokenizer
-from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.model import Model
 from mobilevlm.spec import ModelSpec, with_image
 from mobilevlm.whole_file import file_sha256

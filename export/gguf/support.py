@@ -7,21 +7,20 @@ import warnings
 from dataclasses import replace
 from typing import Any
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import FileWarning, MobileVLMError
 from mobilevlm.gguf.architectures import gguf_architecture
 from mobilevlm.gguf.mmproj import WINDOW, full_layer_step, projector_name
 from mobilevlm.gguf.names import projector_name as projector_name_of
+from mobilevlm.image_encoder import NativeEncoder, TransformerEncoder
 from mobilevlm.input_spec import (
     AnyResolution,
     AspectTiles,
-    ConnectorSpec,
     DynamicImage,
     DynamicTiles,
     FixedImage,
     Tiles,
-    TransformerEncoder,
 )
-from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.spec import ModelSpec
 
 LDP_GRID = 24

@@ -17,7 +17,8 @@ from onnxscript import nn
 
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear, to_grid, to_tokens
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import ConvEncoder, SquareImages
+from mobilevlm.image_encoder import ConvEncoder
+from mobilevlm.input_spec import SquareImages
 
 
 class FastVit(nn.Module):  # type: ignore[misc]

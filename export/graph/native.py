@@ -16,12 +16,13 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.export.graph.dialects import CONTRIB
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.projectors import mlp_linears, run_mlp
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import ConnectorSpec, InputSpec
-from mobilevlm.native_encoder import BOUNDS, NativeEncoder
+from mobilevlm.image_encoder import BOUNDS, NativeEncoder
+from mobilevlm.input_spec import InputSpec
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from onnxscript import nn
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.export.graph.dialects import Dialect, hard_sigmoid
 from mobilevlm.export.graph.layers import LayerNorm, Linear, to_grid, to_tokens
 from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import ConnectorSpec
 
 
 class MLPProjector(nn.Module):  # type: ignore[misc]

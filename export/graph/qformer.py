@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from onnxscript import nn
 
+from mobilevlm.connector_spec import ConnectorSpec, QFormerSpec
 from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import ConnectorSpec, QFormerSpec
 
 
 class QFormerProjector(nn.Module):  # type: ignore[misc]

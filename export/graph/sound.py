@@ -7,12 +7,12 @@ from typing import Any
 from onnxscript import nn
 
 from mobilevlm.audio_encoder import ConformerEncoder, WhisperEncoder
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.export.graph.conformer import ConformerTower
 from mobilevlm.export.graph.projectors import mlp_linears, run_mlp
 from mobilevlm.export.graph.qformer import QFormerProjector
 from mobilevlm.export.graph.weight_file import WeightFile
 from mobilevlm.export.graph.whisper import WhisperTower
-from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.spec import ModelSpec
 
 

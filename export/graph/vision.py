@@ -17,8 +17,8 @@ from mobilevlm.export.graph.layers import FLOAT, LayerNorm, Linear
 from mobilevlm.export.graph.native import MergerProjector, NativeTower, PoolProjector
 from mobilevlm.export.graph.projectors import build_projector
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.input_spec import ConvEncoder, InputSpec, PixelImages, TransformerEncoder
-from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.image_encoder import ConvEncoder, NativeEncoder, TransformerEncoder
+from mobilevlm.input_spec import InputSpec, PixelImages
 from mobilevlm.spec import ModelSpec
 
 

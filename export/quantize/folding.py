@@ -13,9 +13,8 @@ from mobilevlm.audio_encoder import WhisperEncoder
 from mobilevlm.checkpoint import Rescaling, Weights
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.export.quantize.blocks import Float32
-from mobilevlm.input_spec import ConvEncoder, TransformerEncoder
+from mobilevlm.image_encoder import ConvEncoder, NativeEncoder, TransformerEncoder
 from mobilevlm.linear_groups import LinearGroup, delta_gates, linear_groups, mixer_groups
-from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.spec import ModelSpec
 
 

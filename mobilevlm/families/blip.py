@@ -20,6 +20,7 @@ from mobilevlm.checkpoint import (
     check_presence,
     read_json,
 )
+from mobilevlm.connector_spec import ConnectorSpec, QFormerSpec
 from mobilevlm.conversation import turns_template
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError
@@ -38,13 +39,8 @@ from mobilevlm.families.registry import Source, register
 from mobilevlm.families.t5 import DEFAULTS as T5_DEFAULTS
 from mobilevlm.families.t5 import read_t5, skipped_t5_names, t5_refs
 from mobilevlm.families.towers import Tower, image_spec, transformer_spec
-from mobilevlm.input_spec import (
-    ConnectorSpec,
-    InputSpec,
-    LayoutSpec,
-    QFormerSpec,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import InputSpec, LayoutSpec
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 _VISION: dict[str, Any] = {

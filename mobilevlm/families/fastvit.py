@@ -12,7 +12,7 @@ from typing import Any
 from mobilevlm.checkpoint import ListedTensors, RowRange, TensorRef
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.fused import Branch, FusedLayer, FusedTensors
-from mobilevlm.input_spec import ConvEncoder
+from mobilevlm.image_encoder import ConvEncoder
 from mobilevlm.linear_groups import tower_groups
 
 TOWERS = {

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mobilevlm.checkpoint import TensorRef, Weights, check_presence
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.conversation import IMAGES_IN_TEXT
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import decoder_refs, skipped_names
@@ -26,7 +27,8 @@ from mobilevlm.families.hub import HubCheckpoint, open_hub
 from mobilevlm.families.llava_layout import image_aspect
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import Tower, image_spec, pixel_edge
-from mobilevlm.input_spec import ConnectorSpec, ConvEncoder, FixedImage, InputSpec, LayoutSpec
+from mobilevlm.image_encoder import ConvEncoder
+from mobilevlm.input_spec import FixedImage, InputSpec, LayoutSpec
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 _TIMM = ("model.vision_tower.timm_model.", "vision_tower.timm_model.")

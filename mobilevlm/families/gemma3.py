@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from mobilevlm.checkpoint import TensorRef, Weights, read_json
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import check_only, config_value
@@ -24,7 +25,8 @@ from mobilevlm.families.towers import (
     image_spec,
     transformer_spec,
 )
-from mobilevlm.input_spec import ConnectorSpec, InputSpec, LayoutSpec, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import InputSpec, LayoutSpec
 from mobilevlm.spec import ModelSpec
 from mobilevlm.state_buffers import LONGEST_RUN
 

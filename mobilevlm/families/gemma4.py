@@ -12,14 +12,15 @@ import warnings
 from typing import Any
 
 from mobilevlm.checkpoint import TensorRef, Weights, read_json
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError, FileWarning
 from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import check_only, config_value
 from mobilevlm.families.gemma4_text import unused_names
 from mobilevlm.families.hub import HubCheckpoint, open_hub
 from mobilevlm.families.registry import Source, register
-from mobilevlm.input_spec import ConnectorSpec, DynamicImage, InputSpec, LayoutSpec
-from mobilevlm.native_encoder import BOUNDS, NativeEncoder
+from mobilevlm.image_encoder import BOUNDS, NativeEncoder
+from mobilevlm.input_spec import DynamicImage, InputSpec, LayoutSpec
 from mobilevlm.spec import ModelSpec
 
 _VISION: dict[str, Any] = {

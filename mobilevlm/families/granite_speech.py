@@ -23,6 +23,7 @@ from mobilevlm.checkpoint import (
     check_presence,
     read_json,
 )
+from mobilevlm.connector_spec import ConnectorSpec, QFormerSpec
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import (
@@ -37,7 +38,7 @@ from mobilevlm.families.config import check_only, config_value
 from mobilevlm.families.hub import BACKBONES, HubCheckpoint, open_hub
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.sound import sound_settings
-from mobilevlm.input_spec import ConnectorSpec, InputSpec, LayoutSpec, Mel, QFormerSpec
+from mobilevlm.input_spec import InputSpec, LayoutSpec, Mel
 from mobilevlm.spec import ModelSpec
 
 _MEL = {"sample_rate": 16_000, "n_fft": 512, "win_length": 400, "hop_length": 160, "n_mels": 80}

@@ -34,7 +34,7 @@ from mobilevlm.families.qwen_gemma import (
 )
 from mobilevlm.families.registry import Source
 from mobilevlm.families.towers import check_steps, skipped_tower_names, tower_names
-from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
 

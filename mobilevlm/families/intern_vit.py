@@ -21,7 +21,7 @@ from mobilevlm.families.config import check_only, config_value
 from mobilevlm.families.fused import Branch, FusedLayer, FusedTensors
 from mobilevlm.families.hub import HubCheckpoint
 from mobilevlm.families.towers import kept_layers, transformer_spec
-from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
 
 FACTOR = 2
 """Patches along an edge of the square that becomes one visual token."""

@@ -10,20 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import check_only, config_value
 from mobilevlm.families.hub import HubCheckpoint, open_hub
 from mobilevlm.families.intern_vit import FACTOR, HUB, intern_vit, intern_weights
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import channels, pixel_edge
-from mobilevlm.input_spec import (
-    MOST_TILES,
-    AspectTiles,
-    ConnectorSpec,
-    InputSpec,
-    LayoutSpec,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import MOST_TILES, AspectTiles, InputSpec, LayoutSpec
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
 

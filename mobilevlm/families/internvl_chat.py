@@ -23,7 +23,8 @@ from mobilevlm.families.intern_vit import (
 )
 from mobilevlm.families.internvl import IMAGENET_MEAN, IMAGENET_STD, connector, tile_counts
 from mobilevlm.families.registry import Source, register
-from mobilevlm.input_spec import AspectTiles, InputSpec, LayoutSpec, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import AspectTiles, InputSpec, LayoutSpec
 from mobilevlm.spec import ConversationSpec, ModelSpec
 
 _EXPECTED = {"downsample_ratio": 1 / FACTOR, "pad2square": False, "use_backbone_lora": 0,

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mobilevlm.checkpoint import TensorRef, Weights, read_json
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import check_only, config_value
@@ -18,13 +19,8 @@ from mobilevlm.families.hub import HubCheckpoint, open_hub
 from mobilevlm.families.janus_drawing import drawing_refs, read_drawing, unread_names
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import SIGLIP, Tower, image_spec, transformer_spec
-from mobilevlm.input_spec import (
-    ConnectorSpec,
-    FixedImage,
-    InputSpec,
-    LayoutSpec,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import FixedImage, InputSpec, LayoutSpec
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mobilevlm.checkpoint import TensorRef, Weights, read_json
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import check_only, config_value
@@ -24,15 +25,8 @@ from mobilevlm.families.towers import (
     channels,
     transformer_spec,
 )
-from mobilevlm.input_spec import (
-    MOST_PATCHES,
-    ConnectorSpec,
-    DynamicImage,
-    DynamicTiles,
-    InputSpec,
-    LayoutSpec,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import MOST_PATCHES, DynamicImage, DynamicTiles, InputSpec, LayoutSpec
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings
 

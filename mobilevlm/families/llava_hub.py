@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from mobilevlm.checkpoint import TensorRef, Weights
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import config_value
@@ -25,14 +26,8 @@ from mobilevlm.families.towers import (
     kept_layers,
     transformer_spec,
 )
-from mobilevlm.input_spec import (
-    AnyResolution,
-    ConnectorSpec,
-    FixedImage,
-    InputSpec,
-    LayoutSpec,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import AnyResolution, FixedImage, InputSpec, LayoutSpec
 from mobilevlm.spec import ModelSpec
 
 _CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,

@@ -21,6 +21,7 @@ from mobilevlm.checkpoint import (
     check_presence,
     read_json,
 )
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.conversation import (
     CONVERSATIONS,
     INSTRUCTIONS,
@@ -41,13 +42,8 @@ from mobilevlm.families.towers import (
     vision_spec,
 )
 from mobilevlm.hub_cache import absent, find_snapshot, is_hub_id
-from mobilevlm.input_spec import (
-    AnyResolution,
-    ConnectorSpec,
-    FixedImage,
-    InputSpec,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import AnyResolution, FixedImage, InputSpec
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 _DEEPEST = 999

@@ -8,9 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.families.llava_layout import ProjectorLayout, mlp_projector, read_layout
 from mobilevlm.families.registry import Source, register
-from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
 from mobilevlm.spec import ModelSpec
 
 LDPV2_GRID = 12

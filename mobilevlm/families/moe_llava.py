@@ -20,7 +20,7 @@ from mobilevlm.families.llava_layout import (
     read_layout,
 )
 from mobilevlm.families.registry import Source, register
-from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.tokenizer import vocabulary_length
 

@@ -8,11 +8,12 @@ transformers.
 from __future__ import annotations
 
 from mobilevlm.checkpoint import TensorRef, Weights
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.hub import open_hub
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.sound import PROJECTORS, whisper_encoder, whisper_mel, whisper_refs
-from mobilevlm.input_spec import ConnectorSpec, InputSpec, LayoutSpec
+from mobilevlm.input_spec import InputSpec, LayoutSpec
 from mobilevlm.spec import ModelSpec
 
 _SIZES = {

@@ -12,7 +12,7 @@ from mobilevlm.checkpoint import RowRange, TensorRef
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import check_only, config_value
 from mobilevlm.families.hub import HubCheckpoint
-from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.image_encoder import NativeEncoder
 
 _TOWERS = ("model.visual.", "visual.")
 _ACTIVATIONS: dict[str, Literal["silu", "quick_gelu", "gelu_tanh"]] = {

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import check_only, config_value
@@ -19,8 +20,8 @@ from mobilevlm.families.hub import HubCheckpoint, open_hub
 from mobilevlm.families.qwen_tower import KINDS, THIRD, read_tower, tower_refs
 from mobilevlm.families.registry import Source, register
 from mobilevlm.families.towers import CLIP_MEAN, CLIP_STD, channels
-from mobilevlm.input_spec import ConnectorSpec, DynamicImage, InputSpec, LayoutSpec
-from mobilevlm.native_encoder import MOST_FRAMES, ClipSpec, NativeEncoder
+from mobilevlm.image_encoder import NativeEncoder
+from mobilevlm.input_spec import MOST_FRAMES, ClipSpec, DynamicImage, InputSpec, LayoutSpec
 from mobilevlm.spec import ModelSpec
 
 _PIXELS = {"qwen2_vl": (56**2, 28**2 * 1280), "qwen2_5_vl": (56**2, 28**2 * 1280),

@@ -8,6 +8,7 @@ Official code: the classes ``SmolVLMForConditionalGeneration`` and
 from __future__ import annotations
 
 from mobilevlm.checkpoint import TensorRef, Weights, read_json
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import decoder_refs
 from mobilevlm.families.config import config_value
@@ -18,7 +19,8 @@ from mobilevlm.families.towers import (
     tiles_spec,
     transformer_spec,
 )
-from mobilevlm.input_spec import ConnectorSpec, InputSpec, LayoutSpec, Tiles, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import InputSpec, LayoutSpec, Tiles
 from mobilevlm.media.tiles import marked_layout
 from mobilevlm.spec import ModelSpec
 from mobilevlm.tokenizers.tokenizer import token_text, tokenizer_settings

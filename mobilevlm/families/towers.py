@@ -9,14 +9,8 @@ from typing import Any, Literal
 
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.config import RANGES, config_value
-from mobilevlm.input_spec import (
-    MOST_TILES_PER_EDGE,
-    FixedImage,
-    Resampling,
-    SquareEncoder,
-    Tiles,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import SquareEncoder, TransformerEncoder
+from mobilevlm.input_spec import MOST_TILES_PER_EDGE, FixedImage, Resampling, Tiles
 
 SIGLIP = {"class_token": False, "patch_bias": True, "pre_norm": False}
 """Differences of SigLIP's tower from CLIP's, as fields of TransformerEncoder."""

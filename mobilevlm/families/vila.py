@@ -20,6 +20,7 @@ from mobilevlm.checkpoint import (
     check_presence,
     read_json,
 )
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.errors import CheckpointError
 from mobilevlm.families.backbones import LLAMA, decoder_refs, skipped_names
@@ -33,7 +34,8 @@ from mobilevlm.families.towers import (
     tower_names,
     vision_spec,
 )
-from mobilevlm.input_spec import ConnectorSpec, InputSpec, LayoutSpec, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import InputSpec, LayoutSpec
 from mobilevlm.spec import IMAGE_PLACEHOLDER, ConversationSpec, ModelSpec
 
 

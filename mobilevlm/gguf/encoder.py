@@ -7,19 +7,19 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.keys import Role, check_keys
 from mobilevlm.gguf.names import Entry, projector_entries, scale_entries, tower_entries
+from mobilevlm.image_encoder import TransformerEncoder
 from mobilevlm.input_spec import (
     MOST_TILES,
     MOST_TILES_PER_EDGE,
     AspectTiles,
-    ConnectorSpec,
     FixedImage,
     SquareImages,
     Tiles,
-    TransformerEncoder,
 )
 
 FEATURE_LAYER = "clip.vision.feature_layer"

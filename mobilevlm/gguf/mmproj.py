@@ -12,8 +12,8 @@ from typing import TypeAlias
 from mobilevlm.gguf.encoder import FEATURE_LAYER, GREATEST_TILES, LEAST_TILES, LONGEST_EDGE
 from mobilevlm.gguf.names import Entry, native_entries, projector_entries, tower_entries
 from mobilevlm.gguf.names import projector_name as projector_of
-from mobilevlm.input_spec import AspectTiles, InputSpec, Tiles, TransformerEncoder
-from mobilevlm.native_encoder import NativeEncoder
+from mobilevlm.image_encoder import NativeEncoder, TransformerEncoder
+from mobilevlm.input_spec import AspectTiles, InputSpec, Tiles
 
 Value: TypeAlias = bool | int | float | str | list[int] | list[float] | list[bool]
 

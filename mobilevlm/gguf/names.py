@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.decoder_spec import DecoderSpec, DeltaSpec
 from mobilevlm.gguf.architectures import gguf_architecture, has_neighbouring_pairs
-from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
+from mobilevlm.image_encoder import NativeEncoder, TransformerEncoder
 from mobilevlm.linear_groups import (
     LinearGroup,
     attention_groups,
@@ -18,7 +19,6 @@ from mobilevlm.linear_groups import (
     projector_groups,
     tower_layer,
 )
-from mobilevlm.native_encoder import NativeEncoder
 
 
 class Groups(NamedTuple):

@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import BundleError
 from mobilevlm.gguf.architectures import STOCK, is_own
@@ -19,7 +20,8 @@ from mobilevlm.gguf.checks import MAX_LAYERS, MAX_VOCABULARY, check_key_values, 
 from mobilevlm.gguf.conversation import pair_conversation
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.split import refuse_split
-from mobilevlm.input_spec import ConnectorSpec, InputSpec, LibraryImage, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import InputSpec, LibraryImage
 from mobilevlm.spec import ModelSpec
 
 OUR_PROJECTORS = ("mlp", "ldp", "ldpv2")

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 
 from mobilevlm.errors import ImageError
 from mobilevlm.image import ImageInput, RoomFor, filter_of, read_resized
-from mobilevlm.input_spec import DynamicImage, InputSpec
+from mobilevlm.image_encoder import NativeEncoder
+from mobilevlm.input_spec import ClipSpec, DynamicImage, InputSpec
 from mobilevlm.media.dynamic_image import fitted, resized
-from mobilevlm.native_encoder import ClipSpec, NativeEncoder
 from mobilevlm.prompt import Clip, Prepared, Run
 
 KnownClip: TypeAlias = tuple[DynamicImage, ClipSpec, int]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mobilevlm.audio_encoder import WhisperEncoder
-from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
 from mobilevlm.reference.steps import State, Step, Stepped
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevlm.input_spec import ConvEncoder
+from mobilevlm.image_encoder import ConvEncoder
 from mobilevlm.reference.steps import Step, Stepped
 
 

@@ -7,8 +7,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import ConnectorSpec
 
 
 class GatedMLP(nn.Module):

@@ -17,9 +17,8 @@ from torch.overrides import TorchFunctionMode
 from mobilevlm.audio_encoder import ConformerEncoder, WhisperEncoder
 from mobilevlm.checkpoint import Weights
 from mobilevlm.image import normalize
-from mobilevlm.input_spec import ConvEncoder, TransformerEncoder
+from mobilevlm.image_encoder import ConvEncoder, NativeEncoder, TransformerEncoder
 from mobilevlm.model import Model
-from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.prompt import (
     Arrays,
     Assembly,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevlm.input_spec import ConnectorSpec
-from mobilevlm.native_encoder import BOUNDS, NativeEncoder
+from mobilevlm.connector_spec import ConnectorSpec
+from mobilevlm.image_encoder import BOUNDS, NativeEncoder
 from mobilevlm.reference.decoder import rotate
 from mobilevlm.reference.mlp import MLP, activate
 from mobilevlm.reference.norms import RMSNorm

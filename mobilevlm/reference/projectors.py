@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevlm.input_spec import ConnectorSpec
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.reference.mlp import MLP
 from mobilevlm.reference.native import MergerProjector, PoolProjector
 from mobilevlm.reference.norms import RMSNorm

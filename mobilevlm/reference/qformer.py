@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mobilevlm.input_spec import QFormerSpec
+from mobilevlm.connector_spec import QFormerSpec
 from mobilevlm.reference.steps import State, Step, Stepped
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mobilevlm.families.fastvit import TOWERS, TowerNames, timm_names
 from mobilevlm.families.qwen_gemma import QWEN2
-from mobilevlm.input_spec import ConvEncoder
+from mobilevlm.image_encoder import ConvEncoder
 from mobilevlm.synth.qwen2 import QWEN2_05B, QWEN2_PIECES, write_qwen2_tokenizer
 from mobilevlm.synth.shapes import Layout, Part, Shapes, decoder_shapes, linear, norm, write_json
 

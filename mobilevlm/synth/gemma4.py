@@ -8,7 +8,7 @@ from typing import Any
 
 from mobilevlm.families.gemma4_text import GEMMA4
 from mobilevlm.families.qwen_gemma import FULL, SLIDING
-from mobilevlm.native_encoder import BOUNDS
+from mobilevlm.image_encoder import BOUNDS
 from mobilevlm.synth.gemma3 import turns_template
 from mobilevlm.synth.shapes import Layout, Part, Shapes, decoder_shapes, write_json
 from mobilevlm.synth.tokenizer import chat_tokenizer

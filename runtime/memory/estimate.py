@@ -28,15 +28,9 @@ from dataclasses import dataclass
 from mobilevlm.audio_encoder import SoundEncoder
 from mobilevlm.bundle import TOKENIZER, Artifact, Manifest
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import (
-    InputSpec,
-    Mel,
-    PixelImages,
-    SquareImages,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import NativeEncoder, TransformerEncoder
+from mobilevlm.input_spec import InputSpec, Mel, PixelImages, SquareImages
 from mobilevlm.linear_groups import LinearGroup, decoder_groups, output_groups
-from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.plan import DRAWING, LLAMA_ENGINES, OPTIONAL, PREFILL_CHUNK, Plan, engine_stages
 from mobilevlm.preparation import most_pieces, most_pixels, most_positions, most_runs
 from mobilevlm.prompt import count_positions, count_rows

@@ -22,7 +22,7 @@ from mobilevlm.bundle import open_bundle
 from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.export.gguf.support import check_support
 from mobilevlm.families import open_checkpoint
-from mobilevlm.input_spec import ConvEncoder
+from mobilevlm.image_encoder import ConvEncoder
 from mobilevlm.model import Model, OpenOptions
 from mobilevlm.preparation import prepare
 from mobilevlm.reference import load_reference

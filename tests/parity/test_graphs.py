@@ -28,13 +28,15 @@ from conftest import (
 from numpy.typing import NDArray
 
 from mobilevlm.checkpoint import Weights
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
 from mobilevlm.export.graph.author import author_decoder, author_embeddings, author_encoded
 from mobilevlm.export.graph.dialects import CENTRED, ELEMENTARY, STANDARD, Dialect
 from mobilevlm.export.quantize.gptq import no_hessian
 from mobilevlm.export.recipes.layer_formats import restored
 from mobilevlm.export.recipes.named import RECIPES
-from mobilevlm.input_spec import ConnectorSpec, FixedImage, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import FixedImage
 from mobilevlm.model import Model
 from mobilevlm.preparation import prepare
 from mobilevlm.recipe import LinearFormat, Recipe

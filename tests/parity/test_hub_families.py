@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 import mobilevlm
 from mobilevlm.conversation import official_ids, render, tokenize, user_message
 from mobilevlm.image import normalize
+from mobilevlm.image_encoder import NativeEncoder
 from mobilevlm.messages import Message
-from mobilevlm.native_encoder import NativeEncoder
 from mobilevlm.preparation import prepare
 from mobilevlm.prompt import Piece, Prepared, expand
 from mobilevlm.reference import ReferenceModel, load_reference

@@ -14,14 +14,10 @@ from PIL import Image
 from torch.nn import functional as F
 
 from mobilevlm.assembly import assemble, resize_bilinear
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import ImageError
-from mobilevlm.input_spec import (
-    AnyResolution,
-    ConnectorSpec,
-    FixedImage,
-    InputSpec,
-    TransformerEncoder,
-)
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import AnyResolution, FixedImage, InputSpec
 from mobilevlm.media.any_resolution import best_grid, image_assembly
 from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.preparation import (

@@ -17,10 +17,9 @@ import mobilevlm
 from mobilevlm.cli import main
 from mobilevlm.conversation import read_text
 from mobilevlm.errors import PromptError
-from mobilevlm.input_spec import DynamicImage
+from mobilevlm.input_spec import ClipSpec, DynamicImage
 from mobilevlm.media.clip import Sampled, clip_of, clip_places, frame_size
 from mobilevlm.messages import Message
-from mobilevlm.native_encoder import ClipSpec
 from mobilevlm.prompt import Prepared, expand, grid_positions, visual_positions
 from mobilevlm.reference import load_reference
 from mobilevlm.runtime import VLM

@@ -29,8 +29,9 @@ from comparison.roofline import (
 from comparison.work import BOS, photo, token_ids
 from conftest import fixture_named
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.decoder_spec import DecoderSpec
-from mobilevlm.input_spec import ConnectorSpec, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
 
 pytestmark = pytest.mark.pure
 

@@ -31,7 +31,8 @@ from mobilevlm.export.quality.layer_effects import layer_effects, state_errors
 from mobilevlm.export.quantize.folding import find_folds, fold
 from mobilevlm.export.recipes.named import RECIPES
 from mobilevlm.families.fastvit import TOWERS
-from mobilevlm.input_spec import ConvEncoder, FixedImage, InputSpec, TransformerEncoder
+from mobilevlm.image_encoder import ConvEncoder, TransformerEncoder
+from mobilevlm.input_spec import FixedImage, InputSpec
 from mobilevlm.linear_groups import tower_groups
 from mobilevlm.model import Model
 from mobilevlm.plain_types import from_dict, to_dict

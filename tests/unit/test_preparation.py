@@ -13,17 +13,10 @@ from PIL import Image
 
 from mobilevlm.audio import log_mel, mel_filters, prepare_sound
 from mobilevlm.audio_encoder import WhisperEncoder
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.errors import AudioError, AudioWarning, ImageError, MobileVLMError
 from mobilevlm.image import Room
-from mobilevlm.input_spec import (
-    AspectTiles,
-    ConnectorSpec,
-    DynamicImage,
-    InputSpec,
-    LayoutSpec,
-    Mel,
-    Tiles,
-)
+from mobilevlm.input_spec import AspectTiles, DynamicImage, InputSpec, LayoutSpec, Mel, Tiles
 from mobilevlm.media.aspect_tiles import aspect_pieces
 from mobilevlm.media.dynamic_image import resized
 from mobilevlm.media.tiles import tile_pieces

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from conftest import Fixture
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.decoder_spec import DecoderSpec
 from mobilevlm.errors import MobileVLMError
-from mobilevlm.input_spec import ConnectorSpec
 from mobilevlm.plain_types import from_dict, to_dict
 from mobilevlm.spec import ModelSpec
 

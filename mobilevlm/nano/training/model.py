@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mobilevlm.connector_spec import ConnectorSpec
 from mobilevlm.conversation import CONVERSATIONS, two_separator_template
 from mobilevlm.decoder_spec import DecoderSpec, ExpertsSpec
 from mobilevlm.families.towers import CLIP_MEAN, CLIP_STD
-from mobilevlm.input_spec import ConnectorSpec, FixedImage, InputSpec, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import FixedImage, InputSpec
 from mobilevlm.nano.training.packed_attention import PackedAttention, Packing
 from mobilevlm.nano.training.window import attentions, install, keep_codes
 from mobilevlm.reference.clip import ClipLayer, ClipMLP

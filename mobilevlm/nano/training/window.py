@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mobilevlm.input_spec import TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
 from mobilevlm.reference.clip import ClipAttention, ClipLayer, ClipTower
 
 PERIODS = (5.2, 8.5, 29.0)

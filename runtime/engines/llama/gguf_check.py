@@ -21,7 +21,8 @@ from mobilevlm.gguf.encoder import LONGEST_EDGE, read_encoder
 from mobilevlm.gguf.file import GgufFile
 from mobilevlm.gguf.mmproj import EXACT, projector_name
 from mobilevlm.gguf.spec import decoder_spec
-from mobilevlm.input_spec import Tiles, TransformerEncoder
+from mobilevlm.image_encoder import TransformerEncoder
+from mobilevlm.input_spec import Tiles
 from mobilevlm.spec import ModelSpec
 
 _SAME = (

@@ -19,11 +19,7 @@ from mobilevlm.errors import MobileVLMError
 from mobilevlm.gguf.file import GgufFile, read_gguf
 from mobilevlm.gguf.mmproj import EXACT, projector_name
 from mobilevlm.gguf.names import NEWLINE
-from mobilevlm.input_spec import (
-    DynamicImage,
-    DynamicTiles,
-    Tiles,
-)
+from mobilevlm.input_spec import DynamicImage, DynamicTiles, Tiles
 from mobilevlm.prompt import Arrays, Rows
 from mobilevlm.runtime.engines import Float32, still_open
 from mobilevlm.runtime.engines.llama.clip_order import class_token_order

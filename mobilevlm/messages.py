@@ -1,7 +1,6 @@
 """Chat messages of a person: checked, their images and sounds taken out, in the form that templates
 read.
 
-Parts follow OpenAI (``image_url``, ``input_audio``) and Transformers (``image``, ``audio``).
 Nothing in a message is dropped: what the model cannot read is an error that names its place.
 """
 
@@ -10,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any, TypeAlias, TypedDict
-from urllib.parse import urlsplit
+from typing import Any, TypedDict
 
 from mobilevlm.errors import PromptError
-from mobilevlm.image import ImageInput
+from mobilevlm.message_parts import Shown, kind_of, read_part
 from mobilevlm.prompt import Clip, Sound
 from mobilevlm.spec import IMAGE_PLACEHOLDER
 
@@ -23,16 +21,6 @@ _OTHER_ROLES = {"developer": "system"}
 """Names that OpenAI has for the same."""
 _OF_TOOLS = {"assistant": ("tool_calls",), "tool": ("tool_call_id", "name")}
 """Further keys of messages by their role."""
-_SOURCES = ("image", "path", "url", "base64")
-"""Keys of an image part under which its image may be; without one it is the next of ``images``."""
-_VIDEO_SOURCES = ("video", "path", "url")
-_SOUND_SOURCES = ("audio", "path", "url", "base64")
-_SOUND_FORMATS = ("wav", "mp3")
-"""Formats of ``input_audio``."""
-_UNREAD = {
-    "file": "files",
-    "video_url": "addresses of videos: give the file in a part of type video",
-}
 _SHOWN = ("image", "audio")
 """Types of parts beside texts, when they are read."""
 
@@ -55,17 +43,6 @@ class Message(_Turn, total=False):
     """Id of the call whose result a message of the role ``tool`` has"""
     name: str
     """Name of the tool, in a message of the role ``tool``"""
-
-
-@dataclass(frozen=True)
-class VideoFile:
-    """The video of a part, which no model has taken yet."""
-
-    path: str | PathLike[str]
-
-
-Shown: TypeAlias = "ImageInput | Clip | VideoFile | Sound"
-"""Image, clip, video or sound of a message part."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +76,7 @@ def read_messages(
         PromptError: something in them is unknown, missing, or not for these images.
     """
     if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
-        raise PromptError(f"messages: expected a text or a list, found {_kind(messages)}")
+        raise PromptError(f"messages: expected a text or a list, found {kind_of(messages)}")
     if not messages:
         raise PromptError("messages: the list is empty: give at least a user's message")
     found: list[Message] = []
@@ -112,7 +89,7 @@ def read_messages(
         before = len(sources)
         if not isinstance(content, str):
             parts = [
-                _read_part(f"{place}.content[{index}]", part, role, sources)
+                read_part(f"{place}.content[{index}]", part, role, sources)
                 for index, part in enumerate(content)
             ]
         if role != "user":  # which templates take as a text
@@ -198,7 +175,7 @@ def with_system(system: str, messages: Sequence[Message]) -> Sequence[Message]:
         PromptError: ``system`` is no text, or they have one.
     """
     if not isinstance(system, str):
-        raise PromptError(f"system is {_kind(system)}, expected a text")
+        raise PromptError(f"system is {kind_of(system)}, expected a text")
     if isinstance(messages, Mapping) or not isinstance(messages, Sequence):
         return messages  # refused when they are read
     for message in messages:
@@ -211,7 +188,7 @@ def _read_message(place: str, message: Any, calls: set[str]) -> tuple[str, Any, 
     """Return role and content of a message, and what it has of tools; ids of calls are added to
     ``calls``."""
     if not isinstance(message, Mapping):
-        raise PromptError(f"{place}: expected role and content, found {_kind(message)}")
+        raise PromptError(f"{place}: expected role and content, found {kind_of(message)}")
     role, content = message.get("role"), message.get("content")
     if isinstance(role, str):
         role = _OTHER_ROLES.get(role, role)
@@ -230,133 +207,17 @@ def _read_message(place: str, message: Any, calls: set[str]) -> tuple[str, Any, 
         content = "" if content is None or content == [] else content
     for key in ("tool_call_id", "name"):
         if not isinstance(more.get(key, ""), str):
-            raise PromptError(f"{place}: {key} is {_kind(more[key])}, expected a text")
+            raise PromptError(f"{place}: {key} is {kind_of(more[key])}, expected a text")
     if more.get("tool_call_id") is not None and more["tool_call_id"] not in calls:
         told = f"tool_call_id {more['tool_call_id']!r:.80} is of no call before it"
         raise PromptError(f"{place}: {told}")
     if content is None or content == []:
         raise PromptError(f"{place}: it has no content: give text, or parts of text and images")
     if not isinstance(content, (str, list, tuple)):
-        raise PromptError(f"{place}: content is {_kind(content)}, expected text or a list of parts")
+        raise PromptError(
+            f"{place}: content is {kind_of(content)}, expected text or a list of parts"
+        )
     return str(role), content, more
-
-
-def _read_part(place: str, part: Any, role: str, sources: list[Shown | None]) -> dict[str, Any]:
-    """Return a part as templates read it; the image that it brings is appended to ``sources``."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if isinstance(kind, str) and kind in _UNREAD:
-        raise PromptError(f"{place}: this model reads text and images, no {_UNREAD[kind]}")
-    if kind == "text":
-        _check_keys(place, part, ("text",))
-        if not isinstance(part.get("text"), str):
-            raise PromptError(f"{place}: text is {_kind(part.get('text'))}, expected a text")
-        return {"type": "text", "text": part["text"]}
-    if kind not in ("image", "image_url", "video", "audio", "input_audio"):
-        shown = repr(kind)[:60] if isinstance(part, Mapping) else _kind(part)
-        raise PromptError(
-            f"{place}: type is {shown}, expected text, image, image_url, video, audio or "
-            f"input_audio"
-        )
-    if role != "user":
-        what = "a sound" if kind in ("audio", "input_audio") else "an image"
-        raise PromptError(f"{place}: {what} in a message of the {role}: only the user shows some")
-    if kind in ("audio", "input_audio"):
-        sources.append(_read_sound(place, part))
-        return {"type": "audio"}
-    if kind == "video":
-        sources.append(_read_video(place, part))
-        return {"type": "image"}
-    if kind == "image_url":
-        _check_keys(place, part, ("image_url",))
-        source: Any = _read_url(place, part.get("image_url"))
-    else:
-        _check_keys(place, part, _SOURCES)
-        given = [part[key] for key in _SOURCES if key in part]
-        if len(given) > 1 or None in [value if value is None else 0 for value in given]:
-            raise PromptError(f"{place}: expected one image, under {', '.join(_SOURCES)}")
-        source = given[0] if given else None
-        if "base64" in part:
-            source = _read_base64(place, source)
-    sources.append(_local(place, source) if isinstance(source, str) else source)
-    return {"type": "image"}
-
-
-def _read_sound(place: str, part: Mapping[str, Any]) -> Sound | None:
-    """Return the sound of a part; none where it brings none."""
-    if part["type"] == "audio":
-        _check_keys(place, part, _SOUND_SOURCES)
-        given = [part[key] for key in _SOUND_SOURCES if key in part]
-        if len(given) > 1 or None in [value if value is None else 0 for value in given]:
-            raise PromptError(f"{place}: expected one sound, under {', '.join(_SOUND_SOURCES)}")
-        if not given:
-            return None
-        [source] = given
-        if isinstance(source, Sound):
-            return source
-        if "base64" in part:
-            source = _read_base64(place, source, "a sound file")
-        return Sound(_local(place, source, "sound") if isinstance(source, str) else source)
-    _check_keys(place, part, ("input_audio",))
-    said = part.get("input_audio")
-    if not isinstance(said, Mapping) or not isinstance(said.get("data"), str) or not said["data"]:
-        raise PromptError(f"{place}: input_audio has no data: expected a sound file in base64")
-    unknown = [key for key in said if key not in ("data", "format")]
-    form = said.get("format", _SOUND_FORMATS[0])
-    if unknown or form not in _SOUND_FORMATS:
-        name = repr(unknown[0])[:60] if unknown else f"format {form!r:.60}"
-        raise PromptError(
-            f"{place}: {name} is not known: expected data and a format of "
-            f"{' or '.join(_SOUND_FORMATS)}"
-        )
-    return Sound(_read_base64(place, said["data"], "a sound file"))
-
-
-def _read_video(place: str, part: Mapping[str, Any]) -> VideoFile | Clip:
-    _check_keys(place, part, _VIDEO_SOURCES)
-    given = [part[key] for key in _VIDEO_SOURCES if key in part]
-    if len(given) != 1 or not isinstance(given[0], (str, PathLike, Clip)):
-        told = f"expected the file of one video, under {', '.join(_VIDEO_SOURCES)}"
-        raise PromptError(f"{place}: {told}, or what prepare_video() gave")
-    if isinstance(given[0], Clip):
-        return given[0]
-    return VideoFile(_local(place, given[0], "video") if isinstance(given[0], str) else given[0])
-
-
-def _read_url(place: str, value: Any) -> str:
-    if isinstance(value, Mapping):
-        detail = value.get("detail", "auto")
-        unknown = [key for key in value if key not in ("url", "detail")]
-        if unknown or detail != "auto":
-            name = repr(unknown[0])[:60] if unknown else f"detail {detail!r:.60}"
-            raise PromptError(f"{place}: {name} has no meaning here: leave it out")
-        value = value.get("url")
-    if not isinstance(value, str) or not value:
-        raise PromptError(f"{place}: image_url has no url: expected a file or a data: URI")
-    return value
-
-
-def _read_base64(place: str, value: Any, what: str = "an image file") -> str:
-    """Return the content of a file in base64 as a data URI."""
-    if not isinstance(value, str) or not value:
-        raise PromptError(f"{place}: base64 is {_kind(value)}, expected {what} in base64")
-    return value if value.startswith("data:") else f"data:;base64,{value}"
-
-
-def _local(place: str, source: str, kind: str = "image") -> str:
-    """Return the address of an image, video or sound as a path, or a data URI as it is."""
-    scheme = source.partition(":")[0].lower() if ":" in source[:16] else ""
-    if scheme in ("http", "https", "ftp"):
-        raise PromptError(
-            f"{place}: {source[:100]}: nothing is downloaded: save the {kind} and give its file"
-        )
-    if scheme == "file":
-        address = urlsplit(source)
-        if address.netloc not in ("", "localhost"):
-            raise PromptError(f"{place}: {source[:100]}: a file of another machine: copy it first")
-        from urllib.request import url2pathname  # brings http and ssl
-
-        return url2pathname(address.path)
-    return source
 
 
 def check_images(images: object) -> None:
@@ -416,19 +277,7 @@ def _marks(content: str | list[dict[str, Any]]) -> int:
     return sum(text.count(IMAGE_PLACEHOLDER) for text in _texts(content))
 
 
-def _check_keys(place: str, part: Mapping[str, Any], expected: Sequence[str]) -> None:
-    unknown = [key for key in part if key != "type" and key not in expected]
-    if unknown:
-        raise PromptError(
-            f"{place}: {unknown[0]!r:.60} is not known: expected type and {', '.join(expected)}"
-        )
-
-
 def _is_empty(value: object) -> bool:
     """Return True for what clients send with an answer that has nothing of a kind: no value, or an
     empty list."""
     return value is None or value == []
-
-
-def _kind(value: object) -> str:
-    return "nothing" if value is None else type(value).__name__

@@ -15,10 +15,10 @@ from mobilevlm.errors import PromptError
 from mobilevlm.image import ImageInput, RoomFor
 from mobilevlm.input_spec import FixedImage, InputSpec
 from mobilevlm.instruction import with_instruction
+from mobilevlm.message_parts import VideoFile
 from mobilevlm.messages import (
     Conversation,
     Message,
-    VideoFile,
     check_images,
     read_messages,
     with_clips,

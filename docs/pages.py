@@ -110,7 +110,8 @@ def _entry(module: str, name: str, found: Any) -> Iterator[str]:
             if not key.startswith("_")
         ]
         yield "\n".join(["| field | type | |", "|---|---|---|", *rows])
-    for method in (key for key in vars(found) if not key.startswith("_")):
+    ours = (base for base in found.__mro__ if base.__module__.startswith("mobilevlm"))
+    for method in dict.fromkeys(key for base in ours for key in vars(base) if key[0] != "_"):
         member = inspect.getattr_static(found, method)
         if isinstance(member, property):
             yield f"### {name}.{method}"

@@ -22,13 +22,14 @@ from mobilevlm.plan import Plan, engine_for_limit
 from mobilevlm.preparation import with_image_tokens, with_max_image_tokens, with_max_tiles
 from mobilevlm.runtime.builtin_bundle import bundle_path
 from mobilevlm.runtime.engines.opening import open_engines, stored_system_prompt
+from mobilevlm.runtime.loaded_model import read_tokenizer
 from mobilevlm.runtime.memory.estimate import estimate
 from mobilevlm.runtime.memory.fitting import fit_plan
 from mobilevlm.runtime.memory.limits import memory_limits, room_left
 from mobilevlm.runtime.sequence.cache import DEFAULT_CACHE_MB, PromptCache
 from mobilevlm.runtime.settings import check_cache_dir, check_settings
 from mobilevlm.runtime.tuning.plan_file import PlanChoice, settle_plans
-from mobilevlm.runtime.vlm import VLM, read_tokenizer
+from mobilevlm.runtime.vlm import VLM
 from mobilevlm.spec import with_image
 
 if TYPE_CHECKING:

@@ -14,7 +14,6 @@ from mobilevlm.conversation import official_ids, read_text, render, user_message
 from mobilevlm.errors import PromptError
 from mobilevlm.image import ImageInput, RoomFor
 from mobilevlm.input_spec import FixedImage, InputSpec
-from mobilevlm.instruction import with_instruction
 from mobilevlm.message_parts import VideoFile
 from mobilevlm.messages import (
     Conversation,
@@ -346,6 +345,10 @@ class PromptReader:
         return read_text(self.tokenizer, conversation, text, images, vocab_size)
 
     def _with_instruction(self, image: Prepared, text: str) -> Prepared:
+        if self._instruction_tokenizer is None:
+            return image
+        from mobilevlm.instruction import with_instruction  # for who reads it
+
         return with_instruction(image, self._instruction_tokenizer, text, self.spec)
 
 

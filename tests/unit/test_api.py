@@ -25,7 +25,8 @@ def words_of(text: str) -> set[str]:
 
 
 def public(kind: type) -> list[str]:
-    return [name for name in vars(kind) if not name.startswith("_")]
+    ours = (base for base in kind.__mro__ if base.__module__.startswith("mobilevlm"))
+    return [name for base in ours for name in vars(base) if not name.startswith("_")]
 
 
 def test_completion_shows_the_public_names_alone() -> None:

@@ -4,7 +4,7 @@ makes of the weights, and how many bytes these take."""
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -25,13 +25,11 @@ from mobilevlm.spec import ModelSpec
 
 DOWN = "@down_proj"
 HALF_DOWN = "@half_down_proj"
-EDGE_DOWN = "@edge_down_proj"
 SHARED_KV = "@shared_kv_proj"
-DECODER_ROLES = (DOWN, HALF_DOWN, EDGE_DOWN, SHARED_KV)
+DECODER_ROLES = (DOWN, HALF_DOWN, SHARED_KV)
 """Keys of ``layers`` that every family knows: the layers that make the outputs of the decoder's
-dense MLPs, of all layers, of the half whose rounding costs most, or of the first and last two,
-whose inputs have the largest outliers; those that make keys and values which several query heads
-share."""
+dense MLPs, of all layers or of the half whose rounding costs most, since their inputs have the
+largest outliers; those that make keys and values which several query heads share."""
 TOWER_QKV = "@tower_qkv_proj"
 TOWER_DOWN = "@tower_down_proj"
 TOWER_ROLES = (TOWER_QKV, TOWER_DOWN)
@@ -141,13 +139,10 @@ def _names_of_role(
             return set()
         attention = (f"decoder.layers.{layer}.attn" for layer in range(count))
         return {f"{attn}.{part}_proj" for attn in attention for part in "kv"}
-    which: dict[str, Callable[[int], bool]] = {
-        DOWN: lambda layer: True,
-        HALF_DOWN: lambda layer: _is_sensitive(layer, count),
-        EDGE_DOWN: lambda layer: min(layer, count - 1 - layer) < 2,
-    }
     layers = [
-        layer for layer in range(count) if not decoder.num_experts(layer) and which[key](layer)
+        layer
+        for layer in range(count)
+        if not decoder.num_experts(layer) and (key == DOWN or _is_sensitive(layer, count))
     ]
     _, maker = decoder.mlp_linears
     return {f"{mlp}.{maker}" for layer in layers for mlp in decoder.mlp_names(layer)}

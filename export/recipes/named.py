@@ -8,7 +8,6 @@ from typing import Literal
 
 from mobilevlm.export.recipes.layer_formats import (
     DOWN,
-    EDGE_DOWN,
     HALF_DOWN,
     SHARED_KV,
     TOWER_DOWN,
@@ -114,7 +113,7 @@ RECIPES = {
             prefill=_PORTABLE.lm_head,
             prefill_layers={
                 DOWN: _PORTABLE.layers[DOWN],
-                EDGE_DOWN: LinearFormat("fp16"),
+                HALF_DOWN: LinearFormat("fp16"),
                 SHARED_KV: LinearFormat("fp16"),
             },
             limits=replace(_INT4.limits, prefill_kl=_INT8.limits.decoder_kl),

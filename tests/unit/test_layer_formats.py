@@ -94,14 +94,6 @@ def test_half_of_the_down_projections_are_the_ends_and_each_third_between(
     assert [int(key.split(".")[2]) for key in down_projections(recipe)] == expected
 
 
-def test_the_edges_are_the_first_and_last_two_layers(mobilevlm_v2: Fixture) -> None:
-    spec = mobilevlm_v2.model.spec
-    for count, expected in ((1, [0]), (3, [0, 1, 2]), (6, [0, 1, 4, 5])):
-        changed = replace(spec, decoder=replace(spec.decoder, num_hidden_layers=count))
-        recipe = expand_layers(replace(PLAIN_INT4, layers={"@edge_down_proj": Q8}), changed)
-        assert [int(key.split(".")[2]) for key in down_projections(recipe)] == expected
-
-
 def test_keys_and_values_that_query_heads_share_have_a_format_of_their_own(tmp_path: Path) -> None:
     """The graph then has a product for q and one for k and v, which are read back by name."""
     model = fixture_named("smolvlm2").model

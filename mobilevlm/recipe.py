@@ -365,5 +365,5 @@ class Recipe:
 
 
 def _is_decoder(name: str) -> bool:
-    """Return whether a layer's canonical name, or a role such as ``@down_proj``, is the decoder's."""
+    """Return whether a layer's name, or a role such as ``@down_proj``, is the decoder's."""
     return name.startswith(("decoder.", "@")) and not name.startswith("@tower_")

@@ -227,9 +227,10 @@ def _inverse_factor(matrix: Float32) -> Float32:
     Damping leaves most matrices well enough conditioned for float32, which takes half the time.
     """
     try:
-        return _inverse_by_quarters(matrix)
+        factor: Float32 = _inverse_by_quarters(matrix)
     except np.linalg.LinAlgError:
-        return _inverse_by_quarters(matrix.astype(np.float64)).astype(np.float32)
+        factor = _inverse_by_quarters(matrix.astype(np.float64)).astype(np.float32)
+    return factor
 
 
 def _inverse_by_quarters(matrix: NDArray[Any]) -> NDArray[Any]:

@@ -178,14 +178,14 @@ def _improve(weights: Float32, levels: Float32, grid: _Grid, hessian: Float32) -
             here = slice(start, min(start + block, last))
             within = hessian[here, here]
             change = _improve_block(levels[here], grid, start // block, pulls[:block], within)
-            error[here] += change
-            pulls = pulls[block:] + hessian[here.stop : last, here] @ change
+            error[here] -= change
+            pulls = pulls[block:] - hessian[here.stop : last, here] @ change
 
 
 def _improve_block(
     level: Float32, grid: _Grid, index: int, pull: Float32, within: Float32
 ) -> Float32:
-    """Improve the levels and scale of one block, and return the change of its error ``(block,
+    """Improve the levels and scale of one block, and return the change of its weights ``(block,
     rows)``. ``pull``: product of the block's rows of the Hessian and the whole error, which is
     overwritten; ``within``: the Hessian of the block's own inputs.
     """
@@ -210,7 +210,8 @@ def _improve_block(
             np.multiply(level[place], scale, out=changes[place])
             changes[place] -= before
             pull[place + 1 : stop] -= within[place + 1 : stop, place, None] * changes[place]
-    return -(moved + changes)
+    changes += moved
+    return changes
 
 
 def _damped(hessian: Float32) -> Float32:

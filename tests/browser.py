@@ -25,7 +25,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 PAGE = Path(__file__).parents[1] / "examples" / "web"
 REMEDY = "run .ci/browser, or set MOBILEVLM_WITHOUT_BROWSER=1"
 SECONDS = 120
-"""What anything on the page may take on a busy machine."""
+"""Limit for any action on the page on a busy machine."""
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
     "--disable-background-networking", "--disable-component-update", "--disable-sync",
@@ -83,7 +83,7 @@ class Browser:
 
     @property
     def status(self) -> str:
-        """What the page says about its model."""
+        """Return the page's text about its model."""
         return str(self.driver.find_element(By.ID, "status").text)
 
     def choose_file(self, path: Path) -> None:
@@ -96,7 +96,7 @@ class Browser:
 
     @property
     def warning(self) -> str:
-        """What the page says about the last file."""
+        """Return the page's text about the last file."""
         return str(self.driver.find_element(By.ID, "warning").text)
 
     def click(self, selector: str) -> None:
@@ -126,7 +126,7 @@ class Browser:
 
     @property
     def complaints(self) -> list[str]:
-        """What stands in the browser's log."""
+        """Return the messages of the browser's log."""
         return [entry["message"] for entry in self.driver.get_log("browser")]
 
     @property

@@ -1,6 +1,6 @@
-"""What the tests share: the reference data of tiny checkpoints.
+"""Shared parts of the tests: the reference data of tiny checkpoints.
 
-Each folder of tests/data holds a random-weight checkpoint in an official on-disk layout, a picture,
+Each folder of tests/data holds a random-weight checkpoint in an official on-disk layout, an image,
 and the numbers that the model's official code gives for it; its README.md says how they were made.
 """
 
@@ -111,12 +111,12 @@ class Fixture:
 
     @property
     def images(self) -> list[Path]:
-        """Of the prompt."""
+        """Return the images of the prompt."""
         return [self.folder / name for name in self.expected.get("image_files", ["image.png"])]
 
     @property
     def prompt(self) -> str:
-        """The user's words, ``<image>`` where the pictures are not the first."""
+        """The user's words, ``<image>`` where the images are not the first."""
         if "messages" in self.expected:
             return str(self.expected["messages"][-1]["content"][-1]["text"])
         return str(self.expected.get("user_prompt") or "".join(self.expected["prompt_parts"]))

@@ -44,7 +44,7 @@ class LocalDevice:
     pythons: tuple[str, ...] = (sys.executable,)
     name: str = "here"
     before: str = ""
-    """What its shell does first."""
+    """Commands that its shell runs first."""
 
     def start(self, command: str) -> SshCommand:
         return SshCommand(["/bin/sh", "-c", self.before + command])

@@ -36,8 +36,8 @@ def _silent(level: int, text: bytes, data: object) -> None:
 
 
 def wide_model(folder: Path, layers: int = 2) -> Model:
-    """Random weights in rows of 256 and 512: the K-quants' blocks of 256 do not divide the
-    reference models' 64."""
+    """Random weights in rows of 256 and 512: the K-quants' blocks have 256 weights, and rows of the
+    reference models only 64."""
     tower = Tower(64, 128, 3, 4)
     names = ("mobilevlm", "MobileLlamaForCausalLM", "ldpnetv2")
     shape = Configuration(*names, 512, 256, 512, layers, 4, 512, 1e-6, tower)

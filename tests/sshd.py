@@ -46,7 +46,7 @@ def make_key(path: Path) -> str:
 
 
 def write_known_hosts(server: SshServer, public_key: str) -> None:
-    """What the client takes for the server's key; nothing: it knows none."""
+    """Write the server's key that the client knows; with nothing, it knows none."""
     line = f"[127.0.0.1]:{server.port} {public_key}" if public_key else ""
     (server.folder / "known_hosts").write_text(line)
 

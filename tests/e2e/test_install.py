@@ -1,4 +1,4 @@
-"""What a device gets: the base install runs a bundle, and brings nothing of the export with it."""
+"""Base install on a device: it runs a bundle and brings nothing of the export with it."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def test_accelerators_take_all_but_what_is_known_to_be_left(bundle: Bundle) -> N
 
 
 def results(path: Path) -> list[Any]:
-    """Of a graph that is simplified as .ort files are, on random inputs."""
+    """Return results on random inputs of a graph that is simplified as .ort files are."""
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_BASIC
     options.intra_op_num_threads = 1

@@ -56,7 +56,7 @@ DECODERS = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One for all decoders, so that the vision stage is taken over."""
+    """One for all decoders, so that the vision stage is reused."""
     return tmp_path_factory.mktemp("decoders")
 
 

@@ -111,8 +111,8 @@ def test_4_bits_that_break_a_real_language_model_are_refused_and_the_head_is_nam
 def test_the_default_recipes_keep_a_real_language_model(
     recipe: str, checkpoint: Path, tmp_path: Path
 ) -> None:
-    """Within their limits, which are checked, all of them; ``fast`` is ``int4`` and a graph for
-    prompts."""
+    """Within their limits, which are checked, all of them; ``fast`` is ``int4`` and a prefill
+    graph."""
     manifest = mobilevlm.export(checkpoint, tmp_path / "b", recipe=recipe, require_measured=True)
     stages = manifest.quality.stages
     kl = {name: stages[name].figures["kl"] for name in stages if name in ("decoder", "prefill")}

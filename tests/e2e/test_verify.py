@@ -42,7 +42,7 @@ FIGURES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three drawn scenes with answers and a question without picture and answer: enough for every
+    """Three drawn scenes with answers and a question without image and answer: enough for every
     figure, in seconds."""
     folder = tmp_path_factory.mktemp("data")
     lines = [{"prompt": "What color is a ruby?"}]
@@ -67,7 +67,7 @@ def exported_nano(folder: Path, recipe: Path) -> Path:
 
 
 def verified(capsys: Capture, *arguments: object, code: int = 0) -> dict[str, Any]:
-    """What ``verify --json`` prints; it must end with this exit code."""
+    """Return the report of ``verify --json``, which must end with this exit code."""
     capsys.readouterr()  # of the export, if the bundle was made for this test
     try:
         main(["verify", *map(str, arguments), "--json", "--quiet"])
@@ -83,7 +83,7 @@ def verified(capsys: Capture, *arguments: object, code: int = 0) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def nano(data: Path) -> dict[str, Any]:
-    """What is said of nano in int4."""
+    """Return the report of nano in int4."""
     done = run_program("verify", "nano", "nano", "--data", data, "--layers", "--json", "--quiet")
     assert (done.returncode, done.stderr) == (0, "")
     result: dict[str, Any] = json.loads(done.stdout)

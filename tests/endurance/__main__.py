@@ -11,7 +11,7 @@ from endurance.processes import own_cache
 
 
 def _import_all() -> None:
-    """What children would else import each by itself."""
+    """Import modules once, so that child processes need not do it."""
     import mobilevlm.export.graph.author
     import mobilevlm.export.pipeline
     import mobilevlm.runtime.engines.onnx.engine  # noqa: F401

@@ -26,7 +26,7 @@ from mobilevlm.reference.model import ReferenceModel
 DATA = Path(__file__).parents[1] / "data"
 FIXTURES = ("llava_v1", "mobilevlm_v2", "smolvlm2")
 BOMB_BYTES = 1 << 29
-"""Of zeros, in an archive member of a thousandth of it."""
+"""Bytes of zeros; compressed, the archive member has a thousandth of them."""
 _KEYS: dict[str, tuple[Any, ...]] = {
     "num_hidden_layers": (2, 5, 2**40, 10**30),
     "vocab_size": (10**9, 2**40),

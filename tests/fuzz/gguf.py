@@ -526,7 +526,7 @@ def _mutated(random: Random, file: File, path: Path) -> Path:
 
 
 def attempt(case: Case) -> None:
-    """Do with the files what the verb says; an answer has one token of a picture."""
+    """Do with the files what the verb says; an answer has one token of an image."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if case.verb == "inspect":

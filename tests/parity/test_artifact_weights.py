@@ -159,7 +159,7 @@ def test_factors_between_layers_go_back_to_where_they_were(
 def test_files_with_two_names_are_read_and_short_ones_refused(
     mobilevlm_v2: Fixture, bundle_of: BundleOf, tmp_path: Path
 ) -> None:
-    """An export links what it takes over from the bundle before."""
+    """An export links what it reuses from the bundle before."""
     bundle = open_bundle(bundle_of("mobilevlm_v2", "int4"))
     artifact = bundle.artifact("decoder", "onnx")
     for name in artifact.files:

@@ -300,7 +300,7 @@ QUESTIONS = (("Who?", IMAGE), ("What is it?", IMAGE), ("Who?", OTHER), ("Where?"
 def test_what_is_kept_of_prompts_leaves_their_logits_as_they_are_bit_for_bit(
     engine: str, recipe: str, export_all: ExportAll
 ) -> None:
-    """One sequence in turn with two pictures: from itself, and from what the engine saved."""
+    """One sequence in turn with two images: from itself, and from what the engine saved."""
     with mobilevlm.load(export_all("mobilevlm_v2", recipe), engine, threads=1) as vlm:
         kept = vlm._session("pieces")
         reused = []

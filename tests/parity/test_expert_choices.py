@@ -1,4 +1,4 @@
-"""Which experts each token is sent to, in every form of the decoder, against the official code."""
+"""Experts chosen for each token, in every form of the decoder, against the official code."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def stacked(choices: ExpertChoices, fixture: Fixture) -> NDArray[np.integer]:
 
 
 def prompt_choices(vlm: VLM, fixture: Fixture) -> NDArray[np.integer]:
-    """Of the whole way from the picture and the text on."""
+    """Return the choices for a prompt, computed from the image and the text."""
     found = vlm.expert_choices(fixture.expected["user_prompt"], [fixture.image])
     tokens = fixture.model.spec.image.connector.num_tokens
     assert found.is_visual.sum() == tokens

@@ -119,7 +119,7 @@ def test_weights_have_8_bits_and_a_scale_per_output_and_operators_are_standard(
 
 
 def test_activations_have_the_bits_of_the_precision(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
-    """Of products of two activations the second has 8 bits in both."""
+    """In products of two activations the second has 8 bits in both precisions."""
     types_of: dict[Precision, ir.DataType] = {
         "qdq8": ir.DataType.UINT8,
         "qdq16": ir.DataType.UINT16,
@@ -157,7 +157,7 @@ def test_calibrators_choose_ranges_of_their_own(tmp_path: Path) -> None:
 
 
 def test_ranges_cover_all_calibration_pictures(mobilevlm_v2: Fixture, tmp_path: Path) -> None:
-    """A bright picture after a black one widens the range of the pixels."""
+    """A bright image after a black one widens the range of the pixels."""
     model, size = mobilevlm_v2.model, mobilevlm_v2.model.spec.image.square.size
     black, white = (Image.new("RGB", (size, size), (value,) * 3) for value in (0, 255))
     path = tmp_path / "vision.onnx"

@@ -198,7 +198,7 @@ def test_k_quants_of_a_model_with_rows_of_256_run(
 def test_k_quants_of_a_model_with_rows_of_64_fall_back_to_blocks_of_32(
     fixture: Fixture, tmp_path: Path
 ) -> None:
-    """llama.cpp's own choice for rows that its blocks of 256 do not divide."""
+    """llama.cpp's own choice for rows that are no multiple of its blocks of 256."""
     path = tmp_path / "model.gguf"
     write_decoder(fixture.model, "q4_k_m", path, ignore)
     types = {tensor.tensor_type.name for tensor in gguf.GGUFReader(path).tensors}
@@ -210,7 +210,7 @@ def test_k_quants_of_a_model_with_rows_of_64_fall_back_to_blocks_of_32(
 
 @pytest.fixture(scope="module")
 def odd_widths(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with rows of 96, which K-quants do not divide, and of 176 and 144, which no
+    """A checkpoint with rows of 96, no multiple of a K-quant block, and of 176 and 144, which no
     block of 32 does either: SmolLM2 has 576, and SigLIP's MLP 4304."""
     folder = tmp_path_factory.mktemp("odd") / "checkpoint"
     tiny = CONFIGURATIONS["tiny"]

@@ -45,7 +45,7 @@ ARCHITECTURES = {
     "moe_llava_qwen": "moe-llava-qwen",
 }
 EXACT = 1e-5
-"""Of logits; float32 in another order of summation made up to 2e-6."""
+"""Tolerance of logits; another order of summation in float32 makes up to 2e-6."""
 NEW_TOKENS = 24
 
 Written = Callable[[GGUFType], Path]
@@ -230,7 +230,7 @@ ROUNDED: dict[GGUFType, float] = {
 
 
 def rounding_error(model: Model, path: Path, embeds: NDArray[np.float32]) -> float:
-    """Of a position's logits, as said above."""
+    """Return the rounding error of a position's logits."""
     spec = model.spec.decoder
 
     def logits(path: Path) -> NDArray[np.float32]:

@@ -195,7 +195,7 @@ def test_an_export_takes_a_ready_file(llava_v1: Fixture, tmp_path: Path) -> None
 def test_an_export_calibrates_once(
     llava_v1: Fixture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was made from the same data is taken over; other data make it anew."""
+    """A file made from the same data is reused; with other data it is made anew."""
     shutil.copy(llava_v1.image, tmp_path / "photo.png")
     data = tmp_path / "mine.jsonl"
     calls = []

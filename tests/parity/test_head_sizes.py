@@ -92,7 +92,7 @@ def exported(model: Model, folder: Path, recipe: str, **options: Any) -> Path:
 
 @torch.no_grad()
 def reference_embeds(reference: ReferenceModel, vlm: VLM, text: str) -> torch.Tensor:
-    """Of the prompt that the bundle makes."""
+    """Return the reference's embeddings of the prompt that the bundle makes."""
     pixels = prepare(IMAGE, vlm.bundle.manifest.spec.image).arrays[0]["pixels"]
     prompt = vlm._prepare(text, [IMAGE], raw=False)
     return reference.embed(prompt.pieces, [reference.visual_tokens(pixels)])

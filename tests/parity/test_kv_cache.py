@@ -44,7 +44,7 @@ def decoder_of(bundle: Bundle) -> OnnxDecoder:
 
 
 def filled(bundle: Bundle) -> OnnxState:
-    """What a decoder leaves of a text."""
+    """Return the keys and values that a decoder stores for a text."""
     decoder = decoder_of(bundle)
     state = decoder.new_state()
     decoder.extend(state, Rows(decoder.embed(range(10, 40))))
@@ -55,7 +55,7 @@ def filled(bundle: Bundle) -> OnnxState:
 def test_stored_integers_are_the_nearest_to_the_float_keys_and_values(
     checkpoint: str, bundle_of: BundleOf
 ) -> None:
-    """Of the first layer, whose inputs are the same; scales fit the samples that were measured."""
+    """Compare the first layer, whose inputs are equal; scales fit the measured samples."""
     exact = open_bundle(bundle_of(checkpoint, "fp32"))
     stored = open_bundle(bundle_of(checkpoint, "fp32", kv_cache="int8"))
     theirs, ours = filled(exact), filled(stored)

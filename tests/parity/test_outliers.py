@@ -58,7 +58,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 def features(
     model: Model, tower: LinearFormat | Recipe, images: Sequence[Any], folder: Path
 ) -> Float32:
-    """Of all pictures, ``(pictures, num_features, hidden_size)``."""
+    """Return the features of all images, ``(images, num_features, hidden_size)``."""
     if isinstance(tower, LinearFormat):
         tower = replace(RECIPES["fp32"], tower=tower)
     recipe = expand_layers(tower, model.spec)

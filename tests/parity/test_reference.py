@@ -48,7 +48,7 @@ def reference(fixture: Fixture) -> ReferenceModel:
 
 @pytest.fixture(scope="module")
 def pixels(fixture: Fixture) -> list[np.ndarray]:
-    """Of each picture."""
+    """Return the pixels of each image."""
     return [
         prepare(image, fixture.model.spec.image).arrays[0]["pixels"] for image in fixture.images
     ]

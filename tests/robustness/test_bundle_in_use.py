@@ -35,7 +35,7 @@ def folder(bundle_of: BundleOf, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other(bundle_of: BundleOf, tmp_path: Path) -> Path:
-    """What will be in its place."""
+    """Bundle that takes its place."""
     return Path(shutil.copytree(bundle_of("tiny", "int8"), tmp_path / "other"))
 
 

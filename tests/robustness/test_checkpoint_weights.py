@@ -127,7 +127,7 @@ def embed_tower(copy: Copy, factor: float) -> None:
 
 
 def scale_of_tower(copy: Copy) -> float:
-    """Of the tower that is read, to the one in the folder."""
+    """Return the scale of the tower that is read relative to the folder's."""
     stored = load_file(copy.tower / "model.safetensors")["vision_model.embeddings.class_embedding"]
     found = copy.open().weights.read("vision.class_embedding", stored.shape)
     return float(np.linalg.norm(found) / np.linalg.norm(stored.astype(np.float32)))

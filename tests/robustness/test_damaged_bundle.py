@@ -40,7 +40,7 @@ def bundle(bundle_of: BundleOf, tmp_path: Path) -> Path:
 
 
 def run(capsys: Capture, bundle: Path) -> str:
-    """What ``run`` says; ``inspect`` must say the same."""
+    """Return the message of ``run``; ``inspect`` must say the same."""
     message = refusal(capsys, "run", bundle, "--prompt", "Who?")
     assert refusal(capsys, "inspect", bundle) == message
     return message

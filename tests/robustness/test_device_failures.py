@@ -1,4 +1,4 @@
-"""What goes wrong with devices: each is one line and exit code 2; nothing keeps running there."""
+"""Failures of devices: each is one line and exit code 2; nothing keeps running there."""
 
 from __future__ import annotations
 

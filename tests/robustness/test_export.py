@@ -112,7 +112,7 @@ def test_what_an_interrupted_export_took_from_the_older_bundle_is_not_written_th
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Stages are taken over as hard links: another checkpoint must not be written into them."""
+    """Stages are reused as hard links: another checkpoint must not be written into them."""
     target = Path(shutil.copytree(bundle_of("tiny", "int4"), tmp_path / "bundle"))
     before = checked(target)
     other = tmp_path / "other"

@@ -63,7 +63,7 @@ def told(key: str, value: int) -> Callable[[bytes], bytes]:
 
 
 def check_for_engine(path: Path) -> None:
-    """What the engine checks before ggml sees the file."""
+    """Run the engine's checks that come before ggml sees the file."""
     header = read_gguf(path)
     check_decoder(header, MODEL.spec.decoder)
 

@@ -95,7 +95,7 @@ def values(model: Model) -> dict[str, Logits]:
 
 
 def refused_everywhere(files: tuple[Path, Path]) -> str:
-    """What all engines and an export say, the same; without a library having seen the file."""
+    """Return the one message of all engines and the export; no library has seen the file."""
     said = set()
     for engine in ENGINES:
         with pytest.raises(MobileVLMError) as refused:

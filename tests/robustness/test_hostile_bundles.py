@@ -209,7 +209,7 @@ def test_weights_in_a_file_that_is_not_listed_are_refused_by_us(
 
 
 def test_a_file_beside_a_graph_that_is_not_listed_is_not_opened(bundle: Path) -> None:
-    """Where the weights are in the graph itself: reading the FIFO would never end."""
+    """The graph holds its weights itself; reading the FIFO would never end."""
     model = onnx.load_model(bundle / DECODER)  # with its weights
     (bundle / DECODER).write_bytes(model.SerializeToString())
     sign(bundle, DECODER)

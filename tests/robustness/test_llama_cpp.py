@@ -76,7 +76,7 @@ def sign(bundle: Path) -> None:
 
 
 def refused(bundle: Path, *options: object) -> str:
-    """What ``run --engine gguf`` says; it must be one line and exit code 2, not a signal."""
+    """Return the message of ``run --engine gguf``: one line and exit code 2, no signal."""
     done = run_program("run", bundle, "--engine", "gguf", *QUESTION, *options)
     assert done.returncode == 2, (done.returncode, done.stderr)
     assert done.stdout == "" and done.stderr.startswith("mobilevlm: error: "), done.stderr

@@ -1,4 +1,4 @@
-"""What an export measures: for other processors too, and against limits that a person gives."""
+"""Measurements of an export, for other processors too and against limits of the user."""
 
 from __future__ import annotations
 

@@ -112,7 +112,7 @@ def expected(case: Case, open_model: Callable[[], VLM]) -> dict[str, list[int]]:
 
 
 def outcomes(work: Callable[[int], Any]) -> list[Any]:
-    """What each of some threads got that began at once: its result or its SessionError."""
+    """Return the result or SessionError of each thread; all begin at once."""
     together = threading.Barrier(THREADS)
 
     def attempt(index: int) -> Any:

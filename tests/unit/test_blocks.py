@@ -120,7 +120,7 @@ def weights_of(in_size: int, out_size: int, folder: Path) -> Any:
 def test_onnxruntime_multiplies_by_the_weights_that_the_integers_stand_for(
     precision: Precision, block_size: int, symmetric: bool, rows: int, tmp_path: Path
 ) -> None:
-    """What is left is the rounding of activations to 8 bits per block: half a step of 1/127 of the
+    """The rest is rounding of activations to 8 bits per block: half a step of 1/127 of the
     largest of up to 256 Gaussians (3.5 deviations), 0.8%."""
     layers = LinearFormat(precision, block_size=block_size, symmetric=symmetric)
     x = np.random.default_rng(7).standard_normal((rows, 320), np.float32)  # 320: a block not full

@@ -1,4 +1,4 @@
-"""What requests leave for later ones, and that nothing else changes."""
+"""State that requests keep for later ones; answers do not change."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ def test_tune_measures_tiles_at_the_same_time_and_leaves_a_plan_that_is_used(
 
 
 def test_known_images_are_told_apart_by_their_tiles(bundle_of: BundleOf) -> None:
-    """Of one grey all tiles are alike: the grids alone differ, by which the rows are put together.
+    """All tiles of a grey image are equal; only the grids differ, which set the order of the rows.
     The same image in fewer tiles is encoded anew, and in as many it is known."""
     wide, tall = (np.full(shape, 127, np.uint8) for shape in ((40, 80, 3), (80, 40, 3)))
     with mobilevlm.load(bundle_of("llava_next", "fp32")) as vlm:

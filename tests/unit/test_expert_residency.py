@@ -53,7 +53,7 @@ def residency(sparse: Fixture, path: Path, limit: int) -> tuple[ExpertResidency,
 
 
 def resident_bytes(path: Path) -> int:
-    """Of all mappings of a file in this process, as /proc/self/smaps counts."""
+    """Return the resident bytes of a file's mappings in this process, from /proc/self/smaps."""
     total, inside = 0, False
     for line in Path("/proc/self/smaps").read_text().splitlines():
         if "-" in line.split(" ")[0]:

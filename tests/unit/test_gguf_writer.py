@@ -413,7 +413,7 @@ def test_k_quants_without_llama_cpp_name_the_extra(
 def test_importance_without_llama_cpp_names_the_extra(
     llava_v1: Fixture, tmp_path: Path, without_llama_cpp: None
 ) -> None:
-    """Of the types that are written here, those that heed it are then rounded by ggml."""
+    """Types that use an importance matrix are then rounded by ggml."""
     path = tmp_path / "i.gguf"
     write_imatrix(random_matrix(llava_v1.model.spec.decoder), path)
     recipe = dataclasses.replace(RECIPES["int4"], gguf="q4_0", gguf_imatrix=str(path))

@@ -1,4 +1,4 @@
-"""Pictures of every sort to pixels, compared with a direct computation in Pillow."""
+"""Images of every sort as pixels, compared with a direct computation in Pillow."""
 
 from __future__ import annotations
 

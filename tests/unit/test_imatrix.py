@@ -103,7 +103,7 @@ def fixture_sample(fixture: Fixture) -> Sample:
 
 
 def test_statistics_are_those_of_a_decoder_in_numpy(fixture: Fixture) -> None:
-    """Both begin with a picture and a prompt; numpy's from the official code's embeddings."""
+    """Both begin with an image and a prompt; numpy's from the official code's embeddings."""
     model, arrays = fixture.model, fixture.arrays
     sample = fixture_sample(fixture)
     tokens = sample_tokens(model, sample)
@@ -120,7 +120,7 @@ def test_statistics_are_those_of_a_decoder_in_numpy(fixture: Fixture) -> None:
 
 
 def test_groups_change_nothing(llava_v1: Fixture, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of several lengths, without and with pictures: together, or each alone."""
+    """Samples of several lengths, without and with images: together, or each alone."""
     model = llava_v1.model
     samples = [
         Sample("What do you see?", "", (llava_v1.image,)),

@@ -93,7 +93,7 @@ def integer_product(
 
 
 def pair_sums(a: Uint8, weight: Int8, limits: tuple[int, int]) -> NDArray[np.int64]:
-    """The same with each sum of two products cut off at the limits (``vpmaddubsw``)."""
+    """The same with each sum of two products clipped at the limits (``vpmaddubsw``)."""
     products = a.astype(np.int64)[:, :, None] * weight.astype(np.int64)
     pairs = products.reshape(len(a), -1, 2, weight.shape[1]).sum(axis=2).clip(*limits)
     sums: NDArray[np.int64] = pairs.sum(axis=1)

@@ -1,4 +1,4 @@
-"""What the program tells of a processor."""
+"""Report of the processor."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ def described(scene: Scene, words: str) -> list[Item]:
 
 
 def truth_of(scene: Scene, question: Question) -> str:
-    """The answer of a one-picture question, derived from its text and the scene alone."""
+    """The answer of a one-image question, derived from its text and the scene alone."""
     text = question.text.removesuffix(SHORT_STYLE)
 
     def match(pattern: str) -> re.Match[str] | None:

@@ -51,7 +51,7 @@ def test_sharpened_attention_equals_the_window(model: NanoModel) -> None:
 
 @torch.no_grad()
 def test_writing_to_the_codes_would_break_it(model: NanoModel) -> None:
-    """What keep_codes is for: without it the same comparison fails."""
+    """Without keep_codes the same comparison fails."""
     pixels = pictures()
     for layer in model.vision.layers:
         layer.mlp.fc2.weight[:CODE_SIZE] += torch.randn_like(layer.mlp.fc2.weight[:CODE_SIZE])

@@ -42,7 +42,7 @@ def tuned(bundle: Bundle, *plans: Plan) -> TunedPlan:
 
 
 def change(bundle: Bundle, **values: Any) -> None:
-    """Of the only plan in the file."""
+    """Change a field of the only plan in the file."""
     path = bundle.path(PLAN)
     data = json.loads(path.read_text())
     [processor] = data["processors"].values()
@@ -176,7 +176,7 @@ def test_a_plan_of_another_export_is_passed_over(bundle: Bundle) -> None:
 
 
 def megabytes(bundle: Bundle, plan: Plan) -> float:
-    """Of the peak."""
+    """Return the megabytes of the peak."""
     return estimate(bundle.manifest, plan).peak / 1e6
 
 

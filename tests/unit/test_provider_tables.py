@@ -1,5 +1,4 @@
-"""What accelerators take by our tables: operators, their restrictions, and the lists that
-onnxruntime ships."""
+"""Tables of accelerators: operators, their restrictions, and the lists that onnxruntime ships."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def found_for(mobilevlm_v2: Fixture) -> Callable[[Goal], Found]:
 
 
 def test_a_budget_is_met_and_used(found_for: Callable[[Goal], Found]) -> None:
-    """What is left is less than the largest step of a layer from one format to the next."""
+    """The unused part of the budget is less than the largest step of a layer between formats."""
     found = found_for(Goal(bits_per_weight=5.0))
     step = max(
         abs(unit.stored_bytes(a) - unit.stored_bytes(b))

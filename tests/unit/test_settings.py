@@ -1,4 +1,4 @@
-"""What is said about how a model runs: wrong values are one line before anything is read."""
+"""Settings of a run: wrong values are one line before anything is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is measured for a plan, and what is chosen: with times made up, on a clock made up."""
+"""Measurements for a plan and its choice, with invented times on an invented clock."""
 
 from __future__ import annotations
 
@@ -207,7 +207,7 @@ def test_processors_to_try() -> None:
 
 @pytest.mark.parametrize("seconds", range(1, 14))
 def test_a_small_budget_is_kept_and_told(seconds: int) -> None:
-    """What has begun is finished, so it may be passed by one measurement."""
+    """A measurement that has begun is finished, so the budget may be exceeded by one."""
     machine = Machine()
     found = tuned(machine, seconds, engines=["onnx", "hybrid"], prompts=["onnx"], packing=True)
     assert machine.now <= seconds + 1

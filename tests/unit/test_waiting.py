@@ -22,7 +22,7 @@ PROCESSORS = os.cpu_count() or 1
 
 
 def proc(root: Path, running: int, ours: int = 1) -> Path:
-    """What /proc says of so many running threads, of which some are of this process."""
+    """Return a fake /proc with this many running threads, some of this process."""
     (root / "loadavg").write_text(f"0.20 0.18 0.12 {running}/600 11206\n")
     for number in range(3):
         task = root / "self" / "task" / str(number)

@@ -1,5 +1,5 @@
-"""Gemma 3 beyond the arrays of its fixture: several images, answers that go on, prompts that are
-reused, keys and values in 8 bits, and other forms of the checkpoint."""
+"""Gemma 3 beyond the arrays of its fixture: rows that see each other, keys and values in 8 bits,
+other forms of the checkpoint. Prompts with several images: test_gemma.py."""
 
 from __future__ import annotations
 
@@ -25,7 +25,6 @@ from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines import chunk_spans
 from mobilevlm.runtime.sequence.session import Fill
 
-Array = NDArray[np.float32]
 PROMPT = "<image>What is in it? And here?<image>Say which has a house."
 
 
@@ -51,26 +50,6 @@ def reference(fixture: Fixture) -> ReferenceModel:
     return load_reference(fixture.model)
 
 
-@torch.no_grad()
-def expected_logits(
-    vlm: VLM, reference: ReferenceModel, prompt: str, images: list[Image.Image]
-) -> Array:
-    asked = vlm._prepare(prompt, images, raw=False)
-    rows = [reference.image_rows(image) for image in asked.images]
-    found: Array = reference.logits(reference.prompt(asked.pieces, rows)).numpy()
-    return found
-
-
-def test_several_images_give_the_logits_of_the_reference(
-    vlm: VLM, reference: ReferenceModel, images: list[Image.Image]
-) -> None:
-    expected = expected_logits(vlm, reference, PROMPT, images)
-    found = vlm.prompt_logits(PROMPT, images)
-    assert relative_error(found, expected) <= 2 * FLOAT32
-    turned = vlm.prompt_logits(PROMPT, images[::-1])
-    assert relative_error(turned, expected) > 100 * FLOAT32
-
-
 def test_all_of_a_prompt_in_one_run_gives_the_same(
     vlm: VLM, reference: ReferenceModel, images: list[Image.Image]
 ) -> None:
@@ -84,19 +63,6 @@ def test_all_of_a_prompt_in_one_run_gives_the_same(
         # Rows that only see the past are another model's.
         causal = vlm.embeds_logits(replace(rows, blocks=()))
     assert relative_error(causal, found) > 1000 * FLOAT32
-
-
-def test_images_that_are_there_already_give_the_bits_of_computed_ones(
-    vlm: VLM, images: list[Image.Image]
-) -> None:
-    asked = [(PROMPT, images), (PROMPT + " Now.", images), ("<image>And this?", images[:1])]
-    fresh = [vlm.prompt_logits(prompt, shown)[-1] for prompt, shown in asked]
-    session = vlm.new_session()
-    for index in (0, 1, 2, 0, 1):
-        prompt, shown = asked[index]
-        answer = vlm.generate(prompt, shown, max_new_tokens=3, session=session, ignore_eos=True)
-        assert answer.token_ids[0] == fresh[index].argmax()
-        assert np.array_equal(vlm.prompt_logits(prompt, shown)[-1], fresh[index])
 
 
 def test_a_prompt_that_ends_inside_an_image_is_computed_from_its_begin(

@@ -1,5 +1,6 @@
-"""Gemma 4 beyond the arrays of its fixture: prompts that are reused, sequences that go back into
-the middle of a window, recipes, shapes of images, memory, and the sound that is left out."""
+"""Gemma 4 beyond the arrays of its fixture: sequences that go back into the middle of a window,
+recipes, shapes of images, memory, and the sound that is left out. Prompts with several images:
+test_gemma.py."""
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from conftest import FLOAT32, BundleOf, Fixture, fixture_named, relative_error
+from conftest import BundleOf, Fixture, fixture_named
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -26,12 +26,10 @@ from mobilevlm.media.dynamic_image import resized
 from mobilevlm.plan import Plan
 from mobilevlm.preparation import fewest_pieces, most_pieces, prepare
 from mobilevlm.prompt import count_rows
-from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.memory.estimate import ROW, ROWS, estimate
 from mobilevlm.state_buffers import state_buffers
 
-Array = NDArray[np.float32]
 PROMPT = "<image>What is in it? And here?<image>Say which has a house."
 REAL = DynamicImage(16, 3, 645120, 645120, (0.5,) * 3, (0.5,) * 3, fill_edge=163840)
 """Images of the published models: 280 visual tokens."""
@@ -54,22 +52,6 @@ def vlm(fixture: Fixture, bundle_of: BundleOf) -> Iterator[VLM]:
         yield model
 
 
-@pytest.fixture(scope="module")
-def reference(fixture: Fixture) -> ReferenceModel:
-    return load_reference(fixture.model)
-
-
-def test_several_images_give_the_logits_of_the_reference(
-    vlm: VLM, reference: ReferenceModel, images: list[Image.Image]
-) -> None:
-    asked = vlm._prepare(PROMPT, images, raw=False)
-    with torch.no_grad():
-        rows = [reference.image_rows(image) for image in asked.images]
-        expected = reference.logits(reference.prompt(asked.pieces, rows)).numpy()
-    assert relative_error(vlm.prompt_logits(PROMPT, images), expected) <= 2 * FLOAT32
-    assert relative_error(vlm.prompt_logits(PROMPT, images[::-1]), expected) > 100 * FLOAT32
-
-
 def test_layers_that_share_keys_and_values_have_no_buffers(fixture: Fixture) -> None:
     decoder = fixture.model.spec.decoder
     buffers = state_buffers(decoder)
@@ -77,19 +59,6 @@ def test_layers_that_share_keys_and_values_have_no_buffers(fixture: Fixture) -> 
     assert {buffer.shape[-1] for buffer in buffers if buffer.kind == "sliding"} == {16}
     assert {buffer.shape[-1] for buffer in buffers if buffer.kind == "kv"} == {32}
     assert [decoder.kv_layer(layer) for layer in range(6, 10)] == [5, 5, 5, 4]
-
-
-def test_prompts_that_are_there_already_give_the_bits_of_computed_ones(
-    vlm: VLM, images: list[Image.Image]
-) -> None:
-    asked = [(PROMPT, images), (PROMPT + " Now.", images), ("<image>And this?", images[:1])]
-    fresh = [vlm.prompt_logits(prompt, shown)[-1] for prompt, shown in asked]
-    session = vlm.new_session()
-    for index in (0, 1, 2, 0, 1):
-        prompt, shown = asked[index]
-        answer = vlm.generate(prompt, shown, max_new_tokens=3, session=session, ignore_eos=True)
-        assert answer.token_ids[0] == fresh[index].argmax()
-        assert np.array_equal(vlm.prompt_logits(prompt, shown)[-1], fresh[index])
 
 
 def test_going_back_into_a_window_gives_the_logits_of_a_fresh_sequence(vlm: VLM) -> None:

@@ -17,11 +17,6 @@ ONNXRUNTIME = "1.32"
 _PROVIDERS = {table.name: table for table in (ML_PROGRAM, NEURAL_NETWORK, XNNPACK)}
 
 
-def provider_names() -> list[str]:
-    """Return the names of all providers that there is a table for."""
-    return sorted(_PROVIDERS)
-
-
 def find_provider(name: str) -> Provider:
     """Return the table of a provider."""
     return _PROVIDERS[name]

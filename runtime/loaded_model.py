@@ -60,6 +60,7 @@ class LoadedModel:
         self._vision: EncoderEngine | None = vision
         self._decoder: DecoderEngine | None = decoder
         self._cache = cache
+        self._limits = limits
         self._room_for: RoomFor = partial(_room_for, limits, cache)
         asked = None
         if self.spec.reads_instructions:

@@ -43,6 +43,7 @@ from mobilevlm.runtime.answer.options import (
 )
 from mobilevlm.runtime.engines import Float32
 from mobilevlm.runtime.loaded_model import LoadedModel
+from mobilevlm.runtime.memory.fitting import check_drawing_fits
 from mobilevlm.runtime.sequence.drafting import check_draft_tokens
 from mobilevlm.runtime.sequence.encoding import encode_image
 from mobilevlm.runtime.sequence.prompts import Images, PromptReader, Tools
@@ -204,6 +205,7 @@ class VLM(LoadedModel):
             MobileVLMError: this model cannot draw, or a value is outside its range.
             PromptError: the prompt is empty, or leaves no room for an image in the context.
             BundleError: the engine does not draw, or the bundle has not the artifacts.
+            MemoryLimitError: drawing needs more memory than a limit.
         """
         found = self.drawn(prompt, n, guidance, seed, temperature, on_progress)
         return [drawn.image for drawn in found]
@@ -243,6 +245,9 @@ class VLM(LoadedModel):
         options = DrawOptions(n, scale, temperature, seed)
         ids = self.drawing_ids(prompt)
         check_room(len(ids), output, self.spec.decoder.context_length)
+        if self.engine == "onnx":  # no other draws
+            sequences = 1 if scale == 1 else 2
+            check_drawing_fits(self.bundle, self.plan, self._limits, len(ids), sequences)
         stages = self._drawing_stages()
         assert isinstance(decoder, OnnxDecoder)
         return draw_steps(decoder, stages, output, ids, options)

@@ -189,10 +189,10 @@ def estimate(manifest: Manifest, plan: Plan, positions: int | None = None) -> Me
     return Memory(libraries, weights, working, filled, pages, mapped + read, reserved)
 
 
-def drawing_bytes(manifest: Manifest, prompt: int = TEXT_POSITIONS) -> float:
+def drawing_bytes(manifest: Manifest, prompt: int = TEXT_POSITIONS, sequences: int = 2) -> float:
     """Bytes that the first image takes beside what answers do: weights of the stages that draw,
-    keys and values of the prompt and the unconditional one and of both joined, and the largest maps
-    of the decoder of codes. ``prompt``: its positions."""
+    keys and values of the prompts and of all joined, and the largest maps of the decoder of codes.
+    ``prompt``: positions of the prompt; ``sequences``: 2 with guidance, else 1."""
     output, decoder = manifest.spec.drawing, manifest.spec.decoder
     layers = manifest.recipe.projector.without_data()
     groups = output_groups(output, decoder.hidden_size)
@@ -200,7 +200,7 @@ def drawing_bytes(manifest: Manifest, prompt: int = TEXT_POSITIONS) -> float:
     stored = [part for part in manifest.artifacts if part.stage == "image_decoder"]
     weights += sum(_size(manifest, part.files) for part in stored) * _IMAGE_DECODER_COPIES
     value = _BYTE if manifest.recipe.kv_cache == "int8" else _FLOAT
-    slots = 2 * (2 * prompt + output.num_tokens)
+    slots = sequences * (2 * prompt + output.num_tokens)
     states = _slots_size(decoder, False, value, slots, slots)
     maps = _MAPS * _FLOAT * output.edge**2 * max(output.decoder.widths[-2:])
     return weights + len(DRAWING) * SESSION + states + maps

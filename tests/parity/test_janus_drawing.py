@@ -20,15 +20,23 @@ import mobilevlm
 from mobilevlm.bundle import read_manifest
 from mobilevlm.bundle_checks import check_manifest
 from mobilevlm.cli import main
-from mobilevlm.errors import BundleError, MobileVLMError, PromptError, TargetError
+from mobilevlm.errors import (
+    BundleError,
+    MemoryLimitError,
+    MobileVLMError,
+    PromptError,
+    TargetError,
+)
 from mobilevlm.export.quality.drawing import measure_drawing
 from mobilevlm.export.targets import find_target
 from mobilevlm.export.targets.obstacles import check_drawing, obstacle
 from mobilevlm.export.verification.verify import verify
+from mobilevlm.plan import Plan, memory_settings
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.answer.drawing import unconditional
 from mobilevlm.runtime.bench.bench import run_bench
+from mobilevlm.runtime.memory.estimate import drawing_bytes, estimate
 
 EXACT = 1e-4
 PROMPT = "A small red house near a river, with a road sign."
@@ -214,6 +222,38 @@ def test_bench_and_inspect_tell_of_drawing(
     assert {"next code", "codes", "image decoder"} <= rows
     main(["inspect", str(folder)])
     assert "drawing takes" in capsys.readouterr().out
+
+
+def test_drawing_counts_toward_the_memory_limit(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three limits: room for all settings, for drawing by the leanest plan, and for answers only."""
+    manifest, _ = read_manifest(folder)
+    answers = {
+        setting: estimate(manifest, Plan("onnx", memory=setting)).peak
+        for setting in memory_settings("onnx")
+    }
+    drawing = drawing_bytes(manifest) / 1e6
+    alone = drawing_bytes(manifest, sequences=1) / 1e6
+    assert drawing > alone > 1
+    lean = min(answers.values()) / 1e6
+    with mobilevlm.load(folder, max_memory_mb=lean + drawing + 0.01) as vlm:
+        assert vlm.plan.memory == "in turn"  # the first that leaves room for drawing
+        [drawn] = vlm.drawn(PROMPT, guidance=5, temperature=0)
+        assert drawn.codes == fixture_named("janus").arrays["gen_image_ids"].tolist()
+    limit = answers["fast"] / 1e6 + 0.01
+    assert limit < lean + alone
+    with mobilevlm.load(folder, max_memory_mb=limit) as vlm:
+        assert vlm.plan.memory == "fast"
+        assert vlm.generate("What is it?", max_new_tokens=2).text
+        told = (
+            rf"drawing takes \d+ MB of memory, the limit is {limit:.0f} MB \(--max-memory\): raise"
+        )
+        with pytest.raises(MemoryLimitError, match=told):
+            vlm.draw(PROMPT)
+        assert vlm._drawing is None
+    said = ("draw", folder, "-p", PROMPT, "-o", tmp_path / "a.png", "--max-memory", f"{limit}MB")
+    assert "draw with guidance 1, or export" in refusal(capsys, *said)
 
 
 @pytest.mark.parametrize("name", ["ios-coreml", "android-xnnpack"])

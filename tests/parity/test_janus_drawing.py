@@ -227,7 +227,7 @@ def test_bench_and_inspect_tell_of_drawing(
 def test_drawing_counts_toward_the_memory_limit(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three limits: room for all settings, for drawing by the leanest plan, and for answers only."""
+    """A limit for drawing by the leanest plan, then one for answers only."""
     manifest, _ = read_manifest(folder)
     answers = {
         setting: estimate(manifest, Plan("onnx", memory=setting)).peak

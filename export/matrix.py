@@ -1,4 +1,4 @@
-"""Many exports: each of the checkpoints by each recipe for each target, verified and measured.
+"""Many exports: each of the checkpoints by each recipe or for each target, verified and measured.
 
 A job runs the program's own verbs in processes of their own, here or on a node of a Ray cluster.
 What ends one is its error, and the others go on. A journal beside the bundles keeps what is done.
@@ -126,6 +126,10 @@ def read_matrix(path: Path) -> Matrix:
     found = from_dict(Matrix, data, str(path))
     if not found.checkpoints or not (found.recipes or found.targets):
         raise MobileVLMError(f"{shown(path)}: expected checkpoints, and recipes or targets")
+    if found.recipes and found.targets:
+        raise MobileVLMError(
+            f"{shown(path)}: a target settles the recipe: leave recipes or targets out"
+        )
     for name in found.origins:
         if name not in found.checkpoints:
             raise MobileVLMError(f"{shown(path)}: origins: {shown(name, 80)!r} is no checkpoint")

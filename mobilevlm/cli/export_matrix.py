@@ -35,7 +35,7 @@ matrix.toml:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress on stderr.")
 def command(spec: Path, ray: str | None, as_json: bool, quiet: bool) -> None:
-    """Export each checkpoint of SPEC.toml by each recipe for each target, verify and measure the
+    """Export each checkpoint of SPEC.toml by each recipe or for each target, verify and measure the
     bundles, and print a table in Markdown. The same command goes on where it was stopped and tries
     again what failed. Exit code 1 if a job failed."""
     progress.enable(not quiet)

@@ -212,7 +212,7 @@ def summary(result: BenchResult) -> str:
         f"{result.artifact_mb:.0f} MB{reads}: "
         f"{result.visual_tokens} visual + {result.text_tokens} text tokens, "
         f"{result.new_tokens} new tokens, {result.runs} runs, "
-        f"{result.threads} threads; load {result.load_seconds:.2f} s, "
+        f"{result.threads} thread{'s' * (result.threads > 1)}; load {result.load_seconds:.2f} s, "
         f"peak memory {result.peak_memory_mb:.0f} MB" + "".join(f"; {n}" for n in result.notes)
     )
 

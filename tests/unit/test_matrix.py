@@ -112,6 +112,7 @@ def test_steps_may_be_left_out_and_targets_settle_recipes() -> None:
     [
         ('checkpoints = ["nano"]', "recipes or targets"),
         ('recipes = ["int8"]', "checkpoints"),
+        ('checkpoints = ["nano"]\nrecipes = ["int8"]\ntargets = ["rpi5"]', "leave recipes or"),
         ('checkpoints = ["nano"]\nrecipes = ["int8"]\ncolour = 3', "colour"),
         ('checkpoints = "nano"\nrecipes = ["int8"]', "checkpoints"),
         ('checkpoints = ["nano"]\nrecipes = ["int8", "int8"]', "two jobs would write"),

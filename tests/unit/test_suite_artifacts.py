@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from measured_artifacts import ARTIFACTS, artifact
 
+from mobilevlm.runtime.bench.bench import summary
 from mobilevlm.runtime.suites.artifact_page import write_artifact_page
 from mobilevlm.runtime.suites.artifacts import as_markdown
 
@@ -23,6 +24,12 @@ def test_energy_of_an_answer_is_its_time_by_the_mean_power() -> None:
     battery = replace(first.bench.telemetry, battery_watts=3.0)
     on_battery = replace(first, bench=replace(first.bench, telemetry=battery))
     assert on_battery.joules == pytest.approx(3.0 * 7.2), "the whole device's, where it shows it"
+
+
+def test_a_summary_counts_one_thread_in_the_singular() -> None:
+    bench = ARTIFACTS[0].bench
+    assert "3 runs, 4 threads; load" in summary(bench)
+    assert "3 runs, 1 thread; load" in summary(replace(bench, threads=1))
 
 
 def test_the_table_has_a_line_for_each_artifact() -> None:

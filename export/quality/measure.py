@@ -53,7 +53,7 @@ from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.reference.model import ImageRows, held
 from mobilevlm.reference.steps import State
 from mobilevlm.reference.streaming import stream_steps
-from mobilevlm.runtime.loading import open_model
+from mobilevlm.runtime.open_model import open_model
 from mobilevlm.runtime.tuning.plan_file import PlanChoice
 from mobilevlm.runtime.vlm import VLM
 from mobilevlm.spec import ModelSpec

@@ -274,7 +274,7 @@ def _run_suite(
     if not questions:
         return None
     from mobilevlm.export.pipeline import export
-    from mobilevlm.runtime.loading import open_model
+    from mobilevlm.runtime.open_model import open_model
 
     examples = evaluation_set(questions)
     with tempfile.TemporaryDirectory() as folder:

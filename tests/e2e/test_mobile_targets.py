@@ -28,8 +28,8 @@ from mobilevlm.plan import Plan
 from mobilevlm.runtime.engines.onnx.npu import NpuState
 from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 from mobilevlm.runtime.engines.opening import open_engines
-from mobilevlm.runtime.loading import open_model
 from mobilevlm.runtime.memory.estimate import estimate
+from mobilevlm.runtime.open_model import open_model
 
 Capture = pytest.CaptureFixture[str]
 TARGETS = ("ios-coreml", "android-xnnpack")

@@ -18,7 +18,7 @@ from mobilevlm import bundle as bundles
 from mobilevlm.bundle import open_bundle
 from mobilevlm.errors import BundleError, ReplacedError
 from mobilevlm.plan import Plan
-from mobilevlm.runtime import loading
+from mobilevlm.runtime import open_model as opening
 from mobilevlm.runtime.engines.opening import open_engines
 
 IN_TURN = Plan("onnx", memory="in turn")
@@ -60,7 +60,7 @@ def test_loading_begins_anew_when_the_bundle_is_replaced_meanwhile(
             replace(folder, other)
         return engines
 
-    monkeypatch.setattr(loading, "open_engines", disturbed)
+    monkeypatch.setattr(opening, "open_engines", disturbed)
     with mobilevlm.load(folder) as vlm:
         assert vlm.bundle.digest == expected
         assert vlm.generate("Who?", max_new_tokens=2).token_ids

@@ -22,6 +22,7 @@ from mobilevlm.families import (  # they register themselves
     internvl,  # noqa: F401
     internvl_chat,  # noqa: F401
     janus,  # noqa: F401
+    janus_deepseek,  # noqa: F401
     language,  # noqa: F401
     lfm2_vl,  # noqa: F401
     llava,  # noqa: F401

@@ -7,7 +7,8 @@ Official code: the class ``JanusForConditionalGeneration`` of transformers and i
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mobilevlm.checkpoint import TensorRef, Weights, read_json
@@ -31,7 +32,7 @@ _VISION: dict[str, Any] = {
     "num_image_tokens": 576, "model_type": "janus_vision_model"}  # fmt: skip
 """Defaults of ``JanusVisionConfig``."""
 _ONLY = {"hidden_act": "gelu", "attention_bias": True, "use_qk_norm": False, "num_channels": 3}
-_SYSTEM = (
+DEFAULT_SYSTEM = (
     "You are a helpful language and vision assistant. You are able to understand the visual "
     "content that the user provides, and assist the user with a variety of tasks using natural "
     "language.\n\n"
@@ -45,29 +46,48 @@ _SMALLEST_EDGE = 14
 """Default of the image processor's ``min_size``."""
 
 
+@dataclass(frozen=True)
+class JanusLayout:
+    """How a checkpoint differs from the hub's layout."""
+
+    before: str
+    """Template text before the conversation, but not before prompts of images"""
+    template: str | None = None
+    """Chat template of a checkpoint that brings none"""
+    stored: Callable[[TensorRef], TensorRef] = lambda ref: ref
+    """Place of a tensor, given the one in the hub's layout"""
+    unread: tuple[str, ...] = tuple(unread_names())
+    """Regular expressions of tensors that nobody reads"""
+
+
 @register("janus", {"janus"}, keys={"text_config", "vision_config"}, ready_tokenizer=True)
 def read_janus(source: Source) -> tuple[ModelSpec, Weights]:
     """Reads a checkpoint of Janus or Janus-Pro."""
+    spoken = f"{{{{- {json.dumps(DEFAULT_SYSTEM)} -}}}}" if _processor(source) else ""
+    return read_layout(source, JanusLayout(spoken))
+
+
+def read_layout(source: Source, layout: JanusLayout) -> tuple[ModelSpec, Weights]:
+    """Read a checkpoint whose configuration has the hub's keys."""
     hub = open_hub(source)
     settings = {**_VISION, **{key: item for key, item in hub.vision.items() if item is not None}}
     vision, (decoder, backbone) = _tower(hub, settings), hub.decoder()
     depth = config_value(hub.path, settings, "depth", int)
     grid = vision.grid
     connector = ConnectorSpec("mlp", vision.hidden_size, decoder.hidden_size, depth, grid, grid)
-    preparation, processor = _preparation(hub, vision), _processor(source)
+    preparation = _preparation(hub, vision)
     row_id, mark = hub.image_token("image_token_id", "image_token_index")
     named = tokenizer_settings(source.folder)
     begin, end = (hub.token_id(token_text(named.get(key)) or text) for key, text in _MARKS.items())
-    layout = LayoutSpec(begin_ids=(begin,), end_ids=(end,), row_id=row_id)
-    plain = hub.conversation(mark)
-    spoken = f"{{{{- {json.dumps(_SYSTEM)} -}}}}" if processor else ""
+    marks = LayoutSpec(begin_ids=(begin,), end_ids=(end,), row_id=row_id)
+    plain = hub.conversation(mark, otherwise=layout.template)
     drawing = read_drawing(hub, decoder, plain.chat_template, begin)
     spec = ModelSpec(
         family="janus",
         name=source.name,
-        inputs={"image": InputSpec(preparation, vision, connector, layout)},
+        inputs={"image": InputSpec(preparation, vision, connector, marks)},
         decoder=decoder,
-        conversation=hub.conversation(mark, before=spoken),
+        conversation=hub.conversation(mark, before=layout.before, otherwise=layout.template),
         outputs={"image": drawing},
     )
     tower_refs, skipped = hub.tower_refs(vision, _ROOTS)
@@ -81,7 +101,8 @@ def read_janus(source: Source) -> tuple[ModelSpec, Weights]:
         for part in ("weight", "bias"):
             refs[f"projector.mlp.{index}.{part}"] = TensorRef(hub.files, f"{theirs}.{part}")
     refs |= drawing_refs(hub, drawing, decoder.hidden_size)
-    return spec, hub.weights(refs, decoder, backbone, [*skipped, *unread_names()])
+    refs = {ours: layout.stored(ref) for ours, ref in refs.items()}
+    return spec, hub.weights(refs, decoder, backbone, [*skipped, *layout.unread])
 
 
 def _tower(hub: HubCheckpoint, config: dict[str, Any]) -> TransformerEncoder:
@@ -108,7 +129,7 @@ def _preparation(hub: HubCheckpoint, vision: TransformerEncoder) -> FixedImage:
         CheckpointError: a setting is wrong, or not supported.
     """
     where, settings = hub.processor_path, hub.processor
-    check_only(where, settings, {"do_pad": True})
+    check_only(where, settings, {"do_pad": True, "image_size": vision.image_size})
     square = image_spec(Tower(str(where), hub.vision, settings, None), vision, "fit")
     if any(settings.get(key) is None for key in ("image_mean", "image_std")):
         raise CheckpointError(f"{where}: 'image_mean' and 'image_std' are missing")

@@ -123,12 +123,17 @@ def keys_of_the_library(holder: type = gguf.Keys) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("key", keys_of_the_library())
-def test_every_key_of_gguf_py_is_in_the_table(key: str) -> None:
+def test_every_key_of_gguf_py_is_in_the_table() -> None:
     """A key that is new there must be looked at: is it read, without effect, or refused?"""
-    role: Role = "encoder" if key.startswith("clip.") else "decoder"
-    rule = rule_of(key, role)
-    assert rule is not None and rule.pattern != DESCRIPTIVE
+
+    def is_missing(key: str) -> bool:
+        role: Role = "encoder" if key.startswith("clip.") else "decoder"
+        rule = rule_of(key, role)
+        return rule is None or rule.pattern == DESCRIPTIVE
+
+    keys = keys_of_the_library()
+    assert len(keys) > 200
+    assert [key for key in keys if is_missing(key)] == []
 
 
 def test_a_refused_key_says_why_and_a_neutral_value_passes_its_own_type() -> None:

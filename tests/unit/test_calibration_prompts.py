@@ -41,9 +41,8 @@ def test_no_prompt_shares_a_run_of_five_words_with_what_models_are_measured_on(n
     assert {run for prompt in (*TEXTS, *IMAGES) for run in runs(prompt, 5)} & measured == set()
 
 
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_no_prompt_is_about_what_models_are_measured_on(subject: str) -> None:
-    pattern = re.compile(rf"\b{subject}(s|es)?\b")
+def test_no_prompt_is_about_what_models_are_measured_on() -> None:
+    pattern = re.compile(rf"\b({'|'.join(SUBJECTS)})(s|es)?\b")
     assert [prompt for prompt in (*TEXTS, *IMAGES) if pattern.search(prompt.lower())] == []
 
 

@@ -6,6 +6,7 @@ and the numbers that the model's official code gives for it; its README.md says 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from tokenizers import Tokenizer
 
 import mobilevlm
 import mobilevlm.nano
+from mobilevlm.bundle import is_bundle
 from mobilevlm.checkpoint import TensorFiles, TensorRef, Weights
 from mobilevlm.cli import main
 from mobilevlm.console import progress
@@ -361,16 +363,20 @@ def random_limits(recipe: str) -> dict[str, float]:
 
 @pytest.fixture(scope="session")
 def bundle_of(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> BundleOf:
-    """Exports a reference checkpoint, or ``tiny``. The bundle is shared: copy it to change it."""
-    made: dict[tuple[str, str, bool, KVCache], Path] = {}
-    base = tmp_path_factory.mktemp("bundles")
+    """Exports a reference checkpoint, or ``tiny``, once for all processes of a run. The bundle is
+    shared: copy it to change it."""
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "bundles"
+    shared.mkdir(exist_ok=True)
 
     def export(
         checkpoint: str, recipe: str, measure: bool = False, kv_cache: KVCache = "fp32"
     ) -> Path:
-        key = checkpoint, recipe, measure, kv_cache
-        if key not in made:
-            folder = base / "-".join(map(str, key))
+        folder = shared / f"{checkpoint}-{recipe}-{measure}-{kv_cache}"
+        with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+            if is_bundle(folder):
+                return folder
             source, options = tiny_checkpoint, OpenOptions()
             if checkpoint != "tiny":
                 fixture = fixture_named(checkpoint)
@@ -385,8 +391,7 @@ def bundle_of(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
                 kv_cache=kv_cache,
                 limits=random_limits(recipe) if measure else None,
             )
-            made[key] = folder
-        return made[key]
+        return folder
 
     return export
 

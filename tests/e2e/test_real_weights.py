@@ -116,5 +116,5 @@ def test_the_default_recipes_keep_a_real_language_model(
     manifest = mobilevlm.export(checkpoint, tmp_path / "b", recipe=recipe, require_measured=True)
     stages = manifest.quality.stages
     kl = {name: stages[name].figures["kl"] for name in stages if name in ("decoder", "prefill")}
-    exact = {"int8": {"decoder": 0.0117}, "fast": {"decoder": 0.059, "prefill": 0.0083}}[recipe]
+    exact = {"int8": {"decoder": 0.0117}, "fast": {"decoder": 0.054, "prefill": 0.0054}}[recipe]
     assert kl == pytest.approx(exact, rel=0.35)  # other processors draw other answers

@@ -320,6 +320,10 @@ class Weights:
     def __contains__(self, name: object) -> bool:
         return name in self._refs
 
+    def stored_name(self, name: str) -> str:
+        """Return the name of a tensor in the checkpoint."""
+        return self._refs[name].name
+
     def changed(self, changes: Mapping[str, Change]) -> Weights:
         """The same tensors, each that ``changes`` names changed when it is read."""
         merged = dict(self._changes)

@@ -59,6 +59,13 @@ class ModelSpec:
     """Name of one of several official behaviours, for families that have them."""
     outputs: dict[str, ImageOutput] = dataclasses.field(default_factory=dict)
     """Outputs beside text by their kind: ``image``."""
+    sound_as_image: bool = False
+    """Sounds are shown to the image encoder, as spectrograms (media/sound_image.py)."""
+
+    @property
+    def shown(self) -> frozenset[str]:
+        """Kinds of what goes with a text in a prompt."""
+        return frozenset(self.inputs) | ({"audio"} if self.sound_as_image else set())
 
     @property
     def draws(self) -> bool:

@@ -29,6 +29,7 @@ from mobilevlm.families import (  # they register themselves
     llava_hub,  # noqa: F401
     mobilevlm,  # noqa: F401
     moe_llava,  # noqa: F401
+    nano_any,  # noqa: F401
     qwen2_audio,  # noqa: F401
     qwen_vl,  # noqa: F401
     smolvlm,  # noqa: F401

@@ -116,10 +116,22 @@ class PromptReader:
             AudioError: it is missing or damaged, no sound, or too long for the context.
             MobileVLMError: the model takes no sound.
         """
+        if self.spec.sound_as_image:
+            return self._heard_as_image(source)
         from mobilevlm.audio import prepare_sound  # for models that hear
 
         room = self.spec.decoder.context_length if positions is None else positions
         return prepare_sound(source.source, self.spec.audio, room, self._room_for)
+
+    def _heard_as_image(self, source: Sound) -> Prepared:
+        """Return a sound as the image that the model's image encoder reads."""
+        from mobilevlm.media.sound_image import read_sound_image  # for a model that hears so
+
+        if isinstance(source.source, Prepared):
+            return self.image(source.source)
+        preparation = self.spec.image.preparation
+        assert isinstance(preparation, FixedImage)
+        return self.image(read_sound_image(source.source, preparation.size))
 
     def _shown(
         self, shown: Sequence[ImageInput | Sound], tokens: Sequence[Token]
@@ -322,7 +334,7 @@ class PromptReader:
         """Raise PromptError if the model does not take what goes with a prompt."""
         for source in shown:
             kind = "audio" if isinstance(source, Sound) else "image"
-            if kind not in self.spec.inputs:
+            if kind not in self.spec.shown:
                 what = "no sound: leave it out" if kind == "audio" else "no images: leave them out"
                 raise PromptError(f"{self.spec.name}: this model takes {what}")
 

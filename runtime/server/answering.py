@@ -155,7 +155,7 @@ def _stream(vlm: VLM, asked: Asked, images: list[ImageRef]) -> TextStream:
     hidden = asked.options.get("tool_choice") == "none"
     tools = () if hidden else read_tools(asked.options.get("tools", ()))
     for image in images:
-        if image.kind not in vlm.spec.inputs:
+        if image.kind not in vlm.spec.shown:
             what = "images: leave them out" if image.kind == "image" else "sound: leave it out"
             raise refuse(image.place, f"this model takes no {what}")
     vlm.check_fits(asked.prompt, len(images), raw, special, tools=tools)

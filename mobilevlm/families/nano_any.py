@@ -18,7 +18,7 @@ from mobilevlm.spec import ModelSpec
 
 @register("nano_any", {"nano_any"}, keys={"text_config", "vision_config"}, ready_tokenizer=True)
 def read_nano_any(source: Source) -> tuple[ModelSpec, Weights]:
-    """Reads a checkpoint of the training in mobilevlm/nano/training."""
+    """Reads a checkpoint of mobilevlm/nano/training/anything.py."""
     spec, weights = read_janus(source)
     path = source.folder / "config.json"
     drawing, first = spec.drawing, config_value(path, source.config, "first_place_id", int)

@@ -73,7 +73,7 @@ def draw_exactly(scene: Scene) -> Pixels:
     """Return the image of a scene as it is drawn from its caption ``(48, 48, 3)``."""
     canvas = np.full((EDGE, EDGE, 3), GREY, np.float32)
     for item in scene.items:
-        _blend(canvas, item, _coverage(item.shape, "large", 0), np.zeros(3))
+        _blend(canvas, item, _coverage(item.shape, "large", 0), np.zeros(3, np.int64))
     return (canvas + 0.5).astype(np.uint8)
 
 
@@ -90,7 +90,8 @@ def draw_varied(scene: Scene, seed: int) -> Pixels:
         _blend(canvas, item, mask, rng.integers(-14, 15, 3))
     canvas *= rng.uniform(0.86, 1.1)
     canvas += rng.choice((0.0, 1.0, 3.0)) * rng.standard_normal(canvas.shape, np.float32)
-    return np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    image: Pixels = np.clip(canvas + 0.5, 0, 255).astype(np.uint8)
+    return image
 
 
 def _blend(canvas: Floats, item: Item, mask: Floats, tint: npt.NDArray[np.int64]) -> None:

@@ -6,17 +6,20 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import refusal
+from numpy.typing import NDArray
 from PIL import Image
 
 import mobilevlm
 from mobilevlm.errors import AudioError, CheckpointError
 from mobilevlm.families import open_checkpoint
 from mobilevlm.media.sound_image import RATE, sound_image
+from mobilevlm.messages import Message
 from mobilevlm.model import Model
 from mobilevlm.nano import beeps
 from mobilevlm.nano.simple import EDGE, GRID, draw_varied, simple_caption, simple_scene
@@ -58,7 +61,7 @@ def vlm(folder: Path) -> Iterator[VLM]:
         yield opened
 
 
-def trained_logits(model: Model, question: str, image: np.ndarray) -> torch.Tensor:  # type: ignore[type-arg]
+def trained_logits(model: Model, question: str, image: NDArray[np.uint8]) -> torch.Tensor:
     """Logits of the answer's first token, as training computes them."""
     ids, _ = question_row(model, [(question, "yes")])
     asked = ids[: len(ids) - len(model.tokenizer.encode("yes").ids) - 1]
@@ -86,8 +89,8 @@ def test_a_sound_is_read_as_its_spectrogram(model: Model, vlm: VLM) -> None:
     alone = vlm.encode_audio((samples, RATE))
     assert np.abs(alone - vlm.encode_image(Image.fromarray(image))).max() == 0
     said = vlm.generate(beeps.QUESTION, audio=[(samples, RATE)], max_new_tokens=4).token_ids
-    part = {"type": "audio", "audio": (samples, RATE)}
-    message = {"role": "user", "content": [part, {"type": "text", "text": beeps.QUESTION}]}
+    part: dict[str, Any] = {"type": "audio", "audio": (samples, RATE)}
+    message: Message = {"role": "user", "content": [part, {"type": "text", "text": beeps.QUESTION}]}
     assert vlm.generate([message], max_new_tokens=4).token_ids == said
     shown = vlm.generate(beeps.QUESTION, [Image.fromarray(image)], max_new_tokens=4)
     assert shown.token_ids == said

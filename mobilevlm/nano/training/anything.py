@@ -1,7 +1,8 @@
 """Training of the model that also hears and draws: ``python -m mobilevlm.nano.training.anything``.
 
 Two stages, which need nothing of each other and may run side by side: ``pixels`` teaches the
-decoder of codes to draw, ``joint`` all else: answers about images, letters of beeps, codes of captions.
+decoder of codes to draw, ``joint`` all else: answers about images, letters of beeps, codes of
+captions.
 """
 
 from __future__ import annotations
@@ -143,9 +144,9 @@ def drawing(model: Model, seeds: list[int]) -> Rows:
         rows.append(ids)
     length = max(map(len, rows))
     made = torch.from_numpy(np.stack(codes))
-    ids = torch.tensor([[END] * (length - len(row)) + row for row in rows])
-    ids = torch.cat([ids, torch.full((len(rows), GRID * GRID - 1), END)], dim=1)
-    return Rows(ids, made, codes=made)
+    prompts = torch.tensor([[END] * (length - len(row)) + row for row in rows])
+    empty = torch.full((len(rows), GRID * GRID - 1), END)
+    return Rows(torch.cat([prompts, empty], dim=1), made, codes=made)
 
 
 def states(reference: ReferenceModel, rows: Rows) -> Tensor:

@@ -265,3 +265,19 @@ def test_targets_of_accelerators_refuse_a_model_that_draws(janus: Fixture, name:
 
 def test_other_runtimes_and_pages_have_no_place_for_a_model_that_draws(janus: Fixture) -> None:
     assert obstacle(janus.model.spec) == "images that it draws"
+
+
+def test_an_int4_bundle_goes_through_verify_and_draws(
+    bundle_of: BundleOf, janus: Fixture, artist: VLM
+) -> None:
+    folder = bundle_of("janus", "int4")
+    report = verify(folder, janus.checkpoint)
+    stages = report.stages
+    assert {"vision", "decoder", "image_head", "code_embeddings", "image_decoder"} <= set(stages)
+    # 4 bits of random weights: the next code is near, the pixels of given codes are the same.
+    assert stages["image_head"].figures["kl"] < 1
+    assert stages["code_embeddings"].figures["relative_error"] < 0.2
+    assert stages["image_decoder"].figures["relative_error"] < 2e-3
+    with mobilevlm.load(folder) as vlm:
+        assert vlm.bundle.manifest.recipe.decoder.precision == "q4"
+        assert vlm.draw(PROMPT, seed=1)[0].size == artist.draw(PROMPT, seed=1)[0].size

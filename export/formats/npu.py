@@ -104,6 +104,8 @@ def _refusals(spec: ModelSpec, recipe: Recipe) -> list[tuple[bool, str]]:
     missing = "no graphs for NPUs of {} yet: use --format onnx"
     if spec.has_sound:
         return [(True, missing.format("models that take sound"))]
+    if not spec.has_images:
+        return [(True, missing.format("language models without images"))]
     image = spec.image.preparation
     parts = {
         f"images prepared as {image.kind!r}": not isinstance(image, FixedImage | Tiled),

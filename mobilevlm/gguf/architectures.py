@@ -105,6 +105,11 @@ def gguf_architecture(spec: DecoderSpec) -> str:
             "GGUF files of decoders with per-layer embeddings are not written yet: use --format "
             "onnx"
         )
+    if spec.sound_rank:
+        raise MobileVLMError(
+            "a GGUF decoder has no products that act where a prompt has sound (Granite Speech's "
+            "adapter): use --format onnx"
+        )
     if strange := sorted(fields - OURS):
         raise MobileVLMError(
             f"the GGUF writer knows no architecture for this decoder: none has its {strange[0]}: "

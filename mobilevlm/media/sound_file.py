@@ -241,8 +241,9 @@ def _by_library(file: IO[bytes], name: str) -> Iterator[SoundStream]:
 
             yield SoundStream(name, int(opened.samplerate), int(opened.frames), blocks)
     except soundfile.SoundFileError as error:
+        why = getattr(error, "error_string", error)  # without the name of the open file
         raise AudioError(
-            f"{name}: not a sound that can be read ({shown(error, 200)}): give a WAV, FLAC, Ogg or "
+            f"{name}: not a sound that can be read ({shown(why, 200)}): give a WAV, FLAC, Ogg or "
             f"MP3 file"
         ) from None
 

@@ -83,6 +83,39 @@ def test_a_stream_has_the_same_text_and_its_usage(client: Any, scenes: list[Path
     assert len({item.id for item in events}) == 1
 
 
+@pytest.mark.parametrize("harness", ["lmms-eval", "VLMEvalKit", "LMDeployAPI"])
+def test_requests_of_other_harnesses_get_the_runtime_s_answer(
+    harness: str, server: Server, client: Any, scenes: list[Path]
+) -> None:
+    """Their fields and parts: lmms-eval's model ``openai`` (chat), VLMEvalKit's classes
+    ``OpenAIWrapper`` and ``LMDeployAPI``, which post JSON with a bearer token."""
+    question = "How many shapes are there?\nAnswer the question using a single word or phrase."
+    text, url = {"type": "text", "text": question}, {"url": data_uri(scenes[0])}
+    with mobilevlm.load("nano") as vlm:
+        expected = vlm.generate(question, [scenes[0]], max_new_tokens=16, temperature=0)
+    if harness == "lmms-eval":
+        parts = [{"type": "image_url", "image_url": url}, text]
+        found = client.chat.completions.create(
+            messages=[{"role": "user", "content": parts}], model="nano", max_tokens=16,
+            temperature=0,
+        )  # fmt: skip
+        assert found.choices[0].message.content == expected.text
+        assert found.usage.completion_tokens == len(expected.token_ids)
+        return
+    shown = {**url, "detail": "low"} if harness == "VLMEvalKit" else url
+    payload = {
+        "model": "nano", "n": 1, "temperature": 0, "max_tokens": 16,
+        "messages": [{"role": "user", "content": [
+            {"type": "image_url", "image_url": shown}, text]}],
+    }  # fmt: skip
+    headers = {"Content-Type": "application/json", "Authorization": "Bearer none"}
+    answer = server.client.post(
+        "/v1/chat/completions", headers=headers, content=json.dumps(payload)
+    )
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["choices"][0]["message"]["content"].strip() == expected.text.strip()
+
+
 def test_several_images_and_turns_are_read_in_order(client: Any, scenes: list[Path]) -> None:
     first, second = (
         {"type": "image_url", "image_url": {"url": data_uri(scene), "detail": "low"}}

@@ -133,3 +133,11 @@ def test_a_person_runs_and_inspects_it(bundle: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = run_program("verify", bundle)
     assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_graphs_for_npus_are_refused_in_one_line(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = ("export", checkpoint, "-o", tmp_path / "b", "--format", "npu", "--recipe", "fp32")
+    told = refusal(capsys, *said, "--no-measure", "--quiet")
+    assert "no graphs for NPUs of language models without images yet" in told

@@ -1,16 +1,17 @@
-"""Checkpoints of families that hear or draw in bfloat16 and in shards are the same model; Granite
-Speech hears several clips of one prompt."""
+"""Families that hear or draw: checkpoints in bfloat16 and shards, several clips of Granite Speech,
+WAV of all depths, formats without sound."""
 
 from __future__ import annotations
 
 import json
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import SOUND_FIXTURES, BundleOf, fixture_named
+from conftest import SOUND_FIXTURES, BundleOf, fixture_named, refusal
 from safetensors.torch import load_file, save_file
 
 import mobilevlm
@@ -84,3 +85,39 @@ def test_granite_speech_hears_several_clips_of_a_prompt_in_their_order(bundle_of
             answer.prompt_tokens
         )
         assert not np.allclose(vlm.prompt_logits(messages)[-1], reference.logits(expected)[-1])
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "told"),
+    [
+        ("voxtral", "gguf", "a GGUF file holds the decoder alone, which hears nothing"),
+        ("granite_speech", "all", "no products that act where a prompt has sound"),
+        ("voxtral", "npu", "no graphs for NPUs of models that take sound yet"),
+    ],
+)
+def test_formats_without_sound_are_refused_in_one_line(
+    name: str, form: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fixture_named(name).checkpoint
+    said = ("export", folder, "-o", tmp_path / "b", "--format", form, "--no-measure", "--quiet")
+    assert told in refusal(capsys, *said)
+
+
+@pytest.mark.parametrize("kind", ["24 bits", "float32", "float64"])
+def test_the_program_hears_wav_of_24_bits_and_floats_as_of_16(
+    bundle_of: BundleOf, kind: str, tmp_path: Path
+) -> None:
+    wave = (np.sin(np.arange(16_000) / 9) * 8_000).astype("<i2")
+    wide = (wave.astype("<i4") << 16).view(np.uint8).reshape(-1, 4)
+    data, code, bits = {
+        "24 bits": (wide[:, 1:].tobytes(), 1, 24),
+        "float32": ((wave / 32768).astype("<f4").tobytes(), 3, 32),
+        "float64": ((wave / 32768).astype("<f8").tobytes(), 3, 64),
+    }[kind]
+    size = bits // 8
+    form = struct.pack("<IHHIIHH", 16, code, 1, 16_000, 16_000 * size, size, bits)
+    body = b"WAVEfmt " + form + b"data" + struct.pack("<I", len(data)) + data
+    path = tmp_path / "a.wav"
+    path.write_bytes(b"RIFF" + struct.pack("<I", len(body)) + body)
+    with mobilevlm.load(bundle_of("qwen2_audio", "fp32")) as vlm:
+        assert np.array_equal(vlm.encode_audio(path), vlm.encode_audio((wave, 16_000)))

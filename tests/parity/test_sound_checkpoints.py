@@ -7,6 +7,7 @@ import json
 import shutil
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -64,8 +65,12 @@ def test_granite_speech_hears_several_clips_of_a_prompt_in_their_order(bundle_of
     fixture = fixture_named("granite_speech")
     model, wav = fixture.model, fixture.folder / "audio.wav"
     tones = (np.sin(np.arange(9_000) / 7) * 8_000).astype(np.int16), 16_000
-    text = {"type": "text", "text": "What do both say?"}
-    parts = [{"type": "audio", "audio": wav}, {"type": "audio", "audio": tones}, text]
+    text: dict[str, Any] = {"type": "text", "text": "What do both say?"}
+    parts: list[dict[str, Any]] = [
+        {"type": "audio", "audio": wav},
+        {"type": "audio", "audio": tones},
+        text,
+    ]
     messages: list[Message] = [{"role": "user", "content": parts}]
     bare = [{"type": part["type"]} if part is not text else part for part in parts]
     asked: list[Message] = [{"role": "user", "content": bare}]

@@ -64,8 +64,7 @@ def test_figures_of_the_summary_are_those_of_the_pages() -> None:
     rows = re.findall(r"^\|(.+)\|$", INDEX.read_text(encoding="utf-8"), re.MULTILINE)
     for row in rows:
         for figure in re.findall(r"(?<![\w.])\d[\d,]*\.?\d+(?![\w.])", row):
-            derived = figure in ("0.73", "0.54")  # prefill: 1439 and 1063 of 1974 ms
-            assert derived or figure in known or figure.replace(",", "") in known, (figure, row)
+            assert figure in known or figure.replace(",", "") in known, (figure, row)
 
 
 def test_images_are_small() -> None:
@@ -78,7 +77,7 @@ def test_images_are_small() -> None:
 def test_images_are_drawn_from_the_tables() -> None:
     assert ("int4, fast", 102.6, 0.096) in quality_points()
     ratios = speed_ratios()
-    assert len(ratios) == 3
-    assert ("image encode", 0.49) in ratios["MobileVLM V2 1.7B, 2026-11-27, AVX-512"]
+    assert len(ratios) == 2
+    assert ("image", 0.64) in ratios["MobileVLM V2 1.7B, 2026-12-01, AVX2"]
     for stages in ratios.values():
         assert all(0.1 < ratio < 10 for _, ratio in stages)

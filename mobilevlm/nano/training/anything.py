@@ -351,7 +351,7 @@ def export_command(out: Path) -> None:
 
 @main.command("evaluate")
 @click.argument("bundle")
-@click.option("--count", default=100, show_default=True, help="Of each kind.")
+@click.option("--count", default=100, show_default=True, help="Questions of each kind.")
 def evaluate_command(bundle: str, count: int) -> None:
     """Prints the held-out scores of a BUNDLE, whose images nano judges."""
     import mobilevlm

@@ -18,14 +18,14 @@ def rotary_tables(spec: DecoderSpec, sliding: bool = False) -> tuple[Float32, Fl
     sliding layers' own base."""
     theta, scaling = spec.rope(sliding)
     positions = np.arange(spec.context_length, dtype=np.float32) / np.float32(scaling)
-    angle = np.outer(positions, _frequencies(spec, theta)).astype(np.float32)
+    angle = np.outer(positions, frequencies(spec, theta)).astype(np.float32)
     return np.cos(angle), np.sin(angle)
 
 
 def rotary_at(spec: DecoderSpec, positions: NDArray[np.int64]) -> tuple[Float32, Float32]:
     """Cosine and sine ``(length, rotary_channels / 2)`` of positions ``(axes, length)``."""
     turning = positions[pair_axes(spec)].T.astype(np.float32) / np.float32(spec.rope_scaling)
-    angle = np.ascontiguousarray(turning * _frequencies(spec, spec.rope_theta))
+    angle = np.ascontiguousarray(turning * frequencies(spec, spec.rope_theta))
     return np.cos(angle), np.sin(angle)
 
 
@@ -40,8 +40,9 @@ def pair_axes(spec: DecoderSpec) -> NDArray[np.int64]:
     return axes
 
 
-def _frequencies(spec: DecoderSpec, theta: float) -> Float32:
-    """Radians of each pair of channels for a step of 1 ``(rotary_channels / 2,)``."""
+def frequencies(spec: DecoderSpec, theta: float) -> Float32:
+    """Radians of each pair of channels for a step of 1 ``(rotary_channels / 2,)``. ``theta``: as of
+    :meth:`DecoderSpec.rope`."""
     channels = spec.rotary_channels
     exponent = np.arange(0, channels, 2, dtype=np.float32) / np.float32(channels)
     frequencies: Float32 = (np.float32(1) / np.float32(theta) ** exponent).astype(np.float32)

@@ -6,7 +6,7 @@ shared past and present), so a step copies nothing and going back is a matter of
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -26,7 +26,7 @@ from mobilevlm.export.graph.mlp import activate, build_mlp
 from mobilevlm.export.graph.rotation import StreamRotation
 from mobilevlm.export.graph.short_convolution import ShortConvolution
 from mobilevlm.export.graph.weight_file import WeightFile
-from mobilevlm.rotary import rotary_tables
+from mobilevlm.rotary import frequencies, rotary_tables
 
 
 @dataclass(frozen=True)
@@ -83,16 +83,18 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
         """Rows that the head reads, once the graph is made"""
         self.fused_rotary = all(has_fused_rotary(spec, index) for index in layers)
         self.windows = [spec.window(index) for index in layers]
-        self.cos_cache = self.sin_cache = self.positions = None
-        self.sliding_cos = self.sliding_sin = None
+        self.cos_cache = self.sin_cache = self.angles = self.positions = None
+        self.sliding_cos = self.sliding_sin = self.sliding_angles = None
         self.sliding = [spec.has_sliding_rope(index) for index in layers]
         if self.has_tables and spec.rotary_channels and not spec.rope_sections:
-            if not all(self.sliding):
-                cos, sin = rotary_tables(spec.at(self.sliding.index(False)))
-                self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
-            if any(self.sliding):
-                cos, sin = rotary_tables(spec.at(self.sliding.index(True)), sliding=True)
-                self.sliding_cos, self.sliding_sin = weights.parameter(cos), weights.parameter(sin)
+            far = [index for index in layers if not self.sliding[index]]
+            near = [index for index in layers if self.sliding[index]]
+            if far:
+                self.cos_cache, self.sin_cache, self.angles = _rotary(weights, spec, far)
+            if near:
+                stored = _rotary(weights, spec, near)
+                self.sliding_cos, self.sliding_sin, self.sliding_angles = stored
+        self.scalings = {sliding: spec.rope(sliding)[1] for sliding in set(self.sliding)}
         if spec.learned_positions:
             sizes = (spec.context_length, spec.hidden_size)
             table = weights.read("decoder.position_embedding.weight", *sizes)
@@ -154,6 +156,9 @@ class DecoderStage(nn.Module):  # type: ignore[misc]
             False: (self.cos_cache, self.sin_cache, start),
             True: (self.sliding_cos, self.sliding_sin, start),
         }
+        for sliding, angles in ((False, self.angles), (True, self.sliding_angles)):
+            if angles is not None:
+                rotary[sliding] = _turning(op, embeds, angles, self.scalings[sliding], start)
         if tables:
             rotary[False] = (*tables, op.Constant(value_ints=[0]))
         residual, normed = embeds, self.input_norm(op, embeds)
@@ -466,10 +471,11 @@ class WatchedLayer(nn.Module):  # type: ignore[misc]
         self.index = index
         self.input_norm = Norm(weights, f"decoder.layers.{index}.input_norm", spec)
         self.layer = DecoderLayer(weights, index, spec)
-        self.cos_cache = self.sin_cache = None
+        self.cos_cache = self.sin_cache = self.angles = None
+        self.scaling = spec.rope(spec.has_sliding_rope(index))[1]
         if spec.rotary_channels and not spec.rope_sections and spec.mixer(index) == "attn":
-            cos, sin = rotary_tables(spec.at(index), spec.has_sliding_rope(index))
-            self.cos_cache, self.sin_cache = weights.parameter(cos), weights.parameter(sin)
+            stored = _rotary(weights, spec, [index])
+            self.cos_cache, self.sin_cache, self.angles = stored
 
     def forward(
         self,
@@ -486,8 +492,11 @@ class WatchedLayer(nn.Module):  # type: ignore[misc]
         """Return the residual stream, the norm that is next, and the buffers. ``tables``, ``image``
         and ``sound`` as of :class:`DecoderStage`; ``deep``: what is added after the layer; ``own``:
         the layer's own input ``(1, length, layer_input_size)``."""
-        turned = tables or (self.cos_cache, self.sin_cache)
-        rotary = (*turned, op.Constant(value_ints=[0]))
+        start = op.Constant(value_ints=[0])
+        if self.angles is None:
+            rotary = (*(tables or (self.cos_cache, self.sin_cache)), start)
+        else:
+            rotary = _turning(op, hidden, self.angles, self.scaling, start)
         window = self.layer.spec.window(self.index)
         lengths = (total_length, total_length)
         [reach] = _Reach.of(op, hidden, lengths, image, [window], sound=sound).values()
@@ -562,6 +571,36 @@ def _attention_settings(spec: DecoderSpec, index: int) -> dict[str, float]:
     if spec.window(index):
         settings["local_window_size"] = spec.window(index)
     return settings
+
+
+LARGEST_TABLES = 1 << 23
+"""Bytes of cosines and sines that a graph stores, where no operator asks for them: of the 131072
+positions of Gemma 3 4B they would take 268 MB."""
+
+
+def _rotary(
+    weights: WeightFile, spec: DecoderSpec, layers: Sequence[int]
+) -> tuple[Any | None, Any | None, Any | None]:
+    """Return cosine and sine of all positions in layers that rotate alike, or the radians of a step
+    ``(1, rotary_channels / 2)``, from which the graph makes those of a run."""
+    sliding, size = spec.has_sliding_rope(layers[0]), 4 * spec.context_length
+    is_fused = any(has_fused_rotary(spec, index) for index in layers)
+    spec = spec.at(layers[0])
+    if is_fused or size * spec.rotary_channels <= LARGEST_TABLES:
+        cos, sin = rotary_tables(spec, sliding)
+        return weights.parameter(cos), weights.parameter(sin), None
+    return None, None, weights.parameter(frequencies(spec, spec.rope(sliding)[0])[None])
+
+
+def _turning(op: Any, states: Any, angles: Any, scaling: float, start: Any) -> tuple[Any, Any, Any]:
+    """Return cosine and sine ``(length, rotary_channels / 2)`` of a run ``states (1, length,
+    channels)``, which begins at the position ``start (1,)``, and the row of its first position."""
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    length = op.Squeeze(op.Shape(states, start=1, end=2), [0])
+    positions = op.Cast(op.Add(op.Range(zero, length, one), start), to=ir.DataType.FLOAT)
+    steps = op.Div(op.Unsqueeze(positions, [1]), op.Constant(value_float=float(scaling)))
+    turned = op.Mul(steps, angles)
+    return op.Cos(turned), op.Sin(turned), op.Constant(value_ints=[0])
 
 
 def has_fused_rotary(spec: DecoderSpec, index: int) -> bool:

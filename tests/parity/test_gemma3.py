@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import mobilevlm
+from mobilevlm.export.graph.decoder import LARGEST_TABLES
 from mobilevlm.families import open_checkpoint
 from mobilevlm.prompt import Rows, run_spans
 from mobilevlm.reference import ReferenceModel, load_reference
 from mobilevlm.runtime import VLM
 from mobilevlm.runtime.engines import chunk_spans
+from mobilevlm.runtime.engines.onnx.onnx_state import OnnxState
 from mobilevlm.runtime.sequence.session import Fill
 
 PROMPT = "<image>What is in it? And here?<image>Say which has a house."
@@ -63,6 +65,45 @@ def test_all_of_a_prompt_in_one_run_gives_the_same(
         # Rows that only see the past are another model's.
         causal = vlm.embeds_logits(replace(rows, blocks=()))
     assert relative_error(causal, found) > 1000 * FLOAT32
+
+
+@pytest.fixture(scope="module")
+def long_contexts(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Bundles of the checkpoint with 262,144 positions, whose rotary tables are stored in one."""
+    folder = tmp_path_factory.mktemp("long")
+    shutil.copytree(fixture_named("gemma3").checkpoint, folder / "checkpoint")
+    config = json.loads((folder / "checkpoint" / "config.json").read_text())
+    config["text_config"]["max_position_embeddings"] = 1 << 18
+    (folder / "checkpoint" / "config.json").write_text(json.dumps(config))
+    bundles = [folder / "made", folder / "stored"]
+    with pytest.MonkeyPatch.context() as patch:
+        for bundle in bundles:
+            mobilevlm.export(folder / "checkpoint", bundle, recipe="fp32", measure=False)
+            patch.setattr("mobilevlm.export.graph.decoder.LARGEST_TABLES", 1 << 40)
+    return bundles
+
+
+def test_cosines_of_a_long_context_are_made_in_the_graph(
+    long_contexts: list[Path], images: list[Image.Image]
+) -> None:
+    made, stored = (
+        sum(file.stat().st_size for file in folder.rglob("*.onnx_data")) for folder in long_contexts
+    )
+    assert made < stored - 2 * LARGEST_TABLES
+    found = []
+    for bundle in long_contexts:
+        with mobilevlm.load(bundle) as vlm:
+            logits = [vlm.prompt_logits(PROMPT, images)[-4:]]
+            decoder = vlm._engines()[1]
+            for slots in (1000, 70_000, 250_000):
+                state = decoder.new_state()
+                assert isinstance(state, OnnxState) and state._windows is not None
+                state.resume(slots)  # behind rows of zeros, none of them in the windows
+                state._windows._move(slots, slots)
+                logits += [decoder.step(state, token).copy()[None] for token in (5, 6, 7)]
+            found.append(np.concatenate(logits))
+    assert relative_error(*found) <= FLOAT32
+    assert np.array_equal(found[0].argmax(-1), found[1].argmax(-1))
 
 
 def test_a_prompt_that_ends_inside_an_image_is_computed_from_its_begin(

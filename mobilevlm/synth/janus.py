@@ -108,10 +108,14 @@ def _drawing_shapes(hidden: int) -> Shapes:
     decoder = CodeDecoder(_VQ["latent_channels"], widths, _VQ["num_res_blocks"] + 1)
     sizes = _VQ["num_embeddings"], _VQ["embed_dim"]
     output = ImageOutput(*sizes, _VQ["num_patches"], hidden, decoder, "", (), 0, ())
-    shapes: Shapes = {
-        "generation_embeddings.weight": sizes,
-        "vqmodel.quantize.embedding.weight": sizes,
-    }
+    return drawing_shapes(output, hidden)
+
+
+def drawing_shapes(output: ImageOutput, hidden: int) -> Shapes:
+    """Return the shapes of what draws beside a decoder of so many channels."""
+    tables = ("generation_embeddings", "vqmodel.quantize.embedding")
+    sizes = output.num_codes, output.code_size
+    shapes: Shapes = {f"{name}.weight": sizes for name in tables}
     for _, name, shape in drawing_modules(output, hidden):
         shapes |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
     return shapes
@@ -131,16 +135,7 @@ def _write_settings(folder: Path, name: str) -> None:
     write_json(folder / "config.json", config)
     ids = {key: _TEXT[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     write_json(folder / "generation_config.json", {**ids, "guidance_scale": 5.0})
-    edge = _VISION["image_size"]
-    processor = {
-        "background_color": [127] * 3,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "min_size": 14,
-        "resample": 3,
-        "size": {"height": edge, "width": edge},
-    }
-    write_json(folder / "preprocessor_config.json", processor)
+    write_json(folder / "preprocessor_config.json", image_settings(_VISION["image_size"]))
     settings = {"num_image_tokens": 576, "use_default_system_prompt": True}
     write_json(folder / "processor_config.json", settings)
     write_json(folder / "chat_template.json", {"chat_template": _TEMPLATE})
@@ -154,3 +149,15 @@ def _write_settings(folder: Path, name: str) -> None:
     }
     write_json(folder / "tokenizer_config.json", named)
     save_tokenizer(chat_tokenizer(_PIECES, _SPECIAL), folder / "tokenizer.json")
+
+
+def image_settings(edge: int) -> dict[str, Any]:
+    """Return the official settings of images, for squares of other pixels."""
+    return {
+        "background_color": [127] * 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        "min_size": 14,
+        "resample": 3,
+        "size": {"height": edge, "width": edge},
+    }

@@ -16,7 +16,6 @@ from tokenizers.trainers import BpeTrainer
 
 from mobilevlm.families import open_checkpoint
 from mobilevlm.families.backbones import LLAMA
-from mobilevlm.families.janus_drawing import drawing_modules
 from mobilevlm.model import Model
 from mobilevlm.nano import beeps
 from mobilevlm.nano.questions import caption_question, questions
@@ -24,6 +23,7 @@ from mobilevlm.nano.scenes import COLORS, POSITIONS, SHAPES
 from mobilevlm.nano.simple import EDGE, GRID, NUM_CODES, PATCH, simple_caption, simple_scene
 from mobilevlm.output_spec import CodeDecoder, ImageOutput
 from mobilevlm.reference.model import ReferenceModel
+from mobilevlm.synth.janus import drawing_shapes, image_settings
 from mobilevlm.synth.shapes import Shapes, decoder_shapes, linear, norm, siglip_shapes, write_json
 from mobilevlm.tokenizers.tokenizer import save_tokenizer
 
@@ -139,10 +139,8 @@ def shapes(config: AnyConfig) -> Shapes:
     channels = config.image_channels
     decoder = CodeDecoder(channels, (channels,) * 4, config.image_blocks + 1)
     output = ImageOutput(NUM_CODES, 8, GRID, hidden, decoder, "", (), 0, ())
-    tables = ("generation_embeddings", "vqmodel.quantize.embedding")
-    found |= {f"model.{name}.weight": (NUM_CODES, 8) for name in tables}
-    for _, name, shape in drawing_modules(output, hidden):
-        found |= {f"model.{name}.weight": shape, f"model.{name}.bias": shape[:1]}
+    drawn = drawing_shapes(output, hidden)
+    found |= {f"model.{name}": shape for name, shape in drawn.items()}
     return found
 
 
@@ -152,15 +150,7 @@ def write_settings(folder: Path, config: AnyConfig) -> None:
     write_json(folder / "config.json", settings(config))
     ids = {"bos_token_id": BEGIN, "eos_token_id": END, "pad_token_id": END}
     write_json(folder / "generation_config.json", {**ids, "guidance_scale": 1.0})
-    processor = {
-        "background_color": [127] * 3,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-        "min_size": 14,
-        "resample": 3,
-        "size": {"height": EDGE, "width": EDGE},
-    }
-    write_json(folder / "preprocessor_config.json", processor)
+    write_json(folder / "preprocessor_config.json", image_settings(EDGE))
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     named = {
         "boi_token": SPECIAL[IMAGE],
